@@ -1,0 +1,66 @@
+"""dit_attn: attention processors that make diffusion transformers faster and easier to steer, on stock diffusers pipelines.
+
+Importing this package loads nothing heavy and changes nothing; every public name is loaded at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "enable": "dit_attn.api",
+    "disable": "dit_attn.api",
+    "enabled": "dit_attn.api",
+    "summary": "dit_attn.api",
+    "explain": "dit_attn.api",
+    "supported": "dit_attn.api",
+    "attn_processors": "dit_attn.api",
+    "Session": "dit_attn.processors.session",
+    "Summary": "dit_attn.processors.summary",
+    "Explanation": "dit_attn.processors.explain",
+    "Method": "dit_attn.processors.method",
+    "BlockSparse": "dit_attn.processors.block_sparse",
+    "DitAttnError": "dit_attn.errors",
+}
+
+if TYPE_CHECKING:
+    from dit_attn.api import attn_processors, disable, enable, enabled, explain, summary, supported
+    from dit_attn.errors import DitAttnError
+    from dit_attn.processors.block_sparse import BlockSparse
+    from dit_attn.processors.explain import Explanation
+    from dit_attn.processors.method import Method
+    from dit_attn.processors.session import Session
+    from dit_attn.processors.summary import Summary
+
+__all__ = [
+    "BlockSparse",
+    "DitAttnError",
+    "Explanation",
+    "Method",
+    "Session",
+    "Summary",
+    "__version__",
+    "attn_processors",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "summary",
+    "supported",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        import importlib
+
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dit_attn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

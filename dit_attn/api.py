@@ -1,0 +1,177 @@
+"""The public functions: one line puts a method on a stock pipeline, one line takes it off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors import attach
+from dit_attn.processors.clock import Clock
+from dit_attn.processors.explain import Explanation, explain_run
+from dit_attn.processors.families import families
+from dit_attn.processors.method import Method, methods
+from dit_attn.processors.presets import method_for
+from dit_attn.processors.session import Session
+from dit_attn.processors.summary import Summary, summarize
+
+__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "summary", "supported"]
+
+_COMPONENTS = ("transformer", "transformer_2")
+
+
+def enable(target: Any, *wanted: str | Method) -> Session:
+    """Put methods on a pipeline or transformer. Nothing else about it changes.
+
+    Enabling again replaces what was enabled before.
+
+    Args:
+        target: a diffusers pipeline, or its transformer.
+        wanted: methods by slug (settings from the model's preset) or as :class:`Method` instances; none at all sockets
+            the layers and leaves every call on the stock path.
+
+    Returns:
+        The session (of the first transformer, when the pipeline has two).
+
+    Raises:
+        DitAttnError: unknown method or family, methods that conflict, a layer that cannot be tapped. Nothing is
+            changed then.
+    """
+    models = _transformers(target)
+    chosen = _resolve(models[0], wanted)
+    clock = Clock()
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    for model in models:
+        attach.prepare(model, chosen, clock, pipe)  # every check, before anything is changed
+    return [attach.attach(model, chosen, clock, pipe) for model in models][0]
+
+
+def disable(target: Any) -> None:
+    """Take every method off: bit-equal to never enabled. Calling it twice is fine."""
+    for model in _transformers(target):
+        attach.detach(model)
+
+
+@contextmanager
+def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
+    """:func:`enable` for the length of a ``with`` block; what was enabled before is put back at its end."""
+    before = attach.session_of(_transformers(target)[0])
+    session = enable(target, *wanted)
+    try:
+        yield session
+    finally:
+        disable(target)
+        if before is not None:
+            enable(target, *before.methods)
+
+
+def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
+    """The attention processors of ``enable``, for ``transformer.set_attn_processor(...)``.
+
+    The dictionary names every attention layer, as diffusers asks; layers no method may touch keep their stock
+    processor. ``disable`` takes ours off again.
+
+    Args:
+        target: a transformer, or a pipeline with one.
+        wanted: as for :func:`enable`.
+
+    Raises:
+        DitAttnError: as for :func:`enable`, or the model has no ``set_attn_processor``.
+    """
+    model = _transformers(target)[0]
+    if not hasattr(model, "attn_processors"):
+        raise DitAttnError(
+            f"{type(model).__name__} has no set_attn_processor in diffusers; use dit_attn.enable instead"
+        )
+    attach.detach(model)
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    session = attach.prepare(model, _resolve(model, wanted), Clock(), pipe)
+    ours = attach.session_processors(session)
+    attach.install_taps(session)
+    return {
+        name: ours.get(name.removesuffix(".processor"), stock) for name, stock in dict(model.attn_processors).items()
+    }
+
+
+def summary(target: Any) -> Summary:
+    """What the last run did: layers engaged, calls declined and why, density, time.
+
+    Raises:
+        DitAttnError: nothing is enabled on ``target``.
+    """
+    sessions = [attach.session_of(model) for model in _transformers(target)]
+    found = [session for session in sessions if session is not None]
+    if not found:
+        raise DitAttnError("no method is enabled on this pipeline; call dit_attn.enable(pipe, ...) first")
+    return summarize(found)
+
+
+def explain(
+    target: Any,
+    *wanted: str | Method,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+) -> Explanation:
+    """What to expect of a run before it is made: tokens, share of attention, ceiling of the speed-up, declined layers.
+
+    Args:
+        target: a pipeline or transformer.
+        wanted: methods, as for :func:`enable`.
+        height, width: pixels; default: the pipeline's own.
+        num_frames: frames of a clip; default: the pipeline's own.
+
+    Raises:
+        DitAttnError: unsupported family or method.
+    """
+    model = _transformers(target)[0]
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    return explain_run(model, pipe, _resolve(model, wanted), height, width, num_frames)
+
+
+def supported() -> dict[str, dict[str, Any]]:
+    """Families x methods: ``{family: {"models": ..., "methods": [slugs], "refused": reason or None}}``."""
+    slugs = sorted(methods())
+    return {
+        row.name: {
+            "models": row.models,
+            "transformers": list(row.transformers),
+            "methods": [] if row.refused else slugs,
+            "refused": row.refused,
+        }
+        for row in families()
+    }
+
+
+def _transformers(target: Any) -> list[torch.nn.Module]:
+    if isinstance(target, torch.nn.Module):
+        return [attach.unwrap(target)]
+    found = [attach.unwrap(getattr(target, name)) for name in _COMPONENTS if getattr(target, name, None) is not None]
+    if not found:
+        raise DitAttnError(
+            f"{type(target).__name__} has no diffusion transformer; give a diffusers pipeline with a `transformer` "
+            "(UNet pipelines are not supported), or the transformer itself"
+        )
+    return found
+
+
+def _resolve(model: torch.nn.Module, wanted: tuple[str | Method, ...]) -> tuple[Method, ...]:
+    chosen = []
+    for item in wanted:
+        if isinstance(item, str):
+            chosen.append(method_for(item, model))
+        elif isinstance(item, Method):
+            chosen.append(item)
+        else:
+            raise DitAttnError(f"a method is a slug or a Method instance, got {item!r}; slugs: {', '.join(methods())}")
+    taken: dict[str, str] = {}
+    for method in chosen:
+        if method.role and method.role in taken:
+            raise DitAttnError(
+                f"{method.slug} and {taken[method.role]} cannot run together: both decide which keys are read; enable one"
+            )
+        taken[method.role] = method.slug
+    return tuple(chosen)

@@ -1,0 +1,26 @@
+"""The one error a user sees: a single line that says what is wrong, why, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class DitAttnError(ValueError):
+    """Bad input from a user. The command line prints it without a traceback and exits with code 2."""
+
+
+def unknown(kind: str, value: object, allowed: Iterable[object], remedy: str = "") -> DitAttnError:
+    """Error for a value that is not one of a known set; names the closest allowed one.
+
+    Args:
+        kind: what the value is, e.g. ``"method"``.
+        value: what was given.
+        allowed: every accepted value.
+        remedy: what to do, when more than "use one of these".
+    """
+    import difflib
+
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return DitAttnError(f"unknown {kind} {value!r}.{hint} Allowed: {', '.join(names)}.{' ' + remedy if remedy else ''}")

@@ -1,0 +1,1 @@
+"""Procedures that drive a stock pipeline from outside."""

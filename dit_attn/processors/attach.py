@@ -1,0 +1,191 @@
+"""Putting a session on a transformer and taking it off again."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import inspect
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.clock import Clock
+from dit_attn.processors.families import Family, family_of
+from dit_attn.processors.method import Method
+from dit_attn.processors.session import Session, session_by_token
+from dit_attn.processors.socket import is_socketed, socketed, tap_of, unsocketed
+
+
+def unwrap(model: Any) -> Any:
+    """The transformer behind ``torch.compile`` and data-parallel wrappers."""
+    while hasattr(model, "_orig_mod") or type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def session_of(model: torch.nn.Module) -> Session | None:
+    """The session on a transformer, or ``None``."""
+    tap = _forward_tap(model)
+    return tap.session if tap is not None else None
+
+
+def attach(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None) -> Session:
+    """Socket every eligible layer of ``model``; replaces a session that is already there.
+
+    Raises:
+        DitAttnError: unsupported family, or a layer without softmax attention. Nothing is changed then.
+    """
+    session = prepare(model, methods, clock, pipe)
+    processors = session_processors(session)
+    detach(model)
+    for name, processor in processors.items():
+        set_processor(model.get_submodule(name), processor)
+    install_taps(session)
+    return session
+
+
+def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None) -> Session:
+    """A session with its layers registered, nothing installed yet."""
+    family = family_of(model)
+    session = Session(model, family, methods, clock, pipe)
+    names = eligible_layers(model, family)
+    refused = [name for name in names if tap_of(model.get_submodule(name).processor) is None]
+    if refused:
+        kind = type(model.get_submodule(refused[0]).processor).__name__
+        raise DitAttnError(
+            f"{len(refused)} layers of {type(model).__name__} have no softmax attention to tap "
+            f"({kind}: {', '.join(refused[:4])}{', ...' if len(refused) > 4 else ''}); remove the custom processor"
+        )
+    for name in names:
+        session.add_site(name)
+    return session
+
+
+def session_processors(session: Session) -> dict[str, Any]:
+    """The derived processor of every layer, by module path."""
+    model = session.model
+    return {site.name: socketed(model.get_submodule(site.name).processor, site) for site in session.sites}
+
+
+def install_taps(session: Session) -> None:
+    """Let the session see the transformer's forward arguments and the pipeline's cache context."""
+    model = session.model
+    model.register_forward_pre_hook(_ForwardTap(session), with_kwargs=True)
+    if hasattr(type(model), "cache_context"):
+        model.__dict__["cache_context"] = _ContextTap(session)
+
+
+def detach(model: torch.nn.Module) -> None:
+    """Put the stock processors back and remove the taps; idempotent, exact."""
+    for module in model.modules():
+        if is_socketed(getattr(module, "processor", None)):
+            set_processor(module, unsocketed(module.processor))
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _ForwardTap):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    if isinstance(model.__dict__.get("cache_context"), _ContextTap):
+        del model.__dict__["cache_context"]
+
+
+def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
+    """Module paths of the attention layers the family row opens, in the order of the model.
+
+    Raises:
+        DitAttnError: the row matches no layer of this model.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers) and hasattr(module, "processor")
+    ]
+    if not names:
+        raise DitAttnError(
+            f"no attention layer of {type(model).__name__} matches {', '.join(family.layers)}; "
+            "this version of diffusers may have renamed them"
+        )
+    return names
+
+
+def set_processor(module: Any, processor: Any) -> None:
+    """Assign without the stock setter, which may drop weights and logs; all attention modules read ``.processor``."""
+    module._modules.pop("processor", None)
+    module.__dict__.pop("processor", None)
+    module.processor = processor
+
+
+def heal(session: Session) -> None:
+    """Socket processors that other code has replaced since (legacy ``fuse_qkv_projections`` swaps the objects)."""
+    model = session.model
+    for site in session.sites:
+        module = model.get_submodule(site.name)
+        if not is_socketed(module.processor) and tap_of(module.processor) is not None:
+            set_processor(module, socketed(module.processor, site))
+
+
+def _forward_tap(model: torch.nn.Module) -> _ForwardTap | None:
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _ForwardTap)), None)
+
+
+class _ForwardTap:
+    """Forward pre-hook of the transformer: shows the session the arguments its family row reads."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.names = tuple(dict.fromkeys((session.family.timestep, *session.family.reads)))
+        parameters = list(inspect.signature(type(session.model).forward).parameters)[1:]
+        self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = {}
+        for name, position in self.positions.items():
+            values[name] = args[position] if position < len(args) else kwargs.get(name)
+        if torch.compiler.is_compiling():
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+            spec = {k: None if isinstance(v, torch.Tensor) else repr(v) for k, v in values.items()}
+            torch.ops.dit_attn.observe(self.session.token, tensors, json.dumps(spec))
+        else:
+            heal(self.session)
+            self.session.observe(values)
+
+
+@torch.library.custom_op("dit_attn::observe", mutates_args=("clock",))
+def _observe(clock: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
+    """The forward tap of a compiled transformer: ``clock`` names the session, ``spec`` the arguments.
+
+    Arguments that are not tensors travel in ``spec`` as Python literals.
+    """
+    rest = iter(tensors)
+    literals = json.loads(spec)
+    session_by_token(clock).observe(
+        {name: next(rest) if text is None else ast.literal_eval(text) for name, text in literals.items()}
+    )
+
+
+@_observe.register_fake
+def _(clock: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
+    return None
+
+
+class _ContextTap:
+    """Stands in for ``model.cache_context`` and remembers what the pipeline says about the call."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        model = self.session.model
+        self.session.context = SimpleNamespace(
+            name=name, step_index=kwargs.get("step_index"), num_inference_steps=kwargs.get("num_inference_steps")
+        )
+        try:
+            with type(model).cache_context(model, name, **kwargs):
+                yield
+        finally:
+            self.session.context = None

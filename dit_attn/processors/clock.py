@@ -1,0 +1,137 @@
+"""Which step of the run, and which branch of the guidance, a transformer call belongs to.
+
+Nobody declares the number of steps. The clock reads, in this order: what the pipeline says through ``cache_context``,
+the pipeline's scheduler, and the ``timestep`` argument of the transformer, whose value changes exactly when a new step
+begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# Names pipelines give to `cache_context`, in the vocabulary of this package.
+_BRANCH_NAMES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
+_TRAIN_TIMESTEPS = 1000.0
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a family's pipelines run classifier-free guidance.
+
+    Attributes:
+        style: ``separate`` (one transformer call per branch) or ``batched`` (branches stacked in the batch).
+        order: the branches, in call order (separate) or in batch order (batched).
+    """
+
+    style: str
+    order: tuple[str, ...]
+
+
+SEPARATE = Guidance("separate", ("cond", "uncond"))
+BATCHED = Guidance("batched", ("uncond", "cond"))
+
+
+@dataclass
+class Clock:
+    """Position in the current run; resets itself when a new run begins.
+
+    Attributes:
+        run: number of runs seen, from 1 (0 before the first call).
+        step: step in the run, from 0.
+        total: number of steps of the run, ``None`` when nothing tells it.
+        call: transformer calls seen at this step, from 0.
+        context: the name the pipeline gave to the call, or ``None``.
+        timestep: value of the transformer's ``timestep`` argument.
+    """
+
+    run: int = 0
+    step: int = 0
+    total: int | None = None
+    call: int = 0
+    context: str | None = None
+    timestep: float = float("nan")
+    _schedule: Any = field(default=None, repr=False)
+    _time_scale: float = field(default=_TRAIN_TIMESTEPS, repr=False)
+
+    def tick(
+        self,
+        timestep: float,
+        guidance: Guidance,
+        *,
+        grows: bool = False,
+        scheduler: Any = None,
+        context: Any = None,
+    ) -> None:
+        """Advance to the transformer call that is about to start.
+
+        Args:
+            timestep: largest value of the transformer's ``timestep`` argument.
+            guidance: the family's guidance row (how many calls a step may have).
+            grows: whether this family's timesteps rise during a run (they fall in most).
+            scheduler: the pipeline's scheduler, when the pipeline is known.
+            context: the pipeline's cache context (name, and from diffusers 0.42 step and total), when it gives one.
+        """
+        schedule = getattr(scheduler, "timesteps", None)
+        known = getattr(context, "step_index", None)
+        if known is None and scheduler is not None:
+            known = getattr(scheduler, "step_index", None)
+            if known is None and hasattr(scheduler, "step_index"):
+                known = 0
+        fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
+        if fresh:
+            self.run += 1
+            self.step, self.call = 0, 0
+        elif timestep != self.timestep or (known is not None and known != self.step):
+            self.step, self.call = self.step + 1, 0
+        else:
+            self.call += 1
+        if known is not None:
+            self.step = int(known)
+        total = getattr(context, "num_inference_steps", None)
+        if total is None and schedule is not None:
+            total = len(schedule)
+        self.total = total
+        self.context = getattr(context, "name", None)
+        self.timestep = timestep
+        self._schedule = schedule
+        self._time_scale = 1.0 if grows or timestep <= 1.0 else _TRAIN_TIMESTEPS
+
+    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, guidance: Guidance, grows: bool) -> bool:
+        if self.run == 0 or schedule is not self._schedule:
+            return True
+        if known is not None:
+            return known < self.step
+        went_back = timestep < self.timestep if grows else timestep > self.timestep
+        calls = len(guidance.order) if guidance.style == "separate" else 1
+        return went_back or (timestep == self.timestep and self.call + 1 >= calls and self.total is None)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done when this step begins, in [0, 1).
+
+        With an unknown number of steps it is the fraction of the noise that is gone.
+        """
+        if self.total:
+            return min(self.step / self.total, 1.0)
+        noise = self.timestep / self._time_scale
+        return min(max(1.0 - noise, 0.0), 1.0) if noise == noise else 0.0
+
+    def branches(self, batch: int, guidance: Guidance, guided: bool | None = None) -> tuple[str, ...]:
+        """Branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's guidance row.
+
+        Args:
+            batch: rows of the call, B.
+            guidance: the family's guidance row.
+            guided: whether the pipeline runs classifier-free guidance; ``None`` when unknown.
+        """
+        named = _BRANCH_NAMES.get(self.context or "")
+        if named:
+            return (named,) * batch
+        if guidance.style == "separate":
+            order = guidance.order
+            return (order[self.call % len(order)] if guided is not False else "cond",) * batch
+        count = len(guidance.order)
+        if guided is False or batch % count or (guided is None and self.context != "cond_uncond"):
+            return ("cond",) * batch
+        return tuple(branch for branch in guidance.order for _ in range(batch // count))

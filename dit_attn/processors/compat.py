@@ -1,0 +1,84 @@
+"""The only file that touches private names of diffusers.
+
+Everything here is guarded: when a release moves a name, the dispatch tap is reported as missing and processors that
+call torch's attention directly still work.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BACKEND_VALUE = "dit_attn"
+
+
+@functools.cache
+def backend_member() -> Any:
+    """The member of ``AttentionBackendName`` our processors hand to ``dispatch_attention_fn``.
+
+    It is not entered in the enumeration's maps: users cannot select it by name, since it means nothing without a
+    session.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    member = str.__new__(AttentionBackendName, BACKEND_VALUE)
+    member._name_ = "DIT_ATTN"
+    member._value_ = BACKEND_VALUE
+    return member
+
+
+def register_backend(function: Callable[..., torch.Tensor]) -> Any:
+    """Put ``function`` behind :func:`backend_member`; idempotent. Returns the member."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    member = backend_member()
+    if registry._backends.get(member) is not function:
+        registry._backends[member] = function
+        registry._constraints[member] = []
+        registry._supported_arg_names[member] = set(inspect.signature(function).parameters)
+        parallel = getattr(registry, "_supports_context_parallel", None)
+        if isinstance(parallel, set):
+            parallel.add(member.value)
+        elif isinstance(parallel, dict):
+            parallel[member] = True
+    return member
+
+
+def dispatch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: Any, parallel_config: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    if "parallel_config" in inspect.signature(dispatch_attention_fn).parameters:
+        kwargs["parallel_config"] = parallel_config
+    return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
+
+
+def copy_registry_entry(stock: type, derived: type) -> None:
+    """Let diffusers' class-keyed processor registry (used by its layer-skip hooks) know a derived class."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry
+    except ImportError:
+        return
+    known = getattr(AttentionProcessorRegistry, "_registry", {})
+    if stock in known:
+        known.setdefault(derived, known[stock])
+
+
+def ulysses_mesh(parallel_config: Any) -> Any | None:
+    """The device mesh of a Ulysses-parallel run, or ``None`` when the run is not parallel.
+
+    Raises:
+        NotImplementedError: for ring attention, whose ranks never see a whole row of the map.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree and config.ring_degree > 1:
+        raise NotImplementedError("ring attention splits the keys over ranks; sparse methods need Ulysses")
+    return config._ulysses_mesh

@@ -1,0 +1,153 @@
+"""The decision at a tapped attention call: ask the methods, run their request, or take the stock path and count why."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack  # public wrapper does not exist
+from torch.utils._device import DeviceContext
+
+from dit_attn.processors import executor, ulysses
+from dit_attn.processors.executor import AttentionCall, Request
+from dit_attn.processors.session import Site
+
+
+def answer(
+    site: Site,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    dropout: float,
+    stock: Callable[[], torch.Tensor],
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """The result of one attention call of ``site``.
+
+    Args:
+        site: the layer.
+        q, k, v: (B, S, H, D); the local shard of the sequence under Ulysses.
+        mask, scale, causal, dropout: as the model passed them.
+        stock: the untouched call.
+        parallel_config: diffusers' parallel settings of the call, or ``None``.
+
+    Returns:
+        (B, S, H, Dv).
+    """
+    site.stats.calls += 1
+    reason = _bypass(site, mask, dropout)
+    if reason is None:
+        try:
+            mesh = ulysses.mesh_of(parallel_config)
+        except NotImplementedError as error:
+            reason = str(error)
+    if reason is not None:
+        return _decline(site, reason, stock)
+    if mesh is not None:
+        q, k, v, mask = ulysses.scatter_heads(q, k, v, mask, mesh)
+    call = _call(site, q, k, v, mask, scale, causal)
+    request = Request()
+    reason = _ask(call, request)
+    if reason is not None:
+        return _decline(site, reason, stock)
+    out = _run(call, request)
+    if out is None:
+        return _decline(site, site.broken or "failed", stock)
+    return out if mesh is None else ulysses.gather_heads(out, mesh)
+
+
+def _bypass(site: Site, mask: Any, dropout: float) -> str | None:
+    if not site.session.methods:
+        return "no method enabled"
+    if site.broken:
+        return site.broken
+    if site.session.layout_error:
+        return site.session.layout_error
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return f"{type(mask).__name__} attention mask"
+    if dropout:
+        return "attention dropout"
+    if not torch.compiler.is_compiling():
+        outer = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        if outer:
+            return f"{type(outer[-1]).__name__} is active around the attention call"
+    return None
+
+
+def _call(
+    site: Site,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+) -> AttentionCall:
+    session = site.session
+    return AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        scale=scale,
+        causal=causal,
+        site=site,
+        tokens=session.tokens(q.shape[1]) if q.shape[1] == k.shape[1] else None,
+        clock=session.clock,
+        branches=session.branches(q.shape[0]),
+    )
+
+
+def _ask(call: AttentionCall, request: Request) -> str | None:
+    """Let the methods fill the request; the reason when the call stays on the stock path."""
+    reason = executor.unfit(call)
+    if reason is None:
+        request.key_mask, reason = executor.key_mask(call, call.site.session.family.mask_rule)
+    if reason is not None:
+        return reason
+    for method in call.site.session.methods:
+        method.request(call, request)
+    if request.layout is None:
+        return request.declined[0] if request.declined else "nothing asked"
+    return None
+
+
+def _run(call: AttentionCall, request: Request) -> torch.Tensor | None:
+    """Carry the request out; ``None`` after a failure, which leaves the layer dense for the rest of the session."""
+    site, stats = call.site, call.site.stats
+    started = time.perf_counter()
+    try:
+        out = executor.run(call, request, executor.dense_rows(call))
+    except (RuntimeError, NotImplementedError) as error:
+        return _break(site, f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    if site.checked_run != call.clock.run:
+        site.checked_run = call.clock.run
+        if not bool(torch.isfinite(out[:, :: max(1, out.shape[1] // 64)]).all()):
+            return _break(site, "kernel gave NaN or infinity")
+    stats.seconds += time.perf_counter() - started
+    stats.engaged += 1
+    stats.kept += _executed_share(call, request)
+    return out
+
+
+def _executed_share(call: AttentionCall, request: Request) -> float:
+    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    start, stop = call.tokens.visual_range
+    visual = (stop - start) / call.tokens.seq_len
+    return visual * request.layout.density + (1.0 - visual)
+
+
+def _break(site: Site, reason: str) -> None:
+    site.broken = reason
+    warnings.warn(f"dit_attn: {site.name} goes back to dense attention: {reason}", stacklevel=2)
+
+
+def _decline(site: Site, reason: str, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
+    site.stats.declined[reason] += 1
+    return stock()

@@ -1,0 +1,170 @@
+"""What a method is: a frozen set of settings that can be checked, printed, saved and shared.
+
+A ``Method`` holds no tensor and no state of a run; that lives in the :class:`~dit_attn.processors.session.Session`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dit_attn.errors import DitAttnError, unknown
+
+if TYPE_CHECKING:
+    from dit_attn.processors.executor import AttentionCall, Request
+
+FILE_NAME = "dit_attn_method.json"
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
+    """A field of a method with its help text and its inclusive numeric range.
+
+    Args:
+        default: default value (immutable).
+        help: one line for documentation and the command line.
+        low: smallest allowed value.
+        high: largest allowed value.
+        extra: further metadata, e.g. ``choices=(...)``.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, **extra})
+
+
+def share(amount: float | int, total: int) -> int:
+    """``amount`` of ``total`` as a count: a float is a fraction (rounded), an int is absolute; clamped to [0, total]."""
+    count = round(amount * total) if isinstance(amount, float) else amount
+    return max(0, min(int(count), total))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method.
+
+    Class attributes:
+        slug: name used by ``enable(pipe, slug)`` and on the command line.
+        role: methods of one exclusive role conflict (``"reader"`` decides which keys are read: one per session).
+    """
+
+    slug: ClassVar[str] = ""
+    role: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("slug"):
+            _REGISTRY[cls.slug] = cls
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check_range(self.slug, spec, getattr(self, spec.name))
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add this method's part to ``request`` for one attention call, or decline it (``request.decline(reason)``)."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON values, with the slug under ``"method"``."""
+        return {"method": self.slug, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Method:
+        """The method described by :meth:`to_dict`.
+
+        Raises:
+            DitAttnError: unknown method or field, or a value out of range.
+        """
+        settings = dict(data)
+        cls = method_class(settings.pop("method", None))
+        names = {spec.name: spec for spec in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in names:
+                raise unknown(f"setting of {cls.slug}", name, names)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the settings to ``folder`` as JSON; returns the file."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+    @staticmethod
+    def from_pretrained(source: str | Path) -> Method:
+        """Read settings from a folder, a JSON file, or a repository of the Hugging Face Hub (``org/name``).
+
+        Raises:
+            DitAttnError: nothing readable there.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE_NAME
+        if not path.is_file():
+            path = _download(str(source))
+        try:
+            return Method.from_dict(json.loads(path.read_text()))
+        except json.JSONDecodeError as error:
+            raise DitAttnError(f"{path} is not JSON ({error}); save it again with save_pretrained") from error
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the settings to a repository of the Hugging Face Hub; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        body = (json.dumps(self.to_dict(), indent=2) + "\n").encode()
+        return str(api.upload_file(path_or_fileobj=body, path_in_repo=FILE_NAME, repo_id=repo_id, **kwargs))
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by slug."""
+    import dit_attn.processors.block_sparse  # noqa: F401  (registers itself)
+
+    return dict(_REGISTRY)
+
+
+def method_class(slug: object) -> type[Method]:
+    """The class behind a slug.
+
+    Raises:
+        DitAttnError: no such method.
+    """
+    known = methods()
+    if slug not in known:
+        raise unknown("method", slug, known)
+    return known[str(slug)]
+
+
+def _check_range(slug: str, spec: dataclasses.Field[Any], value: Any) -> None:
+    low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
+    if value is None:
+        return
+    if choices is not None:
+        wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if item not in choices]
+        if wrong:
+            raise unknown(f"value of {slug}.{spec.name}", wrong[0], choices)
+    if low is None and high is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DitAttnError(f"{slug}.{spec.name} must be a number between {low} and {high}, got {value!r}")
+    if not (low is None or value >= low) or not (high is None or value <= high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise DitAttnError(f"{slug}.{spec.name} must be {bounds}, got {value!r}: {spec.metadata['help']}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, FILE_NAME))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DitAttnError(
+            f"no method settings at {repo!r}: not a folder with {FILE_NAME}, and not a reachable Hub repository "
+            f"({type(error).__name__}); check the path or the repository's name"
+        ) from error

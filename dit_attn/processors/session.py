@@ -1,0 +1,196 @@
+"""Run state of the methods on one transformer: which layers, which tokens, which step, and what happened."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dit_attn.processors.clock import Clock
+from dit_attn.processors.families import Family
+from dit_attn.processors.method import Method
+from dit_attn.processors.tokens import TokenLayout, Tokens
+
+_ids = itertools.count(1)
+_SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+
+@dataclass
+class SiteStats:
+    """What one layer did in the current run.
+
+    Attributes:
+        calls: attention calls that reached the layer.
+        engaged: calls that a method carried out.
+        declined: calls that took the stock path, by reason.
+        kept: sum over engaged calls of the executed share of the map (all rows, all keys).
+        seconds: time spent in engaged calls (host time; on an accelerator it is the time to enqueue them).
+    """
+
+    calls: int = 0
+    engaged: int = 0
+    declined: Counter[str] = field(default_factory=Counter)
+    kept: float = 0.0
+    seconds: float = 0.0
+
+
+class Site:
+    """One socketed attention layer.
+
+    Attributes:
+        name: module path in the transformer, e.g. ``"blocks.3.attn1"``.
+        index: position among the socketed layers, from 0.
+        session: the session it belongs to.
+        token: 0-d int64 CPU tensor that names the layer inside compiled graphs, where tensors are not guarded by value.
+        broken: reason why this layer stays dense for the rest of the session (a failed kernel, NaN), or ``None``.
+    """
+
+    def __init__(self, name: str, index: int, session: Session) -> None:
+        self.name, self.index, self.session = name, index, session
+        self.id = next(_ids)
+        self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
+        self.stats = SiteStats()
+        self.broken: str | None = None
+        self.checked_run = 0
+        _SITES[self.id] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        session = copy.deepcopy(self.session, memo)
+        return session.sites[self.index]
+
+    def __repr__(self) -> str:
+        return f"Site({self.name!r}, index={self.index})"
+
+
+def site_by_id(site_id: int) -> Site:
+    """The layer behind the token of a compiled graph."""
+    return _SITES[site_id]
+
+
+def session_by_token(token: torch.Tensor) -> Session:
+    """The session behind the 0-d tensor that names it in compiled graphs."""
+    return _SESSIONS[int(token)]
+
+
+class Session:
+    """State of the enabled methods on one transformer. Made by ``enable``; nothing in it needs to be reset by hand.
+
+    Attributes:
+        family: the transformer's row of the family table.
+        methods: the enabled methods, in order.
+        clock: step and branch; shared by the transformers of one pipeline.
+        sites: the socketed layers.
+        layout: parts of the current input's sequence, ``None`` before the first call.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, family: Family, methods: tuple[Method, ...], clock: Clock, pipe: Any = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._pipe = weakref.ref(pipe) if pipe is not None else None
+        self.family, self.methods, self.clock = family, methods, clock
+        self.sites: list[Site] = []
+        self.layout: TokenLayout | None = None
+        self.context: Any = None
+        self.id = next(_ids)
+        self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
+        _SESSIONS[self.id] = self
+        self.layout_error: str | None = None
+        self._seen_run = 0
+        self._tokens: dict[int, Tokens | None] = {}
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The transformer."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the transformer of this session no longer exists")
+        return model
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline given to ``enable``, or ``None``."""
+        return self._pipe() if self._pipe is not None else None
+
+    @property
+    def layer_count(self) -> int:
+        """Number of socketed layers."""
+        return len(self.sites)
+
+    def add_site(self, name: str) -> Site:
+        """Register the next layer."""
+        site = Site(name, len(self.sites), self)
+        self.sites.append(site)
+        return site
+
+    def observe(self, values: dict[str, Any]) -> None:
+        """Read the arguments of a transformer call that is about to start: advance the clock, learn the token layout.
+
+        Args:
+            values: the forward arguments named by the family row.
+        """
+        timestep = values.get(self.family.timestep)
+        value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep or 0.0)
+        self.clock.tick(
+            value,
+            self.family.guidance,
+            grows=self.family.time_grows,
+            scheduler=getattr(self.pipe, "scheduler", None),
+            context=self.context,
+        )
+        if self._seen_run != self.clock.run:
+            self._seen_run = self.clock.run
+            for site in self.sites:
+                site.stats = SiteStats()
+        try:
+            self.layout, self.layout_error = self.family.layout(self.model.config, values), None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            self.layout, self.layout_error = None, f"layout of {self.family.name}: {type(error).__name__}: {error}"
+        self._tokens = {}
+
+    def tokens(self, seq_len: int) -> Tokens | None:
+        """The parts of a sequence of ``seq_len`` tokens in the current call, ``None`` when they do not add up."""
+        if self.layout is None:
+            return None
+        if seq_len not in self._tokens:
+            self._tokens[seq_len] = self.layout.resolve(seq_len)
+        return self._tokens[seq_len]
+
+    def branches(self, batch: int) -> tuple[str, ...]:
+        """Guidance branch of every row of a batch of ``batch`` rows."""
+        return self.clock.branches(batch, self.family.guidance, self._guided())
+
+    def reset(self) -> None:
+        """Forget the run: clock, statistics, layers marked broken. Never needed between runs."""
+        self.clock.__init__()  # type: ignore[misc]
+        self._seen_run = 0
+        for site in self.sites:
+            site.stats, site.broken, site.checked_run = SiteStats(), None, 0
+
+    def _guided(self) -> bool | None:
+        try:
+            guided = self.pipe.do_classifier_free_guidance
+        except AttributeError:
+            return None
+        return bool(guided)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        if id(self) in memo:
+            return memo[id(self)]
+        model = memo.get(id(self.model))
+        if model is None:
+            raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
+        session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo))
+        memo[id(self)] = session
+        for site in self.sites:
+            session.add_site(site.name)
+        return session
+
+    def __repr__(self) -> str:
+        return f"Session({self.family.name}, {len(self.sites)} layers, methods={list(self.methods)})"

@@ -1,0 +1,127 @@
+"""What happened in the last run, layer by layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dit_attn.processors.session import Session
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer in the last run.
+
+    Attributes:
+        name: module path.
+        calls: attention calls.
+        engaged: calls a method carried out.
+        density: mean executed share of the map over the engaged calls, ``None`` without one.
+        seconds: time in engaged calls (host time).
+        declined: calls left to the stock path, by reason.
+    """
+
+    name: str
+    calls: int
+    engaged: int
+    density: float | None
+    seconds: float
+    declined: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Report of the last run of one pipeline or transformer. Prints as a table; ``to_dict()`` gives JSON values.
+
+    Attributes:
+        families: family of every transformer.
+        methods: settings of the enabled methods.
+        runs: runs seen since ``enable``.
+        steps: steps of the last run that were reached.
+        layers: one entry per layer.
+    """
+
+    families: tuple[str, ...]
+    methods: tuple[dict[str, Any], ...]
+    runs: int
+    steps: int
+    layers: tuple[LayerSummary, ...] = field(repr=False)
+
+    @property
+    def calls(self) -> int:
+        """Attention calls of all layers."""
+        return sum(layer.calls for layer in self.layers)
+
+    @property
+    def engaged(self) -> int:
+        """Calls a method carried out."""
+        return sum(layer.engaged for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Mean executed share of the attention map over the engaged calls, ``None`` without one."""
+        weights = [(layer.engaged, layer.density) for layer in self.layers if layer.density is not None]
+        count = sum(n for n, _ in weights)
+        return sum(n * d for n, d in weights) / count if count else None
+
+    @property
+    def run_density(self) -> float | None:
+        """The same over all calls, declined ones counted as dense."""
+        if not self.calls:
+            return None
+        return (self.engaged * (self.density or 0.0) + (self.calls - self.engaged)) / self.calls
+
+    @property
+    def declined(self) -> dict[str, int]:
+        """Calls left to the stock path, by reason."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.declined)
+        return dict(total.most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, totals included."""
+        totals = {"calls": self.calls, "engaged": self.engaged, "density": self.density}
+        return {**asdict(self), **totals, "run_density": self.run_density, "declined": self.declined}
+
+    def __str__(self) -> str:
+        engaged_layers = sum(layer.engaged > 0 for layer in self.layers)
+        rows = [
+            ("family", ", ".join(self.families)),
+            ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
+            ("runs", f"{self.runs} (last: {self.steps} steps)"),
+            ("layers", f"{engaged_layers} of {len(self.layers)} engaged"),
+            ("attention calls", f"{self.engaged} of {self.calls} engaged"),
+            ("density", f"{_percent(self.density)} where engaged, {_percent(self.run_density)} over the run"),
+            ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
+            *(("declined", f"{count} x {reason}") for reason, count in self.declined.items()),
+        ]
+        return "\n".join(f"{key:<16} {value}" for key, value in rows)
+
+
+def summarize(sessions: list[Session]) -> Summary:
+    """The report of the sessions of one pipeline."""
+    clock = sessions[0].clock
+    return Summary(
+        families=tuple(session.family.name for session in sessions),
+        methods=tuple(method.to_dict() for method in sessions[0].methods),
+        runs=clock.run,
+        steps=clock.step + 1 if clock.run else 0,
+        layers=tuple(_layer(site) for session in sessions for site in session.sites),
+    )
+
+
+def _layer(site: Any) -> LayerSummary:
+    stats = site.stats
+    density = float(stats.kept) / stats.engaged if stats.engaged else None
+    return LayerSummary(site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined))
+
+
+def _settings(method: dict[str, Any]) -> str:
+    values = ", ".join(f"{k}={v}" for k, v in method.items() if k != "method" and v is not None)
+    return f"{method['method']}({values})"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,92 @@
+"""Which tokens of an attention sequence are what: text, video, image, reference, audio.
+
+The order of the parts differs from family to family (text first or last, references before or after the image), so it
+is data, a tuple of spans, and never an ``if``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+VISUAL = ("video", "image", "reference")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of consecutive tokens of one kind.
+
+    Attributes:
+        kind: ``text | video | image | reference | audio | time | padding``.
+        length: number of tokens; ``None`` means "whatever remains of the sequence" (at most one span of a layout).
+        grid: (T, H, W) token grid of a visual span, row-major, or ``None``.
+        start: first token; set by :meth:`TokenLayout.resolve`.
+    """
+
+    kind: str
+    length: int | None
+    grid: tuple[int, int, int] | None = None
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """One past the last token of a resolved span."""
+        return self.start + (self.length or 0)
+
+    @property
+    def visual(self) -> bool:
+        """Whether the tokens are picture content, the rows a sparse method may thin out."""
+        return self.kind in VISUAL
+
+
+def visual_span(kind: str, grid: tuple[int, int, int]) -> Span:
+    """A span of ``T * H * W`` tokens on a (T, H, W) grid."""
+    t, h, w = (int(size) for size in grid)
+    return Span(kind, t * h * w, (t, h, w))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A resolved sequence: spans with their positions, and the total length."""
+
+    spans: tuple[Span, ...]
+    seq_len: int
+
+    @property
+    def visual(self) -> tuple[Span, ...]:
+        """The visual spans, in order."""
+        return tuple(span for span in self.spans if span.visual)
+
+    @property
+    def visual_range(self) -> tuple[int, int] | None:
+        """``(start, stop)`` of the visual tokens when they are consecutive, else ``None``."""
+        spans = self.visual
+        if not spans or any(a.stop != b.start for a, b in zip(spans, spans[1:])):
+            return None
+        return spans[0].start, spans[-1].stop
+
+    @property
+    def grid(self) -> tuple[int, int, int] | None:
+        """(T, H, W) of the generated picture or clip (references do not count)."""
+        return next((span.grid for span in self.spans if span.kind in ("video", "image")), None)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The parts of a family's sequence for the current input, before the length of the text is known."""
+
+    spans: tuple[Span, ...]
+
+    def resolve(self, seq_len: int) -> Tokens | None:
+        """Positions of every span in a sequence of ``seq_len`` tokens; ``None`` when the parts cannot add up to it."""
+        fixed = sum(span.length for span in self.spans if span.length is not None)
+        flexible = [span for span in self.spans if span.length is None]
+        rest = seq_len - fixed
+        if rest < 0 or (rest > 0 and not flexible) or len(flexible) > 1:
+            return None
+        spans, start = [], 0
+        for span in self.spans:
+            length = rest if span.length is None else span.length
+            if length:
+                spans.append(replace(span, length=length, start=start))
+            start += length
+        return Tokens(tuple(spans), seq_len)
