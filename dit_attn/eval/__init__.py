@@ -1,0 +1,1 @@
+"""Evaluation: the verifiable world, metrics, reports and the benchmark harness."""

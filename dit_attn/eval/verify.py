@@ -1,0 +1,213 @@
+"""Verifiers: read a picture or clip of the shapes world back into words and compare them with the prompt.
+
+A picture is segmented against its background (the median of its border), split into connected components, and each
+component gets its colour (nearest palette entry of its core), its shape (best overlap with a drawn template over small
+shifts and sizes), its extent and its centre. A clip gets the same per frame, plus the path of its centre.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.eval.world import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    Clip,
+    Scene,
+    centres,
+    coverage,
+)
+
+MIN_AREA = 0.008  # of the canvas; smaller specks are noise
+MIN_OVERLAP = 0.6
+PLACE_RADIUS = 0.12
+STILL_RADIUS = 0.06
+CONTRAST = 0.22  # distance from the background, in RGB units, that counts as an object
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object found in a picture; lengths are fractions of the canvas."""
+
+    shape: str
+    overlap: float
+    colour: str
+    size: str
+    x: float
+    y: float
+    extent: float
+
+
+def _nearest(colour: np.ndarray, table: dict[str, tuple[float, float, float]]) -> str:
+    return min(table, key=lambda name: float(np.square(colour - np.array(table[name])).sum()))
+
+
+def as_array(image: Any) -> np.ndarray:
+    """(H, W, 3) float in [0, 1] from a PIL image, an (H, W, 3) array (uint8 or float) or a (3, H, W) tensor.
+
+    Raises:
+        DitAttnError: none of these.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().float().cpu().numpy()
+        if image.ndim == 3 and image.shape[0] == 3:
+            image = image.transpose(1, 2, 0)
+    array = np.asarray(image)
+    if array.dtype == np.uint8:
+        array = array.astype(np.float32) / 255
+    if array.ndim != 3 or array.shape[2] < 3:
+        raise DitAttnError(f"an image to verify must be (H, W, 3) or (3, H, W), got shape {tuple(array.shape)}")
+    return np.clip(array[..., :3].astype(np.float32), 0, 1)
+
+
+def background_of(pixels: np.ndarray) -> str:
+    """Name of the background: nearest palette entry of the border's median."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return _nearest(np.median(border, axis=0), BACKGROUNDS)
+
+
+def things(image: Any) -> list[Thing]:
+    """The objects in `image`, largest first."""
+    from scipy import ndimage
+
+    pixels = as_array(image)
+    height, width = pixels.shape[:2]
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    contrast = np.sqrt(np.square(pixels - np.median(border, axis=0)).sum(-1))
+    smooth = ndimage.gaussian_filter(contrast, sigma=max(0.4, height / 160))
+    labels, found = ndimage.label(smooth > CONTRAST)
+    out = []
+    for index in range(1, found + 1):
+        region = labels == index
+        if region.sum() >= MIN_AREA * height * width:
+            out.append((int(region.sum()), _describe(pixels, smooth, region)))
+    return [thing for _, thing in sorted(out, key=lambda pair: -pair[0])]
+
+
+def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thing:
+    """Colour, shape, size and centre of one connected region."""
+    height, width = region.shape
+    peak = np.percentile(smooth[region], 80)
+    core = region & (smooth > 0.8 * peak)
+    colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
+    body = region & (smooth > 0.5 * peak)  # the half-contrast contour is the edge, blurred or not
+    rows, columns = np.nonzero(body)
+    left, right = (columns.min()) / width, (columns.max() + 1) / width
+    top, bottom = (rows.min()) / height, (rows.max() + 1) / height
+    box = ((left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 2)
+    shape, overlap, (x, y, extent) = _match(body, box)
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
+    return Thing(shape, overlap, colour, size, x, y, extent)
+
+
+def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, float, tuple[float, float, float]]:
+    """Best shape, its overlap (intersection over union) and its (x, y, extent), searched around `box`."""
+    x, y, extent = box
+    step = 1 / body.shape[1]
+    offsets = [-1.5 * step, 0.0, 1.5 * step]
+    fits = [(x + i, y + j, extent * k) for i in offsets for j in offsets for k in (0.82, 0.91, 1.0)]
+    shape = torch.arange(len(SHAPES)).repeat_interleave(len(fits))
+    grid = torch.tensor(fits, dtype=torch.float32).repeat(len(SHAPES), 1)
+    masks = coverage(shape, grid[:, :2], grid[:, 2], *body.shape).numpy() > 0.5
+    inter = (masks & body).sum((1, 2))
+    union = (masks | body).sum((1, 2))
+    overlaps = inter / np.maximum(union, 1)
+    best = int(overlaps.argmax())
+    return SHAPES[int(shape[best])], float(overlaps[best]), fits[best % len(fits)]
+
+
+def verify_image(image: Any, scene: Scene) -> dict[str, bool]:
+    """Which attributes of `scene` `image` shows: background, count, colour, shape, size, place.
+
+    Args:
+        image: PIL image, (H, W, 3) array or (3, H, W) tensor in [0, 1].
+        scene: what was asked for.
+    """
+    found = things(image)
+    targets = centres(scene)
+    return {
+        "background": background_of(as_array(image)) == scene.background,
+        "count": len(found) == scene.count,
+        "colour": _all(found, lambda t: t.colour == scene.colour),
+        "shape": _all(found, lambda t: t.shape == scene.shape and t.overlap >= MIN_OVERLAP),
+        "size": _all(found, lambda t: t.size == scene.size),
+        "place": _placed(found, scene, targets),
+    }
+
+
+def _all(found: list[Thing], test: Any) -> bool:
+    return bool(found) and all(test(t) for t in found)
+
+
+def _placed(found: list[Thing], scene: Scene, targets: list[tuple[float, float]]) -> bool:
+    """Every expected centre has an object near it; a lone object must also be nearest to its own place."""
+    if not found:
+        return False
+    near = [min(np.hypot(t.x - x, t.y - y) for t in found) <= PLACE_RADIUS for x, y in targets]
+    if scene.count == 1:
+        thing = found[0]
+        closest = min(PLACES, key=lambda name: np.hypot(thing.x - PLACES[name][0], thing.y - PLACES[name][1]))
+        return all(near) and closest == scene.place
+    return all(near)
+
+
+def verify_clip(frames: Any, clip: Clip) -> dict[str, bool]:
+    """Which attributes of `clip` the frames show: background, count, colour, shape, size, direction, speed.
+
+    Appearance is judged by the majority of frames, motion by the path of the largest object between the first and last
+    quarter of the clip.
+
+    Args:
+        frames: sequence of images, each as for `verify_image`; or a (3, F, H, W) tensor.
+        clip: what was asked for.
+    """
+    if isinstance(frames, torch.Tensor) and frames.ndim == 4 and frames.shape[0] == 3:
+        frames = frames.permute(1, 0, 2, 3)
+    pictures = [as_array(frame) for frame in frames]
+    found = [things(picture) for picture in pictures]
+    direction, speed = _motion(found)
+
+    def most(flags: list[bool]) -> bool:
+        return sum(flags) * 2 > len(flags)
+
+    return {
+        "background": _vote([background_of(p) for p in pictures]) == clip.background,
+        "count": most([len(f) == 1 for f in found]),
+        "colour": most([bool(f) and f[0].colour == clip.colour for f in found]),
+        "shape": most([bool(f) and f[0].shape == clip.shape and f[0].overlap >= MIN_OVERLAP for f in found]),
+        "size": most([bool(f) and f[0].size == clip.size for f in found]),
+        "direction": direction == clip.direction,
+        "speed": speed == clip.speed,
+    }
+
+
+def _vote(names: list[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
+
+
+def _motion(found: list[list[Thing]]) -> tuple[str, str]:
+    """(direction, speed) of the largest object; ("", "") where it is not visible at either end."""
+    count = len(found)
+    points = [(i / max(count - 1, 1), f[0].x, f[0].y) for i, f in enumerate(found) if f]
+    if len(points) < max(2, count // 2):
+        return "", ""
+    t, x, y = (np.array(column) for column in zip(*points))
+    dx, dy = float(np.polyfit(t, x, 1)[0]), float(np.polyfit(t, y, 1)[0])
+    distance = float(np.hypot(dx, dy))
+    if distance < STILL_RADIUS:
+        return "still", "still"
+    moving = [name for name, (u, v) in DIRECTIONS.items() if (u, v) != (0, 0)]
+    direction = max(moving, key=lambda name: dx * DIRECTIONS[name][0] + dy * DIRECTIONS[name][1])
+    speeds = {name: length for name, (_, length) in SPEEDS.items() if name != "still"}
+    return direction, min(speeds, key=lambda name: abs(speeds[name] - distance))

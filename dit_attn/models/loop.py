@@ -1,0 +1,218 @@
+"""The training loop of the embedded models: rectified flow, the network predicts the clean sample.
+
+The input is `x_s = (1 - s) x0 + s eps`; the loss is the squared error of the velocity that the prediction implies,
+`|x0_hat - x0|^2 / max(s, s_min)^2` (Li and He 2025, "Back to basics", table 1: x-prediction with v-loss).
+Hidden matrices are updated by Muon (Jordan 2024), everything else by AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.models import nets
+from dit_attn.models.data import Batch, draw
+from dit_attn.models.recipe import Recipe
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class Trainee(torch.nn.Module):
+    """Transformer and text encoder, trained jointly.
+
+    Args:
+        family: "image" (PixArt, masked text) or "video" (Wan, text zeroed where there is none).
+    """
+
+    def __init__(self, family: str, tokenizer: Any):
+        super().__init__()
+        self.family = family
+        self.transformer = nets.build_image_transformer() if family == "image" else nets.build_video_transformer()
+        self.text_encoder = nets.build_text_encoder(family, len(tokenizer))
+
+    def forward(self, noisy: torch.Tensor, level: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The predicted clean sample, shaped like `noisy`, as the stock pipelines call the stock parts."""
+        text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        extra: dict[str, Any] = {}
+        if self.family == "image":
+            extra = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        else:
+            text = text * mask[..., None]
+        out = self.transformer(
+            noisy, encoder_hidden_states=text, timestep=level * 1000, return_dict=False, **extra
+        )
+        return out[0]
+
+
+def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) -> torch.Tensor:
+    """Mean squared error of the implied velocity."""
+    predicted = model(batch.noisy, batch.level, batch.ids, batch.mask).float()
+    error = (predicted - batch.clean).square().flatten(1).mean(1)
+    return (error / batch.level.clamp(min=min_level).square()).mean()
+
+
+def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer blocks, AdamW for the rest; AdamW for all where torch has no Muon."""
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        inside = "blocks." in name and "transformer." in name and name.endswith(".weight") and parameter.ndim == 2
+        (hidden if inside else rest).append(parameter)
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None or recipe.muon_lr == 0:
+        return [torch.optim.AdamW([*hidden, *rest], lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)]
+    return [
+        muon(hidden, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0),
+    ]
+
+
+@dataclass
+class Run:
+    """A training run in memory: everything that a checkpoint holds."""
+
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    step: int = 0
+    seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.tokenizer = nets.build_tokenizer()
+        self.model = Trainee(self.recipe.family, self.tokenizer).to(self.device)
+        self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.optimizers = build_optimizers(self.model, self.recipe)
+        self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
+
+    def batch(self) -> Batch:
+        """The data of the current step."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        return draw(self.recipe, self.recipe.stage_at(self.step), self.tokenizer, generator, self.device)
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Exponential moving average of the weights, with a warm-up."""
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        live = self.model.state_dict()
+        floats = [k for k, v in live.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [live[k] for k in floats], 1 - decay)
+
+    def averaged(self) -> Trainee:
+        """A copy of the model with the averaged weights, for evaluation and export."""
+        model = Trainee(self.recipe.family, self.tokenizer)
+        model.load_state_dict({k: v.cpu() for k, v in self.average.items()})
+        return model.eval().requires_grad_(False)
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint to a temporary name, then rename it."""
+        state = {
+            "name": self.recipe.name,
+            "seed": self.seed,
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": self.log,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+        temporary = folder / f".{CHECKPOINT}.partial"
+        torch.save(state, temporary)
+        os.replace(temporary, folder / CHECKPOINT)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the checkpoint in `folder`.
+
+        Raises:
+            DitAttnError: no checkpoint, an unreadable one, or one of another model.
+        """
+        path = folder / CHECKPOINT
+        if not path.is_file():
+            raise DitAttnError(f"nothing to resume: {path} does not exist; leave out --resume to start a new run")
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            name = state["name"]
+        except Exception as error:
+            raise DitAttnError(
+                f"{path} is not a readable training checkpoint ({type(error).__name__}); delete it and start again"
+            ) from error
+        if name != self.recipe.name:
+            raise DitAttnError(f"{path} belongs to {name!r}, not {self.recipe.name!r}; choose another --output")
+        self.seed, self.step, self.seconds, self.log = (state[k] for k in ("seed", "step", "seconds", "log"))
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def fit(
+    run: Run,
+    folder: Path,
+    *,
+    minutes: float | None = None,
+    checkpoint_minutes: float = 5.0,
+    evaluate: Callable[[Run], dict[str, float]] | None = None,
+    eval_every: int = 0,
+    quiet: bool = False,
+) -> None:
+    """Train `run` up to its recipe's last step, or for `minutes`; a checkpoint is left on every way out.
+
+    Args:
+        evaluate: called every `eval_every` steps; what it returns goes into the log.
+    """
+    from accelerate import Accelerator
+    from tqdm.auto import tqdm
+
+    accelerator = Accelerator(mixed_precision=run.recipe.precision, cpu=run.device.type == "cpu")
+    model = accelerator.prepare_model(run.model, device_placement=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    started = saved = last = time.monotonic()
+    bar = tqdm(total=run.recipe.steps, initial=run.step, unit="step", disable=None if not quiet else True)
+    recent: list[float] = []
+    try:
+        while run.step < run.recipe.steps and (minutes is None or time.monotonic() - started < minutes * 60):
+            recent.append(_step(run, model, accelerator))
+            now = time.monotonic()
+            run.seconds, last = run.seconds + now - last, now
+            bar.update()
+            if run.step % 50 == 0:
+                run.log.append({"step": run.step, "loss": sum(recent) / len(recent), "seconds": run.seconds})
+                bar.set_postfix(loss=f"{run.log[-1]['loss']:.4f}")
+                if not quiet:
+                    print({k: round(v, 4) for k, v in run.log[-1].items()}, flush=True)
+                recent.clear()
+            if evaluate and eval_every and run.step % eval_every == 0:
+                run.log.append({"step": run.step, **evaluate(run)})
+                last = time.monotonic()
+                print({k: round(v, 3) for k, v in run.log[-1].items()}, flush=True)
+            if now - saved > checkpoint_minutes * 60:
+                run.save(folder)
+                saved = now
+    finally:
+        run.save(folder)
+        bar.close()
+
+
+def _step(run: Run, model: torch.nn.Module, accelerator: Any) -> float:
+    """One update; returns the loss."""
+    run.model.train()
+    scale = run.recipe.lr_scale(run.step)
+    for optimizer, lr in zip(run.optimizers, run.base_lr, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+    loss = loss_of(model, run.batch(), run.recipe.min_level)
+    accelerator.backward(loss)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.update_average()
+    return float(loss.detach())

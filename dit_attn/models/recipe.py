@@ -1,0 +1,106 @@
+"""The recipes: what each embedded model is trained on, in which order, and with which optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dit_attn.errors import unknown
+
+CLIP_FRAMES = 9
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training at one size.
+
+    Args:
+        share: fraction of all steps.
+        size: height and width in pixels.
+        frames: 1 for images; for clips, how many of the `CLIP_FRAMES` frames are shown, from the first one.
+        batch: samples per step.
+        shift: timestep shift of the noise level, larger for larger inputs (Esser et al. 2024, eq. 23).
+        single: one-object scenes only.
+    """
+
+    share: float
+    size: int
+    frames: int
+    batch: int
+    shift: float
+    single: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out of training, beside the seed and the number of steps."""
+
+    name: str
+    family: str  # "image" (PixArt) or "video" (Wan)
+    kind: str  # "scene" or "clip"
+    steps: int
+    stages: tuple[Stage, ...]
+    lr: float = 1e-3
+    muon_lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: int = 50
+    decay_share: float = 0.25
+    ema: float = 0.998
+    caption_drop: float = 0.1
+    min_level: float = 0.05
+    clip: float = 1.0
+    precision: str = "bf16"
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of `step` (0-based) in a run of `steps` steps."""
+        passed = 0.0
+        for stage in self.stages:
+            passed += stage.share
+            if step < round(passed * self.steps):
+                return stage
+        return self.stages[-1]
+
+    def lr_scale(self, step: int) -> float:
+        """Learning-rate factor of `step`: linear warm-up, constant, linear decay to 2 % over the last `decay_share`."""
+        left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+        return min(1.0, (step + 1) / self.warmup, max(0.02, left))
+
+    def with_steps(self, steps: int) -> Recipe:
+        """The same recipe over another number of steps."""
+        return replace(self, steps=steps)
+
+
+RECIPES: dict[str, Recipe] = {
+    "tiny-image": Recipe(
+        name="tiny-image",
+        family="image",
+        kind="scene",
+        steps=7900,
+        stages=(
+            Stage(share=0.64, size=32, frames=1, batch=16, shift=1.0),
+            Stage(share=0.27, size=64, frames=1, batch=16, shift=1.7),
+            Stage(share=0.09, size=128, frames=1, batch=8, shift=3.0),
+        ),
+    ),
+    "tiny-video": Recipe(
+        name="tiny-video",
+        family="video",
+        kind="clip",
+        steps=4000,
+        stages=(
+            Stage(share=0.54, size=48, frames=1, batch=16, shift=1.3),
+            Stage(share=0.23, size=48, frames=4, batch=6, shift=2.0),
+            Stage(share=0.23, size=48, frames=9, batch=4, shift=3.0),
+        ),
+    ),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of the embedded model `name`.
+
+    Raises:
+        DitAttnError: no such model.
+    """
+    if name not in RECIPES:
+        raise unknown("model", name, RECIPES)
+    return RECIPES[name]
