@@ -137,7 +137,7 @@ class _ForwardTap:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.names = tuple(dict.fromkeys((session.family.timestep, *session.family.reads)))
+        self.names = tuple(dict.fromkeys((session.family.timestep, "hidden_states", *session.family.reads)))
         parameters = list(inspect.signature(type(session.model).forward).parameters)[1:]
         self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
 

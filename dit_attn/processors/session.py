@@ -103,6 +103,7 @@ class Session:
         _SESSIONS[self.id] = self
         self.layout_error: str | None = None
         self._seen_run = 0
+        self._stacked = False
         self._tokens: dict[int, Tokens | None] = {}
 
     @property
@@ -146,6 +147,7 @@ class Session:
         )
         if self._seen_run != self.clock.run:
             self._seen_run = self.clock.run
+            self._stacked = _copies(values.get("hidden_states"), len(self.family.guidance.order))
             for site in self.sites:
                 site.stats = SiteStats()
         try:
@@ -174,11 +176,11 @@ class Session:
             site.stats, site.broken, site.checked_run = SiteStats(), None, 0
 
     def _guided(self) -> bool | None:
+        """Whether the run is guided: the pipeline says so, or its batch is made of copies of the same latents."""
         try:
-            guided = self.pipe.do_classifier_free_guidance
+            return bool(self.pipe.do_classifier_free_guidance)
         except AttributeError:
-            return None
-        return bool(guided)
+            return self._stacked if self.family.guidance.style == "batched" else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         if id(self) in memo:
@@ -194,3 +196,11 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.family.name}, {len(self.sites)} layers, methods={list(self.methods)})"
+
+
+def _copies(latents: Any, count: int) -> bool:
+    """Whether a batch is ``count`` equal parts stacked: how pipelines batch the branches of the guidance."""
+    if not isinstance(latents, torch.Tensor) or latents.shape[0] % count or latents.shape[0] < count:
+        return False
+    parts = latents.chunk(count)
+    return all(torch.equal(parts[0], part) for part in parts[1:])

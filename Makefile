@@ -1,0 +1,34 @@
+# make demo   generate an image and a clip with the embedded models, dense and sparse, and show what happened
+# make test   lint, types and tests
+# Each makes its own virtual environment (.venv) when there is none. PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types unit test-matrix families clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/dit-attn demo --output outputs/demo
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check dit_attn tests
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-matrix: $(STAMP)
+	$(BIN)/python -m tests.families.matrix --output benchmarks/matrix.json
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache

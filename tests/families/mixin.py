@@ -1,0 +1,337 @@
+"""The behaviours every family must show, on a tiny random model of its own class.
+
+A family's test class inherits :class:`FamilyMixin` and says how its model and inputs are made; every test here then runs
+for it. Sizes are chosen so that the sequence has at least 256 visual tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn.processors import attach, engage, executor, socket
+from dit_attn.processors.tokens import Tokens
+
+SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
+
+
+@dataclass
+class Seen:
+    """One attention call as the tap saw it; tensors are (B, S, H, D)."""
+
+    site: str
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+    tokens: Tokens | None
+    step: int
+    branches: tuple[str, ...]
+    out: torch.Tensor
+
+
+@contextmanager
+def watching() -> Iterator[list[Seen]]:
+    """Record every call that reaches a tap."""
+    seen: list[Seen] = []
+    stock = socket.answer
+
+    def record(site: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = stock(site, q, k, v, *args, **kwargs)
+        session = site.session
+        tokens = session.tokens(q.shape[1])
+        branches = session.branches(q.shape[0])
+        seen.append(Seen(site.name, q, k, v, args[0], args[1], tokens, session.clock.step, branches, out))
+        return out
+
+    socket.answer = record
+    try:
+        yield seen
+    finally:
+        socket.answer = stock
+
+
+@contextmanager
+def requests() -> Iterator[list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]]]:
+    """Record every engaged call with its request and result."""
+    seen: list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]] = []
+    stock = executor.run
+
+    def record(call: executor.AttentionCall, request: executor.Request, dense: Any) -> torch.Tensor:
+        out = stock(call, request, dense)
+        seen.append((call, request, out))
+        return out
+
+    engage.executor.run = record
+    try:
+        yield seen
+    finally:
+        engage.executor.run = stock
+
+
+def tensors(output: Any) -> list[torch.Tensor]:
+    """Every tensor of a model output, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [tensor for item in output if item is not None for tensor in tensors(item)]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit-equality of two model outputs."""
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def reference(call: executor.AttentionCall, request: executor.Request) -> torch.Tensor:
+    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
+    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    start, stop = call.tokens.visual_range
+    q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
+    logits = q @ k.transpose(-1, -2) * scale
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    allowed[:, :, start:stop] = request.layout.materialize()
+    if call.mask is not None:
+        mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
+        if mask.dtype == torch.bool:
+            allowed = allowed & mask
+        else:
+            logits = logits + mask.double()
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
+
+
+class FamilyMixin:
+    """Inherit, then say how the model and its inputs are made.
+
+    Attributes:
+        kinds: kinds of the spans of the joint sequence, in order.
+        grid: (T, H, W) visual tokens of :meth:`inputs`.
+        text_args: forward arguments that change text tokens and nothing else in the first layer (joint models).
+        sockets: number of layers that must be socketed.
+        untouched: fragments of module paths that must keep their stock processor.
+    """
+
+    kinds: tuple[str, ...]
+    grid: tuple[int, int, int]
+    text_args: tuple[str, ...] = ()
+    sockets: int
+    untouched: tuple[str, ...] = ()
+    probe: tuple[int, int, int] = (0, 3, 5)
+
+    def model(self) -> torch.nn.Module:
+        """A tiny random transformer; the seed is set by the caller."""
+        raise NotImplementedError
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of one forward call, drawn from torch's generator."""
+        raise NotImplementedError
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
+        """A stock pipeline around :meth:`model`, and its call arguments with guidance on; ``None`` where none is made.
+
+        ``num_inference_steps``, ``generator``, ``output_type`` and ``return_dict`` are added by the tests.
+        """
+        return None
+
+    def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
+        """Change the visual token at (t, y, x), in place. Default: 2 x 2 patches of (B, C, [T,] H, W) latents."""
+        t, y, x = at
+        latents = inputs["hidden_states"]
+        height = latents.shape[-2] // self.grid[1]
+        width = latents.shape[-1] // self.grid[2]
+        region = (slice(y * height, (y + 1) * height), slice(x * width, (x + 1) * width))
+        frame = latents[:, :, t] if latents.ndim == 5 else latents
+        frame[(..., *region)] += 1.0
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def net(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = self.model().eval()
+        for parameter in model.parameters():  # zero-initialised gates would hide the attention
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model
+
+    @pytest.fixture
+    def args(self) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+    def call(self, model: torch.nn.Module, args: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return model(**copy.deepcopy(args), return_dict=False)
+
+    # -- behaviours --------------------------------------------------------------------------------------------------
+
+    def test_pass_through_is_bit_equal_and_disable_restores(self, net: Any, args: Any) -> None:
+        stock = {name: m.processor for name, m in net.named_modules() if hasattr(m, "processor")}
+        before = self.call(net, args)
+        dit_attn.enable(net)
+        assert same(before, self.call(net, args))
+        assert dit_attn.summary(net).calls >= self.sockets
+        dit_attn.disable(net)
+        dit_attn.disable(net)
+        assert {name: m.processor for name, m in net.named_modules() if hasattr(m, "processor")} == stock
+        assert same(before, self.call(net, args))
+
+    def test_density_one_is_bit_equal(self, net: Any, args: Any) -> None:
+        before = self.call(net, args)
+        dit_attn.enable(net, dit_attn.BlockSparse(density=1.0, q_block=32, kv_block=32, dense_steps=0))
+        assert same(before, self.call(net, args))
+
+    def test_only_the_declared_layers_are_socketed(self, net: Any) -> None:
+        dit_attn.enable(net)
+        ours = [name for name, m in net.named_modules() if socket.is_socketed(getattr(m, "processor", None))]
+        assert len(ours) == self.sockets
+        assert not [name for name in ours if any(part in name for part in self.untouched)]
+
+    def test_token_layout_names_the_right_tokens(self, net: Any, args: Any) -> None:
+        dit_attn.enable(net)
+        base = self._first_keys(net, args)
+        assert base.tokens is not None
+        assert tuple(span.kind for span in base.tokens.spans) == self.kinds
+        assert base.tokens.grid == self.grid
+        moved = copy.deepcopy(args)
+        self.poke_token(moved, self.probe)
+        t, y, x = self.probe
+        picture = next(span for span in base.tokens.spans if span.kind in ("video", "image"))
+        expected = picture.start + (t * self.grid[1] + y) * self.grid[2] + x
+        assert self._changed(base, self._first_keys(net, moved)) == {expected}
+        for name in self.text_args:
+            moved = copy.deepcopy(args)
+            moved[name] = moved[name] + 1.0
+            text = {i for span in base.tokens.spans if span.kind == "text" for i in range(span.start, span.stop)}
+            changed = self._changed(base, self._first_keys(net, moved))
+            assert changed and changed <= text
+
+    def test_sparse_run_equals_the_reference_on_what_the_tap_saw(self, net: Any, args: Any) -> None:
+        dense = self.call(net, args)
+        dit_attn.enable(net, SPARSE)
+        with requests() as seen:
+            sparse = self.call(net, args)
+        assert len(seen) == self.sockets
+        for call, request, out in seen:
+            assert request.layout is not None and request.layout.density < 0.9
+            rows = self._valid_rows(call)
+            torch.testing.assert_close(out.double()[rows], reference(call, request)[rows], atol=2e-5, rtol=1e-4)
+        assert not same(dense, sparse)
+        summary = dit_attn.summary(net)
+        assert summary.engaged == self.sockets and summary.density is not None and summary.density < 1.0
+
+    def test_state_survives_another_size_and_an_exception(self, net: Any, args: Any) -> None:
+        dit_attn.enable(net, SPARSE)
+        first = self.call(net, args)
+        with pytest.raises((TypeError, RuntimeError, AttributeError, ValueError, IndexError)):
+            net(**{**args, "hidden_states": None})
+        assert same(first, self.call(net, args))
+
+    def test_deepcopy_runs_alone_and_state_dict_is_unchanged(self, net: Any, args: Any) -> None:
+        keys = set(net.state_dict())
+        dit_attn.enable(net, SPARSE)
+        assert set(net.state_dict()) == keys
+        before = self.call(net, args)
+        clone = copy.deepcopy(net)
+        assert same(before, self.call(clone, args))
+        assert attach.session_of(clone) is not attach.session_of(net)
+        calls = dit_attn.summary(net).calls
+        dit_attn.disable(clone)
+        self.call(clone, args)
+        assert dit_attn.summary(net).calls == calls
+
+    def test_clock_and_branches_over_whole_pipeline_runs(self) -> None:
+        torch.manual_seed(0)
+        made = self.pipeline()
+        if made is None:
+            pytest.skip("no stock pipeline is assembled for this family")
+        pipe, kwargs = made
+        pipe.set_progress_bar_config(disable=True)
+        session = dit_attn.enable(pipe, SPARSE)
+        first = self._run(pipe, kwargs, 3)
+        calls = self._first_layer(first.calls)
+        assert [call.step for call in calls] == self._steps(session, 3)
+        expected = self._expected_branches(session, calls)
+        assert [call.branches for call in calls] == expected
+        assert session.clock.total == 3 and session.clock.run == 1
+        again = self._run(pipe, kwargs, 2)
+        assert session.clock.run == 2 and session.clock.total == 2
+        assert [call.step for call in self._first_layer(again.calls)] == self._steps(session, 2)
+        with pytest.raises(InterruptedError):
+            self._run(pipe, kwargs, 3, stop_after=2)
+        third = self._run(pipe, kwargs, 3)
+        assert [call.step for call in self._first_layer(third.calls)] == self._steps(session, 3)
+        assert [call.branches for call in self._first_layer(third.calls)] == expected
+        assert same(first.output, third.output)
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+
+    def _run(self, pipe: Any, kwargs: dict[str, Any], steps: int, stop_after: int | None = None) -> Any:
+        """One pipeline run with recorded calls; ``stop_after`` raises in the middle, after that many transformer calls."""
+        handle, count = None, itertools.count(1)
+        if stop_after is not None:
+
+            def stop(*_: Any) -> None:
+                if next(count) >= stop_after:
+                    raise InterruptedError
+
+            handle = pipe.transformer.register_forward_hook(stop)
+        try:
+            with watching() as seen, torch.no_grad():
+                output = pipe(
+                    **copy.deepcopy(kwargs),
+                    num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(0),
+                    output_type="latent",
+                    return_dict=False,
+                )
+        finally:
+            if handle is not None:
+                handle.remove()
+        return SimpleNamespace(output=output[0], calls=seen)
+
+    def _first_layer(self, calls: list[Seen]) -> list[Seen]:
+        return [call for call in calls if call.site == calls[0].site]
+
+    def _steps(self, session: Any, steps: int) -> list[int]:
+        guidance = session.family.guidance
+        calls = len(guidance.order) if guidance.style == "separate" else 1
+        return [step for step in range(steps) for _ in range(calls)]
+
+    def _expected_branches(self, session: Any, calls: list[Seen]) -> list[tuple[str, ...]]:
+        order, batch = session.family.guidance.order, calls[0].q.shape[0]
+        if session.family.guidance.style == "batched":
+            return [tuple(name for name in order for _ in range(batch // len(order)))] * len(calls)
+        return [(order[i % len(order)],) * batch for i in range(len(calls))]
+
+    def _first_keys(self, model: torch.nn.Module, args: dict[str, Any]) -> Seen:
+        with watching() as seen:
+            self.call(model, args)
+        return next(item for item in seen if item.tokens is not None)
+
+    @staticmethod
+    def _changed(a: Seen, b: Seen) -> set[int]:
+        difference = (a.k - b.k).abs().amax(dim=(0, 2, 3))
+        return set(torch.nonzero(difference > 1e-6).flatten().tolist())
+
+    @staticmethod
+    def _valid_rows(call: executor.AttentionCall) -> tuple[Any, ...]:
+        """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
+        mask = call.mask
+        if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
+            return (slice(None),)
+        return torch.nonzero(mask.any(-1)[:, 0], as_tuple=True)
