@@ -46,7 +46,8 @@ def enable(target: Any, *wanted: str | Method) -> Session:
     pipe = None if isinstance(target, torch.nn.Module) else target
     for model in models:
         attach.prepare(model, chosen, clock, pipe)  # every check, before anything is changed
-    return [attach.attach(model, chosen, clock, pipe) for model in models][0]
+    sessions = [attach.attach(model, chosen, clock, pipe) for model in models]
+    return sessions[0]
 
 
 def disable(target: Any) -> None:
@@ -171,7 +172,8 @@ def _resolve(model: torch.nn.Module, wanted: tuple[str | Method, ...]) -> tuple[
     for method in chosen:
         if method.role and method.role in taken:
             raise DitAttnError(
-                f"{method.slug} and {taken[method.role]} cannot run together: both decide which keys are read; enable one"
+                f"{method.slug} and {taken[method.role]} cannot run together: both decide which keys are read; "
+                "enable one of them"
             )
         taken[method.role] = method.slug
     return tuple(chosen)

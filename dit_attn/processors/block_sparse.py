@@ -22,8 +22,8 @@ from dit_attn.processors.tokens import Tokens
 class BlockSparse(Method):
     """Keep the best key blocks of every query block.
 
-    Give ``density`` or ``top_p``. Dense exceptions: ``dense_steps`` at the start of the run, ``dense_last_steps`` at its
-    end, ``dense_layers`` by index (negative counts from the end); a float is a fraction, an int a count.
+    Give ``density`` or ``top_p``. Dense exceptions: ``dense_steps`` at the start of the run, ``dense_last_steps`` at
+    its end, ``dense_layers`` by index (negative counts from the end); a float is a fraction, an int a count.
 
     Attributes:
         density: fraction of key blocks each query block reads, in (0, 1]. 1 is bit-equal to the stock attention.

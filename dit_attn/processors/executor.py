@@ -31,7 +31,8 @@ class AttentionCall:
         q: (B, S, H, D).
         k: (B, S, Hk, D); ``H % Hk == 0``.
         v: (B, S, Hk, Dv).
-        mask: what the model passed: ``None``, (B, S) or broadcastable to (B, H, S, S); boolean (True = attend) or additive.
+        mask: what the model passed: ``None``, (B, S) or broadcastable to (B, H, S, S); boolean (True = attend) or
+            additive.
         scale: softmax scale, ``None`` for ``D ** -0.5``.
         causal: whether the model asked for a causal map.
         site: the layer.

@@ -34,7 +34,7 @@ def setting(default: Any, help: str, *, low: float | None = None, high: float | 
 
 
 def share(amount: float | int, total: int) -> int:
-    """``amount`` of ``total`` as a count: a float is a fraction (rounded), an int is absolute; clamped to [0, total]."""
+    """``amount`` of ``total`` as a count in [0, total]: a float is a fraction (rounded), an int is absolute."""
     count = round(amount * total) if isinstance(amount, float) else amount
     return max(0, min(int(count), total))
 

@@ -7,6 +7,7 @@ is data, a tuple of spans, and never an ``if``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 VISUAL = ("video", "image", "reference")
 
@@ -60,7 +61,7 @@ class Tokens:
     def visual_range(self) -> tuple[int, int] | None:
         """``(start, stop)`` of the visual tokens when they are consecutive, else ``None``."""
         spans = self.visual
-        if not spans or any(a.stop != b.start for a, b in zip(spans, spans[1:])):
+        if not spans or any(a.stop != b.start for a, b in pairwise(spans)):
             return None
         return spans[0].start, spans[-1].stop
 

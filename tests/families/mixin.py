@@ -1,7 +1,7 @@
 """The behaviours every family must show, on a tiny random model of its own class.
 
-A family's test class inherits :class:`FamilyMixin` and says how its model and inputs are made; every test here then runs
-for it. Sizes are chosen so that the sequence has at least 256 visual tokens.
+A family's test class inherits :class:`FamilyMixin` and says how its model and inputs are made; every test here then
+runs for it. Sizes are chosen so that the sequence has at least 256 visual tokens.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class FamilyMixin:
     # -- internals ---------------------------------------------------------------------------------------------------
 
     def _run(self, pipe: Any, kwargs: dict[str, Any], steps: int, stop_after: int | None = None) -> Any:
-        """One pipeline run with recorded calls; ``stop_after`` raises in the middle, after that many transformer calls."""
+        """One pipeline run with recorded calls; ``stop_after`` raises after that many transformer calls."""
         handle, count = None, itertools.count(1)
         if stop_after is not None:
 
