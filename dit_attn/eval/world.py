@@ -244,7 +244,7 @@ def render_scenes(
     """(B, 3, height, width) in [0, 1]: `scenes` drawn with anti-aliased edges.
 
     Args:
-        generator: CPU generator of the position jitter (one shift per scene); None draws every scene at its exact place.
+        generator: CPU generator of the position jitter (one shift per scene); None draws the exact places.
     """
     width, device = width or height, torch.device(device)
     canvas = _rgb([s.background for s in scenes], BACKGROUNDS, device)[:, :, None, None].expand(-1, -1, height, width)

@@ -1,4 +1,4 @@
-"""Training batches: drawn on the fly, and a function of (recipe, seed, step) only, so that a resumed run sees the same data."""
+"""Training batches, drawn on the fly from a seeded generator."""
 
 from __future__ import annotations
 

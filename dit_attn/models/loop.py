@@ -22,6 +22,7 @@ from dit_attn.models.data import Batch, draw
 from dit_attn.models.recipe import Recipe
 
 CHECKPOINT = "checkpoint.pt"
+LOG_EVERY = 50
 
 
 class Trainee(torch.nn.Module):
@@ -45,9 +46,7 @@ class Trainee(torch.nn.Module):
             extra = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
         else:
             text = text * mask[..., None]
-        out = self.transformer(
-            noisy, encoder_hidden_states=text, timestep=level * 1000, return_dict=False, **extra
-        )
+        out = self.transformer(noisy, encoder_hidden_states=text, timestep=level * 1000, return_dict=False, **extra)
         return out[0]
 
 
@@ -60,7 +59,8 @@ def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the transformer blocks, AdamW for the rest; AdamW for all where torch has no Muon."""
-    hidden, rest = [], []
+    hidden: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "blocks." in name and "transformer." in name and name.endswith(".weight") and parameter.ndim == 2
         (hidden if inside else rest).append(parameter)
@@ -112,7 +112,11 @@ class Run:
         return model.eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint to a temporary name, then rename it."""
+        """Write the checkpoint to a temporary name, then rename it.
+
+        Raises:
+            DitAttnError: the disk is full or the folder cannot be written; the previous checkpoint stays.
+        """
         state = {
             "name": self.recipe.name,
             "seed": self.seed,
@@ -124,8 +128,15 @@ class Run:
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
         temporary = folder / f".{CHECKPOINT}.partial"
-        torch.save(state, temporary)
-        os.replace(temporary, folder / CHECKPOINT)
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, folder / CHECKPOINT)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise DitAttnError(
+                f"cannot write the checkpoint to {folder} ({str(error).splitlines()[0]}); free some space there, "
+                "the last whole checkpoint is kept"
+            ) from error
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`.
@@ -174,7 +185,7 @@ def fit(
     model = accelerator.prepare_model(run.model, device_placement=False)
     folder.mkdir(parents=True, exist_ok=True)
     started = saved = last = time.monotonic()
-    bar = tqdm(total=run.recipe.steps, initial=run.step, unit="step", disable=None if not quiet else True)
+    bar = tqdm(total=run.recipe.steps, initial=run.step, unit="step", disable=True if quiet else None)
     recent: list[float] = []
     try:
         while run.step < run.recipe.steps and (minutes is None or time.monotonic() - started < minutes * 60):
@@ -182,22 +193,27 @@ def fit(
             now = time.monotonic()
             run.seconds, last = run.seconds + now - last, now
             bar.update()
-            if run.step % 50 == 0:
-                run.log.append({"step": run.step, "loss": sum(recent) / len(recent), "seconds": run.seconds})
-                bar.set_postfix(loss=f"{run.log[-1]['loss']:.4f}")
-                if not quiet:
-                    print({k: round(v, 4) for k, v in run.log[-1].items()}, flush=True)
+            if run.step % LOG_EVERY == 0:
+                _report(run, {"loss": sum(recent) / len(recent), "seconds": run.seconds}, bar, quiet)
                 recent.clear()
             if evaluate and eval_every and run.step % eval_every == 0:
-                run.log.append({"step": run.step, **evaluate(run)})
+                _report(run, evaluate(run), bar, quiet)
                 last = time.monotonic()
-                print({k: round(v, 3) for k, v in run.log[-1].items()}, flush=True)
             if now - saved > checkpoint_minutes * 60:
                 run.save(folder)
                 saved = now
     finally:
         run.save(folder)
         bar.close()
+
+
+def _report(run: Run, values: dict[str, float], bar: Any, quiet: bool) -> None:
+    """Put `values` into the log, on the progress bar, and on a line of its own where there is no bar."""
+    entry = {"step": run.step, **{name: round(value, 4) for name, value in values.items()}}
+    run.log.append(entry)
+    bar.set_postfix(values, refresh=False)
+    if bar.disable and not quiet:
+        print(" ".join(f"{name}={value}" for name, value in entry.items()), flush=True)
 
 
 def _step(run: Run, model: torch.nn.Module, accelerator: Any) -> float:

@@ -26,7 +26,8 @@ def build_tokenizer() -> Any:
 
     words = ["<pad>", "</s>", "<unk>", *world.vocabulary()]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")])
+    punctuation = [normalizers.Replace(mark, " ") for mark in ",.;"]
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *punctuation])
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
@@ -43,7 +44,11 @@ def build_text_encoder(family: str, vocab_size: int) -> Any:
     """A two-layer T5 (family "image") or UMT5 (family "video") encoder of width `TEXT_WIDTH`, randomly initialised."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    config_class, model_class = (T5Config, T5EncoderModel) if family == "image" else (UMT5Config, UMT5EncoderModel)
+    classes: dict[str, tuple[Any, Any]] = {
+        "image": (T5Config, T5EncoderModel),
+        "video": (UMT5Config, UMT5EncoderModel),
+    }
+    config_class, model_class = classes[family]
     config = config_class(
         vocab_size=vocab_size,
         d_model=TEXT_WIDTH,
@@ -64,7 +69,7 @@ def build_image_transformer() -> Any:
     """The PixArt transformer of `tiny-image`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens."""
     from diffusers import PixArtTransformer2DModel
 
-    net = PixArtTransformer2DModel(
+    net: Any = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HIDDEN // HEADS,
         in_channels=3,
@@ -86,7 +91,7 @@ def build_video_transformer() -> Any:
     """The Wan transformer of `tiny-video`: 9 frames of 48 x 48 pixels = 1,296 tokens."""
     from diffusers import WanTransformer3DModel
 
-    net = WanTransformer3DModel(
+    net: Any = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=HEADS,
         attention_head_dim=HIDDEN // HEADS,
@@ -118,10 +123,13 @@ def build_pipeline(family: str, transformer: Any, text_encoder: Any, tokenizer: 
 
 
 def save_folder(pipeline: Any, folder: Path) -> None:
-    """Write `pipeline` as a diffusers folder with fp16 weights, readable by everyone, loadable by older transformers."""
+    """Write `pipeline` as a diffusers folder with fp16 weights (autoencoder fp32), mode 644."""
     import copy
 
-    copy.deepcopy(pipeline).to(dtype=torch.float16).save_pretrained(folder)
+    small = copy.deepcopy(pipeline)
+    small.transformer.to(dtype=torch.float16)
+    small.text_encoder.to(dtype=torch.float16)
+    small.save_pretrained(folder)
     for path in folder.rglob("tokenizer_config.json"):
         config = json.loads(path.read_text())
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

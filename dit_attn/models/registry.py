@@ -140,5 +140,7 @@ def load(name: str, dtype: Any = None) -> Any:
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DitAttnError(f"the weights of {name!r} in {entry.folder} cannot be read ({reason}); reinstall dit-attn") from error
+            raise DitAttnError(
+                f"the weights of {name!r} in {entry.folder} cannot be read ({reason}); reinstall dit-attn"
+            ) from error
     return pipeline

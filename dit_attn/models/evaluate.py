@@ -1,0 +1,130 @@
+"""Does an embedded model do what the caption says? Held-out captions, the stock pipeline, the world's verifiers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_attn.eval import world
+from dit_attn.eval.verify import verify_clip, verify_image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated item with its verdict.
+
+    Args:
+        item: what was asked for.
+        output: (H, W, 3) image or (F, H, W, 3) clip in [0, 1].
+        verdict: attribute -> right or wrong.
+    """
+
+    item: world.Item
+    output: np.ndarray
+    verdict: dict[str, bool]
+
+    @property
+    def right(self) -> bool:
+        """Whether every attribute is right."""
+        return all(self.verdict.values())
+
+
+def generate(
+    pipeline: Any, items: Sequence[world.Item], call: dict[str, Any], seed: int, batch: int = 8
+) -> list[Sample]:
+    """One sample per item through the stock `pipeline`; item i always gets the noise of `seed + i`.
+
+    Args:
+        call: keyword arguments of the call (see `dit_attn.models.call_defaults`).
+    """
+    out: list[Sample] = []
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        result = pipeline([world.caption(i) for i in part], generator=generators, output_type="np", **call)
+        outputs = result.frames if hasattr(result, "frames") else result.images
+        out += [Sample(item, array, _verify(array, item)) for item, array in zip(part, outputs, strict=True)]
+    return out
+
+
+def _verify(output: np.ndarray, item: world.Item) -> dict[str, bool]:
+    return verify_clip(output, item) if isinstance(item, world.Clip) else verify_image(output, item)
+
+
+def interval(right: int, total: int) -> list[float]:
+    """95 % Wilson score interval of a proportion (Wilson 1927)."""
+    if total == 0:
+        return [0.0, 1.0]
+    z, p = 1.959964, right / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return [round(centre - half, 4), round(centre + half, 4)]
+
+
+def _rate(flags: Iterable[bool]) -> dict[str, Any]:
+    values = list(flags)
+    share = sum(values) / len(values) if values else 0.0
+    return {
+        "accuracy": round(share, 4),
+        "right": sum(values),
+        "of": len(values),
+        "ci95": interval(sum(values), len(values)),
+    }
+
+
+def table(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Accuracy per attribute, over all attributes, per whole caption, and by seen / never-seen (colour, shape) pair."""
+    attributes = list(samples[0].verdict) if samples else []
+    groups = {
+        "seen_pairs": [s for s in samples if not world.never_seen(s.item)],
+        "never_seen_pairs": [s for s in samples if world.never_seen(s.item)],
+    }
+    return {
+        "attributes": {name: _rate(s.verdict[name] for s in samples) for name in attributes},
+        "all_attributes": _rate(right for s in samples for right in s.verdict.values()),
+        "whole_caption": _rate(s.right for s in samples),
+        **{name: _rate(s.right for s in part) for name, part in groups.items()},
+    }
+
+
+def evaluate(
+    pipeline: Any, kind: str, call: dict[str, Any], count: int = 200, seed: int = 0, batch: int = 8
+) -> tuple[dict[str, Any], list[Sample]]:
+    """`table` over `count` held-out captions of `kind` ("scene" or "clip"), with timing, and the samples themselves."""
+    items = world.held_out_sample(kind, count, seed)
+    pipeline.set_progress_bar_config(disable=True)
+    started = time.perf_counter()
+    samples = generate(pipeline, items, call, seed, batch)
+    seconds = time.perf_counter() - started
+    result = {"captions": len(samples), "seed": seed, "batch": batch, "call": call}
+    return {**result, "seconds_per_sample": round(seconds / max(1, len(samples)), 3), **table(samples)}, samples
+
+
+def contact_sheet(samples: Sequence[Sample], columns: int = 8, tile: int = 128) -> Any:
+    """PIL image of the samples in a grid, a red frame around the wrong ones; a clip is shown as a row of frames."""
+    from PIL import Image
+
+    rows = []
+    for sample in samples:
+        frames = sample.output[None] if sample.output.ndim == 3 else sample.output[:: max(1, len(sample.output) // 4)]
+        cells = [
+            Image.fromarray((f * 255).round().astype(np.uint8)).resize((tile, tile), Image.Resampling.NEAREST)
+            for f in frames
+        ]
+        rows.append((cells, sample.right))
+    per_line = max(1, columns // max(1, len(rows[0][0])))
+    width = per_line * len(rows[0][0])
+    sheet = Image.new("RGB", (width * (tile + 4), math.ceil(len(rows) / per_line) * (tile + 4)), (90, 90, 90))
+    for index, (cells, right) in enumerate(rows):
+        for offset, cell in enumerate(cells):
+            x = ((index % per_line) * len(cells) + offset) * (tile + 4)
+            y = (index // per_line) * (tile + 4)
+            sheet.paste((60, 160, 60) if right else (200, 30, 30), (x, y, x + tile + 4, y + tile + 4))
+            sheet.paste(cell, (x + 2, y + 2))
+    return sheet

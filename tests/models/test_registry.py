@@ -1,0 +1,121 @@
+"""The embedded models load as plain stock pipelines and run with their call defaults."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dit_attn import models
+from dit_attn.errors import DitAttnError
+from dit_attn.eval import world
+from dit_attn.models import registry
+
+NAMES = ["tiny-image", "tiny-video"]
+
+
+def _run(name, pipeline, **changes):
+    call = {**models.call_defaults(name), "num_inference_steps": 2, **changes}
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    output = pipeline(models.info(name).example, generator=generator, output_type="np", **call)
+    return output.images[0] if name == "tiny-image" else output.frames[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_load_gives_the_stock_class_itself(name):
+    import diffusers
+
+    pipeline = models.load(name)
+    assert type(pipeline) is getattr(diffusers, models.info(name).pipeline)
+    assert next(pipeline.transformer.parameters()).dtype == torch.float32
+
+
+def test_dtype_is_taken():
+    assert next(models.load("tiny-image", dtype=torch.bfloat16).transformer.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "shape"), [("tiny-image", (128, 128, 3)), ("tiny-video", (9, 48, 48, 3))])
+def test_call_defaults_run_and_give_the_stated_size(name, shape):
+    output = _run(name, models.load(name))
+    assert output.shape == shape
+    assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_what_the_entry_says(name):
+    pipeline = models.load(name)
+    seen = []
+    block = (pipeline.transformer.transformer_blocks if name == "tiny-image" else pipeline.transformer.blocks)[0]
+    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    _run(name, pipeline, num_inference_steps=1)
+    assert set(seen) == {models.info(name).tokens}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_caption_changes_the_output(name):
+    pipeline = models.load(name)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {**models.call_defaults(name), "num_inference_steps": 2, "output_type": "np"}
+    first, second = (
+        pipeline(text, generator=torch.Generator().manual_seed(0), **call)[0]
+        for text in (models.info(name).example, models.info(name).example.replace("white", "black"))
+    )
+    assert np.abs(np.asarray(first) - np.asarray(second)).mean() > 0.3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folder_is_small_and_readable_by_everyone(name):
+    files = [p for p in models.info(name).folder.rglob("*") if p.is_file()]
+    assert 0 < models.info(name).size_bytes < 20_000_000
+    assert all(p.stat().st_mode & stat.S_IROTH for p in files)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_word_of_the_world_is_a_token(name):
+    tokenizer = models.load(name).tokenizer
+    unknown = [w for w in world.vocabulary() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
+    assert not unknown
+
+
+def test_changing_the_returned_defaults_does_not_change_the_registry():
+    models.call_defaults("tiny-image")["height"] = 1
+    assert models.call_defaults("tiny-image")["height"] == 128
+
+
+def test_unknown_name_is_refused_with_the_list():
+    with pytest.raises(DitAttnError, match=r"tiny-image.*tiny-video") as error:
+        models.load("tiny-imge")
+    assert "Did you mean 'tiny-image'" in str(error.value)
+
+
+def test_missing_weights_are_refused_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    with pytest.raises(DitAttnError, match="dit-attn train tiny-image"):
+        models.load("tiny-image")
+
+
+def test_damaged_weights_are_refused_in_one_line(monkeypatch, tmp_path):
+    shutil.copytree(models.info("tiny-image").folder, tmp_path / "tiny-image")
+    (tmp_path / "tiny-image/transformer/diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    with pytest.raises(DitAttnError, match="cannot be read") as error:
+        models.load("tiny-image")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_record_names_recipe_seed_and_versions(name):
+    record = models.info(name).training
+    assert record["name"] == name
+    assert {"seed", "steps_done", "recipe", "environment", "figures"} <= set(record)
+
+
+def test_entries_are_immutable():
+    with pytest.raises(AttributeError):
+        models.available()["tiny-image"].name = "other"  # type: ignore[misc]
+    assert replace(models.info("tiny-image"), name="x").name == "x"
