@@ -1,0 +1,80 @@
+"""The clock finds step, run and branch from whatever the pipeline tells, and resets itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dit_attn.processors.clock import BATCHED, SEPARATE, Clock
+
+
+def scheduler(timesteps: list[float], **extra: Any) -> SimpleNamespace:
+    return SimpleNamespace(timesteps=timesteps, **extra)
+
+
+def test_timestep_alone_gives_steps_and_branches() -> None:
+    clock, seen = Clock(), []
+    for timestep in (900.0, 900.0, 500.0, 500.0):
+        clock.tick(timestep, SEPARATE)
+        seen.append((clock.step, clock.branches(1, SEPARATE)[0]))
+    assert seen == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")]
+    assert clock.total is None and clock.progress == pytest.approx(0.5)
+
+
+def test_timestep_that_goes_back_up_begins_a_new_run() -> None:
+    clock = Clock()
+    for timestep in (900.0, 500.0, 900.0):
+        clock.tick(timestep, BATCHED)
+    assert (clock.run, clock.step) == (2, 0)
+
+
+def test_growing_timesteps_are_not_a_new_run() -> None:
+    clock = Clock()
+    for timestep in (0.0, 0.3, 0.6):
+        clock.tick(timestep, BATCHED, grows=True)
+    assert (clock.run, clock.step) == (1, 2)
+
+
+def test_new_schedule_begins_a_new_run_after_a_run_that_died_early() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE, scheduler=scheduler([900.0, 500.0]))
+    clock.tick(900.0, SEPARATE, scheduler=scheduler([900.0, 500.0]))
+    assert (clock.run, clock.step, clock.branches(1, SEPARATE)) == (2, 0, ("cond",))
+
+
+def test_scheduler_step_index_wins_over_counting() -> None:
+    plan, clock = [900.0, 500.0, 500.0, 100.0], Clock()
+    for index, timestep in ((None, 900.0), (1, 500.0), (2, 500.0), (3, 100.0)):
+        source = SimpleNamespace(timesteps=plan, step_index=index)
+        clock.tick(timestep, BATCHED, scheduler=source)
+    assert (clock.step, clock.total) == (3, 4)
+
+
+def test_context_name_wins_over_call_order() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE, context=SimpleNamespace(name="uncond", step_index=2, num_inference_steps=7))
+    assert clock.branches(2, SEPARATE) == ("uncond", "uncond")
+    assert (clock.step, clock.total) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "batch, guided, expected",
+    [
+        (4, True, ("uncond", "uncond", "cond", "cond")),
+        (4, False, ("cond",) * 4),
+        (3, True, ("cond",) * 3),
+    ],
+)
+def test_batched_branches_fill_the_batch_in_order(batch: int, guided: bool, expected: tuple[str, ...]) -> None:
+    clock = Clock()
+    clock.tick(900.0, BATCHED)
+    assert clock.branches(batch, BATCHED, guided) == expected
+
+
+def test_unguided_separate_calls_are_conditional() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE)
+    clock.tick(500.0, SEPARATE)
+    assert clock.branches(1, SEPARATE, guided=False) == ("cond",)
