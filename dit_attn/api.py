@@ -92,9 +92,8 @@ def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
     session = attach.prepare(model, _resolve(model, wanted), Clock(), pipe)
     ours = attach.session_processors(session)
     attach.install_taps(session)
-    return {
-        name: ours.get(name.removesuffix(".processor"), stock) for name, stock in dict(model.attn_processors).items()
-    }
+    stock: Any = model.attn_processors
+    return {name: ours.get(name.removesuffix(".processor"), processor) for name, processor in stock.items()}
 
 
 def summary(target: Any) -> Summary:

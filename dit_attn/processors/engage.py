@@ -52,13 +52,14 @@ def answer(
     if mesh is not None:
         q, k, v, mask = ulysses.scatter_heads(q, k, v, mask, mesh)
     call = _call(site, q, k, v, mask, scale, causal)
-    request = Request()
+    request, started = Request(), time.perf_counter()
     reason = _ask(call, request)
     if reason is not None:
         return _decline(site, reason, stock)
-    out = _run(call, request)
-    if out is None:
-        return _decline(site, site.broken or "failed", stock)
+    out = _run(call, request, mesh)
+    if site.broken is not None:
+        return _decline(site, site.broken, stock)
+    site.stats.seconds += time.perf_counter() - started
     return out if mesh is None else ulysses.gather_heads(out, mesh)
 
 
@@ -118,29 +119,36 @@ def _ask(call: AttentionCall, request: Request) -> str | None:
     return None
 
 
-def _run(call: AttentionCall, request: Request) -> torch.Tensor | None:
-    """Carry the request out; ``None`` after a failure, which leaves the layer dense for the rest of the session."""
+def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
+    """Carry the request out. A failure marks the layer broken: it stays dense for the rest of the session."""
     site, stats = call.site, call.site.stats
-    started = time.perf_counter()
     try:
         out = executor.run(call, request, executor.dense_rows(call))
     except (RuntimeError, NotImplementedError) as error:
-        return _break(site, f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        if mesh is not None:  # the other ranks wait in an exchange: going dense alone would hang them
+            raise
+        _break(site, f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return call.q
     if site.checked_run != call.clock.run:
         site.checked_run = call.clock.run
-        if not bool(torch.isfinite(out[:, :: max(1, out.shape[1] // 64)]).all()):
-            return _break(site, "kernel gave NaN or infinity")
-    stats.seconds += time.perf_counter() - started
+        finite = bool(torch.isfinite(out[:, :: max(1, out.shape[1] // 64)]).all())
+        if not (finite if mesh is None else ulysses.all_agree(finite, mesh)):
+            _break(site, "kernel gave NaN or infinity")
+            return out
     stats.engaged += 1
     stats.kept += _executed_share(call, request)
     return out
 
 
-def _executed_share(call: AttentionCall, request: Request) -> float:
-    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+def _executed_share(call: AttentionCall, request: Request) -> float | torch.Tensor:
+    """Share of the map that is computed, rows outside the picture counted whole; no read-back from an accelerator."""
+    layout = request.layout
+    assert layout is not None and call.tokens is not None and call.tokens.visual_range is not None
     start, stop = call.tokens.visual_range
     visual = (stop - start) / call.tokens.seq_len
-    return visual * request.layout.density + (1.0 - visual)
+    on_host = layout.kv_cnt.device.type == "cpu"
+    density = layout.density if on_host else layout.kv_cnt.float().mean() / layout.nk
+    return visual * density + (1.0 - visual)
 
 
 def _break(site: Site, reason: str) -> None:

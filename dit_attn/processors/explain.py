@@ -6,6 +6,7 @@ them the ceiling of the speed-up (Amdahl) if skipped work cost nothing and every
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,11 +132,11 @@ def visual_grid(
     if type(model).__name__.startswith(("Flux", "Chroma")):
         patch = (1, 2, 2)  # these pipelines pack 2 x 2 latents before the transformer
     sample = config.get("sample_size") or config.get("sample_height") or 64
-    sample = sample if isinstance(sample, int) else max(sample)
-    height, width = height or width or sample * space, width or height or sample * space
-    frames = _first(config, ("sample_frames",), 81) if num_frames is None else num_frames
-    video = _is_video(model)
-    latent_frames = (frames - 1) // frames_per_latent + 1 if video else 1
+    side = (sample if isinstance(sample, int) else max(sample)) * space
+    height = height or _call_default(pipe, "height") or width or side
+    width = width or _call_default(pipe, "width") or height
+    frames = num_frames or _call_default(pipe, "num_frames") or 81
+    latent_frames = frames // frames_per_latent + 1 if _is_video(model) else 1
     grid = (max(latent_frames // patch[0], 1), height // (space * patch[1]), width // (space * patch[2]))
     if min(grid) < 1:
         raise DitAttnError(
@@ -159,10 +160,16 @@ def _patch_size(config: Any) -> tuple[int, int, int]:
 
 def _first(source: Any, names: tuple[str, ...], default: int) -> int:
     for name in names:
-        value = source.get(name) if hasattr(source, "get") else getattr(source, name, None)
+        value = getattr(source, name, None)
         if isinstance(value, int):
             return value
     return default
+
+
+def _call_default(pipe: Any, name: str) -> int | None:
+    """The default of an argument of the pipeline's call, e.g. 480 for Wan's height."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name) if pipe is not None else None
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
 
 
 def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens: int) -> tuple[float, float]:

@@ -36,7 +36,7 @@ class SiteStats:
     calls: int = 0
     engaged: int = 0
     declined: Counter[str] = field(default_factory=Counter)
-    kept: float = 0.0
+    kept: float | torch.Tensor = 0.0
     seconds: float = 0.0
 
 

@@ -43,6 +43,15 @@ def gather_heads(out: torch.Tensor, mesh: Any) -> torch.Tensor:
     return parts.flatten(0, 1).permute(1, 2, 0, 3).contiguous()
 
 
+def all_agree(here: bool, mesh: Any) -> bool:
+    """Whether ``here`` holds on every rank."""
+    votes = torch.tensor(int(here))
+    if torch.distributed.get_backend(mesh.get_group()) == "nccl":
+        votes = votes.cuda()
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=mesh.get_group())
+    return bool(votes)
+
+
 def _to_heads(x: torch.Tensor, mesh: Any) -> torch.Tensor:
     world = mesh.size()
     batch, local, heads, dim = x.shape
