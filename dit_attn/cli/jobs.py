@@ -1,0 +1,235 @@
+"""One job is one output file: a prompt, a seed and the arguments of one pipeline call."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_attn.cli.args import MAX_SEED, PROMPT, SAMPLING, SIZE, Flag, convert, reason
+from dit_attn.errors import DitAttnError, unknown
+
+# What a line of a prompt file may set, besides the prompt: the flags of these names.
+LINE_FLAGS = {
+    flag.dest: flag for flag in (*PROMPT, *SIZE, *SAMPLING) if flag.dest not in ("prompts", "num_images_per_prompt")
+}
+_CALL_NAMES = {"steps": "num_inference_steps"}
+_IMAGE_KEYS = ("image", "last_image", "mask_image", "control_image", "ip_adapter_image", "image_2")
+# Arguments of a pipeline call that this command sets itself, and what to use instead.
+RESERVED = {
+    "prompt": "--prompt",
+    "generator": "--seed",
+    "num_images_per_prompt": "--num-images-per-prompt",
+    "num_videos_per_prompt": "--num-images-per-prompt",
+    "output_type": "nothing: images and videos are saved as PNG and MP4",
+    "return_dict": "nothing",
+    "callback_on_step_end": "nothing",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One item.
+
+    Attributes:
+        index: position in the run, from 0.
+        prompt: the text.
+        seed: seed of its CPU generator.
+        call: the other arguments of the pipeline call, JSON values; pictures as paths.
+        where: where the prompt came from, for messages.
+    """
+
+    index: int
+    prompt: str
+    seed: int
+    call: dict[str, Any] = field(default_factory=dict)
+    where: str = "--prompt"
+
+    @property
+    def stem(self) -> str:
+        """File name without ending: index, the first words of the prompt, seed."""
+        return f"{self.index:04d}_{slug(self.prompt)}_s{self.seed}"
+
+    def digest(self, setup: dict[str, Any]) -> str:
+        """Hash of everything that decides the output: this job, its pictures, and the run's ``setup``."""
+        pictures = {key: _sha256(path) for key, path in self.pictures().items()}
+        asked = {"prompt": self.prompt, "seed": self.seed, "call": self.call, "pictures": pictures, "setup": setup}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+    def pictures(self) -> dict[str, str]:
+        """Arguments that name a picture file."""
+        return {key: value for key, value in self.call.items() if key in _IMAGE_KEYS and isinstance(value, str)}
+
+
+def slug(text: str, length: int = 40) -> str:
+    """The first words of ``text`` as a file name: letters and digits of any script, joined by dashes."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
+    while len(words.encode()) > 3 * length:
+        words = words[:-1]
+    if len(words) > length:
+        words = words[: length + 1].rpartition("-")[0] or words[:length]
+    return words or "item"
+
+
+def make_jobs(options: dict[str, Any], defaults: dict[str, Any]) -> list[Job]:
+    """Every job of a run.
+
+    Args:
+        options: the flags (command line over configuration file).
+        defaults: arguments every call of the model needs.
+
+    Raises:
+        DitAttnError: no prompt, or a prompt file that is missing, empty or malformed (with the line number).
+    """
+    lines = [({"prompt": text}, "--prompt") for text in options.get("prompt", [])]
+    if "prompts" in options:
+        lines += list(read_prompts(Path(options["prompts"]).expanduser()))
+    if not lines:
+        raise DitAttnError("no prompt; give --prompt TEXT or --prompts FILE")
+    copies = options.get("num_images_per_prompt", 1)
+    shared = {key: options[key] for key in LINE_FLAGS if key in options and key not in ("prompt", "seed")}
+    jobs: list[Job] = []
+    for line, where in lines:
+        if not line["prompt"].strip():
+            raise DitAttnError(f"{where}: the prompt is empty; write what to generate")
+        for copy in range(copies):
+            index = len(jobs)
+            seed = line["seed"] + copy if "seed" in line else options.get("seed", 42) + index
+            if seed > MAX_SEED:
+                raise DitAttnError(f"{where}: seed {seed} is too large; the largest is {MAX_SEED}")
+            jobs.append(Job(index, line["prompt"], seed, _call({**shared, **line}, shared, defaults), where))
+    return jobs
+
+
+def _call(settings: dict[str, Any], shared: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    extra = {**shared.get("pipeline_kwargs", {}), **settings.get("pipeline_kwargs", {})}
+    named = {
+        _CALL_NAMES.get(key, key): value
+        for key, value in settings.items()
+        if key not in ("prompt", "seed", "pipeline_kwargs")
+    }
+    return {**defaults, **named, **extra}
+
+
+def read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(settings, place) of every line of a prompt file; blank lines are skipped.
+
+    Raises:
+        DitAttnError: missing, empty or malformed file.
+    """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise DitAttnError(f"--prompts {path} must end in {', '.join(readers)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DitAttnError(f"cannot read --prompts {path} ({reason(error)}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise DitAttnError(f"--prompts {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    count = 0
+    for number, data in readers[path.suffix.lower()](path, text):
+        count += 1
+        yield _line(data, path, f"{path}, line {number}"), f"{path}, line {number}"
+    if not count:
+        raise DitAttnError(f"--prompts {path} has no prompt in it; write one prompt a line")
+
+
+def _read_txt(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DitAttnError(f"{path}, line {number} is not JSON ({error}); one object a line") from error
+        if not isinstance(data, dict):
+            raise DitAttnError(f'{path}, line {number} must be an object such as {{"prompt": "..."}}, got {data!r}')
+        yield number, data
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        if reader.fieldnames is not None and "prompt" not in reader.fieldnames:
+            raise DitAttnError(f"{path}, line 1 must name the columns, one of them prompt; got {reader.fieldnames}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DitAttnError(
+                    f"{path}, line {reader.line_num} has another number of columns than line 1; quote text with commas"
+                )
+            yield reader.line_num, {key: value for key, value in row.items() if value.strip()}
+    except csv.Error as error:
+        raise DitAttnError(f"{path}, line {reader.line_num} is not CSV ({error})") from error
+
+
+def _line(data: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
+    aliases = {"num_inference_steps": "steps"}
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        name = aliases.get(str(key).strip().replace("-", "_"), str(key).strip().replace("-", "_"))
+        if name not in LINE_FLAGS:
+            raise unknown(f"key in {where}:", key, LINE_FLAGS)
+        if value is not None:
+            flag: Flag = LINE_FLAGS[name]
+            out[name] = convert(flag, value, f"{name} in {where}")
+    if "prompt" not in out:
+        raise DitAttnError(f"{where} has no prompt; every line needs one")
+    if "image" in out and not Path(out["image"]).expanduser().is_absolute():
+        out["image"] = str(path.parent / out["image"])
+    return out
+
+
+def check_calls(jobs: list[Job], pipeline: Any) -> None:
+    """Refuse arguments that the pipeline's call does not take, and pictures that cannot be read.
+
+    Raises:
+        DitAttnError: with the flag, the pipeline and what it takes.
+    """
+    parameters = inspect.signature(pipeline.__call__).parameters
+    taken = [name for name, spec in parameters.items() if spec.kind is not spec.VAR_KEYWORD and name != "self"]
+    flags = {_CALL_NAMES.get(key, key): f"--{key.replace('_', '-')}" for key in LINE_FLAGS}
+    for job in jobs:
+        for key in job.call:
+            if key in RESERVED:
+                raise DitAttnError(f"pipeline argument {key!r} is set by this command; use {RESERVED[key]}")
+            if key not in taken and key in flags:
+                raise DitAttnError(f"{pipeline.__name__} takes no {key}; leave out {flags[key]} ({job.where})")
+            if key not in taken:
+                raise unknown(f"argument of {pipeline.__name__}", key, [name for name in taken if name not in RESERVED])
+        for key, path in job.pictures().items():
+            load_picture(path, f"{key} ({job.where})" if key != "image" else "--image")
+
+
+def load_picture(path: str, where: str) -> Any:
+    """A picture file as an RGB PIL image.
+
+    Raises:
+        DitAttnError: missing or corrupt.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(Path(path).expanduser()) as picture:
+            picture.load()
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise DitAttnError(f"{where} {path}: there is no such file; check the path") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DitAttnError(f"{where} {path} is not a readable picture ({reason(error)}); save it again as PNG") from error
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()

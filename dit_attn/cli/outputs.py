@@ -1,0 +1,228 @@
+"""Writing what a pipeline made: PNG or MP4 and a JSON sidecar, each to a temporary name first."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_attn.cli.args import reason
+from dit_attn.errors import DitAttnError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_TEMPORARY = ".partial-"
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image or one video.
+
+    Attributes:
+        frames: (F, H, W, 3) uint8; F is 1 for an image.
+        video: whether it is a video.
+    """
+
+    frames: np.ndarray
+    video: bool
+
+    @property
+    def ending(self) -> str:
+        """File ending, with its dot."""
+        return ".mp4" if self.video else ".png"
+
+
+class NotFinite(RuntimeError):
+    """The output has NaN or infinite values."""
+
+
+def media_of(result: Any) -> Media:
+    """The first image or video of a pipeline's output, whatever its form (PIL, numpy, torch).
+
+    Raises:
+        NotFinite: NaN or infinite values.
+        RuntimeError: neither images nor frames.
+    """
+    import numpy as np
+
+    video = getattr(result, "frames", None) is not None
+    batch = result.frames if video else getattr(result, "images", None)
+    if batch is None:
+        raise RuntimeError(f"{type(result).__name__} holds neither images nor frames")
+    item = batch[0]
+    parts = list(item) if video else [item]
+    return Media(np.stack([_array(part) for part in parts]), video)
+
+
+def _array(picture: Any) -> np.ndarray:
+    """(H, W, 3) uint8 from PIL, numpy (H, W, C) in [0, 1], or torch (C, H, W) in [0, 1]."""
+    import numpy as np
+    import torch
+
+    if isinstance(picture, torch.Tensor):
+        picture = picture.detach().float().cpu().permute(1, 2, 0).numpy()
+    values = np.asarray(picture)
+    if values.dtype != np.uint8:
+        bad = ~np.isfinite(values)
+        if bad.any():
+            raise NotFinite(
+                f"{100 * float(bad.mean()):.1f} % of the output is NaN or infinite; nothing was saved. "
+                "Try --dtype bf16 or fp32, or leave out the method to see whether it is the cause"
+            )
+        values = (values.clip(0.0, 1.0) * 255).round().astype(np.uint8)
+    if values.ndim == 2:
+        values = values[..., None]
+    return np.repeat(values, 3, axis=-1) if values.shape[-1] == 1 else values[..., :3]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder, try to write in it, and sweep what a killed run left.
+
+    Raises:
+        DitAttnError: it is a file, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DitAttnError(f"--output {folder} is a file; give a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise DitAttnError(f"cannot write to --output {folder} ({reason(error)}); choose another folder") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        DitAttnError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG):
+            raise DitAttnError(
+                f"cannot write {path} ({reason(error)}); finished items are kept: make room or choose another --output, "
+                "then run the same command with --resume"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_media(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
+    """Save an image (with ``text`` as PNG chunks) or a video."""
+    with whole_file(path) as temporary:
+        if media.video:
+            _write_video(media, temporary, fps)
+        else:
+            _write_png(media, temporary, text)
+
+
+def _write_png(media: Media, path: Path, text: dict[str, str]) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    Image.fromarray(media.frames[0]).save(path, pnginfo=info)
+
+
+def _write_video(media: Media, path: Path, fps: int) -> None:
+    from diffusers.utils import export_to_video
+    from PIL import Image
+
+    height, width = media.frames.shape[1:3]
+    block = max(2, math.gcd(math.gcd(height, width), 16))
+    try:
+        export_to_video([Image.fromarray(frame) for frame in media.frames], str(path), fps=fps, macro_block_size=block)
+    except (ImportError, AttributeError) as error:
+        raise DitAttnError(
+            f"videos need imageio and imageio-ffmpeg ({reason(error)}): `pip install imageio imageio-ffmpeg`"
+        ) from error
+    _check_video(path, len(media.frames))
+
+
+def _check_video(path: Path, count: int) -> None:
+    """ffmpeg writes in its own process and its failures (a full disk) can go unnoticed: count what it wrote."""
+    import imageio_ffmpeg
+
+    try:
+        written = imageio_ffmpeg.count_frames_and_secs(str(path))[0] if path.is_file() and path.stat().st_size else 0
+    except RuntimeError:
+        written = 0
+    if written != count:
+        full = shutil.disk_usage(path.parent).free < 1 << 20
+        raise OSError(
+            errno.ENOSPC if full else errno.EIO,
+            f"{os.strerror(errno.ENOSPC)}" if full else f"ffmpeg wrote {written} of {count} frames",
+        )
+
+
+def write_json(data: dict[str, Any], path: Path) -> None:
+    """Save JSON, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def to_json(data: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(data, default=str)
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """A sidecar, or an empty dict when there is none or it cannot be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def place(folder: Path, stem: str, digest: str) -> str:
+    """``stem``, or ``stem`` with a piece of the job's hash when another job's output already has that name."""
+    other = read_sidecar(folder / f"{stem}.json").get("job_hash")
+    taken = other is None and any((folder / f"{stem}{ending}").exists() for ending in (".png", ".mp4"))
+    return f"{stem}_{digest[:8]}" if taken or other not in (None, digest) else stem
+
+
+def finished(folder: Path, stem: str, digest: str) -> Path | None:
+    """The output of a job that is done: its sidecar has the job's hash, and the file is the one that was written."""
+    sidecar = read_sidecar(folder / f"{stem}.json")
+    name = sidecar.get("file")
+    if sidecar.get("job_hash") != digest or not isinstance(name, str):
+        return None
+    path = folder / name
+    return path if path.is_file() and sha256(path) == sidecar.get("sha256") else None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_media(path: Path) -> Media:
+    """A PNG or MP4 that was written before."""
+    import imageio.v3 as iio
+    import numpy as np
+    from PIL import Image
+
+    if path.suffix == ".mp4":
+        return Media(np.stack(list(iio.imiter(path, plugin="FFMPEG"))), True)
+    with Image.open(path) as picture:
+        return Media(np.asarray(picture.convert("RGB"))[None], False)

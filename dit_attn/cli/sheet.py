@@ -1,0 +1,130 @@
+"""Contact sheets: many items in one labelled picture, videos as strips of frames."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_attn.cli.outputs import Media, whole_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_BACKGROUND, _INK, _FAINT = (250, 250, 248), (25, 25, 25), (110, 110, 110)
+_GAP, _TEXT = 8, 15
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One cell: pictures in a row and the lines under them.
+
+    Attributes:
+        frames: the pictures, already scaled.
+        title: prompt; wrapped to the cell's width.
+        note: second line, in grey.
+    """
+
+    frames: tuple[Image, ...]
+    title: str
+    note: str = ""
+
+    @property
+    def width(self) -> int:
+        """Pixels of the row of pictures."""
+        return sum(frame.width for frame in self.frames) + 2 * (len(self.frames) - 1)
+
+
+def tile(media: Media, title: str, note: str = "", side: int = 256, strip: int = 6) -> Tile:
+    """A cell of a contact sheet.
+
+    Args:
+        media: what to show.
+        title, note: its lines.
+        side: height in pixels of an image; frames of a video are 2/3 of it.
+        strip: most frames of a video that are shown, evenly spaced, first and last included.
+    """
+    from PIL import Image as pil
+
+    height = side * 2 // 3 if media.video else side
+    count = min(strip, len(media.frames))
+    picks = [round(i * (len(media.frames) - 1) / max(1, count - 1)) for i in range(count)]
+    frames = []
+    for pick in picks:
+        frame = pil.fromarray(media.frames[pick])
+        # Small pixels are shown as they are; large pictures are averaged down.
+        how = pil.Resampling.NEAREST if frame.height * 2 <= height else pil.Resampling.LANCZOS
+        frames.append(frame.resize((max(1, round(frame.width * height / frame.height)), height), how))
+    return Tile(tuple(frames), title, note)
+
+
+def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[str] = ()) -> Image:
+    """Rows of cells as one picture.
+
+    Args:
+        rows: cells; the columns of a row are aligned with those of the others.
+        heading: line at the top.
+        columns: titles of the columns.
+    """
+    from PIL import Image as pil
+    from PIL import ImageDraw
+
+    count = max(len(row) for row in rows)
+    widths = [max((row[i].width for row in rows if i < len(row)), default=0) for i in range(count)]
+    heights = [max(_height(cell, width) for cell, width in zip(row, widths)) for row in rows]
+    top = _GAP + (_TEXT + 12 if heading else 0) + (_TEXT + 8 if columns else 0)
+    size = (sum(widths) + (count + 1) * _GAP, top + sum(heights) + len(rows) * _GAP)
+    sheet = pil.new("RGB", (max(size[0], 200), size[1]), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    if heading:
+        draw.text((_GAP, _GAP), heading, fill=_INK, font=_font(_TEXT + 3))
+    lefts = [_GAP + sum(widths[:i]) + i * _GAP for i in range(count)]
+    for left, title in zip(lefts, columns):
+        draw.text((left, top - _TEXT - 6), title, fill=_INK, font=_font(_TEXT + 1))
+    for row, height in zip(rows, heights):
+        for cell, left, width in zip(row, lefts, widths):
+            _draw(sheet, draw, cell, left, top, width)
+        top += height + _GAP
+    return sheet
+
+
+def flow(cells: Sequence[Tile], heading: str = "", width: int = 1600) -> Image:
+    """Cells of any shape in rows of about ``width`` pixels."""
+    per_row = max(1, width // (max(cell.width for cell in cells) + _GAP))
+    return grid([cells[i : i + per_row] for i in range(0, len(cells), per_row)], heading)
+
+
+def save(sheet: Image, path: Path) -> None:
+    """Write the picture, whole or not at all."""
+    with whole_file(path) as temporary:
+        sheet.save(temporary)
+
+
+def _height(cell: Tile, width: int) -> int:
+    lines = len(_wrap(cell.title, width)) + (1 if cell.note else 0)
+    return cell.frames[0].height + 4 + lines * (_TEXT + 3)
+
+
+def _draw(sheet: Image, draw: Any, cell: Tile, left: int, top: int, width: int) -> None:
+    x = left
+    for frame in cell.frames:
+        sheet.paste(frame, (x, top))
+        x += frame.width + 2
+    y = top + cell.frames[0].height + 4
+    for line in _wrap(cell.title, width):
+        draw.text((left, y), line, fill=_INK, font=_font(_TEXT))
+        y += _TEXT + 3
+    if cell.note:
+        draw.text((left, y), cell.note, fill=_FAINT, font=_font(_TEXT - 2))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(12, int(width / (_TEXT * 0.52))), max_lines=3, placeholder=" ...") if text else []
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)

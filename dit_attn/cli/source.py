@@ -1,0 +1,171 @@
+"""What a model is, read from its configuration files alone: enough to check a whole command before weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dit_attn.cli.args import reason
+from dit_attn.errors import DitAttnError, unknown
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model before it is loaded.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: ``"embedded"``, ``"folder"`` or ``"hub"``.
+        path: what ``from_pretrained`` takes.
+        revision: branch, tag or commit of a Hub model, or ``None``.
+        pipeline: the pipeline's class.
+        transformer: stands for the transformer: its class name and ``config``; ``None`` for pipelines without one.
+        defaults: arguments every call needs (embedded models only).
+        fingerprint: changes when the files of an embedded model or a folder change; the revision otherwise.
+        components: ``model_index.json``.
+    """
+
+    name: str
+    kind: str
+    path: str
+    revision: str | None
+    pipeline: Any
+    transformer: Any
+    defaults: dict[str, Any]
+    fingerprint: str
+    components: dict[str, Any] = field(repr=False)
+
+
+def describe(name: str, revision: str | None = None) -> Source:
+    """Find a model and read its configuration.
+
+    Args:
+        name: embedded model, local folder, or ``org/name``.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
+    """
+    kind, path, defaults = _locate(name, revision)
+    index = _model_index(name, kind, path, revision)
+    transformer = _transformer(path, revision, index)
+    return Source(
+        name=name,
+        kind=kind,
+        path=path,
+        revision=revision,
+        pipeline=_pipeline_class(name, index),
+        transformer=transformer,
+        defaults=defaults,
+        fingerprint=revision or "main" if kind == "hub" else _fingerprint(Path(path)),
+        components=index,
+    )
+
+
+def skeleton(source: Source) -> Any:
+    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out.
+
+    Raises:
+        DitAttnError: this pipeline cannot be built without its weights.
+    """
+    import inspect
+
+    import diffusers
+    from accelerate import init_empty_weights
+
+    parts: dict[str, Any] = {}
+    for name in inspect.signature(source.pipeline.__init__).parameters:
+        library, kind = (source.components.get(name) or [None, None])[:2] if name != "self" else (None, None)
+        cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+        if name.startswith(("transformer", "vae")) and cls is not None:
+            config = cls.load_config(source.path, subfolder=name, revision=source.revision)
+            with init_empty_weights():
+                parts[name] = cls.from_config(config)
+        elif name in source.components and name != "self":
+            value = source.components[name]
+            parts[name] = None if isinstance(value, (list, tuple)) else value
+    try:
+        return source.pipeline(**parts)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DitAttnError(
+            f"{source.pipeline.__name__} cannot be explained without its weights ({reason(error)}); "
+            "load it in Python and call dit_attn.explain(pipe)"
+        ) from error
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+    from dit_attn import models
+
+    entries = models.available()
+    if name in entries:
+        if revision:
+            raise DitAttnError(f"--revision {revision!r} is for models of the Hub; {name} is embedded: leave it out")
+        return "embedded", str(entries[name].folder), models.call_defaults(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return "folder", str(folder), {}
+    if folder.exists():
+        raise DitAttnError(f"--model {name} is a file; give the folder that holds model_index.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+        return "hub", name, {}
+    if "/" in name or name.startswith((".", "~")):
+        raise DitAttnError(f"--model {name}: there is no such folder; check the path")
+    raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
+
+
+def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    if kind != "hub" and not (Path(path) / "model_index.json").is_file():
+        advice = "reinstall dit-attn" if kind == "embedded" else "give the folder that holds it"
+        raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); {advice}")
+    try:
+        return dict(DiffusionPipeline.load_config(path, revision=revision))
+    except (OSError, ValueError) as error:
+        if kind == "hub":
+            raise DitAttnError(
+                f"cannot get {name!r} from the Hugging Face Hub ({reason(error)}); check the name, --revision and the "
+                "network, or give a local folder. It is no embedded model and no folder here"
+            ) from error
+        raise DitAttnError(f"model_index.json in {path} cannot be read ({reason(error)}); download it again") from error
+
+
+def _pipeline_class(name: str, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    wanted = str(index.get("_class_name"))
+    cls = getattr(diffusers, wanted, None)
+    if cls is None:
+        raise DitAttnError(
+            f"{name} needs the pipeline {wanted}, which diffusers {diffusers.__version__} does not have; "
+            "update diffusers with `pip install -U diffusers`"
+        )
+    return cls
+
+
+def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    library, kind = (index.get("transformer") or [None, None])[:2]
+    cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+    if cls is None:
+        return None
+    try:
+        config = cls.load_config(path, subfolder="transformer", revision=revision)
+    except (OSError, ValueError) as error:
+        raise DitAttnError(
+            f"transformer/config.json of {path} cannot be read ({reason(error)}); download the model again"
+        ) from error
+    stand_in = type(str(kind), (SimpleNamespace,), {})
+    return stand_in(config=dict(config))
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of the files of a pipeline folder: cheap, and new when weights are replaced."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
