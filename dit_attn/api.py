@@ -102,8 +102,8 @@ def summary(target: Any) -> Summary:
     Raises:
         DitAttnError: nothing is enabled on ``target``.
     """
-    sessions = [attach.session_of(model) for model in _transformers(target)]
-    found = [session for session in sessions if session is not None]
+    sessions = {name: attach.session_of(model) for name, model in _components(target).items()}
+    found = {name: session for name, session in sessions.items() if session is not None}
     if not found:
         raise DitAttnError("no method is enabled on this pipeline; call dit_attn.enable(pipe, ...) first")
     return summarize(found)
@@ -147,9 +147,15 @@ def supported() -> dict[str, dict[str, Any]]:
 
 
 def _transformers(target: Any) -> list[torch.nn.Module]:
+    return list(_components(target).values())
+
+
+def _components(target: Any) -> dict[str, torch.nn.Module]:
+    """The transformers of a pipeline by component name; a transformer alone is its own ``transformer``."""
     if isinstance(target, torch.nn.Module):
-        return [attach.unwrap(target)]
-    found = [attach.unwrap(getattr(target, name)) for name in _COMPONENTS if getattr(target, name, None) is not None]
+        return {"transformer": attach.unwrap(target)}
+    parts = {name: getattr(target, name, None) for name in _COMPONENTS}
+    found = {name: attach.unwrap(part) for name, part in parts.items() if part is not None}
     if not found:
         raise DitAttnError(
             f"{type(target).__name__} has no diffusion transformer; give a diffusers pipeline with a `transformer` "

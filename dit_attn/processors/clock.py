@@ -7,11 +7,19 @@ begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 # Names pipelines give to `cache_context`, in the vocabulary of this package.
-_BRANCH_NAMES = {"cond": "cond", "uncond": "uncond", "pred_cond": "cond", "pred_uncond": "uncond"}
+_BRANCH_NAMES = {
+    "cond": "cond",
+    "uncond": "uncond",
+    "pred_cond": "cond",
+    "pred_uncond": "uncond",
+    "uncond_stg": "perturbed",
+    "uncond_modality": "perturbed",
+}
 _TRAIN_TIMESTEPS = 1000.0
 
 
@@ -43,6 +51,7 @@ class Clock:
         call: transformer calls seen at this step, from 0.
         context: the name the pipeline gave to the call, or ``None``.
         timestep: value of the transformer's ``timestep`` argument.
+        grows: whether it rises during a run.
     """
 
     run: int = 0
@@ -51,8 +60,8 @@ class Clock:
     call: int = 0
     context: str | None = None
     timestep: float = float("nan")
+    grows: bool = False
     _schedule: Any = field(default=None, repr=False)
-    _time_scale: float = field(default=_TRAIN_TIMESTEPS, repr=False)
 
     def tick(
         self,
@@ -95,7 +104,7 @@ class Clock:
         self.context = getattr(context, "name", None)
         self.timestep = timestep
         self._schedule = schedule
-        self._time_scale = 1.0 if grows or timestep <= 1.0 else _TRAIN_TIMESTEPS
+        self.grows = grows
 
     def _is_new_run(self, timestep: float, known: int | None, schedule: Any, guidance: Guidance, grows: bool) -> bool:
         if self.run == 0 or schedule is not self._schedule:
@@ -114,8 +123,10 @@ class Clock:
         """
         if self.total:
             return min(self.step / self.total, 1.0)
-        noise = self.timestep / self._time_scale
-        return min(max(1.0 - noise, 0.0), 1.0) if noise == noise else 0.0
+        if math.isnan(self.timestep):
+            return 0.0
+        time = min(max(self.timestep / (1.0 if self.timestep <= 1.0 else _TRAIN_TIMESTEPS), 0.0), 1.0)
+        return time if self.grows else 1.0 - time
 
     def branches(self, batch: int, guidance: Guidance, guided: bool | None = None) -> tuple[str, ...]:
         """Branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's guidance row.

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dit_attn.processors.session import Session
+from dit_attn.processors.session import Session, Site
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,24 @@ class Summary:
         return "\n".join(f"{key:<16} {value}" for key, value in rows)
 
 
-def summarize(sessions: list[Session]) -> Summary:
-    """The report of the sessions of one pipeline."""
-    clock = sessions[0].clock
+def summarize(sessions: dict[str, Session]) -> Summary:
+    """The report of one pipeline's sessions, by component; with several, layer names begin with the component."""
+    first = next(iter(sessions.values()))
+    clock = first.clock
+    prefixes = {name: f"{name}." if len(sessions) > 1 else "" for name in sessions}
     return Summary(
-        families=tuple(session.family.name for session in sessions),
-        methods=tuple(method.to_dict() for method in sessions[0].methods),
+        families=tuple(session.family.name for session in sessions.values()),
+        methods=tuple(method.to_dict() for method in first.methods),
         runs=clock.run,
         steps=clock.step + 1 if clock.run else 0,
-        layers=tuple(_layer(site) for session in sessions for site in session.sites),
+        layers=tuple(_layer(prefixes[name], site) for name, session in sessions.items() for site in session.sites),
     )
 
 
-def _layer(site: Any) -> LayerSummary:
+def _layer(prefix: str, site: Site) -> LayerSummary:
     stats = site.stats
     density = float(stats.kept) / stats.engaged if stats.engaged else None
-    return LayerSummary(site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined))
+    return LayerSummary(prefix + site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined))
 
 
 def _settings(method: dict[str, Any]) -> str:

@@ -1,56 +1,257 @@
-"""Video families: every behaviour of the mixin on a tiny random transformer of each class."""
+"""Video families whose sequence is the video alone, text in cross attention: the mixin on a tiny model of each class."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+    WanVACETransformer3DModel,
+)
 
-from tests.families.mixin import FamilyMixin
+import dit_attn
+from tests.families.mixin import SPARSE, FamilyMixin
+
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
 
 
-class TestWan(FamilyMixin):
+def wan_vae() -> AutoencoderKLWan:
+    """A random Wan autoencoder; runs stop at the latents, so it only tells sizes."""
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    )
+
+
+class WanLike(FamilyMixin):
     kinds = ("video",)
-    grid = (4, 8, 8)
+    grid = (4, 8, 10)
+    probe = (2, 3, 5)
+    sockets = 2
+    untouched = ("attn2",)
+
+    def inputs(self) -> dict[str, Any]:
+        return {
+            "hidden_states": torch.randn(2, 4, 4, 16, 20),
+            "encoder_hidden_states": torch.randn(2, 7, 16),
+            "timestep": torch.tensor([500, 500]),
+        }
+
+    def run_arguments(self) -> dict[str, Any]:
+        embeds = torch.randn(2, 1, 7, 16)
+        size = {"height": 128, "width": 160, "num_frames": 13}
+        return {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "guidance_scale": 3.0, **size}
+
+
+class TestWan(WanLike):
+    def model(self) -> torch.nn.Module:
+        return WanTransformer3DModel(**WAN)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=self.model().eval(),
+        )
+        return pipe, self.run_arguments()
+
+
+class TestWanImageToVideo(WanLike):
+    def model(self) -> torch.nn.Module:
+        return WanTransformer3DModel(**{**WAN, "in_channels": 12, "image_dim": 4, "added_kv_proj_dim": 24})
+
+    def inputs(self) -> dict[str, Any]:
+        # The processor takes the last 512 context tokens for text and everything before for the image.
+        return {
+            "hidden_states": torch.randn(2, 12, 4, 16, 20),
+            "encoder_hidden_states": torch.randn(2, 512, 16),
+            "encoder_hidden_states_image": torch.randn(2, 5, 4),
+            "timestep": torch.tensor([500, 500]),
+        }
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        transformer = WanTransformer3DModel(**{**WAN, "in_channels": 12}).eval()
+        pipe = WanImageToVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            image_encoder=None,
+            image_processor=None,
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=transformer,
+        )
+        return pipe, {**self.run_arguments(), "image": torch.rand(1, 3, 128, 160)}
+
+
+class TestWanPerTokenTime(WanLike):
+    """Wan 2.2 TI2V 5B gives every token its own timestep: the first frame's is 0."""
+
+    def model(self) -> torch.nn.Module:
+        return WanTransformer3DModel(**WAN)
+
+    def inputs(self) -> dict[str, Any]:
+        times = torch.full((2, 320), 500)
+        times[:, :80] = 0
+        return {**super().inputs(), "timestep": times}
+
+
+class TestWanVace(WanLike):
+    def model(self) -> torch.nn.Module:
+        return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=8)
+
+    def inputs(self) -> dict[str, Any]:
+        control = torch.randn(2, 8, 4, 16, 20)
+        return {**super().inputs(), "control_hidden_states": control, "control_hidden_states_scale": torch.ones(1)}
+
+
+class TestSkyReelsV2(WanLike):
+    def model(self) -> torch.nn.Module:
+        return SkyReelsV2Transformer3DModel(**WAN)
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = SkyReelsV2Pipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=self.model().eval(),
+        )
+        return pipe, self.run_arguments()
+
+    def test_block_causal_mask_is_declined(self) -> None:
+        model = SkyReelsV2Transformer3DModel(**WAN, num_frame_per_block=2).eval()
+        dit_attn.enable(model, SPARSE)
+        self.call(model, self.inputs())
+        assert dit_attn.summary(model).declined == {"square attention mask": 2}
+
+
+class TestLtxVideo(FamilyMixin):
+    kinds = ("video",)
+    grid = (4, 8, 10)
     probe = (2, 3, 5)
     sockets = 2
     untouched = ("attn2",)
 
     def model(self) -> torch.nn.Module:
-        return WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
+        return LTXVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
-            text_dim=16,
-            freq_dim=32,
-            ffn_dim=32,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
             num_layers=2,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            rope_max_seq_len=32,
+            caption_channels=16,
         )
 
     def inputs(self) -> dict[str, Any]:
         return {
-            "hidden_states": torch.randn(2, 4, 4, 16, 16),
+            "hidden_states": torch.randn(2, 320, 4),
             "encoder_hidden_states": torch.randn(2, 7, 16),
+            "encoder_attention_mask": torch.ones(2, 7),
             "timestep": torch.tensor([500, 500]),
+            "num_frames": 4,
+            "height": 8,
+            "width": 10,
         }
 
+    def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
+        inputs["hidden_states"][:, (at[0] * 8 + at[1]) * 10 + at[2]] += 1.0
+
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
-        vae = AutoencoderKLWan(
-            base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        from diffusers import AutoencoderKLLTXVideo
+
+        vae = AutoencoderKLLTXVideo(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4, 4),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            encoder_causal=True,
+            decoder_causal=False,
         )
-        pipe = WanPipeline(
+        pipe = LTXPipeline(
             tokenizer=None,
             text_encoder=None,
             vae=vae,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
             transformer=self.model().eval(),
         )
-        embeds = torch.randn(2, 1, 7, 16)
-        size = {"height": 128, "width": 128, "num_frames": 13}
-        return pipe, {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], "guidance_scale": 3.0, **size}
+        embeds, mask = torch.randn(2, 1, 7, 16), torch.ones(1, 7)
+        return pipe, {
+            "prompt_embeds": embeds[0],
+            "negative_prompt_embeds": embeds[1],
+            "prompt_attention_mask": mask,
+            "negative_prompt_attention_mask": mask,
+            "guidance_scale": 3.0,
+            "height": 256,
+            "width": 320,
+            "num_frames": 25,
+        }
+
+    def test_conditioning_tokens_stand_before_the_video(self, net: Any, args: Any) -> None:
+        session = dit_attn.enable(net)
+        self.call(net, args)
+        tokens = session.tokens(320 + 80)
+        assert tokens is not None
+        assert [(span.kind, span.length) for span in tokens.spans] == [("reference", 80), ("video", 320)]
+
+
+def two_transformer_pipeline() -> WanPipeline:
+    """The layout of Wan 2.2 A14B: one transformer for high noise, one for low."""
+    return WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=WanTransformer3DModel(**WAN).eval(),
+        transformer_2=WanTransformer3DModel(**WAN).eval(),
+        boundary_ratio=0.8,
+    )
+
+
+def test_two_transformers_share_one_clock() -> None:
+    torch.manual_seed(0)
+    pipe = two_transformer_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    session = dit_attn.enable(pipe, dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=2))
+    arguments = TestWan().run_arguments()
+    for run in (1, 2):
+        with torch.no_grad():
+            pipe(**arguments, num_inference_steps=6, output_type="latent", generator=torch.Generator().manual_seed(0))
+        assert (session.clock.run, session.clock.step, session.clock.total) == (run, 5, 6)
+        summary = dit_attn.summary(pipe)
+        assert summary.steps == 6 and len(summary.layers) == 4
+        assert summary.calls == 6 * 2 * 2
+        # The two dense steps are the first of the run, not the first of each transformer.
+        assert summary.declined == {"dense step": 2 * 2 * 2}
+        used = {layer.name.split(".")[0] for layer in summary.layers if layer.calls}
+        assert used == {"transformer", "transformer_2"}
+    dit_attn.disable(pipe)
+    with pytest.raises(dit_attn.DitAttnError, match="no method is enabled"):
+        dit_attn.summary(pipe)
