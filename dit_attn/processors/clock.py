@@ -30,10 +30,12 @@ class Guidance:
     Attributes:
         style: ``separate`` (one transformer call per branch) or ``batched`` (branches stacked in the batch).
         order: the branches, in call order (separate) or in batch order (batched).
+        longer: the batch order of runs with one branch more (guidance by reference images), ``()`` where none exist.
     """
 
     style: str
     order: tuple[str, ...]
+    longer: tuple[str, ...] = ()
 
 
 SEPARATE = Guidance("separate", ("cond", "uncond"))
@@ -128,21 +130,21 @@ class Clock:
         time = min(max(self.timestep / (1.0 if self.timestep <= 1.0 else _TRAIN_TIMESTEPS), 0.0), 1.0)
         return time if self.grows else 1.0 - time
 
-    def branches(self, batch: int, guidance: Guidance, guided: bool | None = None) -> tuple[str, ...]:
+    def branches(self, batch: int, guidance: Guidance, stacked: int | None = None) -> tuple[str, ...]:
         """Branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's guidance row.
 
         Args:
             batch: rows of the call, B.
             guidance: the family's guidance row.
-            guided: whether the pipeline runs classifier-free guidance; ``None`` when unknown.
+            stacked: number of branches the run has, 1 without guidance; ``None`` when unknown.
         """
         named = _BRANCH_NAMES.get(self.context or "")
         if named:
             return (named,) * batch
         if guidance.style == "separate":
-            order = guidance.order
-            return (order[self.call % len(order)] if guided is not False else "cond",) * batch
-        count = len(guidance.order)
-        if guided is False or batch % count or (guided is None and self.context != "cond_uncond"):
+            order = guidance.order if stacked != 1 else ("cond",)
+            return (order[self.call % len(order)],) * batch
+        order = guidance.longer if stacked == len(guidance.longer) else guidance.order
+        if stacked in (None, 1) or batch % len(order):
             return ("cond",) * batch
-        return tuple(branch for branch in guidance.order for _ in range(batch // count))
+        return tuple(branch for branch in order for _ in range(batch // len(order)))

@@ -107,9 +107,7 @@ def _call(
 
 def _ask(call: AttentionCall, request: Request) -> str | None:
     """Let the methods fill the request; the reason when the call stays on the stock path."""
-    reason = executor.unfit(call)
-    if reason is None:
-        request.key_mask, reason = executor.key_mask(call, call.site.session.family.mask_rule)
+    reason = executor.unfit(call) or executor.read_mask(call, request, call.site.session.family.mask_rule)
     if reason is not None:
         return reason
     for method in call.site.session.methods:

@@ -61,11 +61,14 @@ class Request:
         layout: key blocks that the visual rows read (queries: visual rows, keys: the whole sequence).
         declined: reasons of the methods that let this call pass.
         key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
+        key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
+            the part of it that selection needs to know.
     """
 
     layout: BlockLayout | None = None
     declined: list[str] = field(default_factory=list)
     key_mask: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
 
     def decline(self, reason: str) -> None:
         """Let the call pass to the stock path, for a counted reason."""
@@ -87,30 +90,35 @@ def unfit(call: AttentionCall) -> str | None:
     return None
 
 
-def key_mask(call: AttentionCall, rule: str) -> tuple[torch.Tensor | None, str | None]:
-    """The (B, S) boolean key mask the visual rows see, and the reason when the model's mask has no such form.
+def read_mask(call: AttentionCall, request: Request, rule: str) -> str | None:
+    """Turn the model's mask into the key mask and key bias of the request; the reason when it has no such form.
 
     Args:
         call: the attention call.
+        request: gets ``key_mask`` and ``key_bias``.
         rule: the family's rule for square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of a
             square mask are alike; one of them is taken).
     """
     mask = call.mask
     if mask is None:
-        return None, None
+        return None
     if mask.ndim == 2:
         mask = mask[:, None, None, :]
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-1] != call.k.shape[1]:
-        return None, f"attention mask of shape {tuple(call.mask.shape)}"  # type: ignore[union-attr]
+    if mask.ndim != 4 or mask.shape[1] not in (1, call.q.shape[2]) or mask.shape[-1] != call.k.shape[1]:
+        return f"attention mask of shape {tuple(mask.shape)}"
+    row = 0
     if mask.shape[2] != 1:
         if rule != "visual-row" or call.tokens is None or call.tokens.visual_range is None:
-            return None, "square attention mask"
+            return "square attention mask"
         row = call.tokens.visual_range[0]
-        mask = mask[:, :, row : row + 1, :]
-    if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-    keys = mask[:, 0, 0, :]
-    return keys.expand(call.q.shape[0], -1), None
+    keys = mask[:, :, row, :]
+    if keys.is_floating_point():
+        request.key_bias = keys.float()
+        keys = keys > torch.finfo(keys.dtype).min / 2
+    elif keys.shape[1] != 1:
+        request.key_bias = torch.zeros(keys.shape, device=keys.device).masked_fill(~keys.bool(), float("-inf"))
+    request.key_mask = keys.bool().any(1).expand(call.q.shape[0], -1)
+    return None
 
 
 def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -128,7 +136,13 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     start, stop = call.tokens.visual_range
     seq_len = call.q.shape[1]
     visual = sparse_attention(
-        call.q[:, start:stop], call.k, call.v, request.layout, scale=call.scale, key_mask=request.key_mask
+        call.q[:, start:stop],
+        call.k,
+        call.v,
+        request.layout,
+        scale=call.scale,
+        key_mask=request.key_mask if request.key_bias is None else None,
+        key_bias=request.key_bias,
     )
     assert isinstance(visual, torch.Tensor)  # no log-sum is asked for
     if (start, stop) == (0, seq_len):

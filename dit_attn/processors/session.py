@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.processors.clock import Clock
+from dit_attn.processors.clock import Clock, Guidance
 from dit_attn.processors.families import Family
 from dit_attn.processors.method import Method
 from dit_attn.processors.tokens import TokenLayout, Tokens
@@ -103,7 +103,7 @@ class Session:
         _SESSIONS[self.id] = self
         self.layout_error: str | None = None
         self._seen_run = 0
-        self._stacked = False
+        self._stacked = 1
         self._tokens: dict[int, Tokens | None] = {}
 
     @property
@@ -147,7 +147,7 @@ class Session:
         )
         if self._seen_run != self.clock.run:
             self._seen_run = self.clock.run
-            self._stacked = _copies(values.get("hidden_states"), len(self.family.guidance.order))
+            self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
         try:
@@ -166,7 +166,7 @@ class Session:
 
     def branches(self, batch: int) -> tuple[str, ...]:
         """Guidance branch of every row of a batch of ``batch`` rows."""
-        return self.clock.branches(batch, self.family.guidance, self._guided())
+        return self.clock.branches(batch, self.family.guidance, self._branch_count())
 
     def reset(self) -> None:
         """Forget the run: clock, statistics, layers marked broken. Never needed between runs."""
@@ -175,12 +175,16 @@ class Session:
         for site in self.sites:
             site.stats, site.broken, site.checked_run = SiteStats(), None, 0
 
-    def _guided(self) -> bool | None:
-        """Whether the run is guided: the pipeline says so, or its batch is made of copies of the same latents."""
+    def _branch_count(self) -> int | None:
+        """Branches of the guidance in this run, 1 without: by the shape of the batch, or by what the pipeline says."""
+        guidance = self.family.guidance
+        if guidance.style == "batched" and self._stacked > 1:
+            return self._stacked
         try:
-            return bool(self.pipe.do_classifier_free_guidance)
+            guided = bool(self.pipe.do_classifier_free_guidance)
         except AttributeError:
-            return self._stacked if self.family.guidance.style == "batched" else None
+            return 1 if guidance.style == "batched" else None
+        return len(guidance.order) if guided else 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         if id(self) in memo:
@@ -198,9 +202,12 @@ class Session:
         return f"Session({self.family.name}, {len(self.sites)} layers, methods={list(self.methods)})"
 
 
-def _copies(latents: Any, count: int) -> bool:
-    """Whether a batch is ``count`` equal parts stacked: how pipelines batch the branches of the guidance."""
-    if not isinstance(latents, torch.Tensor) or latents.shape[0] % count or latents.shape[0] < count:
-        return False
-    parts = latents.chunk(count)
-    return all(torch.equal(parts[0], part) for part in parts[1:])
+def _stacked(latents: Any, guidance: Guidance) -> int:
+    """How many equal parts a batch is made of, if it is as many as the guidance has branches: pipelines batch the
+    branches by repeating the latents. 1 otherwise."""
+    for count in (len(guidance.longer), len(guidance.order)):
+        if count > 1 and isinstance(latents, torch.Tensor) and latents.shape[0] % count == 0:
+            first, *rest = latents.chunk(count)
+            if all(torch.equal(first, part) for part in rest):
+                return count
+    return 1

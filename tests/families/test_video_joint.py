@@ -500,5 +500,5 @@ def test_linear_attention_is_refused_with_the_reason() -> None:
         cross_attention_dim=24,
         caption_channels=16,
     )
-    with pytest.raises(dit_attn.DitAttnError, match="SanaVideoTransformer3DModel.*linear"):
+    with pytest.raises(dit_attn.DitAttnError, match=r"SanaVideoTransformer3DModel.*linear"):
         dit_attn.enable(model)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dit_attn.processors.clock import BATCHED, SEPARATE, Clock
+from dit_attn.processors.clock import BATCHED, SEPARATE, Clock, Guidance
 
 
 def scheduler(timesteps: list[float], **extra: Any) -> SimpleNamespace:
@@ -60,21 +60,29 @@ def test_context_name_wins_over_call_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch, guided, expected",
+    "batch, stacked, expected",
     [
-        (4, True, ("uncond", "uncond", "cond", "cond")),
-        (4, False, ("cond",) * 4),
-        (3, True, ("cond",) * 3),
+        (4, 2, ("uncond", "uncond", "cond", "cond")),
+        (4, 1, ("cond",) * 4),
+        (3, 2, ("cond",) * 3),
+        (4, None, ("cond",) * 4),
     ],
 )
-def test_batched_branches_fill_the_batch_in_order(batch: int, guided: bool, expected: tuple[str, ...]) -> None:
+def test_batched_branches_fill_the_batch_in_order(batch: int, stacked: int, expected: tuple[str, ...]) -> None:
     clock = Clock()
     clock.tick(900.0, BATCHED)
-    assert clock.branches(batch, BATCHED, guided) == expected
+    assert clock.branches(batch, BATCHED, stacked) == expected
+
+
+def test_a_third_branch_has_its_own_order() -> None:
+    clock, guidance = Clock(), Guidance("batched", ("cond", "uncond"), ("cond", "uncond", "image"))
+    clock.tick(0.5, guidance)
+    assert clock.branches(3, guidance, 3) == ("cond", "uncond", "image")
+    assert clock.branches(2, guidance, 2) == ("cond", "uncond")
 
 
 def test_unguided_separate_calls_are_conditional() -> None:
     clock = Clock()
     clock.tick(900.0, SEPARATE)
     clock.tick(500.0, SEPARATE)
-    assert clock.branches(1, SEPARATE, guided=False) == ("cond",)
+    assert clock.branches(1, SEPARATE, 1) == ("cond",)
