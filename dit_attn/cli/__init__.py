@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dit_attn import __version__
 from dit_attn.errors import DitAttnError
@@ -75,7 +75,7 @@ def _dispatch(words: list[str]) -> int:
     return int(_module(args.command).run(args))
 
 
-def _module(name: str):  # type: ignore[no-untyped-def]
+def _module(name: str) -> Any:
     path = f"{__name__}.{name}"
     if importlib.util.find_spec(path) is None:
         raise DitAttnError(f"the command {name!r} is not part of this installation; reinstall dit-attn")

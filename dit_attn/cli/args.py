@@ -63,7 +63,11 @@ SIZE = (
 )
 PROMPT = (
     Flag("prompt", "text; repeat for more items", many=True, metavar="TEXT"),
-    Flag("prompts", "file of prompts: .txt (one a line), .jsonl or .csv (prompt, seed, height, ... a line)", metavar="FILE"),
+    Flag(
+        "prompts",
+        "file of prompts: .txt (one a line), .jsonl or .csv (prompt, seed, height, ... a line)",
+        metavar="FILE",
+    ),
     Flag("negative-prompt", "what to avoid", metavar="TEXT"),
     Flag("image", "input picture, where the pipeline takes one (image to video, editing)", metavar="FILE"),
 )
@@ -77,7 +81,12 @@ SAMPLING = (
 MACHINE = (
     Flag("dtype", "type of the weights (default: auto: bfloat16 on a GPU, float32 on a CPU)", choices=DTYPES),
     Flag("device", "auto, cpu, cuda, cuda:N, mps (default: auto)"),
-    Flag("compile", "compile the transformer; optionally JSON arguments of torch.compile", "switch-or-dict", metavar="JSON"),
+    Flag(
+        "compile",
+        "compile the transformer; optionally JSON arguments of torch.compile",
+        "switch-or-dict",
+        metavar="JSON",
+    ),
     Flag("cpu-offload", "keep parts on the CPU until needed", choices=("model", "group")),
     Flag("attention-backend", "attention backend of diffusers for everything that stays dense", metavar="NAME"),
     Flag("lora", 'adapter: path, org/name, or JSON {"lora_id": ..., "lora_scale": ...}; repeatable', many=True),
@@ -98,7 +107,11 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
     """Add a titled group of flags. Flags that are not given leave no trace in the namespace."""
     group = parser.add_argument_group(title)
     for flag in flags:
-        names = [*flag.short, f"--{flag.name}"] if flag.short[:1] and len(flag.short[0]) == 2 else [f"--{flag.name}", *flag.short]
+        names = (
+            [*flag.short, f"--{flag.name}"]
+            if flag.short[:1] and len(flag.short[0]) == 2
+            else [f"--{flag.name}", *flag.short]
+        )
         if flag.kind is bool:
             group.add_argument(
                 *names, dest=flag.dest, help=flag.help, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
@@ -170,11 +183,9 @@ def _object(flag: Flag, value: Any, where: str) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise DitAttnError(
-                f'{where} is not JSON ({error}); write an object such as \'{{"key": 1}}\''
-            ) from error
+            raise DitAttnError(f"{where} is not JSON ({error}); write an object such as '{{\"key\": 1}}'") from error
     if not isinstance(value, dict):
-        raise DitAttnError(f'{where} must be a JSON object such as \'{{"key": 1}}\', got {value!r}')
+        raise DitAttnError(f"{where} must be a JSON object such as '{{\"key\": 1}}', got {value!r}")
     return value
 
 

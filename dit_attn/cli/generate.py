@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -40,7 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "generate",
         help="make images or videos from prompts",
-        description="Make images or videos from prompts with a stock diffusers pipeline, with or without methods on it.",
+        description="Make images or videos from prompts with a stock diffusers pipeline.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,14 +50,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def merged_options(args: argparse.Namespace, groups: dict[str, tuple[flags.Flag, ...]]) -> tuple[dict[str, Any], Any]:
+def merged_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flags over the configuration file: (options, the file's ``method`` and ``set``).
+
+    One file serves every command: flags that the command does not have are ignored, unknown ones are not.
 
     Raises:
         DitAttnError: no model, or a bad configuration file.
     """
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "argv", "words")}
-    known = [flag for group in (*groups.values(), flags.METHOD) for flag in group]
+    known = [flag for group in (*_GROUPS.values(), flags.METHOD) for flag in group]
     config = flags.read_config(given["config"], known) if "config" in given else {}
     options = {**{key: value for key, value in config.items() if key not in ("method", "set")}, **given}
     if ("prompt" in given) != ("prompts" in given):  # prompts of the command line replace those of the file
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
-    options, config = merged_options(args, _GROUPS)
+    options, config = merged_options(args)
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import load, methods, outputs, runner, source
 
@@ -88,21 +89,14 @@ def run(args: argparse.Namespace) -> int:
     jobs = job_files.make_jobs(options, model.defaults)
     job_files.check_calls(jobs, model.pipeline)
     dtype = load.pick_dtype(options.get("dtype", "auto"), model, device)
-    setup = _setup(options, model, chosen, dtype)
     folder = Path(options.get("output") or _default_folder(model, chosen)).expanduser()
+    live = runner.new_run(None, model, chosen, options, dtype, device, folder, args.argv)
     if options.get("dry_run"):
-        return _print_plan(options, jobs, setup, folder, str(device))
+        return _print_plan(live, jobs, options.get("json", False))
     outputs.prepare_folder(folder)
-    done = runner.split_finished(jobs, folder, setup) if options.get("resume") else {}
-    pipe, seconds = _load(model, options, device, dtype, chosen, needed=len(done) < len(jobs))
-    live = runner.Run(
-        pipe=pipe,
-        methods=chosen,
-        folder=folder,
-        setup=setup,
-        facts=_facts(args, model, pipe, device, seconds),
-        fps=options.get("fps") or runner.frames_per_second(model.pipeline, model.kind == "embedded"),
-    )
+    done = runner.find_finished(jobs, folder, live.setup) if options.get("resume") else {}
+    if len(done) < len(jobs):
+        _load(live, model, options, device, dtype)
     return _make(live, jobs, done, options)
 
 
@@ -146,84 +140,49 @@ def _methods(wanted: list[Any], model: Source, preset: str | None) -> tuple[Meth
 
     if wanted and model.transformer is None:
         raise DitAttnError(
-            f"{model.pipeline.__name__} of {model.name} has no diffusion transformer; methods need one: leave out --method"
+            f"{model.pipeline.__name__} of {model.name} has no diffusion transformer, which methods need; "
+            "leave out --method"
         )
     return methods.resolve(wanted, model.transformer, preset)
 
 
-def _load(
-    model: Source, options: dict[str, Any], device: Any, dtype: Any, chosen: tuple[Method, ...], needed: bool
-) -> tuple[Any, float]:
-    """The pipeline with methods on it and the seconds that took; nothing when every item is there already."""
+def _load(live: Run, model: Source, options: dict[str, Any], device: Any, dtype: Any) -> None:
+    """Give the run its pipeline, with the methods on it."""
     import dit_attn
     from dit_attn.cli import load
 
-    if not needed:
-        return None, 0.0
     started = time.perf_counter()
-    pipe = load.load_pipeline(model, options, device, dtype)
-    if chosen:
-        dit_attn.enable(pipe, *chosen)
-    load.compile_pipeline(pipe, options.get("compile"))
-    return pipe, time.perf_counter() - started
-
-
-def _setup(options: dict[str, Any], model: Source, chosen: tuple[Method, ...], dtype: Any) -> dict[str, Any]:
-    """What decides every output of the run besides the jobs."""
-    return {
-        "model": model.name,
-        "revision": model.revision,
-        "fingerprint": model.fingerprint,
-        "pipeline": model.pipeline.__name__,
-        "methods": [method.to_dict() for method in chosen],
-        "dtype": str(dtype).removeprefix("torch."),
-        "variant": options.get("variant"),
-        "lora": options.get("lora", []),
-        "attention_backend": options.get("attention_backend"),
-    }
-
-
-def _facts(args: argparse.Namespace, model: Source, pipe: Any, device: Any, seconds: float) -> dict[str, Any]:
-    """What a sidecar says besides."""
-    from dit_attn.cli import load, runner
-
-    return {
-        "commit": load.commit_of(pipe, model),
-        "device": _device_name(device),
-        "versions": runner.versions(),
-        "command": shlex.join(["dit-attn", *args.argv]),
-        "load_seconds": round(seconds, 3),
-    }
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    live.pipe = load.load_pipeline(model, options, device, dtype)
+    if live.methods:
+        dit_attn.enable(live.pipe, *live.methods)
+    load.compile_pipeline(live.pipe, options.get("compile"))
+    live.facts["commit"] = load.commit_of(model)
+    live.facts["load_seconds"] = round(time.perf_counter() - started, 3)
 
 
 def _default_folder(model: Source, chosen: tuple[Method, ...]) -> Path:
-    name = "-".join([Path(model.name).name or "model", *(method.slug for method in chosen)] if chosen else [Path(model.name).name, "dense"])
-    return Path("outputs") / name
+    """``outputs/MODEL-METHOD``: the same command finds its own outputs again."""
+    parts = [Path(model.path).name or "model", *([method.slug for method in chosen] or ["dense"])]
+    return Path("outputs") / "-".join(parts)
 
 
-def _print_plan(options: dict[str, Any], jobs: list[Job], setup: dict[str, Any], folder: Path, device: str) -> int:
+def _print_plan(live: Run, jobs: list[Job], as_json: bool) -> int:
     from dit_attn.cli import outputs
 
-    items = [{"file": str(folder / job.stem), "prompt": job.prompt, "seed": job.seed, "call": job.call} for job in jobs]
-    if options.get("json"):
-        print(json.dumps({"folder": str(folder), "device": device, **setup, "items": items}, indent=1, default=str))
+    items = [{"name": job.stem, "prompt": job.prompt, "seed": job.seed, "call": job.call} for job in jobs]
+    if as_json:
+        print(json.dumps({"folder": str(live.folder), **live.setup, **live.facts, "items": items}, indent=1))
         return 0
-    methods = "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)"
-    for key, value in (
-        ("model", f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {device})"),
-        ("methods", methods),
-        ("folder", folder),
-        ("items", len(jobs)),
-    ):
-        print(f"{key:<10} {value}")
+    setup = live.setup
+    rows = {
+        "model": f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {live.facts['device']})",
+        "methods": "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)",
+        "folder": str(live.folder),
+        "items": str(len(jobs)),
+    }
+    print("\n".join(f"{key:<10}{value}" for key, value in rows.items()))
     for item in items:
-        print(f"  {Path(item['file']).name}  {item['prompt']!r}  {outputs.to_json(item['call'])}")
+        print(f"  {item['name']}  {item['prompt']!r}  {outputs.to_json(item['call'])}")
     return 0
 
 

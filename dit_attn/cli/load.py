@@ -53,7 +53,7 @@ def pick_dtype(name: str, source: Source, device: Any) -> Any:
 
 
 def parse_loras(texts: list[str]) -> list[dict[str, Any]]:
-    """``--lora`` values: a path or org/name, or JSON with ``lora_id``, ``lora_scale``, ``weight_name``, ``adapter_name``.
+    """``--lora`` values: a path or org/name, or JSON (``lora_id``, ``lora_scale``, ``weight_name``, ``adapter_name``).
 
     Raises:
         DitAttnError: malformed JSON, unknown key, missing folder, or peft is not installed.
@@ -146,7 +146,7 @@ def compile_pipeline(pipe: Any, arguments: dict[str, Any] | None) -> None:
             model.compile(**arguments)
 
 
-def commit_of(pipe: Any, source: Source) -> str | None:
+def commit_of(source: Source) -> str | None:
     """The commit of a Hub model that is loaded now: the name of its snapshot folder."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -186,9 +186,7 @@ def _adapters(pipe: Any, texts: list[str]) -> None:
         raise DitAttnError(f"{type(pipe).__name__} takes no LoRA adapters; leave out --lora")
     for spec in specs:
         try:
-            pipe.load_lora_weights(
-                spec["lora_id"], adapter_name=spec["adapter_name"], weight_name=spec["weight_name"]
-            )
+            pipe.load_lora_weights(spec["lora_id"], adapter_name=spec["adapter_name"], weight_name=spec["weight_name"])
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise DitAttnError(
                 f"--lora {spec['lora_id']} cannot be loaded ({reason(error)}); it must be made for this model"
@@ -201,7 +199,7 @@ def _adapters(pipe: Any, texts: list[str]) -> None:
 def _backend(pipe: Any, name: str) -> None:
     model = getattr(pipe, "transformer", None)
     if model is None or not hasattr(model, "set_attention_backend"):
-        raise DitAttnError(f"{type(pipe).__name__} has no attention backends to choose from; leave out --attention-backend")
+        raise DitAttnError(f"{type(pipe).__name__} has no choice of attention backends; leave out --attention-backend")
     try:
         model.set_attention_backend(name)
     except (ValueError, ImportError, RuntimeError, NotImplementedError, KeyError) as error:

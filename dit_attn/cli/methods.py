@@ -189,7 +189,9 @@ def _apply(chosen: list[Wanted], changes: list[tuple[str, Any, Wanted | None]]) 
         if dot:
             match = [item for item in chosen if item.name == slug]
             if not match:
-                raise unknown("method in --set", slug, [item.name for item in chosen] or ["none"], f"Add --method {slug}.")
+                raise unknown(
+                    "method in --set", slug, [item.name for item in chosen] or ["none"], f"Add --method {slug}."
+                )
             match[-1].settings[rest] = value
             continue
         if not chosen:

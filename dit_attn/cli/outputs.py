@@ -116,8 +116,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG):
             raise DitAttnError(
-                f"cannot write {path} ({reason(error)}); finished items are kept: make room or choose another --output, "
-                "then run the same command with --resume"
+                f"cannot write {path} ({reason(error)}); finished items are kept: make room or choose another "
+                "--output, then run the same command with --resume"
             ) from error
         raise
     finally:

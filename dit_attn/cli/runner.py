@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dit_attn.cli.outputs import Media
 from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
+    from dit_attn.cli.source import Source
     from dit_attn.processors.method import Method
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
@@ -73,7 +75,44 @@ class Run:
     tiles: list[sheet.Tile] = field(default_factory=list)
 
 
-def split_finished(jobs: list[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
+def new_run(
+    pipe: Any,
+    model: Source,
+    methods: tuple[Method, ...],
+    options: dict[str, Any],
+    dtype: Any,
+    device: Any,
+    folder: Path,
+    argv: list[str],
+) -> Run:
+    """A run without results.
+
+    Args:
+        pipe: the pipeline, or ``None`` when it is not loaded yet.
+        model: where it comes from.
+        methods: what is on it.
+        options: flags that decide outputs (variant, lora, attention_backend, fps).
+        dtype, device: of the weights.
+        folder: where outputs go.
+        argv: the command line, for the sidecars.
+    """
+    setup = {
+        "model": model.name,
+        "revision": model.revision,
+        "fingerprint": model.fingerprint,
+        "pipeline": model.pipeline.__name__,
+        "methods": [method.to_dict() for method in methods],
+        "dtype": str(dtype).removeprefix("torch."),
+        "variant": options.get("variant"),
+        "lora": options.get("lora", []),
+        "attention_backend": options.get("attention_backend"),
+    }
+    facts = {"device": _device_name(device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
+    fps = options.get("fps") or frames_per_second(model.pipeline, model.kind == "embedded")
+    return Run(pipe, methods, folder, setup, facts, fps)
+
+
+def find_finished(jobs: list[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
     """Outputs that are there already, by job index."""
     found = {}
     for job in jobs:
@@ -174,7 +213,7 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
     head = (job.index, job.prompt, job.seed)
     try:
         media, seconds = call_pipeline(run.pipe, job)
-        return _save(run, job, media, seconds), media
+        return save_item(run, job, media, seconds), media
     except DitAttnError:
         raise
     except Exception as error:  # whatever one item does, the others go on; the line names it
@@ -186,7 +225,8 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
         return ItemResult(*head, "failed", error=_hint(why, error)), None
 
 
-def _save(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
+def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
+    """Write the output and its sidecar; the methods must still be on the pipeline, for their summary."""
     digest = job.digest(run.setup)
     stem = outputs.place(run.folder, job.stem, digest)
     path = run.folder / f"{stem}{media.ending}"
@@ -215,6 +255,12 @@ def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media 
     density = (sidecar.get("summary") or {}).get("density")
     result = ItemResult(job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
     return result, outputs.read_media(path) if with_sheet else None
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _note(result: ItemResult) -> str:

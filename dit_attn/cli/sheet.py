@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from dit_attn.cli.outputs import Media, whole_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_BACKGROUND, _INK, _FAINT = (250, 250, 248), (25, 25, 25), (110, 110, 110)
+_BACKGROUND, _INK, _FAINT, _FRAME = (250, 250, 248), (25, 25, 25), (110, 110, 110), (200, 200, 198)
 _GAP, _TEXT = 8, 15
 
 
@@ -37,18 +36,18 @@ class Tile:
         return sum(frame.width for frame in self.frames) + 2 * (len(self.frames) - 1)
 
 
-def tile(media: Media, title: str, note: str = "", side: int = 256, strip: int = 6) -> Tile:
+def tile(media: Media, title: str, note: str = "", height: int | None = None, strip: int = 6) -> Tile:
     """A cell of a contact sheet.
 
     Args:
         media: what to show.
         title, note: its lines.
-        side: height in pixels of an image; frames of a video are 2/3 of it.
+        height: pixels of the pictures; default 256 for an image, 160 for the frames of a video.
         strip: most frames of a video that are shown, evenly spaced, first and last included.
     """
     from PIL import Image as pil
 
-    height = side * 2 // 3 if media.video else side
+    height = height or (160 if media.video else 256)
     count = min(strip, len(media.frames))
     picks = [round(i * (len(media.frames) - 1) / max(1, count - 1)) for i in range(count)]
     frames = []
@@ -90,6 +89,18 @@ def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[st
     return sheet
 
 
+def stack(parts: Sequence[Image]) -> Image:
+    """Pictures one under the other."""
+    from PIL import Image as pil
+
+    sheet = pil.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), _BACKGROUND)
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet
+
+
 def flow(cells: Sequence[Tile], heading: str = "", width: int = 1600) -> Image:
     """Cells of any shape in rows of about ``width`` pixels."""
     per_row = max(1, width // (max(cell.width for cell in cells) + _GAP))
@@ -103,25 +114,43 @@ def save(sheet: Image, path: Path) -> None:
 
 
 def _height(cell: Tile, width: int) -> int:
-    lines = len(_wrap(cell.title, width)) + (1 if cell.note else 0)
-    return cell.frames[0].height + 4 + lines * (_TEXT + 3)
+    return cell.frames[0].height + 4 + sum(size + 4 for _, size, _ in _lines(cell, width))
 
 
 def _draw(sheet: Image, draw: Any, cell: Tile, left: int, top: int, width: int) -> None:
     x = left
     for frame in cell.frames:
         sheet.paste(frame, (x, top))
+        draw.rectangle((x, top, x + frame.width - 1, top + frame.height - 1), outline=_FRAME)
         x += frame.width + 2
     y = top + cell.frames[0].height + 4
-    for line in _wrap(cell.title, width):
-        draw.text((left, y), line, fill=_INK, font=_font(_TEXT))
-        y += _TEXT + 3
-    if cell.note:
-        draw.text((left, y), cell.note, fill=_FAINT, font=_font(_TEXT - 2))
+    for line, size, colour in _lines(cell, width):
+        draw.text((left, y), line, fill=colour, font=_font(size))
+        y += size + 4
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, max(12, int(width / (_TEXT * 0.52))), max_lines=3, placeholder=" ...") if text else []
+def _lines(cell: Tile, width: int) -> list[tuple[str, int, tuple[int, int, int]]]:
+    """(text, size, colour) of the lines under a cell."""
+    title = [(line, _TEXT, _INK) for line in _wrap(cell.title, width, _TEXT)]
+    return title + [(line, _TEXT - 2, _FAINT) for line in _wrap(cell.note, width, _TEXT - 2)]
+
+
+def _wrap(text: str, width: int, size: int, most: int = 3) -> list[str]:
+    """``text`` in at most ``most`` lines of ``width`` pixels; what does not fit is cut and marked."""
+    font, lines = _font(size), [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
+    for index, line in enumerate(lines):
+        while line and font.getlength(line) > width:
+            line = line.rstrip(". ")[:-1] + "..." if len(line) > 4 else ""
+        lines[index] = line
+    return [line for line in lines if line]
 
 
 def _font(size: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a model is, read from its configuration files alone: enough to check a whole command before weights are loaded."""
+"""What a model is, read from its configuration files alone: a whole command is checked before weights are loaded."""
 
 from __future__ import annotations
 
