@@ -123,6 +123,8 @@ class FamilyMixin:
         text_args: forward arguments that change text tokens and nothing else in the first layer (joint models).
         sockets: number of layers that must be socketed.
         untouched: fragments of module paths that must keep their stock processor.
+        probe: (t, y, x) of the token that is poked.
+        refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
     """
 
     kinds: tuple[str, ...]
@@ -131,6 +133,7 @@ class FamilyMixin:
     sockets: int
     untouched: tuple[str, ...] = ()
     probe: tuple[int, int, int] = (0, 3, 5)
+    refined: bool = False
 
     def model(self) -> torch.nn.Module:
         """A tiny random transformer; the seed is set by the caller."""
@@ -212,7 +215,12 @@ class FamilyMixin:
         t, y, x = self.probe
         picture = next(span for span in base.tokens.spans if span.kind in ("video", "image"))
         expected = picture.start + (t * self.grid[1] + y) * self.grid[2] + x
-        assert self._changed(base, self._first_keys(net, moved)) == {expected}
+        changed = self._changed(base, self._first_keys(net, moved))
+        if self.refined:
+            outside = {i for span in base.tokens.spans if span.kind == "text" for i in range(span.start, span.stop)}
+            assert expected in changed and not changed & outside and len(changed) >= (picture.length or 0)
+        else:
+            assert changed == {expected}
         for name in self.text_args:
             moved = copy.deepcopy(args)
             moved[name] = moved[name] + 1.0

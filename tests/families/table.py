@@ -39,7 +39,13 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
         return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", *("" for _ in slugs)]
     orders = list(dict.fromkeys(", ".join(case.kinds) for case in cases))
     whole = any(case.pipeline is not FamilyMixin.pipeline for case in cases)
-    return [f"`{row.name}`", row.models, "; ".join(orders), "yes" if whole else "", *("yes" if cases else "" for _ in slugs)]
+    return [
+        f"`{row.name}`",
+        row.models,
+        "; ".join(orders),
+        "yes" if whole else "",
+        *("yes" if cases else "" for _ in slugs),
+    ]
 
 
 def main() -> None:
