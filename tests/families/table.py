@@ -1,4 +1,4 @@
-"""The table of families and methods, made from the tests: ``python -m tests.families.table`` rewrites it in the README."""
+"""The table of families and methods, made from the tests: ``python -m tests.families.table`` puts it in the README."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The table of model families: what the socket must know of a transformer, as data.
 
 A row says which attention layers may be touched, which forward arguments tell the token layout, in which order the
-parts of the sequence come, and how the family's pipelines run guidance. ``docs/add_a_family.md`` shows how to write one.
+parts of the sequence come, and how the family's pipelines run guidance. ``docs/add_a_family.md`` shows how
+to write one.
 """
 
 from __future__ import annotations

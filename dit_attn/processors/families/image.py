@@ -18,7 +18,7 @@ _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple 
 
 
 def _order(*order: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
-    """Layout with the given parts: ``"image"`` from (B, C, [T,] H, W) latents and the patch size, ``"text"`` the rest."""
+    """Layout with the given parts: ``"image"`` from (B, C, [T,] H, W) latents, ``"text"`` what remains."""
 
     def layout(config: Any, values: dict[str, Any]) -> TokenLayout:
         size = config.patch_size
@@ -53,7 +53,7 @@ def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _qwen(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """img_shapes: for every sample a list of (T, H, W), the picture first; the sequence is [text, image, reference, ...]."""
+    """img_shapes: per sample a list of (T, H, W), the picture first; the sequence is [text, image, reference, ...]."""
     first, *others = values["img_shapes"]
     shapes = [first] if isinstance(first, tuple) else first
     if any((other if isinstance(other, list) else [other]) != shapes for other in others if isinstance(first, list)):
@@ -91,7 +91,7 @@ def _hidream(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _z_image(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """x: list of (C, T, H, W) latents; the sequence is [image, padding, text]. Lists of lists (references) are declined."""
+    """x: list of (C, T, H, W) latents; the sequence is [image, padding, text]. Lists of references are declined."""
     latents = values["x"]
     if isinstance(latents[0], list):
         raise ValueError("reference images in the Z-Image sequence")
