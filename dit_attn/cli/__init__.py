@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dit_attn import __version__
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, unknown
 
 # Command -> the line of `dit-attn --help`. The module of the same name has add_parser(subparsers) and run(args) -> int.
 COMMANDS = {
@@ -27,11 +27,14 @@ OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one-line errors, like any other bad input."""
+    """An argument parser whose mistakes are one-line errors, like any other bad input; flags are written out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        raise DitAttnError(f"{message}; see `{self.prog} --help`")
+        raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,16 +64,26 @@ def _dispatch(words: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dit-attn {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((word for word in words if not word.startswith("-")), None)
-    for name, line in COMMANDS.items():
-        if name == chosen:
-            _module(name).add_parser(subparsers)
-        else:
-            subparsers.add_parser(name, help=line, add_help=False)
     if not words:
         parser.print_help()
         return OK
-    args = parser.parse_args(words)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    if chosen is not None and chosen not in COMMANDS:
+        raise unknown("command", chosen, COMMANDS)
+    flags: list[str] = []
+    for name, line in COMMANDS.items():
+        if name == chosen:
+            command = _module(name).add_parser(subparsers)
+            flags = [flag for action in command._actions for flag in action.option_strings]
+        else:
+            subparsers.add_parser(name, help=line, add_help=False)
+    args, rest = parser.parse_known_args(words)
+    if rest and rest[0].startswith("-"):
+        raise unknown(f"flag of dit-attn {chosen}", rest[0].partition("=")[0], flags)
+    if rest:
+        raise DitAttnError(
+            f"dit-attn {chosen} does not know what to do with {rest[0]!r}; texts with spaces need quotes"
+        )
     args.argv = words
     return int(_module(args.command).run(args))
 

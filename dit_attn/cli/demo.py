@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class Pair:
         model, prompt, seed: what was asked for.
         files: of the dense and the sparse run.
         seconds: of the two pipeline calls.
-        density: executed share of the attention map of the sparse run where it engaged.
+        density: executed share of the attention map of the sparse run, dense steps included.
         met: attributes of the caption that the output shows, of how many, for both.
     """
 
@@ -150,18 +150,25 @@ def _make(side: Run, job: Job) -> tuple[ItemResult, Media, str]:
     import dit_attn
     from dit_attn.cli import runner
 
-    with dit_attn.enabled(side.pipe, *side.methods):
+    with _methods_on(side):
         media, seconds = runner.call_pipeline(side.pipe, job)
-        return runner.save_item(side, job, media, seconds), media, str(dit_attn.summary(side.pipe))
+        summary = str(dit_attn.summary(side.pipe)) if side.methods else ""
+        return runner.save_item(side, job, media, seconds), media, summary
+
+
+def _methods_on(side: Run) -> AbstractContextManager[Any]:
+    """The methods of a side for the length of a block; the dense side stays the stock pipeline, untouched."""
+    import dit_attn
+
+    return dit_attn.enabled(side.pipe, *side.methods) if side.methods else nullcontext()
 
 
 def _warm_up(sides: list[Run], job: Job) -> None:
     """Two steps of each side: the first call of a process pays for what is initialised late."""
-    import dit_attn
     from dit_attn.cli import runner
 
     for side in sides:
-        with dit_attn.enabled(side.pipe, *side.methods):
+        with _methods_on(side):
             runner.call_pipeline(side.pipe, replace(job, call={**job.call, "num_inference_steps": 2}))
 
 
@@ -206,9 +213,8 @@ def _part(model: str, tiles: list[list[Tile]]) -> Image:
     from dit_attn.cli import sheet
 
     wide = len(tiles) > 1 and len(tiles[0][0].frames) == 1
-    pairs = zip_longest(tiles[::2], tiles[1::2], fillvalue=[])
-    rows = [left + right for left, right in pairs] if wide else tiles
-    return sheet.grid(rows, model, ("dense", METHOD) * (2 if wide else 1))
+    rows = [tiles[i] + [cell for row in tiles[i + 1 : i + 2] for cell in row] for i in range(0, len(tiles), 2)]
+    return sheet.grid(rows if wide else tiles, model, ("dense", METHOD) * (2 if wide else 1))
 
 
 def _table(pairs: list[Pair]) -> str:

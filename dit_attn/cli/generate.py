@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     done = runner.find_finished(jobs, folder, live.setup) if options.get("resume") else {}
     if len(done) < len(jobs):
         _load(live, model, options, device, dtype)
+        job_files.check_inputs(jobs, live.pipe)
     return _make(live, jobs, done, options)
 
 

@@ -213,6 +213,36 @@ def check_calls(jobs: list[Job], pipeline: Any) -> None:
             load_picture(path, f"{key} ({job.where})" if key != "image" else "--image")
 
 
+def check_inputs(jobs: list[Job], pipe: Any) -> None:
+    """Let the loaded pipeline's own checks see every job before the first one is made (sizes it cannot do, ...).
+
+    Raises:
+        DitAttnError: what the pipeline says, and which job it is.
+    """
+    check = getattr(pipe, "check_inputs", None)
+    if check is None:
+        return
+    wanted = inspect.signature(check).parameters
+    defaults = {name: spec.default for name, spec in inspect.signature(type(pipe).__call__).parameters.items()}
+    for job in jobs:
+        values = {**defaults, **job.call, "prompt": job.prompt}
+        known = {
+            name: values[name]
+            for name in wanted
+            if values.get(name, inspect.Parameter.empty) is not inspect.Parameter.empty
+        }
+        if known.get("height", 0) is None or known.get("width", 0) is None or job.pictures():
+            continue  # the pipeline works out its size, or looks at the picture, before it checks
+        try:
+            check(**known)
+        except ValueError as error:
+            raise DitAttnError(
+                f"{type(pipe).__name__} refuses {job.where} ({job.prompt!r}): {reason(error)}"
+            ) from error
+        except TypeError:
+            return  # its check takes what only its call can work out
+
+
 def load_picture(path: str, where: str) -> Any:
     """A picture file as an RGB PIL image.
 

@@ -36,7 +36,7 @@ class ItemResult:
         status: ``"done"``, ``"skipped"`` (was there already) or ``"failed"``.
         file: path of the output, ``None`` when it failed.
         seconds: time of the pipeline call, ``None`` when it was not made.
-        density: executed share of the attention map where a method engaged, ``None`` without.
+        density: executed share of the attention map over the run, dense steps included; ``None`` without a method.
         error: one line, for a failed item.
     """
 
@@ -246,13 +246,13 @@ def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
         "summary": summary.to_dict() if summary else None,
     }
     outputs.write_json(sidecar, run.folder / f"{stem}.json")
-    density = summary.density if summary else None
+    density = summary.run_density if summary else None
     return ItemResult(job.index, job.prompt, job.seed, "done", str(path), round(seconds, 4), density)
 
 
 def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media | None]:
     sidecar = outputs.read_sidecar(path.with_suffix(".json"))
-    density = (sidecar.get("summary") or {}).get("density")
+    density = (sidecar.get("summary") or {}).get("run_density")
     result = ItemResult(job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
     return result, outputs.read_media(path) if with_sheet else None
 
