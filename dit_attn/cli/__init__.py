@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import os
@@ -79,7 +80,9 @@ def _dispatch(words: list[str]) -> int:
             subparsers.add_parser(name, help=line, add_help=False)
     args, rest = parser.parse_known_args(words)
     if rest and rest[0].startswith("-"):
-        raise unknown(f"flag of dit-attn {chosen}", rest[0].partition("=")[0], flags)
+        close = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise DitAttnError(f"unknown flag {rest[0]!r}.{hint} `dit-attn {chosen} --help` lists them")
     if rest:
         raise DitAttnError(
             f"dit-attn {chosen} does not know what to do with {rest[0]!r}; texts with spaces need quotes"

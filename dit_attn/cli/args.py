@@ -14,6 +14,7 @@ from dit_attn.errors import DitAttnError, unknown
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 MAX_SEED = 2**63 - 1
+_SWITCHES: dict[Any, Any] = {bool: "store_true", "on-or-off": argparse.BooleanOptionalAction}
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Flag:
     Attributes:
         name: without dashes in front, e.g. ``"num-frames"``; the key in a configuration file, dashes or underscores.
         help: one line.
-        kind: ``str``, ``int``, ``float``, ``bool`` (a switch), ``dict`` (a JSON object) or ``"switch-or-dict"``.
+        kind: ``str``, ``int``, ``float``, ``bool`` (a switch), ``"on-or-off"`` (with a ``--no-`` form), ``dict`` (a
+            JSON object) or ``"switch-or-dict"``.
         many: may be repeated.
         low, high: inclusive range.
         choices: allowed values.
@@ -99,7 +101,7 @@ OUTPUT = (
     Flag("resume", "skip items that are already there", bool),
     Flag("dry-run", "print the plan and stop", bool),
     Flag("json", "print a JSON report instead of text", bool),
-    Flag("contact-sheet", "picture of all items, sheet.png (default: with two items or more)", bool),
+    Flag("contact-sheet", "picture of all items, sheet.png (default: with two items or more)", "on-or-off"),
 )
 
 
@@ -107,17 +109,13 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
     """Add a titled group of flags. Flags that are not given leave no trace in the namespace."""
     group = parser.add_argument_group(title)
     for flag in flags:
-        names = (
-            [*flag.short, f"--{flag.name}"]
-            if flag.short[:1] and len(flag.short[0]) == 2
-            else [f"--{flag.name}", *flag.short]
-        )
-        if flag.kind is bool:
-            group.add_argument(
-                *names, dest=flag.dest, help=flag.help, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
-            )
+        names = sorted([f"--{flag.name}", *flag.short], key=lambda name: name.startswith("--"))
+        extra: dict[str, Any]
+        if flag.kind in _SWITCHES:
+            extra = {"action": _SWITCHES[flag.kind]}
+            group.add_argument(*names, dest=flag.dest, help=flag.help, default=argparse.SUPPRESS, **extra)
             continue
-        extra: dict[str, Any] = {"type": _reader(flag), "metavar": flag.metavar or _metavar(flag)}
+        extra = {"type": _reader(flag), "metavar": flag.metavar or _metavar(flag)}
         if flag.kind == "switch-or-dict":
             extra |= {"nargs": "?", "const": {}}
         if flag.many:
@@ -149,7 +147,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
     """
     if flag.kind in (dict, "switch-or-dict"):
         return _object(flag, value, where)
-    if flag.kind is bool:
+    if flag.kind in _SWITCHES:
         if not isinstance(value, bool):
             raise DitAttnError(f"{where} must be true or false, got {value!r}")
         return value
@@ -253,4 +251,4 @@ def _reader(flag: Flag) -> Callable[[str], Any]:
 
 
 def _metavar(flag: Flag) -> str:
-    return "{" + ",".join(flag.choices) + "}" if flag.choices else flag.dest.upper().split("_")[-1]
+    return "{" + ",".join(flag.choices) + "}" if flag.choices else {int: "N", float: "X"}.get(flag.kind, "NAME")

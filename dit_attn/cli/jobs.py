@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import inspect
+import io
 import json
 import re
 import unicodedata
@@ -142,7 +143,7 @@ def read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _read_txt(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 
@@ -161,7 +162,7 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if reader.fieldnames is not None and "prompt" not in reader.fieldnames:
             raise DitAttnError(f"{path}, line 1 must name the columns, one of them prompt; got {reader.fieldnames}")

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ def prepare_folder(folder: Path) -> None:
         probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
         probe.write_bytes(b"x")
         probe.unlink()
+        for left in folder.glob(f"{_TEMPORARY}*"):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
     except OSError as error:
         raise DitAttnError(f"cannot write to --output {folder} ({reason(error)}); choose another folder") from error
 
