@@ -33,7 +33,8 @@ def imported_parts(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" if node.module == "dit_attn" else node.module for alias in node.names]
+            whole = node.module == "dit_attn"
+            names = [f"{node.module}.{alias.name}" if whole else node.module for alias in node.names]
         for name in names:
             parts = name.split(".")
             if parts[0] == "dit_attn":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import fnmatch
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -45,6 +44,7 @@ def attach(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pi
     detach(model)
     for name, processor in processors.items():
         set_processor(model.get_submodule(name), processor)
+    session.installed = True
     install_taps(session)
     return session
 
@@ -85,6 +85,11 @@ def detach(model: torch.nn.Module) -> None:
     for module in model.modules():
         if is_socketed(getattr(module, "processor", None)):
             set_processor(module, unsocketed(module.processor))
+    # Legacy fuse_qkv_projections keeps the processors it replaced, ours among them, to put them back later.
+    kept = getattr(model, "original_attn_processors", None) or {}
+    for name, processor in kept.items():
+        if is_socketed(processor):
+            kept[name] = unsocketed(processor)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _ForwardTap):
             del model._forward_pre_hooks[key]
@@ -120,8 +125,14 @@ def set_processor(module: Any, processor: Any) -> None:
 
 
 def heal(session: Session) -> None:
-    """Socket processors that other code has replaced since (legacy ``fuse_qkv_projections`` swaps the objects)."""
+    """Socket processors that other code has replaced since (legacy ``fuse_qkv_projections`` swaps the objects).
+
+    Processors that were only handed out (``attn_processors``) are left alone until somebody sets one.
+    """
     model = session.model
+    if not session.installed:
+        session.installed = any(is_socketed(model.get_submodule(site.name).processor) for site in session.sites)
+        return
     for site in session.sites:
         module = model.get_submodule(site.name)
         if not is_socketed(module.processor) and tap_of(module.processor) is not None:
@@ -147,8 +158,8 @@ class _ForwardTap:
             values[name] = args[position] if position < len(args) else kwargs.get(name)
         if torch.compiler.is_compiling():
             tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
-            spec = {k: None if isinstance(v, torch.Tensor) else repr(v) for k, v in values.items()}
-            torch.ops.dit_attn.observe(self.session.token, tensors, json.dumps(spec))
+            names = [name if isinstance(v, torch.Tensor) else f"{name}={v!r}" for name, v in values.items()]
+            torch.ops.dit_attn.observe(self.session.token, tensors, "\n".join(names))
         else:
             heal(self.session)
             self.session.observe(values)
@@ -156,15 +167,15 @@ class _ForwardTap:
 
 @torch.library.custom_op("dit_attn::observe", mutates_args=("clock",))
 def _observe(clock: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
-    """The forward tap of a compiled transformer: ``clock`` names the session, ``spec`` the arguments.
+    """The forward tap of a compiled transformer: ``clock`` names the session, the lines of ``spec`` the arguments.
 
-    Arguments that are not tensors travel in ``spec`` as Python literals.
+    A line is the name of the next tensor, or ``name=literal`` for an argument that is no tensor.
     """
-    rest = iter(tensors)
-    literals = json.loads(spec)
-    session_by_token(clock).observe(
-        {name: next(rest) if text is None else ast.literal_eval(text) for name, text in literals.items()}
-    )
+    rest, values = iter(tensors), {}
+    for line in spec.splitlines():
+        name, is_literal, text = line.partition("=")
+        values[name] = ast.literal_eval(text) if is_literal else next(rest)
+    session_by_token(clock).observe(values)
 
 
 @_observe.register_fake
@@ -181,11 +192,12 @@ class _ContextTap:
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
         model = self.session.model
+        stock: Any = type(model).cache_context  # type: ignore[attr-defined]
         self.session.context = SimpleNamespace(
             name=name, step_index=kwargs.get("step_index"), num_inference_steps=kwargs.get("num_inference_steps")
         )
         try:
-            with type(model).cache_context(model, name, **kwargs):
+            with stock(model, name, **kwargs):
                 yield
         finally:
             self.session.context = None

@@ -65,6 +65,8 @@ def copy_registry_entry(stock: type, derived: type) -> None:
         from diffusers.hooks._helpers import AttentionProcessorRegistry
     except ImportError:
         return
+    if hasattr(AttentionProcessorRegistry, "_register"):
+        AttentionProcessorRegistry._register()  # it fills itself at first use only
     known = getattr(AttentionProcessorRegistry, "_registry", {})
     if stock in known:
         known.setdefault(derived, known[stock])

@@ -87,6 +87,8 @@ class Session:
         clock: step and branch; shared by the transformers of one pipeline.
         sites: the socketed layers.
         layout: parts of the current input's sequence, ``None`` before the first call.
+        context: what the pipeline said of the call through ``cache_context``.
+        installed: whether the layers run our processors.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Session:
         self.sites: list[Site] = []
         self.layout: TokenLayout | None = None
         self.context: Any = None
+        self.installed = False
         self.id = next(_ids)
         self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
         _SESSIONS[self.id] = self
@@ -193,6 +196,7 @@ class Session:
         if model is None:
             raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
         session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo))
+        session.installed = self.installed
         memo[id(self)] = session
         for site in self.sites:
             session.add_site(site.name)

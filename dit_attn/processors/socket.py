@@ -33,8 +33,9 @@ from dit_attn.processors.session import Site, site_by_id
 class _Slot(threading.local):
     """The layer that is running in this thread."""
 
-    site: torch.Tensor | None = None
-    clock: torch.Tensor | None = None
+    def __init__(self) -> None:  # per thread; entries of the instance, since compiled graphs guard on their presence
+        self.site: torch.Tensor | None = None
+        self.clock: torch.Tensor | None = None
 
 
 _SLOT = _Slot()
@@ -75,8 +76,9 @@ def socketed(processor: Any, site: Site) -> Any:
             f"layer {site.name} runs {type(processor).__name__}, which has no softmax attention to tap "
             "(linear attention?); remove the method or use another model"
         )
-    derived = _derive(type(processor), tap)
-    clone = derived.__new__(derived)
+    stock_class: Any = type(processor)
+    derived = _derive(stock_class, tap)
+    clone: Any = object.__new__(derived)
     state = dict(processor.__dict__)
     clone.__dict__.update(state)
     clone.__dict__["_dit_dense_backend"] = state.pop("_attention_backend", None)
@@ -114,7 +116,7 @@ def _derive(stock: type, tap: str) -> type:
         "_dit_tap": tap,
     }
     if tap == "dispatch":
-        compat.register_backend(_backend)
+        body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
         body["_attention_backend"] = property(_read_backend, _write_backend)
     derived = type(f"DitAttn{stock.__name__}", (stock,), body)
     compat.copy_registry_entry(stock, derived)
@@ -122,7 +124,7 @@ def _derive(stock: type, tap: str) -> type:
 
 
 def _read_backend(self: Any) -> Any:
-    return compat.backend_member()
+    return self._dit_backend
 
 
 def _write_backend(self: Any, value: Any) -> None:
@@ -268,11 +270,10 @@ def _attend_compiled(
     gqa: bool,
     parallel: bool,
 ) -> torch.Tensor:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise DitAttnError(
-            "dit_attn methods cannot be trained inside torch.compile; train eagerly, or disable the method"
-        )
-    return torch.ops.dit_attn.attend(site, clock, q, k, v, mask, scale, causal, gqa, parallel)
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if training:  # an error raised while tracing would be buried in Dynamo's own: the operator raises when it runs
+        q, k, v = q.detach(), k.detach(), v.detach()
+    return torch.ops.dit_attn.attend(site, clock, q, k, v, mask, scale, causal, gqa, parallel, training)
 
 
 @torch.library.custom_op("dit_attn::attend", mutates_args=())
@@ -287,13 +288,18 @@ def _attend(
     causal: bool,
     gqa: bool,
     parallel: bool,
+    training: bool,
 ) -> torch.Tensor:
     """One attention call of a compiled model; q, k, v and the result are (B, S, H, D).
 
     ``clock`` is not read: it orders the call after the observation of the forward arguments.
     """
+    if training:
+        raise DitAttnError(
+            "dit_attn methods cannot be trained inside torch.compile; train without compiling, or disable the method"
+        )
     here = site_by_id(int(site))
-    processor = here.session.model.get_submodule(here.name).processor
+    processor: Any = here.session.model.get_submodule(here.name).processor
     config = processor._parallel_config if parallel else None
     if type(processor)._dit_tap == "dispatch":
         stock = functools.partial(_stock_dispatch, here, q, k, v, mask, 0.0, causal, scale, gqa, config)
@@ -314,6 +320,7 @@ def _(
     causal: bool,
     gqa: bool,
     parallel: bool,
+    training: bool,
 ) -> torch.Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 

@@ -1,4 +1,4 @@
-"""Video families whose sequence is the video alone, text in cross attention: the mixin on a tiny model of each class."""
+"""Video families whose sequence is the video alone, text in cross attention: the mixin on tiny models."""
 
 from __future__ import annotations
 
