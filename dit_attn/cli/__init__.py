@@ -65,9 +65,6 @@ def _dispatch(words: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"dit-attn {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    if not words:
-        parser.print_help()
-        return OK
     chosen = next((word for word in words if not word.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
         raise unknown("command", chosen, COMMANDS)
@@ -78,6 +75,9 @@ def _dispatch(words: list[str]) -> int:
             flags = [flag for action in command._actions for flag in action.option_strings]
         else:
             subparsers.add_parser(name, help=line, add_help=False)
+    if not words:
+        parser.print_help()
+        return OK
     args, rest = parser.parse_known_args(words)
     if rest and rest[0].startswith("-"):
         close = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1)

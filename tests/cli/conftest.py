@@ -1,0 +1,86 @@
+"""What the tests of the command line share: running a command, and small pipelines of many kinds."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+import pytest
+
+from dit_attn.cli import main
+
+FAST = ("--height", "32", "--width", "32", "--steps", "1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *parts: str) -> None:
+        """Assert that this is bad input: exit 2, one line on standard error that has every part, no traceback."""
+        assert self.code == 2, self.err
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("dit-attn: error: ")
+        for part in parts:
+            assert part in lines[0]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """``cli("generate", ...)`` runs the command in this process, in an empty folder, offline."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def image(cli):
+    """``image(...)`` is `generate` on the embedded image model, as small and fast as it goes."""
+    return lambda *words: cli("generate", "--model", "tiny-image", *FAST, *words)
+
+
+@pytest.fixture(scope="session")
+def folder_model(tmp_path_factory):
+    """A local copy of the embedded image model."""
+    from dit_attn import models
+
+    target = tmp_path_factory.mktemp("models") / "copy"
+    shutil.copytree(models.info("tiny-image").folder, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def image_to_video_model(tmp_path_factory):
+    """A random one-layer image-to-video pipeline around the embedded video model's parts."""
+    import torch
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+
+    from dit_attn import models
+
+    torch.manual_seed(0)
+    pipe = models.load("tiny-video")
+    channels = 2 * pipe.vae.config.z_dim + pipe.vae.config.scale_factor_temporal
+    transformer = WanTransformer3DModel.from_config(
+        {**pipe.transformer.config, "in_channels": channels, "num_layers": 1}
+    )
+    target = tmp_path_factory.mktemp("models") / "image-to-video"
+    WanImageToVideoPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        vae=pipe.vae,
+        scheduler=pipe.scheduler,
+        transformer=transformer,
+    ).save_pretrained(target)
+    return target

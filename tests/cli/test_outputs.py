@@ -1,0 +1,160 @@
+"""Files appear whole or not at all, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_attn.cli import outputs, sheet
+from dit_attn.cli.outputs import Media
+from dit_attn.errors import DitAttnError
+
+
+def picture(seed=0, shape=(16, 24, 3)):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: [Image.fromarray(x)],
+        lambda x: x[None].astype(np.float32) / 255,
+        lambda x: torch.from_numpy(x).permute(2, 0, 1)[None].float() / 255,
+        lambda x: torch.from_numpy(x).permute(2, 0, 1)[None].double() / 255,
+    ],
+    ids=["pil", "numpy", "torch", "torch-double"],
+)
+def test_images_of_every_form_are_read(form):
+    media = outputs.media_of(SimpleNamespace(images=form(picture())))
+    assert not media.video and media.ending == ".png"
+    np.testing.assert_array_equal(media.frames[0], picture())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: [[Image.fromarray(frame) for frame in x]],
+        lambda x: x[None].astype(np.float32) / 255,
+        lambda x: torch.from_numpy(x).permute(0, 3, 1, 2)[None].float() / 255,
+    ],
+    ids=["pil", "numpy", "torch"],
+)
+def test_videos_of_every_form_are_read(form):
+    clip = np.stack([picture(i) for i in range(3)])
+    media = outputs.media_of(SimpleNamespace(frames=form(clip)))
+    assert media.video and media.ending == ".mp4"
+    np.testing.assert_array_equal(media.frames, clip)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_reported(bad):
+    values = np.zeros((1, 4, 4, 3), dtype=np.float32)
+    values[0, 0, 0, 0] = bad
+    with pytest.raises(outputs.NotFinite, match="2.1 % of the output is NaN"):
+        outputs.media_of(SimpleNamespace(images=values))
+
+
+def test_an_image_comes_back_with_its_text(tmp_path):
+    media = Media(picture()[None], False)
+    outputs.write_media(media, tmp_path / "a.png", 8, {"prompt": "ein schönes 猫", "dit_attn": "{}"})
+    np.testing.assert_array_equal(outputs.read_media(tmp_path / "a.png").frames, media.frames)
+    assert Image.open(tmp_path / "a.png").text == {"prompt": "ein schönes 猫", "dit_attn": "{}"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 80), (50, 62)])
+def test_a_video_keeps_its_size_and_number_of_frames(tmp_path, size):
+    media = Media(np.stack([picture(i, (*size, 3)) for i in range(5)]), True)
+    outputs.write_media(media, tmp_path / "a.mp4", 6, {})
+    assert outputs.read_media(tmp_path / "a.mp4").frames.shape == (5, *size, 3)
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyboardInterrupt), outputs.whole_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path):
+    with pytest.raises(DitAttnError, match="No space left.*--resume"), outputs.whole_file(tmp_path / "a.txt") as path:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_ffmpeg_cut_short_is_not_taken_for_whole(tmp_path, monkeypatch):
+    import diffusers.utils
+
+    def cut(frames, path, **kwargs):
+        with open(path, "wb") as file:
+            file.write(b"not a video")
+
+    monkeypatch.setattr(diffusers.utils, "export_to_video", cut)
+    with pytest.raises(DitAttnError, match="wrote 0 of 2 frames"):
+        outputs.write_media(Media(np.stack([picture(), picture(1)]), True), tmp_path / "a.mp4", 8, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_killed_run_are_swept_but_not_those_of_a_running_one(tmp_path):
+    old, new = tmp_path / ".partial-old.png", tmp_path / ".partial-new.png"
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 7200,) * 2)
+    outputs.prepare_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [new.name]
+
+
+def test_a_folder_that_is_a_file_or_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DitAttnError, match="is a file"):
+        outputs.prepare_folder(tmp_path / "file")
+    with pytest.raises(DitAttnError, match="cannot write"):
+        outputs.prepare_folder(tmp_path / "file" / "inside")
+
+
+def test_another_jobs_output_keeps_its_name(tmp_path):
+    assert outputs.place(tmp_path, "a", "1" * 64) == "a"
+    outputs.write_json({"job_hash": "1" * 64}, tmp_path / "a.json")
+    assert outputs.place(tmp_path, "a", "1" * 64) == "a"
+    assert outputs.place(tmp_path, "a", "2" * 64) == "a_22222222"
+    (tmp_path / "b.png").write_bytes(b"somebody's picture")
+    assert outputs.place(tmp_path, "b", "3" * 64) == "b_33333333"
+
+
+def test_an_output_is_finished_only_if_it_is_the_file_that_was_written(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+    digest = outputs.sha256(tmp_path / "a.png")
+    outputs.write_json({"job_hash": "h", "file": "a.png", "sha256": digest}, tmp_path / "a.json")
+    assert outputs.finished(tmp_path, "a", "h") == tmp_path / "a.png"
+    assert outputs.finished(tmp_path, "a", "other") is None
+    (tmp_path / "a.png").write_bytes(b"pict")
+    assert outputs.finished(tmp_path, "a", "h") is None
+    (tmp_path / "a.json").write_text("{half")
+    assert outputs.finished(tmp_path, "a", "h") is None
+
+
+def test_a_sheet_shows_every_item_and_its_text():
+    cells = [sheet.tile(Media(picture(i)[None], False), f"prompt {i} " * 30, "note") for i in range(3)]
+    clip = sheet.tile(Media(np.stack([picture(i) for i in range(9)]), True), "clip", strip=4)
+    assert len(clip.frames) == 4
+    made = sheet.flow([*cells, clip], "heading", width=900)
+    assert made.width >= clip.width
+    colours = {made.getpixel((8 + 4, y)) for y in range(made.height)}
+    assert len(colours) > 10  # pictures, not only background
+
+
+def test_lines_under_a_cell_stay_within_its_width():
+    for text in ("a " * 200, "x" * 500, "", "word " + "y" * 300):
+        for line in sheet._wrap(text, 150, 15):
+            assert sheet._font(15).getlength(line) <= 150
+        assert len(sheet._wrap(text, 150, 15)) <= 3
