@@ -27,13 +27,13 @@ PROMPTS = {
     "tiny-image": (
         "a large green cross at the bottom on gray",
         "two large purple triangles in a column on black",
-        "a small red circle at the right on white",
-        "three small cyan squares in a row on black",
+        "three small red squares in a row on white",
+        "a small blue cross at the left on black",
     ),
     "tiny-video": (
         "a large red cross moving right slowly on gray",
         "a large purple circle moving left fast on black",
-        "a small red triangle moving down slowly on white",
+        "a small green triangle moving down fast on white",
     ),
 }
 SEED = 7

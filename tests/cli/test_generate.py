@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -117,7 +116,7 @@ def test_a_dry_run_makes_nothing(image, tmp_path):
 
 def test_a_configuration_file_is_overruled_by_flags(cli, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        "model: tiny-image\nprompt: [one, two]\nheight: 32\nwidth: 32\nsteps: 7\nmethod: block-sparse\nset: {density: 0.5}\n"
+        "model: tiny-image\nprompt: [one, two]\nsteps: 7\nmethod: block-sparse\nset: {density: 0.5}\n"
     )
     outcome = cli("generate", "--config", "run.yaml", "--steps", "1", "--prompt", "three", "--dry-run", "--json")
     plan = json.loads(outcome.out)
@@ -259,9 +258,3 @@ def test_a_disk_that_takes_no_more_bytes_is_bad_input_not_a_crash(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_generating_an_image_takes_seconds(image):
-    started = time.perf_counter()
-    assert image("--prompt", "a", "-o", "out").code == 0
-    assert time.perf_counter() - started < 15

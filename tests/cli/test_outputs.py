@@ -57,7 +57,7 @@ def test_videos_of_every_form_are_read(form):
 def test_values_that_are_not_finite_are_reported(bad):
     values = np.zeros((1, 4, 4, 3), dtype=np.float32)
     values[0, 0, 0, 0] = bad
-    with pytest.raises(outputs.NotFinite, match="2.1 % of the output is NaN"):
+    with pytest.raises(outputs.NotFinite, match=r"2\.1 % of the output is NaN"):
         outputs.media_of(SimpleNamespace(images=values))
 
 
@@ -86,7 +86,7 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path):
-    with pytest.raises(DitAttnError, match="No space left.*--resume"), outputs.whole_file(tmp_path / "a.txt") as path:
+    with pytest.raises(DitAttnError, match=r"No space left.*--resume"), outputs.whole_file(tmp_path / "a.txt") as path:
         path.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
