@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "model": args.name,
         "what": "held-out captions, dense attention, stock pipeline; 95 % Wilson intervals",
         "command": command,
-        "commit": _commit(),
+        "commit": current_commit(),
         "environment": environment(),
         "training_steps": info(args.name).training.get("steps_done"),
         **figures,
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """The commit of the working copy, "" outside one."""
     try:
         done = subprocess.run(
