@@ -1,4 +1,4 @@
-"""dit_attn: attention processors that make diffusion transformers faster and easier to steer, on stock diffusers pipelines.
+"""dit_attn: attention processors that make diffusion transformers faster and easier to steer, on stock pipelines.
 
 Importing this package loads nothing heavy and changes nothing; every public name is loaded at first use.
 """

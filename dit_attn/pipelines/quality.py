@@ -35,7 +35,9 @@ def variants(pipe: Any, densities: Sequence[float]) -> dict[str, Method | None]:
     return {"dense": None, **settings}
 
 
-def measure(pipe: Any, kind: str, call: dict[str, Any], methods: dict[str, Method | None], count: int) -> dict[str, Any]:
+def measure(
+    pipe: Any, kind: str, call: dict[str, Any], methods: dict[str, Method | None], count: int
+) -> dict[str, Any]:
     """Accuracy, fidelity to dense, and time of every variant.
 
     The variants take turns on every batch of captions, so that all of them see the same state of the machine.
@@ -80,7 +82,10 @@ def measure(pipe: Any, kind: str, call: dict[str, Any], methods: dict[str, Metho
             "run_density": density[label],
             "bit_equal_to_dense": len(fidelity) - len(finite),
             "psnr_to_dense_db": round(float(np.mean(finite)), 2) if finite else None,
-            "seconds_per_sample": {"min": round(min(times := seconds[label]), 3), "mean": round(float(np.mean(times)), 3)},
+            "seconds_per_sample": {
+                "min": round(min(times := seconds[label]), 3),
+                "mean": round(float(np.mean(times)), 3),
+            },
             **evaluate.table(samples[label]),
         }
     return result
