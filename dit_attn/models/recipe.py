@@ -86,12 +86,13 @@ RECIPES: dict[str, Recipe] = {
         name="tiny-video",
         family="video",
         kind="clip",
-        steps=3900,
+        steps=3400,
         stages=(
-            Stage(share=0.487, size=48, frames=1, batch=16, shift=1.3),
-            Stage(share=0.205, size=48, frames=4, batch=5, shift=2.0),
-            Stage(share=0.308, size=48, frames=9, batch=3, shift=3.0),
+            Stage(share=0.5588, size=48, frames=1, batch=16, shift=1.3),
+            Stage(share=0.1618, size=48, frames=4, batch=5, shift=2.0),
+            Stage(share=0.2794, size=48, frames=9, batch=3, shift=3.0),
         ),
+        decay_share=0.2,
     ),
 }
 
