@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import fnmatch
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -77,7 +79,7 @@ def install_taps(session: Session) -> None:
     model = session.model
     model.register_forward_pre_hook(_ForwardTap(session), with_kwargs=True)
     if hasattr(type(model), "cache_context"):
-        model.__dict__["cache_context"] = _ContextTap(session)
+        model.__dict__["cache_context"] = _ContextTap(model, session)
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -119,9 +121,12 @@ def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
 
 def set_processor(module: Any, processor: Any) -> None:
     """Assign without the stock setter, which may drop weights and logs; all attention modules read ``.processor``."""
-    module._modules.pop("processor", None)
-    module.__dict__.pop("processor", None)
-    module.processor = processor
+    if isinstance(processor, torch.nn.Module):
+        module.__dict__.pop("processor", None)
+        module._modules["processor"] = processor  # in place: the order of the state dict stays
+    else:
+        module._modules.pop("processor", None)
+        module.__dict__["processor"] = processor
 
 
 def heal(session: Session) -> None:
@@ -146,13 +151,23 @@ def _forward_tap(model: torch.nn.Module) -> _ForwardTap | None:
 class _ForwardTap:
     """Forward pre-hook of the transformer: shows the session the arguments its family row reads."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | None) -> None:
         self.session = session
+        if session is None:
+            return
         self.names = tuple(dict.fromkeys((session.family.timestep, "hidden_states", *session.family.reads)))
         parameters = list(inspect.signature(type(session.model).forward).parameters)[1:]
         self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardTap:
+        return _ForwardTap(copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return _ForwardTap, (None,)  # a saved model comes back without methods
+
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.session is None:
+            return
         values = {}
         for name, position in self.positions.items():
             values[name] = args[position] if position < len(args) else kwargs.get(name)
@@ -186,18 +201,24 @@ def _(clock: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
 class _ContextTap:
     """Stands in for ``model.cache_context`` and remembers what the pipeline says about the call."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, model: torch.nn.Module, session: Session | None) -> None:
+        self._model, self.session = weakref.ref(model), session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ContextTap:
+        return _ContextTap(memo[id(self._model())], copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return _ContextTap, (self._model(), None)  # a saved model comes back without methods
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
-        model = self.session.model
-        stock: Any = type(model).cache_context  # type: ignore[attr-defined]
-        self.session.context = SimpleNamespace(
+        model: Any = self._model()
+        session = self.session or SimpleNamespace()
+        session.context = SimpleNamespace(
             name=name, step_index=kwargs.get("step_index"), num_inference_steps=kwargs.get("num_inference_steps")
         )
         try:
-            with stock(model, name, **kwargs):
+            with type(model).cache_context(model, name, **kwargs):
                 yield
         finally:
-            self.session.context = None
+            session.context = None

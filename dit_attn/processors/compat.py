@@ -76,11 +76,13 @@ def ulysses_mesh(parallel_config: Any) -> Any | None:
     """The device mesh of a Ulysses-parallel run, or ``None`` when the run is not parallel.
 
     Raises:
-        NotImplementedError: for ring attention, whose ranks never see a whole row of the map.
+        NotImplementedError: for ring attention, whose ranks never see a whole row of the map, and for uneven shards.
     """
     config = getattr(parallel_config, "context_parallel_config", None)
     if config is None:
         return None
     if config.ring_degree and config.ring_degree > 1:
         raise NotImplementedError("ring attention splits the keys over ranks; sparse methods need Ulysses")
+    if getattr(config, "ulysses_anything", False):
+        raise NotImplementedError("ulysses_anything makes uneven shards; sparse methods need even ones")
     return config._ulysses_mesh

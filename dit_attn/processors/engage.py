@@ -42,15 +42,20 @@ def answer(
     """
     site.stats.calls += 1
     reason = _bypass(site, mask, dropout)
+    mesh = exchange = None
     if reason is None:
         try:
             mesh = ulysses.mesh_of(parallel_config)
+            if mesh is not None:
+                exchange = ulysses.exchange_for(mesh, site.session.layout, q.shape[1])
         except NotImplementedError as error:
             reason = str(error)
+    if mesh is not None and q.shape[1] != k.shape[1]:
+        reason = "cross attention"
     if reason is not None:
         return _decline(site, reason, stock)
-    if mesh is not None:
-        q, k, v, mask = ulysses.scatter_heads(q, k, v, mask, mesh)
+    if exchange is not None:
+        q, k, v, mask = exchange.scatter_heads(q, k, v, mask)
     call = _call(site, q, k, v, mask, scale, causal)
     request, started = Request(), time.perf_counter()
     reason = _ask(call, request)
@@ -60,7 +65,7 @@ def answer(
     if site.broken is not None:
         return _decline(site, site.broken, stock)
     site.stats.seconds += time.perf_counter() - started
-    return out if mesh is None else ulysses.gather_heads(out, mesh)
+    return out if exchange is None else exchange.gather_heads(out)
 
 
 def _bypass(site: Site, mask: Any, dropout: float) -> str | None:

@@ -195,7 +195,8 @@ class Session:
         model = memo.get(id(self.model))
         if model is None:
             raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
-        session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo))
+        pipe = memo.get(id(self.pipe))
+        session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo), pipe)
         session.installed = self.installed
         memo[id(self)] = session
         for site in self.sites:
