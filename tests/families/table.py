@@ -20,7 +20,7 @@ def tested() -> dict[str, list[type[FamilyMixin]]]:
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         module = importlib.import_module(f"tests.families.{path.stem}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
-            if issubclass(cls, FamilyMixin) and cls is not FamilyMixin and cls.__module__ == module.__name__:
+            if issubclass(cls, FamilyMixin) and cls.__name__.startswith("Test") and cls.__module__ == module.__name__:
                 found.setdefault(family_of(cls().model()).name, []).append(cls)
     return found
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    ChronoEditTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -117,6 +118,14 @@ class TestWanPerTokenTime(WanLike):
         times = torch.full((2, 320), 500)
         times[:, :80] = 0
         return {**super().inputs(), "timestep": times}
+
+
+class TestChronoEdit(TestWan):
+    def model(self) -> torch.nn.Module:
+        return ChronoEditTransformer3DModel(**WAN)
+
+    def pipeline(self) -> None:
+        return None  # the pipeline needs an image and differs from Wan's image-to-video in the temporal positions only
 
 
 class TestWanVace(WanLike):

@@ -84,8 +84,8 @@ FAMILIES = (
     ),
     Family(
         name="cogvideox",
-        models="CogVideoX 2b, 5b, 1.5-5b (T2V, I2V), ConsisID",
-        transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        models="CogVideoX 2b, 5b, 1.5-5b (T2V, I2V)",
+        transformers=("CogVideoXTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("text", "video", axes=(1, 3, 4)),
@@ -130,7 +130,7 @@ FAMILIES = (
     ),
     Family(
         name="cosmos",
-        models="Cosmos 1, Cosmos Predict 2, 2.5",
+        models="Cosmos 1, Cosmos Predict 2",
         transformers=("CosmosTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
