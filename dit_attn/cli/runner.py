@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dit_attn
-from dit_attn.cli import outputs, sheet
+from dit_attn.cli import load, outputs, sheet, source
 from dit_attn.cli.args import reason
 from dit_attn.cli.jobs import Job, load_picture
 from dit_attn.cli.outputs import Media
@@ -96,6 +96,7 @@ def new_run(
         folder: where outputs go.
         argv: the command line, for the sidecars.
     """
+    loras = options.get("lora", [])
     setup = {
         "model": model.name,
         "revision": model.revision,
@@ -104,7 +105,7 @@ def new_run(
         "methods": [method.to_dict() for method in methods],
         "dtype": str(dtype).removeprefix("torch."),
         "variant": options.get("variant"),
-        "lora": options.get("lora", []),
+        "lora": [{**spec, "fingerprint": _fingerprint(spec["lora_id"])} for spec in load.parse_loras(loras)],
         "attention_backend": options.get("attention_backend"),
     }
     facts = {"device": _device_name(device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
@@ -255,6 +256,11 @@ def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media 
     density = (sidecar.get("summary") or {}).get("run_density")
     result = ItemResult(job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
     return result, outputs.read_media(path) if with_sheet else None
+
+
+def _fingerprint(adapter: str) -> str | None:
+    place = Path(adapter).expanduser()
+    return source.fingerprint(place) if place.exists() else None
 
 
 def _device_name(device: Any) -> str:

@@ -61,17 +61,13 @@ def describe(name: str, revision: str | None = None) -> Source:
         pipeline=_pipeline_class(name, index),
         transformer=transformer,
         defaults=defaults,
-        fingerprint=revision or "main" if kind == "hub" else _fingerprint(Path(path)),
+        fingerprint=revision or "main" if kind == "hub" else fingerprint(Path(path)),
         components=index,
     )
 
 
 def skeleton(source: Source) -> Any:
-    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out.
-
-    Raises:
-        DitAttnError: this pipeline cannot be built without its weights.
-    """
+    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out."""
     import inspect
 
     import diffusers
@@ -90,11 +86,22 @@ def skeleton(source: Source) -> Any:
             parts[name] = None if isinstance(value, (list, tuple)) else value
     try:
         return source.pipeline(**parts)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DitAttnError(
-            f"{source.pipeline.__name__} cannot be explained without its weights ({reason(error)}); "
-            "load it in Python and call dit_attn.explain(pipe)"
-        ) from error
+    except (AttributeError, ImportError, NameError, TypeError, ValueError):
+        return _bare(source.pipeline, parts)  # it looks into a part that was left out, or needs an optional library
+
+
+def _bare(pipeline: Any, parts: dict[str, Any]) -> Any:
+    """A pipeline that was never initialised: its parts and the compression of its autoencoder, nothing else."""
+    pipe = pipeline.__new__(pipeline)
+    pipe.__dict__.update(parts)
+    vae = parts.get("vae")
+    for name in ("spatial", "temporal"):
+        for owner in (vae, getattr(vae, "config", None)):
+            for key in (f"scale_factor_{name}", f"{name}_compression_ratio"):
+                value = getattr(owner, key, None)
+                if isinstance(value, int):
+                    pipe.__dict__[f"vae_scale_factor_{name}"] = value
+    return pipe
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
@@ -164,8 +171,8 @@ def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
     return stand_in(config=dict(config))
 
 
-def _fingerprint(folder: Path) -> str:
-    """Names, sizes and times of the files of a pipeline folder: cheap, and new when weights are replaced."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+def fingerprint(place: Path) -> str:
+    """Names, sizes and times of a file or of the files of a folder: cheap, and new when weights are replaced."""
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    facts = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -40,6 +41,22 @@ def test_explain_needs_no_weights_and_agrees_with_the_loaded_pipeline(cli, folde
     size = {key: call[key] for key in ("height", "width", "num_frames")}
     expected = dit_attn.explain(models.load("tiny-video"), "block-sparse", **size).to_dict()
     assert {key: data[key] for key in expected} == json.loads(json.dumps(expected))
+
+
+def test_explain_does_without_a_pipeline_that_cannot_be_built(cli, monkeypatch):
+    from diffusers import WanPipeline
+
+    words = ("explain", "--model", "tiny-video", "--method", "block-sparse", "--json")
+    expected = cli(*words).out
+
+    @functools.wraps(WanPipeline.__init__)  # the arguments are read from its signature
+    def needs_a_library(self, *args, **kwargs):
+        raise ImportError("safety checker")
+
+    monkeypatch.setattr(WanPipeline, "__init__", needs_a_library)
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == expected
 
 
 def test_explain_works_on_a_folder_whose_weights_are_missing(cli, folder_model, tmp_path):

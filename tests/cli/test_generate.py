@@ -84,6 +84,37 @@ def test_an_image_becomes_a_video_where_the_pipeline_takes_one(cli, image_to_vid
     assert report["done"] == 1 and report["items"][0]["file"].endswith(".mp4")
 
 
+def test_an_adapter_changes_the_output_with_its_scale(cli, tmp_path):
+    peft = pytest.importorskip("peft")
+    from dit_attn import models
+
+    torch.manual_seed(0)
+    pipe = models.load("tiny-video")
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(tmp_path / "adapter", transformer_lora_layers=layers)
+    words = ("generate", "--model", "tiny-video", "--prompt", "x", "--steps", "1", "-o", "out")
+    zero = json.dumps({"lora_id": str(tmp_path / "adapter"), "lora_scale": 0.0})
+    for extra in ((), ("--lora", "adapter"), ("--lora", zero)):
+        outcome = cli(*words, *extra)
+        assert outcome.code == 0, outcome.err
+    plain, full, none = (
+        next(item["sha256"] for item in sidecars(tmp_path / "out") if test(item["lora"]))
+        for test in (lambda x: not x, lambda x: x and x[0]["lora_scale"] == 1.0, lambda x: x and not x[0]["lora_scale"])
+    )
+    assert plain == none != full
+
+
+def test_it_can_be_compiled_with_a_method_on_in_another_type(cli, tmp_path):
+    outcome = cli(
+        *("generate", "--model", "tiny-video", "--prompt", "x", "--steps", "1", "-o", "out", "--dtype", "bf16"),
+        *("--method", "block-sparse", "--compile", '{"backend": "eager"}', "--vae-tiling", "--vae-slicing"),
+    )
+    assert outcome.code == 0, outcome.err
+    (sidecar,) = sidecars(tmp_path / "out")
+    assert sidecar["dtype"] == "bfloat16" and sidecar["summary"]["engaged"] == 12
+
+
 def test_a_local_folder_is_a_model(cli, folder_model, tmp_path):
     call = '{"use_resolution_binning": false, "max_sequence_length": 16}'
     outcome = cli("generate", "--model", folder_model, "--prompt", "x", "-o", "out", *FAST, "--pipeline-kwargs", call)
