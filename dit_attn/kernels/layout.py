@@ -14,7 +14,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@dataclass(frozen=True, eq=False)
+def readable(x: torch.Tensor) -> bool:
+    """Whether the host can read ``x`` for free: it lives there and nothing is being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockLayout:
     """A block-sparse attention pattern in ELL form.
 
@@ -27,25 +32,28 @@ class BlockLayout:
            2      .    .    .    #
 
     Attributes:
-        kv_idx: (B|1, H|1, nq, kcap) int32, ascending in each row; entries at or past the count are undefined (0).
-        kv_cnt: (B|1, H|1, nq) int32, number of key blocks each query block reads.
         q_block: tokens per query block.
         kv_block: tokens per key block.
         q_len: number of queries, Sq; the last block may be ragged.
         kv_len: number of keys, Sk; the last block may be ragged.
+        kv_idx: (B|1, H|1, nq, kcap) int32, ascending in each row; entries at or past the count are not read.
+        kv_cnt: (B|1, H|1, nq) int32, number of key blocks each query block reads.
+        uniform: the count when every row is known to have the same one, without reading a device; else ``None``.
+
+    Raises:
+        DitAttnError: a size below 1, or tensors whose shapes do not fit the sizes.
     """
 
-    kv_idx: torch.Tensor
-    kv_cnt: torch.Tensor
     q_block: int
     kv_block: int
     q_len: int
     kv_len: int
+    kv_idx: torch.Tensor
+    kv_cnt: torch.Tensor
+    uniform: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("q_block", "kv_block", "q_len", "kv_len"):
-            if getattr(self, name) < 1:
-                raise DitAttnError(f"BlockLayout.{name} must be at least 1, got {getattr(self, name)}")
+        _check_sizes(self.q_len, self.kv_len, self.q_block, self.kv_block)
         if self.kv_idx.ndim != 4 or self.kv_cnt.shape != self.kv_idx.shape[:3] or self.kv_idx.shape[2] != self.nq:
             raise DitAttnError(
                 f"BlockLayout needs kv_idx (B|1, H|1, {self.nq}, kcap) and kv_cnt (B|1, H|1, {self.nq}), "
@@ -55,11 +63,20 @@ class BlockLayout:
     # -- constructors ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def dense(cls, q_len: int, kv_len: int, q_block: int = 128, kv_block: int = 128) -> BlockLayout:
+    def dense(
+        cls,
+        q_len: int,
+        kv_len: int,
+        q_block: int = 128,
+        kv_block: int = 128,
+        device: torch.device | str | None = None,
+    ) -> BlockLayout:
         """Every query block reads every key block."""
+        _check_sizes(q_len, kv_len, q_block, kv_block)
         nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
-        idx = torch.arange(nk, dtype=torch.int32).expand(1, 1, nq, nk).contiguous()
-        return cls(idx, torch.full((1, 1, nq), nk, dtype=torch.int32), q_block, kv_block, q_len, kv_len)
+        idx = torch.arange(nk, dtype=torch.int32, device=device).expand(1, 1, nq, nk).contiguous()
+        cnt = torch.full((1, 1, nq), nk, dtype=torch.int32, device=device)
+        return cls(q_block, kv_block, q_len, kv_len, idx, cnt, nk)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> BlockLayout:
@@ -71,79 +88,96 @@ class BlockLayout:
             q_block, kv_block: tokens per block.
 
         Raises:
-            DitAttnError: the mask's shape does not fit the lengths.
+            DitAttnError: the mask is not boolean, or its shape does not fit the lengths.
         """
         _check_blocks("mask", mask, q_len, kv_len, q_block, kv_block)
-        count = mask.sum(-1, dtype=torch.int32)
-        # Selected blocks first, both parts ascending: a stable sort of "not selected".
-        order = torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices.to(torch.int32)
-        # Reading the largest count is free on the host and a synchronisation elsewhere.
-        kcap = max(int(count.max()), 1) if mask.device.type == "cpu" else mask.shape[-1]
-        order = order[..., :kcap]
-        valid = torch.arange(kcap, device=mask.device) < count[..., None]
-        return cls(torch.where(valid, order, 0).contiguous(), count, q_block, kv_block, q_len, kv_len)
+        if mask.dtype != torch.bool:
+            raise DitAttnError(f"mask must be bool, got {mask.dtype}; compare it with something first")
+        nk = mask.shape[-1]
+        candidates = torch.where(mask, torch.arange(nk, device=mask.device), nk)
+        return cls._pack(candidates, mask.sum(-1), q_len, kv_len, q_block, kv_block)
 
     @classmethod
     def from_topk(
         cls,
         scores: torch.Tensor,
         k: int,
+        forced: torch.Tensor | None = None,
         *,
         q_len: int,
         kv_len: int,
         q_block: int,
         kv_block: int,
-        forced: torch.Tensor | None = None,
     ) -> BlockLayout:
         """The ``k`` best key blocks of every query block; on equal scores the lower index wins.
 
         Args:
-            scores: (B, H, nq, nk) fp32.
+            scores: (B, H, nq, nk) fp32; a block of score ``-inf`` is never chosen.
             k: key blocks per query block, clamped to [1, nk].
+            forced: broadcastable bool, blocks that are kept whatever their score. They count against ``k`` first; a
+                row with more forced blocks than ``k`` keeps them all and nothing else.
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
-            forced: broadcastable bool, blocks that are kept whatever their score; they count against ``k`` first, and
-                a row with more forced blocks than ``k`` keeps them all.
         """
         _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
-        rank = _rank(scores, forced)
-        mask = rank < max(1, min(k, scores.shape[-1]))
-        if forced is not None:
-            mask = mask | forced
-        return cls.from_mask(mask, q_len, kv_len, q_block, kv_block)
+        k = max(1, min(k, scores.shape[-1]))
+        order, fixed, available = _ranking(scores, forced)
+        count = available.clamp(max=k) if fixed is None else torch.minimum(fixed.clamp(min=k), available)
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        candidates = torch.where(places < count[..., None], order, scores.shape[-1])
+        cap = k if forced is None else scores.shape[-1]
+        return cls._pack(candidates[..., :cap], count, q_len, kv_len, q_block, kv_block)
 
     @classmethod
     def from_topp(
         cls,
         scores: torch.Tensor,
         p: float,
+        k_min: int = 1,
+        forced: torch.Tensor | None = None,
         *,
         q_len: int,
         kv_len: int,
         q_block: int,
         kv_block: int,
-        k_min: int = 1,
-        forced: torch.Tensor | None = None,
     ) -> BlockLayout:
-        """The fewest key blocks whose softmax mass reaches ``p``, at least ``k_min``, joined with the forced ones.
+        """The fewest key blocks whose softmax mass reaches ``p``; on equal scores the lower index wins.
 
         Args:
-            scores: (B, H, nq, nk) fp32 logits.
-            p: mass in (0, 1].
+            scores: (B, H, nq, nk) fp32 logits; a block of score ``-inf`` is never chosen.
+            p: mass in (0, 1]; 1 keeps every block.
+            k_min: smallest number of blocks per row.
+            forced: broadcastable bool, blocks that are kept whatever their score; their mass counts first.
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
-            k_min: smallest number of blocks per row.
-            forced: broadcastable bool, blocks that are kept whatever their score.
         """
         _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
-        mass, order = torch.sort(torch.softmax(scores.float(), -1), dim=-1, descending=True, stable=True)
-        before = mass.cumsum(-1) - mass
-        keep = before < p
-        keep[..., : max(1, k_min)] = True
-        mask = torch.zeros_like(keep).scatter(-1, order, keep)
-        if forced is not None:
-            mask = mask | forced
-        return cls.from_mask(mask, q_len, kv_len, q_block, kv_block)
+        if not 0.0 < p <= 1.0:
+            raise DitAttnError(f"p is a share of the softmax mass in (0, 1], got {p}")
+        order, fixed, available = _ranking(scores, forced)
+        mass = torch.softmax(scores.float(), -1).gather(-1, order)
+        least = torch.full_like(available, max(1, k_min)) if fixed is None else fixed.clamp(min=max(1, k_min))
+        # A block is needed while the mass before it is short of p; the sum may round, so p = 1 is said outright.
+        needed = (mass.cumsum(-1) - mass < p).sum(-1) if p < 1.0 else available
+        count = torch.minimum(torch.maximum(needed, least), available)
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        candidates = torch.where(places < count[..., None], order, scores.shape[-1])
+        return cls._pack(candidates, count, q_len, kv_len, q_block, kv_block)
+
+    @classmethod
+    def _pack(
+        cls, candidates: torch.Tensor, count: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int
+    ) -> BlockLayout:
+        """From (..., nq, m) block numbers in any order, ``nk`` standing for "none", of which ``count`` are real."""
+        uniform = None
+        idx = candidates.sort(-1).values
+        if readable(count):
+            low, high = int(count.min()), int(count.max())
+            uniform = high if low == high else None
+            idx = idx[..., : max(high, 1)]
+        nk = ceil_div(kv_len, kv_block)
+        idx = torch.where(idx < nk, idx, 0).to(torch.int32).contiguous()
+        return cls(q_block, kv_block, q_len, kv_len, idx, count.to(torch.int32), uniform)
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -158,16 +192,31 @@ class BlockLayout:
         return ceil_div(self.kv_len, self.kv_block)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every block is known to be read, without reading a device."""
+        return self.uniform == self.nk
+
+    @property
     def density(self) -> float:
         """Executed tiles over all tiles, ragged ones counted whole. Synchronises with an accelerator."""
         return float(self.kv_cnt.sum(dtype=torch.int64)) / (self.kv_cnt.numel() * self.nk)
 
+    @property
+    def token_density(self) -> float:
+        """Attended (query, key) pairs over all pairs, exact with ragged blocks. Synchronises with an accelerator."""
+        queries = _block_tokens(self.q_len, self.q_block, self.kv_cnt.device)
+        keys = _block_tokens(self.kv_len, self.kv_block, self.kv_cnt.device)
+        pairs = (self.block_mask().double() @ keys) * queries
+        return float(pairs.sum()) / (self.kv_cnt.shape[0] * self.kv_cnt.shape[1] * self.q_len * self.kv_len)
+
+    def valid(self) -> torch.Tensor:
+        """(B|1, H|1, nq, kcap) bool, the entries of ``kv_idx`` that are read."""
+        return torch.arange(self.kv_idx.shape[-1], device=self.kv_idx.device) < self.kv_cnt[..., None]
+
     def block_mask(self) -> torch.Tensor:
         """(B|1, H|1, nq, nk) bool."""
-        kcap = self.kv_idx.shape[-1]
-        valid = torch.arange(kcap, device=self.kv_idx.device) < self.kv_cnt[..., None]
         mask = torch.zeros(*self.kv_cnt.shape, self.nk + 1, dtype=torch.bool, device=self.kv_idx.device)
-        target = torch.where(valid, self.kv_idx.long(), self.nk)  # undefined entries land in a spare column
+        target = torch.where(self.valid(), self.kv_idx.long(), self.nk)  # what is not read lands in a spare column
         return mask.scatter(-1, target, True)[..., : self.nk]
 
     def materialize(self) -> torch.Tensor:
@@ -175,10 +224,26 @@ class BlockLayout:
         mask = self.block_mask().repeat_interleave(self.q_block, -2).repeat_interleave(self.kv_block, -1)
         return mask[..., : self.q_len, : self.kv_len]
 
+    def check(self) -> BlockLayout:
+        """Itself, once its lists are known to be good. Synchronises with an accelerator.
+
+        Raises:
+            DitAttnError: a count out of range, or a list that is not ascending within the key blocks.
+        """
+        kcap = self.kv_idx.shape[-1]
+        if bool(((self.kv_cnt < 0) | (self.kv_cnt > kcap)).any()):
+            raise DitAttnError(f"kv_cnt must lie in [0, {kcap}], the width of kv_idx")
+        valid, idx = self.valid(), self.kv_idx
+        if bool((valid & ((idx < 0) | (idx >= self.nk))).any()):
+            raise DitAttnError(f"kv_idx must lie in [0, {self.nk}), the key blocks of {self.kv_len} tokens")
+        if bool((valid[..., 1:] & (idx[..., 1:] <= idx[..., :-1])).any()):
+            raise DitAttnError("kv_idx must ascend within each row, every block once; sort it")
+        return self
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         idx, cnt = self.kv_idx.to(device), self.kv_cnt.to(device)
-        return BlockLayout(idx, cnt, self.q_block, self.kv_block, self.q_len, self.kv_len)
+        return BlockLayout(self.q_block, self.kv_block, self.q_len, self.kv_len, idx, cnt, self.uniform)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
@@ -197,16 +262,34 @@ class BlockLayout:
         )
 
 
-def _rank(scores: torch.Tensor, forced: torch.Tensor | None) -> torch.Tensor:
-    """Position of every block in its row's order: forced blocks first, then by score, ties by index."""
+def _ranking(
+    scores: torch.Tensor, forced: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Block numbers from best to worst, forced ones first, ties by index; forced and choosable blocks per row."""
+    choosable = scores != float("-inf")
+    fixed = None
     if forced is not None:
+        forced = forced.expand_as(scores)
+        choosable, fixed = choosable | forced, forced.sum(-1)
         scores = scores.masked_fill(forced, float("inf"))
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter(-1, order, places)
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices, fixed, choosable.sum(-1)
+
+
+def _block_tokens(seq: int, block: int, device: torch.device) -> torch.Tensor:
+    """(n,) fp64, the tokens of every block."""
+    tokens = torch.full((ceil_div(seq, block),), float(block), dtype=torch.float64, device=device)
+    tokens[-1] -= len(tokens) * block - seq
+    return tokens
+
+
+def _check_sizes(q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
+    for name, size in (("q_len", q_len), ("kv_len", kv_len), ("q_block", q_block), ("kv_block", kv_block)):
+        if size < 1:
+            raise DitAttnError(f"{name} of a BlockLayout must be at least 1, got {size}")
 
 
 def _check_blocks(name: str, x: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
+    _check_sizes(q_len, kv_len, q_block, kv_block)
     expected = (ceil_div(q_len, q_block), ceil_div(kv_len, kv_block))
     if x.ndim != 4 or tuple(x.shape[-2:]) != expected:
         raise DitAttnError(

@@ -1,7 +1,8 @@
-"""The operator every method calls, its checks, and the choice of the backend."""
+"""The operator every method calls, and the choice of the backend that runs it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,53 @@ import torch.nn.functional as F
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.kernels.gather import gather_attention
 from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.op import sparse_attention_op
 from dit_attn.kernels.reference import reference_attention
+from dit_attn.kernels.tiling import Problem
+from dit_attn.kernels.validation import check_call
 
-BACKENDS = ("gather", "reference", "sdpa")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides about a backend; all of it is known without reading a device.
+
+    Attributes:
+        device: of q.
+        dtype: of q.
+        head_dim: D.
+        layout: the layout.
+        lse: whether the log-sum is asked for.
+        keys_altered: whether a key mask or a key bias is given.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    layout: BlockLayout
+    lse: bool = False
+    keys_altered: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a call.
+
+    Attributes:
+        run: ``(problem, lse asked for) -> (o, lse | None)``.
+        refuse: why it cannot run a call, or ``None``.
+        on_request: why it is never picked by itself, or ``None``.
+    """
+
+    run: Callable[[Problem, bool], Result]
+    refuse: Callable[[Facts], str | None]
+    on_request: str | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend for a call.
+    """The backend for a call; prints as one line per backend.
 
     Attributes:
         backend: its name.
@@ -27,6 +66,9 @@ class Choice:
 
     backend: str
     reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: used", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
 
 
 def sparse_attention(
@@ -43,6 +85,8 @@ def sparse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which every query block reads only its key blocks.
 
+    Differentiable in q, k, v and key_bias. Under autocast, q, k and v are cast like torch's own attention.
+
     Args:
         q: (B, Sq, H, D); fp32, fp16, bf16 or fp64, any strides.
         k: (B, Sk, Hk, D); ``H % Hk == 0`` (query head h reads key head ``h // (H / Hk)``).
@@ -55,106 +99,125 @@ def sparse_attention(
         backend: a name of ``BACKENDS`` forces it; ``None`` picks by capability (:func:`choose_backend` says why).
 
     Returns:
-        o (B, Sq, H, Dv) in q's dtype, and with ``return_lse`` lse (B, H, Sq) fp32, natural logarithm. A row that reads
-        no key gives 0 and ``-inf``.
+        o (B, Sq, H, Dv) in q's dtype, and with ``return_lse`` lse (B, H, Sq) fp32 (fp64 for fp64 input), natural
+        logarithm. A row that reads no key gives 0 and ``-inf``. What stands in blocks that are not read is never seen.
 
     Raises:
-        DitAttnError: an argument does not fit; the message names it and the remedy.
+        DitAttnError: an argument does not fit, or the forced backend cannot run the call; the message says what to do.
     """
-    _check(q, k, v, layout, key_mask, key_bias)
-    name = choose_backend(q, layout, return_lse=return_lse).backend if backend is None else backend
-    if name not in BACKENDS:
-        raise unknown("attention backend", name, BACKENDS)
-    if name == "sdpa":
-        return _dense(q, k, v, layout, scale, key_mask, key_bias, return_lse)
-    run = gather_attention if name == "gather" else reference_attention
-    extra = {"return_lse": return_lse} if name == "gather" else {}
-    out, lse = run(q, k, v, layout, scale=scale, key_mask=key_mask, key_bias=key_bias, **extra)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+    check_call(q, k, v, layout, key_mask, key_bias)
+    name = _resolve(backend, _facts(q, layout, return_lse, key_mask, key_bias))
+    problem = Problem(q, k, v, layout, q.shape[-1] ** -0.5 if scale is None else scale, key_mask, key_bias)
+    out, lse = BACKENDS[name].run(problem, return_lse)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
-def choose_backend(q: torch.Tensor, layout: BlockLayout, *, return_lse: bool = False) -> Choice:
+def choose_backend(
+    q: torch.Tensor,
+    layout: BlockLayout,
+    *,
+    return_lse: bool = False,
+    key_mask: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> Choice:
     """The backend :func:`sparse_attention` would use, and why not the others.
 
     Args:
         q: the queries (device, dtype and sizes are looked at).
         layout: the layout.
         return_lse: whether the log-sum is asked for.
+        key_mask, key_bias: as they would be passed.
     """
-    reasons = {"reference": "builds the whole S x S map; only on request"}
-    dense = layout.kv_idx.shape[-1] == layout.nk and layout.kv_cnt.device.type == "cpu" and layout.density >= 1.0
-    if dense and not return_lse:
-        return Choice("sdpa", {**reasons, "gather": "the layout is dense"})
-    reasons["sdpa"] = "has no log-sum output" if dense else "the layout is sparse"
-    return Choice("gather", reasons)
+    return _choose(_facts(q, layout, return_lse, key_mask, key_bias))
 
 
-def _dense(
+def _facts(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     layout: BlockLayout,
-    scale: float | None,
-    key_mask: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
     return_lse: bool,
-) -> torch.Tensor:
-    if return_lse:
-        raise DitAttnError("backend 'sdpa' has no log-sum output; use backend='gather' or leave it out")
-    if layout.density < 1.0:
-        raise DitAttnError(
-            f"backend 'sdpa' needs a dense layout, got density {layout.density:.3f}; use backend='gather'"
-        )
-    mask = None
-    if key_bias is not None:
-        mask = key_bias[:, :, None, :].to(q.dtype)
-    if key_mask is not None:
-        keys = key_mask[:, None, None, :]
-        mask = keys if mask is None else mask.masked_fill(~keys, float("-inf"))
-    extra = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale, **extra)
-    return out.transpose(1, 2)
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: BlockLayout,
     key_mask: torch.Tensor | None,
     key_bias: torch.Tensor | None,
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise DitAttnError(
-                f"{name} must be (B, S, H, D), got {x.ndim} dimensions {tuple(x.shape)}; unflatten the heads"
-            )
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
-            raise DitAttnError(
-                f"{name} has dtype {x.dtype}; q, k and v must share one of fp32, fp16, bf16, fp64: cast them"
-            )
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
-        raise DitAttnError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in B, S and H, and with q in B {q.shape[0]}"
-        )
-    if q.shape[-1] != k.shape[-1]:
-        raise DitAttnError(f"q and k must share the head size, got {q.shape[-1]} and {k.shape[-1]}")
-    if q.shape[2] % k.shape[2]:
-        raise DitAttnError(f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} heads of k")
-    if (layout.q_len, layout.kv_len) != (q.shape[1], k.shape[1]):
-        raise DitAttnError(
-            f"layout is for {layout.q_len} x {layout.kv_len} tokens, q and k have {q.shape[1]} x {k.shape[1]}; "
-            "build the layout for this sequence"
-        )
-    for axis, size, name in ((0, q.shape[0], "batch"), (1, q.shape[2], "head")):
-        if layout.kv_cnt.shape[axis] not in (1, size):
-            raise DitAttnError(f"layout has {layout.kv_cnt.shape[axis]} {name} entries, must be 1 or {size}")
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], k.shape[1])):
-        raise DitAttnError(
-            f"key_mask must be bool ({q.shape[0]}, {k.shape[1]}), got {key_mask.dtype} {tuple(key_mask.shape)}"
-        )
-    if key_bias is not None and (key_bias.ndim != 3 or key_bias.shape[-1] != k.shape[1]):
-        raise DitAttnError(f"key_bias must be (B|1, H|1, {k.shape[1]}), got {tuple(key_bias.shape)}")
+) -> Facts:
+    altered = key_mask is not None or key_bias is not None
+    return Facts(q.device, q.dtype, q.shape[-1], layout, return_lse, altered)
+
+
+def _choose(facts: Facts) -> Choice:
+    chosen, reasons = "", {}
+    for name, backend in BACKENDS.items():
+        refusal = backend.refuse(facts) or backend.on_request
+        if refusal is None and not chosen:
+            chosen = name
+        else:
+            reasons[name] = refusal or f"{chosen} comes first"
+    return Choice(chosen, reasons)
+
+
+def _resolve(backend: str | None, facts: Facts) -> str:
+    if backend is None:
+        return _choose(facts).backend
+    if backend not in BACKENDS:
+        raise unknown("attention backend", backend, BACKENDS)
+    refusal = BACKENDS[backend].refuse(facts)
+    if refusal:
+        raise DitAttnError(f"backend {backend!r} cannot run this call: {refusal}; use backend='gather' or leave it out")
+    return backend
+
+
+# -- backends, the preferred one first ---------------------------------------------------------------------------------
+
+
+def _sdpa(problem: Problem, lse: bool) -> Result:
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    grouped = problem.ratio > 1
+    return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=grouped).transpose(1, 2), None
+
+
+def _refuse_sdpa(facts: Facts) -> str | None:
+    if not facts.layout.is_dense:
+        return "the layout is not known to be dense"
+    if facts.lse:
+        return "it has no log-sum output"
+    return "it does not protect rows without keys under a key mask or bias" if facts.keys_altered else None
+
+
+def _gather(problem: Problem, lse: bool) -> Result:
+    tensors = (problem.q, problem.k, problem.v, problem.key_bias)
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not grad and not torch.compiler.is_compiling():
+        with torch.autocast(problem.q.device.type, enabled=False):
+            return gather_attention(problem)  # the same function without the operator's overhead
+    layout = problem.layout
+    return sparse_attention_op(
+        problem.q,
+        problem.k,
+        problem.v,
+        layout.kv_idx,
+        layout.kv_cnt,
+        problem.key_mask,
+        problem.key_bias,
+        layout.q_block,
+        layout.kv_block,
+        problem.scale,
+        "gather",
+    )
+
+
+def _reference(problem: Problem, lse: bool) -> Result:
+    p = problem
+    return reference_attention(
+        p.q, p.k, p.v, p.layout, scale=p.scale, key_mask=p.key_mask, key_bias=p.key_bias
+    )
+
+
+BACKENDS = {
+    "sdpa": Backend(_sdpa, _refuse_sdpa),
+    "gather": Backend(_gather, lambda facts: None),
+    "reference": Backend(_reference, lambda facts: None, on_request="builds the whole S x S map; only on request"),
+}

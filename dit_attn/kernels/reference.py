@@ -28,22 +28,25 @@ def reference_attention(
         key_bias: (B|1, H|1, Sk), added to the logits (natural logarithm).
 
     Returns:
-        o (B, Sq, H, Dv) in q's dtype; lse (B, H, Sq), natural logarithm. A row without a key gives 0 and ``-inf``.
+        o (B, Sq, H, Dv) in q's dtype; lse (B, H, Sq) fp32 (fp64 for fp64), natural logarithm. A row without a key
+        gives 0 and ``-inf``.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    groups = q.shape[2] // k.shape[2]
+    ratio = q.shape[2] // k.shape[2]
     qt, kt, vt = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    kt, vt = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (kt, vt))
+    kt, vt = (x.repeat_interleave(ratio, 1) if ratio > 1 else x for x in (kt, vt))
     allowed = layout.materialize().to(q.device)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
+    # A key that no row reads may hold anything, NaN included: 0 * NaN must reach neither output nor gradient.
+    unread = ~allowed.expand(q.shape[0], q.shape[2], -1, -1).any(-2)[..., None]
+    kt, vt = kt.masked_fill(unread, 0.0), vt.masked_fill(unread, 0.0)
     logits = qt @ kt.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if key_bias is not None:
         logits = logits + key_bias[:, :, None, :].to(dtype)
     logits = logits.masked_fill(~allowed, float("-inf"))
-    lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    # A key that no row reads may hold anything, NaN included: 0 * NaN must not reach the output.
-    used = allowed.expand_as(logits).any(-2)[..., None]
-    out = weights @ torch.where(used, vt, torch.zeros_like(vt))
-    return out.transpose(1, 2).to(q.dtype), lse
+    empty = (logits == float("-inf")).all(-1, keepdim=True)
+    logits = logits.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(logits, -1).masked_fill(empty[..., 0], float("-inf"))
+    weights = torch.softmax(logits, -1).masked_fill(empty, 0.0)
+    return (weights @ vt).transpose(1, 2).to(q.dtype), lse

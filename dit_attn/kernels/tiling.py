@@ -1,0 +1,347 @@
+"""How an attention call is cut for the gather path: groups of heads, parts of equal query blocks, buckets of tiles."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dit_attn.kernels.layout import BlockLayout
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+NONE = float("-inf")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes that suit a device.
+
+    Attributes:
+        chunk: bytes of gathered keys, values and logits computed at a time, per thread.
+        group: bytes of K and V that are laid out in blocks at a time; a longer head is taken alone.
+    """
+
+    chunk: int
+    group: int
+
+
+BUDGETS = {"cpu": Budget(chunk=2 << 20, group=2 << 20)}
+ACCELERATOR = Budget(chunk=256 << 20, group=512 << 20)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Types of the two products: logits = q k in one, values = p v in the other."""
+
+    logits: torch.dtype
+    values: torch.dtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One checked call.
+
+    Attributes:
+        q: (B, Sq, H, D).
+        k: (B, Sk, Hk, D).
+        v: (B, Sk, Hk, Dv).
+        layout: on the device of q.
+        scale: softmax scale.
+        key_mask: (B, Sk) bool or ``None``.
+        key_bias: (B|1, H|1, Sk) or ``None``, natural logarithm.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: BlockLayout
+    scale: float
+    key_mask: torch.Tensor | None
+    key_bias: torch.Tensor | None
+
+    @property
+    def ratio(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[2] // self.k.shape[2]
+
+    @property
+    def on_host(self) -> bool:
+        """Whether counts can be read for free."""
+        return self.q.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Key heads ``g0:g1`` of one batch row, laid out in blocks.
+
+    Attributes:
+        batch, g0, g1: which.
+        k: (key heads * nk, kv_block * D), zeros where no key is.
+        v: (key heads * nk, kv_block * Dv).
+        bias: (heads|1, nk, kv_block) in base-2 units, ``-inf`` where no key is, or ``None``.
+    """
+
+    batch: int
+    g0: int
+    g1: int
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Equally long query blocks of some heads of a group: the whole ones, or the ragged one.
+
+    Attributes:
+        heads: query heads.
+        rows: queries.
+        tokens: queries per tile.
+        idx: (tiles, kcap) int64, rows of the group's k and v.
+        count: (tiles,) key blocks per tile.
+        bias_idx: (tiles, kcap) int64, rows of the group's bias, or ``None``.
+    """
+
+    heads: slice
+    rows: slice
+    tokens: int
+    idx: torch.Tensor
+    count: torch.Tensor
+    bias_idx: torch.Tensor | None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether :meth:`tiles` shares memory with its argument."""
+        return self.heads.stop - self.heads.start == 1
+
+    def tiles(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """(tiles, tokens, D) of x (B, S, H, D): a view for a single head."""
+        return x[batch, self.rows, self.heads].transpose(0, 1).unflatten(1, (-1, self.tokens)).flatten(0, 1)
+
+    def put(self, x: torch.Tensor, batch: int, tiles: torch.Tensor) -> None:
+        """The reverse of :meth:`tiles`: write (tiles, tokens, D) into x (B, S, H, D)."""
+        heads = self.heads.stop - self.heads.start
+        x[batch, self.rows, self.heads] = tiles.view(heads, -1, x.shape[-1]).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tiles of a part with equally many keys.
+
+    Attributes:
+        members: (n,) int64, which tiles; ``None`` for all of them, in order.
+        n: how many.
+        width: key blocks per tile.
+        keys: keys per tile.
+        rows: (n * width,) int64, what the tiles gather from the group's k and v.
+        bias_rows: the same for the group's bias, or ``None``.
+    """
+
+    members: torch.Tensor | None
+    n: int
+    width: int
+    keys: int
+    rows: torch.Tensor
+    bias_rows: torch.Tensor | None
+
+    def of(self, x: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Tiles ``low:high`` of the bucket, from a per-tile tensor of the part."""
+        return x[low:high] if self.members is None else x.index_select(0, self.members[low:high])
+
+    def slot(self, x: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Where to write tiles ``low:high``: a view if they lie together. To be handed to :meth:`put`."""
+        return x[low:high] if self.members is None else x.new_empty(high - low, *x.shape[1:])
+
+    def put(self, x: torch.Tensor, low: int, high: int, value: torch.Tensor) -> None:
+        """Write tiles ``low:high`` of the bucket into a per-tile tensor of the part."""
+        if self.members is not None:
+            x.index_copy_(0, self.members[low:high], value.to(x.dtype))
+        elif value.data_ptr() != x[low:high].data_ptr():
+            x[low:high].copy_(value)
+
+
+class Scratch:
+    """Buffers that grow to the largest chunk and are used again by the next one."""
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def get(self, name: str, dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor; the same memory for the same name and type."""
+        size, key = math.prod(shape), (name, dtype, device)
+        held = self.flat.get(key)
+        if held is None or held.numel() < size:
+            held = self.flat[key] = torch.empty(size, dtype=dtype, device=device)
+        return held[:size].view(shape)
+
+    def trim(self, limit: int) -> None:
+        """Let go of the largest host buffers until ``limit`` bytes are left, and of every other device's."""
+        kept = 0
+        for key, held in sorted(self.flat.items(), key=lambda item: item[1].nbytes):
+            kept += held.nbytes
+            if key[2].type != "cpu" or kept > limit:
+                del self.flat[key]
+
+
+_THREAD = threading.local()
+KEPT_BYTES = 16 << 20  # fresh memory arrives page by page, which costs more than the copy into it
+
+
+@contextmanager
+def scratch_memory() -> Iterator[Scratch]:
+    """Working memory of one call; up to ``KEPT_BYTES`` of it stay with the host thread for the next call."""
+    scratch = getattr(_THREAD, "scratch", None) or Scratch()
+    _THREAD.scratch = None  # a call within this one makes its own
+    try:
+        yield scratch
+    finally:
+        scratch.trim(KEPT_BYTES)
+        _THREAD.scratch = scratch
+
+
+def groups(problem: Problem, kind: Precision, scratch: Scratch) -> Iterator[Group]:
+    """Every batch row's key heads, as many at a time as the budget holds; the buffers of one serve the next."""
+    k, v, layout = problem.k, problem.v, problem.layout
+    tokens = layout.nk * layout.kv_block
+    per_head = tokens * (k.shape[-1] * kind.logits.itemsize + v.shape[-1] * kind.values.itemsize)
+    size = max(1, min(k.shape[2], BUDGETS.get(k.device.type, ACCELERATOR).group // per_head))
+    key_mask = problem.key_mask
+    if key_mask is not None and problem.on_host and bool(key_mask.all()):
+        key_mask = None
+    for b in range(k.shape[0]):
+        for g0 in range(0, k.shape[2], size):
+            g1 = min(g0 + size, k.shape[2])
+            mask = None if key_mask is None else key_mask[b]
+            yield Group(
+                batch=b,
+                g0=g0,
+                g1=g1,
+                k=_blocks(k[b, :, g0:g1], layout, mask, kind.logits, "group k", scratch),
+                v=_blocks(v[b, :, g0:g1], layout, mask, kind.values, "group v", scratch),
+                bias=_bias(problem, b, slice(g0 * problem.ratio, g1 * problem.ratio), mask, kind.logits),
+            )
+
+
+def _blocks(
+    x: torch.Tensor, layout: BlockLayout, mask: torch.Tensor | None, dtype: torch.dtype, name: str, scratch: Scratch
+) -> torch.Tensor:
+    """(Sk, heads, D) to (heads * nk, kv_block * D), contiguous; zeros where no key is."""
+    seq, heads, dim = x.shape
+    buffer = scratch.get(name, dtype, x.device, heads, layout.nk * layout.kv_block, dim)
+    buffer[:, :seq].copy_(x.transpose(0, 1))
+    if seq < buffer.shape[1]:
+        buffer[:, seq:] = 0.0
+    if mask is not None:
+        buffer[:, :seq].masked_fill_(~mask[:, None], 0.0)
+    return buffer.view(heads * layout.nk, layout.kv_block * dim)
+
+
+def _bias(
+    problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """(heads|1, nk, kv_block) in base-2 units, ``-inf`` on keys that do not exist; ``None`` when nothing is added."""
+    layout, bias = problem.layout, problem.key_bias
+    if mask is None and bias is None:
+        return None
+    if bias is None:
+        rows = torch.zeros(1, layout.kv_len, dtype=dtype, device=problem.q.device)
+    else:
+        rows = bias[b if bias.shape[0] > 1 else 0].to(dtype) * LOG2E
+        rows = rows[heads] if bias.shape[1] > 1 else rows
+    if mask is not None:
+        rows = rows.masked_fill(~mask, NONE)
+    return F.pad(rows, (0, layout.nk * layout.kv_block - layout.kv_len), value=NONE).unflatten(1, (layout.nk, -1))
+
+
+def parts(problem: Problem, group: Group) -> Iterator[Part]:
+    """The query tiles of a group: of all its heads at once when there are several, else head by head."""
+    layout, ratio = problem.layout, problem.ratio
+    full = layout.q_len // layout.q_block
+    step = (group.g1 - group.g0) * ratio if group.g1 - group.g0 > 1 else 1
+    for h0 in range(group.g0 * ratio, group.g1 * ratio, step):
+        heads = slice(h0, h0 + step)
+        if full:
+            yield _part(problem, group, heads, 0, full, layout.q_block)
+        if full < layout.nq:
+            yield _part(problem, group, heads, full, layout.nq, layout.q_len - full * layout.q_block)
+
+
+def _part(problem: Problem, group: Group, heads: slice, first: int, last: int, tokens: int) -> Part:
+    layout, ratio = problem.layout, problem.ratio
+    local = _of_heads(layout.kv_idx, group.batch, heads)[:, first:last].long()
+    count = _of_heads(layout.kv_cnt, group.batch, heads)[:, first:last]
+    if not problem.on_host:  # entries past the count are gathered as well: let them repeat the row's first block
+        read = torch.arange(local.shape[-1], device=local.device) < count[..., None]
+        local = torch.where(read, local, local[..., :1]).clamp(0, layout.nk - 1)
+    head = torch.arange(heads.start, heads.stop, device=local.device).view(-1, 1, 1)
+    bias_idx = None
+    if group.bias is not None:
+        own = head - group.g0 * ratio if group.bias.shape[0] > 1 else torch.zeros_like(head)
+        bias_idx = (local + own * layout.nk).flatten(0, 1)
+    return Part(
+        heads=heads,
+        rows=slice(first * layout.q_block, first * layout.q_block + (last - first) * tokens),
+        tokens=tokens,
+        idx=(local + (head // ratio - group.g0) * layout.nk).flatten(0, 1),
+        count=count.reshape(-1),
+        bias_idx=bias_idx,
+    )
+
+
+def _of_heads(x: torch.Tensor, b: int, heads: slice) -> torch.Tensor:
+    """(heads, ...) of a (B|1, H|1, ...) tensor."""
+    x = x[b if x.shape[0] > 1 else 0]
+    return x[heads] if x.shape[0] > 1 else x.expand(heads.stop - heads.start, *x.shape[1:])
+
+
+def buckets(problem: Problem, part: Part) -> Iterator[Bucket]:
+    """Tiles that can be computed together. Where counts cannot be read: all of them, as wide as the lists."""
+    layout = problem.layout
+    missing = layout.nk * layout.kv_block - layout.kv_len
+    if not problem.on_host:
+        yield _bucket(part, None, part.idx.shape[1], part.idx.shape[1] * layout.kv_block)
+        return
+    kinds = part.count.long() * 2
+    if missing:  # the ragged key block is the last one of the lists it is in
+        last_read = part.idx.gather(1, (part.count[:, None].long() - 1).clamp(min=0))[:, 0] % layout.nk
+        kinds += (last_read == layout.nk - 1) & (part.count > 0)
+    ordered, order = kinds.sort(stable=True)
+    values, sizes = torch.unique_consecutive(ordered, return_counts=True)
+    start = 0
+    for value, size in zip(values.tolist(), sizes.tolist()):
+        width, ragged = divmod(value, 2)
+        if width:
+            members = None if size == len(kinds) else order[start : start + size]
+            yield _bucket(part, members, width, width * layout.kv_block - ragged * missing)
+        start += size
+
+
+def _bucket(part: Part, members: torch.Tensor | None, width: int, keys: int) -> Bucket:
+    def rows(idx: torch.Tensor) -> torch.Tensor:
+        return (idx if members is None else idx.index_select(0, members))[:, :width].reshape(-1)
+
+    n = len(part.idx) if members is None else len(members)
+    return Bucket(members, n, width, keys, rows(part.idx), None if part.bias_idx is None else rows(part.bias_idx))
+
+
+def tiles_at_a_time(group: Group, part: Part, bucket: Bucket) -> int:
+    """How many tiles fill the budget of all threads together."""
+    device = part.idx.device
+    budget = BUDGETS.get(device.type, ACCELERATOR).chunk * (torch.get_num_threads() if device.type == "cpu" else 1)
+    gathered = bucket.width * (group.k.shape[1] * group.k.itemsize + group.v.shape[1] * group.v.itemsize)
+    return max(1, budget // (gathered + bucket.keys * part.tokens * group.k.itemsize))
+
+
+def unread_keys(problem: Problem, part: Part, low: int, high: int) -> torch.Tensor:
+    """(n, 1, keys) bool, True for gathered keys past the row's count or past the sequence, of tiles ``low:high``."""
+    layout = problem.layout
+    idx, count = part.idx[low:high], part.count[low:high]
+    beyond = torch.arange(idx.shape[1], device=idx.device) >= count[:, None]
+    token = idx[..., None] % layout.nk * layout.kv_block + torch.arange(layout.kv_block, device=idx.device)
+    return (beyond[..., None] | (token >= layout.kv_len)).flatten(1)[:, None]
