@@ -46,12 +46,11 @@ def run_tests(python: Path, folder: Path, tests: str) -> dict[str, Any]:
     report = folder / "report.xml"
     command = ["-m", "pytest", "-p", "tests.families.absent", "-p", "no:cacheprovider", tests, f"--junitxml={report}"]
     started = time.perf_counter()
-    subprocess.run([str(python), *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
-    return {
-        "versions": versions(python),
-        "seconds": round(time.perf_counter() - started, 1),
-        **read_report(report),
-    }
+    done = subprocess.run([str(python), *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    seconds = round(time.perf_counter() - started, 1)
+    if not report.exists():
+        raise SystemExit(f"pytest ended with {done.returncode} and no report; run {python} {' '.join(command)}")
+    return {"versions": versions(python), "seconds": seconds, **read_report(report)}
 
 
 def read_report(report: Path) -> dict[str, Any]:
@@ -89,6 +88,22 @@ def commit() -> str:
     return told.stdout.strip() or "unknown"
 
 
+def write(output: Path, results: dict[str, Any]) -> None:
+    """Put what is known so far, with hardware, versions, commit and command, into the JSON file."""
+    record = {
+        "command": f"python -m tests.families.matrix --versions {' '.join(results)}",
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "results": results,
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.replace(output)
+
+
 def main() -> int:
     """Run the matrix and write the JSON file; 1 when a test failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -96,23 +111,12 @@ def main() -> int:
     parser.add_argument("--versions", nargs="+", default=list(VERSIONS), choices=list(VERSIONS))
     parser.add_argument("--tests", default="tests/families", help="what to run (default: %(default)s)")
     options = parser.parse_args()
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="matrix-") as scratch:
         for version in options.versions:
             folder = Path(scratch, version)
             results[version] = run_tests(environment(folder, version, VERSIONS[version]), folder, options.tests)
-    record = {
-        "command": f"python -m tests.families.matrix --versions {' '.join(options.versions)}",
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-        "python": platform.python_version(),
-        "results": results,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(options.output)
+            write(options.output, results)
     for version, result in results.items():
         print(f"diffusers {version}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
     return int(any(result["failed"] for result in results.values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +20,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
+from packaging.version import Version
 
 import dit_attn
 from tests.families.mixin import SPARSE
@@ -45,12 +47,14 @@ class TestQwenImage(PackedCase):
     def inputs(self) -> dict[str, Any]:
         mask = torch.ones(2, 10, dtype=torch.bool)
         mask[1, 6:] = False
+        older = {"txt_seq_lens": [10, 10]} if Version(diffusers.__version__) < Version("0.37") else {}
         return {
             "hidden_states": torch.randn(2, HEIGHT * WIDTH, 16),
             "encoder_hidden_states": torch.randn(2, 10, 16),
             "encoder_hidden_states_mask": mask,
             "timestep": torch.tensor([0.5, 0.5]),
             "img_shapes": [[(1, HEIGHT, WIDTH)]] * 2,
+            **older,
         }
 
 
