@@ -1,0 +1,116 @@
+"""``dit-attn bench``: how fast the kernels are on this machine, beside the dense call they replace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dit_attn.errors import DitAttnError, unknown
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register ``bench`` and return its parser."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure kernels and methods",
+        description="Measure block-sparse attention beside torch's dense attention, taking turns in one run. Figures "
+        "are for this machine and these sizes; on a busy machine they mean little.",
+    )
+    parser.add_argument("what", choices=("kernels",), help="what to measure")
+    parser.add_argument("--seq", type=int, default=4096, metavar="S", help="tokens (default: 4096)")
+    parser.add_argument("--heads", type=int, default=4, metavar="H", help="heads (default: 4)")
+    parser.add_argument("--dim", type=int, default=128, metavar="D", help="size of a head (default: 128)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="batch (default: 1)")
+    parser.add_argument("--block", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help=", ".join(DTYPES))
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], metavar="P")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON here")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print. Returns 0.
+
+    Raises:
+        DitAttnError: a size out of range, an unknown type, a device that is not there, a file that cannot be written.
+    """
+    _check(args)
+    import torch
+
+    from dit_attn.cli import load, outputs
+    from dit_attn.kernels import bench
+    from dit_attn.models.evaluate import current_commit
+    from dit_attn.models.export import environment
+
+    device = load.pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.output:
+        outputs.prepare_folder(Path(args.output).expanduser().parent)
+    shape = bench.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
+    rows = {
+        name: [row.to_dict() for row in bench.measure(shape, getattr(torch, name), device, args.density, args.repeats)]
+        for name in args.dtype
+    }
+    record = {
+        "what": "dense and block-sparse attention in turns; shortest times; ratios are for this machine only",
+        "command": _command(args),
+        "commit": current_commit(),
+        "environment": environment(),
+        "device": str(device),
+        "shape": {"batch": args.batch, "seq": args.seq, "heads": args.heads, "dim": args.dim, "block": args.block},
+        "repeats": args.repeats,
+        "rows": rows,
+    }
+    if args.output:
+        outputs.write_json(record, Path(args.output).expanduser())
+    print(json.dumps(record, indent=1) if args.json else _table(record))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("seq", "heads", "dim", "batch", "block", "repeats", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise DitAttnError(f"--{name} must be at least 1, got {value}")
+    for value in args.density:
+        if not 0.0 < value <= 1.0:
+            raise DitAttnError(f"--density must be above 0 and at most 1, got {value}: it is the part of blocks kept")
+    for name in args.dtype:
+        if name not in DTYPES:
+            raise unknown("--dtype", name, DTYPES)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that repeats the measurement, without paths of this machine."""
+    words: list[Any] = ["dit-attn bench", args.what, "--seq", args.seq, "--heads", args.heads, "--dim", args.dim]
+    words += ["--batch", args.batch, "--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
+    words += ["--repeats", args.repeats, *(["--threads", args.threads] if args.threads else [])]
+    return " ".join(map(str, words))
+
+
+def _table(record: dict[str, Any]) -> str:
+    shape, place = record["shape"], record["environment"]
+    lines = [
+        f"B {shape['batch']}, S {shape['seq']}, H {shape['heads']}, D {shape['dim']}, blocks of {shape['block']} on "
+        f"{record['device']}: {place['hardware']}, {place['threads']} threads, torch {place['torch']}",
+        f"{'type':<10}{'density':>8}{'dense':>11}{'sparse':>11}{'speed-up':>10}{'efficiency':>12}{'selection':>11}"
+        f"{'error':>10}{'(dense)':>10}",
+    ]
+    for name, rows in record["rows"].items():
+        lines += [
+            f"{name:<10}{row['density']:>8.3f}{row['dense_ms']:>8.1f} ms{row['sparse_ms']:>8.1f} ms"
+            f"{row['speedup']:>9.2f}x{row['efficiency']:>12.2f}{row['selection_ms']:>8.2f} ms"
+            f"{row['error']:>10.1e}{row['dense_error']:>10.1e}"
+            for row in rows
+        ]
+    return "\n".join(lines)

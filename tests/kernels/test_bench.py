@@ -1,0 +1,42 @@
+"""The measuring harness: what it reports follows from what it ran, and mistakes cost one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_attn.cli import main
+
+SMALL = ["bench", "kernels", "--seq", "300", "--heads", "2", "--dim", "16", "--block", "32", "--repeats", "2"]
+
+
+def test_a_measurement_is_written_with_everything_needed_to_repeat_it(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "new" / "cpu.json"
+    assert main([*SMALL, "--dtype", "float32", "--density", "0.5", "0.2", "--output", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["command"].startswith("dit-attn bench kernels --seq 300") and str(tmp_path) not in file.read_text()
+    assert {"hardware", "threads", "torch"} <= set(record["environment"])
+    half, fifth = record["rows"]["float32"]
+    assert half["density"] == 0.5 and fifth["density"] == 0.2  # ceil(0.2 * 10 blocks)
+    for row in (half, fifth):
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=2e-3)
+        assert row["error"] < 1e-5 and row["backend"] == "gather"
+    assert "speed-up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--seq", "0"], "--seq must be at least 1"),
+        (["--density", "1.5"], "--density must be above 0"),
+        (["--dtype", "float8"], "unknown --dtype"),
+        (["--device", "cuda:99"], "cuda"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(flags: list[str], words: str, capsys: Any) -> None:
+    assert main([*SMALL, *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
