@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,13 @@ def measure(
     sizes: dict[str, Any] = {"q_len": shape.seq, "kv_len": shape.seq, "q_block": shape.block, "kv_block": shape.block}
 
     def dense() -> torch.Tensor:
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-        return out.transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
     def select() -> BlockLayout:
         return select_blocks(block_scores(q, k, shape.block, shape.block), density=densities[0], **sizes)
 
     layouts = [select_blocks(scores, density=density, **sizes) for density in densities]
-    sparse: list[Callable[[], Any]] = [lambda layout=layout: sparse_attention(q, k, v, layout) for layout in layouts]
+    sparse: list[Callable[[], Any]] = [partial(sparse_attention, q, k, v, layout) for layout in layouts]
     with torch.no_grad():
         times = interleaved([dense, select, *sparse], repeats, device)
         dense_error = _error(dense(), q, k, v, BlockLayout.dense(shape.seq, shape.seq, shape.block, shape.block))
