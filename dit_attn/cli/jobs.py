@@ -202,7 +202,14 @@ def check_calls(jobs: list[Job], pipeline: Any) -> None:
     parameters = inspect.signature(pipeline.__call__).parameters
     taken = [name for name, spec in parameters.items() if spec.kind is not spec.VAR_KEYWORD and name != "self"]
     flags = {_CALL_NAMES.get(key, key): f"--{key.replace('_', '-')}" for key in LINE_FLAGS}
+    needed = [
+        name for name, spec in parameters.items() if spec.default is spec.empty and name in taken and name != "prompt"
+    ]
     for job in jobs:
+        missing = [name for name in needed if name not in job.call]
+        if missing:
+            remedy = f"give {flags[missing[0]]}" if missing[0] in flags else "give it with --pipeline-kwargs"
+            raise DitAttnError(f"{pipeline.__name__} needs {missing[0]}; {remedy} ({job.where})")
         for key in job.call:
             if key in RESERVED:
                 raise DitAttnError(f"pipeline argument {key!r} is set by this command; use {RESERVED[key]}")

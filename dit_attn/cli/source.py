@@ -24,7 +24,7 @@ class Source:
         revision: branch, tag or commit of a Hub model, or ``None``.
         pipeline: the pipeline's class.
         transformer: stands for the transformer: its class name and ``config``; ``None`` for pipelines without one.
-        defaults: arguments every call needs (embedded models only).
+        defaults: arguments every call needs (embedded models and trainings of them).
         fingerprint: changes when the files of an embedded model or a folder change; the revision otherwise.
         components: ``model_index.json``.
     """
@@ -112,9 +112,11 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
         if revision:
             raise DitAttnError(f"--revision {revision!r} is for models of the Hub; {name} is embedded: leave it out")
         return "embedded", str(entries[name].folder), models.call_defaults(name)
+    if not name:
+        raise DitAttnError("--model is empty; give an embedded model, a local folder, or org/name")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return "folder", str(folder), {}
+        return "folder", str(folder), _trained_defaults(folder)
     if folder.exists():
         raise DitAttnError(f"--model {name} is a file; give the folder that holds model_index.json")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
@@ -122,6 +124,17 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     if "/" in name or name.startswith((".", "~")):
         raise DitAttnError(f"--model {name}: there is no such folder; check the path")
     raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
+
+
+def _trained_defaults(folder: Path) -> dict[str, Any]:
+    """Call arguments of a folder that ``dit-attn train`` wrote: those of the embedded model it is a training of."""
+    from dit_attn import models
+
+    try:
+        name = json.loads((folder / "training.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # any other pipeline
+    return models.call_defaults(name) if name in models.available() else {}
 
 
 def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:

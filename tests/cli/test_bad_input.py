@@ -221,3 +221,12 @@ def test_no_gpu_says_why(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(DitAttnError, match="built without CUDA"):
         load.pick_device("cuda")
+
+
+def test_a_picture_the_pipeline_needs_is_asked_for_before_anything_is_loaded(cli, image_to_video_model):
+    words = ("generate", "--model", image_to_video_model, *PROMPT, "--dry-run", "-o", "out")
+    cli(*words).refused("WanImageToVideoPipeline needs image", "--image")
+
+
+def test_an_empty_model_name_is_not_the_current_folder(cli):
+    cli("generate", "--model", "", *PROMPT).refused("--model is empty")

@@ -146,3 +146,16 @@ def test_demo_reads_the_caption_back_from_the_pixels():
         "a small red circle at the top on white", Media((drawn * 255).astype("uint8")[None], False)
     )
     assert right < total
+
+
+def test_a_folder_that_training_wrote_is_called_like_the_embedded_model(tmp_path):
+    import shutil
+
+    from dit_attn import models
+    from dit_attn.cli import source
+
+    copy = tmp_path / "pipeline"
+    shutil.copytree(models.available()["tiny-image"].folder, copy)
+    assert source.describe(str(copy)).defaults == models.call_defaults("tiny-image")
+    (copy / "training.json").unlink()
+    assert source.describe(str(copy)).defaults == {}
