@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels.gather import chunk_logits, gathered
 from dit_attn.kernels.tiling import (
     LOG2E,
     NONE,
@@ -24,12 +23,12 @@ from dit_attn.kernels.tiling import (
     Precision,
     Problem,
     Scratch,
+    Work,
     buckets,
+    chunks,
     groups,
     parts,
     scratch_memory,
-    tiles_at_a_time,
-    unread_keys,
 )
 
 
@@ -82,7 +81,7 @@ def gather_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of q, k, v (in their types) and, when ``bias_grad``, of ``key_bias``."""
     q, k, v = problem.q, problem.k, problem.v
-    kind = Precision(lse.dtype, lse.dtype)
+    kind = Precision(lse.dtype, lse.dtype, lse.dtype)
     given = _Given(out, lse, grad_out, grad_lse)
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     db = None
@@ -128,36 +127,24 @@ def _part(
     delta = delta - given.grad_lse[group.batch, part.heads, part.rows].reshape(len(q), -1, 1)
     rows = _Rows(q, grad_out, delta, lse.masked_fill(lse == NONE, 0.0) * LOG2E, torch.zeros_like(q))
     for bucket in buckets(problem, part):
-        step = tiles_at_a_time(group, part, bucket)
-        for low in range(0, bucket.n, step):
-            _chunk(problem, group, part, bucket, low, min(low + step, bucket.n), rows, sums, scratch)
+        for work, low, high in chunks(problem, group, part, bucket, scratch):
+            _chunk(work, low, high, rows, sums)
+    if not problem.on_host:  # a tile without keys gathered block 0, which may hold anything
+        rows.dq.masked_fill_((part.count == 0)[:, None, None], 0.0)
     part.put(dq, group.batch, rows.dq)
 
 
-def _chunk(
-    problem: Problem,
-    group: Group,
-    part: Part,
-    bucket: Bucket,
-    low: int,
-    high: int,
-    rows: _Rows,
-    sums: _Sums,
-    scratch: Scratch,
-) -> None:
-    n = high - low
-    s = chunk_logits(problem, group, part, bucket, low, high, rows.q, scratch)
-    p = s.sub_(bucket.of(rows.top, low, high)).exp2_()
+def _chunk(work: Work, low: int, high: int, rows: _Rows, sums: _Sums) -> None:
+    bucket, scale = work.bucket, work.problem.scale
+    p = work.logits(rows.q, low, high).sub_(bucket.of(rows.top, low, high)).exp2_()
     q, grad = bucket.of(rows.q, low, high).to(p.dtype), bucket.of(rows.grad, low, high)
-    # Keys of the ragged block beyond the sequence are zeros and are not among bucket.keys.
-    k = gathered(group.k, bucket, low, high, "k", scratch).view(n, -1, q.shape[-1])[:, : bucket.keys]
-    v = gathered(group.v, bucket, low, high, "v", scratch).view(n, -1, grad.shape[-1])[:, : bucket.keys]
+    v = work.values(low, high)
     _add(sums.v, bucket, low, high, torch.bmm(p.transpose(1, 2), grad))
     ds = torch.bmm(grad, v.transpose(1, 2)).sub_(bucket.of(rows.delta, low, high)).mul_(p)
-    if not problem.on_host:
-        ds.masked_fill_(unread_keys(problem, part, low, high), 0.0)
-    bucket.put(rows.dq, low, high, torch.bmm(ds, k).mul_(problem.scale))
-    _add(sums.k, bucket, low, high, torch.bmm(ds.transpose(1, 2), q).mul_(problem.scale))
+    if not work.problem.on_host:
+        ds.masked_fill_(work.unread(low, high), 0.0)
+    bucket.put(rows.dq, low, high, torch.bmm(ds, work.k).mul_(scale))
+    _add(sums.k, bucket, low, high, torch.bmm(ds.transpose(1, 2), q).mul_(scale))
     if sums.bias is not None:
         _add(sums.bias.flatten(0, 1), bucket, low, high, ds.sum(1), bucket.bias_rows)
 

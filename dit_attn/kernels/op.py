@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class Implementation:
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
-IMPLEMENTATIONS = {"gather": Implementation(gather_attention, gather_backward)}
+IMPLEMENTATIONS = {
+    "gather": Implementation(gather_attention, gather_backward),
+    "gather-bf16": Implementation(partial(gather_attention, rounded_logits=True), gather_backward),
+}
 
 _COMMON = (
     "Tensor q, Tensor k, Tensor v, Tensor kv_idx, Tensor kv_cnt, Tensor? key_mask, Tensor? key_bias, "

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.kernels.gather import gather_attention
+from dit_attn.kernels.gather import cpu_has_bf16
 from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.op import sparse_attention_op
+from dit_attn.kernels.op import IMPLEMENTATIONS, sparse_attention_op
 from dit_attn.kernels.reference import reference_attention
 from dit_attn.kernels.tiling import Problem
 from dit_attn.kernels.validation import check_call
@@ -188,11 +188,31 @@ def _refuse_sdpa(facts: Facts) -> str | None:
 
 
 def _gather(problem: Problem, lse: bool) -> Result:
+    return _gathered(problem, "gather")
+
+
+def _gather_bf16(problem: Problem, lse: bool) -> Result:
+    # A backward pass recomputes the logits in fp32 and needs a log-sum that belongs to them.
+    return _gathered(problem, "gather" if _wants_grad(problem) else "gather-bf16")
+
+
+def _refuse_gather_bf16(facts: Facts) -> str | None:
+    if facts.device.type != "cpu" or facts.dtype != torch.bfloat16:
+        return "it is for bf16 on a CPU"
+    if not cpu_has_bf16():
+        return "this CPU does not multiply bf16 itself"
+    return "its log-sum is not exact enough" if facts.lse else None
+
+
+def _wants_grad(problem: Problem) -> bool:
     tensors = (problem.q, problem.k, problem.v, problem.key_bias)
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if not grad and not torch.compiler.is_compiling():
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _gathered(problem: Problem, name: str) -> Result:
+    if not _wants_grad(problem) and not torch.compiler.is_compiling():
         with torch.autocast(problem.q.device.type, enabled=False):
-            return gather_attention(problem)  # the same function without the operator's overhead
+            return IMPLEMENTATIONS[name].forward(problem)  # the same function without the operator's overhead
     layout = problem.layout
     return sparse_attention_op(
         problem.q,
@@ -205,7 +225,7 @@ def _gather(problem: Problem, lse: bool) -> Result:
         layout.q_block,
         layout.kv_block,
         problem.scale,
-        "gather",
+        name,
     )
 
 
@@ -218,6 +238,7 @@ def _reference(problem: Problem, lse: bool) -> Result:
 
 BACKENDS = {
     "sdpa": Backend(_sdpa, _refuse_sdpa),
+    "gather-bf16": Backend(_gather_bf16, _refuse_gather_bf16),
     "gather": Backend(_gather, lambda facts: None),
     "reference": Backend(_reference, lambda facts: None, on_request="builds the whole S x S map; only on request"),
 }

@@ -37,8 +37,9 @@ ACCELERATOR = Budget(chunk=256 << 20, group=512 << 20)
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of the two products: logits = q k in one, values = p v in the other."""
+    """Types: q and k are multiplied in one, the softmax runs in one, p and v are multiplied in one."""
 
+    keys: torch.dtype
     logits: torch.dtype
     values: torch.dtype
 
@@ -85,6 +86,7 @@ class Group:
         k: (key heads * nk, kv_block * D), zeros where no key is.
         v: (key heads * nk, kv_block * Dv).
         bias: (heads|1, nk, kv_block) in base-2 units, ``-inf`` where no key is, or ``None``.
+        logits: type the softmax runs in.
     """
 
     batch: int
@@ -93,6 +95,7 @@ class Group:
     k: torch.Tensor
     v: torch.Tensor
     bias: torch.Tensor | None
+    logits: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class Bucket:
         """Write tiles ``low:high`` of the bucket into a per-tile tensor of the part."""
         if self.members is not None:
             x.index_copy_(0, self.members[low:high], value.to(x.dtype))
-        elif value.data_ptr() != x[low:high].data_ptr():
+        elif value._base is not x:  # not the slot itself
             x[low:high].copy_(value)
 
 
@@ -209,7 +212,7 @@ def groups(problem: Problem, kind: Precision, scratch: Scratch) -> Iterator[Grou
     """Every batch row's key heads, as many at a time as the budget holds; the buffers of one serve the next."""
     k, v, layout = problem.k, problem.v, problem.layout
     tokens = layout.nk * layout.kv_block
-    per_head = tokens * (k.shape[-1] * kind.logits.itemsize + v.shape[-1] * kind.values.itemsize)
+    per_head = tokens * (k.shape[-1] * kind.keys.itemsize + v.shape[-1] * kind.values.itemsize)
     size = max(1, min(k.shape[2], BUDGETS.get(k.device.type, ACCELERATOR).group // per_head))
     key_mask = problem.key_mask
     if key_mask is not None and problem.on_host and bool(key_mask.all()):
@@ -222,9 +225,10 @@ def groups(problem: Problem, kind: Precision, scratch: Scratch) -> Iterator[Grou
                 batch=b,
                 g0=g0,
                 g1=g1,
-                k=_blocks(k[b, :, g0:g1], layout, mask, kind.logits, "group k", scratch),
+                k=_blocks(k[b, :, g0:g1], layout, mask, kind.keys, "group k", scratch),
                 v=_blocks(v[b, :, g0:g1], layout, mask, kind.values, "group v", scratch),
                 bias=_bias(problem, b, slice(g0 * problem.ratio, g1 * problem.ratio), mask, kind.logits),
+                logits=kind.logits,
             )
 
 
@@ -330,18 +334,77 @@ def _bucket(part: Part, members: torch.Tensor | None, width: int, keys: int) -> 
     return Bucket(members, n, width, keys, rows(part.idx), None if part.bias_idx is None else rows(part.bias_idx))
 
 
-def tiles_at_a_time(group: Group, part: Part, bucket: Bucket) -> int:
-    """How many tiles fill the budget of all threads together."""
-    device = part.idx.device
-    budget = BUDGETS.get(device.type, ACCELERATOR).chunk * (torch.get_num_threads() if device.type == "cpu" else 1)
+class Work:
+    """Buffers for ``n`` tiles of a bucket, in every shape they are needed in, and the steps that fill them."""
+
+    def __init__(self, problem: Problem, group: Group, part: Part, bucket: Bucket, n: int, scratch: Scratch) -> None:
+        self.problem, self.group, self.part, self.bucket, self.n = problem, group, part, bucket, n
+        device, kind, kind_v = group.k.device, group.k.dtype, group.v.dtype
+        wide = group.logits
+        dim, dim_v = problem.q.shape[-1], problem.v.shape[-1]
+        self.q = scratch.get("q", kind, device, n, part.tokens, dim)
+        self.k_blocks = scratch.get("k", kind, device, n * bucket.width, group.k.shape[1])
+        self.v_blocks = scratch.get("v", kind_v, device, n * bucket.width, group.v.shape[1])
+        self.k = self.k_blocks.view(n, -1, dim)[:, : bucket.keys]
+        self.kt = self.k.transpose(1, 2)
+        self.v = self.v_blocks.view(n, -1, dim_v)[:, : bucket.keys]
+        self.s = scratch.get("s", wide, device, n, part.tokens, bucket.keys)
+        self.qk = self.s if kind == wide else scratch.get("qk", kind, device, *self.s.shape)
+        spare = self.qk if kind == kind_v else scratch.get("p", kind_v, device, *self.s.shape)
+        self.p = self.s if kind_v == wide else spare
+        self.o = scratch.get("o", kind_v, device, n, part.tokens, dim_v)
+        self.may_be_empty = group.bias is not None or not problem.on_host
+        self.straight = bucket.members is None
+
+    def logits(self, q: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """(n, tokens, keys) in base-2 units: scale * q k + bias, ``-inf`` where a gathered key is not read.
+
+        Args:
+            q: (tiles, tokens, D), all tiles of the part.
+            low, high: tiles of the bucket; ``n`` of them.
+        """
+        bucket = self.bucket
+        rows = bucket.of(q, low, high)
+        if rows.dtype != self.q.dtype:
+            rows = self.q.copy_(rows)
+        torch.index_select(self.group.k, 0, bucket.rows[low * bucket.width : high * bucket.width], out=self.k_blocks)
+        torch.baddbmm(self.qk, rows, self.kt, beta=0, alpha=self.problem.scale * LOG2E, out=self.qk)
+        s = self.s if self.qk is self.s else self.s.copy_(self.qk)
+        if self.group.bias is not None and bucket.bias_rows is not None:
+            index = bucket.bias_rows[low * bucket.width : high * bucket.width]
+            bias = self.group.bias.flatten(0, 1).index_select(0, index)
+            s.add_(bias.view(self.n, 1, -1)[..., : bucket.keys])
+        if not self.problem.on_host:
+            s.masked_fill_(self.unread(low, high), NONE)
+        return s
+
+    def values(self, low: int, high: int) -> torch.Tensor:
+        """(n, keys, Dv), the gathered values."""
+        bucket = self.bucket
+        torch.index_select(self.group.v, 0, bucket.rows[low * bucket.width : high * bucket.width], out=self.v_blocks)
+        return self.v
+
+    def unread(self, low: int, high: int) -> torch.Tensor:
+        """(n, 1, keys) bool, True for gathered keys past the row's count or past the sequence."""
+        layout = self.problem.layout
+        idx, count = self.part.idx[low:high], self.part.count[low:high]
+        beyond = torch.arange(idx.shape[1], device=idx.device) >= count[:, None]
+        token = idx[..., None] % layout.nk * layout.kv_block + torch.arange(layout.kv_block, device=idx.device)
+        return (beyond[..., None] | (token >= layout.kv_len)).flatten(1)[:, None]
+
+
+def chunks(
+    problem: Problem, group: Group, part: Part, bucket: Bucket, scratch: Scratch
+) -> Iterator[tuple[Work, int, int]]:
+    """The bucket's tiles ``low:high``, as many at a time as fill the budget of all threads together."""
+    threads = torch.get_num_threads() if problem.on_host else 1
     gathered = bucket.width * (group.k.shape[1] * group.k.itemsize + group.v.shape[1] * group.v.itemsize)
-    return max(1, budget // (gathered + bucket.keys * part.tokens * group.k.itemsize))
-
-
-def unread_keys(problem: Problem, part: Part, low: int, high: int) -> torch.Tensor:
-    """(n, 1, keys) bool, True for gathered keys past the row's count or past the sequence, of tiles ``low:high``."""
-    layout = problem.layout
-    idx, count = part.idx[low:high], part.count[low:high]
-    beyond = torch.arange(idx.shape[1], device=idx.device) >= count[:, None]
-    token = idx[..., None] % layout.nk * layout.kv_block + torch.arange(layout.kv_block, device=idx.device)
-    return (beyond[..., None] | (token >= layout.kv_len)).flatten(1)[:, None]
+    per_tile = gathered + bucket.keys * part.tokens * group.k.itemsize
+    step = max(1, threads * BUDGETS.get(part.idx.device.type, ACCELERATOR).chunk // per_tile)
+    step -= step % threads if step > threads else 0  # every thread gets as many tiles
+    work = None
+    for low in range(0, bucket.n, step):
+        high = min(low + step, bucket.n)
+        if work is None or work.n != high - low:
+            work = Work(problem, group, part, bucket, high - low, scratch)
+        yield work, low, high
