@@ -87,7 +87,10 @@ class Clock:
         known = getattr(context, "step_index", None)
         if known is None and scheduler is not None:
             known = getattr(scheduler, "step_index", None)
-            if known is None and hasattr(scheduler, "step_index"):
+            # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
+            # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.
+            moved = schedule is self._schedule and (self.step > 0 or timestep != self.timestep)
+            if known is None and hasattr(scheduler, "step_index") and not moved:
                 known = 0
         fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
         if fresh:
