@@ -10,10 +10,13 @@ from diffusers import (
     AutoencoderKLWan,
     ChronoEditTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -151,6 +154,21 @@ class TestSkyReelsV2(WanLike):
         )
         return pipe, self.run_arguments()
 
+    def test_diffusion_forcing_steps_although_only_copies_of_the_scheduler_do(self) -> None:
+        torch.manual_seed(0)
+        stock, arguments = self.pipeline()
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
+        parts = {name: getattr(stock, name) for name in ("tokenizer", "text_encoder", "vae", "transformer")}
+        pipe = SkyReelsV2DiffusionForcingPipeline(**parts, scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        session = dit_attn.enable(pipe, SPARSE)
+        arguments = {**arguments, "prompt": None, "base_num_frames": 13}
+        for run, steps in ((1, 4), (2, 3)):
+            calls = self._first_layer(self._run(pipe, arguments, steps).calls)
+            assert [call.step for call in calls] == self._steps(session, steps)
+            assert [call.branches for call in calls] == [("cond",), ("uncond",)] * steps
+            assert (session.clock.run, session.clock.total) == (run, steps)
+
     def test_block_causal_mask_is_declined(self) -> None:
         model = SkyReelsV2Transformer3DModel(**WAN, num_frame_per_block=2).eval()
         dit_attn.enable(model, SPARSE)
@@ -223,12 +241,47 @@ class TestLtxVideo(FamilyMixin):
             "num_frames": 25,
         }
 
-    def test_conditioning_tokens_stand_before_the_video(self, net: Any, args: Any) -> None:
+    def condition_pipeline(self) -> tuple[LTXConditionPipeline, dict[str, Any]]:
+        """It tells the grid by coordinates only, and puts conditioning frames before the video."""
+        stock, arguments = self.pipeline()
+        names = ("vae", "scheduler", "transformer", "text_encoder", "tokenizer")
+        parts = {name: getattr(stock, name) for name in names}
+        pipe = LTXConditionPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, arguments
+
+    @pytest.mark.parametrize(
+        ("frame", "spans"),
+        [
+            (None, [("video", (4, 8, 10))]),
+            (0, [("video", (4, 8, 10))]),  # the first frame is held inside the video
+            (8, [("reference", (1, 8, 10)), ("video", (4, 8, 10))]),
+        ],
+    )
+    def test_condition_pipeline_tells_its_grid_by_coordinates(self, frame: int | None, spans: list[Any]) -> None:
+        torch.manual_seed(0)
+        pipe, arguments = self.condition_pipeline()
+        if frame is not None:
+            arguments = {**arguments, "image": torch.rand(1, 3, 256, 320), "frame_index": frame}
+        dit_attn.enable(pipe, SPARSE)
+        run = self._run(pipe, arguments, 3)
+        assert all([(span.kind, span.grid) for span in call.tokens.spans] == spans for call in run.calls)
+        assert [call.step for call in self._first_layer(run.calls)] == [0, 1, 2]
+        summary = dit_attn.summary(pipe)
+        assert summary.engaged == summary.calls == 3 * 2
+
+    def test_coordinates_win_over_the_named_grid(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net)
-        self.call(net, args)
-        tokens = session.tokens(320 + 80)
-        assert tokens is not None
-        assert [(span.kind, span.length) for span in tokens.spans] == [("reference", 80), ("video", 320)]
+        t, y, x = torch.meshgrid(torch.arange(4.0), torch.arange(8.0), torch.arange(10.0), indexing="ij")
+        coords = torch.stack([t, y, x]).reshape(1, 3, -1).repeat(2, 1, 1)
+        self.call(net, {**args, "num_frames": 1, "height": 1, "width": 1, "video_coords": coords})
+        assert session.tokens(320).grid == (4, 8, 10)
+        back_in_time = torch.cat([coords[..., 80:], coords[..., :80]], dim=-1)
+        self.call(net, {**args, "num_frames": 1, "height": 1, "width": 1, "video_coords": back_in_time})
+        assert "unknown place" in session.layout_error
+        shuffled = coords[..., torch.randperm(320)]
+        self.call(net, {**args, "num_frames": None, "video_coords": shuffled})
+        assert "order of frames" in session.layout_error
 
 
 def two_transformer_pipeline() -> WanPipeline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -486,6 +487,27 @@ class TestLtx2(VideoCase):
 
     def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
         inputs["hidden_states"][:, (at[0] * 8 + at[1]) * 10 + at[2]] += 1.0
+
+    def test_key_frames_are_appended_to_the_video(self, net: Any, args: Any) -> None:
+        # The condition pipeline joins key frame tokens and their coordinates to the end of the sequence.
+        session = dit_attn.enable(net)
+        coords = net.rope.prepare_video_coords(1, 4, 8, 10, torch.device("cpu"), fps=25.0)
+        longer = {
+            **args,
+            "hidden_states": torch.cat([args["hidden_states"], torch.randn(1, 80, 4)], dim=1),
+            "video_coords": torch.cat([coords, coords[:, :, 160:240]], dim=2),
+        }
+        before = self._first_keys(net, longer)
+        assert [(span.kind, span.start, span.stop) for span in before.tokens.spans] == [
+            ("video", 0, 320),
+            ("reference", 320, 400),
+        ]
+        moved = copy.deepcopy(longer)
+        self.poke_token(moved, self.probe)
+        assert self._changed(before, self._first_keys(net, moved)) == {(2 * 8 + 3) * 10 + 5}
+        named = dict.fromkeys(("num_frames", "height", "width"))
+        self.call(net, {**args, **named, "video_coords": coords})
+        assert session.tokens(320).grid == (4, 8, 10)
 
 
 def test_linear_attention_is_refused_with_the_reason() -> None:

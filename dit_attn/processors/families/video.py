@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from dit_attn.processors.clock import BATCHED
 from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
@@ -37,15 +39,57 @@ def _order(*order: str, axes: tuple[int, int, int] = (2, 3, 4)) -> Callable[[Any
     return layout
 
 
-def _named_grid(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """Packed latents (B, S, C) whose grid comes as ``num_frames``, ``height``, ``width`` in latents.
-
-    Conditioning tokens, where a pipeline adds them, stand before the video.
-    """
-    grid = (values["num_frames"], values["height"], values["width"])
+def _named_span(config: Any, values: dict[str, Any]) -> Span:
+    """The video span of packed latents (B, S, C) whose grid comes as ``num_frames``, ``height``, ``width`` in latents."""
     pt, ph, pw = _patches(config)
-    video = visual_span("video", (grid[0] // pt, grid[1] // ph, grid[2] // pw))
-    return TokenLayout((Span("reference", None), video))
+    return visual_span("video", (values["num_frames"] // pt, values["height"] // ph, values["width"] // pw))
+
+
+def coordinate_spans(coords: torch.Tensor, *, references: bool) -> tuple[Span, ...]:
+    """Spans of packed latents whose grid is told by coordinates alone.
+
+    Time rises from frame to frame inside the video; frames that condition it stand before it and end where time drops.
+
+    Args:
+        coords: (B, 3, S) or (B, 3, S, 2) frame, row and column of every token, the last axis its two bounds.
+        references: whether conditioning frames may stand before the video.
+
+    Raises:
+        ValueError: the coordinates are no frames of one size, or time drops where nothing may stand before the video.
+    """
+    points = (coords[0, ..., 0] if coords.ndim == 4 else coords[0]).detach().cpu()
+    height, width = (int(torch.unique(axis).numel()) for axis in points[1:])
+    if points.shape[1] % (height * width):
+        raise ValueError("video coordinates that are not frames of one size")
+    times, rows, columns = points.reshape(3, -1, height, width)
+    frames = times[:, 0, 0]
+    regular = (times == frames[:, None, None]).all() and (rows == rows[:1, :, :1]).all()
+    if not regular or not (columns == columns[:1, :1]).all():
+        raise ValueError("video coordinates that are not in the order of frames, rows and columns")
+    drops = torch.nonzero(frames[1:] <= frames[:-1]).flatten().tolist()
+    start = drops[-1] + 1 if drops else 0
+    if start and not references:
+        raise ValueError("conditioning frames at an unknown place of the sequence")
+    video = visual_span("video", (len(frames) - start, height, width))
+    return (visual_span("reference", (start, height, width)), video) if start else (video,)
+
+
+def _ltx(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """Coordinates win over the named grid: the long-video pipeline names a grid of one token besides them.
+
+    The condition pipeline names no grid and puts its conditioning frames before the video.
+    """
+    coords = values["video_coords"]
+    if coords is None:
+        return TokenLayout((_named_span(config, values),))
+    return TokenLayout(coordinate_spans(coords, references=values["num_frames"] is None))
+
+
+def _ltx_2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """Key frames and reference clips are appended to the video; pipelines with tiles name no grid."""
+    if values["num_frames"] is None:
+        return TokenLayout(coordinate_spans(values["video_coords"], references=False))
+    return TokenLayout((_named_span(config, values), Span("reference", None)))
 
 
 FAMILIES = (
@@ -96,8 +140,8 @@ FAMILIES = (
         models="LTX-Video",
         transformers=("LTXVideoTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
-        reads=("num_frames", "height", "width"),
-        layout=_named_grid,
+        reads=("num_frames", "height", "width", "video_coords"),
+        layout=_ltx,
         guidance=BATCHED,
     ),
     Family(
@@ -105,8 +149,8 @@ FAMILIES = (
         models="LTX-2",
         transformers=("LTX2VideoTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
-        reads=("num_frames", "height", "width"),
-        layout=_named_grid,
+        reads=("num_frames", "height", "width", "video_coords"),
+        layout=_ltx_2,
         guidance=BATCHED,
     ),
     Family(
