@@ -17,6 +17,7 @@ import torch
 
 from dit_attn.kernels.tiling import (
     LN2,
+    LOG2E,
     NONE,
     Group,
     Part,
@@ -30,6 +31,8 @@ from dit_attn.kernels.tiling import (
     parts,
     scratch_memory,
 )
+
+_SAFE = 100.0  # base-2 logits: a million terms of 2^100 still have a finite sum in fp32, and 2^-100 is still exact
 
 
 def precision(dtype: torch.dtype, device: torch.device, rounded_logits: bool = False) -> Precision:
@@ -62,8 +65,9 @@ def gather_attention(problem: Problem, rounded_logits: bool = False) -> tuple[to
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=kind.logits, device=q.device)
     with scratch_memory() as scratch:
         for group in groups(problem, kind, scratch):
+            norms = _key_norms(problem, group)
             for part in parts(problem, group):
-                _forward_part(problem, group, part, scratch, out, lse)
+                _forward_part(problem, group, part, scratch, out, lse, norms)
     return out, lse
 
 
@@ -81,16 +85,25 @@ class _Result:
 
 
 def _forward_part(
-    problem: Problem, group: Group, part: Part, scratch: Scratch, out: torch.Tensor, lse: torch.Tensor
+    problem: Problem,
+    group: Group,
+    part: Part,
+    scratch: Scratch,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    norms: torch.Tensor | None,
 ) -> None:
     q = part.tiles(problem.q, group.batch)
     shape = (len(q), part.tokens, out.shape[-1])
     o = part.tiles(out, group.batch) if part.is_view else scratch.get("out", out.dtype, out.device, *shape)
     stats = torch.zeros(2, len(q), part.tokens, 1, dtype=lse.dtype, device=out.device)
     result = _Result(o, stats[0], stats[1], late=out.dtype == group.v.dtype == group.logits)
+    longest = torch.linalg.vector_norm(q, dim=-1, dtype=group.logits).amax()
     for bucket in buckets(problem, part):
+        # |q k| <= |q| |k|, over the blocks that are read; NaN bounds nothing.
+        bounded = norms is not None and bool(longest * norms.index_select(0, bucket.rows).amax() < _SAFE)
         for work, low, high in chunks(problem, group, part, bucket, scratch):
-            _forward_chunk(work, low, high, q, result)
+            _forward_chunk(work, low, high, q, result, bounded)
     if result.late:
         o.mul_(_inverse(result.total))
     if not problem.on_host or int(part.count.min()) == 0:  # tiles without keys hold what the memory held
@@ -101,16 +114,31 @@ def _forward_part(
     lse[group.batch, part.heads, part.rows] = sums.view(part.heads.stop - part.heads.start, -1)
 
 
-def _forward_chunk(work: Work, low: int, high: int, q: torch.Tensor, result: _Result) -> None:
+def _key_norms(problem: Problem, group: Group) -> torch.Tensor | None:
+    """(key heads * nk,) the longest key of every block, in base-2 logits per unit of q; ``None`` if it would not help.
+
+    Where they show that no logit of a tile can leave +-``_SAFE``, its softmax needs no maximum taken off. The norms are
+    linear in the sequence and save two passes over the logits.
+    """
+    if not problem.on_host or group.bias is not None:
+        return None
+    blocks = group.k.view(group.k.shape[0], problem.layout.kv_block, -1)
+    return torch.linalg.vector_norm(blocks, dim=-1, dtype=group.logits).amax(-1) * (abs(problem.scale) * LOG2E)
+
+
+def _forward_chunk(work: Work, low: int, high: int, q: torch.Tensor, result: _Result, bounded: bool) -> None:
     bucket = work.bucket
     s = work.logits(q, low, high)
-    top, total = bucket.slot(result.top, low, high), bucket.slot(result.total, low, high)
-    torch.amax(s, -1, keepdim=True, out=top)
-    if work.may_be_empty:
-        top.masked_fill_(top == NONE, 0.0)
-    p = s.sub_(top).exp2_()
+    if not bounded:
+        top = bucket.slot(result.top, low, high)
+        torch.amax(s, -1, keepdim=True, out=top)
+        if work.may_be_empty:
+            top.masked_fill_(top == NONE, 0.0)
+        bucket.put(result.top, low, high, top)
+        s.sub_(top)
+    p = s.exp2_()
+    total = bucket.slot(result.total, low, high)
     torch.sum(p, -1, keepdim=True, out=total)
-    bucket.put(result.top, low, high, top)
     bucket.put(result.total, low, high, total)
     v = work.values(low, high)
     if not result.late:  # weights that sum to 1 are rounded once, and so is the output

@@ -155,6 +155,24 @@ def test_rounded_logits_are_picked_for_bf16_unless_the_log_sum_or_gradients_need
     assert torch.equal(leaf, expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("bound", (1.0, 99.0, 101.0, 3000.0))
+def test_logits_of_any_size_neither_overflow_nor_vanish(bound: float, dtype: torch.dtype) -> None:
+    """Below a bound on |q| |k| no maximum is taken off before the exponential; above it one is."""
+    rng = torch.Generator().manual_seed(2)
+    q, k = (F.normalize(torch.randn(1, 48, 2, 16, generator=rng), dim=-1) for _ in range(2))
+    q[:, 16:32], k[:, ::5] = k[:, 16:32], -q[:, ::5]  # rows whose logits reach the bound from both sides
+    q, k = (q * bound**0.5).to(dtype), (k * bound**0.5).to(dtype)
+    v = torch.randn(1, 48, 2, 16, generator=rng).to(dtype)
+    layout = BlockLayout.from_mask(torch.rand(1, 2, 3, 3, generator=rng) < 0.9, 48, 48, 16, 16)
+    terms = {"scale": 0.6931 * 0.999}  # base-2 logits of size bound
+    out, lse = sparse_attention(q, k, v, layout, return_lse=True, backend="gather", **terms)
+    good, good_lse = reference_attention(q.double(), k.double(), v.double(), layout, **terms)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), good, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), good_lse, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("chunk, group", ((1, 1), (1, 1 << 20), (6_000, 3_000), (1 << 30, 1 << 30)))
 def test_the_result_does_not_depend_on_how_the_work_is_cut(
