@@ -29,6 +29,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help=", ".join(DTYPES))
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], metavar="P")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
+    parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
+    parser.add_argument("--sharpness", type=float, default=1.0, metavar="X", help="spread of the logits (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -57,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         outputs.prepare_folder(Path(args.output).expanduser().parent)
     shape = bench.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
-    rows = {
-        name: [row.to_dict() for row in bench.measure(shape, getattr(torch, name), device, args.density, args.repeats)]
-        for name in args.dtype
-    }
+    rows = {}
+    for name in args.dtype:
+        found = bench.measure(
+            shape, getattr(torch, name), device, args.density, args.repeats, args.backend, args.sharpness
+        )
+        rows[name] = [row.to_dict() for row in found]
     record = {
         "what": "dense and block-sparse attention in turns; shortest times; ratios are for this machine only",
         "command": _command(args),
@@ -69,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "device": str(device),
         "shape": {"batch": args.batch, "seq": args.seq, "heads": args.heads, "dim": args.dim, "block": args.block},
         "repeats": args.repeats,
+        "sharpness": args.sharpness,
         "rows": rows,
     }
     if args.output:
@@ -82,6 +87,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise DitAttnError(f"--{name} must be at least 1, got {value}")
+    if not args.sharpness > 0.0:
+        raise DitAttnError(f"--sharpness must be above 0, got {args.sharpness}: it is the spread of the logits")
     for value in args.density:
         if not 0.0 < value <= 1.0:
             raise DitAttnError(f"--density must be above 0 and at most 1, got {value}: it is the part of blocks kept")
@@ -94,6 +101,8 @@ def _command(args: argparse.Namespace) -> str:
     """The command that repeats the measurement, without paths of this machine."""
     words: list[Any] = ["dit-attn bench", args.what, "--seq", args.seq, "--heads", args.heads, "--dim", args.dim]
     words += ["--batch", args.batch, "--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
+    words += ["--backend", args.backend] if args.backend else []
+    words += ["--sharpness", args.sharpness] if args.sharpness != 1.0 else []
     words += ["--repeats", args.repeats, *(["--threads", args.threads] if args.threads else [])]
     return " ".join(map(str, words))
 

@@ -67,7 +67,13 @@ class Row:
 
 
 def measure(
-    shape: Shape, dtype: torch.dtype, device: torch.device, densities: Sequence[float], repeats: int
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    densities: Sequence[float],
+    repeats: int,
+    backend: str | None = None,
+    sharpness: float = 1.0,
 ) -> list[Row]:
     """Time dense, sparse and selection in turns; random q, k, v and random block scores with the count of the density.
 
@@ -77,10 +83,13 @@ def measure(
         device: where to run.
         densities: fractions of key blocks kept.
         repeats: rounds; every round runs every competitor once.
+        backend: of the sparse calls; ``None`` picks by capability.
+        sharpness: standard deviation of the logits; trained models have sharp maps, and errors grow with it.
     """
     torch.manual_seed(0)
     size = (shape.batch, shape.seq, shape.heads, shape.dim)
     q, k, v = (torch.randn(size, device=device, dtype=dtype) for _ in range(3))
+    q = q * sharpness
     blocks = -(-shape.seq // shape.block)
     scores = torch.randn(shape.batch, shape.heads, blocks, blocks, device=device)
     sizes: dict[str, Any] = {"q_len": shape.seq, "kv_len": shape.seq, "q_block": shape.block, "kv_block": shape.block}
@@ -92,12 +101,20 @@ def measure(
         return select_blocks(block_scores(q, k, shape.block, shape.block), density=densities[0], **sizes)
 
     layouts = [select_blocks(scores, density=density, **sizes) for density in densities]
-    sparse: list[Callable[[], Any]] = [partial(sparse_attention, q, k, v, layout) for layout in layouts]
+    sparse: list[Callable[[], Any]] = [partial(sparse_attention, q, k, v, layout, backend=backend) for layout in layouts]
     with torch.no_grad():
         times = interleaved([dense, select, *sparse], repeats, device)
         dense_error = _error(dense(), q, k, v, BlockLayout.dense(shape.seq, shape.seq, shape.block, shape.block))
         return [
-            _row(layout, times[0], times[1], times[2 + i], _error(sparse[i](), q, k, v, layout), dense_error, q)
+            _row(
+                layout,
+                times[0],
+                times[1],
+                times[2 + i],
+                _error(sparse[i](), q, k, v, layout),
+                dense_error,
+                backend or choose_backend(q, layout).backend,
+            )
             for i, layout in enumerate(layouts)
         ]
 
@@ -128,7 +145,7 @@ def _row(
     sparse: list[float],
     error: float,
     dense_error: float,
-    q: torch.Tensor,
+    backend: str,
 ) -> Row:
     best, ours, choosing = min(dense), min(sparse), min(select)
     return Row(
@@ -143,7 +160,7 @@ def _row(
         efficiency=best / ours * layout.density,
         error=error,
         dense_error=dense_error,
-        backend=choose_backend(q, layout).backend,
+        backend=backend,
     )
 
 

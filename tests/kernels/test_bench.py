@@ -27,12 +27,22 @@ def test_a_measurement_is_written_with_everything_needed_to_repeat_it(tmp_path: 
     assert "speed-up" in capsys.readouterr().out
 
 
+def test_a_named_backend_and_the_spread_of_the_logits_are_used_and_told(capsys: Any) -> None:
+    flags = ["--dtype", "float32", "--density", "0.5", "--backend", "reference", "--sharpness", "4", "--json"]
+    assert main([*SMALL, *flags]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["rows"]["float32"][0]["backend"] == "reference" and record["sharpness"] == 4.0
+    assert "--backend reference --sharpness 4.0" in record["command"]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--seq", "0"], "--seq must be at least 1"),
         (["--density", "1.5"], "--density must be above 0"),
         (["--dtype", "float8"], "unknown --dtype"),
+        (["--sharpness", "0"], "--sharpness must be above 0"),
+        (["--backend", "gathr"], "unknown attention backend 'gathr'"),
         (["--device", "cuda:99"], "cuda"),
     ],
 )
