@@ -101,7 +101,8 @@ def measure(
         return select_blocks(block_scores(q, k, shape.block, shape.block), density=densities[0], **sizes)
 
     layouts = [select_blocks(scores, density=density, **sizes) for density in densities]
-    sparse: list[Callable[[], Any]] = [partial(sparse_attention, q, k, v, layout, backend=backend) for layout in layouts]
+    call = partial(sparse_attention, q, k, v, backend=backend)
+    sparse: list[Callable[[], Any]] = [partial(call, layout) for layout in layouts]
     with torch.no_grad():
         times = interleaved([dense, select, *sparse], repeats, device)
         dense_error = _error(dense(), q, k, v, BlockLayout.dense(shape.seq, shape.seq, shape.block, shape.block))
