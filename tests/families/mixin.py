@@ -125,6 +125,7 @@ class FamilyMixin:
         untouched: fragments of module paths that must keep their stock processor.
         probe: (t, y, x) of the token that is poked.
         refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
+        run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 
     kinds: tuple[str, ...]
@@ -134,6 +135,7 @@ class FamilyMixin:
     untouched: tuple[str, ...] = ()
     probe: tuple[int, int, int] = (0, 3, 5)
     refined: bool = False
+    run_order: tuple[str, ...] = ()
 
     def model(self) -> torch.nn.Module:
         """A tiny random transformer; the seed is set by the caller."""
@@ -276,6 +278,9 @@ class FamilyMixin:
         expected = self._expected_branches(session, calls)
         assert [call.branches for call in calls] == expected
         assert session.clock.total == 3 and session.clock.run == 1
+        assert calls[0].tokens is not None and tuple(span.kind for span in calls[0].tokens.spans) == self.kinds
+        summary = dit_attn.summary(pipe)
+        assert summary.engaged == summary.calls == len(first.calls), summary.declined
         again = self._run(pipe, kwargs, 2)
         assert session.clock.run == 2 and session.clock.total == 2
         assert [call.step for call in self._first_layer(again.calls)] == self._steps(session, 2)
@@ -316,12 +321,14 @@ class FamilyMixin:
         return [call for call in calls if call.site == calls[0].site]
 
     def _steps(self, session: Any, steps: int) -> list[int]:
-        guidance = session.family.guidance
-        calls = len(guidance.order) if guidance.style == "separate" else 1
+        calls = len(self._order(session)) if session.family.guidance.style == "separate" else 1
         return [step for step in range(steps) for _ in range(calls)]
 
+    def _order(self, session: Any) -> tuple[str, ...]:
+        return self.run_order or session.family.guidance.order
+
     def _expected_branches(self, session: Any, calls: list[Seen]) -> list[tuple[str, ...]]:
-        order, batch = session.family.guidance.order, calls[0].q.shape[0]
+        order, batch = self._order(session), calls[0].q.shape[0]
         if session.family.guidance.style == "batched":
             return [tuple(name for name in order for _ in range(batch // len(order)))] * len(calls)
         return [(order[i % len(order)],) * batch for i in range(len(calls))]
