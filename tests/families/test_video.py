@@ -122,6 +122,19 @@ class TestWanPerTokenTime(WanLike):
         times[:, :80] = 0
         return {**super().inputs(), "timestep": times}
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = WanImageToVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            image_encoder=None,
+            image_processor=None,
+            vae=wan_vae(),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+            transformer=self.model().eval(),
+            expand_timesteps=True,
+        )
+        return pipe, {**self.run_arguments(), "image": torch.rand(1, 3, 128, 160)}
+
 
 class TestChronoEdit(TestWan):
     def model(self) -> torch.nn.Module:

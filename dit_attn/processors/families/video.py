@@ -92,6 +92,27 @@ def _ltx_2(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((_named_span(config, values), Span("reference", None)))
 
 
+def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """5-D latents whose first frame is the picture of the character; the video follows it."""
+    t, h, w = grid_of(config, values)
+    return TokenLayout((visual_span("reference", (1, h, w)), visual_span("video", (t - 1, h, w))))
+
+
+# Strides (T, H, W) of the patches of earlier frames, coarsest and first in the sequence.
+_HISTORY = (("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2)))
+
+
+def _framepack(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The sequence is [history in coarse to fine patches, video, image embedding and text]; history is padded up."""
+    spans = []
+    for name, strides in _HISTORY:
+        latents, indices = values[name], values[f"indices_{name}"]
+        if latents is not None and indices is not None:
+            t, h, w = (-(-size // stride) for size, stride in zip(latents.shape[2:], strides))
+            spans.append(visual_span("reference", (t, h, w)))
+    return TokenLayout((*spans, visual_span("video", grid_of(config, values)), TEXT))
+
+
 FAMILIES = (
     Family(
         name="wan",
@@ -100,6 +121,14 @@ FAMILIES = (
         layers=("blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("video"),
+    ),
+    Family(
+        name="wan-animate",
+        models="Wan 2.2 Animate",
+        transformers=("WanAnimateTransformer3DModel",),
+        layers=("blocks.*.attn1",),
+        reads=("hidden_states",),
+        layout=_first_frame_reference,
     ),
     Family(
         name="skyreels-v2",
@@ -118,6 +147,14 @@ FAMILIES = (
         layout=_order("video", "text"),
     ),
     Family(
+        name="framepack",
+        models="HunyuanVideo Framepack",
+        transformers=("HunyuanVideoFramepackTransformer3DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        reads=("hidden_states", *(part for name, _ in _HISTORY for part in (name, f"indices_{name}"))),
+        layout=_framepack,
+    ),
+    Family(
         name="hunyuan-video-1.5",
         models="HunyuanVideo 1.5",
         transformers=("HunyuanVideo15Transformer3DModel",),
@@ -128,8 +165,8 @@ FAMILIES = (
     ),
     Family(
         name="cogvideox",
-        models="CogVideoX 2b, 5b, 1.5-5b (T2V, I2V)",
-        transformers=("CogVideoXTransformer3DModel",),
+        models="CogVideoX 2b, 5b, 1.5-5b (T2V, I2V), ConsisID",
+        transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("text", "video", axes=(1, 3, 4)),
@@ -174,7 +211,7 @@ FAMILIES = (
     ),
     Family(
         name="cosmos",
-        models="Cosmos 1, Cosmos Predict 2",
+        models="Cosmos 1, Cosmos Predict 2, 2.5",
         transformers=("CosmosTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
