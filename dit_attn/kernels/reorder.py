@@ -1,0 +1,280 @@
+"""Orders of the tokens of a picture or video in which every block of the sequence is a compact piece of the grid.
+
+A row-major sequence of a ``(T, H, W)`` grid puts whole rows into a block: thin, wide pieces whose mean says little
+about their tokens. Along a Hilbert curve, or tile by tile, a block is close to a cube.
+
+::
+
+    identity          hilbert           tiles (1, 2, 2)
+    0  1  2  3        0  1 14 15         0  1  4  5
+    4  5  6  7        3  2 13 12         2  3  6  7
+    8  9 10 11        4  7  8 11        12 13  8  9      (each tile touches the one before)
+   12 13 14 15        5  6  9 10        14 15 10 11
+
+An order is built once per shape and device and kept; it never depends on data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+
+from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.layout import ceil_div
+
+Grid = tuple[int, int, int]
+KEPT = 64
+"""Plans that are kept; the least recently used one goes first."""
+TILES: dict[int, Grid] = {1: (1, 8, 16), 2: (2, 8, 8), 3: (3, 6, 7), 4: (4, 4, 8)}
+"""128 tokens (126 for three frames) by the number of frames."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenOrder:
+    """A permutation of the tokens of a grid.
+
+    Attributes:
+        order: (S,) int64; the token that stands at each place: ``reordered[r] = row_major[order[r]]``.
+        inverse: (S,) int64; the place of each token: ``inverse[order] = 0 .. S - 1``.
+        name: how it was built, a name of ``ORDERS``.
+        grid: (T, H, W), ``S = T * H * W``.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+    name: str
+    grid: Grid
+
+    def apply(self, x: torch.Tensor, dim: int = 1, start: int = 0) -> torch.Tensor:
+        """The tokens ``start .. start + S`` of ``x`` along ``dim`` in this order; text before and after stays in place.
+
+        One gather; differentiable. The identity returns ``x`` itself.
+
+        Raises:
+            DitAttnError: ``x`` has fewer tokens than the grid from ``start`` on.
+        """
+        return self._gathered(x, dim, start, self.order)
+
+    def undo(self, x: torch.Tensor, dim: int = 1, start: int = 0) -> torch.Tensor:
+        """The inverse of :meth:`apply`, bit for bit."""
+        return self._gathered(x, dim, start, self.inverse)
+
+    def coordinates(self) -> torch.Tensor:
+        """(S, 3) int64, the (t, h, w) of the token at each place."""
+        _, h, w = self.grid
+        return torch.stack([self.order // (h * w), self.order // w % h, self.order % w], -1)
+
+    def _gathered(self, x: torch.Tensor, dim: int, start: int, index: torch.Tensor) -> torch.Tensor:
+        total = x.shape[dim]
+        if start < 0 or start + len(index) > total:
+            raise DitAttnError(
+                f"{self!r} covers tokens {start} .. {start + len(index)}, but dimension {dim} of a tensor of shape "
+                f"{tuple(x.shape)} has {total}; give the grid and the start of the picture tokens of this sequence"
+            )
+        if self.name == "identity":
+            return x
+        if total > len(index):
+            inside = torch.arange(total, device=index.device)
+            inside[start : start + len(index)] = index + start
+            index = inside
+        return x.index_select(dim, index.to(x.device))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __repr__(self) -> str:
+        return f"TokenOrder({self.name}, {' x '.join(map(str, self.grid))})"
+
+
+def token_order(
+    name: str,
+    grid: tuple[int, ...],
+    *,
+    tile: Grid | None = None,
+    device: torch.device | str = "cpu",
+) -> TokenOrder:
+    """The order of a name for a grid; kept for the next call with the same arguments.
+
+    - ``hilbert``: the generalised Hilbert curve (J. Cerveny), for any sizes; starts at token 0. Neighbours in the order
+      share a face of the grid at every step if the grid is a plane, or if all its sizes are even. With odd sizes some
+      steps (less than 1 % in grids of videos) skip tokens: by 2 along an axis, 3 in grids of a few tokens.
+    - ``tiles``: boxes of ``tile`` tokens, walked to and fro so that each box touches the one before; inside a box time
+      runs fastest, then width, then height. Boxes at the far borders are cut off where the grid ends.
+    - ``identity``: row-major, nothing moves.
+
+    Args:
+        name: a name of ``ORDERS``.
+        grid: (T, H, W), or (H, W) for a picture.
+        tile: (t, h, w) for ``tiles``; ``t * h * w`` best equals the block of the attention kernel. By default 128
+            tokens: (4, 4, 8), or fewer and larger planes where the grid has fewer than 4.
+        device: where the plan lives.
+
+    Raises:
+        DitAttnError: an unknown name, or a size below 1.
+    """
+    if name not in ORDERS:
+        raise unknown("token order", name, ORDERS)
+    if len(grid) not in (2, 3) or min(grid) < 1:
+        raise DitAttnError(f"grid must be (T, H, W) or (H, W) of sizes of at least 1, got {tuple(grid)}")
+    t, h, w = (1, *grid) if len(grid) == 2 else grid
+    tile = TILES[min(t, 4)] if tile is None else tile
+    if len(tile) != 3 or min(tile) < 1:
+        raise DitAttnError(f"tile must be (t, h, w) of sizes of at least 1, got {tuple(tile)}")
+    a, b, c = tile if name == "tiles" else (1, 1, 1)
+    return _kept_order(name, (t, h, w), (a, b, c), torch.device(device))
+
+
+def block_neighbours(order: TokenOrder, block: int) -> torch.Tensor:
+    """Which blocks of a reordered sequence touch: some token of one is next to (26 neighbours) a token of the other.
+
+    Args:
+        order: the order of the tokens.
+        block: tokens per block.
+
+    Returns:
+        (n, n) bool, symmetric, True on the diagonal; kept for the next call.
+    """
+    if block < 1:
+        raise DitAttnError(f"block must be at least 1, got {block}")
+    return _kept_neighbours(order, block)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept_neighbours(order: TokenOrder, block: int) -> torch.Tensor:
+    n = ceil_div(len(order), block)
+    owner = (order.inverse // block).view(order.grid)
+    touching = torch.eye(n, dtype=torch.bool, device=owner.device)
+    for steps in product((-1, 0, 1), repeat=3):
+        here, there = owner, owner
+        for axis, step in enumerate(steps):
+            inner = owner.shape[axis] - abs(step)
+            here = here.narrow(axis, max(0, -step), inner)
+            there = there.narrow(axis, max(0, step), inner)
+        touching[here.flatten(), there.flatten()] = True
+    return touching
+
+
+@lru_cache(maxsize=KEPT)
+def _kept_order(name: str, grid: Grid, tile: Grid, device: torch.device) -> TokenOrder:
+    if device.type != "cpu":
+        made = _kept_order(name, grid, tile, torch.device("cpu"))
+        return TokenOrder(made.order.to(device), made.inverse.to(device), name, grid)
+    order = ORDERS[name](grid, tile)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return TokenOrder(order, inverse, name, grid)
+
+
+# -- the orders --------------------------------------------------------------------------------------------------------
+
+
+def _identity(grid: Grid, tile: Grid) -> torch.Tensor:
+    return torch.arange(grid[0] * grid[1] * grid[2])
+
+
+def _tiles(grid: Grid, tile: Grid) -> torch.Tensor:
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    places, counts = [], []
+    for x, step, size in zip((t, h, w), tile, grid):
+        places.append((x // step, x % step))
+        counts.append(ceil_div(size, step))
+    (bt, it), (bh, ih), (bw, iw) = places
+    bh = torch.where(bt % 2 == 0, bh, counts[1] - 1 - bh)
+    row = bt * counts[1] + bh
+    bw = torch.where(row % 2 == 0, bw, counts[2] - 1 - bw)
+    key = ((((row * counts[2] + bw) * tile[1] + ih) * tile[2]) + iw) * tile[0] + it
+    return key.flatten().argsort()
+
+
+def _hilbert(grid: Grid, tile: Grid) -> torch.Tensor:
+    """All boxes of one depth of the recursion are cut at once; a few dozen passes for any grid."""
+    t, h, w = grid
+    total = t * h * w
+    # A plane is walked as a plane, along an even side if it has one: that walk needs no diagonal step.
+    plane = min(grid) == 1
+    sides = sorted(((w, 0, 0), (0, h, 0), (0, 0, t)), key=lambda side: plane * (2 * (sum(side) == 1) + sum(side) % 2))
+    axes = torch.tensor([sides])  # (boxes, 3 sides, xyz)
+    corner, first = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    order = torch.empty(total, dtype=torch.long)
+    weight = torch.tensor([1, w, w * h])
+    while len(first):
+        sizes = axes.sum(-1).abs()
+        line = (sizes == 1).sum(-1) >= 2
+        _walk_lines(order, corner[line], axes[line], first[line], weight)
+        corner, axes, first = _cut(corner[~line], axes[~line], first[~line])
+    return order
+
+
+def _walk_lines(
+    order: torch.Tensor, corner: torch.Tensor, axes: torch.Tensor, first: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Number the cells of boxes that are one cell thick in two directions."""
+    lengths = axes.sum(-1).abs().amax(-1)
+    longest = axes.sum(-1).abs().argmax(-1)
+    step = axes[torch.arange(len(axes)), longest].sign()
+    box = torch.repeat_interleave(torch.arange(len(axes)), lengths)
+    along = torch.arange(len(box)) - (lengths.cumsum(0) - lengths)[box]
+    order[first[box] + along] = ((corner[box] + along[:, None] * step[box]) * weight).sum(-1)
+
+
+def _cut(corner: torch.Tensor, axes: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut boxes that are thick in at least two directions into two, three or five, in the order of the walk.
+
+    A side is halved to an even length where it can be: a curve through an even box ends next to where the next begins.
+    """
+    a, b, c = axes.unbind(1)
+    da, db, dc = axes.sign().unbind(1)
+    w, h, s = axes.sum(-1).abs().unbind(1)
+    a2, b2, c2 = (_even_half(side) for side in (a, b, c))
+    wide = (2 * w > 3 * h) & (2 * w > 3 * s)
+    flat = ~wide & (3 * h > 4 * s)
+    tall = ~wide & ~flat & (3 * s > 4 * h)
+    full = ~wide & ~flat & ~tall
+    o = corner
+    far = o + a - da
+    pieces = {
+        "wide": (wide, [(o, a2, b, c), (o + a2, a - a2, b, c)]),
+        "flat": (flat, [(o, b2, c, a2), (o + b2, a, b - b2, c), (far + b2 - db, -b2, c, a2 - a)]),
+        "tall": (tall, [(o, c2, a2, b), (o + c2, a, b, c - c2), (far + c2 - dc, -c2, a2 - a, b)]),
+        "full": (
+            full,
+            [
+                (o, b2, c2, a2),
+                (o + b2, c, a2, b - b2),
+                (o + b2 - db + c - dc, a, -b2, c2 - c),
+                (far + b2 + c - dc, -c, a2 - a, b - b2),
+                (far + b2 - db, -b2, c2, a2 - a),
+            ],
+        ),
+    }
+    corners, sides, firsts = [], [], []
+    for chosen, parts in pieces.values():
+        low = first[chosen]
+        for piece in parts:
+            new, *vectors = (x[chosen] for x in piece)
+            box = torch.stack(vectors, 1)
+            volume = box.sum(-1).abs().prod(-1)
+            real = volume > 0
+            corners.append(new[real])
+            sides.append(box[real])
+            firsts.append(low[real])
+            low = low + volume
+    return torch.cat(corners), torch.cat(sides), torch.cat(firsts)
+
+
+def _even_half(side: torch.Tensor) -> torch.Tensor:
+    """Half of (boxes, 3) sides along one axis each, made even where the side is longer than 2."""
+    half = torch.div(side, 2, rounding_mode="floor")
+    odd = (half.sum(-1).abs() % 2 == 1) & (side.sum(-1).abs() > 2)
+    return half + odd[:, None] * side.sign()
+
+
+ORDERS: dict[str, Callable[[Grid, Grid], torch.Tensor]] = {
+    "identity": _identity,
+    "hilbert": _hilbert,
+    "tiles": _tiles,
+}
