@@ -1,0 +1,271 @@
+"""``dit-attn compare``: one model, the same prompts and noise, dense beside methods; files, figures and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_attn.cli import args as flags
+from dit_attn.errors import DitAttnError
+
+if TYPE_CHECKING:
+    from dit_attn.cli.compare_run import Setting
+    from dit_attn.cli.jobs import Job
+    from dit_attn.cli.methods import Wanted
+    from dit_attn.cli.source import Source
+    from dit_attn.pipelines.compare import Variant
+
+_OWN = (
+    flags.Flag("seeds", "seeds of every prompt, e.g. 0,1 (default: item i gets 42 + i)", metavar="N,N"),
+    flags.Flag("held-out", "so many held-out captions of the shapes world, for embedded models", int, low=1),
+    flags.Flag("metric", "further metric over the folder of a method; repeatable", many=True, metavar="NAME"),
+    flags.Flag("maps", "one more run of the first item a method, for heat-maps over layers and steps", "on-or-off"),
+    flags.Flag("show", "items on the page (default: 24); all of them are in the folder", int, low=1),
+)
+_GROUPS = {
+    "model": flags.MODEL,
+    "prompts": flags.PROMPT,
+    "comparison": _OWN,
+    "size": flags.SIZE,
+    "sampling": tuple(flag for flag in flags.SAMPLING if flag.name not in ("seed", "num-images-per-prompt")),
+    "machine": tuple(flag for flag in flags.MACHINE if flag.name != "compile"),
+    "output": tuple(flag for flag in flags.OUTPUT if flag.name != "contact-sheet"),
+    "settings": flags.METHOD,
+}
+_EXAMPLES = """examples:
+  dit-attn compare --model tiny-image --held-out 32 --method block-sparse:density=0.5 \\
+      --method block-sparse:density=0.25 --output outputs/compare
+  dit-attn compare --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt --seeds 0,1 \\
+      --method block-sparse:density=0.25,dense_steps=0.1 --output outputs/wan --resume
+"""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register ``compare`` and return its parser."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="measure what methods cost and keep on your prompts, beside dense, and make a page of it",
+        description="Make every prompt dense and with every method, from the same noise and in turns, and write the "
+        "files, results.json and report.html. Dense always takes part.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for title, group in _GROUPS.items():
+        flags.add_flags(parser, title, group)
+    parser.add_argument_group("methods").add_argument(
+        "--method",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="competitor: a method (or a file of settings) and its settings; NAME:... + NAME:... puts several on "
+        "at once; repeatable",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, load once, make what is missing, write the figures and the page.
+
+    Returns:
+        0, 1 when items failed, 130 after Ctrl-C.
+
+    Raises:
+        DitAttnError: bad input, before anything is loaded where that can be known.
+    """
+    setting = _setting(args)
+    from dit_attn.cli import compare_run
+
+    as_json = setting.options.get("json", False)
+    if setting.options.get("dry_run"):
+        print(json.dumps(compare_run.plan(setting), indent=1) if as_json else _plan_text(setting))
+        return 0
+    try:
+        results = compare_run.run_all(setting)
+    except KeyboardInterrupt:
+        print(
+            f"dit-attn: interrupted; finished items are in {setting.folder}; "
+            "run the same command with --resume to go on",
+            file=sys.stderr,
+        )
+        return 130
+    if as_json:
+        print(json.dumps(results, indent=1, default=str))
+    else:
+        print(
+            f"{table(results)}\n\nfigures  {setting.folder / 'results.json'}\npage     {setting.folder / 'report.html'}"
+        )
+    failed = [take for take in results["takes"] if take["error"]]
+    if failed:
+        print(f"dit-attn: {len(failed)} of {len(results['takes'])} items failed:", file=sys.stderr)
+        for take in failed:
+            print(f"  {take['variant']}, {take['prompt']!r}, seed {take['seed']}: {take['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def split_method(text: str) -> list[Wanted]:
+    """``block-sparse:density=0.25,keep=text,diagonal + other`` as methods with settings.
+
+    A comma separates settings where a ``KEY=`` follows it; elsewhere it belongs to a list.
+
+    Raises:
+        DitAttnError: no name, or a setting that is not KEY=VALUE.
+    """
+    from dit_attn.cli.methods import Wanted
+
+    wanted = []
+    for part in re.split(r"\s\+\s|\+(?=[A-Za-z/.~])", text):
+        name, colon, rest = part.strip().partition(":")
+        if not name:
+            raise DitAttnError(f"--method {text!r} names no method; write for instance block-sparse:density=0.25")
+        item = Wanted(name)
+        for piece in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if colon else []:
+            key, sign, value = piece.partition("=")
+            if not sign or not key.strip():
+                raise DitAttnError(f"--method {text!r}: {piece!r} is not KEY=VALUE; write {name}:density=0.25")
+            item.settings[key.strip()] = value.strip()
+        wanted.append(item)
+    return wanted
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``"0,1"`` as seeds.
+
+    Raises:
+        DitAttnError: not whole numbers in range, or one twice.
+    """
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise DitAttnError(f"--seeds must be whole numbers with commas between, such as 0,1, got {text!r}") from error
+    if any(not 0 <= seed <= flags.MAX_SEED for seed in seeds):
+        raise DitAttnError(f"--seeds must be between 0 and {flags.MAX_SEED}, got {text!r}")
+    if len(set(seeds)) < len(seeds):
+        raise DitAttnError(f"--seeds names a seed twice: {text!r}; every seed makes one item a prompt")
+    return seeds
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    """Read and check the flags, without loading weights."""
+    from dit_attn.cli import compare_run, load, source
+    from dit_attn.cli import jobs as job_files
+    from dit_attn.pipelines import compare
+
+    options = _options(args)
+    device = load.pick_device(options.get("device", "auto"))
+    load.check_machine(options, device)
+    load.parse_loras(options.get("lora", []))
+    load.quiet(show_progress=False)
+    model = source.describe(options["model"], options.get("revision"))
+    variants = compare.with_dense(_variants(options["method"], model, options.get("preset")))
+    jobs = _jobs(options, model)
+    job_files.check_calls(jobs, model.pipeline)
+    dtype = load.pick_dtype(options.get("dtype", "auto"), model, device)
+    folder = Path(options.get("output") or Path("outputs") / f"compare-{Path(model.path).name}").expanduser()
+    return compare_run.new_setting(options, model, jobs, variants, device, dtype, folder, args.argv)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags over the configuration file; ``method`` is a list of texts."""
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "argv")}
+    known = [flag for group in _GROUPS.values() for flag in group]
+    config = flags.read_config(given["config"], known) if "config" in given else {}
+    if config.pop("set", None) is not None:
+        raise DitAttnError("compare reads no `set` from the configuration file; write method: [NAME:KEY=VALUE, ...]")
+    if any(key in given for key in ("prompt", "prompts", "held_out")):  # those of the command line replace the file's
+        config = {key: value for key, value in config.items() if key not in ("prompt", "prompts", "held_out")}
+    options = {**config, **given}
+    if "model" not in options:
+        raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones)")
+    texts = options.get("method")
+    if texts is None:
+        raise DitAttnError("nothing to compare with dense; add --method NAME, e.g. --method block-sparse:density=0.25")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DitAttnError(f"method in the configuration file must be a list of NAME:KEY=VALUE texts, got {texts!r}")
+    return {**options, "method": texts}
+
+
+def _variants(texts: list[str], model: Source, preset: str | None) -> list[Variant]:
+    from dit_attn.cli import methods
+    from dit_attn.pipelines.compare import Variant
+
+    if model.transformer is None:
+        raise DitAttnError(
+            f"{model.pipeline.__name__} of {model.name} has no diffusion transformer, which methods need"
+        )
+    return [
+        Variant(" ".join(text.split()), methods.resolve(split_method(text), model.transformer, preset))
+        for text in texts
+    ]
+
+
+def _jobs(options: dict[str, Any], model: Source) -> list[Job]:
+    """Every prompt with every seed, numbered through."""
+    from dataclasses import replace
+
+    from dit_attn.cli import jobs as job_files
+
+    if "held_out" in options:
+        if "prompt" in options or "prompts" in options:
+            raise DitAttnError("--held-out and prompts together are two sets of items; give one of them")
+        if model.kind != "embedded":
+            raise DitAttnError(
+                f"--held-out {options['held_out']} is for embedded models, which know the shapes world, not for "
+                f"{model.name}; give --prompts FILE"
+            )
+        from dit_attn.eval import world
+
+        kind = "clip" if "num_frames" in model.defaults else "scene"
+        captions = [world.caption(item) for item in world.held_out_sample(kind, options["held_out"])]
+        options = {**options, "prompt": captions}
+    jobs = job_files.make_jobs(options, model.defaults)
+    if "seeds" not in options:
+        return jobs
+    pairs = [(job, seed) for job in jobs for seed in parse_seeds(options["seeds"])]
+    return [replace(job, index=index, seed=seed) for index, (job, seed) in enumerate(pairs)]
+
+
+def _plan_text(setting: Setting) -> str:
+    lines = [
+        f"model     {setting.model.name}",
+        f"folder    {setting.folder}",
+        f"items     {len(setting.jobs)}, each made {len(setting.variants)} times",
+        *(f"  {variant.label}" for variant in setting.variants),
+    ]
+    return "\n".join(lines + [f"  {job.stem}  {job.prompt!r}" for job in setting.jobs])
+
+
+def table(results: dict[str, Any]) -> str:
+    """The headline as text."""
+    rows = [("", "s/item", "speed-up [95 %]", "attention", "PSNR dB", "SSIM", "prompt met [95 %]")]
+    for row in results["headline"]:
+        verifier = row["verifier"] or {}
+        rows.append(
+            (
+                row["label"],
+                figure(row["seconds"], 2),
+                figure(row["speedup"], 2, interval=True),
+                figure(row["attention_flops"], 0, 100.0, "%"),
+                figure(row["psnr"], 1),
+                figure(row["ssim"], 3),
+                figure(verifier.get("whole"), 0, 100.0, "%", interval=True),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def figure(data: dict[str, Any] | None, digits: int, scale: float = 1.0, unit: str = "", interval: bool = False) -> str:
+    """A figure of the results as text, "-" when there is none."""
+    if data is None:
+        return "-"
+    text = f"{scale * data['value']:.{digits}f}{unit}"
+    if interval and data["ci95"]:
+        low, high = data["ci95"]
+        text += f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    return text

@@ -1,0 +1,226 @@
+"""The work behind ``dit-attn compare``: making what is missing, remembering it in sidecars, writing the results."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dit_attn.cli import jobs as job_files
+from dit_attn.cli import load, outputs, runner
+from dit_attn.cli.jobs import Job
+from dit_attn.cli.runner import Run
+from dit_attn.cli.source import Source
+from dit_attn.errors import DitAttnError
+from dit_attn.pipelines import compare
+from dit_attn.pipelines.compare import Comparison, Take, Variant
+
+_TAKE = {spec.name for spec in fields(Take)}
+
+
+@dataclass
+class Setting:
+    """Everything the command knows before it starts.
+
+    Attributes:
+        options: flags over the configuration file.
+        model: the model.
+        jobs: the items.
+        variants: the competitors, dense first.
+        runs: what the files of each competitor share, by label.
+        device, dtype: of the weights.
+        folder: where everything goes.
+        command: the command line.
+    """
+
+    options: dict[str, Any]
+    model: Source
+    jobs: list[Job]
+    variants: tuple[Variant, ...]
+    runs: dict[str, Run]
+    device: Any
+    dtype: Any
+    folder: Path
+    command: str
+
+    @property
+    def first(self) -> Run:
+        """The run of dense."""
+        return self.runs[self.variants[0].label]
+
+
+def new_setting(
+    options: dict[str, Any],
+    model: Source,
+    jobs: list[Job],
+    variants: tuple[Variant, ...],
+    device: Any,
+    dtype: Any,
+    folder: Path,
+    argv: list[str],
+) -> Setting:
+    """A setting with one folder a competitor; arguments as the attributes of :class:`Setting`.
+
+    Raises:
+        DitAttnError: two competitors whose settings come out the same.
+    """
+    known: dict[tuple[Any, ...], str] = {}
+    for variant in variants:
+        first = known.setdefault(variant.methods, variant.label)
+        if first != variant.label:
+            raise DitAttnError(f"{variant.label!r} and {first!r} are the same settings; leave one of them out")
+    names: Counter[str] = Counter()
+    runs = {}
+    for variant in variants:
+        name = job_files.slug(variant.label, 80)
+        names[name] += 1
+        place = folder / (name if names[name] == 1 else f"{name}-{names[name]}")
+        runs[variant.label] = runner.new_run(None, model, variant.methods, options, dtype, device, place, argv)
+    return Setting(options, model, jobs, variants, runs, device, dtype, folder, shlex.join(["dit-attn", *argv]))
+
+
+def plan(setting: Setting) -> dict[str, Any]:
+    """What would be made, as JSON values."""
+    return {
+        "folder": str(setting.folder),
+        "command": setting.command,
+        "variants": [{"label": v.label, "methods": [m.to_dict() for m in v.methods]} for v in setting.variants],
+        "items": [{"name": j.stem, "prompt": j.prompt, "seed": j.seed, "call": j.call} for j in setting.jobs],
+        "setup": {key: value for key, value in setting.first.setup.items() if key != "methods"},
+    }
+
+
+def run_all(setting: Setting) -> dict[str, Any]:
+    """Make what is missing and write ``results.json`` and ``report.html``; the results.
+
+    Raises:
+        DitAttnError: the folder cannot be written, weights that cannot be loaded.
+        KeyboardInterrupt: every finished item is kept, no half file is left.
+    """
+    outputs.prepare_folder(setting.folder)
+    for run in setting.runs.values():
+        outputs.prepare_folder(run.folder)
+    done = find_takes(setting) if setting.options.get("resume") else {}
+    pipe = None
+    if len(done) < len(setting.jobs) * len(setting.variants):
+        pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        job_files.check_inputs(setting.jobs, pipe)
+    started = time.perf_counter()
+    share = attention_share(setting, pipe)
+    comparison = Comparison(setting.variants, make_all(setting, pipe, done), share)
+    results = results_of(setting, comparison, time.perf_counter() - started)
+    outputs.write_json(results, setting.folder / "results.json")
+    return results
+
+
+def find_takes(setting: Setting) -> dict[tuple[str, int], Take]:
+    """Takes of an earlier run of the same jobs, by (label, index)."""
+    found = {}
+    for label, run in setting.runs.items():
+        for index, path in runner.find_finished(setting.jobs, run.folder, run.setup).items():
+            data = outputs.read_sidecar(path.with_suffix(".json")).get("compare")
+            if isinstance(data, dict) and set(data) == _TAKE and data["index"] == index:
+                found[label, index] = Take(**{**data, "variant": label})
+    return found
+
+
+def make_all(setting: Setting, pipe: Any, done: dict[tuple[str, int], Take]) -> list[Take]:
+    """Every take, in the order of the items. What is in ``done`` is not made again; dense is, to take times against."""
+    from tqdm import tqdm
+
+    todo = {job.index: [v for v in setting.variants if (v.label, job.index) not in done] for job in setting.jobs}
+    count = sum(len(missing) for missing in todo.values())
+    if count:
+        warm_up(setting, pipe)
+    takes: list[Take] = []
+    bar = tqdm(total=count, desc="compare", unit="item", disable=not sys.stderr.isatty() or count < 2)
+    with bar:
+        for job in setting.jobs:
+            missing = todo[job.index]
+            made = {}
+            if missing:
+                round_ = compare.with_dense(missing)
+                for take in play(setting, pipe, job, round_, done):
+                    made[take.variant] = take
+                    bar.update((take.variant, job.index) not in done)
+            takes += [done.get((v.label, job.index)) or made[v.label] for v in setting.variants]
+    return takes
+
+
+def play(setting: Setting, pipe: Any, job: Job, round_: tuple[Variant, ...], done: dict[tuple[str, int], Take]) -> Any:
+    """One round of a job; outputs and sidecars are saved as they come."""
+    media: dict[str, outputs.Media] = {}
+
+    def make() -> tuple[Any, float]:
+        found, seconds = runner.call_pipeline(pipe, job)
+        media["last"] = found
+        return found.frames, seconds
+
+    def keep(variant: Variant, frames: Any, seconds: float) -> str | None:
+        earlier = done.get((variant.label, job.index))
+        if earlier is not None:
+            return earlier.file
+        run = setting.runs[variant.label]
+        run.pipe = pipe
+        result = runner.save_item(run, job, media["last"], seconds)
+        return str(Path(str(result.file)).relative_to(setting.folder))
+
+    for take in compare.play_round(pipe, Take("", job.index, job.prompt, job.seed), round_, make, keep):
+        if take.file is not None and take.error is None and (take.variant, job.index) not in done:
+            remember(setting.folder / take.file, take)
+        yield take
+
+
+def remember(path: Path, take: Take) -> None:
+    """Add a take's figures to the sidecar of its file."""
+    sidecar = path.with_suffix(".json")
+    outputs.write_json({**outputs.read_sidecar(sidecar), "compare": asdict(take)}, sidecar)
+
+
+def warm_up(setting: Setting, pipe: Any) -> None:
+    """One short call of every competitor, which is not timed: the first call of a process pays for set-up."""
+    job = setting.jobs[0]
+    short = {**job.call, "num_inference_steps": 1} if "num_inference_steps" in job.call else job.call
+    for variant in setting.variants:
+        with compare.on(pipe, variant):
+            try:
+                runner.call_pipeline(pipe, Job(job.index, job.prompt, job.seed, short))
+            except DitAttnError:
+                raise
+            except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+                continue  # it comes again with the item, and is reported there
+
+
+def attention_share(setting: Setting, pipe: Any) -> float | None:
+    """Attention's part of the operations of a step, from the pipeline or, with none loaded, from the last results."""
+    if pipe is not None:
+        return compare.share_of_attention(pipe, setting.jobs[0].call)
+    return outputs.read_sidecar(setting.folder / "results.json").get("attention_share")
+
+
+def results_of(setting: Setting, comparison: Comparison, seconds: float) -> dict[str, Any]:
+    """``results.json``: figures, takes, and everything needed to repeat them."""
+    from dit_attn.models.evaluate import current_commit
+    from dit_attn.models.export import environment
+
+    return {
+        "what": "the same prompts and noise, dense and with methods in turns; times are ratios within rounds; 95 % "
+        "bootstrap intervals over items",
+        "command": setting.command,
+        "commit": current_commit(),
+        "versions": runner.versions(),
+        "environment": environment(),
+        "device": setting.first.facts["device"],
+        "model": {key: value for key, value in setting.first.setup.items() if key != "methods"},
+        "call": setting.jobs[0].call,
+        "items": len(setting.jobs),
+        "seconds": round(seconds, 1),
+        "attention_share": comparison.attention_share,
+        "headline": comparison.headline(),
+        "takes": [asdict(take) for take in comparison.takes],
+    }
