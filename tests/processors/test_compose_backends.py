@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,6 @@ from dit_attn.processors import compat
 from tests.processors.compose import SPARSE, WARM, forward, same, tiny
 
 NAMES = ("wan", "flux")
-
-
-@pytest.fixture(autouse=True)
-def global_backend() -> Iterator[None]:
-    """``set_attention_backend`` also changes the process-wide backend; put it back."""
-    registry = attention_dispatch._AttentionBackendRegistry
-    before = registry._active_backend
-    yield
-    registry._active_backend = before
 
 
 @pytest.fixture
