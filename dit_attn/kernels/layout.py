@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels.masks import ElementMask, Tiles
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -17,6 +20,22 @@ def ceil_div(a: int, b: int) -> int:
 def readable(x: torch.Tensor) -> bool:
     """Whether the host can read ``x`` for free: it lives there and nothing is being traced."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The lists the other way round: which query blocks read each key block.
+
+    Attributes:
+        q_idx: (B|1, H|1, nk, qcap) int32, query blocks that read the key block whole, ascending, then those that read
+            it in part, ascending.
+        q_cnt: (B|1, H|1, nk) int32.
+        n_full: (B|1, H|1, nk) int32, how many read it whole; ``None`` when all do.
+    """
+
+    q_idx: torch.Tensor
+    q_cnt: torch.Tensor
+    n_full: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,9 +55,12 @@ class BlockLayout:
         kv_block: tokens per key block.
         q_len: number of queries, Sq; the last block may be ragged.
         kv_len: number of keys, Sk; the last block may be ragged.
-        kv_idx: (B|1, H|1, nq, kcap) int32, ascending in each row; entries at or past the count are not read.
+        kv_idx: (B|1, H|1, nq, kcap) int32, ascending in each row (first the blocks read whole, then those read in part,
+            each ascending); entries at or past the count are not read.
         kv_cnt: (B|1, H|1, nq) int32, number of key blocks each query block reads.
         uniform: the count when every row is known to have the same one, without reading a device; else ``None``.
+        n_full: (B|1, H|1, nq) int32, how many entries of a row are read whole; ``None`` when all are.
+        elements: which pairs of the other entries are read; ``None`` when there are none.
 
     Raises:
         DitAttnError: a size below 1, or tensors whose shapes do not fit the sizes.
@@ -51,9 +73,17 @@ class BlockLayout:
     kv_idx: torch.Tensor
     kv_cnt: torch.Tensor
     uniform: int | None = None
+    n_full: torch.Tensor | None = None
+    elements: ElementMask | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(self.q_len, self.kv_len, self.q_block, self.kv_block)
+        if (self.n_full is None) != (self.elements is None):
+            raise DitAttnError("BlockLayout needs n_full and elements together, or neither; see from_parts")
+        if self.n_full is not None and self.n_full.shape != self.kv_cnt.shape:
+            raise DitAttnError(
+                f"BlockLayout needs n_full of kv_cnt's shape {tuple(self.kv_cnt.shape)}, got {tuple(self.n_full.shape)}"
+            )
         if self.kv_idx.ndim != 4 or self.kv_cnt.shape != self.kv_idx.shape[:3] or self.kv_idx.shape[2] != self.nq:
             raise DitAttnError(
                 f"BlockLayout needs kv_idx (B|1, H|1, {self.nq}, kcap) and kv_cnt (B|1, H|1, {self.nq}), "
@@ -179,6 +209,32 @@ class BlockLayout:
         idx = torch.where(idx < nk, idx, 0).to(torch.int32).contiguous()
         return cls(q_block, kv_block, q_len, kv_len, idx, count.to(torch.int32), uniform)
 
+    @classmethod
+    def from_parts(
+        cls,
+        whole: torch.Tensor,
+        partial: torch.Tensor,
+        elements: ElementMask,
+        q_len: int,
+        kv_len: int,
+        q_block: int,
+        kv_block: int,
+    ) -> BlockLayout:
+        """From two block masks: blocks that are read whole, and blocks of which ``elements`` says what is read.
+
+        Args:
+            whole, partial: (B|1, H|1, nq, nk) bool; a block in both is read whole.
+            elements: the rule for the partial ones.
+            q_len, kv_len: tokens.
+            q_block, kv_block: tokens per block.
+        """
+        _check_blocks("whole", whole, q_len, kv_len, q_block, kv_block)
+        partial = partial & ~whole
+        if readable(partial) and not bool(partial.any()):
+            return cls.from_mask(whole, q_len, kv_len, q_block, kv_block)
+        idx, count, n_full = _two_runs(whole, partial)
+        return cls(q_block, kv_block, q_len, kv_len, idx, count, n_full=n_full, elements=elements)
+
     # -- facts -------------------------------------------------------------------------------------------------------
 
     @property
@@ -193,36 +249,84 @@ class BlockLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Whether every block is known to be read, without reading a device."""
-        return self.uniform == self.nk
+        """Whether every pair is known to be read, without reading a device."""
+        return self.uniform == self.nk and self.elements is None
 
     @property
     def density(self) -> float:
-        """Executed tiles over all tiles, ragged ones counted whole. Synchronises with an accelerator."""
+        """Executed tiles over all tiles, ragged and partial ones counted whole. Synchronises with an accelerator."""
         return float(self.kv_cnt.sum(dtype=torch.int64)) / (self.kv_cnt.numel() * self.nk)
 
     @property
     def token_density(self) -> float:
-        """Attended (query, key) pairs over all pairs, exact with ragged blocks. Synchronises with an accelerator."""
+        """Attended (query, key) pairs over all pairs, exact. Synchronises with an accelerator."""
         queries = _block_tokens(self.q_len, self.q_block, self.kv_cnt.device)
         keys = _block_tokens(self.kv_len, self.kv_block, self.kv_cnt.device)
-        pairs = (self.block_mask().double() @ keys) * queries
-        return float(pairs.sum()) / (self.kv_cnt.shape[0] * self.kv_cnt.shape[1] * self.q_len * self.kv_len)
+        pairs = float(((self.full_mask().double() @ keys) * queries).sum())
+        pairs += sum(float(read.sum(dtype=torch.int64)) for *_, read in self.partial_blocks())
+        return pairs / (self.kv_cnt.shape[0] * self.kv_cnt.shape[1] * self.q_len * self.kv_len)
 
     def valid(self) -> torch.Tensor:
         """(B|1, H|1, nq, kcap) bool, the entries of ``kv_idx`` that are read."""
         return torch.arange(self.kv_idx.shape[-1], device=self.kv_idx.device) < self.kv_cnt[..., None]
 
     def block_mask(self) -> torch.Tensor:
-        """(B|1, H|1, nq, nk) bool."""
+        """(B|1, H|1, nq, nk) bool, blocks that are read, whole or in part."""
+        return self._scattered(self.valid())
+
+    def full_mask(self) -> torch.Tensor:
+        """(B|1, H|1, nq, nk) bool, blocks that are read whole."""
+        if self.n_full is None:
+            return self.block_mask()
+        return self._scattered(torch.arange(self.kv_idx.shape[-1], device=self.kv_idx.device) < self.n_full[..., None])
+
+    def _scattered(self, chosen: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(*self.kv_cnt.shape, self.nk + 1, dtype=torch.bool, device=self.kv_idx.device)
-        target = torch.where(self.valid(), self.kv_idx.long(), self.nk)  # what is not read lands in a spare column
+        target = torch.where(chosen, self.kv_idx.long(), self.nk)  # what is not chosen lands in a spare column
         return mask.scatter(-1, target, True)[..., : self.nk]
+
+    def partial_blocks(self, at_once: int = 256) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Blocks read in part, some at a time: batch row, (n, 3) of head, query block and key block, what is read.
+
+        The last is (n, q_block, kv_block) bool, False past the ends of the sequences. Synchronises with an accelerator.
+        """
+        if self.elements is None or self.n_full is None:
+            return
+        places = torch.arange(self.kv_idx.shape[-1], device=self.kv_idx.device)
+        partial = (places >= self.n_full[..., None]) & self.valid()
+        for batch in range(partial.shape[0]):
+            for chosen in partial[batch].nonzero().split(at_once):
+                heads, rows, entries = chosen.unbind(1)
+                columns = self.kv_idx[batch, heads, rows, entries].long()
+                entries = entries - self.n_full[batch, heads, rows]
+                tiles = Tiles(
+                    batch, heads, rows, columns[:, None], entries[:, None], self.q_block, self.q_block, self.kv_block
+                )
+                read = self.elements.read(tiles)
+                q = rows[:, None] * self.q_block + torch.arange(self.q_block, device=rows.device)
+                k = columns[:, None] * self.kv_block + torch.arange(self.kv_block, device=rows.device)
+                read = read & (q < self.q_len)[:, :, None] & (k < self.kv_len)[:, None]
+                yield batch, torch.stack([heads, rows, columns], 1), read
 
     def materialize(self) -> torch.Tensor:
         """(B|1, H|1, Sq, Sk) bool, the token-level mask. S x S memory: for tests and pictures."""
-        mask = self.block_mask().repeat_interleave(self.q_block, -2).repeat_interleave(self.kv_block, -1)
+        mask = self.full_mask().repeat_interleave(self.q_block, -2).repeat_interleave(self.kv_block, -1)
+        for batch, places, read in self.partial_blocks():
+            for (head, row, column), pairs in zip(places.tolist(), read):
+                q, k = row * self.q_block, column * self.kv_block
+                mask[batch, head, q : q + self.q_block, k : k + self.kv_block] = pairs
         return mask[..., : self.q_len, : self.kv_len]
+
+    def transposed(self) -> Transposed:
+        """The lists of the backward pass; made once."""
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> Transposed:
+        read = self.block_mask().transpose(-1, -2)
+        whole = self.full_mask().transpose(-1, -2) if self.elements is not None else read
+        idx, count, n_full = _two_runs(whole, read & ~whole)
+        return Transposed(idx, count, None if self.elements is None else n_full)
 
     def check(self) -> BlockLayout:
         """Itself, once its lists are known to be good. Synchronises with an accelerator.
@@ -233,33 +337,61 @@ class BlockLayout:
         kcap = self.kv_idx.shape[-1]
         if bool(((self.kv_cnt < 0) | (self.kv_cnt > kcap)).any()):
             raise DitAttnError(f"kv_cnt must lie in [0, {kcap}], the width of kv_idx")
+        if self.n_full is not None and bool(((self.n_full < 0) | (self.n_full > self.kv_cnt)).any()):
+            raise DitAttnError("n_full must lie in [0, kv_cnt]: it counts the first entries of each row")
         valid, idx = self.valid(), self.kv_idx
         if bool((valid & ((idx < 0) | (idx >= self.nk))).any()):
             raise DitAttnError(f"kv_idx must lie in [0, {self.nk}), the key blocks of {self.kv_len} tokens")
-        if bool((valid[..., 1:] & (idx[..., 1:] <= idx[..., :-1])).any()):
+        falls = valid[..., 1:] & (idx[..., 1:] <= idx[..., :-1])
+        if self.n_full is not None:  # the partial entries ascend anew
+            falls &= torch.arange(1, kcap, device=idx.device) != self.n_full[..., None]
+        twice = self.block_mask().sum(-1) != self.kv_cnt
+        if bool(falls.any()) or bool(twice.any()):
             raise DitAttnError("kv_idx must ascend within each row, every block once; sort it")
         return self
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         idx, cnt = self.kv_idx.to(device), self.kv_cnt.to(device)
-        return BlockLayout(self.q_block, self.kv_block, self.q_len, self.kv_len, idx, cnt, self.uniform)
+        n_full = None if self.n_full is None else self.n_full.to(device)
+        elements = None if self.elements is None else self.elements.to(device)
+        sizes = (self.q_block, self.kv_block, self.q_len, self.kv_len)
+        return BlockLayout(*sizes, idx, cnt, self.uniform, n_full, elements)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
             return NotImplemented
         ours = (self.q_block, self.kv_block, self.q_len, self.kv_len, self.kv_cnt.shape)
         theirs = (other.q_block, other.kv_block, other.q_len, other.kv_len, other.kv_cnt.shape)
-        return ours == theirs and torch.equal(self.block_mask(), other.block_mask())
+        return (
+            ours == theirs
+            and torch.equal(self.block_mask(), other.block_mask())
+            and torch.equal(self.full_mask(), other.full_mask())
+            and (self.elements is other.elements or (self.elements is not None and self.elements.same(other.elements)))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         batch, heads = self.kv_cnt.shape[:2]
+        rule = "" if self.elements is None else f", {type(self.elements).__name__}"
         return (
             f"BlockLayout({self.q_len} x {self.kv_len} tokens, {self.nq} x {self.nk} blocks of "
-            f"{self.q_block} x {self.kv_block}, batch {batch}, heads {heads}, density {self.density:.3f})"
+            f"{self.q_block} x {self.kv_block}, batch {batch}, heads {heads}, density {self.density:.3f}{rule})"
         )
+
+
+def _two_runs(whole: torch.Tensor, partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists, counts and full counts of (..., rows, n) block masks that do not overlap: both runs ascending."""
+    n = whole.shape[-1]
+    place = torch.arange(n, device=whole.device, dtype=torch.int32)
+    order = torch.where(whole, place, torch.where(partial, place + n, 2 * n)).sort(-1).values
+    n_full = whole.sum(-1)
+    count = n_full + partial.sum(-1)
+    if readable(count):
+        order = order[..., : max(int(count.max()), 1)]
+    idx = torch.where(order < 2 * n, order % n, 0).to(torch.int32).contiguous()
+    return idx, count.to(torch.int32), n_full.to(torch.int32)
 
 
 def _ranking(

@@ -2,17 +2,183 @@
 
 Every query block is represented by the mean of its queries and every key block by the mean of its keys; their product
 estimates the block's logits. Everything here is linear in the sequence but for the (nq, nk) table of block scores.
+
+Methods call :func:`plan_blocks` (or :func:`plan_scores` with scores of their own). What runs is plain torch, which is
+also the reference, or on an NVIDIA GPU with Triton the fused kernels of ``triton_selection``, which choose the same
+blocks without the table, the sort and the temporaries.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from dit_attn.errors import DitAttnError
-from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.layout import BlockLayout, ceil_div, readable
+
+CACHED = 1 << 20
+"""Bytes of fp32 a CPU widens at a time: what stays in its cache."""
+PIECE = 1 << 26
+"""Bytes of fp32 temporaries elsewhere."""
+LONGEST = 8192
+"""Key blocks the fused kernels can choose from."""
+
+
+class BlockPlan(NamedTuple):
+    """What a selection says.
+
+    Attributes:
+        layout: the chosen key blocks of every query block.
+        kept_mass: (B, H, nq) fp32, share of the pooled softmax mass that lies in the chosen blocks; with ``stats``.
+        bits: (B, H, nq, ceil(nk / 32)) int32, bit ``j % 32`` of word ``j // 32`` set where block j is chosen; with
+            ``stats``.
+    """
+
+    layout: BlockLayout
+    kept_mass: torch.Tensor | None = None
+    bits: torch.Tensor | None = None
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def plan_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    density: float | None = None,
+    top_p: float | None = None,
+    k_min: int = 1,
+    forced: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    stats: bool = False,
+    backend: str | None = None,
+) -> BlockPlan:
+    """Pool, score and choose: :func:`block_scores` and :func:`select_blocks` in one call. Not differentiable.
+
+    Args:
+        q: (B, S, H, D).
+        k: (B, Sk, Hk, D); ``H % Hk == 0``.
+        q_block, kv_block: tokens per block.
+        density: fraction of key blocks per query block; ``ceil(density * nk)`` are kept, forced ones inside the budget.
+        top_p: alternatively, softmax mass to keep.
+        k_min: with ``top_p``, the smallest number of blocks per row.
+        forced: (B|1, H|1, nq|1, nk|1) bool, blocks that are always kept.
+        key_mask: (B, Sk) bool, keys that exist.
+        scale: softmax scale, default ``D ** -0.5``.
+        stats: also return the kept mass and the bits.
+        backend: ``"triton"`` or ``"torch"`` forces it; ``None`` picks (:func:`refuse_fused` says why not Triton).
+
+    Raises:
+        DitAttnError: the budget, the heads, a mask or the forced backend do not fit.
+    """
+    check_budget(density, top_p)
+    check_choices((q.shape[0], q.shape[2], ceil_div(q.shape[1], q_block), ceil_div(k.shape[1], kv_block)), forced)
+    check_key_mask(k, key_mask)
+    if _fused(backend, q, ceil_div(k.shape[1], kv_block), q.shape[-1]):
+        from dit_attn.kernels.triton_selection import fused_select
+
+        return BlockPlan(
+            *fused_select(
+                q, k, q_block=q_block, kv_block=kv_block, density=density, top_p=top_p, k_min=k_min, forced=forced,
+                key_mask=key_mask, scale=scale, stats=stats,
+            )
+        )  # fmt: skip
+    scores = block_scores(q, k, q_block, kv_block, scale, key_mask)
+    return plan_scores(
+        scores, density=density, top_p=top_p, k_min=k_min, forced=forced, q_len=q.shape[1], kv_len=k.shape[1],
+        q_block=q_block, kv_block=kv_block, stats=stats, backend="torch",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def plan_scores(
+    scores: torch.Tensor,
+    *,
+    density: float | None = None,
+    top_p: float | None = None,
+    k_min: int = 1,
+    forced: torch.Tensor | None = None,
+    q_len: int,
+    kv_len: int,
+    q_block: int,
+    kv_block: int,
+    stats: bool = False,
+    backend: str | None = None,
+) -> BlockPlan:
+    """:func:`select_blocks` for scores (B, H, nq, nk) a method made itself; arguments as there and in plan_blocks."""
+    check_budget(density, top_p)
+    check_choices(tuple(scores.shape), forced)
+    sizes = {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block}
+    if _fused(backend, scores, scores.shape[-1]):
+        from dit_attn.kernels.triton_selection import fused_select_scores
+
+        return BlockPlan(
+            *fused_select_scores(
+                scores, density=density, top_p=top_p, k_min=k_min, forced=forced, stats=stats, **sizes
+            )
+        )
+    layout = select_blocks(scores, density=density, top_p=top_p, k_min=k_min, forced=forced, **sizes)
+    return BlockPlan(layout, kept_mass(scores, layout), selected_bits(layout)) if stats else BlockPlan(layout)
+
+
+def refuse_fused(x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> str | None:
+    """Why the fused kernels cannot read ``x`` (q or scores) and choose from a number of blocks; ``None`` if they can."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels compute in fp32, which does not hold {str(x.dtype).removeprefix('torch.')}"
+    if head_dim > 256:
+        return f"head size {head_dim} is above 256"
+    if kv_blocks > LONGEST:
+        return f"{kv_blocks} key blocks are more than {LONGEST}"
+    if x.device.type == "cpu":
+        return None if _interpreting() else "it runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
+    return _refuse_device(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
+
+
+@torch.compiler.assume_constant_result
+def _refuse_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None if _has_triton() else "triton is not installed (pip install 'dit-attn[triton]')"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _fused(backend: str | None, x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> bool:
+    """Whether the fused kernels run: when asked for, or on a GPU that can."""
+    if backend not in (None, "triton", "torch"):
+        raise unknown("selection backend", backend, ("triton", "torch"))
+    if backend == "torch" or (backend is None and x.device.type == "cpu"):
+        return False
+    refusal = refuse_fused(x, kv_blocks, head_dim)
+    if refusal and backend:
+        raise DitAttnError(f"selection backend 'triton' cannot run this call: {refusal}; use 'torch' or leave it out")
+    return refusal is None
+
+
+# -- pooling -----------------------------------------------------------------------------------------------------------
 
 
 def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -26,17 +192,77 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     Returns:
         (B, H, n, D) fp32; 0 for a block without a valid token.
     """
+    means = [tokens.sum(2, dtype=torch.float32) / number for tokens, _, number in _pieces(x, block, key_mask, False)]
+    return torch.cat(means, 1).transpose(1, 2)
+
+
+def pool_stats(
+    x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of every block, and channel by channel the mean distance of its tokens to it.
+
+    With the mean ``m`` and the mean distance ``a = mean |x - m|`` of a query and a key block, the gain test of
+    Rectified SpaAttn (its GAPR) is ``|mq . mk| > |aq . mk| + |mq . ak|``.
+
+    Args:
+        x, block, key_mask: as in :func:`pool_blocks`.
+
+    Returns:
+        mean and mean distance, (B, H, n, D) fp32 each; 0 for a block without a valid token.
+    """
+    if _fused(None, x, head_dim=x.shape[-1]):
+        from dit_attn.kernels.triton_selection import fused_pool
+
+        pooled, spread, _ = fused_pool(x, block, key_mask, deviation=True)
+        assert spread is not None
+        return pooled, spread
+    means, distances = [], []
+    for tokens, exists, number in _pieces(x, block, key_mask, True):
+        mean = tokens.sum(2) / number
+        distance = (tokens - mean[:, :, None]).abs()
+        if exists is not None:
+            distance = distance.masked_fill(~exists, 0.0)
+        means.append(mean)
+        distances.append(distance.sum(2) / number)
+    return torch.cat(means, 1).transpose(1, 2), torch.cat(distances, 1).transpose(1, 2)
+
+
+def _pieces(
+    x: torch.Tensor, block: int, key_mask: torch.Tensor | None, widen: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """Runs of blocks: tokens (B, m, block, H, D), 0 where they do not exist; which exist; their number, at least 1.
+
+    The sequence is never copied whole: plain sums read it in place, and what has to be widened to fp32 or masked goes
+    piece by piece (a CPU sums bf16 several times slower than it widens and sums it in cache).
+    """
     seq = x.shape[1]
-    n, full = ceil_div(seq, block), seq // block
-    if key_mask is not None:
-        x = x.masked_fill(~key_mask[..., None, None], 0.0)
-    # Whole blocks are summed without copying the sequence; the ragged one apart.
-    parts = [x[:, : full * block].unflatten(1, (full, block)).sum(2, dtype=torch.float32)] if full else []
-    if n > full:
-        parts.append(x[:, full * block :].sum(1, keepdim=True, dtype=torch.float32))
-    sums = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    counts = block_counts(x, block, key_mask)
-    return sums.transpose(1, 2) / counts.clamp(min=1.0)[..., None]
+    full = seq // block
+    cpu = readable(x)
+    widen = widen or (cpu and x.dtype in (torch.bfloat16, torch.float16))
+    step = max(full, 1)
+    if (widen or key_mask is not None) and not torch.compiler.is_compiling():
+        each = 4 * x.shape[0] * block * x.shape[2] * x.shape[3]
+        step = max(1, (CACHED if cpu else PIECE) // max(each, 1))
+    bounds = [(low, min(low + step, full), block) for low in range(0, full, step)]
+    if seq % block or not seq:
+        bounds.append((full, full + 1, seq - full * block))
+    for low, high, length in bounds:
+        tokens = x[:, low * block : low * block + (high - low) * length].unflatten(1, (high - low, length))
+        tokens = tokens.to(torch.float32) if widen else tokens
+        exists, number = None, torch.full((), float(max(length, 1)), device=x.device)
+        if key_mask is not None:
+            there = key_mask[:, low * block : low * block + (high - low) * length].unflatten(1, (high - low, length))
+            exists = there[..., None, None]
+            tokens = tokens.masked_fill(~exists, 0.0)
+            number = exists.sum(2, dtype=torch.float32).clamp(min=1.0)
+        yield tokens, exists, number
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: the choice of blocks is made in fp32 wherever it is made."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def block_counts(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,6 +273,9 @@ def block_counts(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = No
         return F.pad(key_mask, (0, n * block - seq)).unflatten(1, (n, block)).sum(-1, dtype=torch.float32)[:, None]
     starts = torch.arange(n, device=x.device) * block
     return (seq - starts).clamp(max=block).to(torch.float32).view(1, 1, n)
+
+
+# -- scores and choice -----------------------------------------------------------------------------------------------
 
 
 def block_scores(
@@ -75,12 +304,12 @@ def block_scores(
     Raises:
         DitAttnError: the heads of q are no multiple of those of k.
     """
+    check_heads(q, k)
     heads, key_heads = q.shape[2], k.shape[2]
-    if heads % key_heads:
-        raise DitAttnError(f"q has {heads} heads, which is not a multiple of the {key_heads} heads of k")
     pooled_q = pool_blocks(q, q_block).unflatten(1, (key_heads, heads // key_heads))
     pooled_k = pool_blocks(k, kv_block, key_mask)[:, :, None]
-    scores = (pooled_q @ pooled_k.transpose(-1, -2)).flatten(1, 2)
+    with full_precision(q.device):
+        scores = (pooled_q @ pooled_k.transpose(-1, -2)).flatten(1, 2)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     return scores + torch.log(block_counts(k, kv_block, key_mask))[:, :, None, :]
 
@@ -111,17 +340,81 @@ def select_blocks(
     Raises:
         DitAttnError: both or neither of density and top_p, or one out of (0, 1].
     """
+    check_budget(density, top_p)
+    sizes = {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block}
+    if top_p is not None:
+        return BlockLayout.from_topp(scores, top_p, k_min, forced, **sizes)
+    assert density is not None
+    return BlockLayout.from_topk(scores, blocks_of_density(density, scores.shape[-1]), forced, **sizes)
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
+    """Raises DitAttnError unless the heads of q (B, S, H, D) are a multiple of those of k (B, Sk, Hk, D)."""
+    if q.shape[2] % k.shape[2]:
+        raise DitAttnError(f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} heads of k")
+
+
+def check_budget(density: float | None, top_p: float | None) -> None:
+    """Raises DitAttnError unless exactly one of the two is given, in (0, 1]."""
     if (density is None) == (top_p is None):
         raise DitAttnError(f"give exactly one of density and top_p, got density={density} and top_p={top_p}")
-    if top_p is not None:
-        return BlockLayout.from_topp(
-            scores, top_p, k_min, forced, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block
-        )
-    assert density is not None
-    if not 0.0 < density <= 1.0:
+    if density is not None and not 0.0 < density <= 1.0:
         raise DitAttnError(f"density is the share of key blocks kept per query block, in (0, 1], got {density}")
-    # The small slack keeps a product like 0.07 * 100 = 7.000000000000001 from costing a block.
-    count = math.ceil(density * scores.shape[-1] - 1e-9)
-    return BlockLayout.from_topk(
-        scores, count, forced, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block
-    )
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise DitAttnError(f"top_p is a share of the softmax mass in (0, 1], got {top_p}")
+
+
+def check_choices(shape: tuple[int, ...], forced: torch.Tensor | None) -> None:
+    """Raises DitAttnError unless ``forced`` is bool and expands to ``shape`` (B, H, nq, nk)."""
+    if forced is None:
+        return
+    if forced.dtype != torch.bool:
+        raise DitAttnError(f"forced must be bool, got {forced.dtype}; compare it with something first")
+    if forced.ndim > 4 or any(have not in (1, want) for have, want in zip(forced.shape[::-1], shape[::-1])):
+        raise DitAttnError(f"forced must expand to (B, H, nq, nk) {shape}, got {tuple(forced.shape)}; use the same blocks")
+
+
+def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
+    """Raises DitAttnError unless ``key_mask`` is (B|1, Sk) bool for k (B, Sk, Hk, D)."""
+    if key_mask is None:
+        return
+    fits = key_mask.ndim == 2 and key_mask.shape[1] == k.shape[1] and key_mask.shape[0] in (1, k.shape[0])
+    if key_mask.dtype != torch.bool or not fits:
+        raise DitAttnError(
+            f"key_mask must be bool ({k.shape[0]}, {k.shape[1]}), one flag per key, got {key_mask.dtype} "
+            f"{tuple(key_mask.shape)}"
+        )
+
+
+def blocks_of_density(density: float, kv_blocks: int) -> int:
+    """``ceil(density * nk)``; a little slack keeps a product like 0.07 * 100 = 7.000000000000001 from costing one."""
+    return max(1, min(math.ceil(density * kv_blocks - 1e-9), kv_blocks))
+
+
+# -- what a selection keeps --------------------------------------------------------------------------------------------
+
+
+def block_probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the key blocks of scores (B, H, nq, nk), fp32; 0 in a row without a key."""
+    return torch.softmax(scores.float(), -1).masked_fill(scores == float("-inf"), 0.0)
+
+
+def kept_mass(scores: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """(B, H, nq) fp32, share of the pooled softmax mass of scores (B, H, nq, nk) that lies in the chosen blocks."""
+    mass = block_probabilities(scores)
+    idx, valid = layout.kv_idx.long(), layout.valid()
+    shape = (*mass.shape[:3], idx.shape[-1])
+    chosen = mass.gather(-1, idx.clamp(0, mass.shape[-1] - 1).expand(shape))
+    return chosen.masked_fill(~valid.expand(shape), 0.0).sum(-1)
+
+
+def selected_bits(layout: BlockLayout) -> torch.Tensor:
+    """(B|1, H|1, nq, ceil(nk / 32)) int32; bit ``j % 32`` of word ``j // 32`` is set where key block j is read."""
+    mask = layout.block_mask()
+    words = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).to(torch.int64)
+    return (words << torch.arange(32, device=mask.device)).sum(-1).to(torch.int32)  # the 32nd bit is the sign
+
+
+def unpack_bits(bits: torch.Tensor, kv_blocks: int) -> torch.Tensor:
+    """(..., nk) bool from (..., ceil(nk / 32)) int32, the inverse of :func:`selected_bits`."""
+    return ((bits[..., None] >> torch.arange(32, device=bits.device)) & 1).flatten(-2)[..., :kv_blocks].bool()

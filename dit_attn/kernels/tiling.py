@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.masks import ElementMask, Tiles
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -99,6 +100,37 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What a part needs to know to hide the pairs that an element mask leaves out.
+
+    Attributes:
+        mask: the rule.
+        batch: batch row.
+        whole: (tiles,) entries that are read whole.
+        heads, rows: (tiles,) int64, query head and query block.
+        columns: (tiles, kcap) int64, key blocks.
+    """
+
+    mask: ElementMask
+    batch: int
+    whole: torch.Tensor
+    heads: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    def hidden(self, layout: BlockLayout, tokens: int, tiles: torch.Tensor, first: int, width: int) -> torch.Tensor:
+        """(n, tokens, (width - first) * kv_block) bool, True for pairs of entries ``first:width`` that are not read."""
+        columns = self.columns[tiles, first:width]
+        entries = torch.arange(first, width, device=columns.device) - self.whole[tiles, None]
+        blocks = (layout.q_block, layout.kv_block)
+        at = Tiles(self.batch, self.heads[tiles], self.rows[tiles], columns, entries, tokens, *blocks)
+        key = columns[..., None] * layout.kv_block + torch.arange(layout.kv_block, device=columns.device)
+        whole = (entries < 0)[..., None].expand_as(key).flatten(1)
+        read = self.mask.read(at) | whole[:, None]
+        return ~read | (key >= layout.kv_len).flatten(1)[:, None]
+
+
+@dataclass(frozen=True)
 class Part:
     """Equally long query blocks of some heads of a group: the whole ones, or the ragged one.
 
@@ -109,6 +141,7 @@ class Part:
         idx: (tiles, kcap) int64, rows of the group's k and v.
         count: (tiles,) key blocks per tile.
         bias_idx: (tiles, kcap) int64, rows of the group's bias, or ``None``.
+        rule: which pairs of partial entries are read, or ``None`` when all entries are whole.
     """
 
     heads: slice
@@ -117,6 +150,7 @@ class Part:
     idx: torch.Tensor
     count: torch.Tensor
     bias_idx: torch.Tensor | None
+    rule: Rule | None = None
 
     @property
     def is_view(self) -> bool:
@@ -295,6 +329,22 @@ def _part(problem: Problem, group: Group, heads: slice, first: int, last: int, t
         idx=(local + (head // ratio - group.g0) * layout.nk).flatten(0, 1),
         count=count.reshape(-1),
         bias_idx=bias_idx,
+        rule=_rule(layout, group.batch, heads, first, local),
+    )
+
+
+def _rule(layout: BlockLayout, batch: int, heads: slice, first: int, columns: torch.Tensor) -> Rule | None:
+    """The element mask of query blocks ``first ..`` with key blocks ``columns`` (heads, n, kcap)."""
+    if layout.elements is None or layout.n_full is None:
+        return None
+    n, device = columns.shape[1], columns.device
+    return Rule(
+        mask=layout.elements,
+        batch=batch,
+        whole=_of_heads(layout.n_full, batch, heads)[:, first : first + n].reshape(-1),
+        heads=torch.arange(heads.start, heads.stop, device=device).repeat_interleave(n),
+        rows=torch.arange(first, first + n, device=device).repeat(heads.stop - heads.start),
+        columns=columns.flatten(0, 1),
     )
 
 
@@ -311,6 +361,9 @@ def buckets(problem: Problem, part: Part) -> Iterator[Bucket]:
     if not problem.on_host:
         yield _bucket(part, None, part.idx.shape[1], part.idx.shape[1] * layout.kv_block)
         return
+    if part.rule is not None:
+        yield from _ruled_buckets(layout, part, part.rule)
+        return
     kinds = part.count.long() * 2
     if missing:  # the ragged key block is the last one of the lists it is in
         last_read = part.idx.gather(1, (part.count[:, None].long() - 1).clamp(min=0))[:, 0] % layout.nk
@@ -324,6 +377,15 @@ def buckets(problem: Problem, part: Part) -> Iterator[Bucket]:
             members = None if size == len(kinds) else order[start : start + size]
             yield _bucket(part, members, width, width * layout.kv_block - ragged * missing)
         start += size
+
+
+def _ruled_buckets(layout: BlockLayout, part: Part, rule: Rule) -> Iterator[Bucket]:
+    """Tiles with equally many entries, sorted by their whole ones: a chunk masks from its first partial one on."""
+    order = (part.count.long() * (layout.nk + 1) + rule.whole).argsort(stable=True)
+    values, sizes = torch.unique_consecutive(part.count[order], return_counts=True)
+    for width, members in zip(values.tolist(), order.split(sizes.tolist())):
+        if width:
+            yield _bucket(part, members, width, width * layout.kv_block)
 
 
 def _bucket(part: Part, members: torch.Tensor | None, width: int, keys: int) -> Bucket:
@@ -353,7 +415,7 @@ class Work:
         spare = self.qk if kind == kind_v else scratch.get("p", kind_v, device, *self.s.shape)
         self.p = self.s if kind_v == wide else spare
         self.o = scratch.get("o", kind_v, device, n, part.tokens, dim_v)
-        self.may_be_empty = group.bias is not None or not problem.on_host
+        self.may_be_empty = group.bias is not None or part.rule is not None or not problem.on_host
         self.straight = bucket.members is None
 
     def logits(self, q: torch.Tensor, low: int, high: int) -> torch.Tensor:
@@ -376,7 +438,20 @@ class Work:
             s.add_(bias.view(self.n, 1, -1)[..., : bucket.keys])
         if not self.problem.on_host:
             s.masked_fill_(self.unread(low, high), NONE)
+        if self.part.rule is not None:
+            self._hide(s, self.part.rule, low, high)
         return s
+
+    def _hide(self, s: torch.Tensor, rule: Rule, low: int, high: int) -> None:
+        """``-inf`` on pairs that the element mask leaves out; on a host only from the first entry that needs it."""
+        layout, bucket, first = self.problem.layout, self.bucket, 0
+        everything = torch.arange(low, high, device=s.device)
+        tiles = everything if bucket.members is None else bucket.members[low:high]
+        if self.problem.on_host:  # the ragged key block may be the last whole entry
+            first = max(0, int(rule.whole[tiles].min()) - (layout.kv_len % layout.kv_block != 0))
+        if first < bucket.width:
+            hidden = rule.hidden(layout, self.part.tokens, tiles, first, bucket.width)
+            s[..., first * layout.kv_block :].masked_fill_(hidden, NONE)
 
     def values(self, low: int, high: int) -> torch.Tensor:
         """(n, keys, Dv), the gathered values."""

@@ -6,6 +6,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.terms import Terms, check_terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,16 +18,19 @@ def check_call(
     layout: BlockLayout,
     key_mask: torch.Tensor | None,
     key_bias: torch.Tensor | None,
+    terms: Terms,
 ) -> None:
     """Raise for the first argument of :func:`dit_attn.kernels.sparse_attention` that does not fit.
 
     Raises:
-        DitAttnError: rank, type, device, head count, head size, layout or mask does not fit.
+        DitAttnError: rank, type, device, head count, head size, layout, mask or an optional term does not fit.
     """
     _check_tensors(q, k, v)
     _check_heads(q, k, v)
     _check_layout(q, k, layout)
     _check_keys(q, k, key_mask, key_bias)
+    if terms:
+        check_terms(q, k, v, layout, terms)
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -21,7 +21,9 @@ from dit_attn.kernels import (
     sparse_attention,
     tiling,
 )
-from dit_attn.kernels.op import sparse_attention_op
+from dit_attn.kernels.op import flat_call, sparse_attention_op
+from dit_attn.kernels.patterns import band, from_segments
+from dit_attn.kernels.tiling import Problem
 
 Terms = dict[str, Any]
 
@@ -87,15 +89,18 @@ def test_nan_in_blocks_that_are_not_read_never_reaches_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
-def test_the_operator_is_registered_as_torch_requires(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("variant", ("plain", "keys", "window", "segments"))
+def test_the_operator_is_registered_as_torch_requires(dtype: torch.dtype, variant: str) -> None:
     (q, k, v), layout, terms = problem(dtype, grad=True)
     layout = BlockLayout.from_mask(layout.block_mask() | (torch.arange(6) == 3), 70, 90, 16, 16)  # finite sums only
-    lists = (layout.kv_idx, layout.kv_cnt)
-    plain = (q, k, v, *lists, None, None, 16, 16, 0.3, "gather")
-    torch.library.opcheck(sparse_attention_op, plain)
     terms["key_mask"][:, 48:64] = True
-    full = (q, k, v, *lists, terms["key_mask"], terms["key_bias"], 16, 16, 0.3, "gather")
-    torch.library.opcheck(sparse_attention_op, full)
+    altered = variant == "keys"
+    if variant == "window":
+        layout = band(70, 90, 9, 5, sinks=3, q_block=16, kv_block=16)
+    elif variant == "segments":
+        layout = from_segments(torch.arange(70)[None] // 30, torch.arange(90)[None] // 40, q_block=16, kv_block=16)
+    keys = (terms["key_mask"], terms["key_bias"]) if altered else (None, None)
+    torch.library.opcheck(sparse_attention_op, (*flat_call(Problem(q, k, v, layout, 0.3, *keys)), "gather"))
 
 
 def test_selection_and_attention_compile_to_one_graph_with_the_same_result() -> None:

@@ -1,0 +1,39 @@
+"""torch's FlexAttention on our layouts: to compare with, on request."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.patterns import to_flex
+from dit_attn.kernels.tiling import Problem
+
+_MASKS: WeakKeyDictionary[torch.Tensor, Any] = WeakKeyDictionary()
+
+
+def flex_backend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """o (B, Sq, H, Dv), lse (B, H, Sq) natural logarithm: compiled on a GPU, torch's unfused version elsewhere."""
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    out, lse = _attention(problem.on_host)(
+        q, k, v, block_mask=_mask_of(problem.layout), scale=problem.scale, enable_gqa=problem.ratio > 1, return_lse=True
+    )
+    return out.transpose(1, 2), lse
+
+
+def _mask_of(layout: BlockLayout) -> Any:
+    """The layout's BlockMask, made once."""
+    held = _MASKS.get(layout.kv_idx)
+    if held is None:
+        held = _MASKS[layout.kv_idx] = to_flex(layout)
+    return held
+
+
+@lru_cache(maxsize=2)
+def _attention(eager: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if eager else torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,107 @@
+"""A numeric guard: while it is on, one query block of every attention call is computed again in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels.gather import gather_attention
+from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.terms import Terms, with_terms
+from dit_attn.kernels.tiling import Problem
+
+
+@dataclass
+class GuardReport:
+    """What a guard has seen.
+
+    Attributes:
+        tolerance: largest relative error that is let pass.
+        calls: attention calls that were checked.
+        worst: largest relative error of a checked block, as ``|o - exact| / |exact|`` (Frobenius).
+    """
+
+    tolerance: float
+    calls: int = 0
+    worst: float = 0.0
+
+
+_ACTIVE: ContextVar[GuardReport | None] = ContextVar("numeric_guard", default=None)
+
+
+@contextmanager
+def numeric_guard(tolerance: float = 0.02) -> Iterator[GuardReport]:
+    """Check a query block of every :func:`dit_attn.kernels.sparse_attention` call against fp32.
+
+    The block walks through the sequence from call to call. Synchronises with an accelerator at every call: for finding
+    errors, not for production. Calls inside ``torch.compile`` are not checked.
+
+    Args:
+        tolerance: largest relative error; bf16 gives about 0.005.
+
+    Raises:
+        DitAttnError: a call is further off than that, or not finite where the exact result is.
+    """
+    report = GuardReport(tolerance)
+    token = _ACTIVE.set(report)
+    try:
+        yield report
+    finally:
+        _ACTIVE.reset(token)
+
+
+def guarded(name: str, problem: Problem, terms: Terms, out: torch.Tensor) -> None:
+    """Check the result of a call, when a guard is on."""
+    if torch.compiler.is_compiling():
+        return
+    report = _ACTIVE.get()
+    if report is not None:
+        _check(report, name, problem, terms, out)
+
+
+@torch.no_grad()
+def _check(report: GuardReport, name: str, problem: Problem, terms: Terms, out: torch.Tensor) -> None:
+    block = report.calls * 7919 % problem.layout.nq
+    first = block * problem.layout.q_block
+    exact, _ = with_terms(*_one_block(problem, terms, block), gather_attention)
+    found = out[:, first : first + exact.shape[1]].to(exact.dtype)
+    error = float((found - exact).norm() / exact.norm().clamp(min=1e-12))
+    report.calls += 1
+    report.worst = max(report.worst, error)
+    if not error <= report.tolerance:
+        raise DitAttnError(
+            f"backend {name!r} is off by {error:.3g} (relative; tolerance {report.tolerance}) in query block {block} "
+            f"of {problem.layout!r}; try backend='gather', and report the call's shapes"
+        )
+
+
+def _one_block(problem: Problem, terms: Terms, block: int) -> tuple[Problem, Terms]:
+    """The same call for the queries of one block, in fp32 (fp64 stays)."""
+    layout = problem.layout
+    first = block * layout.q_block
+    tokens = min(layout.q_block, layout.q_len - first)
+    n_full = None if layout.n_full is None else layout.n_full[:, :, block : block + 1]
+    lists = BlockLayout(
+        layout.q_block, layout.kv_block, tokens, layout.kv_len,
+        layout.kv_idx[:, :, block : block + 1], layout.kv_cnt[:, :, block : block + 1], n_full=n_full,
+        elements=None if layout.elements is None else layout.elements.from_block(block, layout.q_block),
+    )  # fmt: skip
+    wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(wide) for x in (problem.q[:, first : first + tokens], problem.k, problem.v))
+    bias, end = terms.bias, terms.epilogue
+    if bias is not None:
+        bias = replace(bias, q=bias.q[:, :, first : first + tokens])
+    if end is not None:
+        end = replace(
+            end,
+            row_scale=None if end.row_scale is None else end.row_scale[:, :, block : block + 1],
+            lse_ref=None if end.lse_ref is None else end.lse_ref[:, :, first : first + tokens],
+            add=None if end.add is None else end.add[:, :, block : block + 1],
+            value_shift=end.value_shift + first,
+        )
+    return replace(problem, q=q, k=k, v=v, layout=lists), replace(terms, bias=bias, epilogue=end)

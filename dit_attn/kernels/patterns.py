@@ -1,0 +1,355 @@
+"""Layouts that follow from the shape of the sequence alone: windows on a grid, bands, sinks, packed sequences.
+
+Every constructor is analytic: it counts, for each query block, the keys of each key block that some of its queries read
+and those that all of them read, in closed form. No map of S x S exists, not even block by block of it. Static layouts
+are cached by their arguments and device.
+
+``from_flex`` and ``to_flex`` translate from and to FlexAttention's ``BlockMask``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.masks import BandMask, BitMask, ElementMask, SegmentMask, WindowMask, pack_bits
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+KEPT = 64  # layouts of each kind that are kept
+
+
+def inward_window(
+    grid: tuple[int, ...],
+    window: tuple[int, ...] | int,
+    *,
+    q_block: int = 128,
+    kv_block: int = 128,
+    text_before: int = 0,
+    text_after: int = 0,
+    inward: bool = True,
+    device: torch.device | str = "cpu",
+) -> BlockLayout:
+    """Self attention in which every cell of a grid reads its neighbours; at a border the window moves inward.
+
+    Along an axis of N positions with a window of K, position p reads K positions from ``clamp(p - K // 2, 0, N - K)``
+    on: neighbourhood attention's border rule (Hassani et al., 2023), FreeSwim's inward window.
+
+    Args:
+        grid: positions along 1 to 3 axes, row major, e.g. (T, H, W).
+        window: positions read along each axis, or one number for all; an axis shorter than its window is read whole.
+        q_block, kv_block: tokens per block.
+        text_before, text_after: tokens before and after the grid that read and are read by everything.
+        inward: ``False`` cuts the window at a border instead of moving it.
+        device: where the lists shall be.
+    """
+    sizes = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+    if not 1 <= len(grid) <= 3 or len(sizes) != len(grid):
+        raise DitAttnError(f"a window needs one size for each of 1 to 3 grid axes, got grid {grid} and window {window}")
+    if min(*grid, *sizes) < 1 or min(text_before, text_after) < 0:
+        raise DitAttnError(f"grid {grid} and window {window} must be positive, text lengths not negative")
+    cut = tuple(min(k, n) for k, n in zip(sizes, grid)) if inward else sizes
+    full = (1,) * (3 - len(grid))
+    device = torch.device(device)
+    return _window((*full, *grid), (*full, *cut), text_before, text_after, inward, q_block, kv_block, device)
+
+
+@lru_cache(maxsize=KEPT)
+def _window(
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    before: int,
+    after: int,
+    inward: bool,
+    q_block: int,
+    kv_block: int,
+    device: torch.device,
+) -> BlockLayout:
+    seq = before + math.prod(grid) + after
+    mask = WindowMask(grid, window, before, before, inward)
+    bounds = _bounds(seq, kv_block)
+    sizes = bounds.diff()
+    text = sizes - (bounds - before).clamp(0, math.prod(grid)).diff()  # tokens outside of the grid, per key block
+    block, low, high = _segments(grid, before, seq, q_block)
+
+    def keys_in(touched: bool) -> torch.Tensor:
+        counted = _window_counts(mask, low, high, bounds, touched) + text
+        return torch.where((low >= 0)[:, None], counted, sizes)  # text reads everything
+
+    some, short = keys_in(True) > 0, keys_in(False) < sizes
+    nq = ceil_div(seq, q_block)
+    read, short = (torch.zeros(nq, len(sizes)).index_add_(0, block, x.float()) > 0 for x in (some, short))
+    return _static(read & ~short, read & short, mask, seq, seq, q_block, kv_block, device)
+
+
+def _segments(
+    grid: tuple[int, int, int], before: int, seq: int, q_block: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query tokens cut at block borders and at ends of grid rows: block, first and last cell; -1 for text."""
+    cells, width = math.prod(grid), grid[2]
+    cuts = torch.cat(
+        [
+            torch.arange(0, seq, q_block),
+            before + torch.arange(0, cells + 1, width),
+            torch.tensor([0, seq]),
+        ]
+    )
+    cuts = cuts[cuts <= seq].unique()
+    first, last = cuts[:-1], cuts[1:] - 1
+    inside = (first >= before) & (last < before + cells)
+    return first // q_block, torch.where(inside, first - before, -1), torch.where(inside, last - before, -1)
+
+
+def _window_counts(
+    mask: WindowMask, low: torch.Tensor, high: torch.Tensor, bounds: torch.Tensor, touched: bool
+) -> torch.Tensor:
+    """(segments, nk) grid tokens of each key block that some (``touched``) or all cells of a row segment read.
+
+    Within a row the windows of consecutive cells differ along the row only, where they start at most one position
+    apart, so both the union and the intersection are boxes.
+    """
+    depth, height, width = mask.grid
+    t, h, w = mask.positions(low.clamp(min=0))
+    w_last = mask.positions(high.clamp(min=0))[2]
+    box = []
+    for axis, (a, b) in enumerate(((t, t), (h, h), (w, w_last))):
+        first, last = mask.start(a, axis), mask.start(b, axis)
+        begin, end = (first, last + mask.window[axis]) if touched else (last, first + mask.window[axis])
+        begin, end = begin.clamp(0, mask.grid[axis]), end.clamp(0, mask.grid[axis])
+        box.append((begin[:, None], torch.maximum(begin, end)[:, None]))
+    (t0, t1), (h0, h1), (w0, w1) = box
+    # Tokens of the box before a bound: whole planes, then whole rows of its plane, then cells of its row.
+    cell = (bounds - mask.k_start).clamp(0, depth * height * width)[None]
+    bt, bh, bw = cell // (height * width), cell // width % height, cell % width
+    rows, cells = h1 - h0, w1 - w0
+    in_plane, in_row = (bt >= t0) & (bt < t1), (bh >= h0) & (bh < h1)
+    below = (bt.clamp(max=depth) - t0).clamp(min=0).minimum(t1 - t0) * rows * cells
+    below = below + in_plane * (bh - h0).clamp(min=0).minimum(rows) * cells
+    below = below + (in_plane & in_row) * (bw - w0).clamp(min=0).minimum(cells)
+    return below.diff(dim=1)
+
+
+def band(
+    q_len: int,
+    kv_len: int,
+    before: int,
+    after: int,
+    *,
+    sinks: int = 0,
+    q_shift: int = 0,
+    q_block: int = 128,
+    kv_block: int = 128,
+    device: torch.device | str = "cpu",
+) -> BlockLayout:
+    """Query n reads keys ``n + q_shift - before`` to ``n + q_shift + after``, and the first ``sinks`` keys.
+
+    Args:
+        q_len, kv_len: tokens.
+        before, after: keys read on either side of the diagonal; ``before=q_len`` and ``after=0`` is causal.
+        sinks: keys that every query reads.
+        q_shift: place of the first query among the keys.
+        q_block, kv_block: tokens per block.
+        device: where the lists shall be.
+    """
+    if min(before, after, sinks) < 0:
+        raise DitAttnError(f"a band needs before, after and sinks of at least 0, got {before}, {after} and {sinks}")
+    return _band(q_len, kv_len, before, after, sinks, q_shift, q_block, kv_block, torch.device(device))
+
+
+def sink_window(seq: int, sinks: int, window: int, **options: Any) -> BlockLayout:
+    """The first ``sinks`` keys and a band of ``window`` keys around the diagonal; options as for :func:`band`."""
+    return band(seq, seq, window // 2, window - 1 - window // 2, sinks=sinks, **options)
+
+
+@lru_cache(maxsize=KEPT)
+def _band(
+    q_len: int,
+    kv_len: int,
+    before: int,
+    after: int,
+    sinks: int,
+    q_shift: int,
+    q_block: int,
+    kv_block: int,
+    device: torch.device,
+) -> BlockLayout:
+    bounds = _bounds(kv_len, kv_block)[None]
+    rows = _bounds(q_len, q_block) + q_shift
+    first, last = rows[:-1, None], rows[1:, None] - 1
+
+    def keys_in(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        """(nq, nk) keys of each block in the band ``[low, high)`` or among the sinks."""
+        low = low.clamp(0, kv_len)
+        low, high = low.clamp(min=sinks), torch.maximum(high.clamp(0, kv_len), low.clamp(min=sinks))
+        return (bounds.clamp(max=sinks) + (bounds - low).clamp(min=0).minimum(high - low)).diff(dim=1)
+
+    read = keys_in(first - before, last + after + 1) > 0
+    whole = keys_in(last - before, first + after + 1) == bounds.diff(dim=1)
+    mask = BandMask(before, after, sinks, q_shift)
+    return _static(whole, read & ~whole, mask, q_len, kv_len, q_block, kv_block, device)
+
+
+def from_segments(
+    q_ids: torch.Tensor, k_ids: torch.Tensor | None = None, *, q_block: int = 128, kv_block: int = 128
+) -> BlockLayout:
+    """Packed sequences: a query reads the keys of its own segment. No host synchronisation.
+
+    Args:
+        q_ids: (B|1, Sq) ints, segment of every query; runs of equal numbers in ascending order keep blocks few.
+        k_ids: (B|1, Sk) likewise for the keys; ``None`` for the same.
+        q_block, kv_block: tokens per block.
+    """
+    k_ids = q_ids if k_ids is None else k_ids
+    if q_ids.ndim != 2 or k_ids.ndim != 2 or q_ids.shape[0] != k_ids.shape[0]:
+        raise DitAttnError(
+            f"segment numbers must be (B, Sq) and (B, Sk), got {tuple(q_ids.shape)} and {tuple(k_ids.shape)}"
+        )
+    q_ids, k_ids = q_ids.to(torch.int32).contiguous(), k_ids.to(torch.int32).contiguous()
+    (q_low, q_high), (k_low, k_high) = _extremes(q_ids, q_block), _extremes(k_ids, kv_block)
+    q_low, q_high, k_low, k_high = q_low[..., None], q_high[..., None], k_low[:, None], k_high[:, None]
+    read = (q_low <= k_high) & (k_low <= q_high)
+    whole = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    sizes = (q_ids.shape[1], k_ids.shape[1], q_block, kv_block)
+    return BlockLayout.from_parts(whole[:, None], read[:, None], SegmentMask(q_ids, k_ids), *sizes)
+
+
+def from_lengths(lengths: torch.Tensor, total: int, *, q_block: int = 128, kv_block: int = 128) -> BlockLayout:
+    """One packed sequence of several, from their lengths (n,) ints; tokens past their sum read one another.
+
+    Args:
+        lengths: (n,) tokens of each part, on the device of the call (``cu_seqlens`` are their cumulated sums).
+        total: tokens of the packed sequence.
+        q_block, kv_block: tokens per block.
+    """
+    ends = lengths.cumsum(0).to(torch.int32)
+    ids = torch.searchsorted(ends, torch.arange(total, dtype=torch.int32, device=ends.device), right=True)
+    return from_segments(ids[None], q_block=q_block, kv_block=kv_block)
+
+
+def _extremes(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, n) smallest and largest number of every block."""
+    padded = torch.nn.functional.pad(ids[:, None].float(), (0, -ids.shape[1] % block), mode="replicate")[:, 0]
+    tiles = padded.to(torch.int32).unflatten(1, (-1, block))
+    return tiles.amin(-1), tiles.amax(-1)
+
+
+# -- FlexAttention -----------------------------------------------------------------------------------------------------
+
+
+def from_flex(mask: BlockMask) -> BlockLayout:
+    """The layout of a FlexAttention ``BlockMask``; its rule is evaluated on the partial blocks, into bits.
+
+    Args:
+        mask: made by ``create_block_mask``; its rule may depend on batch row and head.
+    """
+    q_block, kv_block = mask.BLOCK_SIZE
+    q_len, kv_len = mask.seq_lengths
+    sizes = (q_len, kv_len, q_block, kv_block)
+    nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
+    partial = _blocks_of(mask.kv_num_blocks, mask.kv_indices, nq, nk)
+    whole = torch.zeros_like(partial)
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
+        whole = _blocks_of(mask.full_kv_num_blocks, mask.full_kv_indices, nq, nk)
+    if not bool((partial & ~whole).any()):
+        return BlockLayout.from_mask(whole, *sizes)
+    lists = BlockLayout.from_mask(partial & ~whole, *sizes)
+    bits = _bits_of(lists, mask.mask_mod)
+    return BlockLayout.from_parts(whole, partial, BitMask(bits), *sizes)
+
+
+def _blocks_of(count: torch.Tensor, index: torch.Tensor, nq: int, nk: int) -> torch.Tensor:
+    """(B, H, nq, nk) bool from FlexAttention's lists."""
+    read = torch.zeros(*index.shape[:3], nk + 1, dtype=torch.bool, device=index.device)
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    return read.scatter(-1, torch.where(listed, index.long(), nk), True)[:, :, :nq, :nk]
+
+
+def _bits_of(lists: BlockLayout, rule: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """(B, H, nq, entries, q_block, words) int32 of a rule on the blocks of ``lists``."""
+    idx = lists.kv_idx
+    q = torch.arange(lists.q_block, device=idx.device)
+    k = torch.arange(lists.kv_block, device=idx.device)
+    bits = torch.zeros(*idx.shape, lists.q_block, ceil_div(lists.kv_block, 32), dtype=torch.int32, device=idx.device)
+    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in idx.shape[:3])).tolist():
+        queries = (row * lists.q_block + q)[None, :, None].clamp(max=lists.q_len - 1)
+        keys = (idx[b, h, row].long()[:, None] * lists.kv_block + k)[:, None, :]
+        batch, head = (torch.tensor(n, device=idx.device) for n in (b, h))
+        read = rule(batch, head, queries, keys.clamp(max=lists.kv_len - 1))
+        bits[b, h, row] = pack_bits(read.expand(-1, lists.q_block, lists.kv_block))
+    return bits
+
+
+def to_flex(layout: BlockLayout) -> BlockMask:
+    """The FlexAttention ``BlockMask`` that reads the same pairs.
+
+    Raises:
+        DitAttnError: block sizes FlexAttention cannot express: they must divide 128 or be multiples of it.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    full, read = layout.full_mask(), layout.block_mask()
+    ragged = read.new_zeros(layout.nk)
+    ragged[-1] = layout.kv_len % layout.kv_block != 0
+    partial = read & (~full | ragged)  # FlexAttention must be told where a sequence ends
+    count, index = _listed(partial)
+    full_count, full_index = _listed(full & ~ragged)
+    return BlockMask.from_kv_blocks(
+        count, index, full_count, full_index, (layout.q_block, layout.kv_block), _rule_of(layout, full),
+        seq_lengths=(layout.q_len, layout.kv_len),
+    )  # fmt: skip
+
+
+def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(.., nq) counts and (.., nq, nk) indices, chosen blocks first."""
+    order = torch.argsort(mask.to(torch.int8), dim=-1, descending=True, stable=True)
+    return mask.sum(-1).to(torch.int32), order.to(torch.int32)
+
+
+def _rule_of(layout: BlockLayout, full: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """What FlexAttention asks about the pairs of partial blocks."""
+    elements, q_len, kv_len = layout.elements, layout.q_len, layout.kv_len
+    batches, heads = full.shape[:2]
+
+    def rule(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        inside = (q < q_len) & (k < kv_len)
+        if elements is None:
+            return inside
+        whole = full[b if batches > 1 else 0, h if heads > 1 else 0, q // layout.q_block, k // layout.kv_block]
+        if isinstance(elements, SegmentMask):
+            row = b if elements.q_ids.shape[0] > 1 else 0
+            return inside & (whole | (elements.q_ids[row, q] == elements.k_ids[row, k]))
+        return inside & (whole | elements.allowed(q, k))
+
+    if isinstance(elements, BitMask):
+        raise DitAttnError("a layout with bits has no rule to give to FlexAttention; keep the BlockMask it came from")
+    return rule
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _bounds(seq: int, block: int) -> torch.Tensor:
+    """(n + 1,) int64, where blocks begin and where the sequence ends."""
+    return torch.cat([torch.arange(0, seq, block), torch.tensor([seq])])
+
+
+def _static(
+    whole: torch.Tensor,
+    partial: torch.Tensor,
+    mask: ElementMask,
+    q_len: int,
+    kv_len: int,
+    q_block: int,
+    kv_block: int,
+    device: torch.device,
+) -> BlockLayout:
+    """The layout of (nq, nk) block masks."""
+    layout = BlockLayout.from_parts(whole[None, None], partial[None, None], mask, q_len, kv_len, q_block, kv_block)
+    return layout.to(device)

@@ -1,0 +1,295 @@
+"""Optional terms of an attention call: a low-rank logit bias, compensation of skipped blocks, an epilogue.
+
+For query n of query block i and key m::
+
+    x_nm  = scale * q_n . k_m + key_bias_m + bias.q_n . bias.k_m                m read by n
+    x~_nj = scale * q_n . kbar_j + log_weight_j (+ variance term)               virtual key j of a block that i skips
+    lse_n = logsumexp over both;  Y_n = sum_m exp(x_nm - lse_n) v_m + sum_j exp(x~_nj - lse_n) vbar_j
+    o_n   = (1 - blend_h) * (row_scale_i * Y_n * exp(min(lse_n - lse_ref_n, cap)) + add_i) + blend_h * v_n
+
+A kernel may fuse all of it; :func:`with_terms` gives the same, gradients included, on top of one that knows none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.selection import block_counts, pool_blocks
+from dit_attn.kernels.tiling import NONE, Problem
+
+CHUNK = 8 << 20  # bytes of logits against virtual keys that are held at a time, per batch row and head
+
+Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """A low-rank addition to the logits, exact in any fused kernel.
+
+    Attributes:
+        q: (B|1, H|1, Sq, R), R <= 16.
+        k: (B|1, H|1, Sk, R). Natural logarithm; use a large negative number rather than ``-inf``, which 0 turns to NaN.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Virtual keys that stand for the skipped blocks inside the same softmax.
+
+    Attributes:
+        k: (B, Hk, nv, D), key means of every ``tokens`` keys.
+        v: (B, Hk, nv, D), their value means.
+        log_weight: (B|1, H|1, nv) fp32, natural logarithm of how many keys each stands for; ``-inf`` for none.
+        tokens: keys per virtual key; divides the layout's ``kv_block``.
+        variance: (B, Hk, nv, D) per-channel variance of the keys, for the second-order term
+            ``0.5 scale^2 sum_c q_c^2 variance_c``; ``None`` leaves it out.
+        cap: largest value of that term.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_weight: torch.Tensor
+    tokens: int
+    variance: torch.Tensor | None = None
+    cap: float = 2.0
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is done to the rows of the output before they are written, in this order.
+
+    Attributes:
+        row_scale: (B|1, H|1, nq) fp32, factor per query block.
+        lse_ref: (B, H, Sq) fp32, natural log of a denominator to divide by instead of the row's own.
+        cap: largest exponent of ``lse - lse_ref``.
+        add: (B|1, H|1, nq, D), added per query block.
+        blend: (B|1, H) fp32 in [0, 1], share of the query's own value; 1 returns it; no key is read then
+            and the head's log-sum is ``-inf``.
+        value_shift: query n's own value is row ``n + value_shift`` of v.
+    """
+
+    row_scale: torch.Tensor | None = None
+    lse_ref: torch.Tensor | None = None
+    cap: float = 20.0
+    add: torch.Tensor | None = None
+    blend: torch.Tensor | None = None
+    value_shift: int = 0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """All optional terms of a call.
+
+    Attributes:
+        key_lengths: (B,) int32, keys of each sample that exist, counted from the first.
+        bias, compensation, epilogue: see the classes.
+    """
+
+    key_lengths: torch.Tensor | None = None
+    bias: LogitBias | None = None
+    compensation: Compensation | None = None
+    epilogue: Epilogue | None = None
+
+    def __bool__(self) -> bool:
+        return self != NO_TERMS
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Terms):
+            return NotImplemented
+        names = ("key_lengths", "bias", "compensation", "epilogue")
+        return all(getattr(self, name) is getattr(other, name) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+NO_TERMS = Terms()
+
+
+def pooled_compensation(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tokens: int,
+    *,
+    key_mask: torch.Tensor | None = None,
+    variance: bool = False,
+) -> Compensation:
+    """Virtual keys from the means of every ``tokens`` keys and values.
+
+    Args:
+        k, v: (B, Sk, Hk, D).
+        tokens: keys per virtual key; smaller than the selection block is better: errors fall faster than cost rises.
+        key_mask: (B, Sk) bool, keys that exist; only they are averaged and counted.
+        variance: also take the per-channel variance of the keys.
+    """
+    log_weight = torch.log(block_counts(k, tokens, key_mask))
+    mean = pool_blocks(k, tokens, key_mask)
+    spread = None
+    if variance:
+        square = pool_blocks(k.float().square(), tokens, key_mask)
+        spread = (square - mean.square()).clamp(min=0.0).to(k.dtype)
+    return Compensation(mean.to(k.dtype), pool_blocks(v, tokens, key_mask).to(v.dtype), log_weight, tokens, spread)
+
+
+def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of a call with terms, from an ``attend`` that knows none but returns the log-sum."""
+    plain = problem
+    if terms.key_lengths is not None:
+        plain = replace(plain, key_mask=_mask_of(terms.key_lengths, plain))
+    if terms.bias is not None:
+        plain = _widened(plain, terms.bias)
+    out, lse = attend(plain)
+    assert lse is not None
+    if terms.compensation is not None:
+        out, lse = _merged(problem, terms.compensation, out, lse)
+    if terms.epilogue is not None:
+        out = _finished(problem, terms.epilogue, out, lse)
+        if terms.epilogue.blend is not None:
+            lse = lse.masked_fill((terms.epilogue.blend == 1.0)[..., None], NONE)
+    return out.to(problem.q.dtype), lse
+
+
+def _mask_of(lengths: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """(B, Sk) bool."""
+    exists = torch.arange(problem.k.shape[1], device=lengths.device) < lengths[:, None]
+    return exists if problem.key_mask is None else exists & problem.key_mask
+
+
+def _widened(problem: Problem, bias: LogitBias) -> Problem:
+    """The same logits with the bias as extra channels of q and k, in fp32: a bias of 8 bits would not be exact."""
+    q, k, scale = problem.q, problem.k, problem.scale
+    if problem.ratio > 1:  # the bias is per query head
+        k = k.repeat_interleave(problem.ratio, 2)
+    v = problem.v.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else problem.v
+    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+
+    def columns(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).to(dtype).expand(like.shape[0], -1, like.shape[2], -1)
+
+    q = torch.cat([q.to(dtype), columns(bias.q, q) / scale], -1)
+    k = torch.cat([k.to(dtype), columns(bias.k, k)], -1)
+    return replace(problem, q=q, k=k, v=v.to(dtype))
+
+
+def _merged(
+    problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected keys (out, lse) and virtual keys in one softmax, a few query rows at a time."""
+    q, wide = problem.q, lse.dtype
+    heads, ratio = q.shape[2], problem.ratio
+    kc, vc = (x.to(wide).repeat_interleave(ratio, 1) for x in (comp.k, comp.v))
+    spread = None if comp.variance is None else comp.variance.to(wide).repeat_interleave(ratio, 1)
+    skipped = ~virtual_mask(problem.layout, comp)  # (B|1, H|1, nq, nv)
+    q_block = problem.layout.q_block
+    step = max(1, CHUNK // (4 * comp.k.shape[2] * q.shape[0] * heads) // q_block) * q_block
+    parts, sums = [], []
+    for low in range(0, q.shape[1], step):
+        rows = q[:, low : low + step].transpose(1, 2).to(wide)
+        s = rows @ kc.transpose(-1, -2) * problem.scale + comp.log_weight[:, :, None].to(wide)
+        if spread is not None:
+            term = rows.square() @ spread.transpose(-1, -2) * (0.5 * problem.scale**2)
+            s = s + term.clamp(max=comp.cap)
+        blocks = torch.arange(low, low + rows.shape[2], device=q.device) // q_block
+        s = s.masked_fill(~skipped[:, :, blocks], NONE)
+        own = lse[:, :, low : low + step, None]
+        total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
+        safe = total.masked_fill(total == NONE, 0.0)
+        share = torch.exp(own - safe).transpose(1, 2)
+        parts.append(out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2))
+        sums.append(total[..., 0])
+    return torch.cat(parts, 1), torch.cat(sums, 2)
+
+
+def virtual_mask(layout: BlockLayout, comp: Compensation) -> torch.Tensor:
+    """(B|1, H|1, nq, nv) bool, True where the virtual key's block is read, so that it must not count twice."""
+    per_block = layout.kv_block // comp.tokens
+    return layout.block_mask().repeat_interleave(per_block, -1)[..., : comp.k.shape[2]]
+
+
+def _finished(problem: Problem, end: Epilogue, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The epilogue on o (B, Sq, H, D) in the precision of the log-sum."""
+    block = problem.layout.q_block
+    out = out.to(lse.dtype)
+
+    def per_token(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.repeat_interleave(block, dim).narrow(dim, 0, problem.q.shape[1])
+
+    if end.row_scale is not None:
+        out = out * per_token(end.row_scale, 2).transpose(1, 2)[..., None]
+    if end.lse_ref is not None:
+        change = torch.exp((lse - end.lse_ref).clamp(max=end.cap)).masked_fill(lse == NONE, 0.0)
+        out = out * change.transpose(1, 2)[..., None]
+    if end.add is not None:
+        out = out + per_token(end.add, 2).transpose(1, 2)
+    if end.blend is not None:
+        tau = end.blend[:, None, :, None].to(out.dtype)
+        own = problem.v.narrow(1, end.value_shift, problem.q.shape[1]).to(out.dtype)
+        own = own.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else own
+        out = torch.where(tau == 1.0, own, (1.0 - tau) * out + tau * own)
+    return out
+
+
+def check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, terms: Terms) -> None:
+    """Raise for the first term that does not fit the call.
+
+    Raises:
+        DitAttnError: a shape, a size or a combination; the message names the argument and the fix.
+    """
+    sizes = {
+        "B": q.shape[0], "H": q.shape[2], "Hk": k.shape[2], "Sq": q.shape[1], "Sk": k.shape[1],
+        "D": v.shape[-1], "nq": layout.nq,
+    }  # fmt: skip
+    lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
+    if lengths is not None:
+        _fits("key_lengths", lengths, ("B",), sizes)
+    if bias is not None:
+        if bias.q.shape[-1:] != bias.k.shape[-1:] or not 1 <= bias.q.shape[-1] <= 16:
+            raise DitAttnError(
+                f"bias.q {tuple(bias.q.shape)} and bias.k {tuple(bias.k.shape)} must share their last size, 1 to 16; "
+                "merge columns"
+            )
+        sizes["R"] = bias.q.shape[-1]
+        _fits("bias.q", bias.q, ("B|1", "H|1", "Sq", "R"), sizes)
+        _fits("bias.k", bias.k, ("B|1", "H|1", "Sk", "R"), sizes)
+    if comp is not None:
+        if comp.tokens < 1 or layout.kv_block % comp.tokens:
+            raise DitAttnError(
+                f"compensation.tokens must divide the layout's kv_block {layout.kv_block}, got {comp.tokens}; "
+                "pool again with a divisor"
+            )
+        if v.shape[-1] != q.shape[-1]:
+            raise DitAttnError(f"compensation needs v's head size {v.shape[-1]} to equal q's {q.shape[-1]}")
+        sizes["nv"] = ceil_div(k.shape[1], comp.tokens)
+        for name in ("k", "v", "variance"):
+            x = getattr(comp, name)
+            if x is not None:
+                _fits(f"compensation.{name}", x, ("B", "Hk", "nv", "D"), sizes)
+        _fits("compensation.log_weight", comp.log_weight, ("B|1", "H|1", "nv"), sizes)
+    if end is not None:
+        shapes = {
+            "row_scale": ("B|1", "H|1", "nq"), "lse_ref": ("B", "H", "Sq"), "add": ("B|1", "H|1", "nq", "D"),
+            "blend": ("B|1", "H"),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            x = getattr(end, name)
+            if x is not None:
+                _fits(f"epilogue.{name}", x, shape, sizes)
+        if end.blend is not None and not 0 <= end.value_shift <= k.shape[1] - q.shape[1]:
+            raise DitAttnError(
+                f"epilogue.value_shift {end.value_shift} leaves no own value for some of {q.shape[1]} queries among "
+                f"{k.shape[1]} keys; it is for self attention, give the first query's place among the keys"
+            )
+
+
+def _fits(name: str, x: torch.Tensor, shape: tuple[str, ...], sizes: dict[str, int]) -> None:
+    wanted = [{1, sizes[axis[:-2]]} if axis.endswith("|1") else {sizes[axis]} for axis in shape]
+    if x.ndim != len(shape) or any(size not in allowed for size, allowed in zip(x.shape, wanted)):
+        known = ", ".join(f"{axis.removesuffix('|1')}={sizes[axis.removesuffix('|1')]}" for axis in shape)
+        raise DitAttnError(f"{name} must be ({', '.join(shape)}) with {known}, got {tuple(x.shape)}")

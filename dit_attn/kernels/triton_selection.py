@@ -1,0 +1,498 @@
+"""Choosing key blocks in two Triton kernels: one pools, one scores, chooses and writes the lists.
+
+``select_kernel`` holds the scores of a few query blocks against every key block in registers. The k-th best score is
+found bit by bit: an fp32 number maps to an integer of the same order, and 32 counts fix its 32 bits, exactly and
+without a sort. ``top_p`` first fixes the bits of the largest threshold whose blocks reach the mass. The host reads
+nothing back, and equal scores go to the lower index, so the choice is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels.launch import Launch
+from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.selection import blocks_of_density, check_budget, check_heads, full_precision
+
+LOWEST = tl.constexpr(-2147483648)  # the integer below every score: a block that cannot be chosen
+SCRATCH = 1 << 26
+"""Bytes of block scores that are written at a time when a row is too long to be scored in registers."""
+
+
+@triton.jit
+def tokens_of(
+    x, key_mask, low, last, x_s, columns,
+    DIM: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens from ``low`` in fp32, 0 from ``last`` on and where they are masked; and which of them exist."""
+    rows = low + tl.arange(0, ROWS)
+    there = rows < last
+    if MASKED:
+        there = there & (tl.load(key_mask + rows, mask=there, other=0) != 0)
+    pointers = x + rows.to(tl.int64)[:, None] * x_s + columns[None, :]
+    tokens = tl.load(pointers, mask=there[:, None] & (columns[None, :] < DIM), other=0.0)
+    return tokens.to(tl.float32), there
+
+
+@triton.jit
+def pool_kernel(
+    x, key_mask, mean, distance, counts,
+    seq, n, heads, x_b, x_s, x_h, mask_b,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    MASKED: tl.constexpr, DISTANCE: tl.constexpr,
+):  # fmt: skip
+    """Mean of a block (B, H, n, D), its mean |x - mean|, and the number of its tokens (B, n): a program per block."""
+    program = tl.program_id(0).to(tl.int64)
+    block = (program % n).to(tl.int32)
+    h = (program // n) % heads
+    b = program // n // heads
+    columns = tl.arange(0, WIDTH)
+    x += b * x_b + h * x_h
+    if MASKED:
+        key_mask += b * mask_b
+    first = block * BLOCK
+    last = tl.minimum(first + BLOCK, seq)
+
+    tokens, there = tokens_of(x, key_mask, first, last, x_s, columns, DIM, ROWS, MASKED)
+    total, number = tl.sum(tokens, 0), tl.sum(there.to(tl.float32), 0)
+    for start in tl.range(ROWS, BLOCK, ROWS):
+        more, also = tokens_of(x, key_mask, first + start, last, x_s, columns, DIM, ROWS, MASKED)
+        total += tl.sum(more, 0)
+        number += tl.sum(also.to(tl.float32), 0)
+    centre = total / tl.maximum(number, 1.0)
+    at = program * DIM + columns
+    tl.store(mean + at, centre, mask=columns < DIM)
+    if h == 0:
+        tl.store(counts + b * n + block, number)
+
+    if DISTANCE:  # the first rows are still in registers, the others in the cache
+        apart = tl.sum(tl.where(there[:, None], tl.abs(tokens - centre[None, :]), 0.0), 0)
+        for start in tl.range(ROWS, BLOCK, ROWS):
+            more, also = tokens_of(x, key_mask, first + start, last, x_s, columns, DIM, ROWS, MASKED)
+            apart += tl.sum(tl.where(also[:, None], tl.abs(more - centre[None, :]), 0.0), 0)
+        tl.store(distance + at, apart / tl.maximum(number, 1.0), mask=columns < DIM)
+
+
+@triton.jit
+def ordered(s):
+    """int32 of the same order as the fp32 ``s``; -0 equals 0 and NaN comes first, as in a descending sort."""
+    bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
+    return tl.where(s != s, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def pooled_scores(
+    q_mean, k_mean, counts, rows, columns, nq, nk, scale,
+    DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, NK) logits of pooled queries and keys, plus the logarithm of the tokens in the key block."""
+    s = tl.zeros((ROWS, NK), tl.float32)
+    for start in tl.range(0, DIM, CHUNK):
+        channels = start + tl.arange(0, CHUNK)
+        q = tl.load(
+            q_mean + rows[:, None] * DIM + channels[None, :],
+            mask=(rows[:, None] < nq) & (channels[None, :] < DIM), other=0.0,
+        )  # fmt: skip
+        k = tl.load(
+            k_mean + columns[None, :] * DIM + channels[:, None],
+            mask=(columns[None, :] < nk) & (channels[:, None] < DIM), other=0.0,
+        )  # fmt: skip
+        s = tl.dot(q, k, s, input_precision=PRECISION)
+    present = tl.load(counts + columns, mask=columns < nk, other=0.0)
+    return s * scale + tl.log(present)[None, :]
+
+
+@triton.jit
+def blocks_of_mass(image, mass, missing, ROWS: tl.constexpr, NK: tl.constexpr):
+    """(ROWS,) the fewest of the best blocks whose mass reaches ``missing``; NK if all of them fall short."""
+    found = tl.zeros((ROWS,), tl.int32)
+    for place in tl.range(0, 32):
+        trial = found | (1 << (31 - place))
+        reached = tl.sum(tl.where(image >= (trial ^ LOWEST)[:, None], mass, 0.0), 1)
+        found = tl.where(reached >= missing, trial, found)
+    threshold = (found ^ LOWEST)[:, None]
+    above = image > threshold
+    level = image == threshold
+    each = tl.max(tl.where(level, mass, 0.0), 1)
+    still = missing - tl.sum(tl.where(above, mass, 0.0), 1)
+    tied = tl.sum(level.to(tl.int32), 1)
+    share = tl.where(each > 0.0, still / tl.where(each > 0.0, each, 1.0), 1.0)
+    some = tl.minimum(tl.maximum(tl.ceil(share).to(tl.int32), 1), tied)
+    needed = tl.sum(above.to(tl.int32), 1) + some
+    needed = tl.where(found == 0, NK, needed)
+    return tl.where(missing <= 0.0, 0, needed)
+
+
+@triton.jit
+def best(image, wanted, ROWS: tl.constexpr):
+    """(ROWS, NK) bool, the ``wanted`` (ROWS,) largest of each row, or all there are; of equal ones the first."""
+    found = tl.zeros((ROWS,), tl.int32)
+    for place in tl.range(0, 32):
+        trial = found | (1 << (31 - place))
+        enough = tl.sum((image >= (trial ^ LOWEST)[:, None]).to(tl.int32), 1) >= wanted
+        found = tl.where(enough, trial, found)
+    threshold = (found ^ LOWEST)[:, None]
+    above = image > threshold
+    level = image == threshold
+    left = wanted - tl.sum(above.to(tl.int32), 1)
+    chosen = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= left[:, None]))
+    return chosen & (image > LOWEST)
+
+
+@triton.jit
+def select_kernel(
+    q_mean, k_mean, counts, scores, forced, kv_idx, kv_cnt, kept, bits,
+    nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p,
+    counts_b, s_b, s_h, s_q, s_k, f_b, f_h, f_q, f_k,
+    DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, PRECISION: tl.constexpr,
+    GIVEN: tl.constexpr, TOP_P: tl.constexpr, FORCED: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Lists of the chosen key blocks of ROWS query blocks. ``budget``: blocks, or with TOP_P the smallest number."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % tiles).to(tl.int32)
+    h = (program // tiles) % heads
+    b = program // tiles // heads
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, NK)
+    inside = (rows[:, None] < nq) & (columns[None, :] < nk)
+    rows64 = rows.to(tl.int64)
+
+    if GIVEN:
+        places = scores + b * s_b + h * s_h + rows64[:, None] * s_q + columns[None, :].to(tl.int64) * s_k
+        s = tl.load(places, mask=inside, other=float("-inf")).to(tl.float32)
+    else:
+        key_head = h // ratio
+        s = pooled_scores(
+            q_mean + (b * heads + h) * nq * DIM, k_mean + (b * (heads // ratio) + key_head) * nk * DIM,
+            counts + b * counts_b, rows, columns, nq, nk, scale, DIM, CHUNK, ROWS, NK, PRECISION,
+        )  # fmt: skip
+        s = tl.where(inside, s, float("-inf"))
+
+    candidate = inside & (s != float("-inf"))
+    if FORCED:
+        places = forced + b * f_b + h * f_h + rows64[:, None] * f_q + columns[None, :].to(tl.int64) * f_k
+        fixed = inside & (tl.load(places, mask=inside, other=0) != 0)
+        candidate = candidate & (fixed == 0)
+        n_fixed = tl.sum(fixed.to(tl.int32), 1)
+    else:
+        n_fixed = tl.zeros((ROWS,), tl.int32)
+    image = tl.where(candidate, ordered(s), LOWEST)
+    if TOP_P or STATS:
+        peak = tl.max(s, 1)
+        mass = tl.exp(s - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+        whole = tl.sum(mass, 1)
+        mass = mass / tl.where(whole > 0.0, whole, 1.0)[:, None]
+
+    wanted = budget - n_fixed
+    if TOP_P:
+        missing = tl.full((ROWS,), top_p, tl.float32)
+        if FORCED:
+            missing -= tl.sum(tl.where(fixed, mass, 0.0), 1)
+        needed = blocks_of_mass(image, tl.where(candidate, mass, 0.0), missing, ROWS, NK)
+        needed = tl.where(top_p >= 1.0, NK, needed)
+        wanted = tl.maximum(wanted, needed)
+    chosen = best(image, tl.maximum(wanted, 0), ROWS)
+    if FORCED:
+        chosen = chosen | fixed
+
+    at = (b * heads + h) * nq + rows64
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    count = tl.max(place, 1) + 1
+    row = kv_idx + at[:, None] * kcap
+    tl.store(row + place, tl.broadcast_to(columns[None, :], (ROWS, NK)), mask=chosen)
+    blank = (rows[:, None] < nq) & (columns[None, :] >= count[:, None]) & (columns[None, :] < kcap)
+    tl.store(row + columns[None, :], tl.zeros((ROWS, NK), tl.int32), mask=blank)
+    tl.store(kv_cnt + at, count, mask=rows < nq)
+    if STATS:
+        tl.store(kept + at, tl.sum(tl.where(chosen, mass, 0.0), 1), mask=rows < nq)
+        flags = tl.reshape(chosen.to(tl.int32), (ROWS, NK // 32, 32)) << tl.arange(0, 32)[None, None, :]
+        word = tl.arange(0, NK // 32)[None, :]
+        tl.store(bits + at[:, None] * words + word, tl.sum(flags, 2), mask=(rows[:, None] < nq) & (word < words))
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+SCORED = 1024
+"""Key blocks up to which a program scores its rows itself; longer rows are scored by a matrix product first."""
+IN_REGISTERS = 8192
+"""Scores a program holds, and with them the longest row."""
+POOLED = 16384
+"""Numbers of a block a program of the pooling holds at a time."""
+
+
+def fused_pool(
+    x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None, *, deviation: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Mean, mean distance to it (with ``deviation``) and number of the valid tokens of every block, in one pass.
+
+    Args:
+        x: (B, S, H, D); fp32, fp16 or bf16, any strides.
+        block: tokens per block; the last block may be ragged.
+        key_mask: (B, S) bool, tokens that exist.
+        deviation: whether the mean distance is wanted.
+
+    Returns:
+        mean (B, H, n, D) fp32, mean distance (B, H, n, D) fp32 or ``None``, tokens (B, n) fp32.
+    """
+    batch, seq, heads, dim = x.shape
+    n = ceil_div(seq, block)
+    mean = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=x.device)
+    distance = torch.empty_like(mean) if deviation else None
+    counts = torch.empty(batch, n, dtype=torch.float32, device=x.device)
+    _run(plan_pool(x, block, key_mask, mean, distance, counts), x.device)
+    return mean, distance, counts
+
+
+def fused_select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    q_block: int,
+    kv_block: int,
+    density: float | None = None,
+    top_p: float | None = None,
+    k_min: int = 1,
+    forced: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    stats: bool = False,
+) -> tuple[BlockLayout, torch.Tensor | None, torch.Tensor | None]:
+    """Layout, kept mass and bits for q (B, S, H, D) and k (B, Sk, Hk, D); see ``selection.plan_blocks``.
+
+    One graph node for the compiler; nothing is read back from the device.
+    """
+    check_budget(density, top_p)
+    check_heads(q, k)
+    nk = ceil_div(k.shape[1], kv_block)
+    count = k_min if density is None else blocks_of_density(density, nk)
+    idx, cnt, kept, bits = select_op(
+        q, k, forced, key_mask, count, top_p, float(q.shape[-1] ** -0.5 if scale is None else scale), q_block, kv_block,
+        stats,
+    )  # fmt: skip
+    known = density is not None and forced is None and key_mask is None
+    layout = BlockLayout(q_block, kv_block, q.shape[1], k.shape[1], idx, cnt, count if known else None)
+    return (layout, kept, bits) if stats else (layout, None, None)
+
+
+def fused_select_scores(
+    scores: torch.Tensor,
+    *,
+    density: float | None = None,
+    top_p: float | None = None,
+    k_min: int = 1,
+    forced: torch.Tensor | None = None,
+    q_len: int,
+    kv_len: int,
+    q_block: int,
+    kv_block: int,
+    stats: bool = False,
+) -> tuple[BlockLayout, torch.Tensor | None, torch.Tensor | None]:
+    """The same for given scores (B, H, nq, nk), any strides; see ``selection.plan_scores``."""
+    check_budget(density, top_p)
+    nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
+    if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
+        raise DitAttnError(f"scores must be (B, H, {nq}, {nk}) for these lengths and blocks, got {tuple(scores.shape)}")
+    count = k_min if density is None else blocks_of_density(density, nk)
+    idx, cnt, kept, bits = select_scores_op(scores, forced, count, top_p, stats)
+    layout = BlockLayout(q_block, kv_block, q_len, kv_len, idx, cnt)  # a score may be -inf
+    return (layout, kept, bits) if stats else (layout, None, None)
+
+
+# -- operators: opaque to the compiler, flat arguments -----------------------------------------------------------------
+
+Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_BUDGET = "SymInt count, float? top_p"
+_RESULT = "(Tensor kv_idx, Tensor kv_cnt, Tensor kept, Tensor bits)"
+
+
+def _select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    forced: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+    stats: bool,
+) -> Lists:
+    q_mean, _, _ = fused_pool(q, q_block)
+    k_mean, _, counts = fused_pool(k, kv_block, key_mask)
+    out = _lists(q_mean, k_mean.shape[2], forced, count, top_p, stats)
+    if k_mean.shape[2] <= SCORED:
+        _run(plan_select((q_mean, k_mean, counts), None, forced, count, top_p, scale, out), q.device)
+    else:
+        _select_long_rows(q_mean, k_mean, counts, forced, count, top_p, scale, out)
+    return out
+
+
+def _select_long_rows(
+    q_mean: torch.Tensor,
+    k_mean: torch.Tensor,
+    counts: torch.Tensor,
+    forced: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    scale: float,
+    out: Lists,
+) -> None:
+    """Scores by a matrix product, a few heads at a time, then the choice from them."""
+    ratio = q_mean.shape[1] // k_mean.shape[1]
+    nq, nk = q_mean.shape[2], k_mean.shape[2]
+    group = max(1, SCRATCH // (4 * nq * nk * ratio))
+    weight = counts.log()[:, None, None, :]
+    whole = None if forced is None else _expanded(forced, *q_mean.shape[:2], nq, nk)
+    for b in range(q_mean.shape[0]):
+        for low in range(0, k_mean.shape[1], group):
+            heads = slice(low * ratio, (low + group) * ratio)
+            keys = k_mean[b : b + 1, low : low + group].repeat_interleave(ratio, 1)
+            with full_precision(keys.device):
+                scores = (q_mean[b : b + 1, heads] @ keys.transpose(-1, -2)) * scale + weight[b : b + 1]
+            fixed = None if whole is None else whole[b : b + 1, heads]
+            idx, cnt, kept, bits = (x[b : b + 1, heads] if x.ndim > 1 else x for x in out)
+            _run(plan_select(None, scores, fixed, count, top_p, 1.0, (idx, cnt, kept, bits)), scores.device)
+
+
+def _select_scores(
+    scores: torch.Tensor, forced: torch.Tensor | None, count: int, top_p: float | None, stats: bool
+) -> Lists:
+    out = _lists(scores, scores.shape[-1], forced, count, top_p, stats)
+    _run(plan_select(None, scores, forced, count, top_p, 1.0, out), scores.device)
+    return out
+
+
+def _lists(
+    like: torch.Tensor, nk: int, forced: torch.Tensor | None, count: int, top_p: float | None, stats: bool
+) -> Lists:
+    """Room for the results for ``like`` (B, H, nq, ...), as wide as a row can get; the last two only with ``stats``."""
+    rows = tuple(like.shape[:3])
+    cap = count if top_p is None and forced is None else nk
+    wide = rows if stats else (0,)
+    return (
+        torch.empty(*rows, cap, dtype=torch.int32, device=like.device),
+        torch.empty(*rows, dtype=torch.int32, device=like.device),
+        torch.empty(wide, dtype=torch.float32, device=like.device),
+        torch.empty((*rows, ceil_div(nk, 32)) if stats else (0,), dtype=torch.int32, device=like.device),
+    )
+
+
+select_op = torch.library.custom_op(
+    "dit_attn::select_blocks", _select, mutates_args=(),
+    schema=(
+        f"(Tensor q, Tensor k, Tensor? forced, Tensor? key_mask, {_BUDGET}, float scale, SymInt q_block, SymInt kv_block, "
+        f"bool stats) -> {_RESULT}"
+    ),
+)  # fmt: skip
+select_scores_op = torch.library.custom_op(
+    "dit_attn::select_scores", _select_scores, mutates_args=(),
+    schema=f"(Tensor scores, Tensor? forced, {_BUDGET}, bool stats) -> {_RESULT}",
+)  # fmt: skip
+
+
+@select_op.register_fake
+def _select_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    forced: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    scale: float,
+    q_block: int,
+    kv_block: int,
+    stats: bool,
+) -> Lists:
+    like = q.new_empty(q.shape[0], q.shape[2], ceil_div(q.shape[1], q_block))
+    return _lists(like, ceil_div(k.shape[1], kv_block), forced, count, top_p, stats)
+
+
+@select_scores_op.register_fake
+def _select_scores_fake(
+    scores: torch.Tensor, forced: torch.Tensor | None, count: int, top_p: float | None, stats: bool
+) -> Lists:
+    return _lists(scores, scores.shape[-1], forced, count, top_p, stats)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def plan_pool(
+    x: torch.Tensor,
+    block: int,
+    key_mask: torch.Tensor | None,
+    mean: torch.Tensor,
+    distance: torch.Tensor | None,
+    counts: torch.Tensor,
+) -> Launch:
+    """The launch that fills ``mean``, ``distance`` (if there is one) and ``counts``."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch, seq, heads, dim = x.shape
+    width = triton.next_power_of_2(dim)
+    rows = min(triton.next_power_of_2(block), max(1, POOLED // width))
+    mask = None if key_mask is None else key_mask.expand(batch, seq).contiguous().view(torch.uint8)
+    arguments = {
+        "x": x, "key_mask": mask, "mean": mean, "distance": distance, "counts": counts,
+        "seq": seq, "n": mean.shape[2], "heads": heads, "x_b": x.stride(0), "x_s": x.stride(1), "x_h": x.stride(2),
+        "mask_b": seq if mask is not None else 0,
+        "DIM": dim, "WIDTH": width, "BLOCK": block, "ROWS": rows,
+        "MASKED": mask is not None, "DISTANCE": distance is not None,
+    }  # fmt: skip
+    return Launch(pool_kernel, batch * heads * mean.shape[2], arguments, 8 if rows * width > 4096 else 4, 1)
+
+
+def plan_select(
+    pooled: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    scores: torch.Tensor | None,
+    forced: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    scale: float,
+    out: Lists,
+) -> Launch:
+    """The launch that fills ``out`` from pooled queries, keys and counts, or from scores."""
+    kv_idx, kv_cnt, kept, bits = out
+    batch, heads, nq = kv_cnt.shape
+    q_mean, k_mean, counts = pooled or (None, None, None)
+    if k_mean is not None:
+        nk, dim, ratio = k_mean.shape[2], k_mean.shape[3], heads // k_mean.shape[1]
+    else:
+        assert scores is not None
+        nk, dim, ratio = scores.shape[-1], 16, 1
+    width = max(32, triton.next_power_of_2(nk))
+    rows = max(1, min(16, IN_REGISTERS // width))
+    tiles = ceil_div(nq, rows)
+    fixed = None if forced is None else _expanded(forced, batch, heads, nq, nk)
+    s_strides = (0, 0, 0, 0) if scores is None else scores.stride()
+    f_strides = (0, 0, 0, 0) if fixed is None else fixed.stride()
+    arguments = {
+        "q_mean": q_mean, "k_mean": k_mean, "counts": counts, "scores": scores, "forced": fixed,
+        "kv_idx": kv_idx, "kv_cnt": kv_cnt, "kept": kept, "bits": bits,
+        "nq": nq, "nk": nk, "heads": heads, "ratio": ratio, "kcap": kv_idx.shape[-1], "words": ceil_div(nk, 32),
+        "tiles": tiles, "scale": scale, "budget": max(1, count), "top_p": 1.0 if top_p is None else top_p,
+        "counts_b": 0 if counts is None else counts.stride(0),
+        **dict(zip(("s_b", "s_h", "s_q", "s_k"), s_strides)), **dict(zip(("f_b", "f_h", "f_q", "f_k"), f_strides)),
+        "DIM": dim, "CHUNK": 16, "ROWS": rows, "NK": width, "PRECISION": "ieee",
+        "GIVEN": scores is not None, "TOP_P": top_p is not None, "FORCED": fixed is not None,
+        "STATS": kept.ndim > 1,
+    }  # fmt: skip
+    warps = max(4, min(8, rows * width // 512))
+    return Launch(select_kernel, batch * heads * tiles, arguments, warps, 1)
+
+
+def _expanded(forced: torch.Tensor, *shape: int) -> torch.Tensor:
+    """``forced`` as bytes of a full shape, nothing copied."""
+    return forced.view(torch.uint8).expand(shape)
+
+
+def _run(launch: Launch, device: torch.device) -> None:
+    """Start a kernel on the device of its tensors, whichever is current."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            launch.run()
+    else:
+        launch.run()

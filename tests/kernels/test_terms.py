@@ -1,0 +1,145 @@
+"""The optional terms of a call, on every backend of a CPU: results and gradients against the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels import BlockLayout, choose_backend, numeric_guard, ops, sparse_attention
+from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
+from dit_attn.kernels.tiling import Problem
+from tests.kernels.cases import LAYOUTS, TERMS, call
+from tests.kernels.definition import definition, wide
+
+
+def attend(p: Problem, terms: Terms, backend: str | None = None, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return sparse_attention(  # type: ignore[return-value]
+        p.q, p.k, p.v, p.layout, scale=p.scale, key_mask=p.key_mask, key_bias=p.key_bias,
+        key_lengths=terms.key_lengths, bias=terms.bias, compensation=terms.compensation, epilogue=terms.epilogue,
+        return_lse=True, backend=backend, **options,
+    )  # fmt: skip
+
+
+def agree(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> None:
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("keys", (False, True))
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_does_what_its_formula_says(name: str, keys: bool) -> None:
+    p = call(key_mask=keys, key_bias=keys)
+    terms = TERMS[name](p)
+    agree(attend(p, terms), definition(p, terms), 2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ("gather", "reference"))
+@pytest.mark.parametrize("keys", (False, True))
+def test_element_masks_hide_exactly_what_they_say(layout: str, backend: str, keys: bool) -> None:
+    p = call(layout=LAYOUTS[layout](), key_mask=keys, key_bias=keys)
+    agree(attend(p, Terms(), backend), definition(p), 2e-5)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "bits"])
+def test_flexattention_agrees_on_the_same_layout(layout: str) -> None:
+    p = call(layout=LAYOUTS[layout]())
+    agree(attend(p, Terms(), "flex"), definition(p), 2e-5)
+
+
+@pytest.mark.parametrize("reads_counts", (True, False))
+@pytest.mark.parametrize("layout", ("window", "band", "bits"))
+def test_gradients_through_an_element_mask(monkeypatch: pytest.MonkeyPatch, layout: str, reads_counts: bool) -> None:
+    if not reads_counts:  # as on an accelerator
+        monkeypatch.setattr(Problem, "on_host", property(lambda self: False))
+    p = call(layout=LAYOUTS[layout](), key_mask=True)
+    p = replace(p, **{name: wide(getattr(p, name)).requires_grad_() for name in ("q", "k", "v")})
+    same_gradients(p, Terms())
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "none"])
+def test_gradients_of_every_term(name: str) -> None:
+    p = call(dim=8)
+    p = replace(p, **{name: wide(getattr(p, name)).requires_grad_() for name in ("q", "k", "v")})
+    terms = TERMS[name](p)
+    parts = [wide(x) for x in (terms.bias, terms.compensation, terms.epilogue)]
+    same_gradients(p, Terms(terms.key_lengths, *parts))
+
+
+def same_gradients(p: Problem, terms: Terms) -> None:
+    """Of q, k and v, for fixed random gradients on the output and the finite log-sums."""
+    results = []
+    for out, lse in (attend(p, terms, "gather"), definition(p, terms)):
+        rng = torch.Generator().manual_seed(6)
+        on_out, on_lse = (torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in (out, lse))
+        total = (out * on_out).sum() + (lse * on_lse)[torch.isfinite(lse)].sum()
+        results.append(torch.autograd.grad(total, (p.q, p.k, p.v), retain_graph=True))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_finer_virtual_keys_come_closer_to_the_dense_result() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 512, 2, 32, generator=rng).cumsum(1) * 0.2 for _ in range(2))
+    v = torch.randn(1, 512, 2, 32, generator=rng).cumsum(1) * 0.2
+    layout = BlockLayout.from_mask(torch.eye(8, dtype=torch.bool)[None, None], 512, 512, 64, 64)
+    dense = sparse_attention(q, k, v, BlockLayout.dense(512, 512, 64, 64))
+    errors = [(sparse_attention(q, k, v, layout) - dense).norm()]  # type: ignore[operator]
+    for tokens in (64, 16, 4, 1):
+        found = sparse_attention(q, k, v, layout, compensation=pooled_compensation(k, v, tokens))
+        errors.append((found - dense).norm())  # type: ignore[operator]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4 * errors[0]  # one virtual key per token is the token
+
+
+def test_heads_first_needs_no_copy_and_gives_the_same() -> None:
+    p = call()
+    turned = replace(p, q=p.q.transpose(1, 2), k=p.k.transpose(1, 2), v=p.v.transpose(1, 2))
+    out, lse = attend(turned, Terms(), tensor_layout="bhsd")
+    expected = attend(p, Terms())
+    assert torch.equal(out.transpose(1, 2), expected[0]) and torch.equal(lse, expected[1])
+
+
+def test_the_choice_says_why() -> None:
+    p = call()
+    choice = choose_backend(p.q, p.layout, v=p.v, terms=TERMS["bias"](p))
+    assert choice.backend == "gather" and choice.reasons["sdpa"] == "the layout is not known to be dense"
+    dense = choose_backend(p.q, BlockLayout.dense(70, 70, 32, 32), terms=TERMS["blend"](p))
+    assert dense.reasons["sdpa"] == "it has none of the optional terms"
+
+
+def test_the_guard_checks_every_call_and_stops_at_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = call(dtype=torch.bfloat16)
+    cases = [(p, TERMS[name](p)) for name in TERMS] + [(call(layout=make()), Terms()) for make in LAYOUTS.values()]
+    with numeric_guard() as report:
+        for _ in range(3):
+            for q, terms in cases:
+                attend(q, terms)
+    assert report.calls == 3 * len(cases) and 0 < report.worst < 0.02
+    wrong = replace(ops.BACKENDS["gather"], run=lambda p, t, lse: (p.q * float("nan"), None))
+    monkeypatch.setitem(ops.BACKENDS, "gather", wrong)
+    with pytest.raises(DitAttnError, match="backend 'gather' is off by nan"), numeric_guard():
+        sparse_attention(p.q, p.k, p.v, p.layout, backend="gather")
+
+
+BAD = {
+    "key_lengths must be": {"key_lengths": torch.ones(3, dtype=torch.int32)},
+    "1 to 16": {"bias": LogitBias(torch.zeros(1, 1, 70, 17), torch.zeros(1, 1, 90, 17))},
+    "bias.k must be": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.zeros(1, 1, 70, 2))},
+    "must divide": {"compensation": Compensation(*(torch.zeros(2, 2, 4, 16),) * 2, torch.zeros(1, 1, 4), 24)},
+    "compensation.k must be": {"compensation": Compensation(*(torch.zeros(2, 2, 4, 16),) * 2, torch.zeros(1, 1, 4), 8)},
+    "epilogue.add must be": {"epilogue": Epilogue(add=torch.zeros(1, 1, 7, 16))},
+    "leaves no own value": {"epilogue": Epilogue(blend=torch.zeros(1, 4), value_shift=21)},
+    "tensor_layout": {"tensor_layout": "sbhd"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_term_that_does_not_fit_is_named_with_the_fix(message: str) -> None:
+    p = call()
+    with pytest.raises(DitAttnError, match=message):
+        sparse_attention(p.q, p.k, p.v, p.layout, **BAD[message])
