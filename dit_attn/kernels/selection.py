@@ -135,7 +135,7 @@ def plan_scores(
 
 
 def refuse_fused(x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> str | None:
-    """Why the fused kernels cannot read ``x`` (q or scores) and choose from a number of blocks; ``None`` if they can."""
+    """Why the fused kernels cannot read ``x`` (q or scores) or choose from so many blocks; ``None`` if they can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in fp32, which does not hold {str(x.dtype).removeprefix('torch.')}"
     if head_dim > 256:
@@ -371,7 +371,7 @@ def check_choices(shape: tuple[int, ...], forced: torch.Tensor | None) -> None:
     if forced.dtype != torch.bool:
         raise DitAttnError(f"forced must be bool, got {forced.dtype}; compare it with something first")
     if forced.ndim > 4 or any(have not in (1, want) for have, want in zip(forced.shape[::-1], shape[::-1])):
-        raise DitAttnError(f"forced must expand to (B, H, nq, nk) {shape}, got {tuple(forced.shape)}; use the same blocks")
+        raise DitAttnError(f"forced must expand to (B, H, nq, nk) = {shape}, got {tuple(forced.shape)}")
 
 
 def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:

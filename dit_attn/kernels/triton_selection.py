@@ -108,9 +108,9 @@ def pooled_scores(
 @triton.jit
 def blocks_of_mass(image, mass, missing, ROWS: tl.constexpr, NK: tl.constexpr):
     """(ROWS,) the fewest of the best blocks whose mass reaches ``missing``; NK if all of them fall short."""
-    found = tl.zeros((ROWS,), tl.int32)
+    found, one = tl.zeros((ROWS,), tl.int32), tl.full((ROWS,), 1, tl.int32)
     for place in tl.range(0, 32):
-        trial = found | (1 << (31 - place))
+        trial = found | (one << (31 - place))
         reached = tl.sum(tl.where(image >= (trial ^ LOWEST)[:, None], mass, 0.0), 1)
         found = tl.where(reached >= missing, trial, found)
     threshold = (found ^ LOWEST)[:, None]
@@ -129,9 +129,9 @@ def blocks_of_mass(image, mass, missing, ROWS: tl.constexpr, NK: tl.constexpr):
 @triton.jit
 def best(image, wanted, ROWS: tl.constexpr):
     """(ROWS, NK) bool, the ``wanted`` (ROWS,) largest of each row, or all there are; of equal ones the first."""
-    found = tl.zeros((ROWS,), tl.int32)
+    found, one = tl.zeros((ROWS,), tl.int32), tl.full((ROWS,), 1, tl.int32)
     for place in tl.range(0, 32):
-        trial = found | (1 << (31 - place))
+        trial = found | (one << (31 - place))
         enough = tl.sum((image >= (trial ^ LOWEST)[:, None]).to(tl.int32), 1) >= wanted
         found = tl.where(enough, trial, found)
     threshold = (found ^ LOWEST)[:, None]
@@ -383,8 +383,8 @@ def _lists(
 select_op = torch.library.custom_op(
     "dit_attn::select_blocks", _select, mutates_args=(),
     schema=(
-        f"(Tensor q, Tensor k, Tensor? forced, Tensor? key_mask, {_BUDGET}, float scale, SymInt q_block, SymInt kv_block, "
-        f"bool stats) -> {_RESULT}"
+        f"(Tensor q, Tensor k, Tensor? forced, Tensor? key_mask, {_BUDGET}, float scale, SymInt q_block, "
+        f"SymInt kv_block, bool stats) -> {_RESULT}"
     ),
 )  # fmt: skip
 select_scores_op = torch.library.custom_op(
