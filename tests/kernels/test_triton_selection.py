@@ -1,0 +1,66 @@
+"""The fused selection: right in Triton's interpreter, and compiled for the GPUs it ships to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_attn.kernels import triton_selection
+from dit_attn.kernels.launch import Launch
+from tests.kernels.compiled import SHARED_MEMORY, compile_for
+
+CASES = Path(__file__).parent / "interpreted" / "selection_cases.py"
+UNUSED_STACK = 8
+"""Bytes of a frame LLVM leaves behind when it turns a sum of bools into a count of bits; no instruction touches it."""
+
+
+def pooling(dim: int, block: int, full: bool) -> Launch:
+    """Pooling of bf16 tokens; ``full`` with a mask and mean distances."""
+    x, n = torch.empty(1, 2048, 2, dim, dtype=torch.bfloat16), 2048 // block
+    mean, mask = torch.empty(1, 2, n, dim), torch.ones(1, 2048, dtype=torch.bool) if full else None
+    return triton_selection.plan_pool(x, block, mask, mean, mean.clone() if full else None, torch.empty(1, n))
+
+
+def choice(blocks: int, full: bool, given: bool = False) -> Launch:
+    """The choice among a number of key blocks; ``full`` by mass, with forced blocks and statistics."""
+    q, k, counts = torch.empty(1, 2, 64, 128), torch.empty(1, 2, blocks, 128), torch.empty(1, blocks)
+    forced = torch.zeros(1, 1, 1, blocks, dtype=torch.bool) if full else None
+    top_p = 0.9 if full else None
+    out = triton_selection._lists(q, blocks, forced, 16, top_p, full)
+    scores = torch.empty(1, 2, 64, blocks) if given else None
+    return triton_selection.plan_select(None if given else (q, k, counts), scores, forced, 16, top_p, 0.1, out)
+
+
+LAUNCHES = {
+    "mean": lambda: pooling(128, 128, False),
+    "mean and distance, padded channels": lambda: pooling(72, 128, True),
+    "mean and distance, the largest tile": lambda: pooling(256, 1024, True),
+    "density, short rows": lambda: choice(256, False),
+    "everything, the longest scored rows": lambda: choice(1024, True),
+    "given scores, the longest rows": lambda: choice(8192, True, given=True),
+}
+
+
+def test_the_kernels_equal_plain_torch_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=CASES.parents[3], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_kernel_fits_the_gpu_without_spills(name: str, capability: int) -> None:
+    compiled = compile_for(LAUNCHES[name](), capability)
+    assert compiled.shared <= SHARED_MEMORY[capability]
+    assert compiled.stack <= UNUSED_STACK
+    assert compiled.registers <= 255
