@@ -21,20 +21,24 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "are for this machine and these sizes; on a busy machine they mean little.",
     )
     parser.add_argument("what", choices=("kernels",), help="what to measure")
-    parser.add_argument("--seq", type=int, default=4096, metavar="S", help="tokens (default: 4096)")
-    parser.add_argument("--heads", type=int, default=4, metavar="H", help="heads (default: 4)")
-    parser.add_argument("--dim", type=int, default=128, metavar="D", help="size of a head (default: 128)")
+    parser.add_argument("--shape", metavar="NAME", help="tokens, heads and head size of a layer of a known model")
+    parser.add_argument("--seq", type=int, metavar="S", help="tokens (default: 4096)")
+    parser.add_argument("--heads", type=int, metavar="H", help="heads (default: 4)")
+    parser.add_argument("--dim", type=int, metavar="D", help="size of a head (default: 128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="batch (default: 1)")
     parser.add_argument("--block", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help=", ".join(DTYPES))
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], metavar="P")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
+    parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="other kernels to time: flex, ...")
+    parser.add_argument("--structured", action="store_true", help="blocks near the diagonal instead of random ones")
     parser.add_argument("--sharpness", type=float, default=1.0, metavar="X", help="spread of the logits (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON here")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against density here (.png or .svg)")
     parser.set_defaults(run=run)
     return parser
 
@@ -45,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: a size out of range, an unknown type, a device that is not there, a file that cannot be written.
     """
-    _check(args)
     import torch
 
     from dit_attn.cli import load, outputs
@@ -53,17 +56,20 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.models.evaluate import current_commit
     from dit_attn.models.export import environment
 
+    _complete(args, bench.SHAPES)
+    _check(args)
     device = load.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.output:
-        outputs.prepare_folder(Path(args.output).expanduser().parent)
+    for file in filter(None, (args.output, args.plot)):
+        outputs.prepare_folder(Path(file).expanduser().parent)
     shape = bench.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
     rows = {}
     for name in args.dtype:
         found = bench.measure(
-            shape, getattr(torch, name), device, args.density, args.repeats, args.backend, args.sharpness
-        )
+            shape, getattr(torch, name), device, args.density, args.repeats, args.backend, args.sharpness,
+            args.against, args.structured,
+        )  # fmt: skip
         rows[name] = [row.to_dict() for row in found]
     record = {
         "what": "dense and block-sparse attention in turns; shortest times; ratios are for this machine only",
@@ -74,12 +80,27 @@ def run(args: argparse.Namespace) -> int:
         "shape": {"batch": args.batch, "seq": args.seq, "heads": args.heads, "dim": args.dim, "block": args.block},
         "repeats": args.repeats,
         "sharpness": args.sharpness,
+        "layout": "structured" if args.structured else "random",
         "rows": rows,
     }
     if args.output:
         outputs.write_json(record, Path(args.output).expanduser())
+    if args.plot:
+        from dit_attn.cli.bench_plot import plot
+
+        plot(record, Path(args.plot).expanduser())
     print(json.dumps(record, indent=1) if args.json else _table(record))
     return 0
+
+
+def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]]) -> None:
+    """Fill in the sizes that were not given: from the named shape, or the defaults."""
+    if args.shape is not None and args.shape not in shapes:
+        raise unknown("--shape", args.shape, shapes)
+    sizes = shapes[args.shape] if args.shape else (4096, 4, 128)
+    for name, size in zip(("seq", "heads", "dim"), sizes):
+        if getattr(args, name) is None:
+            setattr(args, name, size)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -102,6 +123,8 @@ def _command(args: argparse.Namespace) -> str:
     words: list[Any] = ["dit-attn bench", args.what, "--seq", args.seq, "--heads", args.heads, "--dim", args.dim]
     words += ["--batch", args.batch, "--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
     words += ["--backend", args.backend] if args.backend else []
+    words += ["--against", *args.against] if args.against else []
+    words += ["--structured"] if args.structured else []
     words += ["--sharpness", args.sharpness] if args.sharpness != 1.0 else []
     words += ["--repeats", args.repeats, *(["--threads", args.threads] if args.threads else [])]
     return " ".join(map(str, words))
@@ -113,13 +136,14 @@ def _table(record: dict[str, Any]) -> str:
         f"B {shape['batch']}, S {shape['seq']}, H {shape['heads']}, D {shape['dim']}, blocks of {shape['block']} on "
         f"{record['device']}: {place['hardware']}, {place['threads']} threads, torch {place['torch']}",
         f"{'type':<10}{'density':>8}{'dense':>11}{'sparse':>11}{'speed-up':>10}{'efficiency':>12}{'selection':>11}"
-        f"{'error':>10}{'(dense)':>10}",
+        f"{'error':>10}{'(dense)':>10}{'TFLOP/s':>10}",
     ]
     for name, rows in record["rows"].items():
         lines += [
             f"{name:<10}{row['density']:>8.3f}{row['dense_ms']:>8.1f} ms{row['sparse_ms']:>8.1f} ms"
             f"{row['speedup']:>9.2f}x{row['efficiency']:>12.2f}{row['selection_ms']:>8.2f} ms"
-            f"{row['error']:>10.1e}{row['dense_error']:>10.1e}"
+            f"{row['error']:>10.1e}{row['dense_error']:>10.1e}{row['tflops']:>10.3g}"
+            + "".join(f"  {other} {ms:.1f} ms" for other, ms in row["others"].items())
             for row in rows
         ]
     return "\n".join(lines)

@@ -31,6 +31,12 @@ def refuse_descriptors(device: torch.device) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether torch lets fp32 products run in tf32 on a GPU."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def interpreting() -> bool:
     """Whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.kernels.device import refuse_descriptors, refuse_triton_device
+from dit_attn.kernels.device import allows_tf32, refuse_descriptors, refuse_triton_device
 from dit_attn.kernels.gather import cpu_has_bf16
 from dit_attn.kernels.guard import guarded
 from dit_attn.kernels.layout import BlockLayout
@@ -262,6 +262,8 @@ def _refuse_triton(facts: Facts) -> str | None:
             return f"{name} {block} is not a multiple of 16"
     if facts.grad and isinstance(facts.layout.elements, BitMask):
         return "its gradients know no layouts with bits"
+    if facts.grad and facts.dtype == torch.float32 and facts.device.type == "cuda" and not allows_tf32():
+        return "its gradients in full fp32 spill registers (torch.backends.cuda.matmul.allow_tf32 lifts this)"
     return None
 
 

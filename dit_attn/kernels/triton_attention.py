@@ -31,8 +31,7 @@ class Config:
     stages: int
 
 
-EDGE_COLUMNS = 32  # keys per step where masks are evaluated: they take registers
-BACKWARD_TILE = 64  # rows and columns of a step of the gradients
+EDGE_COLUMNS = 16  # keys per step where masks are evaluated: they take registers
 
 
 def tile_of(block: int, largest: int = 128) -> int:
@@ -114,6 +113,7 @@ def plan_forward(
         "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
         "DIM": dim, "D1": first, "D2": second, "RAGGED": layout.kv_len % layout.kv_block != 0,
         **_arithmetic(q.dtype), "TMA": tma and second == 0, "STAGES": stages,
+        "EDGE_STAGES": 2 if q.dtype == torch.float32 else 1,  # fp32 operands must come from shared memory, or spill
     }  # fmt: skip
     return Launch(forward_kernel, tiles * q.shape[0] * q.shape[2], arguments, warps, stages)
 
@@ -128,11 +128,13 @@ def plan_backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
     dbias: torch.Tensor | None,
+    config: Config | None = None,
 ) -> list[Launch]:
     """The three launches that fill the gradients, in order."""
     q, layout = problem.q, problem.layout
     dim, (first, second) = q.shape[-1], panels(q.shape[-1])
-    bm, bn = tile_of(layout.q_block, BACKWARD_TILE), tile_of(layout.kv_block, BACKWARD_TILE)
+    config = config or backward_config(q, _capability(q.device))
+    bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
     delta = torch.empty_like(lse)
     batch, heads = q.shape[0], q.shape[2]
     rows = ceil_div(layout.q_len, 64)
@@ -157,7 +159,7 @@ def plan_backward(
         "scale": problem.scale, "heads": heads, "ratio": problem.ratio,
         "q_len": layout.q_len, "kv_len": layout.kv_len,
         "BM": bm, "BN": bn, "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
-        "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "STAGES": 2,
+        "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "STAGES": config.stages, "EDGE_STAGES": 1,
     }  # fmt: skip
     tiles = layout.nq * (layout.q_block // bm)
     own = {"dq": dq, **_strides(unit, dq=dq), **_lists(layout), "tiles": tiles}
@@ -165,8 +167,8 @@ def plan_backward(
         dq_kernel,
         tiles * batch * heads,
         {**shared, **own, "RAGGED": layout.kv_len % layout.kv_block != 0},
-        4,
-        2,
+        config.warps,
+        config.stages,
     )
     turned = layout.transposed()
     tiles = layout.nk * (layout.kv_block // bn)
@@ -176,18 +178,33 @@ def plan_backward(
         "q_idx": turned.q_idx, "q_cnt": turned.q_cnt, "n_full": turned.n_full, "qcap": turned.q_idx.shape[-1],
         **_broadcast("i", turned.q_idx), **_broadcast("c", turned.q_cnt),
     }  # fmt: skip
-    keys = Launch(dkv_kernel, tiles * batch * problem.k.shape[2], {**shared, **own}, 4, 2)
+    programs = tiles * batch * problem.k.shape[2]
+    keys = Launch(dkv_kernel, programs, {**shared, **own}, config.warps, config.stages)
     return [before, queries, keys]
 
 
 def forward_config(q: torch.Tensor, terms: Terms) -> Config:
     """The configuration of the forward kernel for a call: what fits a program's shared memory without spills."""
     if q.dtype == torch.float32:
-        return Config(64, 32, 8, 2)
+        return Config(64, 16, 8, 2)
     comp = terms.compensation
     if terms.bias is not None or (comp is not None and comp.variance is not None):
         return Config(128, 32, 8, 2)  # these take registers
     return Config(128, 64, 8, 3 if q.shape[-1] > 64 else 4)
+
+
+def backward_config(q: torch.Tensor, capability: int) -> Config:
+    """The same for the gradients; ``capability`` is 90 for Hopper."""
+    if q.shape[-1] <= 64 and capability < 90:
+        return Config(32, 32, 4, 2)
+    return Config(64, 64, 8, 2)
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _unit(*tensors: torch.Tensor) -> int:

@@ -51,7 +51,8 @@ def dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, Q_SPLIT: tl.constexpr, KV_SPLIT: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     RAGGED: tl.constexpr, ELEMENTS: tl.constexpr, KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile."""
     program = tl.program_id(0)
@@ -115,7 +116,7 @@ def dq_kernel(
             acc2 += product(ds.to(k2.dtype), k2, PRECISION, UPCAST)
 
     if RAGGED or ELEMENTS > 0:
-        for step in tl.range(plain * KV_SPLIT, count * KV_SPLIT, num_stages=1):
+        for step in tl.range(plain * KV_SPLIT, count * KV_SPLIT, num_stages=EDGE_STAGES):
             entry = step // KV_SPLIT
             keys = tl.load(list_base + entry) * (BN * KV_SPLIT) + (step % KV_SPLIT) * BN + columns
             read = (keys < kv_len)[None, :] & (rows < q_len)[:, None]
@@ -166,7 +167,8 @@ def dkv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, Q_SPLIT: tl.constexpr, KV_SPLIT: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ELEMENTS: tl.constexpr, KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (and dbias per query head) of one tile of keys: all query heads that share them, one after the other."""
     program = tl.program_id(0)

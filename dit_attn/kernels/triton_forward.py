@@ -145,7 +145,7 @@ def forward_kernel(
     COMP: tl.constexpr, COMP_PER_BLOCK: tl.constexpr, COMP_VAR: tl.constexpr,
     ROW_SCALE: tl.constexpr, ROW_ADD: tl.constexpr, LSE_REF: tl.constexpr, BLEND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one query tile. Pointers may be to anything where their flag is off; strides are in elements."""
     program = tl.program_id(0)
@@ -253,7 +253,7 @@ def forward_kernel(
     if RAGGED or KEY_LEN or ELEMENTS > 0:
         parts = BN * KV_SPLIT // EN
         narrow = tl.arange(0, EN)
-        for step in tl.range(plain * parts, count * parts, num_stages=1):
+        for step in tl.range(plain * parts, count * parts, num_stages=EDGE_STAGES):
             entry = step // parts
             keys = tl.load(list_base + entry) * (BN * KV_SPLIT) + (step % parts) * EN + narrow
             k1 = rows_of(k_base, keys, k_s, kv_len, 0, D1, DIM, True)

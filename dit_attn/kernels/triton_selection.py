@@ -218,7 +218,7 @@ def select_kernel(
 SCORED = 1024
 """Key blocks up to which a program scores its rows itself; longer rows are scored by a matrix product first."""
 IN_REGISTERS = 8192
-"""Scores a program holds, and with them the longest row."""
+"""Scores a program holds, and with them the longest row; half of them where it holds forced blocks too."""
 POOLED = 16384
 """Numbers of a block a program of the pooling holds at a time."""
 
@@ -464,9 +464,9 @@ def plan_select(
         assert scores is not None
         nk, dim, ratio = scores.shape[-1], 16, 1
     width = max(32, triton.next_power_of_2(nk))
-    rows = max(1, min(16, IN_REGISTERS // width))
-    tiles = ceil_div(nq, rows)
     fixed = None if forced is None else _expanded(forced, batch, heads, nq, nk)
+    rows = max(1, min(16, (IN_REGISTERS if fixed is None else IN_REGISTERS // 2) // width))
+    tiles = ceil_div(nq, rows)
     s_strides = (0, 0, 0, 0) if scores is None else scores.stride()
     f_strides = (0, 0, 0, 0) if fixed is None else fixed.stride()
     arguments = {
