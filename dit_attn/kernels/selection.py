@@ -10,19 +10,18 @@ blocks without the table, the sort and the temporaries.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.device import refuse_triton_device
 from dit_attn.kernels.layout import BlockLayout, ceil_div, readable
+from dit_attn.kernels.masks import pack_bits
 
 CACHED = 1 << 20
 """Bytes of fp32 a CPU widens at a time: what stays in its cache."""
@@ -142,28 +141,7 @@ def refuse_fused(x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> str 
         return f"head size {head_dim} is above 256"
     if kv_blocks > LONGEST:
         return f"{kv_blocks} key blocks are more than {LONGEST}"
-    if x.device.type == "cpu":
-        return None if _interpreting() else "it runs on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1)"
-    return _refuse_device(x.device)
-
-
-@torch.compiler.assume_constant_result
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
-
-
-@torch.compiler.assume_constant_result
-def _refuse_device(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip:
-        return "the kernels are for NVIDIA GPUs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None if _has_triton() else "triton is not installed (pip install 'dit-attn[triton]')"
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return refuse_triton_device(x.device)
 
 
 def _fused(backend: str | None, x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> bool:
@@ -410,9 +388,7 @@ def kept_mass(scores: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
 
 def selected_bits(layout: BlockLayout) -> torch.Tensor:
     """(B|1, H|1, nq, ceil(nk / 32)) int32; bit ``j % 32`` of word ``j // 32`` is set where key block j is read."""
-    mask = layout.block_mask()
-    words = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32)).to(torch.int64)
-    return (words << torch.arange(32, device=mask.device)).sum(-1).to(torch.int32)  # the 32nd bit is the sign
+    return pack_bits(layout.block_mask())
 
 
 def unpack_bits(bits: torch.Tensor, kv_blocks: int) -> torch.Tensor:

@@ -186,17 +186,17 @@ def plan_backward(
 def forward_config(q: torch.Tensor, terms: Terms) -> Config:
     """The configuration of the forward kernel for a call: what fits a program's shared memory without spills."""
     if q.dtype == torch.float32:
-        return Config(64, 16, 8, 2)
+        return Config(32, 16, 8, 2)
     comp = terms.compensation
     if terms.bias is not None or (comp is not None and comp.variance is not None):
         return Config(128, 32, 8, 2)  # these take registers
-    return Config(128, 64, 8, 3 if q.shape[-1] > 64 else 4)
+    return Config(128, 64, 8, 3 if q.shape[-1] > 64 or comp is not None else 4)
 
 
 def backward_config(q: torch.Tensor, capability: int) -> Config:
     """The same for the gradients; ``capability`` is 90 for Hopper."""
-    if q.shape[-1] <= 64 and capability < 90:
-        return Config(32, 32, 4, 2)
+    if q.shape[-1] < 128 and capability < 90:
+        return Config(32, 32, 4 if q.shape[-1] <= 64 else 8, 2)
     return Config(64, 64, 8, 2)
 
 

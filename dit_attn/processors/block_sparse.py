@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import block_scores, select_blocks
+from dit_attn.kernels import plan_blocks
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import Method, setting, share
 from dit_attn.processors.tokens import Tokens
@@ -74,19 +74,17 @@ class BlockSparse(Method):
         tokens = call.tokens
         assert tokens is not None and tokens.visual_range is not None
         start, stop = tokens.visual_range
-        scores = block_scores(
-            call.q[:, start:stop], call.k, self.q_block, self.kv_block, scale=call.scale, key_mask=request.key_mask
-        )
-        request.layout = select_blocks(
-            scores,
-            density=self.density,
-            top_p=self.top_p,
-            forced=forced_blocks(tokens, self.keep, self.q_block, self.kv_block, scores.device),
-            q_len=stop - start,
-            kv_len=tokens.seq_len,
+        request.layout = plan_blocks(
+            call.q[:, start:stop],
+            call.k,
             q_block=self.q_block,
             kv_block=self.kv_block,
-        )
+            density=self.density,
+            top_p=self.top_p,
+            forced=forced_blocks(tokens, self.keep, self.q_block, self.kv_block, call.q.device),
+            key_mask=request.key_mask,
+            scale=call.scale,
+        ).layout
 
     def _exception(self, call: AttentionCall) -> str | None:
         if self.is_dense:

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dit_attn.kernels.triton_attention import Launch
+from dit_attn.kernels.launch import Launch
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program can have
 _TYPES = {
@@ -24,12 +24,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch: PTX, bytes of shared memory, registers and stack bytes per thread."""
+    """What the compiler made of a launch: PTX, bytes of shared memory, registers per thread, spill instructions."""
 
     ptx: str
     shared: int
     registers: int
-    stack: int
+    spills: int
 
     @property
     def waits(self) -> list[int]:
@@ -53,8 +53,8 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+    registers, spills = _resources(compiled.asm["cubin"])
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, spills)
 
 
 def _specialised(parameter, value) -> bool:
@@ -68,15 +68,19 @@ def _type_of(value) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread, from the compiler's own disassembler."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers per thread, and how many instructions move registers to the stack or back."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [str(tool) if tool.exists() else shutil.which("cuobjdump"), "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
+        found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+        assert found
+        # A frame is not a spill: the compiler also reserves a few bytes that nothing uses.
+        code = _tool("nvdisasm", file.name) if int(found[2]) else ""
+    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Output of one of the CUDA tools that Triton brings."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = [str(tool) if tool.exists() else str(shutil.which(name)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

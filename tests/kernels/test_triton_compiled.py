@@ -69,7 +69,7 @@ def backward(dtype: torch.dtype, dim: int, capability: int) -> list[Launch]:
 
 def fits(compiled: Compiled, capability: int) -> None:
     assert compiled.shared <= SHARED_MEMORY[capability]
-    assert compiled.stack == 0  # nothing is spilled
+    assert compiled.spills == 0
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -93,7 +93,7 @@ def test_hopper_keeps_its_prefetch_of_keys_and_values(name: str) -> None:
 def test_all_terms_at_once_still_fit(capability: int) -> None:
     compiled = compile_for(everything(128), capability)
     assert compiled.shared <= SHARED_MEMORY[capability]
-    assert compiled.stack <= 64  # a few bytes are spilled here, and said in docs/kernels.md
+    assert compiled.spills <= 32  # outside of the loops; docs/kernels.md says so
 
 
 def test_descriptors_become_bulk_copies_on_hopper() -> None:
