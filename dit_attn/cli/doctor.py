@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn.cli.args import reason
+from dit_attn.errors import DitAttnError
 
 # Library -> what it is for, and how to get it.
 OPTIONAL = {
@@ -130,6 +131,8 @@ def _check(backend: str, device: Any, dtype: Any, name: str) -> KernelCheck:
         found = sparse_attention(q, k, v, layout, backend=backend)
         _wait(device)
         seconds = time.perf_counter() - started
+    except DitAttnError as refusal:
+        return KernelCheck(backend, device.type, name, "unavailable", why=_refusal(refusal))
     except Exception as error:  # a backend may fail in any way; the way is what is reported
         return KernelCheck(backend, device.type, name, "unavailable", why=f"{type(error).__name__}: {reason(error)}")
     assert isinstance(found, torch.Tensor)
@@ -138,6 +141,11 @@ def _check(backend: str, device: Any, dtype: Any, name: str) -> KernelCheck:
         return KernelCheck(backend, device.type, name, "ok", difference, seconds)
     why = f"differs from the reference by {difference:.1e}, allowed {TOLERANCE[name]:.0e}; please report it"
     return KernelCheck(backend, device.type, name, "wrong", difference, seconds, why)
+
+
+def _refusal(error: DitAttnError) -> str:
+    """The reason alone, without the call that was refused and what to do instead."""
+    return str(error).partition(": ")[2].rpartition("; use backend=")[0] or str(error)
 
 
 def _wait(device: Any) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.patterns import to_flex
 from dit_attn.kernels.tiling import Problem
-
-_MASKS: WeakKeyDictionary[torch.Tensor, Any] = WeakKeyDictionary()
 
 
 def flex_backend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,11 +22,10 @@ def flex_backend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _mask_of(layout: BlockLayout) -> Any:
-    """The layout's BlockMask, made once."""
-    held = _MASKS.get(layout.kv_idx)
-    if held is None:
-        held = _MASKS[layout.kv_idx] = to_flex(layout)
-    return held
+    """The layout's BlockMask, made once and kept with it."""
+    if "flex" not in layout.__dict__:
+        layout.__dict__["flex"] = to_flex(layout)
+    return layout.__dict__["flex"]
 
 
 @lru_cache(maxsize=2)

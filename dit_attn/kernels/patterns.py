@@ -301,7 +301,7 @@ def to_flex(layout: BlockLayout) -> BlockMask:
     count, index = _listed(partial)
     full_count, full_index = _listed(full & ~ragged)
     return BlockMask.from_kv_blocks(
-        count, index, full_count, full_index, (layout.q_block, layout.kv_block), _rule_of(layout, full),
+        count, index, full_count, full_index, (layout.q_block, layout.kv_block), _rule_of(layout, full, read),
         seq_lengths=(layout.q_len, layout.kv_len),
     )  # fmt: skip
 
@@ -312,20 +312,22 @@ def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mask.sum(-1).to(torch.int32), order.to(torch.int32)
 
 
-def _rule_of(layout: BlockLayout, full: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """What FlexAttention asks about the pairs of partial blocks."""
+def _rule_of(layout: BlockLayout, whole: torch.Tensor, read: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Which pairs are read; complete, because FlexAttention without a compiler looks at nothing else."""
     elements, q_len, kv_len = layout.elements, layout.q_len, layout.kv_len
-    batches, heads = full.shape[:2]
+    batches, heads = read.shape[:2]
 
     def rule(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         inside = (q < q_len) & (k < kv_len)
+        block = (b if batches > 1 else 0, h if heads > 1 else 0, q // layout.q_block, k // layout.kv_block)
         if elements is None:
-            return inside
-        whole = full[b if batches > 1 else 0, h if heads > 1 else 0, q // layout.q_block, k // layout.kv_block]
+            return inside & read[block]
         if isinstance(elements, SegmentMask):
             row = b if elements.q_ids.shape[0] > 1 else 0
-            return inside & (whole | (elements.q_ids[row, q] == elements.k_ids[row, k]))
-        return inside & (whole | elements.allowed(q, k))
+            allowed = elements.q_ids[row, q] == elements.k_ids[row, k]
+        else:
+            allowed = elements.allowed(q, k)
+        return inside & (whole[block] | (read[block] & allowed))
 
     if isinstance(elements, BitMask):
         raise DitAttnError("a layout with bits has no rule to give to FlexAttention; keep the BlockMask it came from")

@@ -45,10 +45,11 @@ def test_element_masks_hide_exactly_what_they_say(layout: str, backend: str, key
     agree(attend(p, Terms(), backend), definition(p), 2e-5)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "bits"])
+@pytest.mark.parametrize("layout", ["blocks", *(name for name in LAYOUTS if name != "bits")])
 def test_flexattention_agrees_on_the_same_layout(layout: str) -> None:
-    p = call(layout=LAYOUTS[layout]())
-    agree(attend(p, Terms(), "flex"), definition(p), 2e-5)
+    p = call(layout=LAYOUTS[layout]() if layout in LAYOUTS else None)
+    for _ in range(2):  # the second call finds the mask of the first
+        agree(attend(p, Terms(), "flex"), definition(p), 2e-5)
 
 
 @pytest.mark.parametrize("reads_counts", (True, False))
