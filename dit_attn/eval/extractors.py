@@ -1,0 +1,116 @@
+"""The networks behind FID, CLIP score and LPIPS: from what the user gives or has, and never replaced in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dit_attn.errors import DitAttnError
+
+CLIP_DEFAULT = "openai/clip-vit-large-patch14"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+BACKBONE_FILES = {
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Where the networks are.
+
+    Attributes:
+        inception: Inception-v3 of the original FID (a file of torch-fidelity); ``None`` for torch's hub cache.
+        clip: folder or Hub name of a CLIP model.
+        lpips: backbone of LPIPS: ``alex``, ``vgg`` or ``squeeze``.
+        features: a module that takes uint8 images (N, 3, H, W) and gives (N, F), to use instead of Inception for FID,
+            KID and IS; it must have a ``name``, which the score is labelled with.
+    """
+
+    inception: Path | None = None
+    clip: str = CLIP_DEFAULT
+    lpips: str = "alex"
+    features: nn.Module | None = None
+
+
+def inception_options(networks: Networks) -> tuple[dict[str, Any], str]:
+    """Arguments for torchmetrics' FID, KID and IS, and the label of the network.
+
+    Raises:
+        DitAttnError: torch-fidelity or its weights are missing; the message names the file and the offline metric.
+    """
+    if networks.features is not None:
+        return {"feature": networks.features}, str(getattr(networks.features, "name", type(networks.features).__name__))
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise DitAttnError(
+            "FID, KID and IS need the Inception network of torch-fidelity: pip install torch-fidelity; without network "
+            "access use fid-world and kid-world, which need nothing"
+        )
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if networks.inception is not None and not networks.inception.is_file():
+        raise DitAttnError(f"no Inception weights at {networks.inception}; give the file {INCEPTION_FILE}")
+    given = networks.inception or (cached if cached.is_file() else None)
+    return {"feature_extractor_weights_path": None if given is None else str(given)}, "inception-v3"
+
+
+def clip_pair(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+    """What torchmetrics' CLIPScore asks for: a function that gives model and processor.
+
+    transformers 5 returns an output object where torchmetrics 1.9 expects the features themselves; the model that is
+    returned here gives them.
+
+    Raises:
+        DitAttnError: the model is neither a folder nor in the cache nor on the Hub.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model, processor = CLIPModel.from_pretrained(name), CLIPProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DitAttnError(
+            f"no CLIP model {name!r}: {str(error).splitlines()[0]}; give a local folder with config.json and "
+            "model.safetensors, or use clip-world, which needs no download"
+        ) from error
+    return lambda: (PooledClip(model).eval(), processor)
+
+
+class PooledClip(nn.Module):
+    """A CLIP model whose feature functions return tensors (N, F) under any version of transformers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(N, F) of pixel values."""
+        return _pooled(cast(Any, self.model).get_image_features(*args, **kwargs))
+
+    def get_text_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(N, F) of token ids."""
+        return _pooled(cast(Any, self.model).get_text_features(*args, **kwargs))
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def check_lpips(backbone: str) -> None:
+    """Raise DitAttnError unless LPIPS can be built without a surprise download."""
+    if backbone not in BACKBONE_FILES:
+        raise DitAttnError(f"unknown LPIPS backbone {backbone!r}; use one of {', '.join(BACKBONE_FILES)}")
+    if importlib.util.find_spec("torchvision") is None:
+        raise DitAttnError("LPIPS needs torchvision: pip install torchvision; PSNR and SSIM need nothing")
+    file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[backbone]
+    if not file.is_file():
+        raise DitAttnError(
+            f"LPIPS needs the weights of its backbone at {file}; fetch {BACKBONE_FILES[backbone]} from "
+            "download.pytorch.org/models, or use PSNR and SSIM, which need nothing"
+        )

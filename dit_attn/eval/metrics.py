@@ -1,0 +1,232 @@
+"""Image metrics under one roof: torchmetrics does the computing, this says what each needs and what came out.
+
+Images are uint8 (N, 3, H, W). Every score carries the number of samples and the label of the network that judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+
+from dit_attn.errors import DitAttnError, unknown
+from dit_attn.eval.extractors import Networks, check_lpips, clip_pair, inception_options
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number.
+
+    Attributes:
+        metric: its name.
+        value: the score.
+        spread: standard deviation over subsets or splits, where the metric has one.
+        samples: images it was computed from.
+        reference: images it was compared with, if any.
+        label: what judged, for the table: ``fid (inception-v3)``.
+        better: ``"higher"`` or ``"lower"``.
+        caution: what a reader must know, e.g. too few samples for a stable figure; ``None`` when nothing.
+    """
+
+    metric: str
+    value: float
+    spread: float | None
+    samples: int
+    reference: int | None
+    label: str
+    better: str
+    caution: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a metric needs.
+
+    Attributes:
+        compute: ``(images, reference, captions, networks, device) -> (value, spread, judge, caution)``.
+        needs: ``"images"``, ``"pairs"`` (as many references, in order), ``"reference"`` (any number) or ``"captions"``.
+        better: ``"higher"`` or ``"lower"``.
+        at_least: samples without which there is no number.
+        what: one line for help texts.
+    """
+
+    compute: Callable[..., tuple[float, float | None, str | None, str | None]]
+    needs: str
+    better: str
+    at_least: int
+    what: str
+
+
+def score(
+    metric: str,
+    images: torch.Tensor,
+    reference: torch.Tensor | None = None,
+    captions: Sequence[str] | None = None,
+    networks: Networks | None = None,
+    device: torch.device | str = "cpu",
+) -> Score:
+    """One metric of a set of images.
+
+    Args:
+        metric: a name of ``METRICS``.
+        images: uint8 (N, 3, H, W).
+        reference: uint8 (M, 3, h, w); for pair metrics as many as images and of their size.
+        captions: one per image, for metrics of text and image.
+        networks: where FID, CLIP score and LPIPS find theirs.
+        device: where to compute.
+
+    Raises:
+        DitAttnError: an input is missing or too small, or a network is not there; the message says what to do.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    spec = METRICS[metric]
+    _check(metric, spec, images, reference, captions)
+    networks, device = networks or Networks(), torch.device(device)
+    value, spread, judge, caution = spec.compute(images, reference, captions, networks, device)
+    label = metric if judge is None else f"{metric} ({judge})"
+    others = None if reference is None or spec.needs in ("images", "captions") else len(reference)
+    return Score(metric, value, spread, len(images), others, label, spec.better, caution)
+
+
+def _check(
+    metric: str, spec: Spec, images: torch.Tensor, reference: torch.Tensor | None, captions: Sequence[str] | None
+) -> None:
+    for name, x in (("images", images), ("reference", reference)):
+        if x is not None and (x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3):
+            raise DitAttnError(f"{name} must be uint8 (N, 3, H, W), got {x.dtype} {tuple(x.shape)}")
+    if len(images) < spec.at_least:
+        raise DitAttnError(f"{metric} needs at least {spec.at_least} images, got {len(images)}; make more")
+    if spec.needs in ("pairs", "reference") and reference is None:
+        raise DitAttnError(f"{metric} compares with reference images, none were given")
+    if spec.needs == "reference" and reference is not None and len(reference) < spec.at_least:
+        raise DitAttnError(f"{metric} needs at least {spec.at_least} reference images, got {len(reference)}; add more")
+    if spec.needs == "pairs" and reference is not None and reference.shape != images.shape:
+        raise DitAttnError(
+            f"{metric} compares images one by one with references of their size, got {tuple(images.shape)} and "
+            f"{tuple(reference.shape)}; give one reference per image, or use fid for sets"
+        )
+    if spec.needs == "captions" and (captions is None or len(captions) != len(images)):
+        given = "none were" if captions is None else f"{len(captions)} were"
+        raise DitAttnError(f"{metric} needs a caption for each of {len(images)} images, {given} given")
+
+
+# -- the metrics -------------------------------------------------------------------------------------------------------
+
+Result = tuple[float, float | None, str | None, str | None]
+
+
+def _pairwise(build: Callable[[], Any]) -> Callable[..., Result]:
+    """A torchmetrics metric of pairs of images in [0, 1]."""
+
+    def compute(images: torch.Tensor, reference: torch.Tensor, _: Any, __: Any, device: torch.device) -> Result:
+        metric = build().to(device)
+        for a, b in zip(images.split(BATCH), reference.split(BATCH)):
+            metric.update(a.to(device) / 255.0, b.to(device) / 255.0)
+        return float(metric.compute()), None, None, None
+
+    return compute
+
+
+def _psnr() -> Any:
+    from torchmetrics.image import PeakSignalNoiseRatio
+
+    # Averaged per image, as papers do: the mean over all pixels would be ruled by the worst image.
+    return PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+
+
+def _ssim() -> Any:
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+    return StructuralSimilarityIndexMeasure(data_range=1.0)
+
+
+def _ms_ssim(images: torch.Tensor, reference: torch.Tensor, captions: Any, networks: Any, device: Any) -> Result:
+    from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
+
+    if min(images.shape[2:]) <= 160:
+        raise DitAttnError(
+            f"ms-ssim needs images larger than 160 pixels for its five scales, these are {images.shape[3]} x "
+            f"{images.shape[2]}; use ssim"
+        )
+    build = lambda: MultiScaleStructuralSimilarityIndexMeasure(data_range=1.0)  # noqa: E731
+    return _pairwise(build)(images, reference, captions, networks, device)
+
+
+def _lpips(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
+    check_lpips(networks.lpips)
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    build = lambda: LearnedPerceptualImagePatchSimilarity(cast(Any, networks.lpips), normalize=True)  # noqa: E731
+    value = _pairwise(build)(images, reference, None, None, device)[0]
+    return value, None, networks.lpips, None
+
+
+def _sets(metric: Any, images: torch.Tensor, reference: torch.Tensor, device: torch.device) -> Any:
+    metric = metric.to(device)
+    for real, part in ((True, reference), (False, images)):
+        for batch in part.split(BATCH):
+            metric.update(batch.to(device), real=real)
+    return metric.compute()
+
+
+def _fid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    options, judge = inception_options(networks)
+    metric = FrechetInceptionDistance(**options).set_dtype(torch.float64)
+    features = len(cast(torch.Tensor, metric.real_features_sum))
+    fewest = min(len(images), len(reference))
+    caution = None
+    if fewest <= features:
+        caution = f"{fewest} samples for {features} features: biased upwards, compare only at equal counts"
+    return float(_sets(metric, images, reference, device)), None, judge, caution
+
+
+def _kid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    options, judge = inception_options(networks)
+    subset = min(1000, len(images), len(reference))
+    mean, deviation = _sets(KernelInceptionDistance(subset_size=subset, **options), images, reference, device)
+    return float(mean), float(deviation), judge, None
+
+
+def _inception_score(images: torch.Tensor, _: Any, __: Any, networks: Networks, device: torch.device) -> Result:
+    from torchmetrics.image.inception import InceptionScore
+
+    options, judge = inception_options(networks)
+    metric = InceptionScore(splits=min(10, len(images)), **options).to(device)
+    for batch in images.split(BATCH):
+        metric.update(batch.to(device))
+    mean, deviation = metric.compute()
+    return float(mean), float(deviation), judge, None
+
+
+def _clip(images: torch.Tensor, _: Any, captions: Sequence[str], networks: Networks, device: torch.device) -> Result:
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    metric = CLIPScore(clip_pair(networks.clip)).to(device)  # type: ignore[arg-type]
+    for low in range(0, len(images), BATCH):
+        metric.update(images[low : low + BATCH].to(device), list(captions[low : low + BATCH]))
+    return float(metric.compute()), None, networks.clip, None
+
+
+METRICS: dict[str, Spec] = {
+    "psnr": Spec(_pairwise(_psnr), "pairs", "higher", 1, "signal to noise in dB, against paired references"),
+    "ssim": Spec(_pairwise(_ssim), "pairs", "higher", 1, "structural similarity, against paired references"),
+    "ms-ssim": Spec(_ms_ssim, "pairs", "higher", 1, "the same over five scales; images above 160 pixels"),
+    "lpips": Spec(_lpips, "pairs", "lower", 1, "perceptual distance, against paired references"),
+    "fid": Spec(_fid, "reference", "lower", 2, "distance of two sets of images, Gaussian in Inception features"),
+    "kid": Spec(_kid, "reference", "lower", 2, "the same by a polynomial kernel; unbiased for few samples"),
+    "is": Spec(_inception_score, "images", "higher", 2, "Inception score: sharp and diverse classes"),
+    "clip": Spec(_clip, "captions", "higher", 1, "100 x cosine of image and caption in CLIP"),
+}
