@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _OWN = (
     flags.Flag("seeds", "seeds of every prompt, e.g. 0,1 (default: item i gets 42 + i)", metavar="N,N"),
     flags.Flag("held-out", "so many held-out captions of the shapes world, for embedded models", int, low=1),
-    flags.Flag("metric", "further metric over the folder of a method; repeatable", many=True, metavar="NAME"),
-    flags.Flag("maps", "one more run of the first item a method, for heat-maps over layers and steps", "on-or-off"),
     flags.Flag("show", "items on the page (default: 24); all of them are in the folder", int, low=1),
 )
 _GROUPS = {

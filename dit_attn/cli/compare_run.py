@@ -16,6 +16,7 @@ from dit_attn.cli.jobs import Job
 from dit_attn.cli.runner import Run
 from dit_attn.cli.source import Source
 from dit_attn.errors import DitAttnError
+from dit_attn.eval.report import write_report
 from dit_attn.pipelines import compare
 from dit_attn.pipelines.compare import Comparison, Take, Variant
 
@@ -115,6 +116,7 @@ def run_all(setting: Setting) -> dict[str, Any]:
     comparison = Comparison(setting.variants, make_all(setting, pipe, done), share)
     results = results_of(setting, comparison, time.perf_counter() - started)
     outputs.write_json(results, setting.folder / "results.json")
+    write_report(results, setting.folder, setting.options.get("show", 24))
     return results
 
 

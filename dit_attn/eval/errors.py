@@ -60,7 +60,7 @@ def temporal_consistency(frames: torch.Tensor) -> float:
         frames: (T, 3, H, W) uint8 or float, T >= 3.
     """
     if frames.ndim != 4 or len(frames) < 3:
-        raise DitAttnError(f"temporal consistency needs frames (T, 3, H, W), T of at least 3, got {tuple(frames.shape)}")
+        raise DitAttnError(f"temporal consistency needs (T, 3, H, W) with T of at least 3, got {tuple(frames.shape)}")
     step = frames.double().diff(dim=0)
     moved = step.abs().mean()
     if moved == 0.0:

@@ -1,6 +1,6 @@
 """Which configuration of the forward kernel is fastest on a GPU: every candidate, in turns, at one layer's sizes.
 
-``python -m dit_attn.kernels.tune --output FILE`` writes times and executed TFLOP/s; ``forward_config`` holds the choice.
+``python -m dit_attn.kernels.tune --output FILE`` writes times and executed TFLOP/s; ``forward_config`` has the choice.
 """
 
 from __future__ import annotations

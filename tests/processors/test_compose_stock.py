@@ -1,4 +1,4 @@
-"""What people do to a stock pipeline before and after ``enable``: caches, LoRA, offload, copies, threads, and faults."""
+"""What people do to a stock pipeline before and after ``enable``: caches, LoRA, offload, copies, threads, faults."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.families.mixin import SPARSE, same
 from tests.families.test_image import TestFlux as FluxCase
 from tests.families.test_image import TestPixArt as PixArtCase
 from tests.families.test_video import TestWan as WanCase
+
 
 def build(case: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)

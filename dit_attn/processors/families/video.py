@@ -40,7 +40,7 @@ def _order(*order: str, axes: tuple[int, int, int] = (2, 3, 4)) -> Callable[[Any
 
 
 def _named_span(config: Any, values: dict[str, Any]) -> Span:
-    """The video span of packed latents (B, S, C) whose grid comes as ``num_frames``, ``height``, ``width`` in latents."""
+    """The video span of packed latents (B, S, C) whose grid comes as ``num_frames``, ``height``, ``width``."""
     pt, ph, pw = _patches(config)
     return visual_span("video", (values["num_frames"] // pt, values["height"] // ph, values["width"] // pw))
 
