@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "generate with the embedded models, dense and sparse, and make a picture of both",
     "train": "train an embedded model from its recipe",
     "compare": "measure what methods cost and keep on your prompts, beside dense, and make a page of it",
+    "eval": "measure a folder of images or clips against references or captions",
     "bench": "measure kernels and methods",
 }
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
