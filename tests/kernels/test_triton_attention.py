@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 def test_the_kernels_agree_with_the_formulas() -> None:
     cases = "tests/kernels/interpreted/attention_cases.py"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", cases],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", cases],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
