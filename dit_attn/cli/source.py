@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 from dit_attn.cli.args import reason
 from dit_attn.errors import DitAttnError, unknown
+
+SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,15 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
     if kind != "hub" and not (Path(path) / "model_index.json").is_file():
         advice = "reinstall dit-attn" if kind == "embedded" else "give the folder that holds it"
         raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); {advice}")
+    offline = kind == "hub" and _go_offline_where_there_is_no_hub()
     try:
-        return dict(DiffusionPipeline.load_config(path, revision=revision))
+        return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
     except (OSError, ValueError) as error:
+        if offline:
+            raise DitAttnError(
+                f"{name!r} is not in the local cache and the Hugging Face Hub cannot be reached; check the network (or "
+                "HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
+            ) from error
         if kind == "hub":
             raise DitAttnError(
                 f"cannot get {name!r} from the Hugging Face Hub ({reason(error)}); check the name, --revision and the "
@@ -185,7 +196,31 @@ def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
 
 
 def fingerprint(place: Path) -> str:
-    """Names, sizes and times of a file or of the files of a folder: cheap, and new when weights are replaced."""
+    """Names, sizes and samples of a file or of a folder: cheap, the same for a copy, another for new weights."""
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    facts = [(str(path.relative_to(place)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        found.update(json.dumps([path.relative_to(place).as_posix(), size]).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                file.seek(start)
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()[:16]
+
+
+def _go_offline_where_there_is_no_hub() -> bool:
+    """Whether the Hub is out of reach; then the cache alone is asked, instead of retrying for a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False  # the way there is the proxy's
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((place.hostname or "", place.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+        return True
+    return False
