@@ -23,9 +23,11 @@ from diffusers import (
 )
 
 import dit_attn
+from tests.families import image_pipelines
 from tests.families.mixin import SPARSE, FamilyMixin
 
 HEIGHT, WIDTH = 16, 18
+SIZE = {"height": 16 * HEIGHT, "width": 16 * WIDTH}  # in pixels, two pixels of an eighth per token
 
 
 def tiny_vae(channels: int = 4) -> AutoencoderKL:
@@ -223,10 +225,14 @@ class TestChroma(PackedCase):
             "attention_mask": mask,
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.chroma(self.model().eval(), SIZE)
+
 
 class TestFlux2(PackedCase):
     kinds: tuple[str, ...] = ("text", "image")
     text_args = ("encoder_hidden_states",)
+    run_order: tuple[str, ...] = ("cond",)
     sockets = 3
 
     def model(self) -> torch.nn.Module:
@@ -252,6 +258,9 @@ class TestFlux2(PackedCase):
             "guidance": torch.tensor([4.0, 4.0]),
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
+        return image_pipelines.flux2(self.model().eval(), SIZE)
+
 
 class TestFlux2WithReference(TestFlux2):
     kinds = ("text", "image", "reference")
@@ -263,6 +272,18 @@ class TestFlux2WithReference(TestFlux2):
             "hidden_states": torch.randn(2, HEIGHT * WIDTH + 54, 4),
             "img_ids": torch.cat([image_ids(4), reference]),
         }
+
+    def pipeline(self) -> None:
+        return None  # a reference needs a trained encoder; the loop is that of Flux.2 without one
+
+
+class TestFlux2Klein(TestFlux2):
+    """Klein has true guidance, dev has it as an input of the model."""
+
+    run_order = ()
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
+        return image_pipelines.flux2_klein(self.model().eval(), SIZE)
 
 
 class TestSD3(ImageCase):

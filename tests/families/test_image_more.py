@@ -23,8 +23,9 @@ from diffusers import (
 from packaging.version import Version
 
 import dit_attn
+from tests.families import image_pipelines
 from tests.families.mixin import SPARSE
-from tests.families.test_image import HEIGHT, WIDTH, ImageCase, PackedCase, tiny_vae
+from tests.families.test_image import HEIGHT, SIZE, WIDTH, ImageCase, PackedCase, tiny_vae
 
 
 class TestQwenImage(PackedCase):
@@ -57,6 +58,9 @@ class TestQwenImage(PackedCase):
             **older,
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
+        return image_pipelines.qwen_image(self.model().eval(), SIZE)
+
 
 class TestQwenImageEdit(TestQwenImage):
     kinds = ("text", "image", "reference")
@@ -67,6 +71,9 @@ class TestQwenImageEdit(TestQwenImage):
             "hidden_states": torch.randn(2, HEIGHT * WIDTH + 54, 16),
             "img_shapes": [[(1, HEIGHT, WIDTH), (1, 6, 9)]] * 2,
         }
+
+    def pipeline(self) -> None:
+        return None  # the reference needs a vision encoder; the loop is Qwen-Image's
 
 
 class TestOmniGen(ImageCase):
@@ -121,6 +128,9 @@ class TestOmniGen(ImageCase):
         session = dit_attn.enable(net, SPARSE)
         self.call(net, arguments)
         assert session.branches(3) == ("cond", "uncond", "image")
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.omnigen(self.model().eval(), SIZE)
 
 
 class TestLumina2(ImageCase):
@@ -214,6 +224,9 @@ class TestHiDream(ImageCase):
             "pooled_embeds": torch.randn(2, 16),
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.hidream(self.model().eval(), {"height": 256, "width": 320})
+
 
 class TestHiDreamSquare(TestHiDream):
     kinds = ("image", "text")
@@ -221,6 +234,9 @@ class TestHiDreamSquare(TestHiDream):
 
     def inputs(self) -> dict[str, Any]:
         return {**super().inputs(), "hidden_states": torch.randn(2, 4, 32, 32)}
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.hidream(self.model().eval(), {"height": 256, "width": 256})
 
 
 class TestZImage(ImageCase):
@@ -254,6 +270,9 @@ class TestZImage(ImageCase):
         for latents in inputs["x"]:
             latents[:, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] += 1.0
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.z_image(self.model().eval(), {**SIZE, "height": 16 * 15})
+
 
 class TestCogView4(ImageCase):
     kinds = ("text", "image")
@@ -286,6 +305,9 @@ class TestCogView4(ImageCase):
             "crop_coords": torch.zeros(2, 2),
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.cogview4(self.model().eval(), SIZE)
+
 
 class TestHunyuanImage(ImageCase):
     kinds = ("image", "text")
@@ -316,6 +338,9 @@ class TestHunyuanImage(ImageCase):
             "encoder_hidden_states": torch.randn(2, 9, 16),
             "encoder_attention_mask": mask,
         }
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.hunyuan_image(self.model().eval(), {"height": 32 * HEIGHT, "width": 32 * WIDTH})
 
 
 class TestHunyuanDiT(ImageCase):
@@ -355,6 +380,9 @@ class TestHunyuanDiT(ImageCase):
             "image_rotary_emb": rotary,
         }
 
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.hunyuan_dit(self.model().eval(), SIZE)
+
 
 class TestAuraFlow(ImageCase):
     kinds = ("text", "image")
@@ -381,6 +409,9 @@ class TestAuraFlow(ImageCase):
             "encoder_hidden_states": torch.randn(2, 9, 16),
             "timestep": torch.tensor([0.5, 0.5]),
         }
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        return image_pipelines.auraflow(self.model().eval(), SIZE)
 
 
 def test_z_image_with_references_is_declined_by_layout() -> None:
