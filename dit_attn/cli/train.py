@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, unknown
 
 if TYPE_CHECKING:
     from dit_attn.models.loop import Run
@@ -20,11 +20,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Register `train` and return its parser."""
     parser = subparsers.add_parser(
         "train",
-        help="train an embedded model (tiny-image, tiny-video) from its recipe",
+        help="train an embedded model (tiny-image, tiny-video, world-clip) from its recipe",
         description="Train an embedded model from its recipe. The run can be stopped at any moment and resumed; the "
         f"finished model is written to OUTPUT/{PIPELINE_FOLDER} as a diffusers folder.",
     )
-    parser.add_argument("name", help="tiny-image or tiny-video")
+    parser.add_argument("name", help="tiny-image, tiny-video or world-clip")
     parser.add_argument("--output", type=Path, help="folder of the run (default: outputs/train-NAME)")
     parser.add_argument("--steps", type=int, help="length of the run; stages and learning rate stretch with it")
     parser.add_argument("--minutes", type=float, help="stop after this many minutes, leaving a resumable checkpoint")
@@ -50,11 +50,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: an argument or the output folder does not fit.
     """
-    from dit_attn.models.recipe import recipe
+    from dit_attn.models.recipe import RECIPES, recipe
+    from dit_attn.models.world_clip import NAME
 
-    chosen = recipe(args.name)
     _check(args)
+    if args.name not in (*RECIPES, NAME):
+        raise unknown("model", args.name, (*RECIPES, NAME))
     output = args.output or Path("outputs") / f"train-{args.name}"
+    if args.name == NAME:
+        return _train_clip(args, output)
+    chosen = recipe(args.name)
     job = _start(args, chosen.with_steps(args.steps) if args.steps else chosen, output)
     from dit_attn.models.loop import fit
 
@@ -74,6 +79,33 @@ def run(args: argparse.Namespace) -> int:
         print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}")
         return 0
     _finish(job, output, args.final_count)
+    return 0
+
+
+def _train_clip(args: argparse.Namespace, output: Path) -> int:
+    """Train ``world-clip``. Returns 0, or 130 after Ctrl-C."""
+    from dataclasses import replace
+
+    from dit_attn.models import world_clip
+
+    device = _prepared(args, output, world_clip.CHECKPOINT)
+    recipe = world_clip.Recipe()
+    job = world_clip.Training(replace(recipe, steps=args.steps or recipe.steps), args.seed, device)
+    if args.resume:
+        job.restore(output)
+    try:
+        world_clip.fit(job, output, args.minutes, args.checkpoint_minutes)
+    except KeyboardInterrupt:
+        print(f"stopped at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}", file=sys.stderr)
+        return 130
+    if job.step < job.recipe.steps:
+        print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}")
+        return 0
+    found = world_clip.export(job, output / "model")["held_out"]
+    print(
+        f"of {found['of']:.0f} held-out scenes, {found['image_to_caption']:.1%} of the pictures find their caption and "
+        f"{found['caption_to_image']:.1%} of the captions their picture\nmodel written to {output / 'model'}"
+    )
     return 0
 
 
@@ -109,24 +141,29 @@ def _device(name: str) -> Any:
 
 
 def _start(args: argparse.Namespace, recipe: Recipe, output: Path) -> Run:
-    """A fresh run, or the one in `output` with `--resume`; never overwrites another run."""
-    import torch
-
+    """A fresh run, or the one in `output` with `--resume`."""
     from dit_attn.models.loop import CHECKPOINT, Run
+
+    job = Run(recipe, args.seed, _prepared(args, output, CHECKPOINT))
+    if args.resume:
+        job.restore(output)
+    return job
+
+
+def _prepared(args: argparse.Namespace, output: Path, checkpoint: str) -> Any:
+    """The device, once the folder is there; a folder that holds another run is refused."""
+    import torch
 
     device = _device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not args.resume and (output / CHECKPOINT).exists():
+    if not args.resume and (output / checkpoint).exists():
         raise DitAttnError(f"{output} already holds a run; add --resume to continue it or choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DitAttnError(f"cannot write to --output {output} ({error.strerror}); choose another folder") from error
-    job = Run(recipe, args.seed, device)
-    if args.resume:
-        job.restore(output)
-    return job
+    return device
 
 
 def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list[Any]]:

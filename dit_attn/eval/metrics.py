@@ -73,7 +73,7 @@ def score(
     networks: Networks | None = None,
     device: torch.device | str = "cpu",
 ) -> Score:
-    """One metric of a set of images.
+    """One metric of a set of images. In a distributed run every process gives its part and gets the score of all.
 
     Args:
         metric: a name of ``METRICS``.
@@ -93,8 +93,17 @@ def score(
     networks, device = networks or Networks(), torch.device(device)
     value, spread, judge, caution = spec.compute(images, reference, captions, networks, device)
     label = metric if judge is None else f"{metric} ({judge})"
-    others = None if reference is None or spec.needs in ("images", "captions") else len(reference)
-    return Score(metric, value, spread, len(images), others, label, spec.better, caution)
+    others = None if reference is None or spec.needs in ("images", "captions") else _everywhere(len(reference))
+    return Score(metric, value, spread, _everywhere(len(images)), others, label, spec.better, caution)
+
+
+def _everywhere(count: int) -> int:
+    """The sum of a count over the processes of a distributed run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    total = torch.tensor(count)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def _check(
@@ -182,9 +191,9 @@ def _fid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networ
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     options, judge = inception_options(networks)
-    metric = FrechetInceptionDistance(**options).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(**options)  # sums in fp64
     features = len(cast(torch.Tensor, metric.real_features_sum))
-    fewest = min(len(images), len(reference))
+    fewest = min(_everywhere(len(images)), _everywhere(len(reference)))
     caution = None
     if fewest <= features:
         caution = f"{fewest} samples for {features} features: biased upwards, compare only at equal counts"
@@ -220,6 +229,28 @@ def _clip(images: torch.Tensor, _: Any, captions: Sequence[str], networks: Netwo
     return float(metric.compute()), None, networks.clip, None
 
 
+def _by_world(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """The same metric with the features of ``world-clip``."""
+
+    def run(images: torch.Tensor, reference: torch.Tensor, captions: Any, _: Networks, device: torch.device) -> Result:
+        from dit_attn.eval.world_clip import WorldFeatures
+
+        return compute(images, reference, captions, Networks(features=WorldFeatures()), device)
+
+    return run
+
+
+def _clip_world(images: torch.Tensor, _: Any, captions: Sequence[str], __: Any, device: torch.device) -> Result:
+    from torchmetrics import MeanMetric
+
+    from dit_attn.eval.world_clip import WorldFeatures, world_scores
+
+    mean = MeanMetric().to(device)
+    for low in range(0, len(images), BATCH):
+        mean.update(world_scores(images[low : low + BATCH].to(device), list(captions[low : low + BATCH])))
+    return float(mean.compute()), None, WorldFeatures.name, None
+
+
 METRICS: dict[str, Spec] = {
     "psnr": Spec(_pairwise(_psnr), "pairs", "higher", 1, "signal to noise in dB, against paired references"),
     "ssim": Spec(_pairwise(_ssim), "pairs", "higher", 1, "structural similarity, against paired references"),
@@ -229,4 +260,7 @@ METRICS: dict[str, Spec] = {
     "kid": Spec(_kid, "reference", "lower", 2, "the same by a polynomial kernel; unbiased for few samples"),
     "is": Spec(_inception_score, "images", "higher", 2, "Inception score: sharp and diverse classes"),
     "clip": Spec(_clip, "captions", "higher", 1, "100 x cosine of image and caption in CLIP"),
+    "fid-world": Spec(_by_world(_fid), "reference", "lower", 2, "fid by the shapes world's own network, no download"),
+    "kid-world": Spec(_by_world(_kid), "reference", "lower", 2, "kid by the shapes world's own network"),
+    "clip-world": Spec(_clip_world, "captions", "higher", 1, "clip by the shapes world's own network"),
 }

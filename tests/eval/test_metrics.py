@@ -137,6 +137,28 @@ def test_clip_score_is_the_cosine_of_a_real_clip_model(tiny_clip: Path) -> None:
     assert str(tiny_clip) in found.label
 
 
+def part_of_two(rank: int, place: str, folder: str) -> None:
+    """One of two processes: the metrics of its half of the images."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    made, real = noisy(pictures(24, seed=2), 0.1)[rank::2], pictures(24, seed=1)[rank::2]
+    found = {name: score(name, made, real, networks=WITH_COLOURS) for name in ("fid", "kid", "psnr")}
+    if rank == 0:
+        Path(folder, "scores.json").write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(part_of_two, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
+    found = json.loads((tmp_path / "scores.json").read_text())
+    made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
+    for name, one in found.items():
+        alone = score(name, made, real, networks=WITH_COLOURS)
+        assert (one["samples"], one["reference"]) == (24, 24)
+        if name != "kid":  # its subsets are drawn at random
+            assert one["value"] == pytest.approx(alone.value, rel=1e-5), name
+
+
 def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
     images = pictures(2)
     for metric, options, words in (
