@@ -41,6 +41,7 @@ def answer(
         (B, S, H, Dv).
     """
     site.stats.calls += 1
+    site.take_rows(q.shape[0])
     reason = _bypass(site, mask, dropout)
     mesh = exchange = None
     if reason is None:
@@ -106,7 +107,7 @@ def _call(
         site=site,
         tokens=session.tokens(q.shape[1]) if q.shape[1] == k.shape[1] else None,
         clock=session.clock,
-        branches=session.branches(q.shape[0]),
+        branches=session.branches(q.shape[0], site.rows[0]),
     )
 
 

@@ -49,6 +49,8 @@ class Site:
         session: the session it belongs to.
         token: 0-d int64 CPU tensor that names the layer inside compiled graphs, where tensors are not guarded by value.
         broken: reason why this layer stays dense for the rest of the session (a failed kernel, NaN), or ``None``.
+        rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
+            samples one by one.
     """
 
     def __init__(self, name: str, index: int, session: Session) -> None:
@@ -58,7 +60,12 @@ class Site:
         self.stats = SiteStats()
         self.broken: str | None = None
         self.checked_run = 0
+        self.rows = (0, 0)
         _SITES[self.id] = self
+
+    def take_rows(self, count: int) -> None:
+        """An attention call of ``count`` batch rows begins."""
+        self.rows = (self.rows[1], self.rows[1] + count)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         session = copy.deepcopy(self.session, memo)
@@ -107,6 +114,7 @@ class Session:
         self.layout_error: str | None = None
         self._seen_run = 0
         self._stacked = 1
+        self._batch = 1
         self._tokens: dict[int, Tokens | None] = {}
 
     @property
@@ -153,6 +161,9 @@ class Session:
             self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
+        self._batch = _rows(values.get("hidden_states"))
+        for site in self.sites:
+            site.rows = (0, 0)
         try:
             self.layout, self.layout_error = self.family.layout(self.model.config, values), None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -167,9 +178,16 @@ class Session:
             self._tokens[seq_len] = self.layout.resolve(seq_len)
         return self._tokens[seq_len]
 
-    def branches(self, batch: int) -> tuple[str, ...]:
-        """Guidance branch of every row of a batch of ``batch`` rows."""
-        return self.clock.branches(batch, self.family.guidance, self._branch_count())
+    def branches(self, batch: int, first: int = 0) -> tuple[str, ...]:
+        """Guidance branch of every row of an attention call.
+
+        Args:
+            batch: rows of the call.
+            first: where the call's rows begin in the model's batch; counts in models that attend sample by sample.
+        """
+        rows = max(batch, self._batch)
+        names = self.clock.branches(rows, self.family.guidance, self._branch_count())
+        return tuple(names[(first + row) % rows] for row in range(batch))
 
     def reset(self) -> None:
         """Forget the run: clock, statistics, layers marked broken. Never needed between runs."""
@@ -205,6 +223,11 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.family.name}, {len(self.sites)} layers, methods={list(self.methods)})"
+
+
+def _rows(latents: Any) -> int:
+    """Batch rows of (B, ...) latents, 1 where they are no tensor."""
+    return latents.shape[0] if isinstance(latents, torch.Tensor) else 1
 
 
 def _stacked(latents: Any, guidance: Guidance) -> int:

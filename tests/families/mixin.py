@@ -50,7 +50,7 @@ def watching() -> Iterator[list[Seen]]:
         out = stock(site, q, k, v, *args, **kwargs)
         session = site.session
         tokens = session.tokens(q.shape[1])
-        branches = session.branches(q.shape[0])
+        branches = session.branches(q.shape[0], site.rows[0])
         seen.append(Seen(site.name, q, k, v, args[0], args[1], tokens, session.clock.step, branches, out))
         return out
 
@@ -86,6 +86,20 @@ def tensors(output: Any) -> list[torch.Tensor]:
     if isinstance(output, dict):
         output = list(output.values())
     return [tensor for item in output if item is not None for tensor in tensors(item)]
+
+
+def _real(value: Any) -> bool:
+    """Whether this is a tensor of real numbers, or a list of such."""
+    return all(isinstance(item, torch.Tensor) and item.is_floating_point() for item in _listed(value))
+
+
+def _moved(value: Any) -> Any:
+    """A real tensor with other values, or a list of such."""
+    return [item.flip(-1) for item in value] if isinstance(value, list) else value.flip(-1)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -290,6 +304,31 @@ class FamilyMixin:
         assert [call.step for call in self._first_layer(third.calls)] == self._steps(session, 3)
         assert [call.branches for call in self._first_layer(third.calls)] == expected
         assert same(first.output, third.output)
+
+    def test_the_negative_prompt_moves_what_is_called_uncond_and_nothing_else(self) -> None:
+        torch.manual_seed(0)
+        made = self.pipeline()
+        if made is None:
+            pytest.skip("no stock pipeline is assembled for this family")
+        pipe, kwargs = made
+        other = {name: _moved(value) for name, value in kwargs.items() if name.startswith("negative_") and _real(value)}
+        if not other:
+            pytest.skip("the pipeline takes no embeddings of a negative prompt")
+        pipe.set_progress_bar_config(disable=True)
+        for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the text
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        dit_attn.enable(pipe)
+        first, second = self._run(pipe, kwargs, 2).calls, self._run(pipe, {**kwargs, **other}, 2).calls
+        assert len(first) == len(second)
+        moved, still = set(), set()
+        for a, b in zip(first, second, strict=True):
+            assert (a.site, a.step, a.branches) == (b.site, b.step, b.branches)
+            if a.step == 0:  # the latents of later steps carry both branches
+                for row, branch in enumerate(a.branches):
+                    (still if torch.equal(a.out[row], b.out[row]) else moved).add((a.site, branch))
+        assert {branch for _, branch in moved} == {"uncond"}, (moved, still)
+        assert "cond" in {branch for _, branch in still}
 
     # -- internals ---------------------------------------------------------------------------------------------------
 
