@@ -9,6 +9,10 @@ class DitAttnError(ValueError):
     """Bad input from a user. The command line prints it without a traceback and exits with code 2."""
 
 
+class RunStopped(DitAttnError):
+    """Nothing more can be made or kept (a full disk, a missing encoder): no item after this one can succeed either."""
+
+
 def unknown(kind: str, value: object, allowed: Iterable[object], remedy: str = "") -> DitAttnError:
     """Error for a value that is not one of a known set; names the closest allowed one.
 

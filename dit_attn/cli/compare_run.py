@@ -15,7 +15,7 @@ from dit_attn.cli import load, outputs, runner
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.runner import Run
 from dit_attn.cli.source import Source
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.eval.report import write_report
 from dit_attn.pipelines import compare
 from dit_attn.pipelines.compare import Comparison, Take, Variant
@@ -192,7 +192,7 @@ def warm_up(setting: Setting, pipe: Any) -> None:
         with compare.on(pipe, variant):
             try:
                 runner.call_pipeline(pipe, Job(job.index, job.prompt, job.seed, short))
-            except DitAttnError:
+            except RunStopped:
                 raise
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
                 continue  # it comes again with the item, and is reported there

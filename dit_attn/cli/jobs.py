@@ -248,7 +248,7 @@ def check_inputs(jobs: list[Job], pipe: Any) -> None:
                 f"{type(pipe).__name__} refuses {job.where} ({job.prompt!r}): {reason(error)}"
             ) from error
         except TypeError:
-            return  # its check takes what only its call can work out
+            continue  # its check takes what only its call can work out
 
 
 def load_picture(path: str, where: str) -> Any:

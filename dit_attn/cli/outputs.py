@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli.args import reason
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,20 +106,23 @@ def prepare_folder(folder: Path) -> None:
         raise DitAttnError(f"cannot write to --output {folder} ({reason(error)}); choose another folder") from error
 
 
+_NO_MORE = {getattr(errno, name) for name in ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ENOENT"]}
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
     Raises:
-        DitAttnError: the disk is full or not writable.
+        RunStopped: the disk is full or not writable.
     """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG):
-            raise DitAttnError(
+        if error.errno in _NO_MORE:
+            raise RunStopped(
                 f"cannot write {path} ({reason(error)}); finished items are kept: make room or choose another "
                 "--output, then run the same command with --resume"
             ) from error
@@ -156,7 +159,7 @@ def _write_video(media: Media, path: Path, fps: int) -> None:
     try:
         export_to_video([Image.fromarray(frame) for frame in media.frames], str(path), fps=fps, macro_block_size=block)
     except (ImportError, AttributeError) as error:
-        raise DitAttnError(
+        raise RunStopped(
             f"videos need imageio and imageio-ffmpeg ({reason(error)}): `pip install imageio imageio-ffmpeg`"
         ) from error
     _check_video(path, len(media.frames))

@@ -16,7 +16,7 @@ from dit_attn.cli import load, outputs, sheet, source
 from dit_attn.cli.args import reason
 from dit_attn.cli.jobs import Job, load_picture
 from dit_attn.cli.outputs import Media
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 
 if TYPE_CHECKING:
     from dit_attn.cli.source import Source
@@ -215,14 +215,15 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
     try:
         media, seconds = call_pipeline(run.pipe, job)
         return save_item(run, job, media, seconds), media
-    except DitAttnError:
+    except RunStopped:
         raise
     except Exception as error:  # whatever one item does, the others go on; the line names it
         if "--debug" in sys.argv:
             import traceback
 
             traceback.print_exc()
-        why = reason(error) if isinstance(error, outputs.NotFinite) else f"{type(error).__name__}: {reason(error)}"
+        said = isinstance(error, (outputs.NotFinite, DitAttnError))
+        why = reason(error) if said else f"{type(error).__name__}: {reason(error)}"
         return ItemResult(*head, "failed", error=_hint(why, error)), None
 
 

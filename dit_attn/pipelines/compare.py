@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dit_attn.api import disable, enabled, explain, summary
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines import scores
 from dit_attn.processors.method import Method
 
@@ -188,7 +188,7 @@ def play_round(
         keep: saves it, while the method is still on; the name of the file.
 
     Raises:
-        DitAttnError: what ``make`` and ``keep`` raise of that kind (bad input, full disk).
+        RunStopped: ``make`` or ``keep`` says that nothing more can be made (a full disk).
     """
     dense: tuple[np.ndarray, float] | None = None
     for variant in variants:
@@ -206,7 +206,7 @@ def play_round(
                 take.dense_seconds = dense[1]
                 take.psnr, take.ssim, take.equal = _fidelity(dense[0], frames)
             take.verdict = scores.verdict(frames, blank.prompt)
-        except DitAttnError:
+        except RunStopped:
             raise
         except Exception as error:  # whatever one take does, the others go on; the line names it
             lines = str(error).strip().splitlines()

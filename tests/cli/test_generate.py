@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from dit_attn.cli import runner
+from dit_attn.errors import DitAttnError
 from tests.cli.conftest import FAST
 
 
@@ -254,6 +255,24 @@ def test_a_real_ctrl_c_leaves_no_half_file(tmp_path):
     for path in tmp_path.glob("*.png"):
         Image.open(path).load()
     assert {path.stem for path in tmp_path.glob("*.json")} - pictures == set()
+
+
+def test_an_item_that_is_refused_is_named_and_the_others_are_made(image, monkeypatch, tmp_path):
+    original = runner.call_pipeline
+
+    def picky(pipe, job):
+        if job.prompt == "b":
+            raise DitAttnError("this prompt is too short")
+        return original(pipe, job)
+
+    monkeypatch.setattr(runner, "call_pipeline", picky)
+    outcome = image("--prompt", "a", "--prompt", "b", "--prompt", "c", "-o", "out")
+    assert outcome.code == 1
+    assert "failed: this prompt is too short (prompt 'b', seed 43)" in outcome.err
+    assert sorted(path.name for path in (tmp_path / "out").glob("0*.png")) == ["0000_a_s42.png", "0002_c_s44.png"]
+    assert [item["status"] for item in json.loads((tmp_path / "out/run.json").read_text())["items"]] == [
+        "done", "failed", "done",
+    ]  # fmt: skip
 
 
 def test_a_full_disk_keeps_what_is_finished(image, monkeypatch, tmp_path):
