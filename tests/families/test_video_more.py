@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
+    AutoencoderKLWan,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
     EDMEulerScheduler,
@@ -24,11 +25,15 @@ from diffusers import (
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
     SanaVideoTransformer3DModel,
+    WanAnimatePipeline,
     WanAnimateTransformer3DModel,
 )
+from PIL import Image
 
 import dit_attn
 from tests.families.mixin import SPARSE, FamilyMixin, same
+
+STATISTICS: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}  # of the tiny Wan autoencoder
 
 
 class VideoCase(FamilyMixin):
@@ -38,7 +43,6 @@ class VideoCase(FamilyMixin):
 
 
 class TestWanAnimate(VideoCase):
-    # No pipeline: it wants preprocessed pose and face clips and an image encoder; its loop is Wan's.
     kinds = ("reference", "video")
     grid = (3, 8, 10)
     probe = (1, 3, 5)
@@ -80,6 +84,34 @@ class TestWanAnimate(VideoCase):
     def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
         t, y, x = at
         inputs["hidden_states"][:, :, 1 + t, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] += 1.0
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+        vision = CLIPVisionConfig(
+            hidden_size=4, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+        )
+        pipe = WanAnimatePipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **STATISTICS),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+            image_processor=CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False),
+            image_encoder=CLIPVisionModel(vision).eval(),
+            transformer=self.model().eval(),
+        )
+        embeds = torch.randn(2, 1, 7, 16)
+        return pipe, {
+            "image": Image.new("RGB", (160, 128), "red"),
+            "pose_video": [Image.new("RGB", (160, 128), "green")] * 9,
+            "face_video": [Image.new("RGB", (16, 16), "blue")] * 9,
+            "prompt_embeds": embeds[0],
+            "negative_prompt_embeds": embeds[1],
+            "guidance_scale": 3.0,
+            "height": 128,
+            "width": 160,
+            "segment_frame_length": 9,
+        }
 
 
 class TestAllegro(VideoCase):
