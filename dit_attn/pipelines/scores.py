@@ -52,7 +52,10 @@ def pair_scores(dense: np.ndarray, other: np.ndarray) -> dict[str, Any]:
         raise DitAttnError(f"outputs of {dense.shape} and {other.shape} cannot be compared: one size is needed")
     decibels = psnr(dense, other)
     equal = math.isinf(decibels)
-    return {"psnr": None if equal else decibels, "ssim": 1.0 if equal else ssim(dense, other), "equal": equal}
+    similar = ssim(dense, other)
+    if equal and similar is not None:
+        similar = 1.0  # but for rounding
+    return {"psnr": None if equal else decibels, "ssim": similar, "equal": equal}
 
 
 def verdict(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
