@@ -96,7 +96,7 @@ RECIPES: dict[str, Recipe] = {
             Stage(share=0.0276, size=48, frames=9, batch=3, shift=3.0),
             Stage(share=0.1799, size=48, frames=1, batch=16, shift=1.3),
             Stage(share=0.1321, size=48, frames=4, batch=5, shift=2.0),
-            Stage(share=0.2170, size=48, frames=9, batch=3, shift=3.0),
+            Stage(share=0.2171, size=48, frames=9, batch=3, shift=3.0),
         ),
         decay_share=0.15,
     ),
