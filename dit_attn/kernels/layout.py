@@ -350,6 +350,15 @@ class BlockLayout:
             raise DitAttnError("kv_idx must ascend within each row, every block once; sort it")
         return self
 
+    def of_heads(self, heads: slice) -> BlockLayout:
+        """The same layout for some of the query heads; shares memory."""
+        if self.kv_cnt.shape[1] == 1:
+            return self
+        n_full = None if self.n_full is None else self.n_full[:, heads]
+        elements = None if self.elements is None else self.elements.of_heads(heads)
+        sizes = (self.q_block, self.kv_block, self.q_len, self.kv_len)
+        return BlockLayout(*sizes, self.kv_idx[:, heads], self.kv_cnt[:, heads], self.uniform, n_full, elements)
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device."""
         idx, cnt = self.kv_idx.to(device), self.kv_cnt.to(device)

@@ -69,6 +69,10 @@ class ElementMask(ABC):
     def from_block(self, block: int, q_block: int) -> ElementMask:
         """The same rule where query block ``block`` of ``q_block`` tokens is the first one."""
 
+    def of_heads(self, heads: slice) -> ElementMask:
+        """The same rule for some of the query heads."""
+        return self
+
     def to(self, device: torch.device | str) -> ElementMask:
         """The same rule with its tables on another device."""
         a, b = (None if x is None else x.to(device) for x in self.tensors())
@@ -205,6 +209,9 @@ class BitMask(ElementMask):
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.bits, None
+
+    def of_heads(self, heads: slice) -> BitMask:
+        return BitMask(self.bits[:, heads]) if self.bits.shape[1] > 1 else self
 
     def from_block(self, block: int, q_block: int) -> BitMask:
         return BitMask(self.bits[:, :, block:])

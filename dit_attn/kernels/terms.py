@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,7 +23,8 @@ from dit_attn.kernels.layout import BlockLayout, ceil_div
 from dit_attn.kernels.selection import block_counts, pool_blocks
 from dit_attn.kernels.tiling import NONE, Problem
 
-CHUNK = 8 << 20  # bytes of logits against virtual keys that are held at a time, per batch row and head
+AT_ONCE = 24 << 20  # bytes of q, k, v and o in fp32 that are worked on together where no gradients are needed
+CHUNK = 2 << 20  # bytes of logits against virtual keys that are held at a time, per batch row and head
 
 Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -156,6 +158,49 @@ def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Te
     return out.to(problem.q.dtype), lse
 
 
+def with_terms_by_heads(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same a few heads at a time, so that what the terms need besides stays small. Has no gradients."""
+    q, k, v = problem.q, problem.k, problem.v
+    size = max(1, AT_ONCE // (8 * (k.shape[1] + q.shape[1]) * q.shape[0] * (q.shape[3] + v.shape[3])))
+    if size >= k.shape[2]:
+        return with_terms(problem, terms, attend)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device, dtype=wide)
+    for low in range(0, k.shape[2], size):
+        keys = slice(low, min(low + size, k.shape[2]))
+        heads = slice(keys.start * problem.ratio, keys.stop * problem.ratio)
+        part = replace(
+            problem, q=q[:, :, heads], k=k[:, :, keys], v=v[:, :, keys], layout=problem.layout.of_heads(heads),
+            key_bias=_of(problem.key_bias, heads),
+        )  # fmt: skip
+        out[:, :, heads], lse[:, heads] = with_terms(part, _terms_of(terms, heads, keys), attend)
+    return out, lse
+
+
+def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
+    """The terms of some query heads and of the key heads they read."""
+    bias, comp, end = terms.bias, terms.compensation, terms.epilogue
+    if bias is not None:
+        bias = LogitBias(_of(bias.q, heads), _of(bias.k, heads))
+    if comp is not None:
+        comp = replace(
+            comp, k=comp.k[:, keys], v=comp.v[:, keys], log_weight=_of(comp.log_weight, heads),
+            variance=None if comp.variance is None else comp.variance[:, keys],
+        )  # fmt: skip
+    if end is not None:
+        end = replace(
+            end, row_scale=_of(end.row_scale, heads), lse_ref=_of(end.lse_ref, heads), add=_of(end.add, heads),
+            blend=_of(end.blend, heads),
+        )  # fmt: skip
+    return Terms(terms.key_lengths, bias, comp, end)
+
+
+def _of(x: torch.Tensor | None, heads: slice) -> Any:
+    """Some heads of a (B|1, H|1, ...) tensor."""
+    return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+
 def _mask_of(lengths: torch.Tensor, problem: Problem) -> torch.Tensor:
     """(B, Sk) bool."""
     exists = torch.arange(problem.k.shape[1], device=lengths.device) < lengths[:, None]
@@ -189,7 +234,10 @@ def _merged(
     skipped = ~virtual_mask(problem.layout, comp)  # (B|1, H|1, nq, nv)
     q_block = problem.layout.q_block
     step = max(1, CHUNK // (4 * comp.k.shape[2] * q.shape[0] * heads) // q_block) * q_block
+    inputs = (q, out, comp.k, comp.v, comp.log_weight, comp.variance)
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     parts, sums = [], []
+    merged, total_of = (None, None) if tracked else (torch.empty_like(out, dtype=wide), torch.empty_like(lse))
     for low in range(0, q.shape[1], step):
         rows = q[:, low : low + step].transpose(1, 2).to(wide)
         s = rows @ kc.transpose(-1, -2) * problem.scale + comp.log_weight[:, :, None].to(wide)
@@ -202,9 +250,16 @@ def _merged(
         total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
         safe = total.masked_fill(total == NONE, 0.0)
         share = torch.exp(own - safe).transpose(1, 2)
-        parts.append(out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2))
-        sums.append(total[..., 0])
-    return torch.cat(parts, 1), torch.cat(sums, 2)
+        part = out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2)
+        if merged is None or total_of is None:
+            parts.append(part)
+            sums.append(total[..., 0])
+        else:  # written in place: small pieces that stay would leave the heap in holes
+            merged[:, low : low + step] = part
+            total_of[:, :, low : low + step] = total[..., 0]
+    if merged is None or total_of is None:
+        return torch.cat(parts, 1), torch.cat(sums, 2)
+    return merged, total_of
 
 
 def virtual_mask(layout: BlockLayout, comp: Compensation) -> torch.Tensor:

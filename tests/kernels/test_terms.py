@@ -10,6 +10,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, choose_backend, numeric_guard, ops, sparse_attention
+from dit_attn.kernels import terms as kernel_terms
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
 from tests.kernels.cases import LAYOUTS, TERMS, call
@@ -35,6 +36,14 @@ def test_every_term_does_what_its_formula_says(name: str, keys: bool) -> None:
     p = call(key_mask=keys, key_bias=keys)
     terms = TERMS[name](p)
     agree(attend(p, terms), definition(p, terms), 2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "none"])
+def test_long_sequences_go_head_by_head_with_the_same_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_terms, "AT_ONCE", 1)
+    for p in (call(key_mask=True, key_bias=True), call(layout=LAYOUTS["bits"]())):
+        terms = TERMS[name](p)
+        agree(attend(p, terms, "gather"), definition(p, terms), 2e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
