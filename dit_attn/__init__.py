@@ -15,6 +15,7 @@ _EXPORTS = {
     "enabled": "dit_attn.api",
     "summary": "dit_attn.api",
     "explain": "dit_attn.api",
+    "observing": "dit_attn.api",
     "supported": "dit_attn.api",
     "attn_processors": "dit_attn.api",
     "Session": "dit_attn.processors.session",
@@ -26,7 +27,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from dit_attn.api import attn_processors, disable, enable, enabled, explain, summary, supported
+    from dit_attn.api import attn_processors, disable, enable, enabled, explain, observing, summary, supported
     from dit_attn.errors import DitAttnError
     from dit_attn.processors.block_sparse import BlockSparse
     from dit_attn.processors.explain import Explanation
@@ -47,6 +48,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "observing",
     "summary",
     "supported",
 ]

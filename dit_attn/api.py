@@ -15,10 +15,10 @@ from dit_attn.processors.explain import Explanation, explain_run
 from dit_attn.processors.families import families
 from dit_attn.processors.method import Method, methods
 from dit_attn.processors.presets import method_for
-from dit_attn.processors.session import Session
+from dit_attn.processors.session import Observer, Session
 from dit_attn.processors.summary import Summary, summarize
 
-__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "summary", "supported"]
+__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported"]
 
 _COMPONENTS = ("transformer", "transformer_2")
 
@@ -67,6 +67,38 @@ def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
         disable(target)
         if before is not None:
             enable(target, *before.methods)
+
+
+@contextmanager
+def observing(target: Any, observer: Observer) -> Iterator[None]:
+    """Show every attention call of a pipeline or transformer to a function; nothing about the run changes.
+
+    Sees what the enabled methods see, or the stock run where none is enabled. Enable first, then observe. Calls of a
+    sequence that is split over devices are not shown.
+
+    Args:
+        target: a pipeline, or a transformer.
+        observer: ``observer(call, request, out)`` after every call: the call with q, k, v (B, S, H, D), its layer,
+            tokens and clock (an ``AttentionCall``); what the methods asked (``request.layout`` is ``None`` where the
+            stock path was taken); the result (B, S, H, Dv).
+
+    Raises:
+        DitAttnError: unsupported family.
+    """
+    models = _transformers(target)
+    bare = attach.session_of(models[0]) is None
+    if bare:
+        enable(target)
+    sessions = [session for model in models if (session := attach.session_of(model)) is not None]
+    for session in sessions:
+        session.observers.append(observer)
+    try:
+        yield
+    finally:
+        for session in sessions:
+            session.observers.remove(observer)
+        if bare:
+            disable(target)
 
 
 def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:

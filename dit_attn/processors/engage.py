@@ -42,6 +42,29 @@ def answer(
     """
     site.stats.calls += 1
     site.take_rows(q.shape[0])
+    request = Request()
+    out = _answered(site, q, k, v, mask, scale, causal, dropout, stock, parallel_config, request)
+    if site.session.observers and parallel_config is None:
+        call = _call(site, q, k, v, mask, scale, causal)
+        for observer in site.session.observers:
+            observer(call, request, out)
+    return out
+
+
+def _answered(
+    site: Site,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    dropout: float,
+    stock: Callable[[], torch.Tensor],
+    parallel_config: Any,
+    request: Request,
+) -> torch.Tensor:
+    """The same; what the methods asked is left in ``request``, and nothing where the stock path was taken."""
     reason = _bypass(site, mask, dropout)
     mesh = exchange = None
     if reason is None:
@@ -58,12 +81,13 @@ def answer(
     if exchange is not None:
         q, k, v, mask = exchange.scatter_heads(q, k, v, mask)
     call = _call(site, q, k, v, mask, scale, causal)
-    request, started = Request(), time.perf_counter()
+    started = time.perf_counter()
     reason = _ask(call, request)
     if reason is not None:
         return _decline(site, reason, stock)
     out = _run(call, request, mesh)
     if site.broken is not None:
+        request.layout = None
         return _decline(site, site.broken, stock)
     site.stats.seconds += time.perf_counter() - started
     return out if exchange is None else exchange.gather_heads(out)

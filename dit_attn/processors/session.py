@@ -6,6 +6,7 @@ import copy
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_attn.processors.families import Family
 from dit_attn.processors.method import Method
 from dit_attn.processors.tokens import TokenLayout, Tokens
 
+Observer = Callable[[Any, Any, torch.Tensor], None]  # AttentionCall, Request, result
 _ids = itertools.count(1)
 _SITES: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 _SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
@@ -96,6 +98,8 @@ class Session:
         layout: parts of the current input's sequence, ``None`` before the first call.
         context: what the pipeline said of the call through ``cache_context``.
         installed: whether the layers run our processors.
+        observers: called after every attention call with the call, its request (``request.layout`` is ``None`` where
+            the stock path was taken) and the result (B, S, H, Dv); see :func:`dit_attn.observing`.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Session:
         self.layout: TokenLayout | None = None
         self.context: Any = None
         self.installed = False
+        self.observers: list[Observer] = []
         self.id = next(_ids)
         self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
         _SESSIONS[self.id] = self
