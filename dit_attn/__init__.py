@@ -23,6 +23,7 @@ _EXPORTS = {
     "Explanation": "dit_attn.processors.explain",
     "Method": "dit_attn.processors.method",
     "BlockSparse": "dit_attn.processors.block_sparse",
+    "RectifiedSpaAttn": "dit_attn.processors.rectified_spaattn",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.block_sparse import BlockSparse
     from dit_attn.processors.explain import Explanation
     from dit_attn.processors.method import Method
+    from dit_attn.processors.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.session import Session
     from dit_attn.processors.summary import Summary
 
@@ -40,6 +42,7 @@ __all__ = [
     "DitAttnError",
     "Explanation",
     "Method",
+    "RectifiedSpaAttn",
     "Session",
     "Summary",
     "__version__",

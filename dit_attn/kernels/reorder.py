@@ -128,33 +128,40 @@ def token_order(
     return _kept_order(name, (t, h, w), (a, b, c), torch.device(device))
 
 
-def block_neighbours(order: TokenOrder, block: int) -> torch.Tensor:
+def block_neighbours(*orders: TokenOrder, block: int, kv_block: int | None = None) -> torch.Tensor:
     """Which blocks of a reordered sequence touch: some token of one is next to (26 neighbours) a token of the other.
 
     Args:
-        order: the order of the tokens.
-        block: tokens per block.
+        orders: the order of the tokens; of several grids, that of each, one after the other in the sequence. Tokens of
+            two grids never touch.
+        block: tokens per query block.
+        kv_block: tokens per key block, by default the same.
 
     Returns:
-        (n, n) bool, symmetric, True on the diagonal; kept for the next call.
+        (nq, nk) bool, True where a block shares a token with itself; kept for the next call.
     """
-    if block < 1:
-        raise DitAttnError(f"block must be at least 1, got {block}")
-    return _kept_neighbours(order, block)
+    kv_block = block if kv_block is None else kv_block
+    if min(block, kv_block) < 1:
+        raise DitAttnError(f"block must be at least 1, got {min(block, kv_block)}")
+    return _kept_neighbours(orders, block, kv_block)
 
 
 @lru_cache(maxsize=KEPT)
-def _kept_neighbours(order: TokenOrder, block: int) -> torch.Tensor:
-    n = ceil_div(len(order), block)
-    owner = (order.inverse // block).view(order.grid)
-    touching = torch.eye(n, dtype=torch.bool, device=owner.device)
-    for steps in product((-1, 0, 1), repeat=3):
-        here, there = owner, owner
-        for axis, step in enumerate(steps):
-            inner = owner.shape[axis] - abs(step)
-            here = here.narrow(axis, max(0, -step), inner)
-            there = there.narrow(axis, max(0, step), inner)
-        touching[here.flatten(), there.flatten()] = True
+def _kept_neighbours(orders: tuple[TokenOrder, ...], block: int, kv_block: int) -> torch.Tensor:
+    total = sum(len(order) for order in orders)
+    device = orders[0].inverse.device
+    touching = torch.zeros(ceil_div(total, block), ceil_div(total, kv_block), dtype=torch.bool, device=device)
+    start = 0
+    for order in orders:
+        place = (order.inverse + start).view(order.grid)
+        start += len(order)
+        for steps in product((-1, 0, 1), repeat=3):
+            here, there = place // block, place // kv_block
+            for axis, step in enumerate(steps):
+                inner = max(place.shape[axis] - abs(step), 0)
+                here = here.narrow(axis, min(max(0, -step), place.shape[axis]), inner)
+                there = there.narrow(axis, min(max(0, step), place.shape[axis]), inner)
+            touching[here.flatten(), there.flatten()] = True
     return touching
 
 

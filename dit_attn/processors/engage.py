@@ -87,7 +87,7 @@ def _answered(
         return _decline(site, reason, stock)
     out = _run(call, request, mesh)
     if site.broken is not None:
-        request.layout = None
+        request.layout = request.visual = None
         return _decline(site, site.broken, stock)
     site.stats.seconds += time.perf_counter() - started
     return out if exchange is None else exchange.gather_heads(out)
@@ -142,7 +142,7 @@ def _ask(call: AttentionCall, request: Request) -> str | None:
         return reason
     for method in call.site.session.methods:
         method.request(call, request)
-    if request.layout is None:
+    if request.empty:
         return request.declined[0] if request.declined else "nothing asked"
     return None
 
@@ -163,19 +163,29 @@ def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
         if not (finite if mesh is None else ulysses.all_agree(finite, mesh)):
             _break(site, "kernel gave NaN or infinity")
             return out
+        if request.max_error is not None and mesh is None:
+            stats.error = executor.sampled_error(call, request, out)
+            if not stats.error <= request.max_error:
+                _break(site, f"error {stats.error:.3g} is above max_error {request.max_error:g}")
+                return out
     stats.engaged += 1
     stats.kept += _executed_share(call, request)
     return out
 
 
 def _executed_share(call: AttentionCall, request: Request) -> float | torch.Tensor:
-    """Share of the map that is computed, rows outside the picture counted whole; no read-back from an accelerator."""
-    layout = request.layout
-    assert layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    """Share of the map that is computed, virtual keys and the rows outside the picture counted; never reads back."""
+    assert call.tokens is not None and call.tokens.visual_range is not None
     start, stop = call.tokens.visual_range
     visual = (stop - start) / call.tokens.seq_len
-    on_host = layout.kv_cnt.device.type == "cpu"
-    density = layout.density if on_host else layout.kv_cnt.float().mean() / layout.nk
+    density: float | torch.Tensor = request.share
+    if request.visual is None:
+        layout = request.layout
+        assert layout is not None
+        on_host = layout.kv_cnt.device.type == "cpu"
+        density = layout.density if on_host else layout.kv_cnt.float().mean() / layout.nk
+    if request.compensation is not None:
+        density = density + request.compensation.k.shape[2] / call.tokens.seq_len
     return visual * density + (1.0 - visual)
 
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels import BlockLayout, sparse_attention
+from dit_attn.kernels import BlockLayout, Compensation, Epilogue, sparse_attention
 from dit_attn.processors.tokens import Tokens
 
 if TYPE_CHECKING:
     from dit_attn.processors.clock import Clock
+    from dit_attn.processors.read_order import Rows
     from dit_attn.processors.session import Site
 
 MIN_TOKENS = 256  # below this a dense call is faster on every backend measured so far
@@ -63,12 +64,30 @@ class Request:
         key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
         key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
             the part of it that selection needs to know.
+        rows: visual queries, keys and values in the order the layout speaks of; ``None`` for that of the sequence.
+        compensation: virtual keys that stand for the skipped blocks.
+        epilogue: what the kernel does to the rows before it writes them.
+        visual: computes the visual rows instead of the kernel call, (B, Sv, H, Dv) in the sequence's order; called
+            once.
+        share: with ``visual``, what it costs, as a share of the visual rows' map.
+        max_error: see :class:`~dit_attn.processors.reader.Reader`.
     """
 
     layout: BlockLayout | None = None
     declined: list[str] = field(default_factory=list)
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
+    rows: Rows | None = None
+    compensation: Compensation | None = None
+    epilogue: Epilogue | None = None
+    visual: Callable[[], torch.Tensor] | None = None
+    share: float = 1.0
+    max_error: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked."""
+        return self.layout is None and self.visual is None
 
     def decline(self, reason: str) -> None:
         """Let the call pass to the stock path, for a counted reason."""
@@ -122,7 +141,7 @@ def read_mask(call: AttentionCall, request: Request, rule: str) -> str | None:
 
 
 def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Carry out a request that supplies a layout.
+    """Carry out a request.
 
     Args:
         call: the attention call.
@@ -132,19 +151,10 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     Returns:
         (B, S, H, Dv).
     """
-    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    assert call.tokens is not None and call.tokens.visual_range is not None
     start, stop = call.tokens.visual_range
     seq_len = call.q.shape[1]
-    visual = sparse_attention(
-        call.q[:, start:stop],
-        call.k,
-        call.v,
-        request.layout,
-        scale=call.scale,
-        key_mask=request.key_mask if request.key_bias is None else None,
-        key_bias=request.key_bias,
-    )
-    assert isinstance(visual, torch.Tensor)  # no log-sum is asked for
+    visual = request.visual() if request.visual is not None else _visual_rows(call, request)
     if (start, stop) == (0, seq_len):
         return visual
     out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
@@ -153,6 +163,35 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
         if low < high:
             out[:, low:high] = dense(call.q[:, low:high], call.k, call.v, _mask_rows(call.mask, low, high))
     return out
+
+
+def _visual_rows(call: AttentionCall, request: Request) -> torch.Tensor:
+    """(B, Sv, H, Dv) by the layout."""
+    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    start, stop = call.tokens.visual_range
+    rows = request.rows
+    q, k, v = (call.q[:, start:stop], call.k, call.v) if rows is None else (rows.q, rows.k, rows.v)
+    mask, bias = (request.key_mask, request.key_bias) if rows is None else (rows.key_mask, rows.key_bias)
+    out = sparse_attention(
+        q, k, v, request.layout, scale=call.scale, key_mask=mask if bias is None else None, key_bias=bias,
+        compensation=request.compensation, epilogue=request.epilogue,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)  # no log-sum is asked for
+    return out if rows is None else rows.put_back(out)
+
+
+def sampled_error(call: AttentionCall, request: Request, out: torch.Tensor, count: int = 64) -> float:
+    """Relative L2 error of the visual rows of ``out`` (B, S, H, Dv) against exact attention, on ``count`` of them."""
+    assert call.tokens is not None and call.tokens.visual_range is not None
+    start, stop = call.tokens.visual_range
+    step = max(1, (stop - start) // count)
+    mask = None
+    if request.key_bias is not None:
+        mask = request.key_bias[:, :, None].to(call.q.dtype)
+    elif request.key_mask is not None:
+        mask = request.key_mask[:, None, None]
+    exact = dense_rows(call)(call.q[:, start:stop:step], call.k, call.v, mask).float()
+    return float((out[:, start:stop:step].float() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def dense_rows(call: AttentionCall) -> Callable[..., torch.Tensor]:

@@ -204,7 +204,7 @@ def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> 
         declines.append(f"{dense} of {steps} steps: dense by setting")
     if reader.dense_layers:
         declines.append(f"layers {', '.join(map(str, reader.dense_layers))}: dense by setting")
-    if reader.density is None:
+    if reader.executed is None:
         return None, (*declines, "density: decided by the data (top_p)")
     part = (1 - min(dense, steps) / steps) * (1 - len(reader.dense_layers) / layers)
-    return part * reader.density + (1 - part), tuple(declines)
+    return part * reader.executed + (1 - part), tuple(declines)

@@ -119,7 +119,8 @@ class Method:
 
 def methods() -> dict[str, type[Method]]:
     """Every method by slug."""
-    import dit_attn.processors.block_sparse  # noqa: F401  (registers itself)
+    import dit_attn.processors.block_sparse  # they register themselves
+    import dit_attn.processors.rectified_spaattn  # noqa: F401
 
     return dict(_REGISTRY)
 

@@ -33,6 +33,7 @@ class SiteStats:
         declined: calls that took the stock path, by reason.
         kept: sum over engaged calls of the executed share of the map (all rows, all keys).
         seconds: time spent in engaged calls (host time; on an accelerator it is the time to enqueue them).
+        error: relative L2 error measured on sampled rows of the first engaged call, ``None`` where no bound is set.
     """
 
     calls: int = 0
@@ -40,6 +41,7 @@ class SiteStats:
     declined: Counter[str] = field(default_factory=Counter)
     kept: float | torch.Tensor = 0.0
     seconds: float = 0.0
+    error: float | None = None
 
 
 class Site:
@@ -53,6 +55,7 @@ class Site:
         broken: reason why this layer stays dense for the rest of the session (a failed kernel, NaN), or ``None``.
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
+        memory: what a method remembers of this layer from step to step; emptied when a new run begins.
     """
 
     def __init__(self, name: str, index: int, session: Session) -> None:
@@ -63,6 +66,7 @@ class Site:
         self.broken: str | None = None
         self.checked_run = 0
         self.rows = (0, 0)
+        self.memory: dict[Any, Any] = {}
         _SITES[self.id] = self
 
     def take_rows(self, count: int) -> None:
@@ -166,6 +170,7 @@ class Session:
             self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
+                site.memory.clear()
         self._batch = _rows(values.get("hidden_states"))
         for site in self.sites:
             site.rows = (0, 0)
@@ -199,7 +204,7 @@ class Session:
         self.clock.__init__()  # type: ignore[misc]
         self._seen_run = 0
         for site in self.sites:
-            site.stats, site.broken, site.checked_run = SiteStats(), None, 0
+            site.stats, site.broken, site.checked_run, site.memory = SiteStats(), None, 0, {}
 
     def _branch_count(self) -> int | None:
         """Branches of the guidance in this run, 1 without: by the shape of the batch, or by what the pipeline says."""

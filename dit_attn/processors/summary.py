@@ -20,6 +20,7 @@ class LayerSummary:
         density: mean executed share of the map over the engaged calls, ``None`` without one.
         seconds: time in engaged calls (host time).
         declined: calls left to the stock path, by reason.
+        error: relative L2 error on sampled rows of the first engaged call; ``None`` where no ``max_error`` is set.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerSummary:
     density: float | None
     seconds: float
     declined: dict[str, int]
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Summary:
         return (self.engaged * (self.density or 0.0) + (self.calls - self.engaged)) / self.calls
 
     @property
+    def worst_error(self) -> tuple[float, str] | None:
+        """The largest measured error and its layer, ``None`` when no method set ``max_error``."""
+        found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
+        return max(found) if found else None
+
+    @property
     def declined(self) -> dict[str, int]:
         """Calls left to the stock path, by reason."""
         total: Counter[str] = Counter()
@@ -95,6 +103,7 @@ class Summary:
             ("attention calls", f"{self.engaged} of {self.calls} engaged"),
             ("density", f"{_percent(self.density)} where engaged, {_percent(self.run_density)} over the run"),
             ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
+            *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
             *(("declined", f"{count} x {reason}") for reason, count in self.declined.items()),
         ]
         return "\n".join(f"{key:<16} {value}" for key, value in rows)
@@ -117,7 +126,9 @@ def summarize(sessions: dict[str, Session]) -> Summary:
 def _layer(prefix: str, site: Site) -> LayerSummary:
     stats = site.stats
     density = float(stats.kept) / stats.engaged if stats.engaged else None
-    return LayerSummary(prefix + site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined))
+    return LayerSummary(
+        prefix + site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined), stats.error
+    )
 
 
 def _settings(method: dict[str, Any]) -> str:

@@ -20,8 +20,13 @@ import torch
 import dit_attn
 from dit_attn.processors import attach, engage, executor, socket
 from dit_attn.processors.tokens import Tokens
+from tests.processors.rectified_reference import rectified
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
+RECTIFIED = tuple(
+    dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0, compensation=name)
+    for name in ("merge", "repo", "paper")
+)
 
 
 @dataclass
@@ -257,6 +262,18 @@ class FamilyMixin:
         assert not same(dense, sparse)
         summary = dit_attn.summary(net)
         assert summary.engaged == self.sockets and summary.density is not None and summary.density < 1.0
+
+    @pytest.mark.parametrize("settings", RECTIFIED, ids=lambda settings: settings.compensation)
+    def test_rectified_run_equals_its_equations(self, net: Any, args: Any, settings: dit_attn.RectifiedSpaAttn) -> None:
+        dit_attn.enable(net, settings)
+        with requests() as seen:
+            self.call(net, args)
+        assert len(seen) == self.sockets
+        call, request, out = seen[-1]
+        assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+        visual = slice(*call.tokens.visual_range)
+        expected = rectified(call, settings, request.layout)
+        torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
 
     def test_state_survives_another_size_and_an_exception(self, net: Any, args: Any) -> None:
         dit_attn.enable(net, SPARSE)

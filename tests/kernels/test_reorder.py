@@ -127,7 +127,7 @@ def test_touching_blocks_are_found_as_by_brute_force() -> None:
         n = int(owner[-1]) + 1
         expected = torch.zeros(n, n, dtype=torch.bool)
         expected[owner[:, None].expand_as(near)[near], owner[None].expand_as(near)[near]] = True
-        assert torch.equal(block_neighbours(plan, 7), expected)
+        assert torch.equal(block_neighbours(plan, block=7), expected)
 
 
 def test_an_order_is_built_once_and_the_store_is_bounded() -> None:
@@ -160,7 +160,7 @@ def test_gradients_go_back_to_their_tokens() -> None:
         lambda: token_order("tiles", (2, 3, 4), tile=(1, 0, 1)),
         lambda: token_order("hilbert", (2, 3, 4)).apply(torch.zeros(1, 23, 2)),
         lambda: token_order("hilbert", (2, 3, 4)).undo(torch.zeros(1, 30, 2), 1, 7),
-        lambda: block_neighbours(token_order("hilbert", (2, 3, 4)), 0),
+        lambda: block_neighbours(token_order("hilbert", (2, 3, 4)), block=0),
     ],
 )
 def test_bad_input_is_refused_in_one_line(call) -> None:  # type: ignore[no-untyped-def]

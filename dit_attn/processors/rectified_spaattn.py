@@ -1,0 +1,208 @@
+"""Rectified sparse attention: block-sparse attention that makes up for the keys it does not read.
+
+A sparse softmax is wrong in two ways: the keys it reads get too much weight, because the rest is missing from the
+denominator, and what the rest would have added is missing from the sum. The compensations here:
+
+* ``paper`` and ``repo`` (Rectified SpaAttn, arXiv 2511.19835): pooled queries and keys give an estimate A of the whole
+  map, block by block, with every text token a column of its own and every block of video weighed by its tokens (IPAR).
+  The rows are scaled by the mass R that was read and the pooled values of skipped blocks are added with their mass.
+  A gate (GAPR) leaves out blocks whose pooled product is smaller than its own first-order error; their mass is dropped
+  (``paper``: rows sum to less than 1) or added to R (``repo``, as the authors' code does).
+* ``merge``: skipped blocks enter the same softmax as virtual keys, the means of a few keys with ``ln n`` added to the
+  logit. One denominator, nothing to rescale, and every row of a block weighs them by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels import BlockLayout, Epilogue, block_scores, plan_scores, pool_blocks, pooled_compensation
+from dit_attn.kernels.layout import ceil_div
+from dit_attn.kernels.selection import block_probabilities, blocks_of_density, full_precision, pool_stats
+from dit_attn.processors.executor import AttentionCall, Request
+from dit_attn.processors.method import setting
+from dit_attn.processors.read_order import Rows, read_in_order
+from dit_attn.processors.reader import Reader
+
+COMPENSATIONS = ("none", "paper", "repo", "merge")
+ORDERS = ("hilbert", "tiles", "none")
+
+
+@dataclass(frozen=True)
+class RectifiedSpaAttn(Reader):
+    """Read the best key blocks along a space-filling curve and compensate for the others.
+
+    Attributes:
+        density: fraction of key blocks each query block reads, in (0, 1]; forced blocks count inside it. 1 is
+            bit-equal to the stock attention.
+        top_p: read further blocks until this much of the pooled softmax mass is read; ``None`` for density alone.
+        select: what blocks are ranked by: their pooled softmax ``mass``, or the ``error`` of not reading them, the mass
+            times the distance of the block's mean value to the row's output (``top_p`` is a share of it then).
+        order: order of the picture's tokens: ``hilbert`` curve, ``tiles`` (boxes) or ``none`` (row-major).
+        tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the default of 128 tokens.
+        keep: blocks always read besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
+            (every block with a token of it).
+        budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
+        compensation: ``merge``, ``paper``, ``repo`` or ``none``.
+        virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for the largest divisor of
+            ``kv_block`` up to 16.
+        variance: add half the variance of the logits under a virtual key to its logit (second order; unproven).
+        gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
+
+    Raises:
+        DitAttnError: a value out of range, or a ``virtual_block`` that does not divide ``kv_block``.
+    """
+
+    slug: ClassVar[str] = "rectified-spaattn"
+
+    density: float = setting(0.25, "fraction of key blocks kept", low=1e-6, high=1.0)
+    top_p: float | None = setting(None, "also keep blocks up to this pooled softmax mass", low=1e-6, high=1.0)
+    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
+    order: str = setting("hilbert", "order of the picture's tokens", choices=ORDERS)
+    tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
+    keep: tuple[str, ...] = setting(
+        ("diagonal",), "blocks that are always kept", choices=("diagonal", "neighbours", "first-frame")
+    )
+    budget: str = setting("inside", "forced blocks count inside density, or come on top", choices=("inside", "extra"))
+    compensation: str = setting("merge", "what makes up for skipped blocks", choices=COMPENSATIONS)
+    virtual_block: int | None = setting(None, "tokens per virtual key of merge", low=1)
+    variance: bool = setting(False, "second-order term of merge")
+    gate: bool = setting(True, "leave out blocks whose pooled product is smaller than its error (paper, repo)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):
+            raise DitAttnError(f"{self.slug}.tile must be three positive sizes (t, h, w), got {self.tile}")
+        if self.virtual_block is not None and self.kv_block % self.virtual_block:
+            raise DitAttnError(
+                f"{self.slug}.virtual_block must divide kv_block {self.kv_block}, got {self.virtual_block}"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the settings keep everything."""
+        return self.density >= 1.0 or (self.top_p or 0.0) >= 1.0
+
+    @property
+    def executed(self) -> float | None:
+        """Density and virtual keys, ``None`` with top_p."""
+        virtual = 1.0 / self.virtual if self.compensation == "merge" else 0.0
+        return None if self.top_p is not None else min(1.0, self.density + virtual)
+
+    @property
+    def virtual(self) -> int:
+        """Tokens per virtual key."""
+        if self.virtual_block is not None:
+            return self.virtual_block
+        return next(size for size in range(min(16, self.kv_block), 0, -1) if self.kv_block % size == 0)
+
+    def plan(self, call: AttentionCall, request: Request) -> None:
+        """Choose the blocks of the visual rows, and what makes up for the others."""
+        tile = None if self.tile is None else (self.tile[0], self.tile[1], self.tile[2])
+        rows = read_in_order(call, request, self.order, tile)
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        with torch.no_grad():
+            scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
+            layout = self._chosen(scores if self.select == "mass" else scores + self._spread(scores, rows), rows)
+        request.layout = layout
+        if self.compensation == "merge":
+            request.compensation = pooled_compensation(
+                rows.k, rows.v, self.virtual, key_mask=rows.key_mask, variance=self.variance
+            )
+        elif self.compensation != "none":
+            with torch.no_grad():
+                request.epilogue = self._rectified(scores, layout, rows)
+
+    def _chosen(self, scores: torch.Tensor, rows: Rows) -> BlockLayout:
+        """The layout for the budget, from (B, H, nq, nk) scores."""
+        forced = rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
+        extra = self.budget == "extra"
+        chosen = plan_scores(
+            scores,
+            density=self.density if self.top_p is None else None,
+            top_p=self.top_p,
+            k_min=blocks_of_density(self.density, scores.shape[-1]),
+            forced=None if extra else forced,
+            q_len=rows.q.shape[1], kv_len=rows.k.shape[1], q_block=self.q_block, kv_block=self.kv_block,
+        ).layout  # fmt: skip
+        if not extra:
+            return chosen
+        mask = chosen.block_mask() | (forced & (scores > float("-inf")))
+        return BlockLayout.from_mask(mask, chosen.q_len, chosen.kv_len, self.q_block, self.kv_block)
+
+    def _spread(self, scores: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """(B, H, nq, nk) log-distance of every block's mean value to the row's estimated output.
+
+        Leaving out or averaging a block moves the output by its mass times that distance, to first order.
+        """
+        values = _per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
+        with full_precision(scores.device):
+            out = block_probabilities(scores) @ values
+            distance = torch.cdist(out, values)
+        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+
+    def _rectified(self, scores: torch.Tensor, layout: BlockLayout, rows: Rows) -> Epilogue:
+        """Row scale R (B, H, nq) and addition c (B, H, nq, D) of the paper."""
+        mass = block_probabilities(scores)
+        read = layout.block_mask()
+        skipped = ~read & (scores > float("-inf"))
+        added = skipped & self._beneficial(rows) if self.gate else skipped
+        share = torch.where(added, mass, 0.0)
+        scale = torch.where(read, mass, 0.0).sum(-1) if self.compensation == "paper" else 1.0 - share.sum(-1)
+        values = _per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
+        with full_precision(share.device):
+            return Epilogue(row_scale=scale, add=share @ values)
+
+    def _beneficial(self, rows: Rows) -> torch.Tensor:
+        """(B, H, nq, nk) bool, the gate: ``|q.k| > |dq.k| + |q.dk|`` of block means and mean absolute deviations."""
+        q, dq = pool_stats(rows.q, self.q_block)
+        k, dk = (_per_query_head(x, rows) for x in pool_stats(rows.k, self.kv_block, rows.key_mask))
+        with full_precision(q.device):
+            gain = (q @ k.transpose(-1, -2)).abs()
+            return gain > (dq @ k.transpose(-1, -2)).abs() + (q @ dk.transpose(-1, -2)).abs()
+
+
+def ordered_scores(rows: Rows, q_block: int, kv_block: int, scale: float) -> torch.Tensor:
+    """Logarithm of the pooled weight of every key block: pictures by their means, every other token by itself.
+
+    Text tokens that stand side by side have little in common, and some are sinks: the mean of a block of them says
+    nothing. A block with such a token is the log-sum of its tokens; a block of picture tokens is its mean's logit plus
+    the logarithm of how many they are. A softmax over the row is the pooled map A of the paper (IPAR).
+
+    Args:
+        rows: the call in read order.
+        q_block, kv_block: tokens per block.
+        scale: softmax scale.
+
+    Returns:
+        (B, H, nq, nk) fp32; ``-inf`` for a block without a key that exists.
+    """
+    visual, seq_len = rows.order.visual, rows.k.shape[1]
+    if visual == seq_len:
+        return block_scores(rows.q, rows.k, q_block, kv_block, scale, rows.key_mask)
+    pure = visual // kv_block * kv_block
+    parts = []
+    if pure:
+        mask = None if rows.key_mask is None else rows.key_mask[:, :pure]
+        parts.append(block_scores(rows.q, rows.k[:, :pure], q_block, kv_block, scale, mask))
+    q = pool_blocks(rows.q, q_block)
+    k = _per_query_head(rows.k[:, pure:].transpose(1, 2).float(), rows)
+    with full_precision(q.device):
+        logits = q @ k.transpose(-1, -2) * scale
+    if rows.key_bias is not None:
+        logits = logits + rows.key_bias[:, :, None, pure:]
+    elif rows.key_mask is not None:
+        logits = logits.masked_fill(~rows.key_mask[:, None, None, pure:], float("-inf"))
+    blocks = ceil_div(seq_len - pure, kv_block)
+    padded = torch.nn.functional.pad(logits, (0, blocks * kv_block - logits.shape[-1]), value=float("-inf"))
+    parts.append(padded.unflatten(-1, (blocks, kv_block)).logsumexp(-1))
+    return torch.cat(parts, -1)
+
+
+def _per_query_head(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """(B, Hk, ...) repeated to (B, H, ...)."""
+    return x.repeat_interleave(rows.q.shape[2] // rows.k.shape[2], 1)
