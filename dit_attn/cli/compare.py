@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import args as flags
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, unknown
 
 if TYPE_CHECKING:
     from dit_attn.cli.compare_run import Setting
@@ -19,9 +19,20 @@ if TYPE_CHECKING:
     from dit_attn.cli.source import Source
     from dit_attn.pipelines.compare import Variant
 
+ALWAYS = ("psnr", "ssim", "none")  # need no network
 _OWN = (
     flags.Flag("seeds", "seeds of every prompt, e.g. 0,1 (default: item i gets 42 + i)", metavar="N,N"),
     flags.Flag("held-out", "so many held-out captions of the shapes world, for embedded models", int, low=1),
+    flags.Flag(
+        "metrics",
+        "scores besides PSNR and SSIM, e.g. fid-world,clip-world,lpips (default: fid-world,clip-world for "
+        "embedded models, else none; none turns them off)",
+        metavar="NAME,NAME",
+    ),
+    flags.Flag("inception", "weights of the Inception network, for fid and kid", metavar="FILE"),
+    flags.Flag("clip", "folder or Hub name of a CLIP model, for clip", metavar="MODEL"),
+    flags.Flag("lpips", "backbone of LPIPS (default: alex)", choices=("alex", "vgg", "squeeze")),
+    flags.Flag("maps", "map density and error of every layer and step on the first item (default: yes)", "on-or-off"),
     flags.Flag("show", "items on the page (default: 24); all of them are in the folder", int, low=1),
 )
 _GROUPS = {
@@ -147,11 +158,28 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def wanted_metrics(options: dict[str, Any], embedded: bool) -> tuple[str, ...]:
+    """The scores to compute besides PSNR and SSIM.
+
+    Raises:
+        DitAttnError: an unknown one.
+    """
+    from dit_attn.pipelines.quality import METRICS, WORLD
+
+    if "metrics" not in options:
+        return WORLD if embedded else ()
+    names = [name.strip() for name in options["metrics"].split(",")]
+    for name in names:
+        if name not in (*METRICS, *ALWAYS):
+            raise unknown("--metrics", name, (*METRICS, *ALWAYS))
+    return tuple(dict.fromkeys(name for name in names if name in METRICS))
+
+
 def _setting(args: argparse.Namespace) -> Setting:
     """Read and check the flags, without loading weights."""
     from dit_attn.cli import compare_run, load, source
     from dit_attn.cli import jobs as job_files
-    from dit_attn.pipelines import compare
+    from dit_attn.pipelines import compare, quality
 
     options = _options(args)
     device = load.pick_device(options.get("device", "auto"))
@@ -159,9 +187,11 @@ def _setting(args: argparse.Namespace) -> Setting:
     load.parse_loras(options.get("lora", []))
     load.quiet(show_progress=False)
     model = source.describe(options["model"], options.get("revision"))
+    options["metrics"] = wanted_metrics(options, model.kind == "embedded")
     variants = compare.with_dense(_variants(options["method"], model, options.get("preset")))
     jobs = _jobs(options, model)
     job_files.check_calls(jobs, model.pipeline)
+    quality.check(options["metrics"], compare_run.networks(options))
     dtype = load.pick_dtype(options.get("dtype", "auto"), model, device)
     folder = Path(options.get("output") or Path("outputs") / f"compare-{Path(model.path).name}").expanduser()
     return compare_run.new_setting(options, model, jobs, variants, device, dtype, folder, args.argv)
@@ -224,6 +254,12 @@ def _jobs(options: dict[str, Any], model: Source) -> list[Job]:
     jobs = job_files.make_jobs(options, model.defaults)
     if "seeds" not in options:
         return jobs
+    for line, where in job_files.read_prompts(Path(options["prompts"]).expanduser()) if "prompts" in options else ():
+        if "seed" in line:
+            raise DitAttnError(
+                f"--seeds {options['seeds']} and the seed {line['seed']} in {where} contradict each other; "
+                "leave one of them out"
+            )
     pairs = [(job, seed) for job in jobs for seed in parse_seeds(options["seeds"])]
     return [replace(job, index=index, seed=seed) for index, (job, seed) in enumerate(pairs)]
 
@@ -240,7 +276,8 @@ def _plan_text(setting: Setting) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The headline as text."""
-    rows = [("", "s/item", "speed-up [95 %]", "attention", "PSNR dB", "SSIM", "prompt met [95 %]")]
+    metrics = results["metrics"]
+    rows = [("", "s/item", "speed-up [95 %]", "attention", "PSNR dB", "SSIM", "prompt met [95 %]", *metrics)]
     for row in results["headline"]:
         verifier = row["verifier"] or {}
         rows.append(
@@ -252,6 +289,7 @@ def table(results: dict[str, Any]) -> str:
                 figure(row["psnr"], 1),
                 figure(row["ssim"], 3),
                 figure(verifier.get("whole"), 0, 100.0, "%", interval=True),
+                *(figure(row["metrics"].get(name), 3) for name in metrics),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -260,7 +298,7 @@ def table(results: dict[str, Any]) -> str:
 
 def figure(data: dict[str, Any] | None, digits: int, scale: float = 1.0, unit: str = "", interval: bool = False) -> str:
     """A figure of the results as text, "-" when there is none."""
-    if data is None:
+    if data is None or data["value"] is None:
         return "-"
     text = f"{scale * data['value']:.{digits}f}{unit}"
     if interval and data["ci95"]:

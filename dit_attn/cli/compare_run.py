@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import compare_maps, load, outputs, runner
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import load, outputs, runner
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.runner import Run
 from dit_attn.cli.source import Source
 from dit_attn.errors import DitAttnError, RunStopped
-from dit_attn.eval.report import write_report
-from dit_attn.pipelines import compare
+from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
+from dit_attn.eval.report import page
+from dit_attn.pipelines import compare, quality
 from dit_attn.pipelines.compare import Comparison, Take, Variant
 
 _TAKE = {spec.name for spec in fields(Take)}
@@ -105,19 +106,45 @@ def run_all(setting: Setting) -> dict[str, Any]:
     outputs.prepare_folder(setting.folder)
     for run in setting.runs.values():
         outputs.prepare_folder(run.folder)
-    done = find_takes(setting) if setting.options.get("resume") else {}
+    resume, wants_maps = setting.options.get("resume"), setting.options.get("maps", True)
+    done = find_takes(setting) if resume else {}
+    maps = compare_maps.find_maps(setting) if resume and wants_maps else {}
+    unmapped = compare_maps.missing(setting, maps) if wants_maps else []
     pipe = None
-    if len(done) < len(setting.jobs) * len(setting.variants):
+    if len(done) < len(setting.jobs) * len(setting.variants) or unmapped:
         pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)
         pipe.set_progress_bar_config(disable=True)
         job_files.check_inputs(setting.jobs, pipe)
     started = time.perf_counter()
-    share = attention_share(setting, pipe)
-    comparison = Comparison(setting.variants, make_all(setting, pipe, done), share)
+    comparison = Comparison(setting.variants, make_all(setting, pipe, done))
+    maps |= compare_maps.make_maps(setting, pipe, unmapped)
+    comparison.metrics = measure(setting, comparison.takes)
     results = results_of(setting, comparison, time.perf_counter() - started)
+    results["maps"] = {v.label: maps[v.label] for v in setting.variants if v.label in maps}
     outputs.write_json(results, setting.folder / "results.json")
-    write_report(results, setting.folder, setting.options.get("show", 24))
+    with outputs.whole_file(setting.folder / "report.html") as temporary:
+        temporary.write_text(page(results, setting.folder, setting.options.get("show", 24)), encoding="utf-8")
     return results
+
+
+def networks(options: dict[str, Any]) -> Networks:
+    """Where the networks of the metrics are, by the flags."""
+    inception = options.get("inception")
+    return Networks(
+        None if inception is None else Path(inception).expanduser(),
+        options.get("clip", CLIP_DEFAULT),
+        options.get("lpips", "alex"),
+    )
+
+
+def measure(setting: Setting, takes: list[Take]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The metrics, from the files in the folder, so that they come out the same after ``--resume``."""
+
+    def read(take: Take) -> Any:
+        return outputs.read_media(setting.folder / str(take.file)).frames
+
+    names = setting.options["metrics"]
+    return quality.measure(names, takes, read, networks(setting.options), setting.device)
 
 
 def find_takes(setting: Setting) -> dict[tuple[str, int], Take]:
@@ -137,6 +164,7 @@ def make_all(setting: Setting, pipe: Any, done: dict[tuple[str, int], Take]) -> 
 
     todo = {job.index: [v for v in setting.variants if (v.label, job.index) not in done] for job in setting.jobs}
     count = sum(len(missing) for missing in todo.values())
+    shares = attention_shares(setting, pipe) if count else {}
     if count:
         warm_up(setting, pipe)
     takes: list[Take] = []
@@ -147,14 +175,21 @@ def make_all(setting: Setting, pipe: Any, done: dict[tuple[str, int], Take]) -> 
             made = {}
             if missing:
                 round_ = compare.with_dense(missing)
-                for take in play(setting, pipe, job, round_, done):
+                for take in play(setting, pipe, job, round_, done, shares[job.index]):
                     made[take.variant] = take
                     bar.update((take.variant, job.index) not in done)
             takes += [done.get((v.label, job.index)) or made[v.label] for v in setting.variants]
     return takes
 
 
-def play(setting: Setting, pipe: Any, job: Job, round_: tuple[Variant, ...], done: dict[tuple[str, int], Take]) -> Any:
+def play(
+    setting: Setting,
+    pipe: Any,
+    job: Job,
+    round_: tuple[Variant, ...],
+    done: dict[tuple[str, int], Take],
+    share: float | None,
+) -> Any:
     """One round of a job; outputs and sidecars are saved as they come."""
     media: dict[str, outputs.Media] = {}
 
@@ -172,7 +207,8 @@ def play(setting: Setting, pipe: Any, job: Job, round_: tuple[Variant, ...], don
         result = runner.save_item(run, job, media["last"], seconds)
         return str(Path(str(result.file)).relative_to(setting.folder))
 
-    for take in compare.play_round(pipe, Take("", job.index, job.prompt, job.seed), round_, make, keep):
+    blank = Take("", job.index, job.prompt, job.seed, attention_share=share)
+    for take in compare.play_round(pipe, blank, round_, make, keep):
         if take.file is not None and take.error is None and (take.variant, job.index) not in done:
             remember(setting.folder / take.file, take)
         yield take
@@ -198,11 +234,12 @@ def warm_up(setting: Setting, pipe: Any) -> None:
                 continue  # it comes again with the item, and is reported there
 
 
-def attention_share(setting: Setting, pipe: Any) -> float | None:
-    """Attention's part of the operations of a step, from the pipeline or, with none loaded, from the last results."""
-    if pipe is not None:
-        return compare.share_of_attention(pipe, setting.jobs[0].call)
-    return outputs.read_sidecar(setting.folder / "results.json").get("attention_share")
+def attention_shares(setting: Setting, pipe: Any) -> dict[int, float | None]:
+    """Attention's part of the operations of a dense step of every job, by index; jobs may differ in size."""
+    sizes = {job.index: tuple(job.call.get(key) for key in ("height", "width", "num_frames")) for job in setting.jobs}
+    calls = {sizes[job.index]: job.call for job in setting.jobs}
+    shares = {size: compare.share_of_attention(pipe, call) for size, call in calls.items()}
+    return {index: shares[size] for index, size in sizes.items()}
 
 
 def results_of(setting: Setting, comparison: Comparison, seconds: float) -> dict[str, Any]:
@@ -212,7 +249,7 @@ def results_of(setting: Setting, comparison: Comparison, seconds: float) -> dict
 
     return {
         "what": "the same prompts and noise, dense and with methods in turns; times are ratios within rounds; 95 % "
-        "bootstrap intervals over items",
+        "intervals from resampling prompts with all their seeds (distances of sets: from leaving prompts out)",
         "command": setting.command,
         "commit": current_commit(),
         "versions": runner.versions(),
@@ -221,6 +258,8 @@ def results_of(setting: Setting, comparison: Comparison, seconds: float) -> dict
         "model": {key: value for key, value in setting.first.setup.items() if key != "methods"},
         "call": setting.jobs[0].call,
         "items": len(setting.jobs),
+        "prompts": len({job.prompt for job in setting.jobs}),
+        "metrics": list(setting.options["metrics"]),
         "seconds": round(seconds, 1),
         "attention_share": comparison.attention_share,
         "headline": comparison.headline(),

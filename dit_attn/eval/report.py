@@ -10,31 +10,34 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dit_attn.eval.heatmap import heatmaps
+from dit_attn.pipelines.quality import METRICS
+
 TEMPLATE = Path(__file__).with_name("report.html")
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
 LARGEST = 24 << 20  # bytes of media that are put into the page; beyond that it links to the files beside it
 COLOURS = ("#555f6b", "#1f6fb4", "#c2551b", "#2c8a4b", "#8a3fa0", "#a88400", "#b0305c", "#267f86")
 
 
-def write_report(results: dict[str, Any], folder: Path, show: int = 24) -> Path:
-    """Write ``report.html`` into the folder of a comparison.
+def page(results: dict[str, Any], folder: Path, show: int = 24) -> str:
+    """``report.html`` of the folder of a comparison.
 
     Args:
         results: ``results.json`` of ``dit-attn compare``.
         folder: where the files named in it lie.
         show: items on the page at most.
-
-    Returns:
-        The page.
     """
     items = shown_items(results, folder, show)
     rows = results["headline"]
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(f"{results['model']['model']}: methods beside dense"),
         summary="".join(f"<li>{sentence}</li>" for sentence in sentences(rows)),
         about=html.escape(about(results)),
         table=table(rows),
+        notes=notes(rows),
         plot=pareto(rows),
+        key=" ".join(f"<span>{_dot(i)}{html.escape(row['label'])}</span>" for i, row in enumerate(rows)),
+        maps=heatmaps(results["maps"], results["takes"]),
         missing=html.escape(missing(results, len(items))),
         command=html.escape(results["command"]),
         versions="".join(
@@ -43,9 +46,6 @@ def write_report(results: dict[str, Any], folder: Path, show: int = 24) -> Path:
         ),
         data=json.dumps({"labels": [row["label"] for row in rows], "items": items}).replace("<", "\\u003c"),
     )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def shown_items(results: dict[str, Any], folder: Path, show: int) -> list[dict[str, Any]]:
@@ -76,9 +76,10 @@ def about(results: dict[str, Any]) -> str:
     """One line: what ran where."""
     place = results["environment"]
     count, device = results["items"], results["device"]
+    prompts = f"{results['prompts']} prompt" + ("s" if results["prompts"] != 1 else "")
     return (
         f"{count} item{'s' if count != 1 else ''}, the same prompts and noise for everyone, in turns, on "
-        f"{place.get('hardware', device)} ({device}). Intervals are 95 %, from resampling the items."
+        f"{place.get('hardware', device)} ({device}). Intervals are 95 %, from resampling the {prompts}."
     )
 
 
@@ -110,7 +111,7 @@ def sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _unsure(figure: dict[str, Any], neutral: float) -> str:
     interval = figure["ci95"]
     if interval is None:
-        return " (one item: no interval)"
+        return " (one prompt: no interval)"
     return " (within the noise)" if interval[0] <= neutral <= interval[1] else ""
 
 
@@ -131,23 +132,52 @@ COLUMNS = (
     ("seconds per item", "seconds", 1.0, "{:.2f}"),
     ("speed-up", "speedup", 1.0, "{:.2f}x"),
     ("attention computed", "attention_flops", 100.0, "{:.0f} %"),
-    ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
-    ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
     ("prompt met", "verifier.whole", 100.0, "{:.0f} %"),
     ("attributes right", "verifier.attributes", 100.0, "{:.0f} %"),
+    ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
+    ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
+    *((metric.title, f"metrics.{name}", 1.0, "{:.3f}") for name, metric in METRICS.items()),
+    ("steadiness of motion", "temporal", 1.0, "{:.3f}"),
 )
+LOWER = {metric.title for metric in METRICS.values() if metric.better == "lower"} | {"seconds per item"}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Head and body of the table; columns without a figure are left out."""
     columns = [column for column in COLUMNS if any(_figure(row, column[1]) for row in rows)]
-    head = "".join(f'<th scope="col">{title}</th>' for title, *_ in columns)
+    head = "".join(f'<th scope="col">{title}{_better(title)}</th>' for title, *_ in columns)
     body = ""
     for i, row in enumerate(rows):
-        dot = f'<span class="dot" style="background:{COLOURS[i % len(COLOURS)]}"></span>'
         cells = "".join(f"<td>{_cell(_figure(row, key), scale, form)}</td>" for _, key, scale, form in columns)
-        body += f'<tr><th scope="row">{dot}{html.escape(row["label"])}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{_dot(i)}{_breakable(row["label"])}</th>{cells}</tr>'
     return f'<thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{body}</tbody>'
+
+
+def _breakable(label: str) -> str:
+    """A label that a narrow column breaks between settings."""
+    return html.escape(label).replace(",", ",<wbr>").replace(":", ":<wbr>")
+
+
+def _dot(i: int) -> str:
+    return f'<span class="dot" style="background:{COLOURS[i % len(COLOURS)]}"></span>'
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> str:
+    """What a reader of the network metrics must know, once each: why there is no figure, how many samples, biases."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for name, figure in row["metrics"].items():
+            title, count = METRICS[name].title, figure["n"]
+            if figure["value"] is None and row is not rows[0]:
+                found[f"{title}, {row['label']}: no figure: {figure['why']}."] = None
+            elif figure["value"] is not None:
+                more = f"; {figure['caution']}" if figure.get("caution") else ""
+                found[f"{title}: {figure['label']}, {count} item{'s' if count != 1 else ''}{more}."] = None
+    return "".join(f"<li>{html.escape(note)}</li>" for note in found)
+
+
+def _better(title: str) -> str:
+    return " <small>lower is better</small>" if title in LOWER else ""
 
 
 def _figure(row: dict[str, Any], key: str) -> dict[str, Any] | None:
@@ -158,8 +188,9 @@ def _figure(row: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def _cell(figure: dict[str, Any] | None, scale: float, form: str) -> str:
-    if figure is None:
-        return '<span class="none" title="not applicable">-</span>'
+    if figure is None or figure["value"] is None:
+        why = "not applicable" if figure is None else figure["why"]
+        return f'<span class="none" title="{html.escape(why)}">-</span>'
     text = form.format(scale * figure["value"])
     if figure["ci95"] and figure["ci95"][0] < figure["ci95"][1]:
         low, high = (form.format(scale * x).split(" ")[0] for x in figure["ci95"])

@@ -22,15 +22,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit_attn.api import disable, enabled, explain, summary
 from dit_attn.errors import DitAttnError, RunStopped
-from dit_attn.pipelines import scores
+from dit_attn.pipelines import quality, scores
+from dit_attn.pipelines.headline import headline_row
 from dit_attn.processors.method import Method
+
+if TYPE_CHECKING:
+    from dit_attn.eval.extractors import Networks
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Take:
         psnr: dB to the dense item, ``None`` where they are equal.
         ssim: to the dense item.
         equal: whether the pixels equal those of the dense item.
+        temporal: how smoothly a clip moves (``eval.errors.temporal_consistency``), ``None`` for pictures.
+        attention_share: attention's part of the floating-point operations of a dense step at the item's size.
         verdict: attributes of the caption that the pixels show; ``None`` for prompts outside the shapes world.
         error: one line, when it failed.
     """
@@ -80,6 +86,8 @@ class Take:
     psnr: float | None = None
     ssim: float | None = None
     equal: bool | None = None
+    temporal: float | None = None
+    attention_share: float | None = None
     verdict: dict[str, bool] | None = None
     error: str | None = None
 
@@ -91,28 +99,35 @@ class Comparison:
     Attributes:
         variants: the competitors, dense first.
         takes: every item of every variant.
-        attention_share: attention's part of the floating-point operations of a dense step, ``None`` when unknown.
+        metrics: scores of ``pipelines.quality`` by label and name.
         frames: (F, H, W, 3) uint8 by (label, index), for comparisons held in memory.
     """
 
     variants: tuple[Variant, ...]
     takes: list[Take]
-    attention_share: float | None = None
+    metrics: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     frames: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def attention_share(self) -> float | None:
+        """Attention's part of the operations of a dense step, mean over the items; ``None`` when unknown."""
+        known = [take.attention_share for take in self.of(DENSE.label) if take.attention_share is not None]
+        return sum(known) / len(known) if known else None
 
     def of(self, label: str) -> list[Take]:
         """The takes of one variant that did not fail."""
         return [take for take in self.takes if take.variant == label and take.error is None]
 
     def headline(self) -> list[dict[str, Any]]:
-        """One row of figures a variant, dense first; see :func:`headline_row`."""
+        """One row of figures a variant, dense first: those of ``headline_row``, and ``metrics``."""
         dense = self.of(DENSE.label)
         rows = []
         for variant in self.variants:
             failed = sum(take.variant == variant.label and take.error is not None for take in self.takes)
-            row = headline_row(self.of(variant.label), dense, self.attention_share)
+            row = headline_row(self.of(variant.label), dense)
             settings = [method.to_dict() for method in variant.methods]
-            rows.append({"label": variant.label, "methods": settings, "failed": failed, **row})
+            found = self.metrics.get(variant.label, {})
+            rows.append({"label": variant.label, "methods": settings, "failed": failed, **row, "metrics": found})
         return rows
 
 
@@ -123,6 +138,8 @@ def compare(
     *,
     seeds: Sequence[int] = (0,),
     call: dict[str, Any] | None = None,
+    metrics: Sequence[str] = (),
+    networks: Networks | None = None,
 ) -> Comparison:
     """Every prompt with every seed, dense and by every variant, held in memory.
 
@@ -132,14 +149,18 @@ def compare(
         variants: competitors besides dense.
         seeds: of the CPU generators.
         call: further arguments of the pipeline's call.
+        metrics: names of ``pipelines.quality.METRICS``, besides PSNR and SSIM.
+        networks: where the networks of the metrics are.
 
     Raises:
-        DitAttnError: two variants of one name, or a method that does not fit the pipeline.
+        DitAttnError: two variants of one name, a method that does not fit the pipeline, a metric whose network is not
+            there.
     """
     import torch
 
+    quality.check(metrics, networks)
     call, everyone = call or {}, with_dense(variants)
-    result = Comparison(everyone, [], share_of_attention(pipe, call))
+    result, share = Comparison(everyone, []), share_of_attention(pipe, call)
     items = [(prompt, seed) for prompt in prompts for seed in seeds]
 
     def run(prompt: str, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, float]:
@@ -159,8 +180,11 @@ def compare(
         def keep(variant: Variant, frames: np.ndarray, seconds: float, index: int = index) -> None:
             result.frames[variant.label, index] = frames
 
-        blank = Take("", index, prompt, seed)
+        blank = Take("", index, prompt, seed, attention_share=share)
         result.takes += list(play_round(pipe, blank, everyone, make, keep))
+    result.metrics = quality.measure(
+        metrics, result.takes, lambda take: result.frames[take.variant, take.index], networks
+    )
     return result
 
 
@@ -189,7 +213,7 @@ def play_round(
 
     Args:
         pipe: the pipeline.
-        blank: index, prompt and seed of the item.
+        blank: index, prompt, seed and share of attention of the item.
         variants: dense first: fidelity and time are taken against it.
         make: makes the item with whatever is on the pipeline: (F, H, W, 3) uint8 and seconds.
         keep: saves it, while the method is still on; the name of the file.
@@ -199,7 +223,7 @@ def play_round(
     """
     dense: tuple[np.ndarray, float] | None = None
     for variant in variants:
-        take = Take(variant.label, blank.index, blank.prompt, blank.seed)
+        take = replace(blank, variant=variant.label)
         try:
             with on(pipe, variant):
                 frames, take.seconds = make()
@@ -212,7 +236,7 @@ def play_round(
             if dense is not None:
                 take.dense_seconds = dense[1]
                 take.psnr, take.ssim, take.equal = _fidelity(dense[0], frames)
-            take.verdict = scores.verdict(frames, blank.prompt)
+            take.verdict, take.temporal = scores.verdict(frames, blank.prompt), scores.temporal(frames)
         except RunStopped:
             raise
         except Exception as error:  # whatever one take does, the others go on; the line names it
@@ -227,40 +251,6 @@ def on(pipe: Any, variant: Variant) -> AbstractContextManager[Any]:
         return enabled(pipe, *variant.methods)
     disable(pipe)
     return nullcontext()
-
-
-def headline_row(takes: Sequence[Take], dense: Sequence[Take], attention_share: float | None) -> dict[str, Any]:
-    """Figures of one variant, each ``{"value", "ci95", "n"}`` or ``None``.
-
-    Args:
-        takes: of the variant.
-        dense: of dense, for differences on the same items.
-        attention_share: attention's part of the operations of a dense step.
-
-    Returns:
-        ``items``; ``seconds`` per item; ``speedup`` (sum of dense over sum of own seconds, pairs of one round);
-        ``density`` where engaged; ``attention_flops`` (share of the dense attention work over the run);
-        ``step_flops`` and ``ceiling`` (all operations of the transformer, and the speed-up that this would allow);
-        ``psnr`` (of the items that differ), ``ssim``, ``equal`` (items with the pixels of dense); ``verifier``:
-        whole-prompt accuracy ``whole``, its difference to dense ``change``, mean over attributes ``attributes``,
-        and each attribute under ``by``.
-    """
-    pairs = [take for take in takes if take.seconds is not None and take.dense_seconds is not None]
-    kept = scores.mean_figure([take.run_density for take in takes])
-    step = None if kept is None or attention_share is None else 1.0 - attention_share * (1.0 - kept["value"])
-    return {
-        "items": len(takes),
-        "seconds": scores.mean_figure([take.seconds for take in takes]),
-        "speedup": scores.ratio_figure([t.dense_seconds or 0.0 for t in pairs], [t.seconds or 0.0 for t in pairs]),
-        "density": scores.mean_figure([take.density for take in takes]),
-        "attention_flops": kept,
-        "step_flops": step,
-        "ceiling": 1.0 / step if step else None,
-        "psnr": scores.mean_figure([take.psnr for take in takes]),
-        "ssim": scores.mean_figure([take.ssim for take in takes]),
-        "equal": sum(bool(take.equal) for take in takes),
-        "verifier": _verifier(takes, dense),
-    }
 
 
 def share_of_attention(pipe: Any, call: dict[str, Any]) -> float | None:
@@ -283,23 +273,3 @@ def as_frames(out: Any) -> np.ndarray:
 def _fidelity(dense: np.ndarray, frames: np.ndarray) -> tuple[float | None, float | None, bool]:
     found = scores.pair_scores(dense, frames)
     return found["psnr"], found["ssim"], found["equal"]
-
-
-def _verifier(takes: Sequence[Take], dense: Sequence[Take]) -> dict[str, Any] | None:
-    judged = {take.index: take.verdict for take in takes if take.verdict is not None}
-    if not judged:
-        return None
-    before = {take.index: take.verdict for take in dense if take.verdict is not None}
-    both = [index for index in judged if index in before]
-    names = dict.fromkeys(name for verdict in judged.values() for name in verdict)
-    change = scores.difference_figure([_whole(judged[i]) for i in both], [_whole(before[i]) for i in both])
-    return {
-        "whole": scores.mean_figure([_whole(verdict) for verdict in judged.values()]),
-        "change": change,
-        "attributes": scores.mean_figure([sum(v.values()) / len(v) for v in judged.values()]),
-        "by": {name: scores.mean_figure([v.get(name) for v in judged.values()]) for name in names},
-    }
-
-
-def _whole(verdict: dict[str, bool] | None) -> bool:
-    return bool(verdict) and all((verdict or {}).values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from dit_attn.errors import DitAttnError
 
 RESAMPLES = 2000
-PAIR_METRICS = ("psnr", "ssim")
+BLOCKS = 50  # of the jackknife
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,39 +76,86 @@ def verdict(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
     return verify.verify_image(frames[0], item)
 
 
-def mean_figure(values: Sequence[float | bool | None]) -> dict[str, Any] | None:
+def temporal(frames: np.ndarray) -> float | None:
+    """Temporal consistency of (F, H, W, 3) uint8 frames, ``None`` with fewer than three; see ``eval.errors``."""
+    import torch
+
+    from dit_attn.eval.errors import temporal_consistency
+
+    return temporal_consistency(torch.from_numpy(frames).permute(0, 3, 1, 2)) if len(frames) > 2 else None
+
+
+# -- figures with intervals --------------------------------------------------------------------------------------------
+
+
+def mean_figure(values: Sequence[float | bool | None], groups: Sequence[Any] | None = None) -> dict[str, Any] | None:
     """Mean of the values that exist with its 95 % bootstrap interval (percentiles): ``value``, ``ci95``, ``n``.
 
-    ``ci95`` is ``None`` with fewer than two values; the whole is ``None`` without any.
+    Args:
+        values: one an item.
+        groups: what the items share, one an item: whole groups are resampled (cluster bootstrap), since several seeds
+            of one prompt are not independent. Without them every item is its own.
+
+    Returns:
+        ``ci95`` is ``None`` with fewer than two groups; the whole is ``None`` without any value.
     """
-    found = np.array([float(value) for value in values if value is not None])
-    if not len(found):
+    found = [i for i, value in enumerate(values) if value is not None]
+    if not found:
         return None
-    return _figure(float(found.mean()), found, lambda part: part.mean(-1))
+    kept = None if groups is None else [groups[i] for i in found]
+    return ratio_figure([float(values[i] or 0.0) for i in found], [1.0] * len(found), kept)
 
 
-def ratio_figure(over: Sequence[float], under: Sequence[float]) -> dict[str, Any] | None:
+def ratio_figure(
+    over: Sequence[float], under: Sequence[float], groups: Sequence[Any] | None = None
+) -> dict[str, Any] | None:
     """Ratio of two sums of paired values with its 95 % bootstrap interval over the pairs, as :func:`mean_figure`."""
     if not len(over):
         return None
-    pairs = np.array([over, under], dtype=np.float64).T
-    return _figure(float(pairs[:, 0].sum() / pairs[:, 1].sum()), pairs, _ratio)
-
-
-def difference_figure(a: Sequence[float | bool], b: Sequence[float | bool]) -> dict[str, Any] | None:
-    """Mean of ``a - b`` over pairs with its 95 % bootstrap interval, as :func:`mean_figure`."""
-    return mean_figure([float(x) - float(y) for x, y in zip(a, b, strict=True)])
-
-
-def _ratio(part: np.ndarray) -> np.ndarray:
-    sums = part.sum(-2)
-    return sums[..., 0] / sums[..., 1]
-
-
-def _figure(value: float, items: np.ndarray, statistic: Any) -> dict[str, Any]:
+    names = list(range(len(over))) if groups is None else list(groups)
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    sums = np.zeros((len(places), 2))
+    np.add.at(sums, [places[name] for name in names], np.array([over, under], dtype=np.float64).T)
+    value = sums[:, 0].sum() / sums[:, 1].sum()
     interval = None
-    if len(items) > 1:
-        picks = np.random.default_rng(0).integers(0, len(items), (RESAMPLES, len(items)))
-        low, high = np.percentile(statistic(items[picks]), (2.5, 97.5))
+    if len(sums) > 1:
+        picks = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
+        found = sums[picks].sum(1)
+        low, high = np.percentile(found[:, 0] / found[:, 1], (2.5, 97.5))
         interval = [float(low), float(high)]
-    return {"value": value, "ci95": interval, "n": len(items)}
+    return {"value": float(value), "ci95": interval, "n": len(over)}
+
+
+def difference_figure(
+    a: Sequence[float | bool], b: Sequence[float | bool], groups: Sequence[Any] | None = None
+) -> dict[str, Any] | None:
+    """Mean of ``a - b`` over pairs with its 95 % bootstrap interval, as :func:`mean_figure`."""
+    return mean_figure([float(x) - float(y) for x, y in zip(a, b, strict=True)], groups)
+
+
+def jackknife(count: int, groups: Sequence[Any], statistic: Callable[[list[int]], float]) -> list[float] | None:
+    """95 % interval of a statistic that a bootstrap would shift (distances of sets grow when items are drawn twice).
+
+    The groups are left out one after the other (in at most ``BLOCKS`` blocks); the spread of what remains gives the
+    standard error. Efron and Stein, The Jackknife Estimate of Variance (1981).
+
+    Args:
+        count: items.
+        groups: what they share, one an item.
+        statistic: its value from the items of these positions.
+
+    Returns:
+        ``None`` with fewer than two groups, or where a value of what remains does not exist.
+    """
+    names = list(dict.fromkeys(groups))
+    blocks = min(len(names), BLOCKS)
+    if blocks < 2:
+        return None
+    block = {name: place % blocks for place, name in enumerate(names)}
+    kept = [[i for i in range(count) if block[groups[i]] != out] for out in range(blocks)]
+    if min(map(len, kept)) < 2:
+        return None
+    values = np.array([statistic(items) for items in kept])
+    error = math.sqrt((blocks - 1) / blocks * float(((values - values.mean()) ** 2).sum()))
+    whole = statistic(list(range(count)))
+    return [whole - 1.96 * error, whole + 1.96 * error]
