@@ -108,9 +108,9 @@ def _judge(judge: Judge, takes: Sequence[Take], read: Callable[[Take], np.ndarra
             dense = (take.index, images)
         beside = dense[1] if dense is not None and dense[0] == take.index else None
         try:
-            found[take.variant, take.index] = (
-                "dense was not made" if beside is None else judge(images, beside, take.prompt)
-            )
+            with torch.no_grad():
+                score = "dense was not made" if beside is None else judge(images, beside, take.prompt)
+            found[take.variant, take.index] = score
         except (DitAttnError, RuntimeError, ValueError) as error:
             found[take.variant, take.index] = str(error).splitlines()[0]
     return found
@@ -271,8 +271,7 @@ def _features(network: Any, images: torch.Tensor) -> torch.Tensor:
     """(N, D) on the CPU, a batch at a time."""
     import torch
 
-    with torch.no_grad():
-        return torch.cat([network(batch).float().cpu() for batch in images.split(32)])
+    return torch.cat([network(batch).float().cpu() for batch in images.split(32)])
 
 
 def _world_score(networks: Networks, device: Any) -> tuple[Judge, str]:

@@ -30,7 +30,7 @@ def pipe():
 def result(pipe):
     call = {**models.call_defaults("tiny-image"), "num_inference_steps": 2}
     variants = [Variant("one", (BlockSparse(density=1.0),)), Variant("half", (HALF,))]
-    return compare(pipe, [CAPTION, "a red thing"], variants, seeds=(3,), call=call)
+    return compare(pipe, [CAPTION, "a red thing"], variants, seeds=(3,), call=call, metrics=("fid-world", "clip-world"))
 
 
 def test_psnr_of_known_errors() -> None:
@@ -64,6 +64,13 @@ def test_density_one_gives_the_pixels_of_dense_and_half_does_not(result) -> None
     assert half["methods"] == [HALF.to_dict()]
 
 
+def test_metrics_are_taken_from_the_frames_in_memory(result) -> None:
+    dense, one, half = (row["metrics"] for row in result.headline())
+    assert dense["fid-world"]["value"] is None and dense["clip-world"]["n"] == 2
+    assert abs(one["fid-world"]["value"]) < 1e-6 < half["fid-world"]["value"]
+    assert one["clip-world"] == dense["clip-world"]
+
+
 def test_only_captions_of_the_world_are_judged(result) -> None:
     assert [take.verdict is None for take in result.takes] == [False] * 3 + [True] * 3
     assert result.headline()[0]["verifier"]["whole"]["n"] == 1
@@ -87,7 +94,7 @@ def test_the_ratio_of_times_is_taken_within_rounds() -> None:
 def test_bootstrap_intervals_cover_the_mean_of_known_data() -> None:
     values = np.random.default_rng(1).normal(5.0, 1.0, 400)
     found = scores.mean_figure(list(values))
-    assert found["n"] == 400
+    assert found is not None and found["n"] == 400
     low, high = found["ci95"]
     assert low < 5.0 < high and high - low == pytest.approx(2 * 1.96 / 20, rel=0.2)
     assert scores.mean_figure([None, None]) is None
