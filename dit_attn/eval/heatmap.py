@@ -1,8 +1,10 @@
-"""Heat maps of layer and step as HTML: one colour scale for all methods, every cell with its number."""
+"""Heat maps as HTML without a network: any table by :func:`heatmap`, and layer by step of all methods of a comparison
+on one colour scale by :func:`heatmaps`. Every cell gives its number."""
 
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,12 +12,84 @@ from typing import Any
 # Dark to light, even in lightness and told apart with any colour vision: points of matplotlib's cividis.
 SCALE = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))
 MOST_CELLS = 6000  # per map; beyond that neighbouring steps share a cell
+LEVELS = 48  # colours of a map whose cells are drawn colour by colour
 KINDS = {
     "density": ("Attention computed", "share of the map, 1 is dense"),
     "error": ("Error of the result", "relative L2 distance to exact attention, 0 is exact"),
 }
 
 Table = Sequence[Sequence[float | None]]
+
+
+def heatmap(
+    values: Table,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    unit: str,
+    scale: tuple[float, float] | None = None,
+) -> str:
+    """A table as a figure: caption, colour bar, map, ends of both axes and the extremes in words.
+
+    The SVG has one path a colour, not one element a cell, so that a page can hold many; the words of a cell are put
+    together from ``data-rows``, ``data-columns`` and ``data-values`` by the page.
+
+    Args:
+        values: rows x columns; ``None`` and NaN are holes.
+        rows, columns: their names, first on top and at the left.
+        title: caption; also what a reader without a picture hears, with the extremes.
+        unit: of the values, in a few words.
+        scale: values of the darkest and the lightest colour; ``None``: 0 (or the least value below) to the largest.
+    """
+    clean = [[None if x is None or math.isnan(x) else float(x) for x in row] for row in values]
+    known = list(_known(clean))
+    if not known:
+        return f'<figure class="map"><figcaption>{html.escape(title)}</figcaption><p class="soft">no values</p></figure>'
+    low, high = scale or (min(0.0, *known), _nice(max(known)) if min(known) >= 0 else max(known))
+    table, share = _joined(clean), math.ceil(len(columns) / len(_joined(clean)[0]))
+    groups = [columns[x : x + share] for x in range(0, len(columns), share)]
+    labels = [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
+    words = f"{unit}; mean {sum(known) / len(known):.3g}, {_ends(clean, rows, columns)}"
+    data = {"rows": list(rows), "columns": labels, "values": [[_short(x) for x in row] for row in table]}
+    said = {f"data-{key}": json.dumps(value, separators=(",", ":")) for key, value in data.items()}
+    said |= {"aria-label": f"{title}: {words}", "style": f"--rows:{len(rows)}"}
+    attributes = " ".join(f'{key}="{html.escape(value)}"' for key, value in said.items())
+    return (
+        f'<figure class="map"><figcaption>{html.escape(title)}</figcaption><div class="ends soft"><span>{low:.3g}</span>'
+        f'<span class="bar" style="{_bar()}"></span><span>{high:.3g}</span></div>'
+        f'<svg viewBox="0 0 {len(table[0])} {len(table)}" preserveAspectRatio="none" role="img" {attributes}>'
+        f'{_paths(table, low, high)}</svg><div class="ends soft"><span>{html.escape(columns[0])}</span>'
+        f"<span>{html.escape(rows[0])} on top, {html.escape(rows[-1])} below</span>"
+        f'<span>{html.escape(columns[-1])}</span></div><p class="soft">{html.escape(words)}</p></figure>'
+    )
+
+
+def _paths(table: Table, low: float, high: float) -> str:
+    """The cells of a map, one path a colour."""
+    cells: dict[str, list[str]] = {}
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            if value is not None:
+                place = (value - low) / ((high - low) or 1.0)
+                colour = _rgb(round(min(max(place, 0.0), 1.0) * (LEVELS - 1)) / (LEVELS - 1))
+                cells.setdefault(colour, []).append(f"M{x} {y}h1v1h-1z")
+    return "".join(f'<path fill="{colour}" d="{"".join(parts)}"/>' for colour, parts in cells.items())
+
+
+def _ends(table: Table, rows: Sequence[str], columns: Sequence[str]) -> str:
+    """Where a map is least and largest, in words."""
+    known = [(value, y, x) for y, row in enumerate(table) for x, value in enumerate(row) if value is not None]
+    ends = {"least": min(known), "largest": max(known)}
+    return ", ".join(f"{word} {value:.3g} in {rows[y]}, {columns[x]}" for word, (value, y, x) in ends.items())
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _bar() -> str:
+    stops = ", ".join(_rgb(i / (len(SCALE) - 1)) for i in range(len(SCALE)))
+    return f"background:linear-gradient(90deg, {stops})"
 
 
 def heatmaps(maps: dict[str, dict[str, Any]], takes: Sequence[dict[str, Any]]) -> str:
@@ -65,10 +139,9 @@ def overhead(maps: dict[str, dict[str, Any]], takes: Sequence[dict[str, Any]]) -
 def legend(kind: str, top: float) -> str:
     """Title and colour bar of one kind of map."""
     title, meaning = KINDS[kind]
-    stops = ", ".join(_rgb(i / (len(SCALE) - 1)) for i in range(len(SCALE)))
     return (
         f'<div class="legend"><b>{title}</b> <span class="soft">{meaning}</span><div class="ends"><span>0</span>'
-        f'<span class="bar" style="background:linear-gradient(90deg, {stops})"></span><span>{top:g}</span></div></div>'
+        f'<span class="bar" style="{_bar()}"></span><span>{top:g}</span></div></div>'
     )
 
 
