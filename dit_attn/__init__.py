@@ -24,6 +24,7 @@ _EXPORTS = {
     "Method": "dit_attn.processors.method",
     "BlockSparse": "dit_attn.processors.block_sparse",
     "RectifiedSpaAttn": "dit_attn.processors.rectified_spaattn",
+    "ReTtention": "dit_attn.processors.re_ttention",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.block_sparse import BlockSparse
     from dit_attn.processors.explain import Explanation
     from dit_attn.processors.method import Method
+    from dit_attn.processors.re_ttention import ReTtention
     from dit_attn.processors.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.session import Session
     from dit_attn.processors.summary import Summary
@@ -42,6 +44,7 @@ __all__ = [
     "DitAttnError",
     "Explanation",
     "Method",
+    "ReTtention",
     "RectifiedSpaAttn",
     "Session",
     "Summary",

@@ -77,7 +77,7 @@ class BlockLayout:
     elements: ElementMask | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(self.q_len, self.kv_len, self.q_block, self.kv_block)
+        check_sizes(self.q_len, self.kv_len, self.q_block, self.kv_block)
         if (self.n_full is None) != (self.elements is None):
             raise DitAttnError("BlockLayout needs n_full and elements together, or neither; see from_parts")
         if self.n_full is not None and self.n_full.shape != self.kv_cnt.shape:
@@ -102,7 +102,7 @@ class BlockLayout:
         device: torch.device | str | None = None,
     ) -> BlockLayout:
         """Every query block reads every key block."""
-        _check_sizes(q_len, kv_len, q_block, kv_block)
+        check_sizes(q_len, kv_len, q_block, kv_block)
         nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
         idx = torch.arange(nk, dtype=torch.int32, device=device).expand(1, 1, nq, nk).contiguous()
         cnt = torch.full((1, 1, nq), nk, dtype=torch.int32, device=device)
@@ -423,14 +423,14 @@ def _block_tokens(seq: int, block: int, device: torch.device) -> torch.Tensor:
     return tokens
 
 
-def _check_sizes(q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
+def check_sizes(q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
     for name, size in (("q_len", q_len), ("kv_len", kv_len), ("q_block", q_block), ("kv_block", kv_block)):
         if size < 1:
             raise DitAttnError(f"{name} of a BlockLayout must be at least 1, got {size}")
 
 
 def _check_blocks(name: str, x: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
-    _check_sizes(q_len, kv_len, q_block, kv_block)
+    check_sizes(q_len, kv_len, q_block, kv_block)
     expected = (ceil_div(q_len, q_block), ceil_div(kv_len, kv_block))
     if x.ndim != 4 or tuple(x.shape[-2:]) != expected:
         raise DitAttnError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.layout import BlockLayout, ceil_div, check_sizes
 from dit_attn.kernels.masks import BandMask, BitMask, ElementMask, SegmentMask, WindowMask, pack_bits
 
 if TYPE_CHECKING:
@@ -218,6 +218,46 @@ def from_segments(
     whole = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
     sizes = (q_ids.shape[1], k_ids.shape[1], q_block, kv_block)
     return BlockLayout.from_parts(whole[:, None], read[:, None], SegmentMask(q_ids, k_ids), *sizes)
+
+
+def from_rule(
+    rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    q_len: int,
+    kv_len: int,
+    *,
+    q_block: int = 128,
+    kv_block: int = 128,
+    device: torch.device | str = "cpu",
+) -> BlockLayout:
+    """From any rule, evaluated pair by pair, one query block at a time; its partial blocks are kept as bits.
+
+    Quadratic work, linear memory: for patterns that are made once per shape and kept.
+
+    Args:
+        rule: ``rule(n, m)`` says whether queries n (q, 1) read keys m (1, S): bool (q, S); positions as int64.
+        q_len, kv_len: tokens.
+        q_block, kv_block: tokens per block.
+        device: where the lists shall be and the rule is evaluated.
+    """
+    check_sizes(q_len, kv_len, q_block, kv_block)
+    nk, keys = ceil_div(kv_len, kv_block), torch.arange(kv_len, device=device)[None]
+    whole, partial, bits = [], [], []
+    for low in range(0, q_len, q_block):
+        queries = torch.arange(low, min(low + q_block, q_len), device=device)[:, None]
+        read = rule(queries, keys).expand(len(queries), -1)
+        missing = torch.nn.functional.pad(~read, (0, nk * kv_block - kv_len)).unflatten(1, (nk, kv_block))
+        read = torch.nn.functional.pad(read, (0, nk * kv_block - kv_len)).unflatten(1, (nk, kv_block))
+        some = read.any(2).any(0)
+        full = some & ~missing.any(2).any(0)
+        whole.append(full)
+        partial.append(some & ~full)
+        words = torch.nn.functional.pad(read[:, some & ~full], (0, 0, 0, 0, 0, q_block - len(queries)))
+        bits.append(pack_bits(words.transpose(0, 1)))
+    entries = max(len(words) for words in bits)
+    padded = [torch.nn.functional.pad(words, (0, 0, 0, 0, 0, entries - len(words))) for words in bits]
+    mask = BitMask(torch.stack(padded)[None, None])
+    sizes = (q_len, kv_len, q_block, kv_block)
+    return BlockLayout.from_parts(torch.stack(whole)[None, None], torch.stack(partial)[None, None], mask, *sizes)
 
 
 def from_lengths(lengths: torch.Tensor, total: int, *, q_block: int = 128, kv_block: int = 128) -> BlockLayout:

@@ -16,6 +16,7 @@ An order is built once per shape and device and kept; it never depends on data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,6 +105,7 @@ def token_order(
       steps (less than 1 % in grids of videos) skip tokens: by 2 along an axis, 3 in grids of a few tokens.
     - ``tiles``: boxes of ``tile`` tokens, walked to and fro so that each box touches the one before; inside a box time
       runs fastest, then width, then height. Boxes at the far borders are cut off where the grid ends.
+    - ``columns``: row-major by place, time runs fastest: all frames of a place stand together.
     - ``identity``: row-major, nothing moves.
 
     Args:
@@ -181,6 +183,10 @@ def _kept_order(name: str, grid: Grid, tile: Grid, device: torch.device) -> Toke
 
 def _identity(grid: Grid, tile: Grid) -> torch.Tensor:
     return torch.arange(grid[0] * grid[1] * grid[2])
+
+
+def _columns(grid: Grid, tile: Grid) -> torch.Tensor:
+    return torch.arange(math.prod(grid)).view(grid).permute(1, 2, 0).flatten()
 
 
 def _tiles(grid: Grid, tile: Grid) -> torch.Tensor:
@@ -284,4 +290,5 @@ ORDERS: dict[str, Callable[[Grid, Grid], torch.Tensor]] = {
     "identity": _identity,
     "hilbert": _hilbert,
     "tiles": _tiles,
+    "columns": _columns,
 }

@@ -163,11 +163,11 @@ def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
         if not (finite if mesh is None else ulysses.all_agree(finite, mesh)):
             _break(site, "kernel gave NaN or infinity")
             return out
-        if request.max_error is not None and mesh is None:
-            stats.error = executor.sampled_error(call, request, out)
-            if not stats.error <= request.max_error:
-                _break(site, f"error {stats.error:.3g} is above max_error {request.max_error:g}")
-                return out
+    if request.max_error is not None and stats.error is None and mesh is None:
+        stats.error = executor.sampled_error(call, request, out)
+        if not stats.error <= request.max_error:
+            _break(site, f"error {stats.error:.3g} is above max_error {request.max_error:g}")
+            return out
     stats.engaged += 1
     stats.kept += _executed_share(call, request)
     return out

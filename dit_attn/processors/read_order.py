@@ -96,7 +96,7 @@ class Rows:
 
 
 def read_in_order(call: AttentionCall, request: Request, name: str, tile: Grid | None = None) -> Rows:
-    """The tensors of ``call`` in the order ``name`` (``hilbert``, ``tiles`` or ``none``); ``request`` keeps them."""
+    """The tensors of ``call`` in the order ``name`` (of ``ORDERS``, or ``none``); ``request`` keeps them."""
     assert call.tokens is not None and call.tokens.visual_range is not None
     order = read_order(call.tokens, name, tile, call.q.device)
     start, stop = call.tokens.visual_range
@@ -124,7 +124,7 @@ def read_order(tokens: Tokens, name: str, tile: Grid | None, device: torch.devic
 
     Args:
         tokens: the resolved sequence, its visual tokens consecutive.
-        name: ``hilbert``, ``tiles`` or ``none`` (as they are).
+        name: of :data:`~dit_attn.kernels.reorder.ORDERS`, or ``none`` (as they are).
         tile: (t, h, w) of ``tiles``.
         device: where it lives.
     """

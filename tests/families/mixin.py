@@ -19,8 +19,10 @@ import torch
 
 import dit_attn
 from dit_attn.processors import attach, engage, executor, socket
+from dit_attn.processors.re_ttention import MASKS
 from dit_attn.processors.tokens import Tokens
 from tests.processors.rectified_reference import rectified
+from tests.processors.reshaped_reference import read_pairs, reshaped
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
 RECTIFIED = tuple(
@@ -273,6 +275,27 @@ class FamilyMixin:
         assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
         visual = slice(*call.tokens.visual_range)
         expected = rectified(call, settings, request.layout)
+        torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("mask", sorted(MASKS))
+    def test_reshaped_run_equals_its_equations(self, net: Any, args: Any, mask: str) -> None:
+        settings = dit_attn.ReTtention(density=0.2, mask=mask, q_block=32, kv_block=32, dense_steps=0, stagger=False)
+        session = dit_attn.enable(net, settings)
+        name = session.family.timestep
+        later = dict(args)
+        small = 1 if float(args[name].max()) > 1.0 else 0.01
+        later[name] = args[name] + small if session.family.time_grows else args[name] - small
+        with requests() as seen:
+            self.call(net, args)
+            layout = next(iter(session.sites[-1].memory.values())).layout
+            self.call(net, later)
+        refreshes, answers = seen[: self.sockets], seen[self.sockets :]
+        assert len(refreshes) == len(answers) == self.sockets
+        call, _, out = answers[-1]
+        pairs = read_pairs(call, layout, MASKS[mask])
+        assert call.tokens is not None and call.tokens.visual_range is not None
+        visual = slice(*call.tokens.visual_range)
+        expected = reshaped(refreshes[-1][0], call, pairs)
         torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
 
     def test_state_survives_another_size_and_an_exception(self, net: Any, args: Any) -> None:
