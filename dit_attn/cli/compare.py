@@ -276,6 +276,8 @@ def _plan_text(setting: Setting) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The headline as text."""
+    from dit_attn.pipelines.quality import METRICS
+
     metrics = results["metrics"]
     rows = [("", "s/item", "speed-up [95 %]", "attention", "PSNR dB", "SSIM", "prompt met [95 %]", *metrics)]
     for row in results["headline"]:
@@ -289,7 +291,7 @@ def table(results: dict[str, Any]) -> str:
                 figure(row["psnr"], 1),
                 figure(row["ssim"], 3),
                 figure(verifier.get("whole"), 0, 100.0, "%", interval=True),
-                *(figure(row["metrics"].get(name), 3) for name in metrics),
+                *(figure(row["metrics"].get(name), METRICS[name].digits) for name in metrics),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

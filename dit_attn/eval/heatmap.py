@@ -13,6 +13,7 @@ from typing import Any
 SCALE = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))
 MOST_CELLS = 6000  # per map; beyond that neighbouring steps share a cell
 LEVELS = 48  # colours of a map whose cells are drawn colour by colour
+ROUND = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)  # where a scale may end, times a power of ten
 KINDS = {
     "density": ("Attention computed", "share of the map, 1 is dense"),
     "error": ("Error of the result", "relative L2 distance to exact attention, 0 is exact"),
@@ -42,11 +43,11 @@ def heatmap(
         scale: values of the darkest and the lightest colour; ``None``: 0 (or the least value below) to the largest.
     """
     clean = [[None if x is None or math.isnan(x) else float(x) for x in row] for row in values]
-    known = list(_known(clean))
+    known, caption = list(_known(clean)), f"<figcaption>{html.escape(title)}</figcaption>"
     if not known:
-        return f'<figure class="map"><figcaption>{html.escape(title)}</figcaption><p class="soft">no values</p></figure>'
+        return f'<figure class="map">{caption}<p class="soft">no values</p></figure>'
     low, high = scale or (min(0.0, *known), _nice(max(known)) if min(known) >= 0 else max(known))
-    table, share = _joined(clean), math.ceil(len(columns) / len(_joined(clean)[0]))
+    table, share = _joined(clean), _share(clean)
     groups = [columns[x : x + share] for x in range(0, len(columns), share)]
     labels = [group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}" for group in groups]
     words = f"{unit}; mean {sum(known) / len(known):.3g}, {_ends(clean, rows, columns)}"
@@ -55,7 +56,7 @@ def heatmap(
     said |= {"aria-label": f"{title}: {words}", "style": f"--rows:{len(rows)}"}
     attributes = " ".join(f'{key}="{html.escape(value)}"' for key, value in said.items())
     return (
-        f'<figure class="map"><figcaption>{html.escape(title)}</figcaption><div class="ends soft"><span>{low:.3g}</span>'
+        f'<figure class="map">{caption}<div class="ends soft"><span>{low:.3g}</span>'
         f'<span class="bar" style="{_bar()}"></span><span>{high:.3g}</span></div>'
         f'<svg viewBox="0 0 {len(table[0])} {len(table)}" preserveAspectRatio="none" role="img" {attributes}>'
         f'{_paths(table, low, high)}</svg><div class="ends soft"><span>{html.escape(columns[0])}</span>'
@@ -206,8 +207,8 @@ def _known(table: Table) -> Iterator[float]:
 
 def _joined(table: Table) -> Table:
     """The table with neighbouring steps averaged until it is small enough to draw."""
-    share = math.ceil(len(table) * len(table[0]) / MOST_CELLS)
-    if share <= 1:
+    share = _share(table)
+    if share == 1:
         return table
     found = []
     for row in table:
@@ -216,12 +217,17 @@ def _joined(table: Table) -> Table:
     return found
 
 
+def _share(table: Table) -> int:
+    """Columns that one cell stands for."""
+    return max(1, math.ceil(len(table) * len(table[0]) / MOST_CELLS))
+
+
 def _nice(top: float) -> float:
-    """``top`` or a little more, with one digit."""
+    """``top`` or a little more, a round number."""
     if top <= 0.0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(top))
-    return math.ceil(top / power - 1e-9) * power
+    return next(round(step * power, 12) for step in ROUND if step * power >= top * (1 - 1e-9))
 
 
 def _rgb(share: float) -> str:

@@ -136,7 +136,7 @@ COLUMNS = (
     ("attributes right", "verifier.attributes", 100.0, "{:.0f} %"),
     ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
     ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
-    *((metric.title, f"metrics.{name}", 1.0, "{:.3f}") for name, metric in METRICS.items()),
+    *((metric.title, f"metrics.{name}", 1.0, f"{{:.{metric.digits}f}}") for name, metric in METRICS.items()),
     ("steadiness of motion", "temporal", 1.0, "{:.3f}"),
 )
 LOWER = {metric.title for metric in METRICS.values() if metric.better == "lower"} | {"seconds per item"}
@@ -173,6 +173,8 @@ def notes(rows: Sequence[dict[str, Any]]) -> str:
             elif figure["value"] is not None:
                 more = f"; {figure['caution']}" if figure.get("caution") else ""
                 found[f"{title}: {figure['label']}, {count} item{'s' if count != 1 else ''}{more}."] = None
+    if any(row.get("temporal") for row in rows):
+        found["Steadiness of motion: 1 moves evenly, below 0 flickers; compare with dense."] = None
     return "".join(f"<li>{html.escape(note)}</li>" for note in found)
 
 

@@ -39,6 +39,7 @@ class Metric:
         better: ``"higher"`` or ``"lower"``.
         distance: of two sets of features, for metrics of sets; ``None`` where the judge gives one number an item.
         of_dense: whether dense has a figure of its own.
+        digits: after the point, in tables.
     """
 
     judge: str
@@ -46,6 +47,7 @@ class Metric:
     better: str
     distance: Callable[[torch.Tensor, torch.Tensor], float] | None = None
     of_dense: bool = False
+    digits: int = 3
 
 
 def check(names: Iterable[str], networks: Networks | None = None) -> None:
@@ -303,10 +305,10 @@ JUDGES: dict[str, Callable[[Networks, Any], tuple[Judge, str]]] = {
 METRICS: dict[str, Metric] = {
     "ms-ssim": Metric("five scales", "MS-SSIM to dense", "higher"),
     "lpips": Metric("lpips", "LPIPS to dense", "lower"),
-    "fid": Metric("inception-v3", "FID to dense", "lower", frechet),
+    "fid": Metric("inception-v3", "FID to dense", "lower", frechet, digits=2),
     "kid": Metric("inception-v3", "KID to dense", "lower", kernel_distance),
-    "clip": Metric("clip", "CLIP score", "higher", of_dense=True),
-    "fid-world": Metric("world-clip", "FID-world to dense", "lower", frechet),
+    "clip": Metric("clip", "CLIP score", "higher", of_dense=True, digits=1),
+    "fid-world": Metric("world-clip", "FID-world to dense", "lower", frechet, digits=2),
     "kid-world": Metric("world-clip", "KID-world to dense", "lower", kernel_distance),
-    "clip-world": Metric("world-clip score", "CLIP-world score", "higher", of_dense=True),
+    "clip-world": Metric("world-clip score", "CLIP-world score", "higher", of_dense=True, digits=1),
 }

@@ -24,6 +24,18 @@ def first(compare):
     return lambda *words: compare("--prompt", CAPTION, "--seeds", "0,1", *SMALL, *METHOD, *words)
 
 
+def counted(monkeypatch):
+    """Indices of the jobs that are run from here on."""
+    made, real = [], runner.call_pipeline
+
+    def call(pipe, job):
+        made.append(job.index)
+        return real(pipe, job)
+
+    monkeypatch.setattr(runner, "call_pipeline", call)
+    return made
+
+
 def test_every_prompt_and_seed_is_made_by_everyone_with_files_and_figures(first, tmp_path):
     outcome = first("--json")
     assert outcome.code == 0, outcome.err
@@ -68,9 +80,7 @@ def test_maps_are_kept_and_made_again_only_for_other_settings(first, tmp_path, m
     assert after["maps"] == before["maps"] and after["headline"] == before["headline"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    calls = []
-    real = runner.call_pipeline
-    monkeypatch.setattr(runner, "call_pipeline", lambda pipe, job: calls.append(job.index) or real(pipe, job))
+    calls = counted(monkeypatch)
     next((tmp_path / "out").glob("*/maps.json")).unlink()
     assert json.loads(first("--json", "--resume").out)["maps"].keys() == before["maps"].keys() and calls == [0]
 
@@ -166,9 +176,7 @@ def test_other_models_get_no_metrics_unasked():
 
 def test_resume_makes_nothing_that_is_there_and_only_what_is_missing(first, tmp_path, monkeypatch):
     assert first().code == 0
-    made = []
-    real = runner.call_pipeline
-    monkeypatch.setattr(runner, "call_pipeline", lambda pipe, job: made.append(job.index) or real(pipe, job))
+    made = counted(monkeypatch)
     before = json.loads((tmp_path / "out/results.json").read_text())
     assert first("--resume").code == 0 and made == []
     assert json.loads((tmp_path / "out/results.json").read_text())["takes"] == before["takes"]

@@ -115,7 +115,7 @@ def test_metrics_of_networks_say_who_judged_how_many_and_why_there_is_none(tmp_p
     for one, score in zip(results["headline"], found, strict=True):
         one["metrics"] = {"fid-world": score}
     html = page(results, tmp_path).read_text()
-    assert "FID-world to dense <small>lower is better</small>" in html and "3.250 <small>3.150 to 3.350" in html
+    assert "FID-world to dense <small>lower is better</small>" in html and "3.25 <small>3.15 to 3.35" in html
     text = re.sub(r"<[^>]+>", "", html)
     assert "fid-world (world-clip, against dense), 4 items; 4 images for 96 features: biased." in text
     assert "no figure: fid-world needs at least 2 items." in text and "no figure: dense is what" not in text
@@ -131,6 +131,11 @@ def test_maps_share_one_scale_and_say_every_number(tmp_path: Path) -> None:
     assert colour["0.33"] == heatmap._rgb(0.33 / 0.4) and colour["0.1"] == heatmap._rgb(0.1 / 0.4)  # 0.4 ends both
     assert "largest 0.330 in blocks.1 at step 2" in html and "a &lt;red&gt; circle" in html
     assert "3.0 s an item with watching, 2.0 s without" in html
+
+
+@pytest.mark.parametrize(("largest", "end"), [(0.33, 0.4), (1.024, 1.2), (0.1, 0.1), (0.0301, 0.04), (0.0, 1.0)])
+def test_a_scale_ends_at_a_round_number_that_holds_everything(largest: float, end: float) -> None:
+    assert heatmap._nice(largest) == pytest.approx(end)
 
 
 def test_lightness_rises_along_the_scale() -> None:
