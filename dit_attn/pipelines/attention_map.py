@@ -102,7 +102,7 @@ def exact(call: AttentionCall, picks: torch.Tensor) -> torch.Tensor:
     """(B, R, H, Dv) fp32: dense attention of the query rows ``picks`` (R,), a few heads at a time."""
     batch, length, kv_heads, dim = call.k.shape
     group = call.q.shape[2] // kv_heads
-    mask = _mask(call, picks)
+    mask = picked_mask(call, picks)
     at_once = max(1, _AT_ONCE // (batch * length * dim))
     parts = []
     for low in range(0, kv_heads, at_once):
@@ -114,7 +114,7 @@ def exact(call: AttentionCall, picks: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, 1).transpose(1, 2)
 
 
-def _mask(call: AttentionCall, picks: torch.Tensor) -> torch.Tensor | None:
+def picked_mask(call: AttentionCall, picks: torch.Tensor) -> torch.Tensor | None:
     """The model's mask for the picked rows, (B, H, R, S) or broadcastable to it."""
     mask = call.mask
     if mask is None:
