@@ -276,7 +276,7 @@ def _plan_text(setting: Setting) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The headline as text."""
-    from dit_attn.pipelines.quality import METRICS
+    from dit_attn.eval.columns import COLUMNS
 
     metrics = results["metrics"]
     rows = [("", "s/item", "speed-up [95 %]", "attention", "PSNR dB", "SSIM", "prompt met [95 %]", *metrics)]
@@ -291,7 +291,7 @@ def table(results: dict[str, Any]) -> str:
                 figure(row["psnr"], 1),
                 figure(row["ssim"], 3),
                 figure(verifier.get("whole"), 0, 100.0, "%", interval=True),
-                *(figure(row["metrics"].get(name), METRICS[name].digits) for name in metrics),
+                *(figure(row["metrics"].get(name), COLUMNS[name].digits) for name in metrics),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

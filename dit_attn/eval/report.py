@@ -10,8 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dit_attn.eval.columns import COLUMNS as METRICS
 from dit_attn.eval.heatmap import heatmaps
-from dit_attn.pipelines.quality import METRICS
 
 TEMPLATE = Path(__file__).with_name("report.html")
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}

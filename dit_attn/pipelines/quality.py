@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.eval.columns import COLUMNS
 from dit_attn.pipelines import scores
 
 if TYPE_CHECKING:
@@ -31,23 +32,17 @@ WORLD = ("fid-world", "clip-world")  # the choice for embedded models
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of a comparison.
+    """A metric of a comparison; ``eval.columns`` has its name in tables.
 
     Attributes:
         judge: key of ``JUDGES``: the network, loaded once for all metrics that read it.
-        title: for tables.
-        better: ``"higher"`` or ``"lower"``.
         distance: of two sets of features, for metrics of sets; ``None`` where the judge gives one number an item.
         of_dense: whether dense has a figure of its own.
-        digits: after the point, in tables.
     """
 
     judge: str
-    title: str
-    better: str
     distance: Callable[[torch.Tensor, torch.Tensor], float] | None = None
     of_dense: bool = False
-    digits: int = 3
 
 
 def check(names: Iterable[str], networks: Networks | None = None) -> None:
@@ -122,7 +117,7 @@ def _figure(name: str, label: str, takes: Sequence[Take], network: str, seen: di
     """One cell of the table."""
     metric = METRICS[name]
     against = "" if metric.of_dense else ", against dense"
-    facts = {"label": f"{name} ({network}{against})", "better": metric.better}
+    facts = {"label": f"{name} ({network}{against})", "better": COLUMNS[name].better}
     if label == DENSE and not metric.of_dense:
         return {"value": None, "ci95": None, "n": 0, **facts, "why": "dense is what the others are compared with"}
     own = [take for take in takes if take.variant == label]
@@ -303,12 +298,12 @@ JUDGES: dict[str, Callable[[Networks, Any], tuple[Judge, str]]] = {
     "world-clip score": _world_score,
 }
 METRICS: dict[str, Metric] = {
-    "ms-ssim": Metric("five scales", "MS-SSIM to dense", "higher"),
-    "lpips": Metric("lpips", "LPIPS to dense", "lower"),
-    "fid": Metric("inception-v3", "FID to dense", "lower", frechet, digits=2),
-    "kid": Metric("inception-v3", "KID to dense", "lower", kernel_distance),
-    "clip": Metric("clip", "CLIP score", "higher", of_dense=True, digits=1),
-    "fid-world": Metric("world-clip", "FID-world to dense", "lower", frechet, digits=2),
-    "kid-world": Metric("world-clip", "KID-world to dense", "lower", kernel_distance),
-    "clip-world": Metric("world-clip score", "CLIP-world score", "higher", of_dense=True, digits=1),
+    "ms-ssim": Metric("five scales"),
+    "lpips": Metric("lpips"),
+    "fid": Metric("inception-v3", frechet),
+    "kid": Metric("inception-v3", kernel_distance),
+    "clip": Metric("clip", of_dense=True),
+    "fid-world": Metric("world-clip", frechet),
+    "kid-world": Metric("world-clip", kernel_distance),
+    "clip-world": Metric("world-clip score", of_dense=True),
 }

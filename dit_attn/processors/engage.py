@@ -169,11 +169,11 @@ def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
             _break(site, f"error {stats.error:.3g} is above max_error {request.max_error:g}")
             return out
     stats.engaged += 1
-    stats.kept += _executed_share(call, request)
+    stats.kept += executed_share(call, request)
     return out
 
 
-def _executed_share(call: AttentionCall, request: Request) -> float | torch.Tensor:
+def executed_share(call: AttentionCall, request: Request) -> float | torch.Tensor:
     """Share of the map that is computed, virtual keys and the rows outside the picture counted; never reads back."""
     assert call.tokens is not None and call.tokens.visual_range is not None
     start, stop = call.tokens.visual_range
