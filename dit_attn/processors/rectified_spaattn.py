@@ -49,7 +49,7 @@ class RectifiedSpaAttn(Reader):
         budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
         compensation: ``merge``, ``paper``, ``repo`` or ``none``.
         virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for the largest divisor of
-            ``kv_block`` up to 16.
+            ``kv_block`` up to 32.
         variance: add half the variance of the logits under a virtual key to its logit (second order; unproven).
         gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
 
@@ -98,7 +98,7 @@ class RectifiedSpaAttn(Reader):
         """Tokens per virtual key."""
         if self.virtual_block is not None:
             return self.virtual_block
-        return next(size for size in range(min(16, self.kv_block), 0, -1) if self.kv_block % size == 0)
+        return next(size for size in range(min(32, self.kv_block), 0, -1) if self.kv_block % size == 0)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Choose the blocks of the visual rows, and what makes up for the others."""
