@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "generate with the embedded models, dense and sparse, and make a picture of both",
     "train": "train an embedded model from its recipe",
     "compare": "measure what methods cost and keep on your prompts, beside dense, and make a page of it",
+    "inspect": "measure what attention does in a run, layer by head by step, and make a page of it",
     "eval": "measure a folder of images or clips against references or captions",
     "bench": "measure kernels and methods",
 }

@@ -8,7 +8,7 @@ method.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,12 @@ def span_statistic(span: str) -> Statistic:
 def describe(name: str) -> Statistic:
     """Meaning of a statistic by its name."""
     return span_statistic(name.removeprefix("mass.")) if name.startswith("mass.") else STATISTICS[name]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Names in the order of :data:`STATISTICS`, the masses of spans after them."""
+    given = list(names)
+    return [name for name in STATISTICS if name in given] + sorted(name for name in given if name not in STATISTICS)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
