@@ -18,6 +18,8 @@ from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 from tests.processors.compose import SPARSE, forward, requires, tiny
 
 NAMES = ("wan", "flux")
+RECTIFIED = dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0)
+RESHAPED = dit_attn.ReTtention(density=0.2, q_block=32, kv_block=32, dense_steps=0)
 TOP_P = dit_attn.BlockSparse(top_p=0.6, q_block=32, kv_block=32, dense_steps=0)
 
 
@@ -43,6 +45,11 @@ def rank(index: int, port: int, folder: str) -> None:
                 results[f"{name} pass-through"] = forward(model, args)
                 dit_attn.enable(model, TOP_P)
                 results[f"{name} top-p"] = forward(model, args)
+                dit_attn.enable(model, RECTIFIED)
+                results[f"{name} rectified"] = forward(model, args)
+                dit_attn.enable(model, RESHAPED)
+                forward(model, args)
+                results[f"{name} reshaped"] = forward(model, args, timestep=args["timestep"] * 0.5)
                 dit_attn.enable(model, SPARSE)
             results[f"{name} {order}"] = forward(model, args)
             results[f"{name} {order} summary"] = dit_attn.summary(model).to_dict()
@@ -85,6 +92,17 @@ def test_two_ranks_compute_what_one_process_computes(name: str, parallel: dict[s
             torch.testing.assert_close(parallel[f"{name} {order}"], single, atol=1e-5, rtol=1e-4)
             if order != "top-p":
                 assert parallel[f"{name} {order} summary"]["engaged"] == sites
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compensating_readers_see_the_whole_sequence(name: str, parallel: dict[str, Any]) -> None:
+    model, args = tiny(name)
+    dit_attn.enable(model, RECTIFIED)
+    torch.testing.assert_close(parallel[f"{name} rectified"], forward(model, args), atol=1e-5, rtol=1e-4)
+    dit_attn.enable(model, RESHAPED)
+    forward(model, args)
+    single = forward(model, args, timestep=args["timestep"] * 0.5)
+    torch.testing.assert_close(parallel[f"{name} reshaped"], single, atol=1e-5, rtol=1e-4)
 
 
 def test_ring_and_uneven_shards_are_declined_with_the_reason() -> None:
