@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import bench_operators
 from dit_attn.errors import DitAttnError, unknown
 
+DENSITIES = (0.5, 0.25, 0.125, 0.0625)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -20,15 +22,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure block-sparse attention beside torch's dense attention, taking turns in one run. Figures "
         "are for this machine and these sizes; on a busy machine they mean little.",
     )
-    parser.add_argument("what", choices=("kernels",), help="what to measure")
+    parser.add_argument("what", choices=("kernels", "operators"), help="what to measure")
     parser.add_argument("--shape", metavar="NAME", help="tokens, heads and head size of a layer of a known model")
     parser.add_argument("--seq", type=int, metavar="S", help="tokens (default: 4096)")
     parser.add_argument("--heads", type=int, metavar="H", help="heads (default: 4)")
     parser.add_argument("--dim", type=int, metavar="D", help="size of a head (default: 128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="batch (default: 1)")
-    parser.add_argument("--block", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
+    parser.add_argument("--block", type=int, metavar="N", help="tokens per block (default: 128)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help=", ".join(DTYPES))
-    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.25, 0.125, 0.0625], metavar="P")
+    parser.add_argument("--density", type=float, nargs="+", metavar="P", help="parts of the key blocks kept")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
     parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="other kernels to time: flex, ...")
@@ -39,6 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON here")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up against density here (.png or .svg)")
+    bench_operators.add_arguments(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: a size out of range, an unknown type, a device that is not there, a file that cannot be written.
     """
+    if args.what == "operators":
+        return bench_operators.run(args)
     import torch
 
     from dit_attn.cli import load, outputs
@@ -101,6 +106,8 @@ def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]])
     for name, size in zip(("seq", "heads", "dim"), sizes):
         if getattr(args, name) is None:
             setattr(args, name, size)
+    args.block = 128 if args.block is None else args.block
+    args.density = args.density or list(DENSITIES)
 
 
 def _check(args: argparse.Namespace) -> None:

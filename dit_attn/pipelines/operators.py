@@ -1,7 +1,8 @@
 """How far methods are from dense attention where they act: every call of dense runs, repeated by every method.
 
 The runs stay dense, so all methods see the same queries, keys and values, and an error does not grow from layer to
-layer. What a method remembers from step to step is kept for each of them.
+layer. What a method remembers from step to step is kept for each of them. Calls come from a pipeline, or from random
+fields with the structure of pictures.
 """
 
 from __future__ import annotations
@@ -9,45 +10,50 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from dit_attn.api import disable, observing
 from dit_attn.eval import errors
+from dit_attn.kernels.synthetic import STRUCTURES, Grid, structured_qkv
 from dit_attn.pipelines import scores
 from dit_attn.processors import engage, executor
+from dit_attn.processors.clock import Clock
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import Method
+from dit_attn.processors.tokens import TokenLayout, visual_span
 
 FLOOR = 1e-7  # an error of zero has no logarithm
 
 
 class Probe:
-    """An observer that runs one method on every call it is shown.
+    """An observer that runs one method on the calls it is shown.
 
     Attributes:
         label: name of the method.
         method: its settings; dense steps and layers are its own.
-        calls: one entry an engaged call: layer, step, branch, ``l2``, ``shift``, ``cost`` (share of the dense map) and
-            ``seconds``.
+        every: run it at one step of so many, in the middle of them; 1 for methods that remember.
+        calls: one entry an engaged call: run, layer, step, branch, ``l2``, ``shift``, ``cost`` (share of the dense map)
+            and ``seconds`` (selection counted).
     """
 
-    def __init__(self, label: str, method: Method) -> None:
-        self.label, self.method = label, method
+    def __init__(self, label: str, method: Method, every: int = 1) -> None:
+        self.label, self.method, self.every = label, method, every
         self.calls: list[dict[str, Any]] = []
         self._sites: dict[str, Any] = {}
+        self._run = -1
 
-    def begin(self) -> None:
+    def begin(self, run: int) -> None:
         """A new run begins."""
         self._sites.clear()
+        self._run = run
 
     def __call__(self, call: AttentionCall, request: Request, exact: torch.Tensor) -> None:
         """Run the method on ``call`` and compare with ``exact`` (B, S, H, D)."""
-        if executor.unfit(call):
+        if executor.unfit(call) or call.clock.step % self.every != self.every // 2:
             return
         real = call.site
         site = self._sites.setdefault(
@@ -68,9 +74,10 @@ class Probe:
         visual = slice(*call.tokens.visual_range)
         self.calls.append(
             {
+                "run": self._run,
                 "layer": real.index,
                 "step": call.clock.step,
-                "branch": call.branches[0],
+                "branch": call.branches[0] if call.branches else "",
                 "l2": errors.relative_l2(out[:, visual], exact[:, visual]),
                 "shift": errors.mean_shift(out[:, visual], exact[:, visual]),
                 "cost": float(engage.executed_share(mine, asked)),
@@ -79,73 +86,137 @@ class Probe:
         )
 
 
-def measure(
-    pipe: Any, prompts: Sequence[str], methods: dict[str, Method], *, seed: int = 0, call: dict[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """One row a method: its errors over all calls it would carry out, and what it computes.
+Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
+Source = Callable[[int, Observer], None]
+"""``source(run, observer)`` carries out one dense run and shows every attention call of it."""
+
+
+def pipeline_source(
+    pipe: Any, prompts: Sequence[str], *, seed: int = 0, call: dict[str, Any] | None = None
+) -> Source:
+    """Dense runs of a stock pipeline, one a prompt; methods on it are taken off.
 
     Args:
-        pipe: a stock pipeline; methods on it are taken off.
-        prompts: texts; each is one dense run, and the intervals are over them.
-        methods: by label.
+        pipe: the pipeline.
+        prompts: texts.
         seed: of the first run; the next ones follow.
         call: further arguments of the pipeline's call.
-
-    Returns:
-        Rows with ``label``, ``method``, ``calls``, ``cost`` and ``seconds`` (means), ``l2`` and ``shift`` (geometric
-        means over the calls of a run, with 95 % intervals over runs), and ``by_layer`` (geometric means of ``l2``).
     """
     disable(pipe)
-    probes = [Probe(label, method) for label, method in methods.items()]
-    bounds: dict[str, list[int]] = {probe.label: [0] for probe in probes}
+
+    def source(run: int, observer: Observer) -> None:
+        generator = torch.Generator("cpu").manual_seed(seed + run)
+        with observing(pipe, observer), torch.no_grad():
+            pipe(prompts[run], generator=generator, output_type="latent", **(call or {}))
+
+    return source
+
+
+def synthetic_source(grid: Grid, *, heads: int = 1, dim: int = 64, steps: int = 8, seed: int = 0) -> Source:
+    """Runs of random fields: every structure of :data:`~dit_attn.kernels.synthetic.STRUCTURES` is a layer.
+
+    Args:
+        grid: (T, H, W) tokens.
+        heads, dim: of a layer.
+        steps: of a run.
+        seed: of the first run; the next ones follow.
+    """
+    kind = "video" if grid[0] > 1 else "image"
+    tokens = TokenLayout((visual_span(kind, grid),)).resolve(math.prod(grid))
+    session = SimpleNamespace(layer_count=len(STRUCTURES), family=SimpleNamespace(mask_rule="key"))
+
+    def source(run: int, observer: Observer) -> None:
+        for index, (name, structure) in enumerate(STRUCTURES.items()):
+            site = cast(Any, SimpleNamespace(name=name, index=index, session=session, rows=(0, 1)))
+            for step, qkv in enumerate(structured_qkv(structure, grid, heads, dim, steps, seed + run)):
+                clock = Clock(run=run, step=step, total=steps)
+                call = AttentionCall(*qkv, None, None, False, site, tokens, clock)
+                observer(call, Request(), executor.dense_rows(call)(*qkv, None))
+
+    return source
+
+
+def measure(source: Source, runs: int, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Show every call of ``runs`` runs to every probe.
+
+    Args:
+        source: of the calls.
+        runs: how many; intervals are over them.
+        probes: they keep what they found.
+
+    Returns:
+        ``calls`` and ``dense_seconds`` (mean time of torch's own attention on the same calls), ``tokens``.
+    """
+    dense: list[float] = []
+    lengths: set[int] = set()
 
     def observe(seen: AttentionCall, request: Request, out: torch.Tensor) -> None:
+        if executor.unfit(seen):
+            return
         for probe in probes:
             probe(seen, request, out)
+        started = time.perf_counter()
+        executor.dense_rows(seen)(seen.q, seen.k, seen.v, seen.mask)
+        dense.append(time.perf_counter() - started)
+        lengths.add(seen.q.shape[1])
 
-    for index, prompt in enumerate(prompts):
+    for run in range(runs):
         for probe in probes:
-            probe.begin()
-        generator = torch.Generator("cpu").manual_seed(seed + index)
-        with observing(pipe, observe), torch.no_grad():
-            pipe(prompt, generator=generator, output_type="latent", **(call or {}))
-        for probe in probes:
-            bounds[probe.label].append(len(probe.calls))
-    return [_row(probe, bounds[probe.label]) for probe in probes]
+            probe.begin(run)
+        with torch.no_grad():
+            source(run, observe)
+    return {"calls": len(dense), "dense_seconds": _mean(dense), "tokens": sorted(lengths)}
 
 
-def _row(probe: Probe, bounds: list[int]) -> dict[str, Any]:
-    runs = [probe.calls[low:high] for low, high in pairwise(bounds)]
-    layers = sorted({found["layer"] for found in probe.calls})
+def row(probe: Probe) -> dict[str, Any]:
+    """What a probe found.
+
+    Returns:
+        ``label``, ``method``, ``calls``, ``cost`` and ``seconds`` (means over all calls, refreshes among them), ``l2``
+        and ``shift`` (geometric means over the calls that are not exact), ``rms`` (root of the mean square of ``l2``
+        over all calls), each with a 95 % interval over runs, and ``by_layer`` (geometric means of ``l2``).
+    """
+    inexact = [found for found in probe.calls if found["cost"] < 1.0]
+    layers = sorted({found["layer"] for found in inexact})
     return {
         "label": probe.label,
         "method": probe.method.to_dict(),
         "calls": len(probe.calls),
         "cost": _mean([found["cost"] for found in probe.calls]),
         "seconds": _mean([found["seconds"] for found in probe.calls]),
-        "l2": _over_runs(runs, "l2"),
-        "shift": _over_runs(runs, "shift"),
-        "by_layer": {layer: _geometric([c["l2"] for c in probe.calls if c["layer"] == layer]) for layer in layers},
+        "l2": over_runs(log_errors(probe.calls, "l2")),
+        "shift": over_runs(log_errors(probe.calls, "shift")),
+        "rms": over_runs(log_errors(probe.calls, "rms")),
+        "by_layer": {
+            layer: math.exp(_mean([_log(c["l2"]) for c in inexact if c["layer"] == layer]) or 0.0) for layer in layers
+        },
     }
 
 
-def _over_runs(runs: list[list[dict[str, Any]]], key: str) -> dict[str, Any] | None:
-    """Geometric mean of a figure, with its interval over runs."""
-    logs = [_log_mean([found[key] for found in run]) for run in runs if run]
-    figure = scores.mean_figure(logs)
+def log_errors(calls: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
+    """By run: logarithm of the geometric mean of ``l2`` or ``shift`` over inexact calls, or of the ``rms`` over all."""
+    found: dict[int, list[float]] = {}
+    for call in calls:
+        if key == "rms":
+            found.setdefault(call["run"], []).append(call["l2"] ** 2)
+        elif call["cost"] < 1.0:
+            found.setdefault(call["run"], []).append(_log(call[key]))
+    means = {run: sum(values) / len(values) for run, values in found.items()}
+    return {run: 0.5 * math.log(max(mean, FLOOR**2)) for run, mean in means.items()} if key == "rms" else means
+
+
+def over_runs(logs: dict[int, float]) -> dict[str, Any] | None:
+    """Geometric mean of values given as logarithms, with its 95 % bootstrap interval over runs; ``None`` of none."""
+    figure = scores.mean_figure(list(logs.values()))
     if figure is None:
         return None
     interval = figure["ci95"] and [math.exp(end) for end in figure["ci95"]]
-    return {**figure, "value": math.exp(figure["value"]), "ci95": interval}
+    return {"value": math.exp(figure["value"]), "ci95": interval, "n": figure["n"]}
 
 
-def _log_mean(values: list[float]) -> float:
-    return sum(math.log(max(value, FLOOR)) for value in values) / len(values)
+def _log(value: float) -> float:
+    return math.log(max(value, FLOOR))
 
 
-def _geometric(values: list[float]) -> float:
-    return math.exp(_log_mean(values))
-
-
-def _mean(values: list[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
