@@ -25,6 +25,10 @@ _EXPORTS = {
     "BlockSparse": "dit_attn.processors.block_sparse",
     "RectifiedSpaAttn": "dit_attn.processors.rectified_spaattn",
     "ReTtention": "dit_attn.processors.re_ttention",
+    "SoftPAG": "dit_attn.processors.guidance",
+    "SEG": "dit_attn.processors.guidance",
+    "SLG": "dit_attn.processors.guidance",
+    "STG": "dit_attn.processors.guidance",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from dit_attn.errors import DitAttnError
     from dit_attn.processors.block_sparse import BlockSparse
     from dit_attn.processors.explain import Explanation
+    from dit_attn.processors.guidance import SEG, SLG, STG, SoftPAG
     from dit_attn.processors.method import Method
     from dit_attn.processors.re_ttention import ReTtention
     from dit_attn.processors.rectified_spaattn import RectifiedSpaAttn
@@ -40,6 +45,9 @@ if TYPE_CHECKING:
     from dit_attn.processors.summary import Summary
 
 __all__ = [
+    "SEG",
+    "SLG",
+    "STG",
     "BlockSparse",
     "DitAttnError",
     "Explanation",
@@ -47,6 +55,7 @@ __all__ = [
     "ReTtention",
     "RectifiedSpaAttn",
     "Session",
+    "SoftPAG",
     "Summary",
     "__version__",
     "attn_processors",

@@ -21,6 +21,7 @@ from dit_attn.processors.summary import Summary, summarize
 __all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported"]
 
 _COMPONENTS = ("transformer", "transformer_2")
+_ROLES = {"reader": "both decide which keys are read", "guidance": "both need the perturbed pass of a step"}
 
 
 def enable(target: Any, *wanted: str | Method) -> Session:
@@ -209,7 +210,7 @@ def _resolve(model: torch.nn.Module, wanted: tuple[str | Method, ...]) -> tuple[
     for method in chosen:
         if method.role and method.role in taken:
             raise DitAttnError(
-                f"{method.slug} and {taken[method.role]} cannot run together: both decide which keys are read; "
+                f"{method.slug} and {taken[method.role]} cannot run together: {_ROLES[method.role]}; "
                 "enable one of them"
             )
         taken[method.role] = method.slug

@@ -17,6 +17,8 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.clock import Clock
 from dit_attn.processors.families import Family, family_of
+from dit_attn.processors.guidance import PerturbedGuidance
+from dit_attn.processors.inject import GuidanceHook, Guide
 from dit_attn.processors.method import Method
 from dit_attn.processors.session import Session, session_by_token
 from dit_attn.processors.socket import is_socketed, socketed, tap_of, unsocketed
@@ -65,6 +67,9 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
         )
     for name in names:
         session.add_site(name)
+    for method in methods:
+        if isinstance(method, PerturbedGuidance):
+            session.guide = Guide(method, session)
     return session
 
 
@@ -78,6 +83,10 @@ def install_taps(session: Session) -> None:
     """Let the session see the transformer's forward arguments and the pipeline's cache context."""
     model = session.model
     model.register_forward_pre_hook(_ForwardTap(session), with_kwargs=True)
+    if session.guide is not None:
+        # Behind a whole compiled transformer, so that both passes run the compiled graph.
+        outer = [part for part in vars(session.pipe or ()).values() if _compiles(part, model)] if session.pipe else []
+        session.guide.handle = (outer or [model])[0].register_forward_hook(GuidanceHook(session), with_kwargs=True)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = _ContextTap(model, session)
 
@@ -92,6 +101,13 @@ def detach(model: torch.nn.Module) -> None:
     for name, processor in kept.items():
         if is_socketed(processor):
             kept[name] = unsocketed(processor)
+    session = session_of(model)
+    if session is not None and session.guide is not None:
+        session.guide.release()
+    for key, behind in list(model._forward_hooks.items()):
+        if isinstance(behind, GuidanceHook):  # a copied model has no handle
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, _ForwardTap):
             del model._forward_pre_hooks[key]
@@ -144,6 +160,11 @@ def heal(session: Session) -> None:
             set_processor(module, socketed(module.processor, site))
 
 
+def _compiles(part: Any, model: torch.nn.Module) -> bool:
+    """Whether ``part`` is ``model`` behind ``torch.compile``."""
+    return hasattr(part, "_orig_mod") and unwrap(part) is model
+
+
 def _forward_tap(model: torch.nn.Module) -> _ForwardTap | None:
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _ForwardTap)), None)
 
@@ -165,9 +186,9 @@ class _ForwardTap:
     def __reduce__(self) -> Any:
         return _ForwardTap, (None,)  # a saved model comes back without methods
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.session is None:
-            return
+            return None
         values = {}
         for name, position in self.positions.items():
             values[name] = args[position] if position < len(args) else kwargs.get(name)
@@ -175,9 +196,10 @@ class _ForwardTap:
             tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
             names = [name if isinstance(v, torch.Tensor) else f"{name}={v!r}" for name, v in values.items()]
             torch.ops.dit_attn.observe(self.session.token, tensors, "\n".join(names))
-        else:
-            heal(self.session)
-            self.session.observe(values)
+            return None
+        heal(self.session)
+        self.session.observe(values)
+        return None if self.session.guide is None else self.session.guide.before(module, args, kwargs)
 
 
 @torch.library.custom_op("dit_attn::observe", mutates_args=("clock",))

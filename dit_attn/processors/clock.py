@@ -31,11 +31,19 @@ class Guidance:
         style: ``separate`` (one transformer call per branch) or ``batched`` (branches stacked in the batch).
         order: the branches, in call order (separate) or in batch order (batched).
         longer: the batch order of runs with one branch more (guidance by reference images), ``()`` where none exist.
+        negated: whether the pipelines turn the sign of the prediction before the scheduler gets it.
+        rescaled: whether they rescale the guided prediction by default, which is no affine rule.
+        scale: attribute of the pipeline that holds the scale of a call; ``""`` where none does.
+        scale_offset: what is added to it for the scale s of ``u + s (c - u)``.
     """
 
     style: str
     order: tuple[str, ...]
     longer: tuple[str, ...] = ()
+    negated: bool = False
+    rescaled: bool = False
+    scale: str = "_guidance_scale"
+    scale_offset: float = 0.0
 
 
 SEPARATE = Guidance("separate", ("cond", "uncond"))

@@ -72,6 +72,40 @@ def copy_registry_entry(stock: type, derived: type) -> None:
         known.setdefault(derived, known[stock])
 
 
+# Blocks diffusers' own registry lacks, or holds wrongly: the inputs that come out again, in the order of the outputs.
+_STREAMS = {
+    "AllegroTransformerBlock": ("hidden_states",),
+    "AuraFlowJointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "AuraFlowSingleTransformerBlock": ("hidden_states",),
+    "CosmosTransformerBlock": ("hidden_states",),
+    "EasyAnimateTransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "HunyuanDiTBlock": ("hidden_states",),
+    "HunyuanVideo15TransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "LTX2VideoTransformerBlock": ("hidden_states", "audio_hidden_states"),
+    "Lumina2TransformerBlock": ("hidden_states",),
+    "OmniGenBlock": ("hidden_states",),
+    "SkyReelsV2TransformerBlock": ("hidden_states",),
+    "ZImageTransformerBlock": ("x",),
+}
+
+
+def block_streams(kind: type) -> tuple[str, ...] | None:
+    """Names of the inputs a transformer block hands on, in the order of its outputs; ``None`` where unknown."""
+    if kind.__name__ in _STREAMS:
+        return _STREAMS[kind.__name__]
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        entry = TransformerBlockRegistry.get(kind)
+    except (ImportError, ValueError):
+        return None
+    picture = getattr(entry, "hidden_states_argument_name", "hidden_states")
+    text = getattr(entry, "encoder_hidden_states_argument_name", "encoder_hidden_states")
+    if entry.return_encoder_hidden_states_index is None:
+        return (picture,)
+    return (picture, text) if entry.return_hidden_states_index == 0 else (text, picture)
+
+
 def ulysses_mesh(parallel_config: Any) -> Any | None:
     """The device mesh of a Ulysses-parallel run, or ``None`` when the run is not parallel.
 

@@ -11,6 +11,7 @@ import torch
 from torch.overrides import _get_current_function_mode_stack  # public wrapper does not exist
 from torch.utils._device import DeviceContext
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors import executor, ulysses
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.session import Site
@@ -44,8 +45,15 @@ def answer(
     site.take_rows(q.shape[0])
     request = Request()
     out = _answered(site, q, k, v, mask, scale, causal, dropout, stock, parallel_config, request)
-    if site.session.observers and parallel_config is None:
-        call = _call(site, q, k, v, mask, scale, causal)
+    plan, watched = site.session.perturbed, site.session.observers and parallel_config is None
+    if plan is None and not watched:
+        return out
+    call = _call(site, q, k, v, mask, scale, causal)
+    if plan is not None:
+        if parallel_config is not None and not plan.row_wise and ulysses.mesh_of(parallel_config) is not None:
+            raise DitAttnError("only the plain identity can be perturbed when the sequence is split over devices")
+        out = plan.apply(call, out, max(0, site.session.first_perturbed - site.rows[0]))
+    if watched:
         for observer in site.session.observers:
             observer(call, request, out)
     return out
@@ -96,6 +104,8 @@ def _answered(
 def _bypass(site: Site, mask: Any, dropout: float) -> str | None:
     if not site.session.methods:
         return "no method enabled"
+    if all(method.role == "guidance" for method in site.session.methods):
+        return "left to the stock path: only guidance is enabled"
     if site.broken:
         return site.broken
     if site.session.layout_error:

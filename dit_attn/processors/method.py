@@ -120,6 +120,7 @@ class Method:
 def methods() -> dict[str, type[Method]]:
     """Every method by slug."""
     import dit_attn.processors.block_sparse  # they register themselves
+    import dit_attn.processors.guidance
     import dit_attn.processors.re_ttention
     import dit_attn.processors.rectified_spaattn  # noqa: F401
 

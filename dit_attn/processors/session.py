@@ -6,7 +6,8 @@ import copy
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 
 from dit_attn.processors.clock import Clock, Guidance
 from dit_attn.processors.families import Family
+from dit_attn.processors.inject import Guide
 from dit_attn.processors.method import Method
+from dit_attn.processors.perturb import Perturbation
 from dit_attn.processors.tokens import TokenLayout, Tokens
 
 Observer = Callable[[Any, Any, torch.Tensor], None]  # AttentionCall, Request, result
@@ -104,6 +107,10 @@ class Session:
         installed: whether the layers run our processors.
         observers: called after every attention call with the call, its request (``request.layout`` is ``None`` where
             the stock path was taken) and the result (B, S, H, Dv); see :func:`dit_attn.observing`.
+        guide: state of the enabled guidance method, ``None`` without one.
+        perturbed: what the current pass perturbs, ``None`` in plain passes.
+        first_perturbed: first batch row that is perturbed in it.
+        seen: guidance branches met in this run.
     """
 
     def __init__(
@@ -117,6 +124,10 @@ class Session:
         self.context: Any = None
         self.installed = False
         self.observers: list[Observer] = []
+        self.guide: Guide | None = None
+        self.perturbed: Perturbation | None = None
+        self.first_perturbed = 0
+        self.seen: set[str] = set()
         self.id = next(_ids)
         self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
         _SESSIONS[self.id] = self
@@ -156,6 +167,8 @@ class Session:
         Args:
             values: the forward arguments named by the family row.
         """
+        if self.perturbed is not None and not self.first_perturbed:
+            return  # a compiled transformer shows its perturbed passes too
         timestep = values.get(self.family.timestep)
         value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep or 0.0)
         self.clock.tick(
@@ -167,13 +180,14 @@ class Session:
         )
         if self._seen_run != self.clock.run:
             self._seen_run = self.clock.run
+            self.seen = set()
             self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
                 site.memory.clear()
-        self._batch = _rows(values.get("hidden_states"))
-        for site in self.sites:
-            site.rows = (0, 0)
+        self.perturbed, self.first_perturbed = None, 0
+        self._begin(_rows(values.get("hidden_states", values.get("x"))))
+        self.seen |= set(self.rows_by_branch())
         try:
             self.layout, self.layout_error = self.family.layout(self.model.config, values), None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -196,8 +210,45 @@ class Session:
             first: where the call's rows begin in the model's batch; counts in models that attend sample by sample.
         """
         rows = max(batch, self._batch)
-        names = self.clock.branches(rows, self.family.guidance, self._branch_count())
+        names = self._names(rows)
         return tuple(names[(first + row) % rows] for row in range(batch))
+
+    def rows_by_branch(self) -> tuple[str, ...]:
+        """Guidance branch of every batch row of the current transformer call."""
+        return self._names(self._batch)
+
+    @contextmanager
+    def perturbing(self, plan: Perturbation, rows: int) -> Iterator[None]:
+        """A pass over ``rows`` batch rows, all of them perturbed."""
+        before = self._batch
+        self.perturbed = plan
+        self._begin(rows)
+        try:
+            yield
+        finally:
+            self.perturbed = None
+            self._begin(before)
+
+    def append_perturbed(self, plan: Perturbation, rows: int) -> None:
+        """The call that is about to start has ``rows`` more rows, which are perturbed."""
+        self.perturbed, self.first_perturbed = plan, self._batch
+        self._begin(self._batch + rows)
+
+    def drop_perturbed(self) -> None:
+        """That call is over."""
+        self._begin(self.first_perturbed)
+        self.perturbed, self.first_perturbed = None, 0
+
+    def guidance_scale(self) -> float | None:
+        """The scale s of ``u + s (c - u)`` the pipeline was called with, 1 for none, ``None`` where it does not say."""
+        rule = self.family.guidance
+        name = rule.scale
+        if name and getattr(self.pipe, "transformer_2", None) is self.model:
+            name = f"{name}_2"
+        value = getattr(self.pipe, name, None) if name else None
+        if value is None:
+            return None
+        return float(value) + rule.scale_offset if value > 1.0 else 1.0  # what pipelines take for "without"
 
     def reset(self) -> None:
         """Forget the run: clock, statistics, layers marked broken. Never needed between runs."""
@@ -205,6 +256,17 @@ class Session:
         self._seen_run = 0
         for site in self.sites:
             site.stats, site.broken, site.checked_run, site.memory = SiteStats(), None, 0, {}
+
+    def _begin(self, rows: int) -> None:
+        """A transformer call of ``rows`` batch rows begins."""
+        self._batch = rows
+        for site in self.sites:
+            site.rows = (0, 0)
+
+    def _names(self, rows: int) -> tuple[str, ...]:
+        plain = rows if self.perturbed is None else self.first_perturbed
+        names = self.clock.branches(plain, self.family.guidance, self._branch_count()) if plain else ()
+        return (*names, *("perturbed",) * (rows - plain))
 
     def _branch_count(self) -> int | None:
         """Branches of the guidance in this run, 1 without: by the shape of the batch, or by what the pipeline says."""
@@ -229,6 +291,8 @@ class Session:
         memo[id(self)] = session
         for site in self.sites:
             session.add_site(site.name)
+        if self.guide is not None:
+            session.guide = Guide(self.guide.method, session)
         return session
 
     def __repr__(self) -> str:
@@ -236,8 +300,8 @@ class Session:
 
 
 def _rows(latents: Any) -> int:
-    """Batch rows of (B, ...) latents, 1 where they are no tensor."""
-    return latents.shape[0] if isinstance(latents, torch.Tensor) else 1
+    """Batch rows of (B, ...) latents or of a list of samples, 1 where they are neither."""
+    return latents.shape[0] if isinstance(latents, torch.Tensor) else len(latents or (None,))
 
 
 def _stacked(latents: Any, guidance: Guidance) -> int:

@@ -21,6 +21,8 @@ import dit_attn
 from dit_attn.processors import attach, engage, executor, socket
 from dit_attn.processors.re_ttention import MASKS
 from dit_attn.processors.tokens import Tokens
+from tests.families.guided import GuidedMixin
+from tests.families.outputs import same
 from tests.processors.rectified_reference import rectified
 from tests.processors.reshaped_reference import read_pairs, reshaped
 
@@ -86,15 +88,6 @@ def requests() -> Iterator[list[tuple[executor.AttentionCall, executor.Request, 
         engage.executor.run = stock
 
 
-def tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor of a model output, in order."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, dict):
-        output = list(output.values())
-    return [tensor for item in output if item is not None for tensor in tensors(item)]
-
-
 def _real(value: Any) -> bool:
     """Whether this is a tensor of real numbers, or a list of such."""
     return all(isinstance(item, torch.Tensor) and item.is_floating_point() for item in _listed(value))
@@ -107,11 +100,6 @@ def _moved(value: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit-equality of two model outputs."""
-    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
 def reference(call: executor.AttentionCall, request: executor.Request) -> torch.Tensor:
@@ -135,7 +123,7 @@ def reference(call: executor.AttentionCall, request: executor.Request) -> torch.
     return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
 
 
-class FamilyMixin:
+class FamilyMixin(GuidedMixin):
     """Inherit, then say how the model and its inputs are made.
 
     Attributes:

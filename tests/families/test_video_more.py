@@ -31,7 +31,8 @@ from diffusers import (
 from PIL import Image
 
 import dit_attn
-from tests.families.mixin import SPARSE, FamilyMixin, same
+from tests.families.mixin import SPARSE, FamilyMixin
+from tests.families.outputs import same
 
 STATISTICS: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}  # of the tiny Wan autoencoder
 

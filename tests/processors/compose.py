@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import dit_attn
-from tests.families.mixin import SPARSE, FamilyMixin, same
+from tests.families.mixin import SPARSE, FamilyMixin
+from tests.families.outputs import same
 
 __all__ = ["SPARSE", "WARM", "case", "forward", "pipeline_run", "requires", "same", "tiny", "tiny_pipeline"]
 

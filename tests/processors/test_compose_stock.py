@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 import dit_attn
 from dit_attn.processors import attach, socket
-from tests.families.mixin import SPARSE, same
+from tests.families.mixin import SPARSE
+from tests.families.outputs import same
 from tests.families.test_image import TestFlux as FluxCase
 from tests.families.test_image import TestPixArt as PixArtCase
 from tests.families.test_video import TestWan as WanCase

@@ -8,7 +8,7 @@ to write one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ class Family:
         timestep: name of the forward argument that carries the time.
         time_grows: whether that argument rises during a run.
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
+        batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
+            share.
+        block_chain: whether a block sees nothing of earlier ones but what it is given (no long skips).
         refused: why no method can be put on this family, or ``None``.
     """
 
@@ -48,6 +51,8 @@ class Family:
     timestep: str = "timestep"
     time_grows: bool = False
     mask_rule: str = "key"
+    batch_axes: Mapping[str, int | None] = field(default_factory=dict)
+    block_chain: bool = True
     refused: str | None = None
 
 

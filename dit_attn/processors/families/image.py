@@ -13,7 +13,7 @@ from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
-COND_FIRST = Guidance("batched", ("cond", "uncond"))
+EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="")  # the pipeline's scale is an input of the model
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
 
 
@@ -111,6 +111,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         reads=("img_ids",),
         layout=_by_ids,
+        guidance=EMBEDDED,
     ),
     Family(
         name="flux-2",
@@ -119,6 +120,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         reads=("img_ids",),
         layout=_by_ids,
+        guidance=EMBEDDED,
     ),
     Family(
         name="chroma",
@@ -154,6 +156,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn",),
         reads=("img_shapes",),
         layout=_qwen,
+        guidance=Guidance("separate", ("cond", "uncond"), rescaled=True, scale=""),
     ),
     Family(
         name="omnigen",
@@ -173,6 +176,7 @@ FAMILIES = (
         layers=("layers.*.attn",),
         reads=("hidden_states", "encoder_attention_mask"),
         layout=_lumina2,
+        guidance=Guidance("separate", ("cond", "uncond"), negated=True, rescaled=True),
         time_grows=True,
     ),
     Family(
@@ -182,7 +186,8 @@ FAMILIES = (
         layers=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
         reads=("hidden_states", "img_sizes"),
         layout=_hidream,
-        guidance=BATCHED,
+        guidance=Guidance("batched", ("uncond", "cond"), negated=True),
+        batch_axes={"encoder_hidden_states_llama3": 1},
         timestep="timesteps",
     ),
     Family(
@@ -192,7 +197,7 @@ FAMILIES = (
         layers=("layers.*.attention",),
         reads=("x", "patch_size", "f_patch_size"),
         layout=_z_image,
-        guidance=COND_FIRST,
+        guidance=Guidance("batched", ("cond", "uncond"), negated=True, scale_offset=1.0),
         timestep="t",
         time_grows=True,
     ),
@@ -220,6 +225,8 @@ FAMILIES = (
         reads=("hidden_states",),
         layout=_order("image"),
         guidance=BATCHED,
+        batch_axes={"image_rotary_emb": None},
+        block_chain=False,
     ),
     Family(
         name="auraflow",

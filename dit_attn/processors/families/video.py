@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from dit_attn.processors.clock import BATCHED
+from dit_attn.processors.clock import BATCHED, Guidance
 from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
+EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="")  # the pipeline's scale is an input of the model
 
 
 def _patches(config: Any) -> tuple[int, int, int]:
@@ -145,6 +146,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         reads=("hidden_states",),
         layout=_order("video", "text"),
+        guidance=EMBEDDED,
     ),
     Family(
         name="framepack",
@@ -153,6 +155,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         reads=("hidden_states", *(part for name, _ in _HISTORY for part in (name, f"indices_{name}"))),
         layout=_framepack,
+        guidance=EMBEDDED,
     ),
     Family(
         name="hunyuan-video-1.5",
@@ -171,6 +174,7 @@ FAMILIES = (
         reads=("hidden_states",),
         layout=_order("text", "video", axes=(1, 3, 4)),
         guidance=BATCHED,
+        batch_axes={"image_rotary_emb": None},
     ),
     Family(
         name="ltx-video",
@@ -188,7 +192,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("num_frames", "height", "width", "video_coords"),
         layout=_ltx_2,
-        guidance=BATCHED,
+        guidance=Guidance("batched", ("uncond", "cond"), scale=""),  # picture and sound have scales of their own
     ),
     Family(
         name="mochi",
@@ -216,6 +220,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("video"),
+        guidance=Guidance("separate", ("cond", "uncond"), scale_offset=1.0),
     ),
     Family(
         name="kandinsky-5",

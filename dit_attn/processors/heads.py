@@ -1,0 +1,164 @@
+"""Addresses of attention heads: how a user names them, and which layer and head of a transformer they mean.
+
+``"blocks.3.attn1:0,4,7"`` are three heads of one layer; ``"3:0-7"`` and ``"L3H0"`` count the layers from 0;
+``"blocks.3"`` alone is the whole layer, ``"blocks.2-5.attn1"`` four of them, ``"*:0"`` head 0 of every layer;
+``@0.5`` after an entry is the strength of its heads. Entries are separated by ``;``, line ends or blanks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dit_attn.errors import DitAttnError
+
+Strengths = dict[str, dict[int, float]]  # layer -> head -> strength
+_SHORT = re.compile(r"^L(\d+(?:-\d+)?)(?:H(\d+))?$")
+_RANGE = re.compile(r"^(\d+)-(\d+)$")
+_GRAMMAR = "write 'blocks.3.attn1:0,4,7', '3:0-7', 'L3H4@0.5' or a layer alone, entries separated by ';'"
+
+
+def canonical(heads: Any) -> str:
+    """One text for whatever way the heads were given; the empty text for none.
+
+    Args:
+        heads: such a text; ``{(layer, head): strength}``; pairs or triples ``(layer, head[, strength])``, where a head
+            of ``None`` is the whole layer; or the path of a JSON file of :meth:`HeadHunter.search` or of such a list.
+
+    Raises:
+        DitAttnError: it cannot be read, or a strength is outside [0, 1].
+    """
+    if isinstance(heads, Path) or (isinstance(heads, str) and heads.strip().endswith(".json")):
+        heads = _from_file(Path(heads))
+    if isinstance(heads, Mapping):
+        heads = [(*(key if isinstance(key, tuple) else (key, None)), u) for key, u in heads.items()]
+    if isinstance(heads, str):
+        entries = [entry for entry in re.split(r"[;\s]+", heads.replace(", ", ",")) if entry]
+        return ";".join(_text(*_entry(entry)) for entry in entries)
+    if not isinstance(heads, Iterable):
+        raise DitAttnError(f"heads {heads!r} cannot be read; {_GRAMMAR}")
+    return ";".join(_listed(item) for item in heads)
+
+
+def resolve(heads: str, layers: Mapping[str, int | None], strength: float) -> Strengths:
+    """What an address means on a transformer.
+
+    Args:
+        heads: canonical text.
+        layers: name of every addressable layer, in order, with its number of heads (``None`` where unknown).
+        strength: of entries that name none.
+
+    Returns:
+        Strength by layer and head, in the order of the layers; the last entry for a head wins, strength 0 is left out.
+
+    Raises:
+        DitAttnError: no such layer or head.
+    """
+    names = list(layers)
+    found: Strengths = {}
+    for entry in filter(None, heads.split(";")):
+        layer, wanted, u = _entry(entry)
+        for name in _layers(layer, names):
+            count = layers[name]
+            chosen = range(count or 0) if wanted is None else wanted
+            if count is not None and (wrong := [head for head in chosen if head >= count]):
+                raise DitAttnError(f"{name} has no head {wrong[0]}: its heads are 0 to {count - 1}; correct {entry!r}")
+            if wanted is None and count is None:
+                raise DitAttnError(f"the number of heads of {name} is unknown; name them, e.g. '{name}:0-7'")
+            found.setdefault(name, {}).update(dict.fromkeys(chosen, strength if u is None else u))
+    kept = {name: {h: u for h, u in sorted(found[name].items()) if u > 0} for name in names if name in found}
+    return {name: values for name, values in kept.items() if values}
+
+
+def address(strengths: Mapping[str, Mapping[int, float]]) -> str:
+    """The canonical text of strengths by layer and head."""
+    return ";".join(_text(layer, (head,), u) for layer, heads in strengths.items() for head, u in heads.items())
+
+
+def _layers(wanted: str, names: list[str]) -> list[str]:
+    """The layers an entry names: a number or a range of numbers, a path or a pattern of paths, or the path's start."""
+    if wanted.isdigit() or _RANGE.match(wanted):
+        low, high = _bounds(wanted)
+        if high >= len(names):
+            raise DitAttnError(f"there is no layer {high}: this model has layers 0 to {len(names) - 1}")
+        return names[low : high + 1]
+    patterns = _spread(wanted)
+    found = [name for name in names if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)]
+    if not found:
+        raise DitAttnError(
+            f"no self or joint attention layer is called {wanted!r} (cross attention and linear attention have no "
+            f"identity to blend with); this model has {names[0]} to {names[-1]}"
+        )
+    return found
+
+
+def _spread(path: str) -> list[str]:
+    """``blocks.2-4.attn`` as three paths."""
+    paths = [""]
+    for part in path.split("."):
+        low, high = _bounds(part) if _RANGE.match(part) else (0, -1)
+        parts = [str(n) for n in range(low, high + 1)] or [part]
+        paths = [f"{start}.{end}" if start else end for start in paths for end in parts]
+    return paths
+
+
+def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
+    """(layer, heads or ``None`` for all, strength or ``None``) of one entry."""
+    where, _, strength = text.partition("@")
+    short = _SHORT.match(where)
+    layer, _, heads = where.partition(":")
+    if short:
+        layer, heads = short.group(1), short.group(2) or ""
+    try:
+        numbers = tuple(n for part in heads.split(",") if part for n in range(_bounds(part)[0], _bounds(part)[1] + 1))
+        u = float(strength) if strength else None
+    except ValueError:
+        raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}") from None
+    if not layer or (":" in where and not numbers) or ("@" in text and u is None):
+        raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}")
+    if u is not None and not 0.0 <= u <= 1.0:
+        raise DitAttnError(f"a strength lies in [0, 1], got {u:g} in {text!r}; 0 leaves a head as it is, 1 replaces it")
+    return layer, numbers or None, u
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    match = _RANGE.match(text)
+    low, high = (int(match.group(1)), int(match.group(2))) if match else (int(text), int(text))
+    if high < low:
+        raise ValueError(text)
+    return low, high
+
+
+def _text(layer: str, heads: tuple[int, ...] | None, u: float | None) -> str:
+    where = layer if heads is None else f"{layer}:{','.join(map(str, heads))}"
+    return where if u is None else f"{where}@{u:g}"
+
+
+def _listed(item: Any) -> str:
+    """The text of one item of a list: a text, or a layer with a head and a strength."""
+    if isinstance(item, str):
+        return canonical(item)
+    try:
+        layer, head, *rest = item
+        text = _text(str(layer), None if head is None else (int(head),), float(rest[0]) if rest else None)
+    except (TypeError, ValueError):
+        raise DitAttnError(f"head {item!r} cannot be read; {_GRAMMAR}") from None
+    return canonical(text)
+
+
+def _from_file(path: Path) -> Any:
+    """The list of heads in a JSON file: a list, or an object with it under ``heads``."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise DitAttnError(f"the head list {path} cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise DitAttnError(f"the head list {path} is not JSON ({error}); save it again") from error
+    heads = data.get("heads") if isinstance(data, dict) else data
+    if not isinstance(heads, (list, str)) or not heads:
+        raise DitAttnError(f"{path} holds no heads; give a file of `dit-attn search`, or a list of [layer, head] pairs")
+    return heads

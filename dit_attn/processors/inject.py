@@ -1,0 +1,384 @@
+"""The perturbed pass of a guidance method, and how its push gets into a stock pipeline.
+
+A hook behind the transformer's forward runs the model a second time over the conditional rows and adds
+``D = w (c - p)`` to the predictions. Guidance rules are affine combinations of the branches whose coefficients add up
+to 1, so a push that all branches of a step share comes out of any of them unchanged: no scale has to be known.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors import passes
+from dit_attn.processors.passes import Leaf, Prefix
+
+if TYPE_CHECKING:
+    from dit_attn.processors.guidance import PerturbedGuidance
+    from dit_attn.processors.session import Session
+
+_CONTEXT = "dit_attn_perturbed"
+_RESIDUALS = ("controlnet", "control")  # arguments that are added between blocks
+
+
+@dataclass
+class Strength:
+    """How strong the guidance of a run was, measured against the direction of classifier-free guidance.
+
+    Attributes:
+        steps: guided steps measured.
+        parallel: by step, the part of the push along ``c - u``, in units of it: what it adds to the guidance scale.
+        sideways: by step, the rest, in units of ``|c - u|``.
+        relative: by step, ``|D| / |c|``.
+    """
+
+    parallel: list[float] = field(default_factory=list)
+    sideways: list[float] = field(default_factory=list)
+    relative: list[float] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        return len(self.relative)
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the steps of one of the three lists, ``None`` where nothing was measured."""
+        values = getattr(self, name)
+        return sum(values) / len(values) if values else None
+
+
+@dataclass
+class Push:
+    """``c - p`` of the last evaluated step, in float32, and c itself."""
+
+    run: int
+    step: int
+    weight: float
+    delta: list[Leaf]
+    cond: list[Leaf]
+
+
+class Guide:
+    """Run state of a guidance method on one transformer."""
+
+    def __init__(self, method: PerturbedGuidance, session: Session) -> None:
+        """Raises: DitAttnError: the method names a layer, head or block the transformer does not have."""
+        self.method, self.session = method, session
+        model = session.model
+        layers = {site.name: _head_count(model.get_submodule(site.name)) for site in session.sites}
+        self.blocks = passes.block_order(model, list(layers))
+        self.plan = method.perturbation(layers, self.blocks)
+        for name in self.plan.skipped:
+            passes.passing(model.get_submodule(name))
+        self.handle: Any = None  # of the hook behind the transformer
+        self.forget()
+
+    def forget(self) -> None:
+        """A new run begins."""
+        self.push: Push | None = None
+        self.prefix: Prefix | None = None
+        self.evaluations = 0
+        self.saved_blocks = 0
+        self.run = self.session.clock.run
+        self._measured: list[tuple[torch.Tensor, ...]] = []
+        self._appended = 0
+
+    @property
+    def strength(self) -> Strength:
+        """What the guided steps of the run measured (reads back from the device)."""
+        result = Strength()
+        for push, cond, *against in self._measured:
+            result.relative.append(float((push / cond.clamp(min=1e-30)).sqrt()))
+            if against:
+                along, guide = (float(value) for value in against)
+                if guide > 0:
+                    result.parallel.append(along / guide)
+                    result.sideways.append((max(0.0, float(push) - along**2 / guide) / guide) ** 0.5)
+        return result
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Ahead of a call of the transformer: other arguments for it, or ``None``."""
+        if self.session.perturbed is not None:
+            return None
+        if self.run != self.session.clock.run:
+            self.forget()
+        branches = self.session.rows_by_branch()
+        self._appended = 0
+        if "cond" not in branches or not self._due():
+            return None
+        if self.method.batched and not _cached(module):
+            return self._append(module, args, kwargs, branches)
+        self.prefix = self._shareable(kwargs)
+        if self.prefix is not None:
+            self.prefix.watch()
+        return None
+
+    def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Behind a call of the transformer: the output the pipeline gets."""
+        session = self.session
+        if session.perturbed is not None and not self._appended:
+            return output
+        if self.run != session.clock.run:
+            self.forget()
+        branches = session.rows_by_branch()
+        if self._appended:
+            output = self._split(output, branches)
+            branches = branches[: -self._appended]
+            session.drop_perturbed()
+            self._appended = 0
+        elif "cond" in branches and self._due():
+            self._evaluate(module, args, kwargs, output, branches)
+        push, clock = self.push, session.clock
+        weight = self.method.weight(clock.progress)
+        if push is None or push.run != clock.run or not weight or self.plan.empty:
+            return output
+        if "cond" not in branches and push.step != clock.step:
+            return output  # the branch came before its conditional one
+        if "cond" in branches:
+            push.step, push.weight = clock.step, weight
+            push.cond = [_rows(leaf, _index(branches)) for leaf in passes.leaves(output)]
+        self._measure(push, output, branches)
+        return self._inject(push, output, branches)
+
+    def release(self) -> None:
+        """Drop what is held of the run; the scheduler gets its own step back."""
+        if self.prefix is not None:
+            self.prefix.forget()
+        scheduler = getattr(self.session.pipe, "scheduler", None)
+        if isinstance(getattr(scheduler, "__dict__", {}).get("step"), _StepTap):
+            del scheduler.__dict__["step"]
+        if self.handle is not None:
+            self.handle.remove()
+        self.push = self.prefix = self.handle = None
+
+    def _due(self) -> bool:
+        """Whether this step needs a perturbed pass."""
+        clock = self.session.clock
+        if self.plan.empty or not self.method.weight(clock.progress):
+            return False
+        last = self.push
+        return last is None or last.run != clock.run or (clock.step - self._evaluated) % self.method.interval == 0
+
+    def _evaluate(
+        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any, branches: Sequence[str]
+    ) -> None:
+        """Run the perturbed pass and keep ``c - p``."""
+        session, index = self.session, _index(branches)
+        model: Any = session.model
+        rows = len(branches)
+        if len(index) < rows:
+            args, kwargs = (), passes.take_call(model, args, kwargs, index, rows, session.family.batch_axes)
+        skipped = [model.get_submodule(name) for name in self.plan.skipped]
+        replaced = {block: passes.passing(block) for block in skipped}
+        if self.prefix is not None and self.prefix.given is not None:
+            replaced.update(self.prefix.replacements(index, rows, replaced))
+            self.saved_blocks += self.prefix.saved
+            self.prefix.forget()
+        with ExitStack() as stack:
+            stack.enter_context(session.perturbing(self.plan, len(index)))
+            stack.enter_context(passes.forwards(replaced))
+            named = getattr(type(model), "cache_context", None)
+            stack.enter_context(named(model, _CONTEXT) if named and _cached(model) else nullcontext())
+            perturbed = module.forward(*args, **kwargs)
+        self._keep([_rows(leaf, index) for leaf in passes.leaves(output)], passes.leaves(perturbed))
+
+    def _keep(self, cond: list[Leaf], perturbed: list[Leaf]) -> None:
+        clock = self.session.clock
+        delta = [_each(lambda c, p: c.float() - p.float(), c, p) for c, p in zip(cond, perturbed, strict=True)]
+        self.push = Push(clock.run, clock.step, 0.0, delta, cond)
+        self._evaluated = clock.step
+        self.evaluations += 1
+
+    def _append(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], branches: Sequence[str]) -> Any:
+        """Arguments with the conditional rows once more at the end."""
+        session, index, rows = self.session, _index(branches), len(branches)
+        self._appended = len(index)
+        session.append_perturbed(self.plan, len(index))
+        wanted = [*range(rows), *index]
+        return (), passes.take_call(session.model, args, kwargs, wanted, rows, session.family.batch_axes)
+
+    def _split(self, output: Any, branches: Sequence[str]) -> Any:
+        """The output without the appended rows, which become the push."""
+        rows = len(branches) - self._appended
+        plain: list[Leaf] = [leaf[:rows] for leaf in passes.leaves(output)]
+        perturbed: list[Leaf] = [leaf[rows:] for leaf in passes.leaves(output)]
+        self._keep([_rows(leaf, _index(branches[:rows])) for leaf in plain], perturbed)
+        return passes.rebuilt(output, plain)
+
+    def _shareable(self, kwargs: dict[str, Any]) -> Prefix | None:
+        """The blocks before the first perturbed one, where the pass can do without them."""
+        session = self.session
+        model: Any = session.model
+        if not self.method.share_prefix or not session.family.block_chain or _cached(model):
+            return None
+        if any(value is not None and any(word in name for word in _RESIDUALS) for name, value in kwargs.items()):
+            return None
+        first = passes.first_block(self.blocks, list(self.plan.strengths), self.plan.skipped)
+        blocks = self.blocks[: first + 1]
+        modules = [model, *(model.get_submodule(block) for block in blocks)]
+        hooked = any(getattr(module, "_diffusers_hook", None) is not None for module in modules[1:])
+        if first == 0 or hooked or any(module._compiled_call_impl is not None for module in modules):
+            return None
+        return Prefix(model, blocks)
+
+    def _inject(self, push: Push, output: Any, branches: Sequence[str]) -> Any:
+        way = self._way()
+        if way == "shift":
+            return _added(output, push, push.weight, range(len(branches)))
+        if "cond" not in branches:
+            return output
+        if way == "cond":
+            return _added(output, push, push.weight / _guidance_scale(self.session, branches), _index(branches))
+        scheduler = getattr(self.session.pipe, "scheduler", None)
+        if scheduler is None:
+            raise DitAttnError("inject='step' needs the pipeline: enable the method on it, not on its transformer")
+        sign = -1.0 if self.session.family.guidance.negated else 1.0
+        scheduler.__dict__["step"] = _StepTap(scheduler, _scaled(push.delta[0], sign * push.weight))
+        return output
+
+    def _way(self) -> str:
+        if self.method.inject != "auto":
+            return self.method.inject
+        guider = getattr(self.session.pipe, "guider", None)
+        rescales = self.session.family.guidance.rescaled or type(guider).__name__ not in _LINEAR_GUIDERS
+        return "step" if rescales and self.session.pipe is not None else "shift"
+
+    def _measure(self, push: Push, output: Any, branches: Sequence[str]) -> None:
+        """Products of the push with itself, with c and with ``c - u``, where u is at hand."""
+        delta = _flat(_scaled(push.delta[0], push.weight))
+        if "cond" in branches:
+            self._measured.append((delta @ delta, _flat(push.cond[0]).square().sum()))
+        if "uncond" not in branches or len(self._measured[-1]) != 2:
+            return
+        uncond = _rows(passes.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
+        direction = _flat(push.cond[0]) - _flat(uncond)
+        self._measured[-1] = (*self._measured[-1], delta @ direction, direction @ direction)
+
+
+# Guider objects of pipelines that hold one, as far as their rule is affine.
+_LINEAR_GUIDERS = ("NoneType", "ClassifierFreeGuidance", "AutoGuidance", "SkipLayerGuidance")
+
+
+class GuidanceHook:
+    """Forward hook of the transformer that runs a session's guide."""
+
+    def __init__(self, session: Session | None) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceHook:
+        return GuidanceHook(copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return GuidanceHook, (None,)  # a saved model comes back without methods
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.session is None or self.session.guide is None:
+            return output
+        return _uncompiled(self.session.guide, module, args, kwargs, output)
+
+
+@torch.compiler.disable
+def _uncompiled(guide: Guide, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    return guide.after(module, args, kwargs, output)
+
+
+class _StepTap:
+    """Stands in for ``scheduler.step`` for one call and adds the push to the prediction the scheduler gets."""
+
+    def __init__(self, scheduler: Any, delta: Leaf) -> None:
+        self.scheduler, self.delta = scheduler, delta
+
+    def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        del self.scheduler.__dict__["step"]
+        delta = torch.stack(self.delta) if isinstance(self.delta, list) else self.delta
+        pushed = model_output.float() + _fitted(delta, model_output)
+        return self.scheduler.step(pushed.to(model_output.dtype), *args, **kwargs)
+
+
+def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The push in the form the scheduler gets predictions in: without the learned variance, the frame axis of a
+    picture, the tokens of reference images.
+
+    Raises:
+        DitAttnError: the two have nothing to do with each other.
+    """
+    if delta.ndim == like.ndim + 1:
+        delta = delta.squeeze(2)
+    if delta.ndim == like.ndim and like.shape[0] % delta.shape[0] == 0:
+        delta = torch.cat([delta] * (like.shape[0] // delta.shape[0]))  # Cosmos hands all branches on
+        cut = delta[tuple(slice(0, size) for size in like.shape)]
+        if cut.shape == like.shape:
+            return cut
+    raise DitAttnError(
+        f"the scheduler gets predictions of shape {tuple(like.shape)} and the model makes {tuple(delta.shape)}; "
+        "use inject='shift'"
+    )
+
+
+def _added(output: Any, push: Push, weight: float, index: Sequence[int]) -> Any:
+    """``output`` with the push on the rows ``index``; branches stand one after the other, each with all samples."""
+    new: list[Leaf] = []
+    for leaf, delta in zip(passes.leaves(output), push.delta, strict=True):
+        pushed = list(leaf) if isinstance(leaf, list) else leaf.clone()
+        for row in index:
+            pushed[row] = (leaf[row].float() + weight * delta[row % len(delta)]).to(leaf[row].dtype)
+        new.append(pushed)
+    return passes.rebuilt(output, new)
+
+
+def _rows(leaf: Leaf, index: Sequence[int]) -> Leaf:
+    if isinstance(leaf, list):
+        return [leaf[row] for row in index]
+    return leaf if len(index) == leaf.shape[0] else leaf[list(index)]
+
+
+def _each(function: Any, *parts: Leaf) -> Leaf:
+    if isinstance(parts[0], list):
+        return [function(*items) for items in zip(*parts, strict=True)]
+    return function(*parts)
+
+
+def _scaled(leaf: Leaf, weight: float) -> Leaf:
+    return _each(lambda x: x * weight, leaf)
+
+
+def _flat(leaf: Leaf) -> torch.Tensor:
+    return torch.cat([x.flatten().float() for x in leaf]) if isinstance(leaf, list) else leaf.flatten().float()
+
+
+def _index(branches: Sequence[str]) -> list[int]:
+    return [row for row, name in enumerate(branches) if name == "cond"]
+
+
+def _cached(model: Any) -> bool:
+    """Whether a step cache (FirstBlockCache and its kin) is on."""
+    return bool(getattr(model, "is_cache_enabled", False))
+
+
+def _head_count(layer: Any) -> int | None:
+    for name in ("heads", "num_heads", "n_heads"):
+        if isinstance(getattr(layer, name, None), int):
+            return getattr(layer, name)
+    return None
+
+
+def _guidance_scale(session: Session, branches: Sequence[str]) -> float:
+    """The scale of classifier-free guidance the pipeline was called with, 1 where it runs without.
+
+    Raises:
+        DitAttnError: it does not say.
+    """
+    scale = session.guidance_scale()
+    if session.family.guidance.style == "batched" and "uncond" not in branches:
+        return 1.0
+    if scale is None:
+        raise DitAttnError(
+            f"{type(session.pipe).__name__} does not say its guidance scale, which inject='cond' divides by; "
+            "use inject='shift'"
+        )
+    return scale

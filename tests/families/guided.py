@@ -1,0 +1,197 @@
+"""What guidance by a perturbed pass must do on every family; a part of :mod:`tests.families.mixin`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn.errors import DitAttnError
+from dit_attn.processors import passes, socket
+from tests.families.outputs import same, tensors
+
+
+def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: Any, u: float) -> torch.Tensor:
+    """``((1 - u) A + u I) V`` with the map written out in float64; (B, S, H, D) in and out."""
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
+    weights = torch.softmax(logits, -1).nan_to_num(0.0)  # padded queries may read nothing at all
+    return (((1 - u) * weights + u * torch.eye(q.shape[2], dtype=torch.float64)) @ v).transpose(1, 2)
+
+
+@contextmanager
+def by_hand(site_name: str, head: int, u: float) -> Iterator[None]:
+    """Every tapped call of a layer answers with the written-out map of one head."""
+    stock = socket.answer
+
+    def answer(site: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, *rest: Any, **more: Any) -> torch.Tensor:
+        out = stock(site, q, k, v, mask, scale, *rest, **more)
+        if site.name == site_name and q.shape[1] == k.shape[1]:
+            out = out.clone()
+            out[:, :, head] = materialised(q, k, v, mask, scale, u)[:, :, head].to(out.dtype)
+        return out
+
+    socket.answer = answer
+    try:
+        yield
+    finally:
+        socket.answer = stock
+
+
+def combined(cond: Any, perturbed: Any, weight: float) -> list[torch.Tensor]:
+    """``c + w (c - p)`` of two model outputs."""
+    return [c + weight * (c - p) for c, p in zip(tensors(cond), tensors(perturbed), strict=True)]
+
+
+class GuidedMixin:
+    """Behaviours of SoftPAG and its kin; needs the fixtures and helpers of ``FamilyMixin``."""
+
+    net: Any
+    call: Any
+    pipeline: Any
+    _run: Any
+
+    def test_no_strength_or_no_scale_is_bit_equal(self, net: Any, args: Any) -> None:
+        before = self.call(net, args)
+        for nothing in (dit_attn.SoftPAG(heads="0", u=0.0), dit_attn.SoftPAG(heads="0", scale=0.0)):
+            session = dit_attn.enable(net, nothing)
+            assert same(before, self.call(net, args))
+            assert session.guide is not None and session.guide.evaluations == 0
+        dit_attn.disable(net)
+        assert same(before, self.call(net, args))
+
+    def test_a_guided_call_equals_the_written_out_map(self, net: Any, args: Any) -> None:
+        session = dit_attn.enable(net)
+        layer = session.sites[-1].name
+        plain = self.call(net, args)
+        session.reset()
+        with by_hand(layer, 0, 0.6):
+            spoiled = self.call(net, args)
+        session = dit_attn.enable(net, dit_attn.SoftPAG(heads=f"{layer}:0", u=0.6, scale=2.0))
+        guided = self.call(net, args)
+        assert session.guide is not None and session.guide.evaluations == 1
+        assert session.guide.saved_blocks == self._shared(session, layer, args)
+        for expected, found in zip(combined(plain, spoiled, 2.0), tensors(guided), strict=True):
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+        assert any(not torch.equal(a, b) for a, b in zip(tensors(plain), tensors(guided), strict=True))
+
+    def test_taking_blocks_over_changes_no_bit(self, net: Any, args: Any) -> None:
+        layer = dit_attn.enable(net).sites[-1].name
+        results = []
+        for share in (True, False):
+            dit_attn.enable(net, dit_attn.SoftPAG(heads=layer, share_prefix=share))
+            results.append(self.call(net, args))
+        assert same(*results)
+
+    def test_other_heads_are_bit_equal_in_the_perturbed_pass(self, net: Any, args: Any) -> None:
+        session = dit_attn.enable(net, dit_attn.SoftPAG(heads="0:1"))
+        seen: list[torch.Tensor] = []
+        with dit_attn.observing(net, lambda call, request, out: call.site.index == 0 and seen.append(out)):
+            self.call(net, args)
+        half = len(seen) // 2  # some models attend to their samples one by one
+        assert session.guide is not None and half and len(seen) == 2 * half
+        for plain, spoiled in zip(seen[:half], seen[half:], strict=True):
+            others = [head for head in range(plain.shape[2]) if head != 1]
+            assert torch.equal(plain[:, :, others], spoiled[:, :, others])
+            assert not torch.equal(plain[:, :, 1], spoiled[:, :, 1])
+
+    def test_skipping_a_block_hands_its_inputs_on(self, net: Any, args: Any) -> None:
+        try:
+            session = dit_attn.enable(net, dit_attn.SLG(layers="0", scale=1.0, start=0.0, stop=1.0))
+        except DitAttnError as error:
+            assert "cannot be skipped" in str(error)
+            pytest.skip("the blocks' streams are not known")
+        assert session.guide is not None
+        block = net.get_submodule(session.guide.blocks[0])
+        seen: list[tuple[Any, Any]] = []
+        block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+        guided = tensors(self.call(net, args))
+        assert session.guide.evaluations == 1
+        given = seen[0]
+        dit_attn.disable(net)
+        plain = tensors(self.call(net, args))
+        with passes.forwards({block: lambda *_, **__: passes.passing(block)(*given[0], **given[1])}):
+            skipped = tensors(self.call(net, args))
+        for found, c, p in zip(guided, plain, skipped, strict=True):
+            torch.testing.assert_close(found, c + (c - p), atol=1e-5, rtol=1e-4)
+
+    def test_every_way_in_agrees_over_a_whole_run(self) -> None:
+        torch.manual_seed(0)
+        made = self.pipeline()
+        if made is None:
+            pytest.skip("no stock pipeline is assembled for this family")
+        pipe, kwargs = made
+        pipe.set_progress_bar_config(disable=True)
+        for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the attention
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        stock = self._latents(pipe, kwargs)
+        base = dit_attn.SoftPAG(heads="0:0", scale=1.5)
+        session = dit_attn.enable(pipe, dit_attn.SoftPAG(heads="0:0", scale=0.0))
+        off = self._latents(pipe, kwargs)
+        assert torch.equal(off.latents, stock.latents) and off.calls == stock.calls
+        session = dit_attn.enable(pipe, base)
+        first = self._latents(pipe, kwargs)
+        assert session.guide is not None and session.guide.evaluations == 2
+        assert first.calls == stock.calls + 2
+        assert not torch.equal(first.latents, stock.latents)
+        ways: list[dict[str, Any]] = [{"batched": True}]
+        if not session.family.guidance.rescaled:
+            ways.append({"inject": "step"})
+            if session.guidance_scale():
+                ways.append({"inject": "cond"})
+        for way in ways:
+            dit_attn.enable(pipe, dataclasses.replace(base, **way))
+            again = self._latents(pipe, kwargs)
+            torch.testing.assert_close(again.latents, first.latents, atol=2e-3, rtol=1e-3)
+        dit_attn.disable(pipe)
+        assert torch.equal(self._latents(pipe, kwargs).latents, stock.latents)
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+
+    def _latents(self, pipe: Any, kwargs: dict[str, Any]) -> SimpleNamespace:
+        """One run of two steps: its latents, and how often the transformer's forward ran."""
+        count = 0
+        kind = type(pipe.transformer)
+        stock = kind.forward
+
+        def forward(*args: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            return stock(*args, **more)
+
+        kind.forward = forward
+        forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+        try:
+            with torch.no_grad():
+                output = pipe(
+                    **copy.deepcopy(kwargs),
+                    num_inference_steps=2,
+                    generator=torch.Generator().manual_seed(0),
+                    output_type="latent",
+                    return_dict=False,
+                )
+        finally:
+            kind.forward = stock
+        return SimpleNamespace(latents=torch.cat([part.flatten() for part in tensors(output[0])]), calls=count)
+
+    @staticmethod
+    def _shared(session: Any, layer: str, args: dict[str, Any]) -> int:
+        """Blocks that need not run again when ``layer`` is the first to be perturbed."""
+        blocks = session.guide.blocks
+        first = next(i for i, block in enumerate(blocks) if layer.startswith(f"{block}."))
+        between = any("control" in name for name in args)  # residuals that are added between blocks
+        return first if session.family.block_chain and not between else 0
