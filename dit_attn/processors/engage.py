@@ -16,6 +16,8 @@ from dit_attn.processors import executor, ulysses
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.session import Site
 
+ONLY_GUIDANCE = "stock path: only guidance is enabled"
+
 
 def answer(
     site: Site,
@@ -105,7 +107,7 @@ def _bypass(site: Site, mask: Any, dropout: float) -> str | None:
     if not site.session.methods:
         return "no method enabled"
     if all(method.role == "guidance" for method in site.session.methods):
-        return "left to the stock path: only guidance is enabled"
+        return ONLY_GUIDANCE
     if site.broken:
         return site.broken
     if site.session.layout_error:

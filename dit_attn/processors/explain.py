@@ -14,8 +14,10 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors import attach
+from dit_attn.processors.clock import Clock
 from dit_attn.processors.executor import MIN_TOKENS
 from dit_attn.processors.families import Family, family_of
+from dit_attn.processors.inject import head_count
 from dit_attn.processors.method import Method, share
 from dit_attn.processors.presets import preset_for
 
@@ -38,6 +40,10 @@ class Explanation:
         speedup: ceiling for the whole step (Amdahl).
         declines: what will take the stock path, and why.
         methods: settings of the methods.
+        memory: bytes the methods keep from step to step, for one sample with classifier-free guidance.
+        guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
+            pass is one sample through the transformer), and the ``work`` of them after the shared blocks; ``None``
+            without one.
     """
 
     family: str
@@ -51,6 +57,8 @@ class Explanation:
     speedup: float | None
     declines: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
+    memory: int = 0
+    guidance: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -75,6 +83,10 @@ class Explanation:
                     f"{self.attention_speedup:.2f}x for attention, {self.speedup:.2f}x for the step (arithmetic)",
                 ),
             ]
+        if self.memory:
+            rows.append(("memory", f"{_bytes(self.memory)} kept from step to step (one sample, both branches)"))
+        if self.guidance is not None:
+            rows.append(("guidance", _guidance_line(self.guidance)))
         rows += [("declines", reason) for reason in self.declines]
         return "\n".join(f"{key:<14} {value}" for key, value in rows)
 
@@ -108,6 +120,8 @@ def explain_run(
         speedup=1.0 / (1.0 - part + part * density) if density else None,
         declines=declines,
         methods=tuple(method.to_dict() for method in methods),
+        memory=_memory(model, methods, names, tokens),
+        guidance=_guidance(model, methods),
     )
 
 
@@ -188,6 +202,51 @@ def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens
         if isinstance(module, torch.nn.Linear) and name.split(".")[0] in blocks
     )
     return attention, linear
+
+
+def _memory(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str], tokens: int) -> int:
+    """Bytes kept from step to step, for the two branches of one sample; no cache where a layer stays dense."""
+    element = next(model.parameters()).element_size()
+    total = 0
+    for method in methods:
+        dense = getattr(method, "dense_layers", ())
+        for name in (name for index, name in enumerate(names) if index not in dense):
+            module: Any = model.get_submodule(name)
+            heads = head_count(module) or 1
+            inner = getattr(module, "inner_dim", None) or module.to_q.out_features
+            total += 2 * method.cache_bytes(tokens, heads, inner // heads, element)
+    return total
+
+
+def _guidance(model: torch.nn.Module, methods: tuple[Method, ...]) -> dict[str, float] | None:
+    """What the guidance method among ``methods`` adds to a run.
+
+    Raises:
+        DitAttnError: it names a layer, head or block the model does not have.
+    """
+    guide = attach.prepare(model, methods, Clock()).guide
+    if guide is None:
+        return None
+    plan, method = guide.plan, guide.method
+    guided = 0.0 if plan.empty or not method.scale else (method.stop - method.start) / method.interval
+    shared = 0 if plan.empty or not method.share_prefix or method.batched else guide.first_block
+    return {
+        "heads": sum(len(heads) for heads in plan.strengths.values()),
+        "blocks": len(plan.skipped) or len(plan.strengths),
+        "passes": guided,
+        "work": guided * (1.0 - shared / len(guide.blocks)),
+    }
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _guidance_line(found: dict[str, float]) -> str:
+    what = f"{found['heads']:.0f} heads in {found['blocks']:.0f} layers" if found["heads"] else (
+        f"{found['blocks']:.0f} blocks left out"
+    )  # fmt: skip
+    return f"{what}; +{found['passes']:.2f} passes per step, {found['work']:.2f} after the shared blocks"
 
 
 def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> tuple[float | None, tuple[str, ...]]:

@@ -46,11 +46,6 @@ class Strength:
     def steps(self) -> int:
         return len(self.relative)
 
-    def mean(self, name: str) -> float | None:
-        """Mean over the steps of one of the three lists, ``None`` where nothing was measured."""
-        values = getattr(self, name)
-        return sum(values) / len(values) if values else None
-
 
 @dataclass
 class Push:
@@ -70,7 +65,7 @@ class Guide:
         """Raises: DitAttnError: the method names a layer, head or block the transformer does not have."""
         self.method, self.session = method, session
         model = session.model
-        layers = {site.name: _head_count(model.get_submodule(site.name)) for site in session.sites}
+        layers = {site.name: head_count(model.get_submodule(site.name)) for site in session.sites}
         self.blocks = passes.block_order(model, list(layers))
         self.plan = method.perturbation(layers, self.blocks)
         for name in self.plan.skipped:
@@ -87,6 +82,13 @@ class Guide:
         self.run = self.session.clock.run
         self._measured: list[tuple[torch.Tensor, ...]] = []
         self._appended = 0
+
+    @property
+    def first_block(self) -> int:
+        """Position of the first block whose result differs in the perturbed pass; 0 where none can be taken over."""
+        if self.plan.empty or not self.session.family.block_chain:
+            return 0
+        return passes.first_block(self.blocks, list(self.plan.strengths), self.plan.skipped)
 
     @property
     def strength(self) -> Strength:
@@ -214,15 +216,14 @@ class Guide:
         """The blocks before the first perturbed one, where the pass can do without them."""
         session = self.session
         model: Any = session.model
-        if not self.method.share_prefix or not session.family.block_chain or _cached(model):
+        if not self.method.share_prefix or not self.first_block or _cached(model):
             return None
         if any(value is not None and any(word in name for word in _RESIDUALS) for name, value in kwargs.items()):
             return None
-        first = passes.first_block(self.blocks, list(self.plan.strengths), self.plan.skipped)
-        blocks = self.blocks[: first + 1]
+        blocks = self.blocks[: self.first_block + 1]
         modules = [model, *(model.get_submodule(block) for block in blocks)]
         hooked = any(getattr(module, "_diffusers_hook", None) is not None for module in modules[1:])
-        if first == 0 or hooked or any(module._compiled_call_impl is not None for module in modules):
+        if hooked or any(module._compiled_call_impl is not None for module in modules):
             return None
         return Prefix(model, blocks)
 
@@ -360,7 +361,8 @@ def _cached(model: Any) -> bool:
     return bool(getattr(model, "is_cache_enabled", False))
 
 
-def _head_count(layer: Any) -> int | None:
+def head_count(layer: Any) -> int | None:
+    """Number of heads of an attention module, ``None`` where it does not say."""
     for name in ("heads", "num_heads", "n_heads"):
         if isinstance(getattr(layer, name, None), int):
             return getattr(layer, name)

@@ -64,6 +64,16 @@ class Method:
         """Add this method's part to ``request`` for one attention call, or decline it (``request.decline(reason)``)."""
         raise NotImplementedError
 
+    def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
+        """Bytes one layer keeps for one sample from step to step.
+
+        Args:
+            tokens: visual tokens.
+            heads, head_dim: of the layer.
+            element: bytes of an activation.
+        """
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON values, with the slug under ``"method"``."""
         return {"method": self.slug, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}

@@ -92,13 +92,7 @@ class ReTtention(Reader):
         return (1.0 + self.period * self.density) / self.period
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
-        """Bytes one layer keeps for one sample between a refresh and the next: rho in fp32, and R.
-
-        Args:
-            tokens: visual tokens.
-            heads, head_dim: of the layer.
-            element: bytes of an activation.
-        """
+        """Between a refresh and the next: rho in fp32, and R. Arguments as in the base class."""
         dtype = DTYPES[self.cache]
         each = element if dtype is None else dtype.itemsize
         scales = 4 * tokens * heads if self.cache == "fp8" else 0

@@ -14,7 +14,7 @@ denominator, and what the rest would have added is missing from the sum. The com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,14 +22,17 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Epilogue, block_scores, plan_scores, pool_blocks, pooled_compensation
 from dit_attn.kernels.layout import ceil_div
+from dit_attn.kernels.reorder import exact_box
 from dit_attn.kernels.selection import block_probabilities, blocks_of_density, full_precision, pool_stats
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import setting
 from dit_attn.processors.read_order import Rows, read_in_order
 from dit_attn.processors.reader import Reader
+from dit_attn.processors.tokens import Tokens
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
-ORDERS = ("hilbert", "tiles", "none")
+ORDERS = ("auto", "hilbert", "tiles", "none")
+AT_ONCE = 2**28  # bytes of a map of pieces
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ class RectifiedSpaAttn(Reader):
         top_p: read further blocks until this much of the pooled softmax mass is read; ``None`` for density alone.
         select: what blocks are ranked by: their pooled softmax ``mass``, or the ``error`` of not reading them, the mass
             times the distance of the block's mean value to the row's output (``top_p`` is a share of it then).
-        order: order of the picture's tokens: ``hilbert`` curve, ``tiles`` (boxes) or ``none`` (row-major).
-        tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the default of 128 tokens.
+        probe: tokens per mean that blocks are ranked by; divides both blocks. The error of a block is then the root of
+            the squares over its pieces. ``None`` for whole blocks.
+        order: order of the picture's tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
+            ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
+        tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
+            there is none the default of 128 tokens.
         keep: blocks always read besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
             (every block with a token of it).
         budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
@@ -62,7 +69,8 @@ class RectifiedSpaAttn(Reader):
     density: float = setting(0.25, "fraction of key blocks kept", low=1e-6, high=1.0)
     top_p: float | None = setting(None, "also keep blocks up to this pooled softmax mass", low=1e-6, high=1.0)
     select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
-    order: str = setting("hilbert", "order of the picture's tokens", choices=ORDERS)
+    probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
+    order: str = setting("auto", "order of the picture's tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
         ("diagonal",), "blocks that are always kept", choices=("diagonal", "neighbours", "first-frame")
@@ -80,6 +88,10 @@ class RectifiedSpaAttn(Reader):
         if self.virtual_block is not None and self.kv_block % self.virtual_block:
             raise DitAttnError(
                 f"{self.slug}.virtual_block must divide kv_block {self.kv_block}, got {self.virtual_block}"
+            )
+        if self.probe is not None and (self.q_block % self.probe or self.kv_block % self.probe):
+            raise DitAttnError(
+                f"{self.slug}.probe must divide q_block {self.q_block} and kv_block {self.kv_block}, got {self.probe}"
             )
 
     @property
@@ -102,12 +114,12 @@ class RectifiedSpaAttn(Reader):
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Choose the blocks of the visual rows, and what makes up for the others."""
-        tile = None if self.tile is None else (self.tile[0], self.tile[1], self.tile[2])
-        rows = read_in_order(call, request, self.order, tile)
+        assert call.tokens is not None
+        rows = read_in_order(call, request, *self.token_order(call.tokens))
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         with torch.no_grad():
             scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
-            layout = self._chosen(scores if self.select == "mass" else scores + self._spread(scores, rows), rows)
+            layout = self._chosen(self._ranks(scores, rows, scale), rows)
         request.layout = layout
         if self.compensation == "merge":
             request.compensation = pooled_compensation(
@@ -116,6 +128,38 @@ class RectifiedSpaAttn(Reader):
         elif self.compensation != "none":
             with torch.no_grad():
                 request.epilogue = self._rectified(scores, layout, rows)
+
+    def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
+        """Name of the order for a sequence, and the box of ``tiles``."""
+        if self.order not in ("auto", "tiles"):
+            return self.order, None
+        if self.tile is not None:
+            return "tiles", (self.tile[0], self.tile[1], self.tile[2])
+        boxes = {None if span.grid is None else exact_box(span.grid, self.kv_block) for span in tokens.visual}
+        box = boxes.pop() if len(boxes) == 1 else None
+        return ("hilbert", None) if self.order == "auto" and box is None else ("tiles", box)
+
+    def _ranks(self, scores: torch.Tensor, rows: Rows, scale: float) -> torch.Tensor:
+        """(B, H, nq, nk) what blocks are ranked by, from their logits ``scores``; ``-inf`` where no key exists."""
+        if self.probe is None:
+            return scores if self.select == "mass" else scores + self._spread(scores, rows)
+        parts = [self._pieces(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
+        ranks = torch.cat(parts, 1)
+        return ranks.clamp(min=torch.finfo(ranks.dtype).tiny).log().masked_fill(scores == float("-inf"), float("-inf"))
+
+    def _pieces(self, rows: Rows, size: int, scale: float) -> torch.Tensor:
+        """(B, H, nq, nk) mass, or root of the squared errors, of every block from pieces of ``size`` tokens."""
+        found = block_probabilities(ordered_scores(rows, size, size, scale))
+        if self.select == "error":
+            values = _per_query_head(pool_blocks(rows.v, size, rows.key_mask), rows)
+            with full_precision(found.device):
+                found = found * torch.cdist(found @ values, values)
+            found = found.square()
+        q_parts, k_parts = self.q_block // size, self.kv_block // size
+        missing = (-found.shape[-1] % k_parts, -found.shape[-2] % q_parts)
+        found = torch.nn.functional.pad(found, (0, missing[0], 0, missing[1]))
+        found = found.unflatten(-1, (-1, k_parts)).sum(-1).unflatten(-2, (-1, q_parts)).sum(-2)
+        return found.sqrt() if self.select == "error" else found
 
     def _chosen(self, scores: torch.Tensor, rows: Rows) -> BlockLayout:
         """The layout for the budget, from (B, H, nq, nk) scores."""
@@ -201,6 +245,27 @@ def ordered_scores(rows: Rows, q_block: int, kv_block: int, scale: float) -> tor
     padded = torch.nn.functional.pad(logits, (0, blocks * kv_block - logits.shape[-1]), value=float("-inf"))
     parts.append(padded.unflatten(-1, (blocks, kv_block)).logsumexp(-1))
     return torch.cat(parts, -1)
+
+
+def heads_apart(rows: Rows, size: int) -> list[Rows]:
+    """The same rows a few heads at a time, so that a map of pieces of ``size`` tokens stays within :data:`AT_ONCE`."""
+    batch, q_len, heads, _ = rows.q.shape
+    key_heads = rows.k.shape[2]
+    each = 4 * batch * ceil_div(q_len, size) * ceil_div(rows.k.shape[1], size) * (heads // key_heads)
+    step = max(1, AT_ONCE // max(1, each))
+    if step >= key_heads:
+        return [rows]
+    ratio, bias = heads // key_heads, rows.key_bias
+    return [
+        replace(
+            rows,
+            q=rows.q[:, :, low * ratio : (low + step) * ratio],
+            k=rows.k[:, :, low : low + step],
+            v=rows.v[:, :, low : low + step],
+            key_bias=bias if bias is None or bias.shape[1] == 1 else bias[:, low * ratio : (low + step) * ratio],
+        )
+        for low in range(0, key_heads, step)
+    ]
 
 
 def _per_query_head(x: torch.Tensor, rows: Rows) -> torch.Tensor:

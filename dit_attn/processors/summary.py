@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dit_attn.processors.engage import ONLY_GUIDANCE
 from dit_attn.processors.session import Session, Site
 
 
@@ -33,6 +34,34 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class GuidanceSummary:
+    """What a guidance method did in the last run.
+
+    Attributes:
+        evaluations: perturbed passes.
+        shared: share of the blocks of these passes that was taken over from the plain ones.
+        parallel: what the push adds to the scale of classifier-free guidance, mean over the guided steps; ``None``
+            in runs without an unconditional branch.
+        sideways: the rest of the push, in units of ``|c - u|``; ``None`` likewise.
+        relative: ``|D| / |c|``, mean over the guided steps; ``None`` where no step was guided.
+    """
+
+    evaluations: int
+    shared: float
+    parallel: float | None
+    sideways: float | None
+    relative: float | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.evaluations} perturbed passes, {_percent(self.shared)} of their blocks taken over"]
+        if self.parallel is not None and self.sideways is not None:
+            lines.append(f"like a guidance scale {self.parallel:+.2f}, and {self.sideways:.2f} |c - u| sideways")
+        elif self.relative is not None:
+            lines.append(f"a push of {self.relative:.2f} |c| (no unconditional branch to compare with)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Summary:
     """Report of the last run of one pipeline or transformer. Prints as a table; ``to_dict()`` gives JSON values.
 
@@ -42,6 +71,8 @@ class Summary:
         runs: runs seen since ``enable``.
         steps: steps of the last run that were reached.
         layers: one entry per layer.
+        guidance: what a guidance method did, ``None`` without one.
+        warnings: what a user should know of the run, e.g. guidance that was asked for and did not happen.
     """
 
     families: tuple[str, ...]
@@ -49,6 +80,8 @@ class Summary:
     runs: int
     steps: int
     layers: tuple[LayerSummary, ...] = field(repr=False)
+    guidance: GuidanceSummary | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -99,6 +132,8 @@ class Summary:
             ("family", ", ".join(self.families)),
             ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
             ("runs", f"{self.runs} (last: {self.steps} steps)"),
+        ]
+        reading = [
             ("layers", f"{engaged_layers} of {len(self.layers)} engaged"),
             ("attention calls", f"{self.engaged} of {self.calls} engaged"),
             ("density", f"{_percent(self.density)} where engaged, {_percent(self.run_density)} over the run"),
@@ -106,6 +141,10 @@ class Summary:
             *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
             *(("declined", f"{count} x {reason}") for reason, count in self.declined.items()),
         ]
+        if self.guidance is None or set(self.declined) != {ONLY_GUIDANCE}:
+            rows += reading
+        rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
+        rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{key:<16} {value}" for key, value in rows)
 
 
@@ -120,7 +159,42 @@ def summarize(sessions: dict[str, Session]) -> Summary:
         runs=clock.run,
         steps=clock.step + 1 if clock.run else 0,
         layers=tuple(_layer(prefixes[name], site) for name, session in sessions.items() for site in session.sites),
+        guidance=_guidance(sessions),
+        warnings=tuple(text for text in map(_missing_guidance, [first]) if text),
     )
+
+
+def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
+    guides = [session.guide for session in sessions.values() if session.guide is not None]
+    if not guides:
+        return None
+    strengths = [guide.strength for guide in guides]
+    evaluations = sum(guide.evaluations for guide in guides)
+    blocks = sum(guide.evaluations * len(guide.blocks) for guide in guides)
+
+    def mean(name: str) -> float | None:
+        values = [value for strength in strengths for value in getattr(strength, name)]
+        return sum(values) / len(values) if values else None
+
+    return GuidanceSummary(
+        evaluations=evaluations,
+        shared=sum(guide.saved_blocks for guide in guides) / blocks if blocks else 0.0,
+        parallel=mean("parallel"),
+        sideways=mean("sideways"),
+        relative=mean("relative"),
+    )
+
+
+def _missing_guidance(session: Session) -> str | None:
+    """What to say of a run whose pipeline was given a guidance scale and never ran an unconditional branch."""
+    scale = session.guidance_scale()
+    embedded = bool(getattr(session.model.config, "guidance_embeds", False))
+    if session.clock.run and scale is not None and scale > 1.0 and not embedded and "uncond" not in session.seen:
+        return (
+            f"guidance_scale {scale:g} had no effect: the pipeline ran no unconditional branch "
+            "(a negative prompt may be missing)"
+        )
+    return None
 
 
 def _layer(prefix: str, site: Site) -> LayerSummary:
