@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli import bench_operators
+from dit_attn.cli import bench_model, bench_operators
 from dit_attn.errors import DitAttnError, unknown
 
 DENSITIES = (0.5, 0.25, 0.125, 0.0625)
@@ -22,14 +22,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure block-sparse attention beside torch's dense attention, taking turns in one run. Figures "
         "are for this machine and these sizes; on a busy machine they mean little.",
     )
-    parser.add_argument("what", choices=("kernels", "operators"), help="what to measure")
+    parser.add_argument("what", choices=("kernels", "operators", "model"), help="what to measure")
     parser.add_argument("--shape", metavar="NAME", help="tokens, heads and head size of a layer of a known model")
     parser.add_argument("--seq", type=int, metavar="S", help="tokens (default: 4096)")
     parser.add_argument("--heads", type=int, metavar="H", help="heads (default: 4)")
     parser.add_argument("--dim", type=int, metavar="D", help="size of a head (default: 128)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="batch (default: 1)")
     parser.add_argument("--block", type=int, metavar="N", help="tokens per block (default: 128)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="T", help=", ".join(DTYPES))
+    parser.add_argument("--dtype", nargs="+", metavar="T", help=", ".join(DTYPES))
     parser.add_argument("--density", type=float, nargs="+", metavar="P", help="parts of the key blocks kept")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON here")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up against density here (.png or .svg)")
     bench_operators.add_arguments(parser)
+    bench_model.add_arguments(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.what == "operators":
         return bench_operators.run(args)
+    if args.what == "model":
+        return bench_model.run(args)
     import torch
 
     from dit_attn.cli import load, outputs
@@ -108,6 +111,7 @@ def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]])
             setattr(args, name, size)
     args.block = 128 if args.block is None else args.block
     args.density = args.density or list(DENSITIES)
+    args.dtype = args.dtype or ["float32", "bfloat16"]
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -187,13 +187,19 @@ def interleaved(calls: Sequence[Callable[[], Any]], repeats: int, device: torch.
     times: list[list[float]] = [[] for _ in calls]
     for round_number in range(repeats + 1):
         for i, call in enumerate(calls):
-            _wait(device)
-            started = time.perf_counter()
-            call()
-            _wait(device)
+            milliseconds = timed(call, device)
             if round_number:
-                times[i].append(1e3 * (time.perf_counter() - started))
+                times[i].append(milliseconds)
     return times
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call, from an idle device to an idle device."""
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - started)
 
 
 def _wait(device: torch.device) -> None:

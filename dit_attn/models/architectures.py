@@ -1,0 +1,340 @@
+"""Transformers of known models at their real size, with random weights, and inputs shaped like a pipeline's.
+
+For measuring time and memory, which do not depend on what the weights are. Sizes are those of the published
+``transformer/config.json`` files; smaller ones keep the token layout, the head size and the proportions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dit_attn.errors import DitAttnError, unknown
+
+_PIXELS = 16  # a token is 16 x 16 pixels in all of them: 8 of the autoencoder, 2 of the patch
+_FRAMES = 4  # frames a latent frame, after the first
+_ACTIVATIONS = 16  # arrays of (tokens, width) that a step holds at once, roughly: the widest layer is 4 wide
+
+Grid = tuple[int, int, int]
+InputFunction = Callable[["Architecture", Grid, dict[str, Any]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One transformer.
+
+    Attributes:
+        name: the model, e.g. ``"wan2.1-1.3b"``.
+        transformer: its diffusers class.
+        config: arguments of the class.
+        pixels: (frames, height, width) the model is used at; 1 frame for images.
+        text: text tokens of a prompt, padding counted.
+        inputs: makes the arguments of a call.
+        wide: entries of ``config`` that grow with the number of heads.
+        scaled: what differs from the published model, e.g. ``{"layers": 2}``; empty for the real one.
+    """
+
+    name: str
+    transformer: str
+    config: dict[str, Any]
+    pixels: tuple[int, int, int]
+    text: int
+    inputs: InputFunction = field(repr=False)
+    wide: tuple[str, ...] = ()
+    scaled: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """Layers with joint or self attention over the picture."""
+        return self.config["num_layers"] + self.config.get("num_single_layers", 0)
+
+    @property
+    def heads(self) -> int:
+        """Heads of a layer."""
+        return self.config["num_attention_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        return self.config["attention_head_dim"]
+
+    @property
+    def grid(self) -> Grid:
+        """(T, H, W) visual tokens at ``pixels``."""
+        frames, height, width = self.pixels
+        return ((frames - 1) // _FRAMES + 1, height // _PIXELS, width // _PIXELS)
+
+    @property
+    def stand_in(self) -> Any:
+        """What presets are looked up by: the class's name with the published ``config``."""
+        published = next(row for row in ARCHITECTURES if row.name == self.name)
+        return type(self.transformer, (SimpleNamespace,), {})(config=published.config)
+
+    def sized(self, layers: int | None = None, heads: int | None = None) -> Architecture:
+        """The same with fewer (or more) layers and heads; width follows the heads, single layers follow the layers.
+
+        Raises:
+            DitAttnError: fewer layers than the architecture has kinds of them, or no head.
+        """
+        config, scaled = dict(self.config), dict(self.scaled)
+        if heads is not None and heads != self.heads:
+            if heads < 1:
+                raise DitAttnError(f"--heads must be at least 1, got {heads}")
+            for name in self.wide:
+                config[name] = max(1, round(config[name] * heads / self.heads))
+            config["num_attention_heads"] = scaled["heads"] = heads
+        if layers is not None and layers != self.layers:
+            kinds = 1 + ("num_single_layers" in config)
+            if layers < kinds:
+                raise DitAttnError(f"--layers must be at least {kinds} for {self.name}, got {layers}: one of each kind")
+            first, scaled["layers"] = layers, layers
+            if kinds == 2:
+                first = min(layers - 1, max(1, round(layers * config["num_layers"] / self.layers)))
+                config["num_single_layers"] = layers - first
+            config["num_layers"] = first
+        return replace(self, config=config, scaled=scaled)
+
+    def at(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> Architecture:
+        """The same at another size in pixels.
+
+        Raises:
+            DitAttnError: less than one token, or frames asked of an image model.
+        """
+        if frames is not None and frames > 1 and self.pixels[0] == 1:
+            raise DitAttnError(f"--frames {frames}: {self.name} makes images; leave it out")
+        found = tuple(new or old for new, old in zip((frames, height, width), self.pixels))
+        if min(found[1:]) < _PIXELS or found[0] < 1:
+            raise DitAttnError(f"{found[1]} x {found[2]} is smaller than one token of {_PIXELS} x {_PIXELS} pixels")
+        return replace(self, pixels=(found[0], found[1], found[2]))
+
+    def with_tokens(self, count: int) -> Architecture:
+        """The same with at least ``count`` visual tokens: frames and proportions are kept, the picture is scaled."""
+        frames, rows, columns = self.grid
+        wanted = math.ceil(count / frames)
+        height = max(1, round(rows * math.sqrt(wanted / (rows * columns))))
+        return replace(self, pixels=(self.pixels[0], _PIXELS * height, _PIXELS * math.ceil(wanted / height)))
+
+    def build(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+        """The transformer with random weights, made in ``dtype`` on ``device`` itself: no copy elsewhere.
+
+        Raises:
+            DitAttnError: it does not fit.
+        """
+        before = torch.get_default_dtype()
+        torch.manual_seed(seed)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = self._class()(**self.config)
+        except torch.OutOfMemoryError as error:
+            raise DitAttnError(f"{self.name} in {dtype} does not fit on {device}; take fewer --layers") from error
+        finally:
+            torch.set_default_dtype(before)
+        return model.to(device).eval().requires_grad_(False)  # position tables are made on the host
+
+    def parameters(self) -> int:
+        """How many weights it has."""
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in self._class()(**self.config).parameters())
+
+    def bytes_needed(self, dtype: torch.dtype, batch: int) -> int:
+        """Weights, and roughly what a step holds beside them."""
+        tokens = math.prod(self.grid) + self.text
+        step = _ACTIVATIONS * batch * tokens * self.heads * self.head_dim
+        return dtype.itemsize * (self.parameters() + step)
+
+    def check_memory(self, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            DitAttnError: it needs more than is free.
+        """
+        need, free = self.bytes_needed(dtype, batch), free_memory(device)
+        if free is not None and need > free:
+            raise DitAttnError(
+                f"{self.name} with {self.layers} layers, {self.heads} heads and {math.prod(self.grid):,} tokens needs "
+                f"about {need / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free; take fewer --layers, "
+                "--heads or --tokens"
+            )
+
+    def call(self, device: torch.device, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> dict[str, Any]:
+        """Arguments of one forward call in the middle of a run: latents, text, time."""
+        generator = torch.Generator(device).manual_seed(seed)
+        with torch.device(device):
+            return self.inputs(self, self.grid, {"batch": batch, "dtype": dtype, "generator": generator})
+
+    def _class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.transformer)
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture of a known model.
+
+    Raises:
+        DitAttnError: unknown name.
+    """
+    found = {row.name: row for row in ARCHITECTURES}
+    if name not in found:
+        raise unknown("--config", name, found)
+    return found[name]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, ``None`` where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    table = Path("/proc/meminfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    found = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    if found is None and "SC_PHYS_PAGES" in os.sysconf_names:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def _noise(options: dict[str, Any], *shape: int) -> torch.Tensor:
+    return torch.randn(options["batch"], *shape, dtype=options["dtype"], generator=options["generator"])
+
+
+def _wan(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    t, h, w = grid
+    return {
+        "hidden_states": _noise(options, 16, t, 2 * h, 2 * w),
+        "timestep": torch.full((options["batch"],), 500),
+        "encoder_hidden_states": _noise(options, arch.text, 4096),
+    }
+
+
+def _hunyuan_video(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    words = torch.arange(arch.text) < arch.text // 2  # a prompt fills half of its places
+    return {
+        **_wan(arch, grid, options),
+        "encoder_attention_mask": words.expand(options["batch"], -1).to(options["dtype"]),
+        "pooled_projections": _noise(options, 768),
+        "guidance": torch.full((options["batch"],), 6000.0, dtype=options["dtype"]),
+    }
+
+
+def _cogvideox(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    t, h, w = grid
+    rope = get_3d_rotary_pos_embed(
+        arch.head_dim, ((0, 0), (h, w)), (h, w), t, device=torch.get_default_device()
+    )  # fmt: skip
+    return {
+        "hidden_states": _noise(options, t, 16, 2 * h, 2 * w),
+        "encoder_hidden_states": _noise(options, arch.text, 4096),
+        "timestep": torch.full((options["batch"],), 500),
+        "image_rotary_emb": rope,
+    }
+
+
+def _flux(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    _, h, w = grid
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(h).float(), torch.arange(w).float())
+    return {
+        "hidden_states": _noise(options, h * w, 64),
+        "encoder_hidden_states": _noise(options, arch.text, 4096),
+        "pooled_projections": _noise(options, 768),
+        "timestep": torch.full((options["batch"],), 0.5, dtype=options["dtype"]),
+        "img_ids": places.to(options["dtype"]),
+        "txt_ids": torch.zeros(arch.text, 3, dtype=options["dtype"]),
+        "guidance": torch.full((options["batch"],), 3.5, dtype=torch.float32),
+    }
+
+
+def _pixart(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
+    _, h, w = grid
+    return {
+        "hidden_states": _noise(options, 4, 2 * h, 2 * w),
+        "encoder_hidden_states": _noise(options, arch.text, 4096),
+        "encoder_attention_mask": torch.ones(options["batch"], arch.text, dtype=options["dtype"]),
+        "timestep": torch.full((options["batch"],), 500),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+_WAN = {"attention_head_dim": 128, "text_dim": 4096, "qk_norm": "rms_norm_across_heads"}
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        "wan2.1-1.3b",
+        "WanTransformer3DModel",
+        {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        pixels=(81, 480, 832),
+        text=512,
+        inputs=_wan,
+        wide=("ffn_dim",),
+    ),
+    Architecture(
+        "wan2.1-14b",
+        "WanTransformer3DModel",
+        {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+        pixels=(81, 720, 1280),
+        text=512,
+        inputs=_wan,
+        wide=("ffn_dim",),
+    ),
+    Architecture(
+        "hunyuan-video",
+        "HunyuanVideoTransformer3DModel",
+        {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20, "num_single_layers": 40},
+        pixels=(129, 720, 1280),
+        text=256,
+        inputs=_hunyuan_video,
+    ),
+    Architecture(
+        "cogvideox-5b",
+        "CogVideoXTransformer3DModel",
+        {
+            "num_attention_heads": 48,
+            "attention_head_dim": 64,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+        },
+        pixels=(49, 480, 720),
+        text=226,
+        inputs=_cogvideox,
+    ),
+    Architecture(
+        "flux",
+        "FluxTransformer2DModel",
+        {
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "guidance_embeds": True,
+        },
+        pixels=(1, 1024, 1024),
+        text=512,
+        inputs=_flux,
+    ),
+    Architecture(
+        "pixart-sigma",
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "cross_attention_dim": 1152,
+            "num_layers": 28,
+            "interpolation_scale": 2,
+            "use_additional_conditions": False,
+            "caption_channels": 4096,
+        },
+        pixels=(1, 1024, 1024),
+        text=300,
+        inputs=_pixart,
+        wide=("cross_attention_dim",),
+    ),
+)
