@@ -77,20 +77,27 @@ _STREAMS = {
     "AllegroTransformerBlock": ("hidden_states",),
     "AuraFlowJointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "AuraFlowSingleTransformerBlock": ("hidden_states",),
+    "ChromaSingleTransformerBlock": ("hidden_states",),
+    "ChromaTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "ConsisIDBlock": ("hidden_states", "encoder_hidden_states"),
     "CosmosTransformerBlock": ("hidden_states",),
     "EasyAnimateTransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "HiDreamImageSingleTransformerBlock": ("hidden_states",),
+    "HiDreamImageTransformerBlock": ("hidden_states", "encoder_hidden_states"),
     "HunyuanDiTBlock": ("hidden_states",),
     "HunyuanVideo15TransformerBlock": ("hidden_states", "encoder_hidden_states"),
     "LTX2VideoTransformerBlock": ("hidden_states", "audio_hidden_states"),
     "Lumina2TransformerBlock": ("hidden_states",),
     "OmniGenBlock": ("hidden_states",),
     "SkyReelsV2TransformerBlock": ("hidden_states",),
+    "WanTransformerBlock": ("hidden_states",),
     "ZImageTransformerBlock": ("x",),
 }
 
 
-def block_streams(kind: type) -> tuple[str, ...] | None:
+def block_streams(block: torch.nn.Module) -> tuple[str, ...] | None:
     """Names of the inputs a transformer block hands on, in the order of its outputs; ``None`` where unknown."""
+    kind = type(getattr(block, "block", block))  # HiDream wraps its blocks
     if kind.__name__ in _STREAMS:
         return _STREAMS[kind.__name__]
     try:

@@ -196,7 +196,7 @@ def passing(block: torch.nn.Module) -> Callable[..., Any]:
     Raises:
         DitAttnError: which input belongs to which output of the block is not known.
     """
-    order = compat.block_streams(type(block))
+    order = compat.block_streams(block)
     if order is None:
         raise DitAttnError(
             f"{type(block).__name__} cannot be skipped: its streams are not known to diffusers' layer skipping; "
