@@ -20,11 +20,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Register `train` and return its parser."""
     parser = subparsers.add_parser(
         "train",
-        help="train an embedded model (tiny-image, tiny-video, world-clip) from its recipe",
+        help="train an embedded model (tiny-image, tiny-video, tiny-joint, world-clip) from its recipe",
         description="Train an embedded model from its recipe. The run can be stopped at any moment and resumed; the "
         f"finished model is written to OUTPUT/{PIPELINE_FOLDER} as a diffusers folder.",
     )
-    parser.add_argument("name", help="tiny-image, tiny-video or world-clip")
+    parser.add_argument("name", help="tiny-image, tiny-video, tiny-joint or world-clip")
     parser.add_argument("--output", type=Path, help="folder of the run (default: outputs/train-NAME)")
     parser.add_argument("--steps", type=int, help="length of the run; stages and learning rate stretch with it")
     parser.add_argument("--minutes", type=float, help="stop after this many minutes, leaving a resumable checkpoint")

@@ -140,6 +140,7 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 8, tile: int = 128) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score an embedded model and write the result with everything needed to repeat it."""
     from dit_attn.models.export import environment
+    from dit_attn.models.recipe import recipe
     from dit_attn.models.registry import MODELS, call_defaults, info, load
 
     parser = argparse.ArgumentParser(prog="python -m dit_attn.models.evaluate", description=main.__doc__)
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = call_defaults(args.name)
     given = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.steps}
     call.update({key: value for key, value in given.items() if value is not None})
-    kind = "scene" if args.name == "tiny-image" else "clip"
+    kind = recipe(args.name).kind
     figures, samples = evaluate(load(args.name), kind, call, args.count, args.seed, args.batch)
     words = [args.name, "--count", args.count, "--seed", args.seed, "--batch", args.batch]
     command = " ".join(map(str, ["python -m dit_attn.models.evaluate", *words]))

@@ -13,24 +13,23 @@ from typing import Any
 from dit_attn.models import nets
 from dit_attn.models.loop import Run
 
-PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae", "training.json")
-
 
 def pipeline_of(run: Run) -> Any:
     """The stock pipeline around the averaged weights of `run`."""
     model = run.averaged()
-    return nets.build_pipeline(run.recipe.family, model.transformer, model.text_encoder, run.tokenizer)
+    return nets.build_pipeline(run.recipe.family, model.parts, run.tokenizer)
 
 
 def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any]:
     """What `training.json` holds: recipe, seed, progress, versions, hardware and measured figures."""
+    heads = run.model.parts["transformer"].config["num_attention_heads"]
     return {
         "name": run.recipe.name,
         "seed": run.seed,
         "steps_done": run.step,
         "training_seconds": round(run.seconds, 1),
         "recipe": asdict(run.recipe),
-        "model": {"hidden": nets.HIDDEN, "layers": nets.LAYERS, "heads": nets.HEADS, "text_width": nets.TEXT_WIDTH},
+        "model": {"hidden": nets.HIDDEN, "layers": nets.LAYERS, "heads": heads, "text_width": nets.TEXT_WIDTH},
         "environment": environment(),
         "figures": figures or {},
         "log": run.log,
@@ -73,9 +72,9 @@ def export(run: Run, folder: Path, figures: dict[str, Any] | None = None) -> Non
     log = staging / "training.json"
     log.write_text(json.dumps(provenance(run, figures), indent=1) + "\n")
     log.chmod(0o644)
-    for part in PARTS:
-        target = folder / part
+    for part in staging.iterdir():
+        target = folder / part.name
         if target.is_dir():
             shutil.rmtree(target)
-        os.replace(staging / part, target)
+        os.replace(part, target)
     shutil.rmtree(staging)

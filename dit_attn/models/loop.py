@@ -20,34 +20,11 @@ from dit_attn.errors import DitAttnError
 from dit_attn.models import nets
 from dit_attn.models.data import Batch, draw
 from dit_attn.models.recipe import Recipe
+from dit_attn.models.trainee import Trainee
+from dit_attn.models.warmstart import warm_start
 
 CHECKPOINT = "checkpoint.pt"
 LOG_EVERY = 50
-
-
-class Trainee(torch.nn.Module):
-    """Transformer and text encoder, trained jointly.
-
-    Args:
-        family: "image" (PixArt, masked text) or "video" (Wan, text zeroed where there is none).
-    """
-
-    def __init__(self, family: str, tokenizer: Any):
-        super().__init__()
-        self.family = family
-        self.transformer = nets.build_image_transformer() if family == "image" else nets.build_video_transformer()
-        self.text_encoder = nets.build_text_encoder(family, len(tokenizer))
-
-    def forward(self, noisy: torch.Tensor, level: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The predicted clean sample, shaped like `noisy`, as the stock pipelines call the stock parts."""
-        text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        extra: dict[str, Any] = {}
-        if self.family == "image":
-            extra = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-        else:
-            text = text * mask[..., None]
-        out = self.transformer(noisy, encoder_hidden_states=text, timestep=level * 1000, return_dict=False, **extra)
-        return out[0]
 
 
 def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) -> torch.Tensor:
@@ -87,7 +64,10 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         self.tokenizer = nets.build_tokenizer()
-        self.model = Trainee(self.recipe.family, self.tokenizer).to(self.device)
+        self.model = Trainee(self.recipe.family, self.tokenizer)
+        if self.recipe.warm_start:
+            warm_start(self.model, self.recipe.warm_start)
+        self.model.to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         self.optimizers = build_optimizers(self.model, self.recipe)
         self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
@@ -181,7 +161,7 @@ def fit(
     from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    accelerator = Accelerator(mixed_precision=run.recipe.precision, cpu=run.device.type == "cpu")
+    accelerator = Accelerator(cpu=run.device.type == "cpu")
     model = accelerator.prepare_model(run.model, device_placement=False)
     folder.mkdir(parents=True, exist_ok=True)
     started = saved = last = time.monotonic()
@@ -216,6 +196,16 @@ def _report(run: Run, values: dict[str, float], bar: Any, quiet: bool) -> None:
         print(" ".join(f"{name}={value}" for name, value in entry.items()), flush=True)
 
 
+def _in_precision(model: torch.nn.Module, run: Run) -> Callable[..., torch.Tensor]:
+    """`model` under autocast where the recipe asks for bf16; recipes of both kinds may run in one process."""
+
+    def predict(*inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
+            return model(*inputs)
+
+    return predict
+
+
 def _step(run: Run, model: torch.nn.Module, accelerator: Any) -> float:
     """One update; returns the loss."""
     run.model.train()
@@ -223,7 +213,7 @@ def _step(run: Run, model: torch.nn.Module, accelerator: Any) -> float:
     for optimizer, lr in zip(run.optimizers, run.base_lr, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
-    loss = loss_of(model, run.batch(), run.recipe.min_level)
+    loss = loss_of(_in_precision(model, run), run.batch(), run.recipe.min_level)
     accelerator.backward(loss)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
     for optimizer in run.optimizers:

@@ -16,6 +16,8 @@ TEXT_WIDTH = 64
 HIDDEN = 128
 LAYERS = 6
 HEADS = 2
+JOINT_HEADS = 8  # of `tiny-joint`: more and narrower heads, so that single heads can be addressed
+CLIP_WIDTH = TEXT_WIDTH // 2  # two CLIP encoders side by side are as wide as the T5
 FLOW_SHIFT = 3.0
 
 
@@ -41,12 +43,13 @@ def build_tokenizer() -> Any:
 
 
 def build_text_encoder(family: str, vocab_size: int) -> Any:
-    """A two-layer T5 (family "image") or UMT5 (family "video") encoder of width `TEXT_WIDTH`, randomly initialised."""
+    """A two-layer T5 (families "image", "joint") or UMT5 ("video") encoder of width `TEXT_WIDTH`, untrained."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     classes: dict[str, tuple[Any, Any]] = {
         "image": (T5Config, T5EncoderModel),
         "video": (UMT5Config, UMT5EncoderModel),
+        "joint": (T5Config, T5EncoderModel),
     }
     config_class, model_class = classes[family]
     config = config_class(
@@ -63,6 +66,25 @@ def build_text_encoder(family: str, vocab_size: int) -> Any:
         decoder_start_token_id=0,
     )
     return model_class(config)
+
+
+def build_clip_encoder(vocab_size: int) -> Any:
+    """A two-layer CLIP text encoder of width `CLIP_WIDTH` for the same tokens as the T5, untrained."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_LENGTH,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config)
 
 
 def build_image_transformer() -> Any:
@@ -108,18 +130,73 @@ def build_video_transformer() -> Any:
     return net
 
 
-def build_pipeline(family: str, transformer: Any, text_encoder: Any, tokenizer: Any) -> Any:
-    """The stock `PixArtSigmaPipeline` (family "image") or `WanPipeline` (family "video") around trained parts.
+def build_joint_transformer() -> Any:
+    """The SD3 transformer of `tiny-joint`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens beside 32 of text.
 
+    Without `pos_embed_max_size` the position table is rescaled to other sizes instead of cropped.
+    """
+    from diffusers import SD3Transformer2DModel
+
+    unlimited: Any = None
+    net: Any = SD3Transformer2DModel(
+        sample_size=128,
+        patch_size=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=LAYERS,
+        attention_head_dim=HIDDEN // JOINT_HEADS,
+        num_attention_heads=JOINT_HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        caption_projection_dim=HIDDEN,
+        pooled_projection_dim=2 * CLIP_WIDTH,
+        pos_embed_max_size=unlimited,
+    )
+    torch.nn.init.zeros_(net.proj_out.weight)
+    torch.nn.init.zeros_(net.proj_out.bias)
+    return net
+
+
+def build_parts(family: str, vocab_size: int) -> dict[str, Any]:
+    """The trained parts of a pipeline by their names in it: transformer and text encoders.
+
+    Family "joint" trains one CLIP encoder, which its pipeline holds twice.
+    """
+    builders = {"image": build_image_transformer, "video": build_video_transformer, "joint": build_joint_transformer}
+    parts = {"transformer": builders[family]()}
+    if family != "joint":
+        return {**parts, "text_encoder": build_text_encoder(family, vocab_size)}
+    clip = build_clip_encoder(vocab_size)
+    return {**parts, "text_encoder": clip, "text_encoder_3": build_text_encoder(family, vocab_size)}
+
+
+def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
+    """The stock pipeline around trained `parts` (see `build_parts`).
+
+    `PixArtSigmaPipeline` (family "image"), `WanPipeline` ("video") or `StableDiffusion3Pipeline` ("joint").
     The transformers predict the clean sample (`prediction_type="sample"`).
     """
-    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, UniPCMultistepScheduler, WanPipeline
+    import copy
+
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtSigmaPipeline,
+        StableDiffusion3Pipeline,
+        UniPCMultistepScheduler,
+        WanPipeline,
+    )
 
     flow = {"prediction_type": "sample", "use_flow_sigmas": True, "flow_shift": FLOW_SHIFT}
-    parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "transformer": transformer}
+    if family == "video":
+        return WanPipeline(
+            vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), tokenizer=tokenizer, **parts
+        )
+    vae, scheduler = exact_kl(), DPMSolverMultistepScheduler(**flow)
     if family == "image":
-        return PixArtSigmaPipeline(vae=exact_kl(), scheduler=DPMSolverMultistepScheduler(**flow), **parts)
-    return WanPipeline(vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), **parts)
+        return PixArtSigmaPipeline(vae=vae, scheduler=scheduler, tokenizer=tokenizer, **parts)
+    vae.register_to_config(shift_factor=0.0)
+    second = copy.deepcopy(parts["text_encoder"])
+    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3"), tokenizer)
+    return StableDiffusion3Pipeline(vae=vae, scheduler=scheduler, text_encoder_2=second, **tokenizers, **parts)
 
 
 def save_folder(pipeline: Any, folder: Path) -> None:
@@ -127,8 +204,9 @@ def save_folder(pipeline: Any, folder: Path) -> None:
     import copy
 
     small = copy.deepcopy(pipeline)
-    small.transformer.to(dtype=torch.float16)
-    small.text_encoder.to(dtype=torch.float16)
+    for name, part in small.components.items():
+        if name == "transformer" or name.startswith("text_encoder"):
+            part.to(dtype=torch.float16)
     small.save_pretrained(folder)
     for path in folder.rglob("tokenizer_config.json"):
         config = json.loads(path.read_text())
@@ -136,7 +214,8 @@ def save_folder(pipeline: Any, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
     index = folder / "model_index.json"
     entries = json.loads(index.read_text())
-    entries["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    fast = ["transformers", "PreTrainedTokenizerFast"]
+    entries = {name: fast if name.startswith("tokenizer") else entry for name, entry in entries.items()}
     entries.pop("_name_or_path", None)
     index.write_text(json.dumps(entries, indent=2) + "\n")
     for path in folder.rglob("*"):

@@ -35,7 +35,7 @@ class Recipe:
     """Everything that decides what comes out of training, beside the seed and the number of steps."""
 
     name: str
-    family: str  # "image" (PixArt) or "video" (Wan)
+    family: str  # "image" (PixArt), "video" (Wan) or "joint" (SD3)
     kind: str  # "scene" or "clip"
     steps: int
     stages: tuple[Stage, ...]
@@ -49,6 +49,7 @@ class Recipe:
     min_level: float = 0.05
     clip: float = 1.0
     precision: str = "bf16"
+    warm_start: str = ""  # embedded model whose trained weights are taken over where they fit
 
     def stage_at(self, step: int) -> Stage:
         """The stage of `step` (0-based) in a run of `steps` steps."""
@@ -99,6 +100,21 @@ RECIPES: dict[str, Recipe] = {
             Stage(share=0.2171, size=48, frames=9, batch=3, shift=3.0),
         ),
         decay_share=0.15,
+    ),
+    "tiny-joint": Recipe(
+        name="tiny-joint",
+        family="joint",
+        kind="scene",
+        steps=5150,
+        stages=(
+            Stage(share=0.0777, size=32, frames=1, batch=16, shift=2.0, single=True),
+            Stage(share=0.5825, size=32, frames=1, batch=16, shift=2.0),
+            Stage(share=0.2524, size=64, frames=1, batch=8, shift=2.0),
+            Stage(share=0.0874, size=128, frames=1, batch=4, shift=3.0),
+        ),
+        decay_share=0.15,
+        precision="no",
+        warm_start="tiny-image",
     ),
 }
 
