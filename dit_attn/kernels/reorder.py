@@ -130,6 +130,20 @@ def token_order(
     return _kept_order(name, (t, h, w), (a, b, c), torch.device(device))
 
 
+def exact_box(grid: Grid, tokens: int) -> Grid | None:
+    """The most compact (t, h, w) box of so many tokens that divides the grid, ``None`` where none does.
+
+    With it as the tile, every block of the sequence is exactly one box, and no block is cut off at a border.
+    """
+    boxes = [
+        (t, h, tokens // (t * h))
+        for t, h in product(range(1, grid[0] + 1), range(1, grid[1] + 1))
+        if tokens % (t * h) == 0
+    ]
+    fitting = [box for box in boxes if not any(size % side for size, side in zip(grid, box, strict=True))]
+    return min(fitting, key=lambda box: (sum(side * side for side in box), box), default=None)
+
+
 def block_neighbours(*orders: TokenOrder, block: int, kv_block: int | None = None) -> torch.Tensor:
     """Which blocks of a reordered sequence touch: some token of one is next to (26 neighbours) a token of the other.
 
