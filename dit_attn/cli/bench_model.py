@@ -221,8 +221,8 @@ def table(record: dict[str, Any]) -> str:
         f"dense step {dense['seconds']['median']:.3f} s [{dense['seconds']['min']:.3f}, "
         f"{dense['seconds']['max']:.3f}], attention {100 * dense['attention_share']:.1f} % of it "
         f"({dense['attention_calls']} calls of {dense['attention_ms']['median']:.1f} ms), {_memory(dense)}",
-        f"{'':<44}{'step':<17}{'time':>9}{'ratio':>7}{'':>14}{'ceiling':>9}{'density':>9}{'memory':>10}"
-        f"{'attention':>11}{'choosing':>10}{'target':>9}",
+        f"{'':<36}{'step':<17}{'time':>9}{'ratio':>7}{'':>14}{'of CPU':>8}{'ceiling':>9}{'density':>9}{'memory':>10}"
+        f"{'attention':>11}{'of CPU':>9}{'choosing':>10}{'target':>9}",
     ]
     lines += [_line(row) for row in record["rows"]]
     lines += [f"ratio: to the dense step; target: {record['target']}", f"memory: {record['memory']}", record["note"]]
@@ -233,15 +233,20 @@ def _line(row: dict[str, Any]) -> str:
     ratio, attention = row["ratio"], row["attention"]
     ends = f"[{ratio['min']:.2f}, {ratio['max']:.2f}]"
     text = (
-        f"{row['label']:<44}{row['phase']:<17}{row['seconds']['median']:>7.3f} s{ratio['median']:>7.2f}{ends:>14}"
-        f"{row['ceiling']:>8.2f}x{row['step_density']:>9.3f}{_memory(row):>10}"
+        f"{row['label']:<36}{row['phase']:<17}{row['seconds']['median']:>7.3f} s{ratio['median']:>7.2f}{ends:>14}"
+        f"{_cpu(row, 'ratio_cpu'):>8}{row['ceiling']:>8.2f}x{row['step_density']:>9.3f}{_memory(row):>10}"
     )
     if attention is None:
         return text
-    text += f"{attention['speedup']:>10.2f}x{100 * attention['plan_share']:>8.1f} %"
+    text += f"{attention['speedup']:>10.2f}x{_cpu(attention, 'speedup_cpu'):>9}{100 * attention['plan_share']:>8.1f} %"
     if attention["target"] is None:
         return text
     return text + f"{attention['target']:>8.2f}x {'pass' if attention['met'] else 'FAIL'}"
+
+
+def _cpu(row: dict[str, Any], name: str) -> str:
+    value = row[name]
+    return "-" if value is None else f"{value['median'] if isinstance(value, dict) else value:.2f}"
 
 
 def _memory(row: dict[str, Any]) -> str:

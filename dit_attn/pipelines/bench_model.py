@@ -162,7 +162,8 @@ def measure(
         why = (str(error).splitlines() or ["out of memory"])[0][:120]
         raise DitAttnError(f"{device} has too little memory for a step ({why}); take fewer --tokens") from error
     dense = dense_row(steps[None], parts[None], count)
-    rows = [row for one in competitors for row in _rows(one, steps, parts, dense["attention_share"])]
+    part = dense["attention_share_cpu" if device.type == "cpu" else "attention_share"]
+    rows = [row for one in competitors for row in _rows(one, steps, parts, part)]
     return {"dense": dense, "rows": rows, "attention": about, "memory": peak.label(device)}
 
 
@@ -326,7 +327,7 @@ def _count(into: Step, before: Summary, after: Summary) -> None:
 
 
 def watched(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds on the wall and of the process's threads that one call takes."""
+    """Seconds on the wall and of the process's threads that one call takes; the latter are 0 on an accelerator."""
     before = time.process_time()
     wall = bench.timed(call, device)
-    return 1e-3 * wall, time.process_time() - before
+    return 1e-3 * wall, time.process_time() - before if device.type == "cpu" else 0.0

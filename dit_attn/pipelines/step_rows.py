@@ -16,7 +16,8 @@ class Times:
 
     Attributes:
         wall: seconds.
-        cpu: seconds of the process's own threads; on a busy machine their ratios say more than those of the wall.
+        cpu: seconds of the process's own threads, 0 where an accelerator does the work; on a busy machine their ratios
+            say more than those of the wall. Figures of them are ``None`` where they are 0.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -85,26 +86,31 @@ def dense_row(step: Step, call: Part, count: int) -> dict[str, Any]:
     return {
         "label": "dense",
         "seconds": spread(step.times.wall),
-        "cpu_seconds": spread(step.times.cpu),
+        "cpu_seconds": spread(step.times.cpu) if any(step.times.cpu) else None,
         "peak_bytes": step.peak,
         "attention_calls": count,
         "attention_ms": spread(_milli(call.run.wall)),
-        "attention_share": min(1.0, count * _median(call.run.wall) / _median(step.times.wall)),
-        "attention_share_cpu": min(1.0, count * _median(call.run.cpu) / _median(step.times.cpu)),
+        "attention_share": _part(count, call.run.wall, step.times.wall),
+        "attention_share_cpu": _part(count, call.run.cpu, step.times.cpu),
     }
 
 
 def step_row(step: Step, dense: Step, attention_share: float) -> dict[str, Any]:
-    """Times, ratios to the dense step of the same round, executed densities, and the ceiling of the speed-up."""
+    """Times, ratios to the dense step of the same round, executed densities, and the ceiling of the speed-up.
+
+    Args:
+        step, dense: what was timed.
+        attention_share: of the dense step, for the ceiling: Amdahl's, if skipped work cost nothing.
+    """
     ratios, on_cpu = _ratios(step.times, dense.times)
     over_step = (step.kept + step.calls - step.engaged) / step.calls
     return {
         "seconds": spread(step.times.wall),
-        "cpu_seconds": spread(step.times.cpu),
+        "cpu_seconds": spread(step.times.cpu) if any(step.times.cpu) else None,
         "ratio": spread(ratios),
-        "ratio_cpu": spread(on_cpu),
+        "ratio_cpu": spread(on_cpu) if on_cpu else None,
         "speedup": 1.0 / _median(ratios),
-        "speedup_cpu": 1.0 / _median(on_cpu),
+        "speedup_cpu": 1.0 / _median(on_cpu) if on_cpu else None,
         "ceiling": 1.0 / (1.0 - attention_share * (1.0 - over_step)),
         "density": step.kept / step.engaged,
         "step_density": over_step,
@@ -119,7 +125,8 @@ def attention_row(part: Part, dense: Part, sparse: bool) -> dict[str, Any]:
     """One attention call: its speed-up with choosing counted, the share of choosing, and the verdict on the target."""
     total = part.plan.plus(part.run)
     ratios, on_cpu = _ratios(total, dense.run)
-    speedup, speedup_cpu = 1.0 / _median(ratios), 1.0 / _median(on_cpu)
+    speedup = 1.0 / _median(ratios)
+    speedup_cpu = 1.0 / _median(on_cpu) if on_cpu else None
     target = TARGET / part.share if sparse else None
     return {
         "ms": spread(_milli(total.wall)),
@@ -131,7 +138,7 @@ def attention_row(part: Part, dense: Part, sparse: bool) -> dict[str, Any]:
         "efficiency": speedup * part.share,
         "target": target,
         "met": None if target is None else speedup >= target,
-        "met_cpu": None if target is None else speedup_cpu >= target,
+        "met_cpu": None if target is None or speedup_cpu is None else speedup_cpu >= target,
     }
 
 
@@ -141,9 +148,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _ratios(mine: Times, theirs: Times) -> tuple[list[float], list[float]]:
-    pairs = ((mine.wall, theirs.wall), (mine.cpu, theirs.cpu))
-    wall, cpu = ([a / max(b, 1e-9) for a, b in zip(*pair)] for pair in pairs)
-    return wall, [max(ratio, 1e-9) for ratio in cpu]
+    """Round by round, of the wall and of processor time; the latter empty where there is none."""
+    wall = [a / b for a, b in zip(mine.wall, theirs.wall)]
+    return wall, [a / b for a, b in zip(mine.cpu, theirs.cpu)] if all((*mine.cpu, *theirs.cpu)) else []
+
+
+def _part(count: int, call: Sequence[float], step: Sequence[float]) -> float | None:
+    whole = _median(step)
+    return min(1.0, count * _median(call) / whole) if whole else None
 
 
 def _median(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.models.architectures import architecture
 from dit_attn.pipelines import bench_model, peak
 from dit_attn.pipelines.bench_model import STEPS, HeldPipeline, competitor, measure
-from dit_attn.pipelines.step_rows import Part, Step, Times, attention_row, step_row
+from dit_attn.pipelines.step_rows import Part, Step, Times, attention_row, dense_row, step_row
 from dit_attn.processors.method import Method
 from dit_attn.processors.reader import Reader
 
@@ -192,6 +192,15 @@ def test_the_target_is_six_tenths_of_one_over_density_with_choosing_counted(run,
     assert row["target"] == pytest.approx(2.4) and row["met"] is met and row["met_cpu"] is met
     assert row["speedup"] == pytest.approx(1 / (run + 0.02)) and row["plan_share"] == pytest.approx(0.02 / (run + 0.02))
     assert row["efficiency"] == pytest.approx(row["speedup"] * 0.25)
+
+
+def test_processor_time_has_no_figures_where_an_accelerator_works() -> None:
+    dense, mine = Step(Times([1.0], [0.0])), Step(Times([0.5], [0.0]), calls=1, engaged=1, kept=0.5)
+    row = step_row(mine, dense, 0.5)
+    assert row["speedup"] == 2.0 and (row["speedup_cpu"], row["ratio_cpu"], row["cpu_seconds"]) == (None, None, None)
+    part = attention_row(Part(Times([0.1], [0.0]), Times([0.4], [0.0]), 0.5), Part(run=Times([1.0], [0.0])), True)
+    assert part["met"] is True and (part["speedup_cpu"], part["met_cpu"]) == (None, None)
+    assert dense_row(dense, Part(run=Times([0.25], [0.0])), 2)["attention_share"] == 0.5
 
 
 def test_the_peak_is_that_of_the_work_since_the_reset() -> None:
