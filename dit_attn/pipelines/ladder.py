@@ -47,21 +47,24 @@ def families(block: int) -> list[Family]:
         Family("block-sparse", lambda density, size: BlockSparse(density=density, **_same(size))),
         Family(DEFAULT, lambda density, size: RectifiedSpaAttn(density=density, **_same(size))),
     ]
-    for order in ("hilbert", "tiles", "none"):
+    for order in ("hilbert", "auto", "none"):
         found.append(_rectified(f"none {order}", compensation="none", select="mass", order=order))
-    for order in ("hilbert", "none"):
+    for order in ("hilbert", "auto"):
         for compensation in ("paper", "repo"):
             found.append(_rectified(f"{compensation} {order}", compensation=compensation, select="mass", order=order))
-    for size in virtual_sizes(block):
-        found.append(_rectified(f"merge {size} hilbert", virtual_block=size))
-        found.append(_rectified(f"merge {size} none", virtual_block=size, order="none"))
-    coarse, middle = virtual_sizes(block)[0], virtual_sizes(block)[1]
+    whole, half, quarter = virtual_sizes(block)
+    for order in ("hilbert", "auto", "none"):
+        found.append(_rectified(f"merge {whole} {order}", virtual_block=whole, order=order))
+    for size in (half, quarter):
+        found.append(_rectified(f"merge {size} auto", virtual_block=size))
     found += [
-        _rectified(f"merge {coarse} hilbert by mass", virtual_block=coarse, select="mass"),
-        _rectified(f"merge {coarse} none by mass", virtual_block=coarse, select="mass", order="none"),
-        _rectified(f"merge {coarse} tiles", virtual_block=coarse, order="tiles"),
-        _rectified(f"merge {coarse} hilbert variance", virtual_block=coarse, variance=True),
-        _rectified(f"merge {middle} hilbert variance", virtual_block=middle, variance=True),
+        _rectified(f"merge {whole} auto by mass", virtual_block=whole, select="mass"),
+        _rectified(f"merge {whole} auto variance", virtual_block=whole, variance=True),
+        _rectified(f"merge {half} auto variance", virtual_block=half, variance=True),
+        _rectified(f"merge {whole} auto probe {half}", virtual_block=whole, probe=half),
+        _rectified(f"merge {whole} auto probe {quarter}", virtual_block=whole, probe=quarter),
+        _rectified("merge in blocks of half", 0.5, virtual_block=half),
+        _rectified("none in blocks of half", 0.5, compensation="none", select="mass"),
     ]
     for mask in ("band", "window", "selected"):
         found += [_reuse(f"re-ttention {mask}", mask=mask)]
@@ -85,7 +88,11 @@ def chosen(names: Sequence[str], block: int) -> list[Family]:
 def virtual_sizes(block: int) -> list[int]:
     """Tokens per virtual key that are measured: the block, its half and its quarter, as near as divisors come."""
     divisors = [size for size in range(1, block + 1) if block % size == 0]
-    return [min(divisors, key=lambda size: (abs(size - block / part), -size)) for part in (1, 2, 4)]
+
+    def nearest(wanted: float) -> int:
+        return min(divisors, key=lambda size: (abs(size - wanted), -size))
+
+    return [nearest(block / part) for part in (1, 2, 4)]
 
 
 def probes(found: Sequence[Family], densities: Sequence[float], block: int, every: int) -> dict[str, list[Probe]]:
@@ -101,6 +108,7 @@ def probes(found: Sequence[Family], densities: Sequence[float], block: int, ever
         family.name: [
             Probe(f"{family.name} {density:g}", family.make(density, block), 1 if family.remembers else every)
             for density in densities
+            if density < 0.5 or not family.remembers  # with its refreshes it would cost more than half of dense
         ]
         for family in found
     }
@@ -110,8 +118,11 @@ def _same(block: int) -> dict[str, Any]:
     return {"q_block": block, "kv_block": block, "dense_steps": 0}
 
 
-def _rectified(name: str, **options: Any) -> Family:
-    return Family(name, lambda density, size: RectifiedSpaAttn(density=density, **_same(size), **options))
+def _rectified(name: str, part: float = 1.0, **options: Any) -> Family:
+    def make(density: float, size: int) -> Method:
+        return RectifiedSpaAttn(density=density, **_same(max(8, int(size * part))), **options)
+
+    return Family(name, make)
 
 
 def _reuse(name: str, **options: Any) -> Family:

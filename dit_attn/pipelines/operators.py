@@ -37,7 +37,7 @@ class Probe:
         method: its settings; dense steps and layers are its own.
         every: run it at one step of so many, in the middle of them; 1 for methods that remember.
         calls: one entry an engaged call: run, layer, step, branch, ``l2``, ``shift``, ``cost`` (share of the dense map)
-            and ``seconds`` (selection counted).
+            of attention and of the ranking of pieces) and ``seconds`` (selection counted).
     """
 
     def __init__(self, label: str, method: Method, every: int = 1) -> None:
@@ -80,10 +80,21 @@ class Probe:
                 "branch": call.branches[0] if call.branches else "",
                 "l2": errors.relative_l2(out[:, visual], exact[:, visual]),
                 "shift": errors.mean_shift(out[:, visual], exact[:, visual]),
-                "cost": float(engage.executed_share(mine, asked)),
+                "cost": float(engage.executed_share(mine, asked)) + ranking_share(self.method),
                 "seconds": seconds,
             }
         )
+
+
+def ranking_share(method: Method) -> float:
+    """What ranking blocks by their pieces costs, as a share of dense attention; 0 where whole blocks are ranked.
+
+    Dense attention is two products of S x S x D. A map of pieces needs one, the error of a piece two more.
+    """
+    probe = getattr(method, "probe", None)
+    if probe is None:
+        return 0.0
+    return (1.5 if getattr(method, "select", "") == "error" else 0.5) / probe**2
 
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]

@@ -55,8 +55,8 @@ class RectifiedSpaAttn(Reader):
             (every block with a token of it).
         budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
         compensation: ``merge``, ``paper``, ``repo`` or ``none``.
-        virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for the largest divisor of
-            ``kv_block`` up to 32.
+        virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
+            48 tokens, else its largest divisor up to 32.
         variance: add half the variance of the logits under a virtual key to its logit (second order; unproven).
         gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
 
@@ -110,7 +110,9 @@ class RectifiedSpaAttn(Reader):
         """Tokens per virtual key."""
         if self.virtual_block is not None:
             return self.virtual_block
-        return next(size for size in range(min(32, self.kv_block), 0, -1) if self.kv_block % size == 0)
+        if self.kv_block <= 48:
+            return self.kv_block
+        return next(size for size in range(32, 0, -1) if self.kv_block % size == 0)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Choose the blocks of the visual rows, and what makes up for the others."""

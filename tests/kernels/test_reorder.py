@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.reorder import KEPT, ORDERS, TokenOrder, _kept_order, block_neighbours, token_order
+from dit_attn.kernels.reorder import KEPT, ORDERS, TokenOrder, _kept_order, block_neighbours, exact_box, token_order
 
 SIZES = st.integers(1, 13)
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
@@ -167,3 +167,12 @@ def test_bad_input_is_refused_in_one_line(call) -> None:  # type: ignore[no-unty
     with pytest.raises(DitAttnError) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_the_exact_box_divides_the_grid_and_is_the_most_compact() -> None:
+    assert exact_box((9, 12, 12), 36) == (3, 3, 4) and exact_box((16, 16, 16), 64) == (4, 4, 4)
+    assert exact_box((1, 32, 32), 32) == (1, 4, 8) and exact_box((32, 45, 80), 128) == (8, 1, 16)
+    assert exact_box((21, 45, 80), 128) is None and exact_box((1, 7, 7), 6) is None
+    order = token_order("tiles", (9, 12, 12), tile=exact_box((9, 12, 12), 36))
+    blocks = order.coordinates().view(-1, 36, 3)
+    assert ((blocks.amax(1) - blocks.amin(1)) == torch.tensor([2, 2, 3])).all()

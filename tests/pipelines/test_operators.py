@@ -46,6 +46,12 @@ def test_virtual_keys_are_part_of_the_cost_and_lower_the_error(measured: dict[st
     assert merge["l2"]["value"] < plain["l2"]["value"] and merge["l2"]["value"] < thin["l2"]["value"]
 
 
+def test_ranking_by_pieces_is_part_of_the_cost() -> None:
+    assert operators.ranking_share(RectifiedSpaAttn(probe=None)) == operators.ranking_share(BlockSparse()) == 0.0
+    assert operators.ranking_share(RectifiedSpaAttn(probe=8)) == 1.5 / 64
+    assert operators.ranking_share(RectifiedSpaAttn(probe=8, select="mass")) == 0.5 / 64
+
+
 def test_refreshes_cost_and_do_not_flatter_the_mean_error(measured: dict[str, Probe]) -> None:
     calls = measured["rest"].calls
     exact = [call for call in calls if call["cost"] >= 1.0]
@@ -128,7 +134,8 @@ def test_every_family_makes_methods_of_its_density_and_names_are_checked() -> No
     for block in (32, 36, 64):
         for family in ladder.families(block):
             method = family.make(0.125, block)
-            assert method.density == 0.125 and method.kv_block == block and method.dense_steps == 0
+            assert method.density == 0.125 and method.dense_steps == 0
+            assert method.kv_block == (block // 2 if family.name.endswith("half") else block)
     assert ladder.virtual_sizes(36) == [36, 18, 9] and ladder.virtual_sizes(64) == [64, 32, 16]
     with pytest.raises(DitAttnError, match=r"no family 'merge 7'.*default"):
         ladder.chosen(["merge 7"], 32)

@@ -27,11 +27,12 @@ class Setup:
         tokens = call.tokens
         assert tokens is not None and tokens.visual_range is not None
         start, stop = tokens.visual_range
-        name = "identity" if method.order == "none" else method.order
+        chosen, tile = method.token_order(tokens)
+        name = "identity" if chosen == "none" else chosen
         places = []
         for span in tokens.visual:
             assert span.grid is not None
-            order = token_order(name, span.grid, tile=method.tile).order  # type: ignore[arg-type]
+            order = token_order(name, span.grid, tile=tile).order
             places.append(order + span.start)
         picture = torch.cat(places)
         rest = torch.tensor([i for i in range(tokens.seq_len) if not start <= i < stop], dtype=torch.long)

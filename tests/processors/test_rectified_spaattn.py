@@ -11,11 +11,12 @@ import torch
 
 import dit_attn
 from dit_attn import DitAttnError, RectifiedSpaAttn
+from dit_attn.kernels import pool_blocks
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.reorder import block_neighbours, token_order
-from dit_attn.processors import executor
+from dit_attn.processors import executor, rectified_spaattn
 from dit_attn.processors.executor import AttentionCall, Request
-from dit_attn.processors.read_order import read_order
+from dit_attn.processors.read_order import read_in_order, read_order
 from dit_attn.processors.rectified_spaattn import ordered_scores
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 from tests.processors.compose import forward, same, tiny
@@ -82,6 +83,10 @@ SETTINGS = {
     "top-p": {"top_p": 0.6, "select": "mass"},
     "extra": {"budget": "extra", "keep": ("neighbours", "first-frame"), "density": 0.1},
     "tiles": {"order": "tiles", "tile": (2, 2, 4)},
+    "boxes": {"order": "tiles"},
+    "curve": {"order": "hilbert"},
+    "pieces": {"probe": 4},
+    "pieces by mass": {"probe": 8, "select": "mass", "q_block": 8},
     "row-major": {"order": "none", "select": "mass"},
 }
 
@@ -104,6 +109,45 @@ def test_the_pooled_map_weighs_text_by_token_and_ragged_blocks_by_count(text: st
     for batch in range(2):
         expected = pooled_map(Setup(case, settings, batch, 3), settings)
         torch.testing.assert_close(found[batch, 3].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_order_is_boxes_of_one_block_where_they_divide_the_grid_and_the_curve_elsewhere() -> None:
+    def order(grid: tuple[int, int, int], block: int, **options: Any) -> Any:
+        tokens = TokenLayout((visual_span("video", grid), Span("text", 7))).resolve(math.prod(grid) + 7)
+        assert tokens is not None
+        return method(q_block=block, kv_block=block, **options).token_order(tokens)
+
+    assert order((9, 12, 12), 36) == ("tiles", (3, 3, 4)) and order((1, 32, 32), 32) == ("tiles", (1, 4, 8))
+    assert order((21, 45, 80), 128) == ("hilbert", None)
+    assert order((21, 45, 80), 120, order="hilbert") == ("hilbert", None)
+    assert order((9, 12, 12), 36, order="tiles", tile=(1, 6, 6)) == ("tiles", (1, 6, 6))
+    assert order((21, 45, 80), 128, order="tiles") == ("tiles", None)  # boxes of 128 tokens, cut off at the borders
+
+
+@pytest.mark.parametrize("select", ["mass", "error"])
+@pytest.mark.parametrize("text, masked", [("", 0), ("last", 5)])
+def test_pieces_rank_blocks_by_what_is_inside_them(select: str, text: str, masked: int) -> None:
+    settings, case = method(probe=4, select=select), call(text, masked=masked)
+    request = Request()
+    assert executor.read_mask(case, request, "key") is None
+    rows = read_in_order(case, request, *settings.token_order(case.tokens))
+    whole = ordered_scores(rows, 16, 16, 0.25)
+    found = settings._ranks(whole, rows, 0.25).exp()
+    mass = torch.softmax(ordered_scores(rows, 4, 4, 0.25), -1)
+    if select == "error":
+        values = pool_blocks(rows.v, 4, rows.key_mask).repeat_interleave(2, 1)
+        mass = (mass * torch.cdist(mass @ values, values)).square()
+    for i, j in ((0, 0), (3, 5), (14, whole.shape[-1] - 1)):
+        total = mass[..., 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].sum((-1, -2))
+        torch.testing.assert_close(found[..., i, j], total.sqrt() if select == "error" else total, atol=1e-6, rtol=1e-4)
+
+
+def test_ranking_a_few_heads_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = call("last", masked=3)
+    whole, _ = run(case, method(probe=4))
+    monkeypatch.setattr(rectified_spaattn, "AT_ONCE", 1)
+    apart, _ = run(case, method(probe=4))
+    assert torch.equal(whole, apart)
 
 
 def test_only_a_forced_or_well_scored_block_is_read_and_the_budget_holds() -> None:
@@ -148,7 +192,7 @@ def test_read_order_is_undone(order: str) -> None:
 def block_constant(case: AttentionCall, settings: RectifiedSpaAttn) -> AttentionCall:
     """The same call with keys and queries that do not vary within a block."""
     assert case.tokens is not None
-    order = read_order(case.tokens, settings.order, None, torch.device("cpu"))
+    order = read_order(case.tokens, *settings.token_order(case.tokens), torch.device("cpu"))
     assert order.keys is not None
     out = {}
     for name in ("q", "k"):
