@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,49 +30,88 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--lpips", default="alex", metavar="NET", help="backbone of LPIPS: alex, vgg, squeeze")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", "-o", type=Path, metavar="FILE", help="write the JSON here")
+    parser.add_argument("--export", choices=("vbench",), help="measure nothing; give the clips VBench's names instead")
+    parser.add_argument(
+        "--vbench-info", type=Path, metavar="FILE", help="VBench_full_info.json: count what its own prompts still lack"
+    )
+    parser.add_argument(
+        "--output", "-o", type=Path, metavar="PATH", help="write the JSON here; with --export, the folder to fill"
+    )
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print. Returns 0, or 1 when files could not be read.
+    """Measure and print, or export. Returns 0, or 1 when files could not be read.
 
     Raises:
         DitAttnError: a folder, a metric or a network that is not there, too few samples, sizes that differ.
     """
+    if args.export:
+        from dit_attn.cli import export_vbench
+
+        return export_vbench.run(args)
     from dit_attn.cli import load, outputs
     from dit_attn.eval import folders
     from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
+
+    _check(args)
+    device = load.pick_device(args.device)
+    networks = Networks(args.inception, args.clip or CLIP_DEFAULT, args.lpips)
+    folder = folders.read_folder(args.folder, args.captions)
+    reference = folders.read_folder(args.reference) if args.reference else None
+    both = [folder] if reference is None else [folder, reference]
+    skipped = [(str(one.path / name), why) for one in both for name, why in one.skipped]
+    say_skipped(skipped)
+    names = args.metric or fitting(folder, reference)
+    scores = [finite(measure(name, folder, reference, args.size, networks, device)) for name in names]
+    record = {
+        "folder": str(args.folder), "reference": str(args.reference) if args.reference else None, "size": args.size,
+        "files": len(folder.names), "scores": scores,
+        "changed": [
+            {"what": what, "files": [str(one.path / name) for name in files]}
+            for one in both for what, files in sorted(one.changes.items())
+        ],
+        "skipped": [{"file": file, "why": why} for file, why in skipped],
+        "versions": {**_versions(), "resize": "bicubic, anti-aliased" if args.size else None},
+    }  # fmt: skip
+    if args.output:
+        outputs.write_json(record, args.output.expanduser())
+    print(json.dumps(record, indent=1, allow_nan=False) if args.json else table(record))
+    return 1 if skipped else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is read, and make the place of the output."""
+    from dit_attn.cli import outputs
     from dit_attn.eval.metrics import METRICS
 
+    if args.vbench_info is not None:
+        raise DitAttnError("--vbench-info belongs to --export vbench; add it, or leave --vbench-info out")
     for name in args.metric or ():
         if name not in (*METRICS, *CLIP_METRICS, "verifier"):
             raise unknown("--metric", name, (*METRICS, *CLIP_METRICS, "verifier"))
     if args.size is not None and args.size < 1:
         raise DitAttnError(f"--size must be at least 1, got {args.size}")
-    device = load.pick_device(args.device)
-    networks = Networks(args.inception, args.clip or CLIP_DEFAULT, args.lpips)
-    folder = folders.read_folder(args.folder, args.captions)
-    reference = folders.read_folder(args.reference) if args.reference else None
-    skipped = [(folder.path / name, why) for name, why in folder.skipped]
-    if reference is not None:
-        skipped += [(reference.path / name, why) for name, why in reference.skipped]
-    names = args.metric or fitting(folder, reference)
-    scores = [measure(name, folder, reference, args.size, networks, device) for name in names]
-    record = {
-        "folder": str(args.folder), "reference": str(args.reference) if args.reference else None, "size": args.size,
-        "files": len(folder.names), "scores": scores,
-        "skipped": [{"file": str(file), "why": why} for file, why in skipped],
-        "versions": {**_versions(), "resize": "bicubic, anti-aliased" if args.size else None},
-    }  # fmt: skip
-    if args.output:
+    if args.output is not None:
+        if args.output.expanduser().is_dir():
+            raise DitAttnError(f"--output {args.output} is a folder; give a file, e.g. {args.output / 'scores.json'}")
         outputs.prepare_folder(args.output.expanduser().parent)
-        outputs.write_json(record, args.output.expanduser())
-    print(json.dumps(record, indent=1) if args.json else table(record))
+
+
+def say_skipped(skipped: list[tuple[str, str]]) -> None:
+    """Name on standard error what could not be read, with their number when it takes more than a glance to count."""
     for file, why in skipped:
         print(f"dit-attn: left out {file}: {why}", file=sys.stderr)
-    return 1 if skipped else 0
+    if len(skipped) > 1:
+        print(f"dit-attn: {len(skipped)} files left out", file=sys.stderr)
+
+
+def finite(found: dict[str, Any]) -> dict[str, Any]:
+    """A score that JSON can hold: infinity and NaN become no value, and a caution that says so."""
+    if math.isfinite(found["value"]):
+        return found
+    return {**found, "value": None, "caution": found.get("caution") or f"no number came out: {found['value']}"}
 
 
 CLIP_METRICS = {"temporal": "smoothness of motion in clips, 1 is steady, below 0 is flicker"}
@@ -85,7 +125,7 @@ def fitting(folder: Any, reference: Any) -> list[str]:
     """
     names = ["psnr", "ssim"] if reference is not None and set(folder.names) & set(reference.names) else []
     names += ["temporal"] if folder.clips and all(len(frames) > 2 for frames in folder.frames) else []
-    names += ["verifier"] if _judged(folder) else []
+    names += ["verifier"] if any(_judged(folder)) else []
     if not names:
         raise DitAttnError(
             "nothing can be measured without a reference of the same names, clips, or a network; give --reference "
@@ -100,59 +140,71 @@ def measure(name: str, folder: Any, reference: Any, size: int | None, networks: 
     from dit_attn.eval.metrics import METRICS, score
 
     if name == "temporal":
-        short = next((n for n, frames in zip(folder.names, folder.frames) if len(frames) < 3), None)
-        if short is not None:
-            raise DitAttnError(f"temporal needs clips of at least 3 frames, {short} has fewer; leave it out")
+        short = [n for n, frames in zip(folder.names, folder.frames) if len(frames) < 3]
+        if short:
+            count = f"{len(short)} of {len(folder.names)} files have fewer, first {short[0]}"
+            raise DitAttnError(f"temporal needs clips of at least 3 frames, {count}; leave them or the metric out")
         values = [errors.temporal_consistency(frames) for frames in folder.frames]
         return {"metric": name, "label": name, "value": sum(values) / len(values), "samples": len(values)}
     if name == "verifier":
         return _verifier(folder)
     if METRICS[name].needs == "pairs" and reference is not None:
         ours, theirs, alone = folders.pairs(folder, reference)
-        _same_frames(ours, theirs)
-        found = score(name, ours.images(size), theirs.images(size), None, networks, device).to_dict()
+        _same_frames(ours, theirs, size)
+        images, exact = ours.images(size), theirs.images(size)
+        found = score(name, images, exact, None, networks, device).to_dict()
+        equal = int((images == exact).flatten(1).all(1).sum())
+        if equal:
+            found["caution"] = f"{equal} of {len(images)} images equal their reference to the last bit"
         return found | ({"unpaired": alone} if alone else {})
     captions = None
     if METRICS[name].needs == "captions":
-        nameless = next((n for n, caption in zip(folder.names, folder.captions) if caption is None), None)
-        if nameless is not None:
-            raise DitAttnError(f"{name} needs a caption for every file, {nameless} has none; give --captions FILE")
+        bare = [n for n, caption in zip(folder.names, folder.captions) if caption is None]
+        if bare:
+            count = f"{len(bare)} of {len(folder.names)} have none, first {bare[0]}"
+            raise DitAttnError(f"{name} needs a caption for every file, {count}; give --captions FILE")
         captions = [text for text, frames in zip(folder.captions, folder.frames) for _ in frames]
     others = None if reference is None else reference.images(size)
     return score(name, folder.images(size), others, captions, networks, device).to_dict()
 
 
-def _same_frames(ours: Any, theirs: Any) -> None:
+def _same_frames(ours: Any, theirs: Any, size: int | None) -> None:
     for name, a, b in zip(ours.names, ours.frames, theirs.frames):
         if len(a) != len(b):
             raise DitAttnError(
                 f"{name} has {len(a)} frames in {ours.path} and {len(b)} in {theirs.path}; cut them to one length"
             )
+        if size is None and a.shape != b.shape:
+            here, there = (f"{x.shape[3]} x {x.shape[2]}" for x in (a, b))
+            raise DitAttnError(
+                f"{name} is {here} in {ours.path} and {there} in {theirs.path}; give --size N to bring them to one"
+            )
 
 
-def _judged(folder: Any) -> dict[str, dict[str, bool]]:
-    """Verdicts by name, for files whose caption belongs to the shapes world."""
+def _judged(folder: Any) -> list[dict[str, bool] | None]:
+    """Verdict of every file, ``None`` where the caption does not belong to the shapes world."""
     from dit_attn.pipelines.scores import verdict
 
-    found = {}
-    for name, frames, caption in zip(folder.names, folder.frames, folder.captions):
-        judged = None if caption is None else verdict(frames.permute(0, 2, 3, 1).numpy(), caption)
-        if judged is not None:
-            found[name] = judged
-    return found
+    return [
+        None if caption is None else verdict(frames.permute(0, 2, 3, 1).numpy(), caption)
+        for frames, caption in zip(folder.frames, folder.captions)
+    ]
 
 
 def _verifier(folder: Any) -> dict[str, Any]:
     from dit_attn.pipelines.scores import mean_figure
 
-    judged = _judged(folder)
+    verdicts = _judged(folder)
+    judged = [one for one in verdicts if one is not None]
     if not judged:
         raise DitAttnError("verifier needs captions of the shapes world (dit_attn.eval.world); these are none")
-    whole = mean_figure([all(one.values()) for one in judged.values()])
+    whole = mean_figure([all(one.values()) for one in judged])
     assert whole is not None
-    names = dict.fromkeys(name for one in judged.values() for name in one)
-    by = {name: mean_figure([one.get(name) for one in judged.values()]) for name in names}
-    return {"metric": "verifier", "label": "prompt met", "samples": len(judged), **whole, "by": by}
+    names = dict.fromkeys(name for one in judged for name in one)
+    by = {name: mean_figure([one.get(name) for one in judged]) for name in names}
+    unjudged = [name for name, one in zip(folder.names, verdicts) if one is None]
+    found = {"metric": "verifier", "label": "prompt met", "samples": len(judged), **whole, "by": by}
+    return found | ({"unjudged": unjudged} if unjudged else {})
 
 
 def _versions() -> dict[str, str]:
@@ -163,15 +215,25 @@ def _versions() -> dict[str, str]:
 
 def table(record: dict[str, Any]) -> str:
     """The scores as text."""
-    lines = [f"{record['files']} files of {record['folder']}"]
+    lines = [f"{record['files']} file{'s' * (record['files'] > 1)} of {record['folder']}"]
     for found in record["scores"]:
         better = found.get("better", "higher")
-        text = f"{found['label']:<24}{found['value']:>12.4f}  {better} is better, {found['samples']} samples"
+        value = "no value" if found["value"] is None else f"{found['value']:.4f}"
+        spread = f" +- {found['spread']:.4f}" if found.get("spread") is not None else ""
+        text = f"{found['label']:<24}{value:>12}{spread}  {better} is better, samples: {found['samples']}"
         if found.get("reference"):
             text += f" against {found['reference']}"
         if found.get("ci95"):
             text += f", 95 % {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}"
         lines.append(text)
         lines += [f"  caution: {found['caution']}"] if found.get("caution") else []
-        lines += [f"  left out, only in one folder: {', '.join(found['unpaired'])}"] if found.get("unpaired") else []
+        lines += [f"  left out, only in one folder: {_some(found['unpaired'])}"] if found.get("unpaired") else []
+        lines += [f"  left out, no caption to judge by: {_some(found['unjudged'])}"] if found.get("unjudged") else []
+    lines += [f"note: {one['what']}: {_some(one['files'])}" for one in record["changed"]]
     return "\n".join(lines)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

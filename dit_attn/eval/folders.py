@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dit_attn.errors import DitAttnError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-CLIPS = (".mp4", ".webm", ".mov", ".gif")
+from dit_attn.eval.pictures import CLIPS, PICTURES, Unreadable, decode
 
 
 @dataclass
@@ -21,10 +20,11 @@ class Folder:
 
     Attributes:
         path: the folder.
-        names: stems of the files that were read, sorted.
+        names: stems of the files that were read, composed Unicode, sorted.
         frames: uint8 (F, 3, H, W) of each; one frame for a picture.
         captions: of each, ``None`` where there is none.
         skipped: (file name, reason) of every file that could not be read.
+        changes: file names by what had to be changed to make them 8-bit colour.
     """
 
     path: Path
@@ -32,6 +32,7 @@ class Folder:
     frames: list[torch.Tensor] = field(default_factory=list)
     captions: list[str | None] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    changes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def clips(self) -> bool:
@@ -55,72 +56,62 @@ class Folder:
 def read_folder(path: Path, captions: Path | None = None) -> Folder:
     """Every picture and clip of a folder, by name, with the captions that belong to them.
 
-    Captions come from ``captions`` (.jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of
-    names), else from a JSON sidecar with a ``prompt`` beside each file, as ``dit-attn generate`` writes it.
+    Captions come from ``captions`` (see :func:`read_captions`), else from a JSON sidecar with a ``prompt`` beside each
+    file, as ``dit-attn generate`` writes it.
 
     Raises:
         DitAttnError: no such folder, nothing readable in it, or captions that do not fit.
     """
-    if not path.is_dir():
-        raise DitAttnError(f"no folder {path}; give a folder of pictures ({', '.join(PICTURES[:3])}) or clips (.mp4)")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*PICTURES, *CLIPS))
-    files = [file for file in files if not file.name.startswith(".") and file.stem != "sheet"]
+    files = media_files(path)
+    given = None if captions is None else read_captions(captions, files)
     folder = Folder(path)
-    given = None if captions is None else _captions(captions, files)
     for file in files:
         try:
-            frames = read_frames(file)
-        except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # Pillow and the decoders raise all of these
-            lines = str(error).strip().splitlines()
-            folder.skipped.append((file.name, lines[0] if lines else type(error).__name__))
+            found = decode(file)
+        except Unreadable as error:
+            folder.skipped.append((file.name, str(error)))
             continue
-        folder.names.append(file.stem)
-        folder.frames.append(frames)
-        folder.captions.append(_sidecar(file) if given is None else given.get(file.name))
+        folder.names.append(unicodedata.normalize("NFC", file.stem))
+        folder.frames.append(found.frames)
+        for change in found.changes:
+            folder.changes.setdefault(change, []).append(file.name)
+        try:
+            folder.captions.append(sidecar_prompt(file) if given is None else given.get(file.name))
+        except Unreadable as error:
+            folder.captions.append(None)
+            folder.skipped.append((file.with_suffix(".json").name, f"{error}; {file.name} goes without caption"))
     if not folder.names:
-        bad = f"; {len(folder.skipped)} could not be read, first {folder.skipped[0][0]}" if folder.skipped else ""
-        raise DitAttnError(f"no picture or clip in {path}{bad}")
+        first, why = folder.skipped[0]
+        raise DitAttnError(f"nothing to measure: none of {len(files)} files of {path} can be read; {first}: {why}")
     return folder
 
 
-def read_frames(file: Path) -> torch.Tensor:
-    """uint8 (F, 3, H, W) of a picture or clip; grey becomes colour, transparency white, 16 bits 8.
+def media_files(path: Path) -> list[Path]:
+    """Pictures and clips of a folder, sorted by name; hidden files and the sheet of ``dit-attn generate`` are not.
 
     Raises:
-        ValueError: an array that is not finite or not (H, W, 3) in [0, 1].
-        OSError: the file cannot be decoded.
+        DitAttnError: no such folder, or none in it.
     """
-    if file.suffix.lower() in CLIPS:
-        import imageio.v3 as iio
-
-        return _tensor(np.stack([frame[..., :3] for frame in iio.imiter(file)]))
-    if file.suffix.lower() == ".npy":
-        return _from_array(np.load(file, allow_pickle=False))
-    from PIL import Image
-
-    with Image.open(file) as opened:
-        picture: Image.Image = opened
-        picture.load()
-        if picture.mode.startswith("I") or picture.mode == "F":
-            wide = np.asarray(picture, dtype=np.float64)
-            return _from_array(np.repeat((wide / 65535.0)[..., None], 3, 2))
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            background = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(background, picture)
-        return _tensor(np.asarray(picture.convert("RGB"))[None])
+    what = f"pictures ({', '.join(PICTURES[:3])}, ...) or clips ({', '.join(CLIPS[:2])}, ...)"
+    if not path.is_dir():
+        raise DitAttnError(f"no folder {path}; give a folder of {what}")
+    try:
+        files = sorted(file for file in path.iterdir() if is_media(file))
+        inner = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(map(is_media, sub.iterdir())))
+    except OSError as error:
+        raise DitAttnError(f"cannot look into {path} ({error.strerror}); check its permissions") from error
+    if not files:
+        raise DitAttnError(
+            f"no picture or clip in {path}; "
+            + (f"give one of its folders: {', '.join(inner[:6])}" if inner else f"give a folder of {what}")
+        )
+    return files
 
 
-def _from_array(values: np.ndarray) -> torch.Tensor:
-    if not np.isfinite(values).all():
-        raise ValueError("it holds NaN or infinity")
-    if values.ndim != 3 or values.shape[2] != 3 or values.min() < 0 or values.max() > 1:
-        raise ValueError(f"an array must be (H, W, 3) in [0, 1], got {values.shape} up to {values.max():.3g}")
-    return _tensor((values * 255).round().astype(np.uint8)[None])
-
-
-def _tensor(frames: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.uint8)).permute(0, 3, 1, 2).contiguous()
+def is_media(file: Path) -> bool:
+    """Whether a file counts, by its name."""
+    known = file.suffix.lower() in (*PICTURES, *CLIPS)
+    return known and not file.name.startswith(".") and file.stem != "sheet" and not file.is_dir()
 
 
 def resized(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -133,53 +124,87 @@ def pairs(folder: Folder, reference: Folder) -> tuple[Folder, Folder, list[str]]
     """Both folders cut down to the names they share, and the names only one of them has.
 
     Raises:
-        DitAttnError: they share none.
+        DitAttnError: they share none, or a folder has two files of one name.
     """
-    both = [name for name in folder.names if name in set(reference.names)]
+    for one in (folder, reference):
+        name, count = Counter(one.names).most_common(1)[0]
+        if count > 1:
+            raise DitAttnError(f"{one.path} has {count} files named {name} with other endings; keep one for pairing")
+    theirs = set(reference.names)
+    both = [name for name in folder.names if name in theirs]
     if not both:
         raise DitAttnError(
             f"{folder.path} and {reference.path} share no file name; pairs are matched by name, e.g. 0001.png in both"
         )
-    alone = sorted(set(folder.names) ^ set(reference.names))
+    alone = sorted(set(folder.names) ^ theirs)
     return _only(folder, both), _only(reference, both), alone
 
 
 def _only(folder: Folder, names: list[str]) -> Folder:
-    places = [folder.names.index(name) for name in names]
-    cut = Folder(folder.path, names, [folder.frames[i] for i in places], [folder.captions[i] for i in places])
-    return cut
+    places = {name: place for place, name in enumerate(folder.names)}
+    kept = [places[name] for name in names]
+    return Folder(folder.path, names, [folder.frames[i] for i in kept], [folder.captions[i] for i in kept])
 
 
-def _sidecar(file: Path) -> str | None:
+def sidecar_prompt(file: Path) -> str | None:
+    """The prompt in the JSON file beside ``file``.
+
+    Raises:
+        Unreadable: it is there, but is no JSON.
+    """
     path = file.with_suffix(".json")
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        prompt = json.loads(path.read_text(encoding="utf-8")).get("prompt")
-    except (ValueError, AttributeError):
-        return None
-    return prompt if isinstance(prompt, str) else None
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"not a readable JSON file ({error})") from error
+    prompt = data.get("prompt") if isinstance(data, dict) else None
+    return prompt if isinstance(prompt, str) and prompt.strip() else None
 
 
-def _captions(path: Path, files: list[Path]) -> dict[str, str]:
-    """Caption by file name."""
+def read_captions(path: Path, files: list[Path]) -> dict[str, str]:
+    """Caption by file name: .jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of names.
+
+    Raises:
+        DitAttnError: cannot be read, malformed, or not about these files.
+    """
+    if path.suffix.lower() not in (".jsonl", ".txt"):
+        raise DitAttnError(f"--captions {path} must end in .jsonl (file, prompt) or .txt (a line per file)")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DitAttnError(f"cannot read captions {path}: {error}; give a UTF-8 .txt or .jsonl file") from error
-    if path.suffix == ".jsonl":
-        found = {}
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                found[str(entry["file"])] = str(entry["prompt"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DitAttnError(
-                    f'{path} line {number} is not {{"file": "0001.png", "prompt": "a cat"}}: {line[:60]}'
-                ) from error
-        return found
-    if len(lines) != len(files):
-        raise DitAttnError(
-            f"{path} has {len(lines)} captions for {len(files)} files; give one line per file in the order of names"
-        )
-    return {file.name: line for file, line in zip(files, lines)}
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DitAttnError(f"--captions {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise DitAttnError(f"cannot read --captions {path} ({error.strerror}); check the path") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix.lower() == ".txt":
+        if len(lines) != len(files):
+            raise DitAttnError(
+                f"{path} has {len(lines)} captions for {len(files)} files; give one line per file in the order of names"
+            )
+        return {file.name: line for file, (_, line) in zip(files, lines)}
+    given = dict(_entry(path, number, line) for number, line in lines)
+    by_name = {_plain(name): text for name, text in given.items()}
+    found = {file.name: by_name[_plain(file.name)] for file in files if _plain(file.name) in by_name}
+    if not found:
+        first = next(iter(given), None)
+        what = "is empty" if first is None else f"names none of the {len(files)} files, first {first!r}"
+        raise DitAttnError(f"--captions {path} {what}; file must be a name such as {files[0].name!r}")
+    return found
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", Path(name).name)
+
+
+def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        file, prompt = entry["file"], entry["prompt"]
+        if not isinstance(file, str) or not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        wanted = '{"file": "0001.png", "prompt": "a cat"}'
+        raise DitAttnError(f"{path} line {number} is not {wanted}: {line[:60]}") from error
+    return file, prompt

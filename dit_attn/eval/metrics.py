@@ -5,7 +5,9 @@ Images are uint8 (N, 3, H, W). Every score carries the number of samples and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -15,6 +17,8 @@ from dit_attn.errors import DitAttnError, unknown
 from dit_attn.eval.extractors import Networks, check_lpips, clip_pair, inception_options
 
 BATCH = 32
+FEW = 100  # samples below which KID is mostly noise
+SPLIT = 10  # images a split of the Inception score has at least: one of a single image scores 1 whatever it shows
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,15 @@ def _sets(metric: Any, images: torch.Tensor, reference: torch.Tensor, device: to
     return metric.compute()
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without the warnings that features are kept in memory and that one split has no deviation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")
+        yield
+
+
 def _fid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -205,19 +218,27 @@ def _kid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networ
 
     options, judge = inception_options(networks)
     subset = min(1000, len(images), len(reference))
-    mean, deviation = _sets(KernelInceptionDistance(subset_size=subset, **options), images, reference, device)
-    return float(mean), float(deviation), judge, None
+    fewest = min(_everywhere(len(images)), _everywhere(len(reference)))
+    caution = f"{fewest} samples: unbiased, but mostly noise below {FEW}" if fewest < FEW else None
+    with _hushed():
+        metric = KernelInceptionDistance(subset_size=subset, **options)
+    mean, deviation = _sets(metric, images, reference, device)
+    return float(mean), float(deviation), judge, caution
 
 
 def _inception_score(images: torch.Tensor, _: Any, __: Any, networks: Networks, device: torch.device) -> Result:
     from torchmetrics.image.inception import InceptionScore
 
     options, judge = inception_options(networks)
-    metric = InceptionScore(splits=min(10, len(images)), **options).to(device)
-    for batch in images.split(BATCH):
-        metric.update(batch.to(device))
-    mean, deviation = metric.compute()
-    return float(mean), float(deviation), judge, None
+    count = _everywhere(len(images))
+    splits = max(1, min(10, count // SPLIT))
+    with _hushed():
+        metric = InceptionScore(splits=splits, **options).to(device)
+        for batch in images.split(BATCH):
+            metric.update(batch.to(device))
+        mean, deviation = metric.compute()
+    caution = f"{count} samples: grows with their number, compare only at equal counts" if count < 5000 else None
+    return float(mean), float(deviation) if splits > 1 else None, judge, caution
 
 
 def _clip(images: torch.Tensor, _: Any, captions: Sequence[str], networks: Networks, device: torch.device) -> Result:

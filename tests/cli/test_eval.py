@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dit_attn.eval import world
-from dit_attn.eval.folders import read_folder, read_frames
+from dit_attn.eval.folders import read_folder
+from dit_attn.eval.pictures import read_frames
 
 pytest.importorskip("torchmetrics")
 
@@ -105,9 +106,9 @@ def test_bad_input_is_one_line_and_exit_2(cli, folders):
     cli("eval", "made").refused("give --reference")
     cli("eval", "made", "--metric", "fidd").refused("unknown --metric 'fidd'")
     cli("eval", "made", "--metric", "psnr").refused("compares with reference images")
-    cli("eval", "true", "--metric", "clip").refused("a caption for every file, a has none")
+    cli("eval", "true", "--metric", "clip").refused("a caption for every file, 4 of 4 have none, first a")
     cli("eval", "true", "--reference", "made", "--metric", "kid").refused("differ in size", "--size N")
     cli("eval", "made", "--metric", "clip", "--captions", "words.txt").refused("1 captions for 3 files")
     cli("eval", "made", "--metric", "clip", "--captions", "words.jsonl").refused("line 1 is not")
-    cli("eval", "made", "--metric", "temporal").refused("at least 3 frames, a has fewer")
+    cli("eval", "made", "--metric", "temporal").refused("at least 3 frames, 3 of 3 files have fewer, first a")
     cli("eval", "made", "--reference", "empty").refused("no picture or clip in empty")
