@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.source import Source
     from dit_attn.pipelines.compare import Variant
 
+CALL = "call"  # stands among the methods for arguments of the pipeline's call
 ALWAYS = ("psnr", "ssim", "none")  # need no network
 _OWN = (
     flags.Flag("seeds", "seeds of every prompt, e.g. 0,1 (default: item i gets 42 + i)", metavar="N,N"),
@@ -32,6 +34,11 @@ _OWN = (
     flags.Flag("inception", "weights of the Inception network, for fid and kid", metavar="FILE"),
     flags.Flag("clip", "folder or Hub name of a CLIP model, for clip", metavar="MODEL"),
     flags.Flag("lpips", "backbone of LPIPS (default: alex)", choices=("alex", "vgg", "squeeze")),
+    flags.Flag(
+        "match-strength",
+        "beside every guidance method, also the guidance scale that pushes as far along c - u as it does",
+        bool,
+    ),
     flags.Flag("maps", "map density and error of every layer and step on the first item (default: yes)", "on-or-off"),
     flags.Flag("show", "items on the page (default: 24); all of them are in the folder", int, low=1),
 )
@@ -71,7 +78,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="NAME[:KEY=VALUE,...]",
         help="competitor: a method (or a file of settings) and its settings; NAME:... + NAME:... puts several on "
-        "at once; repeatable",
+        "at once; repeatable. call:KEY=VALUE changes an argument of the pipeline's call for this competitor, e.g. "
+        "call:guidance_scale=1 + softpag:heads=3",
     )
     parser.set_defaults(run=run)
     return parser
@@ -190,7 +198,8 @@ def _setting(args: argparse.Namespace) -> Setting:
     options["metrics"] = wanted_metrics(options, model.kind == "embedded")
     variants = compare.with_dense(_variants(options["method"], model, options.get("preset")))
     jobs = _jobs(options, model)
-    job_files.check_calls(jobs, model.pipeline)
+    for variant in variants:
+        job_files.check_calls([replace(job, call={**job.call, **dict(variant.call)}) for job in jobs], model.pipeline)
     quality.check(options["metrics"], compare_run.networks(options))
     dtype = load.pick_dtype(options.get("dtype", "auto"), model, device)
     folder = Path(options.get("output") or Path("outputs") / f"compare-{Path(model.path).name}").expanduser()
@@ -226,16 +235,24 @@ def _variants(texts: list[str], model: Source, preset: str | None) -> list[Varia
         raise DitAttnError(
             f"{model.pipeline.__name__} of {model.name} has no diffusion transformer, which methods need"
         )
-    return [
-        Variant(" ".join(text.split()), methods.resolve(split_method(text), model.transformer, preset))
-        for text in texts
-    ]
+    variants = []
+    for text in texts:
+        parts = split_method(text)
+        call = {key: _value(value) for part in parts if part.name == CALL for key, value in part.settings.items()}
+        found = methods.resolve([part for part in parts if part.name != CALL], model.transformer, preset)
+        variants.append(Variant(" ".join(text.split()), found, tuple(call.items())))
+    return variants
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value or a text, as YAML reads it."""
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def _jobs(options: dict[str, Any], model: Source) -> list[Job]:
     """Every prompt with every seed, numbered through."""
-    from dataclasses import replace
-
     from dit_attn.cli import jobs as job_files
 
     if "held_out" in options:

@@ -26,14 +26,16 @@ def find_maps(setting: Setting) -> dict[str, dict[str, Any]]:
     for variant in setting.variants:
         run = setting.runs[variant.label]
         data = outputs.read_sidecar(run.folder / FILE)
-        if data.get("job_hash") == setting.jobs[0].digest(run.setup) and isinstance(data.get("maps"), dict):
+        digest = setting.job_of(variant, setting.jobs[0]).digest(run.setup)
+        if data.get("job_hash") == digest and isinstance(data.get("maps"), dict):
             found[variant.label] = data["maps"]
     return found
 
 
 def missing(setting: Setting, maps: dict[str, dict[str, Any]]) -> list[Variant]:
-    """Competitors with a method that have no map yet."""
-    return [variant for variant in setting.variants if variant.methods and variant.label not in maps]
+    """Competitors with a method that thins attention out and that have no map yet."""
+    readers = [v for v in setting.variants if any(method.role != "guidance" for method in v.methods)]
+    return [variant for variant in readers if variant.label not in maps]
 
 
 def make_maps(setting: Setting, pipe: Any, variants: list[Variant]) -> dict[str, dict[str, Any]]:
@@ -47,7 +49,7 @@ def make_maps(setting: Setting, pipe: Any, variants: list[Variant]) -> dict[str,
     maps: dict[str, dict[str, Any]] = {}
     quiet = not sys.stderr.isatty() or len(variants) < 2
     for variant in tqdm(variants, desc="maps, not timed", unit="method", disable=quiet):
-        run, job = setting.runs[variant.label], setting.jobs[0]
+        run, job = setting.runs[variant.label], setting.job_of(variant, setting.jobs[0])
         recorder, started = Recorder(), time.perf_counter()
         try:
             with compare.on(pipe, variant), observing(pipe, recorder):

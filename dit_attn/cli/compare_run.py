@@ -6,11 +6,11 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli import compare_maps, load, outputs, runner
+from dit_attn.cli import compare_maps, compare_match, load, outputs, runner
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.runner import Run
@@ -36,7 +36,7 @@ class Setting:
         runs: what the files of each competitor share, by label.
         device, dtype: of the weights.
         folder: where everything goes.
-        command: the command line.
+        command, argv: the command line.
     """
 
     options: dict[str, Any]
@@ -48,11 +48,16 @@ class Setting:
     dtype: Any
     folder: Path
     command: str
+    argv: list[str]
 
     @property
     def first(self) -> Run:
         """The run of dense."""
         return self.runs[self.variants[0].label]
+
+    def job_of(self, variant: Variant, job: Job) -> Job:
+        """The job as this competitor calls it."""
+        return replace(job, call={**job.call, **dict(variant.call)}) if variant.call else job
 
 
 def new_setting(
@@ -72,7 +77,7 @@ def new_setting(
     """
     known: dict[tuple[Any, ...], str] = {}
     for variant in variants:
-        first = known.setdefault(variant.methods, variant.label)
+        first = known.setdefault((variant.methods, variant.call), variant.label)
         if first != variant.label:
             raise DitAttnError(f"{variant.label!r} and {first!r} are the same settings; leave one of them out")
     names: Counter[str] = Counter()
@@ -82,7 +87,8 @@ def new_setting(
         names[name] += 1
         place = folder / (name if names[name] == 1 else f"{name}-{names[name]}")
         runs[variant.label] = runner.new_run(None, model, variant.methods, options, dtype, device, place, argv)
-    return Setting(options, model, jobs, variants, runs, device, dtype, folder, shlex.join(["dit-attn", *argv]))
+    command = shlex.join(["dit-attn", *argv])
+    return Setting(options, model, jobs, variants, runs, device, dtype, folder, command, argv)
 
 
 def plan(setting: Setting) -> dict[str, Any]:
@@ -90,7 +96,10 @@ def plan(setting: Setting) -> dict[str, Any]:
     return {
         "folder": str(setting.folder),
         "command": setting.command,
-        "variants": [{"label": v.label, "methods": [m.to_dict() for m in v.methods]} for v in setting.variants],
+        "variants": [
+            {"label": v.label, "methods": [m.to_dict() for m in v.methods], "call": dict(v.call)}
+            for v in setting.variants
+        ],
         "items": [{"name": j.stem, "prompt": j.prompt, "seed": j.seed, "call": j.call} for j in setting.jobs],
         "setup": {key: value for key, value in setting.first.setup.items() if key != "methods"},
     }
@@ -104,17 +113,17 @@ def run_all(setting: Setting) -> dict[str, Any]:
         KeyboardInterrupt: every finished item is kept, no half file is left.
     """
     outputs.prepare_folder(setting.folder)
+    resume, wants_maps = setting.options.get("resume"), setting.options.get("maps", True)
+    pipe = None
+    if setting.options.get("match_strength"):
+        setting, pipe = compare_match.with_matched(setting, load_pipeline)
     for run in setting.runs.values():
         outputs.prepare_folder(run.folder)
-    resume, wants_maps = setting.options.get("resume"), setting.options.get("maps", True)
     done = find_takes(setting) if resume else {}
     maps = compare_maps.find_maps(setting) if resume and wants_maps else {}
     unmapped = compare_maps.missing(setting, maps) if wants_maps else []
-    pipe = None
-    if len(done) < len(setting.jobs) * len(setting.variants) or unmapped:
-        pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)
-        pipe.set_progress_bar_config(disable=True)
-        job_files.check_inputs(setting.jobs, pipe)
+    if pipe is None and (len(done) < len(setting.jobs) * len(setting.variants) or unmapped):
+        pipe = load_pipeline(setting)
     started = time.perf_counter()
     comparison = Comparison(setting.variants, make_all(setting, pipe, done))
     maps |= compare_maps.make_maps(setting, pipe, unmapped)
@@ -125,6 +134,18 @@ def run_all(setting: Setting) -> dict[str, Any]:
     with outputs.whole_file(setting.folder / "report.html") as temporary:
         temporary.write_text(page(results, setting.folder, setting.options.get("show", 24)), encoding="utf-8")
     return results
+
+
+def load_pipeline(setting: Setting) -> Any:
+    """The pipeline, quiet, with the inputs of the jobs checked.
+
+    Raises:
+        DitAttnError: weights that cannot be loaded, inputs it does not take.
+    """
+    pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    job_files.check_inputs(setting.jobs, pipe)
+    return pipe
 
 
 def networks(options: dict[str, Any]) -> Networks:
@@ -150,8 +171,10 @@ def measure(setting: Setting, takes: list[Take]) -> dict[str, dict[str, dict[str
 def find_takes(setting: Setting) -> dict[tuple[str, int], Take]:
     """Takes of an earlier run of the same jobs, by (label, index)."""
     found = {}
-    for label, run in setting.runs.items():
-        for index, path in runner.find_finished(setting.jobs, run.folder, run.setup).items():
+    for variant in setting.variants:
+        label, run = variant.label, setting.runs[variant.label]
+        jobs = [setting.job_of(variant, job) for job in setting.jobs]
+        for index, path in runner.find_finished(jobs, run.folder, run.setup).items():
             data = outputs.read_sidecar(path.with_suffix(".json")).get("compare")
             if isinstance(data, dict) and set(data) == _TAKE and data["index"] == index:
                 found[label, index] = Take(**{**data, "variant": label})
@@ -193,8 +216,8 @@ def play(
     """One round of a job; outputs and sidecars are saved as they come."""
     media: dict[str, outputs.Media] = {}
 
-    def make() -> tuple[Any, float]:
-        found, seconds = runner.call_pipeline(pipe, job)
+    def make(variant: Variant) -> tuple[Any, float]:
+        found, seconds = runner.call_pipeline(pipe, setting.job_of(variant, job))
         media["last"] = found
         return found.frames, seconds
 
@@ -204,7 +227,7 @@ def play(
             return earlier.file
         run = setting.runs[variant.label]
         run.pipe = pipe
-        result = runner.save_item(run, job, media["last"], seconds)
+        result = runner.save_item(run, setting.job_of(variant, job), media["last"], seconds)
         return str(Path(str(result.file)).relative_to(setting.folder))
 
     blank = Take("", job.index, job.prompt, job.seed, attention_share=share)
@@ -223,11 +246,12 @@ def remember(path: Path, take: Take) -> None:
 def warm_up(setting: Setting, pipe: Any) -> None:
     """One short call of every competitor, which is not timed: the first call of a process pays for set-up."""
     job = setting.jobs[0]
-    short = {**job.call, "num_inference_steps": 1} if "num_inference_steps" in job.call else job.call
+    short = {"num_inference_steps": 1} if "num_inference_steps" in job.call else {}
     for variant in setting.variants:
+        mine = setting.job_of(variant, job)
         with compare.on(pipe, variant):
             try:
-                runner.call_pipeline(pipe, Job(job.index, job.prompt, job.seed, short))
+                runner.call_pipeline(pipe, replace(mine, call={**mine.call, **short}))
             except RunStopped:
                 raise
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):

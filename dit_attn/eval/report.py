@@ -134,6 +134,9 @@ COLUMNS = (
     ("attention computed", "attention_flops", 100.0, "{:.0f} %"),
     ("prompt met", "verifier.whole", 100.0, "{:.0f} %"),
     ("attributes right", "verifier.attributes", 100.0, "{:.0f} %"),
+    ("push along guidance", "parallel", 1.0, "{:+.2f}"),
+    ("push sideways", "sideways", 1.0, "{:.2f}"),
+    ("saturation", "saturation", 1.0, "{:.3f}"),
     ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
     ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
     *((metric.title, f"metrics.{name}", 1.0, f"{{:.{metric.digits}f}}") for name, metric in METRICS.items()),
@@ -173,6 +176,11 @@ def notes(rows: Sequence[dict[str, Any]]) -> str:
             elif figure["value"] is not None:
                 more = f"; {figure['caution']}" if figure.get("caution") else ""
                 found[f"{title}: {figure['label']}, {count} item{'s' if count != 1 else ''}{more}."] = None
+    if any(row.get("parallel") for row in rows):
+        found[
+            "Push along guidance: what the method adds to the scale of classifier-free guidance; sideways: the rest of "
+            "its push, in lengths of conditional minus unconditional prediction."
+        ] = None
     if any(row.get("temporal") for row in rows):
         found["Steadiness of motion: 1 moves evenly, below 0 flickers; compare with dense."] = None
     return "".join(f"<li>{html.escape(note)}</li>" for note in found)

@@ -44,10 +44,17 @@ class Variant:
     Attributes:
         label: its name in tables; unique.
         methods: what is on the pipeline; nothing is dense.
+        call: arguments of the pipeline's call that differ for this competitor, as pairs of name and value.
     """
 
     label: str
     methods: tuple[Method, ...] = ()
+    call: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the stock pipeline as everyone else calls it."""
+        return not self.methods and not self.call
 
 
 DENSE = Variant("dense")
@@ -68,6 +75,8 @@ class Take:
         psnr: dB to the dense item, ``None`` where they are equal.
         ssim: to the dense item.
         equal: whether the pixels equal those of the dense item.
+        saturation: mean over the pixels of largest minus smallest channel, in [0, 1]; strong guidance raises it.
+        parallel, sideways: of a guidance method's push, see ``processors.summary.GuidanceSummary``.
         temporal: how smoothly a clip moves (``eval.errors.temporal_consistency``), ``None`` for pictures.
         attention_share: attention's part of the floating-point operations of a dense step at the item's size.
         verdict: attributes of the caption that the pixels show; ``None`` for prompts outside the shapes world.
@@ -86,6 +95,9 @@ class Take:
     psnr: float | None = None
     ssim: float | None = None
     equal: bool | None = None
+    saturation: float | None = None
+    parallel: float | None = None
+    sideways: float | None = None
     temporal: float | None = None
     attention_share: float | None = None
     verdict: dict[str, bool] | None = None
@@ -127,7 +139,8 @@ class Comparison:
             row = headline_row(self.of(variant.label), dense)
             settings = [method.to_dict() for method in variant.methods]
             found = self.metrics.get(variant.label, {})
-            rows.append({"label": variant.label, "methods": settings, "failed": failed, **row, "metrics": found})
+            about = {"label": variant.label, "methods": settings, "call": dict(variant.call), "failed": failed}
+            rows.append({**about, **row, "metrics": found})
         return rows
 
 
@@ -171,11 +184,12 @@ def compare(
 
     for variant in everyone if items else ():  # the first call of a process pays for set-up: it is not timed
         with on(pipe, variant):
-            run(*items[0], {"num_inference_steps": 2} if "num_inference_steps" in call else {})
+            few = {"num_inference_steps": 2} if "num_inference_steps" in call else {}
+            run(*items[0], {**dict(variant.call), **few})
     for index, (prompt, seed) in enumerate(items):
 
-        def make(prompt: str = prompt, seed: int = seed) -> tuple[np.ndarray, float]:
-            return run(prompt, seed, {})
+        def make(variant: Variant, prompt: str = prompt, seed: int = seed) -> tuple[np.ndarray, float]:
+            return run(prompt, seed, dict(variant.call))
 
         def keep(variant: Variant, frames: np.ndarray, seconds: float, index: int = index) -> None:
             result.frames[variant.label, index] = frames
@@ -206,7 +220,7 @@ def play_round(
     pipe: Any,
     blank: Take,
     variants: Sequence[Variant],
-    make: Callable[[], tuple[np.ndarray, float]],
+    make: Callable[[Variant], tuple[np.ndarray, float]],
     keep: Callable[[Variant, np.ndarray, float], str | None],
 ) -> Iterator[Take]:
     """One item by every variant in turn; a failure of one does not stop the others.
@@ -215,7 +229,7 @@ def play_round(
         pipe: the pipeline.
         blank: index, prompt, seed and share of attention of the item.
         variants: dense first: fidelity and time are taken against it.
-        make: makes the item with whatever is on the pipeline: (F, H, W, 3) uint8 and seconds.
+        make: makes the item with the variant's call and whatever is on the pipeline: (F, H, W, 3) uint8 and seconds.
         keep: saves it, while the method is still on; the name of the file.
 
     Raises:
@@ -226,17 +240,22 @@ def play_round(
         take = replace(blank, variant=variant.label)
         try:
             with on(pipe, variant):
-                frames, take.seconds = make()
+                frames, take.seconds = make(variant)
                 if variant.methods:
                     seen = summary(pipe)
                     take.density, take.run_density = seen.density, seen.run_density
+                    if seen.guidance is not None:
+                        take.parallel, take.sideways = seen.guidance.parallel, seen.guidance.sideways
                 take.file = keep(variant, frames, take.seconds)
             if not variant.methods:
-                dense, take.density, take.run_density = (frames, take.seconds), 1.0, 1.0
+                take.density, take.run_density = 1.0, 1.0
+            if variant.plain:
+                dense = (frames, take.seconds)
             if dense is not None:
                 take.dense_seconds = dense[1]
                 take.psnr, take.ssim, take.equal = _fidelity(dense[0], frames)
             take.verdict, take.temporal = scores.verdict(frames, blank.prompt), scores.temporal(frames)
+            take.saturation = scores.saturation(frames)
         except RunStopped:
             raise
         except Exception as error:  # whatever one take does, the others go on; the line names it

@@ -23,7 +23,8 @@ def headline_row(takes: Sequence[Take], dense: Sequence[Take]) -> dict[str, Any]
         ``density`` where engaged; ``attention_flops`` (share of the dense attention work over the run);
         ``step_flops`` and ``ceiling`` (all operations of the transformer, each item at its own size, and the speed-up
         that this would allow); ``psnr`` (of the items that differ), ``ssim``, ``equal`` (items with the pixels of
-        dense); ``temporal`` of clips; ``verifier``: whole-prompt accuracy ``whole``, its difference to dense
+        dense); ``saturation``; ``parallel`` and ``sideways`` of a guidance method's push; ``temporal`` of clips;
+        ``verifier``: whole-prompt accuracy ``whole``, its difference to dense
         ``change``, mean over attributes ``attributes``, and each attribute under ``by``.
     """
     prompts = [take.prompt for take in takes]
@@ -36,6 +37,9 @@ def headline_row(takes: Sequence[Take], dense: Sequence[Take]) -> dict[str, Any]
         "attention_flops": [take.run_density for take in takes],
         "psnr": [take.psnr for take in takes],
         "ssim": [take.ssim for take in takes],
+        "saturation": [take.saturation for take in takes],
+        "parallel": [take.parallel for take in takes],
+        "sideways": [take.sideways for take in takes],
         "temporal": [take.temporal for take in takes],
     }
     return {

@@ -76,6 +76,11 @@ def verdict(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
     return verify.verify_image(frames[0], item)
 
 
+def saturation(frames: np.ndarray) -> float:
+    """Mean over the pixels of (F, H, W, 3) uint8 of the largest minus the smallest channel, in [0, 1]."""
+    return float((frames.max(-1).astype(np.float64) - frames.min(-1)).mean() / 255.0)
+
+
 def temporal(frames: np.ndarray) -> float | None:
     """Temporal consistency of (F, H, W, 3) uint8 frames, ``None`` with fewer than three; see ``eval.errors``."""
     import torch

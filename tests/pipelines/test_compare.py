@@ -113,7 +113,7 @@ def test_the_change_of_accuracy_is_taken_on_the_same_items() -> None:
 def test_a_failure_is_kept_with_its_reason_and_the_others_go_on(pipe) -> None:
     calls = iter([RuntimeError("kernel\nbroke"), (np.zeros((1, 16, 16, 3), np.uint8), 1.0)])
 
-    def make():
+    def make(variant):
         value = next(calls)
         if isinstance(value, Exception):
             raise value

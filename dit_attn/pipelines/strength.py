@@ -1,0 +1,88 @@
+"""The guidance scale that pushes as far as a guidance method does, so that the two can be compared fairly.
+
+Scores rise with the strength of guidance, whatever makes it (arXiv 2602.22570). The push of a method is split along
+and across ``c - u``, the direction of classifier-free guidance; the part along it is what a larger scale would do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dit_attn.api import enabled, summary
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.method import Method
+
+# So near to no guidance that the result is the same, and still the unconditional branch is run and can be measured.
+_BARELY = 1.0 + 1e-4
+_ARGUMENTS = ("true_cfg_scale", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What was measured.
+
+    Attributes:
+        argument: of the pipeline's call.
+        scale: its value that pushes as far along ``c - u`` as the method and the run's own scale together, no less
+            than 1.
+        parallel: what the method adds, mean over steps and items.
+        sideways: the rest of its push, in units of ``|c - u|``.
+    """
+
+    argument: str
+    scale: float
+    parallel: float
+    sideways: float
+
+
+def guidance_argument(pipe: Any) -> str:
+    """The argument of the pipeline's call that scales classifier-free guidance.
+
+    Raises:
+        DitAttnError: it has none.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    name = next((name for name in _ARGUMENTS if name in taken), None)
+    if name is None:
+        raise DitAttnError(f"{type(pipe).__name__} takes no guidance scale; strengths cannot be matched on it")
+    return name
+
+
+def matched(
+    pipe: Any,
+    methods: Sequence[Method],
+    run: Callable[[dict[str, Any], int], None],
+    scales: Sequence[float | None],
+) -> Matched:
+    """Measure the strength of guidance methods.
+
+    Args:
+        pipe: the pipeline.
+        methods: what is enabled for it; one of them guides.
+        run: calls the pipeline for an item with some arguments changed, ``run({"guidance_scale": 2.0}, 0)``.
+        scales: the guidance scale of every item; ``None`` for the pipeline's default.
+
+    Raises:
+        DitAttnError: no unconditional branch was run, so that there is nothing to measure against.
+    """
+    name = guidance_argument(pipe)
+    default = inspect.signature(type(pipe).__call__).parameters[name].default
+    parallel, sideways, own = [], [], []
+    for index, scale in enumerate(scales):
+        scale = float(default if scale is None else scale)
+        with enabled(pipe, *methods):
+            run({name: max(scale, _BARELY)}, index)
+            found = summary(pipe).guidance
+        if found is None or found.parallel is None or found.sideways is None:
+            raise DitAttnError(
+                f"{type(pipe).__name__} ran no unconditional branch at {name}={scale:g}, so that strengths cannot be "
+                "matched; give a negative prompt"
+            )
+        parallel.append(found.parallel)
+        sideways.append(found.sideways)
+        own.append(max(scale, 1.0))
+    along = sum(parallel) / len(parallel)
+    return Matched(name, round(max(1.0, sum(own) / len(own) + along), 3), along, sum(sideways) / len(sideways))

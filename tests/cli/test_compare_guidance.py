@@ -1,0 +1,53 @@
+"""`compare` of guidance methods: competitors with other call arguments, and guidance of matched strength."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dit_attn.cli import compare_match
+
+CAPTION = "a large red circle at the left on white"
+WORDS = ("compare", "--model", "tiny-image", "--height", "64", "--width", "64", "--steps", "2", "--metrics", "none")
+GUIDED = "softpag:heads=3,scale=1"
+
+
+@pytest.fixture
+def compare(cli):
+    return lambda *words: cli(*WORDS, "--prompt", CAPTION, "--seeds", "0,1", "-o", "out", *words)
+
+
+def headline(outcome):
+    assert outcome.code == 0, outcome.err
+    return {row["label"]: row for row in json.loads(outcome.out)["headline"]}
+
+
+def test_a_competitor_may_change_the_call(compare):
+    rows = headline(compare("--method", "call:guidance_scale=2.0", "--method", "call:guidance_scale=1", "--json"))
+    same, other = rows["call:guidance_scale=2.0"], rows["call:guidance_scale=1"]
+    assert same["equal"] == 2 and other["equal"] == 0  # 2 is the model's own scale
+    assert other["call"] == {"guidance_scale": 1} and other["methods"] == []
+
+
+def test_matched_strength_adds_the_scale_that_pushes_as_far(compare, tmp_path, monkeypatch):
+    rows = headline(compare("--method", GUIDED, "--match-strength", "--json"))
+    matched = next(row for label, row in rows.items() if label.endswith(f"as strong as {GUIDED}"))
+    found = rows[GUIDED]
+    assert found["sideways"]["value"] > 0
+    assert matched["call"]["guidance_scale"] == pytest.approx(2.0 + found["parallel"]["value"], abs=0.002)
+    monkeypatch.setattr(compare_match, "matched", None)  # what was measured is not measured again
+    again = headline(compare("--method", GUIDED, "--match-strength", "--resume", "--json"))
+    assert set(again) == set(rows)
+
+
+def test_a_run_without_guidance_is_matched_from_scale_one(compare):
+    label = f"call:guidance_scale=1 + {GUIDED}"
+    rows = headline(compare("--method", label, "--match-strength", "--json"))
+    assert rows[label]["parallel"] is None  # no unconditional branch ran in the compared items
+    matched = next(row for name, row in rows.items() if name.endswith(f"as strong as {label}"))
+    assert 1.0 <= matched["call"]["guidance_scale"] < 2.0
+
+
+def test_an_argument_the_pipeline_does_not_take_is_refused(compare):
+    compare("--method", "call:guidance=3").refused("guidance")
