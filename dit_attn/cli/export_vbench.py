@@ -238,7 +238,8 @@ def table(record: dict[str, Any]) -> str:
         ways = ", ".join(f"{one[way]} {way}" for way in (*WAYS, "removed") if one[way])
         lines.append(f"{one['clips']} clips of {one['source']} in {one['videos']} ({ways})")
         if one["renamed"]:
-            lines.append(f"  {len(one['renamed'])} have cut names (prompt too long, or with /): prompts.json has it whole")
+            cut = len(one["renamed"])
+            lines.append(f"  {cut} have cut names (prompt too long, or with /): prompts.json has it whole")
         for part in one["coverage"] or ():
             lines.append(f"  {part['dimension']:<24}{part['clips']:>5} of {part['needed']} clips")
         if one["coverage"] and "custom_input" in one["command"]:
