@@ -77,13 +77,15 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.output:
         outputs.prepare_folder(Path(args.output).expanduser().parent)
-    arch.check_memory(device, dtype, args.batch)
+    arch.check_memory(device, dtype, args.batch, _kept(competitors, arch, dtype.itemsize, args.batch))
     load.quiet(show_progress=False)
     before = _load()
     model = arch.build(device, dtype)
+    progress = _progress(args.json)
     found = bench_model.measure(
-        model, arch.call(device, dtype, args.batch), competitors, args.repeats, device, _progress(args.json)
+        model, arch.call(device, dtype, args.batch), competitors, args.repeats, device, progress
     )
+    progress("")
     record = {
         "what": "one denoising step of a transformer, dense and with methods in turns; medians; ratios are to the "
         "dense step of the same round and hold for this machine only",
@@ -152,6 +154,19 @@ def _competitors(texts: list[str] | tuple[str, ...], arch: Architecture, preset:
             chosen = tuple(_every_layer(item, method) for item, method in zip(wanted, chosen))
         found[label] = bench_model.competitor(label, chosen)
     return list(found.values())
+
+
+def _kept(competitors: list[Competitor], arch: Architecture, element: int, batch: int) -> int:
+    """Bytes that the most demanding method keeps on the device from a refresh to the next."""
+    from dit_attn.processors.re_ttention import ReTtention
+
+    methods = [one.method for one in competitors]
+    each = [
+        method.cache_bytes(math.prod(arch.grid), arch.heads, arch.head_dim, element)
+        for method in methods
+        if isinstance(method, ReTtention) and not method.offload
+    ]
+    return batch * arch.layers * max(each, default=0)
 
 
 def _every_layer(wanted: Wanted, method: Method) -> Method:
@@ -225,6 +240,11 @@ def table(record: dict[str, Any]) -> str:
         f"{'attention':>11}{'of CPU':>9}{'choosing':>10}{'target':>9}",
     ]
     lines += [_line(row) for row in record["rows"]]
+    lines += [
+        f"{row['label']}, {row['phase']}: {count} of {row['calls']} calls stayed dense: {reason}"
+        for row in record["rows"]
+        for reason, count in row["declined"].items()
+    ]
     lines += [f"ratio: to the dense step; target: {record['target']}", f"memory: {record['memory']}", record["note"]]
     return "\n".join(lines)
 

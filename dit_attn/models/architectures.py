@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.models import step_inputs
+from dit_attn.models.step_inputs import Grid
 
 _PIXELS = 16  # a token is 16 x 16 pixels in all of them: 8 of the autoencoder, 2 of the patch
 _FRAMES = 4  # frames a latent frame, after the first
 _ACTIVATIONS = 16  # arrays of (tokens, width) that a step holds at once, roughly: the widest layer is 4 wide
-
-Grid = tuple[int, int, int]
-InputFunction = Callable[["Architecture", Grid, dict[str, Any]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Architecture:
     config: dict[str, Any]
     pixels: tuple[int, int, int]
     text: int
-    inputs: InputFunction = field(repr=False)
+    inputs: Callable[[Architecture, Grid, dict[str, Any]], dict[str, Any]] = field(repr=False)
     wide: tuple[str, ...] = ()
     scaled: dict[str, int] = field(default_factory=dict)
 
@@ -150,18 +149,23 @@ class Architecture:
         step = _ACTIVATIONS * batch * tokens * self.heads * self.head_dim
         return dtype.itemsize * (self.parameters() + step)
 
-    def check_memory(self, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+    def check_memory(self, device: torch.device, dtype: torch.dtype, batch: int, kept: int = 0) -> None:
         """Refuse what cannot fit.
+
+        Args:
+            device, dtype, batch: of the call.
+            kept: bytes that a method keeps from step to step.
 
         Raises:
             DitAttnError: it needs more than is free.
         """
-        need, free = self.bytes_needed(dtype, batch), free_memory(device)
+        need, free = self.bytes_needed(dtype, batch) + kept, free_memory(device)
         if free is not None and need > free:
+            memory = f" ({kept / 2**30:.1f} GiB of it kept by the method)" if kept else ""
             raise DitAttnError(
                 f"{self.name} with {self.layers} layers, {self.heads} heads and {math.prod(self.grid):,} tokens needs "
-                f"about {need / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free; take fewer --layers, "
-                "--heads or --tokens"
+                f"about {need / 2**30:.1f} GiB{memory}, and {device} has {free / 2**30:.1f} GiB free; take fewer "
+                "--layers, --heads or --tokens"
             )
 
     def call(self, device: torch.device, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -202,69 +206,6 @@ def free_memory(device: torch.device) -> int | None:
     return found
 
 
-def _noise(options: dict[str, Any], *shape: int) -> torch.Tensor:
-    return torch.randn(options["batch"], *shape, dtype=options["dtype"], generator=options["generator"])
-
-
-def _wan(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    t, h, w = grid
-    return {
-        "hidden_states": _noise(options, 16, t, 2 * h, 2 * w),
-        "timestep": torch.full((options["batch"],), 500),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-    }
-
-
-def _hunyuan_video(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    words = torch.arange(arch.text) < arch.text // 2  # a prompt fills half of its places
-    return {
-        **_wan(arch, grid, options),
-        "encoder_attention_mask": words.expand(options["batch"], -1).to(options["dtype"]),
-        "pooled_projections": _noise(options, 768),
-        "guidance": torch.full((options["batch"],), 6000.0, dtype=options["dtype"]),
-    }
-
-
-def _cogvideox(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    t, h, w = grid
-    rope = get_3d_rotary_pos_embed(
-        arch.head_dim, ((0, 0), (h, w)), (h, w), t, device=torch.get_default_device()
-    )  # fmt: skip
-    return {
-        "hidden_states": _noise(options, t, 16, 2 * h, 2 * w),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "timestep": torch.full((options["batch"],), 500),
-        "image_rotary_emb": rope,
-    }
-
-
-def _flux(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    _, h, w = grid
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(h).float(), torch.arange(w).float())
-    return {
-        "hidden_states": _noise(options, h * w, 64),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "pooled_projections": _noise(options, 768),
-        "timestep": torch.full((options["batch"],), 0.5, dtype=options["dtype"]),
-        "img_ids": places.to(options["dtype"]),
-        "txt_ids": torch.zeros(arch.text, 3, dtype=options["dtype"]),
-        "guidance": torch.full((options["batch"],), 3.5, dtype=torch.float32),
-    }
-
-
-def _pixart(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    _, h, w = grid
-    return {
-        "hidden_states": _noise(options, 4, 2 * h, 2 * w),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "encoder_attention_mask": torch.ones(options["batch"], arch.text, dtype=options["dtype"]),
-        "timestep": torch.full((options["batch"],), 500),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
 _WAN = {"attention_head_dim": 128, "text_dim": 4096, "qk_norm": "rms_norm_across_heads"}
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
@@ -273,7 +214,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
         pixels=(81, 480, 832),
         text=512,
-        inputs=_wan,
+        inputs=step_inputs.wan,
         wide=("ffn_dim",),
     ),
     Architecture(
@@ -282,7 +223,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
         pixels=(81, 720, 1280),
         text=512,
-        inputs=_wan,
+        inputs=step_inputs.wan,
         wide=("ffn_dim",),
     ),
     Architecture(
@@ -291,7 +232,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20, "num_single_layers": 40},
         pixels=(129, 720, 1280),
         text=256,
-        inputs=_hunyuan_video,
+        inputs=step_inputs.hunyuan_video,
     ),
     Architecture(
         "cogvideox-5b",
@@ -304,7 +245,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         pixels=(49, 480, 720),
         text=226,
-        inputs=_cogvideox,
+        inputs=step_inputs.cogvideox,
     ),
     Architecture(
         "flux",
@@ -318,7 +259,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         pixels=(1, 1024, 1024),
         text=512,
-        inputs=_flux,
+        inputs=step_inputs.flux,
     ),
     Architecture(
         "pixart-sigma",
@@ -334,7 +275,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         pixels=(1, 1024, 1024),
         text=300,
-        inputs=_pixart,
+        inputs=step_inputs.pixart,
         wide=("cross_attention_dim",),
     ),
 )

@@ -45,10 +45,10 @@ def test_presets_of_the_real_model_hold_but_for_its_dense_layers(cli) -> None:
     done = cli("bench", "model", "--config", "wan2.1-1.3b", *SMALL, "--method", "rectified-spaattn", "--json")
     (row,) = json.loads(done.out)["rows"]
     assert row["method"]["budget"] == "extra" and row["method"]["dense_layers"] == []
-    kept = cli(
-        "bench", "model", "--config", "wan2.1-1.3b", *SMALL, "--method", "block-sparse:dense_layers=0", "--json"
-    )
+    kept = cli("bench", "model", "--config", "wan2.1-1.3b", *SMALL, "--method", "block-sparse:dense_layers=0", "--json")
     assert json.loads(kept.out)["rows"][0]["declined"] == {"dense layer": 1}
+    shown = cli("bench", "model", "--config", "wan2.1-1.3b", *SMALL, "--method", "block-sparse:dense_layers=0")
+    assert "block-sparse:dense_layers=0, sparse: 1 of 2 calls stayed dense: dense layer" in shown.out
 
 
 def test_the_names_of_the_help_are_those_of_the_table() -> None:
@@ -92,6 +92,15 @@ def test_bad_input_is_refused_in_one_line(cli, words, parts) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_gpu_that_is_not_there_is_said(cli) -> None:
     cli("bench", "model", "--config", "flux", "--device", "cuda").refused("--device cuda", "GPU")
+
+
+def test_what_a_method_keeps_counts_as_memory(cli, monkeypatch) -> None:
+    from dit_attn.models import architectures
+
+    monkeypatch.setattr(architectures, "free_memory", lambda device: 60 * 2**30)
+    words = ("bench", "model", "--config", "hunyuan-video", "--full", "--device", "cpu", "--dtype", "bfloat16")
+    done = cli(*words, "--method", "block-sparse", "--method", "re-ttention")
+    done.refused("hunyuan-video", "GiB of it kept by the method")
 
 
 def test_the_full_size_is_refused_where_it_does_not_fit(cli, monkeypatch) -> None:

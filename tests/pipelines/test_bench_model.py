@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any, cast
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 import dit_attn
 from dit_attn.errors import DitAttnError
 from dit_attn.models.architectures import architecture
-from dit_attn.pipelines import bench_model, peak
-from dit_attn.pipelines.bench_model import STEPS, HeldPipeline, competitor, measure
+from dit_attn.pipelines import attention_call, bench_model, peak
+from dit_attn.pipelines.attention_call import dense_order, fastest_dense
+from dit_attn.pipelines.bench_model import competitor, measure
+from dit_attn.pipelines.held import STEPS, HeldPipeline, watched
 from dit_attn.pipelines.step_rows import Part, Step, Times, attention_row, dense_row, step_row
 from dit_attn.processors.method import Method
 from dit_attn.processors.reader import Reader
@@ -116,6 +121,39 @@ def test_every_family_is_measured_with_its_text_and_masks(name) -> None:
     assert found["rows"][0]["engaged"] == 2 and found["rows"][0]["density"] < 0.9
 
 
+def test_the_call_that_was_timed_by_itself_takes_no_memory_from_the_steps(wan, monkeypatch) -> None:
+    model, inputs, _ = wan
+    seen = []
+    describe, steps = bench_model.described, bench_model.step_times
+
+    def described(call, count):
+        seen.append(weakref.ref(call.q))
+        return describe(call, count)
+
+    def step_times(*args):
+        assert seen[0]() is None
+        return steps(*args)
+
+    monkeypatch.setattr(bench_model, "described", described)
+    monkeypatch.setattr(bench_model, "step_times", step_times)
+    measure(model, inputs, [competitor("bs", [reader("block-sparse")])], 1, CPU)
+    assert len(seen) == 1
+
+
+def test_dense_kernels_are_tried_in_the_order_given() -> None:
+    x = torch.randn(1, 1, 8, 8)
+    with fastest_dense(["flash", "efficient"]):
+        assert _cur_sdpa_kernel_backends(with_priority=True)[:2] == [
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+        ]
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with fastest_dense([]):
+        assert _cur_sdpa_kernel_backends(with_priority=True) == before
+    assert dense_order(cast(Any, None), CPU) == []
+
+
 def test_the_model_is_stock_again_afterwards(wan) -> None:
     model, inputs, _ = wan
     kinds = [type(module.processor) for module in model.modules() if hasattr(module, "processor")]
@@ -160,16 +198,36 @@ def test_a_sequence_too_short_for_any_method_is_refused_with_the_reason() -> Non
         measure(model, row.call(CPU, torch.float32), [competitor("bs", [reader("block-sparse")])], 1, CPU)
 
 
-def test_too_little_memory_during_a_step_is_one_line(wan, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nmore"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["accelerator", "cpu"],
+)
+def test_too_little_memory_during_a_step_is_one_line(wan, monkeypatch, error) -> None:
     model, inputs, _ = wan
 
     def fail(self: HeldPipeline) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+        raise error
 
     monkeypatch.setattr(HeldPipeline, "step", fail)
-    with pytest.raises(DitAttnError, match=r"too little memory for a step .CUDA out of memory") as caught:
+    with pytest.raises(DitAttnError, match=r"too little memory for a step .*memory") as caught:
         measure(model, inputs, [], 1, CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_a_kernel_that_fails_is_named_and_other_errors_are_not_hidden(wan, monkeypatch) -> None:
+    model, inputs, _ = wan
+    ones = [competitor("mine", [reader("block-sparse")])]
+
+    def fail(*args, **kwargs):
+        raise NotImplementedError("no such tile")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_call.executor, "run", fail)
+        with pytest.raises(DitAttnError, match="--method mine cannot run here: kernel failed: no such tile"):
+            measure(model, inputs, ones, 1, CPU)
+    with pytest.raises(RuntimeError, match="shape"):
+        measure(model, {**inputs, "encoder_hidden_states": torch.zeros(1, 4, 7)}, ones, 1, CPU)
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -217,5 +275,5 @@ def test_the_peak_is_that_of_the_work_since_the_reset() -> None:
 
 
 def test_a_watched_call_counts_its_own_work() -> None:
-    wall, cpu = bench_model.watched(lambda: sum(range(2_000_000)), CPU)
+    wall, cpu = watched(lambda: sum(range(2_000_000)), CPU)
     assert wall > 0.0 and cpu > 0.0
