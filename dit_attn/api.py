@@ -13,7 +13,7 @@ from dit_attn.processors import attach
 from dit_attn.processors.clock import Clock
 from dit_attn.processors.explain import Explanation, explain_run
 from dit_attn.processors.families import families
-from dit_attn.processors.method import Method, methods
+from dit_attn.processors.method import Method, is_place, methods
 from dit_attn.processors.presets import method_for
 from dit_attn.processors.session import Observer, Session
 from dit_attn.processors.summary import Summary, summarize
@@ -31,8 +31,9 @@ def enable(target: Any, *wanted: str | Method) -> Session:
 
     Args:
         target: a diffusers pipeline, or its transformer.
-        wanted: methods by slug (settings from the model's preset) or as :class:`Method` instances; none at all sockets
-            the layers and leaves every call on the stock path.
+        wanted: methods by slug (settings from the model's preset), as a saved file (``"path.json"``), its folder or
+            ``"org/name"`` on the Hub, or as :class:`Method` instances; none at all sockets the layers and leaves every
+            call on the stock path.
 
     Returns:
         The session (of the first transformer, when the pipeline has two).
@@ -201,11 +202,14 @@ def _resolve(model: torch.nn.Module, wanted: tuple[str | Method, ...]) -> tuple[
     chosen = []
     for item in wanted:
         if isinstance(item, str):
-            chosen.append(method_for(item, model))
+            saved = item not in methods() and is_place(item)
+            chosen.append(Method.from_pretrained(item) if saved else method_for(item, model))
         elif isinstance(item, Method):
             chosen.append(item)
         else:
-            raise DitAttnError(f"a method is a slug or a Method instance, got {item!r}; slugs: {', '.join(methods())}")
+            raise DitAttnError(
+                f"a method is a slug, a saved file or a Method instance, got {item!r}; slugs: {', '.join(methods())}"
+            )
     taken: dict[str, str] = {}
     for method in chosen:
         if method.role and method.role in taken:

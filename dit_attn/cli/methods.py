@@ -6,7 +6,6 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dit_attn.errors import DitAttnError, unknown
@@ -14,8 +13,13 @@ from dit_attn.errors import DitAttnError, unknown
 if typing.TYPE_CHECKING:
     from dit_attn.processors.method import Method
 
-# Settings that say the same thing in two ways: giving one drops the other when it came from a preset.
-_INSTEAD = {"density": "top_p", "top_p": "density"}
+# Settings that say the same thing in two ways: giving one drops the others when they came from a preset or a file.
+_TABLE = ("densities", "parts", "calibration")
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    "density": ("top_p", *_TABLE),
+    "top_p": ("density", *_TABLE),
+    "densities": ("top_p", "parts", "calibration"),
+}
 
 
 @dataclass
@@ -82,9 +86,9 @@ def resolve(wanted: list[Wanted], model: Any, preset: str | None) -> tuple[Metho
 
 
 def _method(item: Wanted, preset: dict[str, dict[str, Any]]) -> Method:
-    from dit_attn.processors.method import Method, method_class
+    from dit_attn.processors.method import Method, is_place, method_class
 
-    if _is_path(item.name):
+    if is_place(item.name):
         base = Method.from_pretrained(item.name)
         cls, settings = type(base), {k: v for k, v in base.to_dict().items() if k != "method"}
     else:
@@ -96,8 +100,9 @@ def _method(item: Wanted, preset: dict[str, dict[str, Any]]) -> Method:
         if key not in names:
             raise unknown(f"setting of {cls.slug}", key, names)
         settings[key] = typed(value, hints[key], f"{cls.slug}.{key}")
-        if _INSTEAD.get(key) not in item.settings:
-            settings.pop(_INSTEAD.get(key, ""), None)
+        for other in _INSTEAD.get(key, ()):
+            if other not in item.settings:
+                settings.pop(other, None)
     return Method.from_dict({**settings, "method": cls.slug})
 
 
@@ -177,10 +182,6 @@ def _name(kind: Any) -> str:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _is_path(name: str) -> bool:
-    return "/" in name or name.endswith(".json") or Path(name).is_dir()
 
 
 def _apply(chosen: list[Wanted], changes: list[tuple[str, Any, Wanted | None]]) -> None:

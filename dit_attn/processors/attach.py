@@ -68,6 +68,7 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
     for name in names:
         session.add_site(name)
     for method in methods:
+        method.check_model(type(model).__name__, len(names))
         if isinstance(method, PerturbedGuidance):
             session.guide = Guide(method, session)
     return session

@@ -263,7 +263,10 @@ def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> 
         declines.append(f"{dense} of {steps} steps: dense by setting")
     if reader.dense_layers:
         declines.append(f"layers {', '.join(map(str, reader.dense_layers))}: dense by setting")
-    if reader.executed is None:
+    if reader.densities and 1.0 in reader.densities:
+        share_dense = reader.densities.count(1.0) / len(reader.densities)
+        declines.append(f"{100 * share_dense:.0f} % of the layers and parts of the run: density 1 by setting")
+    if reader.expected is None:
         return None, (*declines, "density: decided by the data (top_p)")
     part = (1 - min(dense, steps) / steps) * (1 - len(reader.dense_layers) / layers)
-    return part * reader.executed + (1 - part), tuple(declines)
+    return part * reader.expected + (1 - part), tuple(declines)

@@ -64,6 +64,17 @@ class Method:
         """Add this method's part to ``request`` for one attention call, or decline it (``request.decline(reason)``)."""
         raise NotImplementedError
 
+    def check_model(self, transformer: str, layers: int) -> None:
+        """Refuse a model these settings do not fit; asked before anything is changed.
+
+        Args:
+            transformer: class name.
+            layers: attention layers that can be touched.
+
+        Raises:
+            DitAttnError: they do not fit.
+        """
+
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Bytes one layer keeps for one sample from step to step.
 
@@ -85,8 +96,10 @@ class Method:
         Raises:
             DitAttnError: unknown method or field, or a value out of range.
         """
+        if not isinstance(data, dict) or "method" not in data:
+            raise DitAttnError('settings of a method are an object with its slug under "method"; save them again')
         settings = dict(data)
-        cls = method_class(settings.pop("method", None))
+        cls = method_class(settings.pop("method"))
         names = {spec.name: spec for spec in dataclasses.fields(cls)}
         for name in settings:
             if name not in names:
@@ -107,15 +120,19 @@ class Method:
         Raises:
             DitAttnError: nothing readable there.
         """
-        path = Path(source)
+        path = Path(source).expanduser()
         if path.is_dir():
             path = path / FILE_NAME
         if not path.is_file():
             path = _download(str(source))
         try:
-            return Method.from_dict(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON, or of the text's encoding
             raise DitAttnError(f"{path} is not JSON ({error}); save it again with save_pretrained") from error
+        try:
+            return Method.from_dict(data)
+        except DitAttnError as error:
+            raise DitAttnError(f"{path}: {error}") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the settings to a repository of the Hugging Face Hub; returns the commit's address."""
@@ -135,6 +152,11 @@ def methods() -> dict[str, type[Method]]:
     import dit_attn.processors.rectified_spaattn  # noqa: F401
 
     return dict(_REGISTRY)
+
+
+def is_place(name: str) -> bool:
+    """Whether a text names saved settings (a file, a folder, ``org/name``) and not a slug."""
+    return "/" in name or name.endswith(".json") or Path(name).is_dir()
 
 
 def method_class(slug: object) -> type[Method]:
@@ -171,6 +193,8 @@ def _plain(value: Any) -> Any:
 
 
 def _download(repo: str) -> Path:
+    if repo.endswith(".json"):
+        raise DitAttnError(f"there is no file {repo} with settings of a method; check the path")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

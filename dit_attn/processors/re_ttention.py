@@ -63,6 +63,7 @@ class ReTtention(Reader):
     """
 
     slug: ClassVar[str] = "re-ttention"
+    by_step: ClassVar[bool] = False
 
     density: float = setting(0.0625, "share of the picture's keys read on sparse steps", low=1e-6, high=1.0)
     dense_steps: float | int = setting(0.25, "dense steps at the start (fraction or count)", low=0)
@@ -100,6 +101,10 @@ class ReTtention(Reader):
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Refresh, or answer from the last refresh, or decline (dense step, dense layer)."""
+        mine = self.at(call)
+        if mine is not self:
+            mine.request(call, request)
+            return
         memory, key = call.site.memory, (call.branches, call.site.rows, call.q.shape)
         state: State | None = memory.get(key)
         reason = self.exception(call)

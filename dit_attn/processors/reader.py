@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.clock import Clock
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import Method, setting, share
 
@@ -24,9 +27,20 @@ class Reader(Method):
         dense_layers: layers that stay dense.
         max_error: largest relative L2 error of a layer's output, measured on sampled rows once a run; a layer above it
             goes dense for the rest of the session. ``None`` measures nothing.
+        densities: density of every layer in place of the one ``density``: the layers of the first part of the run,
+            then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions hold besides.
+        parts: equal parts of the run that ``densities`` speaks of.
+        calibration: where ``densities`` come from, as ``dit-attn calibrate`` wrote it: JSON values; ``transformer`` is
+            the class they were measured on. Not compared.
+
+    Raises:
+        DitAttnError: a value out of range; ``densities`` beside ``top_p``, of a method without a density, over parts
+            of the run where the method keeps its own schedule, or not as many for every part.
     """
 
     role: ClassVar[str] = "reader"
+    by_step: ClassVar[bool] = True
+    """Whether the density may change from part to part of a run."""
 
     q_block: int = setting(128, "tokens per query block", low=8, high=1024)
     kv_block: int = setting(128, "tokens per key block", low=8, high=1024)
@@ -34,6 +48,68 @@ class Reader(Method):
     dense_last_steps: float | int = setting(0.0, "dense steps at the end (fraction or count)", low=0)
     dense_layers: tuple[int, ...] = setting((), "layers that stay dense, by index")
     max_error: float | None = setting(None, "error of a layer's output above which it goes dense", low=0.0)
+    densities: tuple[float, ...] | None = setting(None, "density of every layer, for one part of the run after another")
+    parts: int = setting(1, "equal parts of the run in `densities`", low=1)
+    calibration: dict[str, Any] | None = field(
+        default=None, repr=False, compare=False, metadata={"help": "where `densities` come from"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.densities is None:
+            if self.parts != 1:
+                raise DitAttnError(f"{self.slug}.parts is {self.parts}, but there are no densities to divide")
+            return
+        self._check_table(self.densities)
+
+    def _check_table(self, table: Any) -> None:
+        names = {spec.name for spec in fields(self)}
+        if "density" not in names:
+            raise DitAttnError(f"{self.slug} has no density, so it takes no densities; leave them out")
+        if getattr(self, "top_p", None) is not None:
+            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each says how many blocks are kept")
+        if self.parts > 1 and not self.by_step:
+            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has its own schedule over steps")
+        if not isinstance(table, tuple) or not table or len(table) % self.parts:
+            raise DitAttnError(
+                f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
+                f"{table!r}"
+            )
+        for value in table:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+                raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {value!r}")
+
+    def check_model(self, transformer: str, layers: int) -> None:
+        """Refuse densities that were made for another model.
+
+        Args:
+            transformer: class name.
+            layers: attention layers that can be touched.
+
+        Raises:
+            DitAttnError: another class than in ``calibration``, or another number of layers.
+        """
+        if self.densities is None:
+            return
+        made_for = (self.calibration or {}).get("transformer", transformer)
+        if made_for != transformer:
+            raise DitAttnError(
+                f"the densities of {self.slug} were measured on {made_for}, this is {transformer}; "
+                "run `dit-attn calibrate` for this model"
+            )
+        rows = len(self.densities) // self.parts
+        if rows != layers:
+            raise DitAttnError(
+                f"{self.slug} has densities for {rows} layers, but {transformer} has {layers}; "
+                "run `dit-attn calibrate` for this model"
+            )
+
+    def at(self, call: AttentionCall) -> Reader:
+        """The method with the one density that holds for ``call``; itself where ``densities`` are not set."""
+        if self.densities is None:
+            return self
+        layers = len(self.densities) // self.parts
+        return _with_density(self, self.densities[part_of_run(call.clock, self.parts) * layers + call.site.index])
 
     @property
     def is_dense(self) -> bool:
@@ -45,8 +121,21 @@ class Reader(Method):
         """Share of the visual rows' map that a sparse call computes, virtual keys too; ``None`` when data decide."""
         return None
 
+    @property
+    def expected(self) -> float | None:
+        """:attr:`executed`, as a mean over ``densities`` where they are set; those of 1 count as dense."""
+        if self.densities is None:
+            return self.executed
+        each = [_with_density(self, density) for density in self.densities]
+        known = [1.0 if method.is_dense else method.executed for method in each]
+        return sum(share or 0.0 for share in known) / len(known)
+
     def request(self, call: AttentionCall, request: Request) -> None:
         """Plan the call, or decline it (dense step, dense layer, density 1)."""
+        mine = self.at(call)
+        if mine is not self:
+            mine.request(call, request)
+            return
         reason = self.exception(call)
         if reason:
             request.decline(reason)
@@ -66,6 +155,18 @@ class Reader(Method):
         if any(index % layers == call.site.index for index in self.dense_layers):
             return "dense layer"
         return dense_step(self.dense_steps, self.dense_last_steps, call)
+
+
+@lru_cache(maxsize=4096)
+def _with_density(method: Reader, density: float) -> Reader:
+    changes: dict[str, Any] = {"density": density, "densities": None, "parts": 1, "calibration": None}
+    return replace(method, **changes)
+
+
+def part_of_run(clock: Clock, parts: int) -> int:
+    """Which of so many equal parts of the run the clock is in, from 0."""
+    part = clock.step * parts // clock.total if clock.total else int(clock.progress * parts)
+    return min(part, parts - 1)
 
 
 def dense_step(first: float | int, last: float | int, call: AttentionCall) -> str | None:
