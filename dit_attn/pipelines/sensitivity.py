@@ -1,0 +1,299 @@
+"""What sparse attention does to the result, layer by layer and part by part: the measurements of a calibration.
+
+Runs are compared with their dense twin of the same prompt and noise:
+
+* one dense run shows every attention call at a ladder of densities: error e(l, p, d) of the output of layer l in part p
+  of the run, and the executed share c(l, p, d) of its map;
+* one run with each layer alone sparse, one with each part alone sparse, and one with all of it sparse, at one density
+  d0, say what reaches the final latents.
+
+What follows from them is in :mod:`dit_attn.pipelines.allocate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from dit_attn.api import disable, enabled, observing
+from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.pipelines import operators
+from dit_attn.processors import executor
+from dit_attn.processors.attach import session_of
+from dit_attn.processors.executor import AttentionCall, Request
+from dit_attn.processors.reader import Reader, part_of_run
+from dit_attn.processors.summary import summarize
+
+LADDER = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.0625)
+PARTS = 10
+FLOOR = 1e-14  # a squared error of zero has no logarithm
+
+Play = Callable[[int], torch.Tensor]
+"""``play(item)`` makes one item with what is enabled on the pipeline and returns its final latents."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        method: settings to start from; its density is d0.
+        parts: equal parts of the run whose densities may differ.
+        ladder: densities of the local measurement, d0 among them, descending.
+        every: look at one step of so many in the local measurement.
+    """
+
+    method: Reader
+    parts: int
+    ladder: tuple[float, ...]
+    every: int = 1
+
+    @property
+    def density(self) -> float:
+        """d0."""
+        return float(cast(Any, self.method).density)
+
+    @property
+    def free(self) -> Reader:
+        """The method without the dense exceptions that the table takes over."""
+        changes: dict[str, Any] = {"dense_layers": (), "max_error": None}
+        changes |= {"dense_steps": 0, "dense_last_steps": 0} if self.parts > 1 else {}
+        return dataclasses.replace(self.method, **changes)
+
+    def at(self, density: float) -> Reader:
+        """:attr:`free` with one density."""
+        changes: dict[str, Any] = {"density": density}
+        return dataclasses.replace(self.free, **changes)
+
+    def table(self, densities: np.ndarray, calibration: dict[str, Any] | None = None) -> Reader:
+        """The method with densities (parts, layers)."""
+        flat = tuple(float(value) for value in densities.reshape(-1))
+        return dataclasses.replace(self.free, densities=flat, parts=self.parts, calibration=calibration)
+
+
+def new_plan(
+    method: Any, parts: int | None = None, ladder: Sequence[float] | None = None, every: int | None = None,
+    steps: int | None = None,
+) -> Plan:  # fmt: skip
+    """A plan, checked.
+
+    Args:
+        method: a reader with a density.
+        parts: ``None`` for :data:`PARTS`, or 1 where the method keeps its own schedule.
+        ladder: densities; ``None`` for :data:`LADDER`.
+        every: ``None`` for one step of every part, or every step where the method remembers.
+        steps: of a run, where it is known.
+
+    Raises:
+        DitAttnError: no such method, or a number out of range.
+    """
+    if not isinstance(method, Reader) or getattr(method, "density", None) is None:
+        raise DitAttnError(
+            f"{getattr(method, 'slug', method)} has no density to calibrate; give one method that decides which keys "
+            "are read, with a density (and no top_p)"
+        )
+    if method.densities is not None or getattr(method, "top_p", None) is not None:
+        name = "densities" if method.densities is not None else "top_p"
+        raise DitAttnError(f"{method.slug}.{name} is set, which calibration would replace; give density alone")
+    density = float(cast(Any, method).density)
+    rungs = sorted({*(ladder or LADDER), density}, reverse=True)
+    for value in rungs:
+        if not 0.0 < value < 1.0:
+            raise DitAttnError(f"densities to measure must be above 0 and below 1, got {value!r}")
+    if len(rungs) < 2:
+        raise DitAttnError(f"one density to measure is not enough, got {rungs[0]}; give at least two")
+    if parts is not None and parts > 1 and not method.by_step:
+        raise DitAttnError(f"{method.slug} keeps its own schedule over the steps, so parts must be 1, got {parts}")
+    parts = parts or (min(PARTS, steps or PARTS) if method.by_step else 1)
+    if steps is not None and parts > steps:
+        raise DitAttnError(f"a run of {steps} steps has no {parts} parts; give at most {steps}")
+    if every is None:
+        every = max(1, (steps or parts) // parts) if method.by_step and parts > 1 else 1
+    return Plan(method, parts, tuple(rungs), every)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Measurements, written to a file as they come, so that an interrupted calibration goes on where it was.
+
+    Args:
+        path: the file (JSON lines, the first one the set-up); ``None`` keeps them in memory.
+        setup: what decides the measurements.
+        resume: take over what the file has; otherwise it begins anew.
+
+    Raises:
+        DitAttnError: the file is of another set-up, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None = None, setup: dict[str, Any] | None = None, resume: bool = False) -> None:
+        self.path = path
+        self.rows: dict[str, Any] = {}
+        head = json.loads(json.dumps(setup or {}, default=str))
+        if path is None:
+            return
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+            rows = [row for line in lines if (row := _parsed(line)) is not None]
+            if rows and rows[0].get("setup") != head:
+                raise DitAttnError(
+                    f"{path} holds measurements of another model, method, prompts or settings; leave out --resume to "
+                    "begin anew, or give another --output"
+                )
+            self.rows = {row["key"]: row["value"] for row in rows[1:] if "key" in row}
+            kept = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        except OSError as error:
+            raise DitAttnError(f"cannot write {path} ({error.strerror}); choose another --output") from error
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a measurement and write it down."""
+        self.rows[key] = value
+        if self.path is None:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+        except OSError as error:
+            raise RunStopped(
+                f"cannot write {self.path} ({error.strerror}); what is measured is kept: make room, then run the same "
+                "command with --resume"
+            ) from error
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One line of a store; ``None`` for one that was cut off."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class Census:
+    """An observer that counts the calls that can be touched: ``calls[layer, part]``, and the part of every step."""
+
+    def __init__(self, parts: int, every: int) -> None:
+        self.parts, self.every = parts, every
+        self.calls: Counter[tuple[int, int]] = Counter()
+        self.looked: Counter[tuple[int, int]] = Counter()
+        self.part: dict[int, int] = {}
+        self.layers = self.tokens = self.steps = 0
+
+    def __call__(self, call: AttentionCall, request: Request, exact: torch.Tensor) -> None:
+        """Count ``call``."""
+        if executor.unfit(call):
+            return
+        step = call.clock.step
+        part = self.part[step] = part_of_run(call.clock, self.parts)
+        self.calls[part, call.site.index] += 1
+        self.looked[part, call.site.index] += step % self.every == self.every // 2
+        self.layers = call.site.session.layer_count
+        self.steps = max(self.steps, call.clock.total or step + 1)
+        self.tokens = call.q.shape[1]
+
+
+def measure_item(pipe: Any, play: Play, item: int, plan: Plan, store: Store, say: Callable[[str], None]) -> None:
+    """All measurements of one item that the store does not have.
+
+    Args:
+        pipe: the pipeline; methods on it are taken off.
+        play: makes an item.
+        item: which.
+        plan: what is measured.
+        store: gets ``local/ITEM``, ``layer/ITEM/L``, ``part/ITEM/P`` and ``all/ITEM``.
+        say: is told of every run.
+    """
+    disable(pipe)
+    dense: list[torch.Tensor] = []
+
+    if f"local/{item}" not in store.rows:
+        say(f"item {item}: every density, call by call")
+        found, latents = _local(pipe, play, item, plan)
+        store.put(f"local/{item}", found)
+        dense.append(latents)
+    shape = (plan.parts, len(store.rows[f"local/{item}"]["calls"][0]))
+    runs: list[tuple[str, Any]] = [(f"all/{item}", np.s_[:, :])]
+    runs += [(f"layer/{item}/{layer}", np.s_[:, layer]) for layer in range(shape[1])]
+    runs += [(f"part/{item}/{part}", np.s_[part, :]) for part in range(shape[0])] if plan.parts > 1 else []
+    for key, where in runs:
+        if key in store.rows:
+            continue
+        say(f"item {item}: {key.split('/')[0]} {key.split('/')[-1] if key.count('/') > 1 else ''}".rstrip() + " sparse")
+        if not dense:
+            dense.append(plain(play, item))
+        densities = np.ones(shape)
+        densities[where] = plan.density
+        found = distance(pipe, play, item, plan.table(densities), dense[0])
+        store.put(key, found["error"])
+
+
+def _local(pipe: Any, play: Play, item: int, plan: Plan) -> tuple[dict[str, Any], torch.Tensor]:
+    """Squared error and cost of every rung, part and layer; and the dense latents."""
+    census = Census(plan.parts, plan.every)
+    probes = [operators.Probe(str(density), plan.at(density), plan.every) for density in plan.ladder]
+    for probe in probes:
+        probe.begin(item)
+
+    def observe(call: AttentionCall, request: Request, exact: torch.Tensor) -> None:
+        census(call, request, exact)
+        for probe in probes:
+            probe(call, request, exact)
+
+    with observing(pipe, observe), torch.no_grad():
+        latents = play(item)
+    if not census.calls:
+        raise DitAttnError(
+            "no attention call of this run can be made sparse (`dit-attn explain` says why); give a larger size"
+        )
+    shape = (plan.parts, census.layers)
+    calls, looked = (_grid(counts, shape) for counts in (census.calls, census.looked))
+    if not looked.all():
+        raise DitAttnError(
+            f"looking at one step of {plan.every} leaves parts of a run of {census.steps} steps without a measurement; "
+            "give a smaller --every or fewer --parts"
+        )
+    errors, costs = [], []
+    for probe in probes:
+        error, extra = np.zeros(shape), np.zeros(shape)
+        for found in probe.calls:
+            where = census.part[found["step"]], found["layer"]
+            error[where] += found["l2"] ** 2
+            extra[where] += found["cost"] - 1.0
+        errors.append((error / looked).tolist())
+        costs.append((1.0 + extra / looked).tolist())
+    about = {"error2": errors, "cost": costs, "calls": calls.tolist(), "steps": census.steps, "tokens": census.tokens}
+    return about, latents
+
+
+def _grid(counts: Counter[tuple[int, int]], shape: tuple[int, int]) -> np.ndarray:
+    out = np.zeros(shape)
+    for where, count in counts.items():
+        out[where] = count
+    return out
+
+
+def plain(play: Play, item: int) -> torch.Tensor:
+    """The final latents of an item."""
+    with torch.no_grad():
+        return play(item)
+
+
+def distance(pipe: Any, play: Play, item: int, method: Reader, dense: torch.Tensor) -> dict[str, float]:
+    """Relative L2 ``error`` of the final latents against dense ones, and the executed ``cost`` of the run."""
+    with enabled(pipe, method), torch.no_grad():
+        latents = play(item)
+        models = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+        sessions = {name: found for name, model in models.items() if model is not None and (found := session_of(model))}
+        cost = summarize(sessions).run_density
+    gap = (latents.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-30)
+    return {"error": float(gap), "cost": 1.0 if cost is None else float(cost)}
