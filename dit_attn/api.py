@@ -159,7 +159,7 @@ def explain(
         num_frames: frames of a clip; default: the pipeline's own.
 
     Raises:
-        DitAttnError: unsupported family or method.
+        DitAttnError: unsupported family or method, settings this model does not fit, or a size that is none.
     """
     model = _transformers(target)[0]
     pipe = None if isinstance(target, torch.nn.Module) else target

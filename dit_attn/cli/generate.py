@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import args as flags
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
@@ -84,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
     load.check_machine(options, device)
     load.parse_loras(options.get("lora", []))
     load.quiet(sys.stderr.isatty())
-    model = source.describe(options["model"], options.get("revision"))
+    model = source.describe(options["model"], options.get("revision"), options.get("variant"))
+    load.check_adapters(options, model)
     chosen = _methods(wanted, model, options.get("preset"))
     jobs = job_files.make_jobs(options, model.defaults)
     job_files.check_calls(jobs, model.pipeline)
+    _check_without_weights(jobs, model)
     dtype = load.pick_dtype(options.get("dtype", "auto"), model, device)
-    folder = Path(options.get("output") or _default_folder(model, chosen)).expanduser()
+    folder = outputs.folder_of(options.get("output"), _default_folder(model, chosen))
     live = runner.new_run(None, model, chosen, options, dtype, device, folder, args.argv)
     if options.get("dry_run"):
         return _print_plan(live, jobs, options.get("json", False))
@@ -117,11 +119,16 @@ def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, 
             file=sys.stderr,
         )
         return 130
-    if with_sheet and live.tiles:
-        sheet.save(sheet.flow(live.tiles, _heading(live)), live.folder / "sheet.png")
-        say(f"contact sheet: {live.folder / 'sheet.png'}")
-    result = runner.report(live, time.perf_counter() - started)
-    outputs.write_json(result, live.folder / "run.json")
+    unwritten = None
+    try:
+        if with_sheet and live.tiles:
+            sheet.save(sheet.flow(live.tiles, _heading(live)), live.folder / "sheet.png")
+            say(f"contact sheet: {live.folder / 'sheet.png'}")
+        result = runner.report(live, time.perf_counter() - started)
+        outputs.write_json(result, live.folder / "run.json")
+    except RunStopped as error:  # the items are whole all the same: say what became of them first
+        unwritten = error
+        result = runner.report(live, time.perf_counter() - started)
     if options.get("json"):
         print(json.dumps(result, indent=1, default=str))
     elif live.methods and any(item.status == "done" for item in live.results):
@@ -133,7 +140,21 @@ def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, 
         print(f"dit-attn: {len(failed)} of {len(jobs)} items failed:", file=sys.stderr)
         for item in failed:
             print(f"  {runner.describe_item(item, len(jobs))}", file=sys.stderr)
+    if unwritten is not None:
+        raise unwritten
     return 1 if failed else 0
+
+
+def _check_without_weights(jobs: list[Job], model: Source) -> None:
+    """Sizes and the like, by the pipeline's own rules, before anything is downloaded or loaded."""
+    from dit_attn.cli import jobs as job_files
+    from dit_attn.cli import source
+
+    try:
+        pipe = source.skeleton(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return  # loading says what is damaged
+    job_files.check_inputs(jobs, pipe)
 
 
 def _methods(wanted: list[Any], model: Source, preset: str | None) -> tuple[Method, ...]:

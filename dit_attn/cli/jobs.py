@@ -9,6 +9,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,10 @@ def make_jobs(options: dict[str, Any], defaults: dict[str, Any]) -> list[Job]:
 
 def _call(settings: dict[str, Any], shared: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     extra = {**shared.get("pipeline_kwargs", {}), **settings.get("pipeline_kwargs", {})}
+    numbers = {_CALL_NAMES.get(name, name): flag for name, flag in LINE_FLAGS.items() if flag.kind in (int, float)}
+    for name, value in extra.items():
+        if name in numbers and value is not None:
+            extra[name] = convert(numbers[name], value, f"{name} in --pipeline-kwargs")
     named = {
         _CALL_NAMES.get(key, key): value
         for key, value in settings.items()
@@ -166,6 +171,9 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         if reader.fieldnames is not None and "prompt" not in reader.fieldnames:
             raise DitAttnError(f"{path}, line 1 must name the columns, one of them prompt; got {reader.fieldnames}")
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise DitAttnError(f"{path}, line 1 names the column {twice[0]!r} twice; keep one of them")
         for row in reader:
             if None in row or None in row.values():
                 raise DitAttnError(
@@ -222,7 +230,11 @@ def check_calls(jobs: list[Job], pipeline: Any) -> None:
 
 
 def check_inputs(jobs: list[Job], pipe: Any) -> None:
-    """Let the loaded pipeline's own checks see every job before the first one is made (sizes it cannot do, ...).
+    """Let the pipeline's own checks see every job before the first one is made (sizes it cannot do, ...).
+
+    Args:
+        jobs: what is to be made.
+        pipe: the pipeline, or one without weights; what it cannot check then is left to the loaded one.
 
     Raises:
         DitAttnError: what the pipeline says, and which job it is.
@@ -247,8 +259,8 @@ def check_inputs(jobs: list[Job], pipe: Any) -> None:
             raise DitAttnError(
                 f"{type(pipe).__name__} refuses {job.where} ({job.prompt!r}): {reason(error)}"
             ) from error
-        except TypeError:
-            continue  # its check takes what only its call can work out
+        except (TypeError, AttributeError):
+            continue  # its check takes what only its call can work out, or a part that is not loaded yet
 
 
 def load_picture(path: str, where: str) -> Any:

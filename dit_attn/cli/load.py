@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn.cli.args import reason
-from dit_attn.cli.source import Source
+from dit_attn.cli.source import Source, go_offline_where_there_is_no_hub
 from dit_attn.errors import DitAttnError, unknown
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -98,6 +98,15 @@ def check_machine(options: dict[str, Any], device: Any) -> None:
         )
 
 
+def check_adapters(options: dict[str, Any], source: Source) -> None:
+    """Refuse adapters for a pipeline that takes none.
+
+    Raises:
+        DitAttnError: ``--lora`` with such a pipeline.
+    """
+    _takes_adapters(options.get("lora", []), source.pipeline)
+
+
 def quiet(show_progress: bool) -> None:
     """Library chatter off; progress bars only for people who watch."""
     import diffusers
@@ -134,17 +143,24 @@ def load_pipeline(source: Source, options: dict[str, Any], device: Any, dtype: A
 
 
 def compile_pipeline(pipe: Any, arguments: dict[str, Any] | None) -> None:
-    """``--compile``: the repeated blocks of every transformer, once methods are on. ``None`` does nothing."""
+    """``--compile``: the repeated blocks of every transformer, once methods are on. ``None`` does nothing.
+
+    Raises:
+        DitAttnError: arguments ``torch.compile`` does not take.
+    """
     if arguments is None:
         return
     for name in ("transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         if model is None:
             continue
-        if getattr(model, "_repeated_blocks", None):
-            model.compile_repeated_blocks(**{"fullgraph": True, **arguments})
-        else:
-            model.compile(**arguments)
+        try:
+            if getattr(model, "_repeated_blocks", None):
+                model.compile_repeated_blocks(**{"fullgraph": True, **arguments})
+            else:
+                model.compile(**arguments)
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise DitAttnError(f"--compile {json.dumps(arguments)} cannot be used ({reason(error)})") from error
 
 
 def commit_of(source: Source) -> str | None:
@@ -181,10 +197,16 @@ def _read(source: Source, options: dict[str, Any], dtype: Any) -> Any:
         ) from error
 
 
+def _takes_adapters(texts: list[str], pipeline: type) -> None:
+    if texts and not hasattr(pipeline, "load_lora_weights"):
+        raise DitAttnError(f"{pipeline.__name__} takes no LoRA adapters; leave out --lora")
+
+
 def _adapters(pipe: Any, texts: list[str]) -> None:
     specs = parse_loras(texts)
-    if specs and not hasattr(pipe, "load_lora_weights"):
-        raise DitAttnError(f"{type(pipe).__name__} takes no LoRA adapters; leave out --lora")
+    _takes_adapters(texts, type(pipe))
+    if any(not Path(spec["lora_id"]).expanduser().exists() for spec in specs):
+        go_offline_where_there_is_no_hub()
     for spec in specs:
         try:
             pipe.load_lora_weights(spec["lora_id"], adapter_name=spec["adapter_name"], weight_name=spec["weight_name"])

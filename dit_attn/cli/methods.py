@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,13 +116,15 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     Raises:
         DitAttnError: it does not fit.
     """
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    from dit_attn.processors.fields import describe, union_of
+
+    kinds = union_of(hint)
     for kind in sorted(kinds, key=_strictness):
         try:
             return _as(value, kind)
         except (ValueError, TypeError):
             continue
-    raise DitAttnError(f"{where} must be {' or '.join(_name(kind) for kind in kinds)}, got {value!r}")
+    raise DitAttnError(f"{where} must be {describe(hint)}, got {value!r}")
 
 
 def _as(value: Any, kind: Any) -> Any:
@@ -169,19 +170,6 @@ def _strictness(kind: Any) -> int:
     """Whole numbers are tried before fractions, text last: "1" is a count, "1.0" a fraction."""
     order = (type(None), bool, int, float)
     return order.index(kind) if kind in order else (9 if kind is str else 5)
-
-
-def _name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    if typing.get_origin(kind) is tuple:
-        return f"a list (a,b,...), each item {_name(typing.get_args(kind)[0])}"
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    return names.get(kind, str(kind))
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _apply(chosen: list[Wanted], changes: list[tuple[str, Any, Wanted | None]]) -> None:

@@ -86,6 +86,17 @@ def _array(picture: Any) -> np.ndarray:
     return np.repeat(values, 3, axis=-1) if values.shape[-1] == 1 else values[..., :3]
 
 
+def folder_of(given: str | None, default: Path) -> Path:
+    """The folder of ``--output``.
+
+    Raises:
+        DitAttnError: an empty text.
+    """
+    if given is not None and not given.strip():
+        raise DitAttnError(f"--output is empty; give a folder, or leave it out for {default}")
+    return (default if given is None else Path(given)).expanduser()
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the output folder, try to write in it, and sweep what a killed run left.
 
@@ -102,7 +113,7 @@ def prepare_folder(folder: Path) -> None:
         for left in folder.glob(f"{_TEMPORARY}*"):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
         raise DitAttnError(f"cannot write to --output {folder} ({reason(error)}); choose another folder") from error
 
 

@@ -280,6 +280,8 @@ def _hint(why: str, error: BaseException) -> str:
 
     if isinstance(error, torch.OutOfMemoryError):
         return "out of GPU memory; try --cpu-offload model, --vae-tiling, or a smaller size"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # what torch says of main memory
+        return "out of memory; try a smaller size, --vae-tiling, or --dtype bf16"
     return why
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 from dit_attn.cli.args import reason
 from dit_attn.errors import DitAttnError, unknown
@@ -45,17 +42,20 @@ class Source:
     components: dict[str, Any] = field(repr=False)
 
 
-def describe(name: str, revision: str | None = None) -> Source:
+def describe(name: str, revision: str | None = None, variant: str | None = None) -> Source:
     """Find a model and read its configuration.
 
     Args:
         name: embedded model, local folder, or ``org/name``.
         revision: branch, tag or commit of a Hub model.
+        variant: weight variant, refused where there is none.
 
     Raises:
         DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
     """
     kind, path, defaults = _locate(name, revision)
+    if variant and kind == "embedded":
+        raise DitAttnError(f"--variant {variant!r}: {name} is embedded and has one kind of weights; leave it out")
     index = _model_index(name, kind, path, revision)
     transformer = _transformer(path, revision, index)
     return Source(
@@ -148,7 +148,7 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
     if kind != "hub" and not (Path(path) / "model_index.json").is_file():
         advice = "reinstall dit-attn" if kind == "embedded" else "give the folder that holds it"
         raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); {advice}")
-    offline = kind == "hub" and _go_offline_where_there_is_no_hub()
+    offline = kind == "hub" and go_offline_where_there_is_no_hub()
     try:
         return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
     except (OSError, ValueError) as error:
@@ -209,18 +209,12 @@ def fingerprint(place: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def _go_offline_where_there_is_no_hub() -> bool:
-    """Whether the Hub is out of reach; then the cache alone is asked, instead of retrying for a minute."""
+def go_offline_where_there_is_no_hub() -> bool:
+    """Whether the Hub is out of reach; then the cache alone is asked, instead of retrying for minutes."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return True
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return False  # the way there is the proxy's
-    place = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((place.hostname or "", place.port or 443), timeout=5).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-        return True
-    return False
+    from dit_attn.processors import hub
+
+    offline = hub.out_of_reach()
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline
+    return offline

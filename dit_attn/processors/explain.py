@@ -101,9 +101,14 @@ def explain_run(
 ) -> Explanation:
     """Build the explanation; arguments as for :func:`dit_attn.explain`."""
     family = family_of(model)
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise DitAttnError(f"{name} must be a whole number of at least 1, got {value!r}")
     grid = visual_grid(model, pipe, height, width, num_frames)
     tokens = grid[0] * grid[1] * grid[2]
     names = attach.eligible_layers(model, family)
+    for method in methods:
+        method.check_model(type(model).__name__, len(names))
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     density, declines = _expected_density(methods, len(names), tokens)

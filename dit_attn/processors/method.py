@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.processors.fields import check_fields
 
 if TYPE_CHECKING:
     from dit_attn.processors.executor import AttentionCall, Request
@@ -57,8 +59,7 @@ class Method:
             _REGISTRY[cls.slug] = cls
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            _check_range(self.slug, spec, getattr(self, spec.name))
+        check_fields(self)
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Add this method's part to ``request`` for one attention call, or decline it (``request.decline(reason)``)."""
@@ -104,13 +105,26 @@ class Method:
         for name in settings:
             if name not in names:
                 raise unknown(f"setting of {cls.slug}", name, names)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the settings to ``folder`` as JSON; returns the file."""
-        path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write the settings to ``folder`` as JSON, whole or not at all; returns the file.
+
+        Raises:
+            DitAttnError: the folder is a file, cannot be made or takes no more bytes.
+        """
+        path = Path(folder).expanduser() / FILE_NAME
+        temporary = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise DitAttnError(f"cannot save {self.slug} to {path.parent} ({why}); give another folder") from error
         return path
 
     @staticmethod
@@ -123,6 +137,8 @@ class Method:
         path = Path(source).expanduser()
         if path.is_dir():
             path = path / FILE_NAME
+            if not path.is_file():
+                raise DitAttnError(f"{path.parent} has no {FILE_NAME} in it; give a folder that save_pretrained wrote")
         if not path.is_file():
             path = _download(str(source))
         try:
@@ -166,26 +182,9 @@ def method_class(slug: object) -> type[Method]:
         DitAttnError: no such method.
     """
     known = methods()
-    if slug not in known:
+    if not isinstance(slug, str) or slug not in known:
         raise unknown("method", slug, known)
-    return known[str(slug)]
-
-
-def _check_range(slug: str, spec: dataclasses.Field[Any], value: Any) -> None:
-    low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
-    if value is None:
-        return
-    if choices is not None:
-        wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if item not in choices]
-        if wrong:
-            raise unknown(f"value of {slug}.{spec.name}", wrong[0], choices)
-    if low is None and high is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise DitAttnError(f"{slug}.{spec.name} must be a number between {low} and {high}, got {value!r}")
-    if not (low is None or value >= low) or not (high is None or value <= high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise DitAttnError(f"{slug}.{spec.name} must be {bounds}, got {value!r}: {spec.metadata['help']}")
+    return known[slug]
 
 
 def _plain(value: Any) -> Any:
@@ -198,10 +197,12 @@ def _download(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from dit_attn.processors import hub
+
     try:
-        return Path(hf_hub_download(repo, FILE_NAME))
+        return Path(hf_hub_download(repo, FILE_NAME, local_files_only=hub.out_of_reach()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DitAttnError(
-            f"no method settings at {repo!r}: not a folder with {FILE_NAME}, and not a reachable Hub repository "
+            f"no method settings at {repo!r}: there is no such folder, and no reachable Hub repository with them "
             f"({type(error).__name__}); check the path or the repository's name"
         ) from error

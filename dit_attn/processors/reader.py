@@ -80,15 +80,21 @@ class Reader(Method):
                 raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {value!r}")
 
     def check_model(self, transformer: str, layers: int) -> None:
-        """Refuse densities that were made for another model.
+        """Refuse dense layers that do not exist, and densities that were made for another model.
 
         Args:
             transformer: class name.
             layers: attention layers that can be touched.
 
         Raises:
-            DitAttnError: another class than in ``calibration``, or another number of layers.
+            DitAttnError: no such layer; another class than in ``calibration``, or another number of layers.
         """
+        absent = [index for index in self.dense_layers if not -layers <= index < layers]
+        if absent:
+            raise DitAttnError(
+                f"{self.slug}.dense_layers names layer {absent[0]}, but {transformer} has {layers} attention layers: "
+                f"0 to {layers - 1}, or -{layers} to -1 from the end"
+            )
         if self.densities is None:
             return
         made_for = (self.calibration or {}).get("transformer", transformer)

@@ -151,6 +151,11 @@ class Session:
         return self._pipe() if self._pipe is not None else None
 
     @property
+    def ran(self) -> bool:
+        """Whether the transformer was called in the clock's current run: the second of two may not be."""
+        return self._seen_run == self.clock.run
+
+    @property
     def layer_count(self) -> int:
         """Number of socketed layers."""
         return len(self.sites)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dit_attn.processors.engage import ONLY_GUIDANCE
-from dit_attn.processors.session import Session, Site
+from dit_attn.processors.session import Session, SiteStats
 
 
 @dataclass(frozen=True)
@@ -158,14 +158,18 @@ def summarize(sessions: dict[str, Session]) -> Summary:
         methods=tuple(method.to_dict() for method in first.methods),
         runs=clock.run,
         steps=clock.step + 1 if clock.run else 0,
-        layers=tuple(_layer(prefixes[name], site) for name, session in sessions.items() for site in session.sites),
+        layers=tuple(
+            _layer(prefixes[name] + site.name, site.stats if session.ran else SiteStats())
+            for name, session in sessions.items()
+            for site in session.sites
+        ),
         guidance=_guidance(sessions),
         warnings=tuple(text for text in map(_missing_guidance, [first]) if text),
     )
 
 
 def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
-    guides = [session.guide for session in sessions.values() if session.guide is not None]
+    guides = [session.guide for session in sessions.values() if session.guide is not None and session.ran]
     if not guides:
         return None
     strengths = [guide.strength for guide in guides]
@@ -197,11 +201,10 @@ def _missing_guidance(session: Session) -> str | None:
     return None
 
 
-def _layer(prefix: str, site: Site) -> LayerSummary:
-    stats = site.stats
+def _layer(name: str, stats: SiteStats) -> LayerSummary:
     density = float(stats.kept) / stats.engaged if stats.engaged else None
     return LayerSummary(
-        prefix + site.name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined), stats.error
+        name, stats.calls, stats.engaged, density, stats.seconds, dict(stats.declined), stats.error
     )
 
 

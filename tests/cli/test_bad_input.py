@@ -24,6 +24,7 @@ MODEL = ("--model", "tiny-image")
         (("--model", "/no/where/at/all", *PROMPT), ["no such folder"]),
         (("--model", "org/nowhere", *PROMPT), ["'org/nowhere'", "Hub"]),
         ((*MODEL, "--revision", "main", *PROMPT), ["--revision", "embedded"]),
+        ((*MODEL, "--variant", "fp16", *PROMPT), ["--variant 'fp16'", "embedded"]),
         ((*MODEL, *PROMPT, "--method", "sparse"), ["unknown method 'sparse'", "block-sparse"]),
         ((*MODEL, *PROMPT, "--method", "block-sparse", "--set", "dens=1"), ["'dens'", "density"]),
         ((*MODEL, *PROMPT, "--method", "block-sparse", "--set", "density=2"), ["density", "between", "2.0"]),
@@ -46,7 +47,15 @@ MODEL = ("--model", "tiny-image")
         ((*MODEL, *PROMPT, "--pipeline-kwargs", "[1]"), ["JSON object"]),
         ((*MODEL, *PROMPT, "--pipeline-kwargs", '{"etaa": 1}'), ["'etaa'", "Did you mean 'eta'"]),
         ((*MODEL, *PROMPT, "--pipeline-kwargs", '{"generator": 1}'), ["--seed"]),
+        ((*MODEL, *PROMPT, "--pipeline-kwargs", '{"num_inference_steps": "x"}'), ["num_inference_steps", "'x'"]),
+        ((*MODEL, *PROMPT, "--pipeline-kwargs", '{"height": 0}'), ["height in --pipeline-kwargs", "at least 1"]),
         ((*MODEL, *PROMPT, "--compile", "{"), ["--compile", "not JSON"]),
+        ((*MODEL, *PROMPT, "--compile", '{"mode": "x"}'), ["--compile", "mode=x"]),
+        ((*MODEL, *PROMPT, "--compile", '{"modee": "x"}'), ["--compile", "'modee'"]),
+        ((*MODEL, *PROMPT, "--dry-run", "--height", "33"), ["divisible by 8"]),
+        (("--model", "tiny-video", *PROMPT, "--dry-run", "--width", "20"), ["divisible by 16"]),
+        ((*MODEL, *PROMPT, "--method", "block-sparse", "--set", "dense_layers=6"), ["layer 6", "0 to 5"]),
+        ((*MODEL, *PROMPT, "--method", "block-sparse", "--set", "dense_steps=1.5"), ["1.5", "whole number"]),
         ((*MODEL, *PROMPT, "--lora", "nowhere"), ["nowhere", "no such file"]),
         ((*MODEL, *PROMPT, "--lora", "{"), ["--lora", "not JSON"]),
         ((*MODEL, *PROMPT, "--lora", '{"lora": "x"}'), ["'lora'", "lora_id"]),
@@ -95,6 +104,14 @@ def test_a_corrupt_adapter_is_refused(cli, tmp_path):
     outcome.refused("--lora" if "lora" in outcome.err else "LoRA")
 
 
+def test_adapters_for_a_pipeline_that_takes_none_are_refused_before_it_is_loaded(cli, monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(load, "load_pipeline", None)
+    (tmp_path / "adapter.safetensors").write_bytes(b"x")
+    words = ("generate", *MODEL, *PROMPT, "--lora", tmp_path / "adapter.safetensors")
+    cli(*words).refused("PixArtSigmaPipeline takes no LoRA adapters", "leave out --lora")
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\n half"])
 def test_a_missing_or_corrupt_picture_is_refused(cli, image_to_video_model, tmp_path, content):
     if content is not None:
@@ -121,6 +138,8 @@ def test_an_output_that_is_a_file_is_refused_and_kept(cli, tmp_path):
 def test_an_output_that_cannot_be_made_is_refused(cli, tmp_path):
     (tmp_path / "file").write_text("x")
     cli("generate", *MODEL, *PROMPT, "-o", "file/inside").refused("cannot write", "file/inside")
+    cli("generate", *MODEL, *PROMPT, "-o", "a\0b").refused("cannot write")
+    cli("generate", *MODEL, *PROMPT, "-o", "").refused("--output is empty", "outputs/tiny-image-dense")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dit_attn.cli import runner
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, RunStopped
 from tests.cli.conftest import FAST
 
 
@@ -293,6 +293,35 @@ def test_a_full_disk_keeps_what_is_finished(image, monkeypatch, tmp_path):
     outcome.refused("No space left on device", "--resume")
     assert "[1/3]" in outcome.out, outcome_err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0000_a_s42.json", "0000_a_s42.png"]
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "run.json"])
+def test_a_disk_that_fills_up_behind_the_last_item_still_tells_of_every_item(image, monkeypatch, tmp_path, name):
+    from dit_attn.cli import outputs, sheet
+
+    module, function = (sheet, "save") if name == "sheet.png" else (outputs, "write_json")
+    original = getattr(module, function)
+
+    def full(what, path):
+        if path.name == name:
+            raise RunStopped(f"cannot write {path} (No space left on device)")
+        original(what, path)
+
+    monkeypatch.setattr(module, function, full)
+    outcome = image("--prompt", "a", "--prompt", "b", "-o", "out", "--method", "block-sparse")
+    outcome.refused(name, "No space left on device")
+    assert "[2/2]" in outcome.out and "attention calls" in outcome.out  # the summary of the method
+    assert {"0000_a_s42.png", "0001_b_s43.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 15 GB")])
+def test_a_size_that_does_not_fit_in_memory_is_named_with_what_helps(image, monkeypatch, error):
+    def large(pipe, job):
+        raise error
+
+    monkeypatch.setattr(runner, "call_pipeline", large)
+    outcome = image("--prompt", "a", "-o", "out")
+    assert outcome.code == 1 and "out of memory; try a smaller size" in outcome.err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

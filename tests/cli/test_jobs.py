@@ -76,6 +76,7 @@ def test_a_picture_of_a_line_is_beside_the_file(tmp_path):
         ("p.jsonl", '{"prompt": "a", "height": "tall"}', "height in .* line 1 must be a whole number"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "seed in .* line 1 must be"),
         ("p.csv", "text,seed\na,1\n", "line 1 must name the columns"),
+        ("p.csv", "prompt,prompt\na,b\n", "line 1 names the column 'prompt' twice"),
         ("p.csv", "prompt,seed\na,1\nb\n", "line 3 has another number of columns"),
         ("p.csv", "prompt,seed\na,1,2\n", "line 2 has another number of columns"),
         ("p.csv", 'prompt\n"a\n', "is not CSV"),

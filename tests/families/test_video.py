@@ -330,3 +330,18 @@ def test_two_transformers_share_one_clock() -> None:
     dit_attn.disable(pipe)
     with pytest.raises(dit_attn.DitAttnError, match="no method is enabled"):
         dit_attn.summary(pipe)
+
+
+def test_a_second_transformer_that_a_run_does_not_reach_reports_nothing_of_the_run_before() -> None:
+    torch.manual_seed(0)
+    pipe = two_transformer_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    dit_attn.enable(pipe, SPARSE, "softpag")
+    arguments = TestWan().run_arguments()
+    for steps, used in ((6, {"transformer", "transformer_2"}), (1, {"transformer"})):
+        with torch.no_grad():
+            pipe(**arguments, num_inference_steps=steps, output_type="latent")
+        summary = dit_attn.summary(pipe)
+        assert {layer.name.split(".")[0] for layer in summary.layers if layer.calls} == used
+        assert summary.calls == steps * 5  # two layers in either branch, one in the perturbed pass
+        assert summary.guidance is not None and summary.guidance.evaluations == steps

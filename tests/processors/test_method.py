@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +16,9 @@ from dit_attn import BlockSparse, DitAttnError, Method
 from dit_attn.processors.block_sparse import forced_blocks
 from dit_attn.processors.method import methods, share
 from dit_attn.processors.presets import presets
+from dit_attn.processors.socket import is_socketed
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
+from tests.processors.compose import tiny
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -42,7 +47,15 @@ def test_default_budget_is_a_density() -> None:
         ({"density": 0.2, "top_p": 0.9}, ["density", "top_p"]),
         ({"q_block": 4}, ["q_block", "4"]),
         ({"keep": ("txt",)}, ["keep", "txt", "text", "first-frame"]),
+        ({"keep": 3}, ["keep", "3", "list"]),
         ({"dense_steps": -1}, ["dense_steps", "-1"]),
+        ({"dense_steps": 1.5}, ["dense_steps", "1.5", "fraction", "whole number"]),
+        ({"dense_steps": True}, ["dense_steps", "True"]),
+        ({"dense_layers": 3}, ["dense_layers", "3", "list"]),
+        ({"dense_layers": ("a",)}, ["dense_layers", "'a'", "whole number"]),
+        ({"dense_layers": (0.5,)}, ["dense_layers", "0.5", "whole number"]),
+        ({"q_block": 64.5}, ["q_block", "64.5", "whole number"]),
+        ({"max_error": "x"}, ["max_error", "'x'", "at least 0"]),
     ],
 )
 def test_values_out_of_range_are_named_in_one_line(settings: dict[str, object], words: list[str]) -> None:
@@ -52,9 +65,74 @@ def test_values_out_of_range_are_named_in_one_line(settings: dict[str, object], 
     assert "\n" not in message and all(word in message for word in words)
 
 
+def test_settings_of_an_equal_type_are_taken() -> None:
+    method = BlockSparse(density=1, keep="text", dense_layers=[0, -1], q_block=np.int64(64))  # type: ignore[arg-type]
+    assert (method.keep, method.dense_layers) == (("text",), (0, -1))
+    assert json.loads(json.dumps(method.to_dict()))["q_block"] == 64
+    assert hash(method) == hash(BlockSparse(density=1, keep=("text",), dense_layers=(0, -1), q_block=64))
+
+
+@pytest.mark.parametrize("slug", sorted(methods()))
+def test_every_method_round_trips_and_pastes_back(slug: str, tmp_path: Path) -> None:
+    method = methods()[slug]()
+    assert Method.from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    method.save_pretrained(tmp_path)
+    assert type(method).from_pretrained(tmp_path) == method
+    assert [path.name for path in tmp_path.iterdir()] == ["dit_attn_method.json"]
+    names = {name: getattr(dit_attn, name) for name in dit_attn.__all__}
+    assert eval(repr(method), names) == method
+
+
+def test_settings_that_cannot_be_saved_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DitAttnError, match=r"cannot save block-sparse to .*file \(File exists\)"):
+        BlockSparse().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_saved_settings_that_are_not_there_cost_one_line_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    from huggingface_hub import constants
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(DitAttnError, match=r"has no dit_attn_method\.json in it"):
+        Method.from_pretrained(tmp_path)
+    with pytest.raises(DitAttnError, match="no such folder, and no reachable Hub repository"):
+        Method.from_pretrained("someone/something")
+    with pytest.raises(DitAttnError, match=r"there is no file nowhere\.json"):
+        Method.from_pretrained("nowhere.json")
+    assert not constants.HF_HUB_OFFLINE  # the process is left as it was
+
+
+@pytest.mark.parametrize("layer", [2, -3])
+def test_a_dense_layer_that_does_not_exist_is_refused_before_anything_is_changed(layer: int) -> None:
+    model, _ = tiny("wan")
+    method = BlockSparse(dense_layers=(layer,))
+    for ask in (dit_attn.enable, dit_attn.explain, dit_attn.attn_processors):
+        with pytest.raises(DitAttnError, match=rf"names layer {layer}, but WanTransformer3DModel has 2.*0 to 1"):
+            ask(model, method)
+    assert not any(is_socketed(getattr(module, "processor", None)) for module in model.modules())
+    dit_attn.enable(model, BlockSparse(dense_layers=(-2, 1)))
+
+
+@pytest.mark.parametrize("size", [{"height": "tall"}, {"width": 0}, {"num_frames": -1}, {"height": 64.5}])
+def test_explain_refuses_a_size_that_is_none(size: dict[str, Any]) -> None:
+    model, _ = tiny("wan")
+    ((name, value),) = size.items()
+    with pytest.raises(DitAttnError, match=rf"{name} must be a whole number of at least 1, got {value!r}"):
+        dit_attn.explain(model, BlockSparse(), **size)
+
+
 def test_unknown_method_and_setting_name_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(DitAttnError, match=r"block-sparce.*Did you mean 'block-sparse'"):
         Method.from_dict({"method": "block-sparce"})
+    with pytest.raises(DitAttnError, match=r"unknown method \['a'\]"):
+        Method.from_dict({"method": ["a"]})
     with pytest.raises(DitAttnError, match=r"densty.*density"):
         Method.from_dict({"method": "block-sparse", "densty": 0.1})
     (tmp_path / "dit_attn_method.json").write_text("{not json")

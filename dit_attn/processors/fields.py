@@ -1,0 +1,118 @@
+"""Checking the fields of a method, once, where it is made: type, range and choices of every setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+import types
+import typing
+from typing import Any
+
+from dit_attn.errors import DitAttnError, unknown
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+
+
+def check_fields(method: Any) -> None:
+    """Bring every setting to its type (a list becomes a tuple) and refuse what does not fit.
+
+    Raises:
+        DitAttnError: a value of another type, out of range, or not one of the choices.
+    """
+    hints = _hints(type(method))
+    for spec in dataclasses.fields(method):
+        name, value = f"{method.slug}.{spec.name}", getattr(method, spec.name)
+        try:
+            fitted = _fit(value, hints[spec.name])
+        except ValueError as error:
+            kinds = describe(hints[spec.name])
+            raise DitAttnError(f"{name} must be {kinds}{_bounds(spec, ' ')}, got {value!r}: {_help(spec)}") from error
+        if fitted is not value:
+            object.__setattr__(method, spec.name, fitted)
+        if fitted is not None:
+            _check_range(name, spec, fitted, hints[spec.name])
+
+
+def union_of(hint: Any) -> tuple[Any, ...]:
+    """The types a hint allows, one where it is no union."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """A type in words, for messages."""
+    return " or ".join(_describe_one(kind) for kind in union_of(hint))
+
+
+def _describe_one(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list (a,b,...), each item {_describe_one(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    return _NAMES.get(kind, str(kind))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """``value`` as one of the types of ``hint``. Raises ``ValueError`` where it is none of them."""
+    for kind in union_of(hint):
+        try:
+            return _fit_one(value, kind)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _fit_one(value: Any, kind: Any) -> Any:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is int and whole:
+        return value if isinstance(value, int) else int(value)
+    if kind is float and (whole or isinstance(value, numbers.Real)) and not isinstance(value, bool):
+        return value if isinstance(value, (int, float)) else float(value)
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        if isinstance(value, str) and inner is str:
+            return (value,)
+        if not isinstance(value, (tuple, list)):
+            raise ValueError
+        items = tuple(_fit(item, inner) for item in value)
+        return value if items == value else items
+    if typing.get_origin(kind) is typing.Literal:
+        known = value in typing.get_args(kind)
+    else:
+        plain = typing.get_origin(kind) or kind
+        known = plain not in (int, float) and isinstance(value, plain)
+    if not known:
+        raise ValueError
+    return value
+
+
+def _check_range(name: str, spec: dataclasses.Field[Any], value: Any, hint: Any) -> None:
+    low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
+    if choices is not None:
+        wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if item not in choices]
+        if wrong:
+            raise unknown(f"value of {name}", wrong[0], choices)
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        raise DitAttnError(f"{name} must be{_bounds(spec, ' ')}, got {value!r}: {_help(spec)}")
+    if {int, float} <= set(union_of(hint)) and isinstance(value, float) and not value <= 1.0:
+        raise DitAttnError(
+            f"{name} must be a fraction up to 1.0 or a whole number, got {value!r}: {_help(spec)}; "
+            f"write {int(value) if value < 1e9 else 1} for a count"
+        )
+
+
+def _bounds(spec: dataclasses.Field[Any], before: str) -> str:
+    low, high = spec.metadata.get("low"), spec.metadata.get("high")
+    if low is None and high is None:
+        return ""
+    return f"{before}at least {low}" if high is None else f"{before}between {low} and {high}"
+
+
+def _help(spec: dataclasses.Field[Any]) -> str:
+    return str(spec.metadata.get("help", spec.name))
