@@ -24,6 +24,7 @@ COMMANDS = {
     "train": "train an embedded model from its recipe",
     "compare": "measure what methods cost and keep on your prompts, beside dense, and make a page of it",
     "inspect": "measure what attention does in a run, layer by head by step, and make a page of it",
+    "calibrate": "find densities by layer and part of the run from a few prompts and a budget",
     "eval": "measure a folder of images or clips against references or captions",
     "bench": "measure kernels and methods",
 }

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +51,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def merged_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def merged_options(
+    args: argparse.Namespace, more: Sequence[flags.Flag] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Flags over the configuration file: (options, the file's ``method`` and ``set``).
 
-    One file serves every command: flags that the command does not have are ignored, unknown ones are not.
+    One file serves every command: flags that the command does not have are ignored, unknown ones are not. ``more`` are
+    flags that only the command itself has.
 
     Raises:
         DitAttnError: no model, or a bad configuration file.
     """
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "argv", "words")}
-    known = [flag for group in (*_GROUPS.values(), flags.METHOD) for flag in group]
+    known = [flag for group in (*_GROUPS.values(), flags.METHOD, more) for flag in group]
     config = flags.read_config(given["config"], known) if "config" in given else {}
     options = {**{key: value for key, value in config.items() if key not in ("method", "set")}, **given}
     if ("prompt" in given) != ("prompts" in given):  # prompts of the command line replace those of the file

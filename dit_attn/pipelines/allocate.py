@@ -59,22 +59,22 @@ class Landscape:
         return math.sqrt(float((share_of * self.error2[index]).sum())), float(cost.sum())
 
 
-def landscape(store: Store, items: int, plan: Plan) -> Landscape:
-    """What the measurements of the first ``items`` items say.
+def landscape(store: Store, items: Sequence[str], plan: Plan) -> Landscape:
+    """What the measurements of ``items`` say.
 
     Squared errors are geometric means over items: one that falls apart does not decide alone.
     """
-    local = [store.rows[f"local/{item}"] for item in range(items)]
+    local = [store.rows[f"local/{item}"] for item in items]
     error2 = _geometric([np.maximum(found["error2"], FLOOR) for found in local])
     cost = np.mean([found["cost"] for found in local], 0)
     weight = np.mean([found["calls"] for found in local], 0)
     rung = plan.ladder.index(plan.density)
 
     def effect(kind: str, count: int) -> np.ndarray:
-        rows = [[store.rows[f"{kind}/{item}/{n}"] for n in range(count)] for item in range(items)]
+        rows = [[store.rows[f"{kind}/{item}/{n}"] for n in range(count)] for item in items]
         return _geometric([np.maximum(np.square(row), FLOOR) for row in rows])
 
-    whole = _geometric([np.maximum(np.square([store.rows[f"all/{item}"]]), FLOOR) for item in range(items)])[0]
+    whole = _geometric([np.maximum(np.square([store.rows[f"all/{item}"]]), FLOOR) for item in items])[0]
     layers = effect("layer", error2.shape[2])
     parts = effect("part", plan.parts) if plan.parts > 1 else np.ones(1)
     cells = fitted(error2[rung] * weight, layers / layers.sum(), parts / parts.sum()) * whole
@@ -187,18 +187,10 @@ def expected(land: Landscape, densities: np.ndarray) -> tuple[float, float]:
 
 
 def rival(land: Landscape, plan: Plan, cost: float) -> Reader:
-    """The method with one density that costs no less than ``cost``: itself where that is enough.
-
-    Raises:
-        DitAttnError: no density costs as much.
-    """
+    """``plan.method`` with the smallest density that costs no less than ``cost``; its own where that is just enough."""
+    fits = [d for d in land.densities if land.uniform(plan.method, float(d), plan.parts)[1] >= cost - 1e-6]
+    density = fits[0] if fits else land.densities[-1]
     if land.uniform(plan.method, plan.density, plan.parts)[1] >= cost - 1e-6:
-        fits = [d for d in land.densities if land.uniform(plan.method, float(d), plan.parts)[1] >= cost - 1e-6]
-        density = min(fits[0], plan.density)
-    else:
-        density = next(
-            (d for d in land.densities[:-1] if land.uniform(plan.method, float(d), plan.parts)[1] >= cost - 1e-6),
-            land.densities[-1],
-        )
+        density = min(density, plan.density)
     changes: dict[str, Any] = {"density": float(density)}
     return dataclasses.replace(plan.method, **changes)

@@ -6,6 +6,7 @@ check the outcome against one density for all at the same executed cost.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -47,11 +48,11 @@ class Calibration:
 def calibrate(
     pipe: Any,
     play: Play,
-    items: int,
+    items: Sequence[str],
     plan: Plan,
     store: Store,
     *,
-    check: int = 0,
+    check: Sequence[str] = (),
     cost: float | None = None,
     error: float | None = None,
     about: dict[str, Any] | None = None,
@@ -62,10 +63,10 @@ def calibrate(
     Args:
         pipe: a stock pipeline; methods on it are taken off.
         play: makes an item of it.
-        items: calibrate on items 0 to ``items - 1``.
+        items: names of those to calibrate on; measurements are kept under them.
         plan: what is measured.
         store: what was measured before, and where to put the rest.
-        check: compare on so many further items.
+        check: names of further items to compare on.
         cost: largest executed share of the run's map; without a budget that of ``plan.method``.
         error: instead, largest expected relative error of the final latents.
         about: goes into ``method.calibration`` as it is.
@@ -76,7 +77,7 @@ def calibrate(
     """
     if cost is not None and error is not None:
         raise DitAttnError(f"a budget is a cost or an error, not both; got {cost:g} and {error:g}")
-    for item in range(items):
+    for item in items:
         measure_item(pipe, play, item, plan, store, say)
     land = allocate.landscape(store, items, plan)
     if cost is None and error is None:
@@ -89,21 +90,24 @@ def calibrate(
     checked = None
     if check:
         pair = {OURS: plan.table(densities), THEIRS: uniform}
-        for item in range(items, items + check):
+        for item in check:
             check_item(pipe, play, item, pair, store, say)
-        checked = verdict(store, range(items, items + check), OURS, THEIRS)
+        checked = verdict(store, check, OURS, THEIRS)
     record = {
         "transformer": type(pipe.transformer).__name__,
         "layers": int(densities.shape[1]),
         **(about or {}),
+        "uniform": uniform.to_dict(),
         "expected": expected,
         "checked": checked,
     }
-    return Calibration(plan.table(densities, record), densities, uniform, expected, checked)
+    changes: dict[str, Any] = {"max_error": plan.method.max_error, "calibration": record}
+    method = dataclasses.replace(plan.table(densities), **changes)
+    return Calibration(method, densities, uniform, expected, checked)
 
 
 def check_item(
-    pipe: Any, play: Play, item: int, methods: dict[str, Reader], store: Store, say: Callable[[str], None]
+    pipe: Any, play: Play, item: str, methods: dict[str, Reader], store: Store, say: Callable[[str], None]
 ) -> None:
     """Run one item dense and with every method; the store gets ``check/ITEM/LABEL``: ``error`` and ``cost``."""
     disable(pipe)
@@ -111,14 +115,15 @@ def check_item(
     for label, method in methods.items():
         key = f"check/{item}/{json.dumps(method.to_dict() | {'calibration': None}, sort_keys=True)}"
         if key not in store.rows:
-            say(f"item {item}: check, {label}")
             if not dense:
+                say(f"{item}: dense")
                 dense.append(plain(play, item))
+            say(f"{item}: {label}")
             store.put(key, distance(pipe, play, item, method, dense[0]))
         store.rows[f"check/{item}/{label}"] = store.rows[key]
 
 
-def verdict(store: Store, items: Sequence[int], ours: str, theirs: str) -> dict[str, Any]:
+def verdict(store: Store, items: Sequence[str], ours: str, theirs: str) -> dict[str, Any]:
     """Errors and costs of two checked methods with 95 % bootstrap intervals over items, and the ratio of the errors.
 
     Returns:
@@ -126,7 +131,7 @@ def verdict(store: Store, items: Sequence[int], ours: str, theirs: str) -> dict[
     """
     found = {label: [store.rows[f"check/{item}/{label}"] for item in items] for label in (ours, theirs)}
     logs = {
-        label: {i: math.log(max(row["error"], operators.FLOOR)) for i, row in zip(items, rows)}
+        label: {i: math.log(max(row["error"], operators.FLOOR)) for i, row in enumerate(rows)}
         for label, rows in found.items()
     }
     out: dict[str, Any] = {
@@ -136,4 +141,4 @@ def verdict(store: Store, items: Sequence[int], ours: str, theirs: str) -> dict[
         }
         for label, rows in found.items()
     }
-    return out | {"ratio": operators.over_runs({i: logs[ours][i] - logs[theirs][i] for i in items})}
+    return out | {"ratio": operators.over_runs({i: logs[ours][i] - logs[theirs][i] for i in range(len(items))})}

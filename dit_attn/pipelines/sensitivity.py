@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +37,10 @@ from dit_attn.processors.summary import summarize
 LADDER = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.0625)
 PARTS = 10
 FLOOR = 1e-14  # a squared error of zero has no logarithm
+RUINED = 10.0  # error of a result that is NaN, infinite or further off than that
 
-Play = Callable[[int], torch.Tensor]
-"""``play(item)`` makes one item with what is enabled on the pipeline and returns its final latents."""
+Play = Callable[[str], torch.Tensor]
+"""``play(item)`` makes the item of that name with what is enabled on the pipeline and returns its final latents."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ class Plan:
         changes: dict[str, Any] = {"density": density}
         return dataclasses.replace(self.free, **changes)
 
-    def table(self, densities: np.ndarray, calibration: dict[str, Any] | None = None) -> Reader:
+    def table(self, densities: np.ndarray) -> Reader:
         """The method with densities (parts, layers)."""
         flat = tuple(float(value) for value in densities.reshape(-1))
-        return dataclasses.replace(self.free, densities=flat, parts=self.parts, calibration=calibration)
+        return dataclasses.replace(self.free, densities=flat, parts=self.parts)
 
 
 def new_plan(
@@ -129,20 +132,29 @@ class Store:
     Args:
         path: the file (JSON lines, the first one the set-up); ``None`` keeps them in memory.
         setup: what decides the measurements.
-        resume: take over what the file has; otherwise it begins anew.
+        resume: take over what the file has; otherwise it begins anew, and an old file gets ``.bak`` to its name.
+        told: of the key of every measurement that is added.
 
     Raises:
         DitAttnError: the file is of another set-up, or cannot be read or written.
     """
 
-    def __init__(self, path: Path | None = None, setup: dict[str, Any] | None = None, resume: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path | None = None,
+        setup: dict[str, Any] | None = None,
+        resume: bool = False,
+        told: Callable[[str], None] = lambda key: None,
+    ) -> None:
+        self.path, self.told = path, told
         self.rows: dict[str, Any] = {}
         head = json.loads(json.dumps(setup or {}, default=str))
         if path is None:
             return
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+            if not resume and path.is_file():
+                os.replace(path, path.with_name(f"{path.name}.bak"))
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
             rows = [row for line in lines if (row := _parsed(line)) is not None]
             if rows and rows[0].get("setup") != head:
                 raise DitAttnError(
@@ -151,23 +163,27 @@ class Store:
                 )
             self.rows = {row["key"]: row["value"] for row in rows[1:] if "key" in row}
             kept = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary = path.with_name(f".partial-{path.name}")  # a cut here loses neither the old file nor the new one
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        except UnicodeDecodeError as error:
+            raise DitAttnError(f"{path} is not text; leave out --resume to begin anew") from error
         except OSError as error:
             raise DitAttnError(f"cannot write {path} ({error.strerror}); choose another --output") from error
 
     def put(self, key: str, value: Any) -> None:
         """Keep a measurement and write it down."""
-        self.rows[key] = value
-        if self.path is None:
-            return
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "value": value}) + "\n")
         except OSError as error:
             raise RunStopped(
                 f"cannot write {self.path} ({error.strerror}); what is measured is kept: make room, then run the same "
                 "command with --resume"
             ) from error
+        self.rows[key] = value
+        self.told(key)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -202,7 +218,14 @@ class Census:
         self.tokens = call.q.shape[1]
 
 
-def measure_item(pipe: Any, play: Play, item: int, plan: Plan, store: Store, say: Callable[[str], None]) -> None:
+def runs_of(item: str, plan: Plan, layers: int) -> dict[str, Any]:
+    """The runs of one item with something sparse: key in the store, and where (parts, layers) they are sparse."""
+    runs: dict[str, Any] = {f"all/{item}": np.s_[:, :]}
+    runs |= {f"layer/{item}/{layer}": np.s_[:, layer] for layer in range(layers)}
+    return runs | ({f"part/{item}/{part}": np.s_[part, :] for part in range(plan.parts)} if plan.parts > 1 else {})
+
+
+def measure_item(pipe: Any, play: Play, item: str, plan: Plan, store: Store, say: Callable[[str], None]) -> None:
     """All measurements of one item that the store does not have.
 
     Args:
@@ -217,32 +240,27 @@ def measure_item(pipe: Any, play: Play, item: int, plan: Plan, store: Store, say
     dense: list[torch.Tensor] = []
 
     if f"local/{item}" not in store.rows:
-        say(f"item {item}: every density, call by call")
+        say(f"{item}: every density, call by call")
         found, latents = _local(pipe, play, item, plan)
         store.put(f"local/{item}", found)
         dense.append(latents)
     shape = (plan.parts, len(store.rows[f"local/{item}"]["calls"][0]))
-    runs: list[tuple[str, Any]] = [(f"all/{item}", np.s_[:, :])]
-    runs += [(f"layer/{item}/{layer}", np.s_[:, layer]) for layer in range(shape[1])]
-    runs += [(f"part/{item}/{part}", np.s_[part, :]) for part in range(shape[0])] if plan.parts > 1 else []
-    for key, where in runs:
+    for key, where in runs_of(item, plan, shape[1]).items():
         if key in store.rows:
             continue
-        say(f"item {item}: {key.split('/')[0]} {key.split('/')[-1] if key.count('/') > 1 else ''}".rstrip() + " sparse")
         if not dense:
+            say(f"{item}: dense")
             dense.append(plain(play, item))
+        say(" ".join([f"{item}:", *key.split("/")[::2], "sparse"]))
         densities = np.ones(shape)
         densities[where] = plan.density
-        found = distance(pipe, play, item, plan.table(densities), dense[0])
-        store.put(key, found["error"])
+        store.put(key, distance(pipe, play, item, plan.table(densities), dense[0])["error"])
 
 
-def _local(pipe: Any, play: Play, item: int, plan: Plan) -> tuple[dict[str, Any], torch.Tensor]:
+def _local(pipe: Any, play: Play, item: str, plan: Plan) -> tuple[dict[str, Any], torch.Tensor]:
     """Squared error and cost of every rung, part and layer; and the dense latents."""
     census = Census(plan.parts, plan.every)
     probes = [operators.Probe(str(density), plan.at(density), plan.every) for density in plan.ladder]
-    for probe in probes:
-        probe.begin(item)
 
     def observe(call: AttentionCall, request: Request, exact: torch.Tensor) -> None:
         census(call, request, exact)
@@ -271,6 +289,7 @@ def _local(pipe: Any, play: Play, item: int, plan: Plan) -> tuple[dict[str, Any]
             extra[where] += found["cost"] - 1.0
         errors.append((error / looked).tolist())
         costs.append((1.0 + extra / looked).tolist())
+    _finite(latents, item)
     about = {"error2": errors, "cost": costs, "calls": calls.tolist(), "steps": census.steps, "tokens": census.tokens}
     return about, latents
 
@@ -282,18 +301,36 @@ def _grid(counts: Counter[tuple[int, int]], shape: tuple[int, int]) -> np.ndarra
     return out
 
 
-def plain(play: Play, item: int) -> torch.Tensor:
-    """The final latents of an item."""
+def plain(play: Play, item: str) -> torch.Tensor:
+    """The final latents of an item, with nothing enabled.
+
+    Raises:
+        DitAttnError: they are not finite.
+    """
     with torch.no_grad():
-        return play(item)
+        return _finite(play(item), item)
 
 
-def distance(pipe: Any, play: Play, item: int, method: Reader, dense: torch.Tensor) -> dict[str, float]:
-    """Relative L2 ``error`` of the final latents against dense ones, and the executed ``cost`` of the run."""
+def _finite(latents: torch.Tensor, item: str) -> torch.Tensor:
+    if not torch.isfinite(latents).all():
+        raise DitAttnError(f"the dense run of {item} is NaN or infinite, so nothing compares with it; try --dtype fp32")
+    return latents
+
+
+def distance(pipe: Any, play: Play, item: str, method: Reader, dense: torch.Tensor) -> dict[str, float]:
+    """Relative L2 ``error`` of the final latents against dense ones, and the executed ``cost`` of the run.
+
+    The cost is the executed share of the run's attention map, dense calls and the ranking of pieces counted.
+    """
     with enabled(pipe, method), torch.no_grad():
         latents = play(item)
         models = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
         sessions = {name: found for name, model in models.items() if model is not None and (found := session_of(model))}
-        cost = summarize(sessions).run_density
-    gap = (latents.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-30)
-    return {"error": float(gap), "cost": 1.0 if cost is None else float(cost)}
+        report = summarize(sessions)
+    gap = float((latents.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-30))
+    cost = report.run_density
+    ranking = operators.ranking_share(method) * report.engaged / max(report.calls, 1)
+    return {
+        "error": min(gap, RUINED) if math.isfinite(gap) else RUINED,
+        "cost": 1.0 if cost is None else float(cost) + ranking,
+    }
