@@ -23,7 +23,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="pictures or clips")
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what to compare with")
     parser.add_argument("--captions", type=Path, metavar="FILE", help=".jsonl (file, prompt) or .txt (a line per file)")
-    parser.add_argument("--metric", action="append", metavar="NAME", help="metric; repeatable (default: what fits)")
+    parser.add_argument(
+        "--metric", "--metrics", action="append", metavar="NAME,NAME", help="metrics; repeatable (default: what fits)"
+    )
     parser.add_argument("--size", type=int, metavar="N", help="bring everything to N x N pixels first")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of the Inception network")
     parser.add_argument("--clip", metavar="MODEL", help="folder or Hub name of a CLIP model")
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     both = [folder] if reference is None else [folder, reference]
     skipped = [(str(one.path / name), why) for one in both for name, why in one.skipped]
     say_skipped(skipped)
-    names = args.metric or fitting(folder, reference)
+    names = wanted(args.metric) or fitting(folder, reference)
     scores = [finite(measure(name, folder, reference, args.size, networks, device)) for name in names]
     record = {
         "folder": str(args.folder), "reference": str(args.reference) if args.reference else None, "size": args.size,
@@ -84,19 +86,32 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is read, and make the place of the output."""
     from dit_attn.cli import outputs
-    from dit_attn.eval.metrics import METRICS
 
     if args.vbench_info is not None:
         raise DitAttnError("--vbench-info belongs to --export vbench; add it, or leave --vbench-info out")
-    for name in args.metric or ():
-        if name not in (*METRICS, *CLIP_METRICS, "verifier"):
-            raise unknown("--metric", name, (*METRICS, *CLIP_METRICS, "verifier"))
+    wanted(args.metric)
     if args.size is not None and args.size < 1:
         raise DitAttnError(f"--size must be at least 1, got {args.size}")
     if args.output is not None:
         if args.output.expanduser().is_dir():
             raise DitAttnError(f"--output {args.output} is a folder; give a file, e.g. {args.output / 'scores.json'}")
         outputs.prepare_folder(args.output.expanduser().parent)
+
+
+def wanted(given: list[str] | None) -> list[str]:
+    """Names of metrics from the flags, each once.
+
+    Raises:
+        DitAttnError: an unknown one.
+    """
+    from dit_attn.cli.eval_items import ITEM_METRICS
+    from dit_attn.eval.metrics import METRICS
+
+    names = [name.strip() for text in given or () for name in text.split(",")]
+    for name in names:
+        if name not in (*METRICS, *ITEM_METRICS):
+            raise unknown("--metric", name, (*METRICS, *ITEM_METRICS))
+    return list(dict.fromkeys(names))
 
 
 def say_skipped(skipped: list[tuple[str, str]]) -> None:
@@ -114,18 +129,17 @@ def finite(found: dict[str, Any]) -> dict[str, Any]:
     return {**found, "value": None, "caution": found.get("caution") or f"no number came out: {found['value']}"}
 
 
-CLIP_METRICS = {"temporal": "smoothness of motion in clips, 1 is steady, below 0 is flicker"}
-
-
 def fitting(folder: Any, reference: Any) -> list[str]:
     """Metrics that need no network and for which everything is there.
 
     Raises:
         DitAttnError: there is none.
     """
+    from dit_attn.cli.eval_items import judged
+
     names = ["psnr", "ssim"] if reference is not None and set(folder.names) & set(reference.names) else []
     names += ["temporal"] if folder.clips and all(len(frames) > 2 for frames in folder.frames) else []
-    names += ["verifier"] if any(_judged(folder)) else []
+    names += ["verifier"] if any(judged(folder)) else []
     if not names:
         raise DitAttnError(
             "nothing can be measured without a reference of the same names, clips, or a network; give --reference "
@@ -136,18 +150,12 @@ def fitting(folder: Any, reference: Any) -> list[str]:
 
 def measure(name: str, folder: Any, reference: Any, size: int | None, networks: Any, device: Any) -> dict[str, Any]:
     """One score as JSON values."""
-    from dit_attn.eval import errors, folders
+    from dit_attn.cli.eval_items import ITEM_METRICS
+    from dit_attn.eval import folders
     from dit_attn.eval.metrics import METRICS, score
 
-    if name == "temporal":
-        short = [n for n, frames in zip(folder.names, folder.frames) if len(frames) < 3]
-        if short:
-            count = f"{len(short)} of {len(folder.names)} files have fewer, first {short[0]}"
-            raise DitAttnError(f"temporal needs clips of at least 3 frames, {count}; leave them or the metric out")
-        values = [errors.temporal_consistency(frames) for frames in folder.frames]
-        return {"metric": name, "label": name, "value": sum(values) / len(values), "samples": len(values)}
-    if name == "verifier":
-        return _verifier(folder)
+    if name in ITEM_METRICS:
+        return {"metric": name, **ITEM_METRICS[name](folder, reference)}
     if METRICS[name].needs == "pairs" and reference is not None:
         ours, theirs, alone = folders.pairs(folder, reference)
         _same_frames(ours, theirs, size)
@@ -181,32 +189,6 @@ def _same_frames(ours: Any, theirs: Any, size: int | None) -> None:
             )
 
 
-def _judged(folder: Any) -> list[dict[str, bool] | None]:
-    """Verdict of every file, ``None`` where the caption does not belong to the shapes world."""
-    from dit_attn.pipelines.scores import verdict
-
-    return [
-        None if caption is None else verdict(frames.permute(0, 2, 3, 1).numpy(), caption)
-        for frames, caption in zip(folder.frames, folder.captions)
-    ]
-
-
-def _verifier(folder: Any) -> dict[str, Any]:
-    from dit_attn.pipelines.scores import mean_figure
-
-    verdicts = _judged(folder)
-    judged = [one for one in verdicts if one is not None]
-    if not judged:
-        raise DitAttnError("verifier needs captions of the shapes world (dit_attn.eval.world); these are none")
-    whole = mean_figure([all(one.values()) for one in judged])
-    assert whole is not None
-    names = dict.fromkeys(name for one in judged for name in one)
-    by = {name: mean_figure([one.get(name) for one in judged]) for name in names}
-    unjudged = [name for name, one in zip(folder.names, verdicts) if one is None]
-    found = {"metric": "verifier", "label": "prompt met", "samples": len(judged), **whole, "by": by}
-    return found | ({"unjudged": unjudged} if unjudged else {})
-
-
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -228,7 +210,7 @@ def table(record: dict[str, Any]) -> str:
         lines.append(text)
         lines += [f"  caution: {found['caution']}"] if found.get("caution") else []
         lines += [f"  left out, only in one folder: {_some(found['unpaired'])}"] if found.get("unpaired") else []
-        lines += [f"  left out, no caption to judge by: {_some(found['unjudged'])}"] if found.get("unjudged") else []
+        lines += [f"  left out, {found['need']}: {_some(found['unjudged'])}"] if found.get("unjudged") else []
     lines += [f"note: {one['what']}: {_some(one['files'])}" for one in record["changed"]]
     return "\n".join(lines)
 

@@ -29,4 +29,6 @@ COLUMNS = {
     "fid-world": Column("FID-world to dense", "lower", 2),
     "kid-world": Column("KID-world to dense", "lower"),
     "clip-world": Column("CLIP-world score", "higher", 1),
+    "saturation": Column("over-saturated pixels", "lower"),
+    "artifact-rate": Column("share with artifacts", "lower"),
 }

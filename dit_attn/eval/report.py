@@ -136,7 +136,7 @@ COLUMNS = (
     ("attributes right", "verifier.attributes", 100.0, "{:.0f} %"),
     ("push along guidance", "parallel", 1.0, "{:+.2f}"),
     ("push sideways", "sideways", 1.0, "{:.2f}"),
-    ("saturation", "saturation", 1.0, "{:.3f}"),
+    ("strength of colours", "saturation", 1.0, "{:.3f}"),
     ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
     ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
     *((metric.title, f"metrics.{name}", 1.0, f"{{:.{metric.digits}f}}") for name, metric in METRICS.items()),

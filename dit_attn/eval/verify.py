@@ -38,7 +38,10 @@ CONTRAST = 0.22  # distance from the background, in RGB units, that counts as an
 
 @dataclass(frozen=True)
 class Thing:
-    """One object found in a picture; lengths are fractions of the canvas."""
+    """One object found in a picture; lengths are fractions of the canvas.
+
+    ``rgb`` is its colour as it is, ``colour`` the nearest entry of the palette; ``overlap`` how well ``shape`` fits it.
+    """
 
     shape: str
     overlap: float
@@ -47,6 +50,7 @@ class Thing:
     x: float
     y: float
     extent: float
+    rgb: tuple[float, float, float]
 
 
 def _nearest(colour: np.ndarray, table: dict[str, tuple[float, float, float]]) -> str:
@@ -71,28 +75,40 @@ def as_array(image: Any) -> np.ndarray:
     return np.clip(array[..., :3].astype(np.float32), 0, 1)
 
 
+def backdrop(pixels: np.ndarray) -> np.ndarray:
+    """(3,) median colour of the border of (H, W, 3) pixels."""
+    return np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+
+
+def contrast(pixels: np.ndarray) -> np.ndarray:
+    """(H, W): distance of every pixel from the background in RGB units, a little smoothed against noise."""
+    from scipy import ndimage
+
+    distance = np.sqrt(np.square(pixels - backdrop(pixels)).sum(-1))
+    return ndimage.gaussian_filter(distance, sigma=max(0.4, len(pixels) / 160))
+
+
 def background_of(pixels: np.ndarray) -> str:
     """Name of the background: nearest palette entry of the border's median."""
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    return _nearest(np.median(border, axis=0), BACKGROUNDS)
+    return _nearest(backdrop(pixels), BACKGROUNDS)
 
 
 def things(image: Any) -> list[Thing]:
     """The objects in `image`, largest first."""
+    return [thing for thing, _ in regions(as_array(image))]
+
+
+def regions(pixels: np.ndarray) -> list[tuple[Thing, np.ndarray]]:
+    """The objects in (H, W, 3) pixels in [0, 1], largest first, each with its connected region (H, W) bool."""
     from scipy import ndimage
 
-    pixels = as_array(image)
     height, width = pixels.shape[:2]
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    contrast = np.sqrt(np.square(pixels - np.median(border, axis=0)).sum(-1))
-    smooth = ndimage.gaussian_filter(contrast, sigma=max(0.4, height / 160))
-    labels, found = ndimage.label(smooth > CONTRAST)
-    out = []
-    for index in range(1, found + 1):
-        region = labels == index
-        if region.sum() >= MIN_AREA * height * width:
-            out.append((int(region.sum()), _describe(pixels, smooth, region)))
-    return [thing for _, thing in sorted(out, key=lambda pair: -pair[0])]
+    smooth = contrast(pixels)
+    labels, _ = ndimage.label(smooth > CONTRAST)
+    areas = np.bincount(labels.ravel())
+    areas[0] = 0  # the background
+    large = [index for index in np.argsort(-areas, kind="stable") if areas[index] >= MIN_AREA * height * width]
+    return [(_describe(pixels, smooth, labels == index), labels == index) for index in large]
 
 
 def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thing:
@@ -100,7 +116,7 @@ def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thi
     height, width = region.shape
     peak = np.percentile(smooth[region], 80)
     core = region & (smooth > 0.8 * peak)
-    colour = _nearest(np.median(pixels[core], axis=0), COLOURS)
+    rgb = np.median(pixels[core], axis=0)
     body = region & (smooth > 0.5 * peak)  # the half-contrast contour is the edge, blurred or not
     rows, columns = np.nonzero(body)
     left, right = (columns.min()) / width, (columns.max() + 1) / width
@@ -108,7 +124,7 @@ def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thi
     box = ((left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 2)
     shape, overlap, (x, y, extent) = _match(body, box)
     size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
-    return Thing(shape, overlap, colour, size, x, y, extent)
+    return Thing(shape, overlap, _nearest(rgb, COLOURS), size, x, y, extent, tuple(map(float, rgb)))
 
 
 def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, float, tuple[float, float, float]]:

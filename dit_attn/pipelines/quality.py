@@ -16,7 +16,7 @@ import numpy as np
 
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.eval.columns import COLUMNS
-from dit_attn.pipelines import scores
+from dit_attn.pipelines import defects, scores
 
 if TYPE_CHECKING:
     import torch
@@ -282,6 +282,27 @@ def _world_score(networks: Networks, device: Any) -> tuple[Judge, str]:
     return judge, WorldFeatures.name
 
 
+def _saturation(networks: Networks, device: Any) -> tuple[Judge, str]:
+    def judge(images: torch.Tensor, dense: torch.Tensor, caption: str) -> float:
+        if images is dense and not defects.of_world(caption):
+            raise DitAttnError("dense is what the others are compared with")
+        return defects.saturation(_frames(images), _frames(dense), caption)
+
+    return judge, f"{defects.PALETTE}; {defects.AGAINST} for other prompts"
+
+
+def _artifacts(networks: Networks, device: Any) -> tuple[Judge, str]:
+    def judge(images: torch.Tensor, dense: torch.Tensor, caption: str) -> float:
+        return defects.artifact_rate(_frames(images), caption)
+
+    return judge, "verifier of the shapes world"
+
+
+def _frames(images: torch.Tensor) -> np.ndarray:
+    """(F, H, W, 3) uint8 as the files hold them."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
 def _need_torchmetrics(what: str) -> None:
     import importlib.util
 
@@ -296,6 +317,8 @@ JUDGES: dict[str, Callable[[Networks, Any], tuple[Judge, str]]] = {
     "inception-v3": _inception,
     "world-clip": _world_features,
     "world-clip score": _world_score,
+    "saturation": _saturation,
+    "artifacts": _artifacts,
 }
 METRICS: dict[str, Metric] = {
     "ms-ssim": Metric("five scales"),
@@ -306,4 +329,6 @@ METRICS: dict[str, Metric] = {
     "fid-world": Metric("world-clip", frechet),
     "kid-world": Metric("world-clip", kernel_distance),
     "clip-world": Metric("world-clip score", of_dense=True),
+    "saturation": Metric("saturation", of_dense=True),
+    "artifact-rate": Metric("artifacts", of_dense=True),
 }

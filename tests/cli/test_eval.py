@@ -112,3 +112,24 @@ def test_bad_input_is_one_line_and_exit_2(cli, folders):
     cli("eval", "made", "--metric", "clip", "--captions", "words.jsonl").refused("line 1 is not")
     cli("eval", "made", "--metric", "temporal").refused("at least 3 frames, 3 of 3 files have fewer, first a")
     cli("eval", "made", "--reference", "empty").refused("no picture or clip in empty")
+
+
+def test_saturation_and_artifacts_of_a_folder(cli, tmp_path):
+    scenes = [item for item in world.held_out_sample("scene", 3) if isinstance(item, world.Scene)]
+    drawn = (world.render_scenes(scenes, 64) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    grey = drawn.mean(-1, keepdims=True)
+    strong = (grey + 2 * (drawn - grey)).clip(0, 255).astype(np.uint8)
+    for name, pictures in (("real", drawn), ("strong", strong)):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    outcome = cli("eval", "real", "--metrics", "saturation,artifact-rate", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [one["value"] for one in json.loads(outcome.out)["scores"]] == [0.0, 0.0]
+    outcome = cli("eval", "strong", "--reference", "real", "--metric", "saturation", "--json")
+    (found,) = json.loads(outcome.out)["scores"]
+    assert found["value"] > 0.5 and found["label"] == "saturation (against the reference)" and found["ci95"]
+    (tmp_path / "captions.txt").write_text("a cat\na dog\na cow\n")
+    for metric, words in (("artifact-rate", "shapes world only"), ("saturation", "--reference")):
+        outcome = cli("eval", "strong", "--captions", "captions.txt", "--metric", metric)
+        assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1

@@ -162,3 +162,27 @@ def test_the_clip_score_reads_the_model_that_is_given() -> None:
     found = quality.measure(("clip", "clip-world"), *comparison(3, 10.0, size=64), Networks(clip=str(FOLDER)))["a"]
     assert found["clip"]["value"] == pytest.approx(found["clip-world"]["value"], abs=0.5)
     assert str(FOLDER) in found["clip"]["label"]
+
+
+def test_defects_are_judged_by_the_world_for_dense_as_well() -> None:
+    takes, read = comparison(3, 0.0)
+
+    def stronger(take: Take) -> np.ndarray:
+        grey = read(take).mean(-1, keepdims=True)
+        gain = 1 if take.variant == "dense" else 2
+        return (grey + gain * (read(take) - grey)).clip(0, 255).round().astype(np.uint8)
+
+    found = quality.measure(("saturation", "artifact-rate"), takes, stronger)
+    assert found["dense"]["saturation"]["value"] == 0.0 and found["dense"]["artifact-rate"]["value"] == 0.0
+    assert found["a"]["saturation"]["value"] > 0.5 and found["a"]["saturation"]["better"] == "lower"
+    assert found["a"]["artifact-rate"]["n"] == 3 and "verifier" in found["a"]["artifact-rate"]["label"]
+
+
+def test_other_prompts_are_held_against_dense_and_have_no_artifact_rate() -> None:
+    takes, read = comparison(2, 0.0)
+    for take in takes:
+        take.prompt = "a cat"
+    found = quality.measure(("saturation", "artifact-rate"), takes, read)
+    assert found["a"]["saturation"]["value"] == 0.0 and found["a"]["saturation"]["n"] == 2
+    assert found["dense"]["saturation"]["value"] is None and "compared with" in found["dense"]["saturation"]["why"]
+    assert found["a"]["artifact-rate"]["value"] is None and "shapes world only" in found["a"]["artifact-rate"]["why"]
