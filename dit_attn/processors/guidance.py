@@ -59,6 +59,10 @@ class PerturbedGuidance(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not math.isfinite(self.scale):
+            raise DitAttnError(f"{self.slug}.scale must be finite, got {self.scale!r}: the strength w of the push")
+        if not isinstance(self.interval, int):
+            raise DitAttnError(f"{self.slug}.interval counts steps, got {self.interval!r}; give a whole number")
         if self.start >= self.stop:
             raise DitAttnError(
                 f"{self.slug}: start {self.start:g} is not before stop {self.stop:g}, so no step would be guided; "
@@ -126,7 +130,7 @@ class SEG(PerturbedGuidance):
 
     Args:
         heads: as for :class:`SoftPAG`.
-        sigma: width of the blur in tokens; 9999 and more is the mean over the picture.
+        sigma: width of the blur in tokens; above 9999 it is the mean over all frames of the picture.
     """
 
     slug: ClassVar[str] = "seg"
@@ -209,13 +213,13 @@ def _middle(layers: Layers) -> str:
 
 def _numbers(layers: Any) -> str:
     """``"7-9"`` of 7-9, ``[7, 8, 9]`` or ``"7,8,9"``, as ``"7,8,9"``."""
-    items = [layers] if isinstance(layers, (int, str)) else list(layers)
+    items = list(layers) if isinstance(layers, (list, tuple, range)) else [layers]
     found: list[int] = []
-    for part in ",".join(str(item) for item in items).replace(" ", "").split(","):
+    for part in filter(None, ",".join(str(item) for item in items).replace(" ", "").split(",")):
         low, _, high = part.partition("-")
-        if part and not (low.isdigit() and (high or low).isdigit()):
+        if not (low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)):
             raise DitAttnError(f"layers {layers!r} cannot be read; write positions such as '7' or '7-9,12'")
-        found += range(int(low), int(high or low) + 1) if part else ()
+        found += range(int(low), int(high or low) + 1)
     return ",".join(str(number) for number in dict.fromkeys(found))
 
 

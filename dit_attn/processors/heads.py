@@ -2,7 +2,8 @@
 
 ``"blocks.3.attn1:0,4,7"`` are three heads of one layer; ``"3:0-7"`` and ``"L3H0"`` count the layers from 0;
 ``"blocks.3"`` alone is the whole layer, ``"blocks.2-5.attn1"`` four of them, ``"*:0"`` head 0 of every layer;
-``@0.5`` after an entry is the strength of its heads. Entries are separated by ``;``, line ends or blanks.
+``@0.5`` after an entry is the strength of its heads. Entries are separated by ``;``, line ends or blanks, or by a comma
+before a name: ``"L14H7@0.5, L0H3"``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dit_attn.errors import DitAttnError
 Strengths = dict[str, dict[int, float]]  # layer -> head -> strength
 _SHORT = re.compile(r"^L(\d+(?:-\d+)?)(?:H(\d+))?$")
 _RANGE = re.compile(r"^(\d+)-(\d+)$")
+_INSIDE = re.compile(r"(?<=[:,@])\s+")  # blanks that part no entries
+_BETWEEN = re.compile(r"[;\s]+|,(?=[A-Za-z*])")
 _GRAMMAR = "write 'blocks.3.attn1:0,4,7', '3:0-7', 'L3H4@0.5' or a layer alone, entries separated by ';'"
 
 
@@ -26,8 +29,9 @@ def canonical(heads: Any) -> str:
     """One text for whatever way the heads were given; the empty text for none.
 
     Args:
-        heads: such a text; ``{(layer, head): strength}``; pairs or triples ``(layer, head[, strength])``, where a head
-            of ``None`` is the whole layer; or the path of a JSON file of :meth:`HeadHunter.search` or of such a list.
+        heads: such a text; the number of a layer; ``{(layer, head): strength}``; pairs or triples
+            ``(layer, head[, strength])``, where a head of ``None`` is the whole layer; or the path of a JSON file of
+            :meth:`HeadHunter.search` or of such a list.
 
     Raises:
         DitAttnError: it cannot be read, or a strength is outside [0, 1].
@@ -36,8 +40,10 @@ def canonical(heads: Any) -> str:
         heads = _from_file(Path(heads))
     if isinstance(heads, Mapping):
         heads = [(*(key if isinstance(key, tuple) else (key, None)), u) for key, u in heads.items()]
+    if isinstance(heads, int) and not isinstance(heads, bool):
+        heads = str(heads)
     if isinstance(heads, str):
-        entries = [entry for entry in re.split(r"[;\s]+", heads.replace(", ", ",")) if entry]
+        entries = [entry for entry in _BETWEEN.split(_INSIDE.sub("", heads)) if entry]
         return ";".join(_text(*_entry(entry)) for entry in entries)
     if not isinstance(heads, Iterable):
         raise DitAttnError(f"heads {heads!r} cannot be read; {_GRAMMAR}")
@@ -114,6 +120,8 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
     if short:
         layer, heads = short.group(1), short.group(2) or ""
     try:
+        for part in filter(_RANGE.match, layer.split(".")):
+            _bounds(part)
         numbers = tuple(n for part in heads.split(",") if part for n in range(_bounds(part)[0], _bounds(part)[1] + 1))
         u = float(strength) if strength else None
     except ValueError:
@@ -128,14 +136,14 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
 def _bounds(text: str) -> tuple[int, int]:
     match = _RANGE.match(text)
     low, high = (int(match.group(1)), int(match.group(2))) if match else (int(text), int(text))
-    if high < low:
+    if not 0 <= low <= high:
         raise ValueError(text)
     return low, high
 
 
 def _text(layer: str, heads: tuple[int, ...] | None, u: float | None) -> str:
     where = layer if heads is None else f"{layer}:{','.join(map(str, heads))}"
-    return where if u is None else f"{where}@{u:g}"
+    return where if u is None else f"{where}@{repr(float(u)).removesuffix('.0')}"
 
 
 def _listed(item: Any) -> str:
@@ -143,8 +151,8 @@ def _listed(item: Any) -> str:
     if isinstance(item, str):
         return canonical(item)
     try:
-        layer, head, *rest = item
-        text = _text(str(layer), None if head is None else (int(head),), float(rest[0]) if rest else None)
+        layer, head, strength = item if len(item) == 3 else (*item, None)
+        text = _text(str(layer), None if head is None else (int(head),), None if strength is None else float(strength))
     except (TypeError, ValueError):
         raise DitAttnError(f"head {item!r} cannot be read; {_GRAMMAR}") from None
     return canonical(text)

@@ -18,6 +18,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors import passes
 from dit_attn.processors.passes import Leaf, Prefix
+from dit_attn.processors.perturb import wide
 
 if TYPE_CHECKING:
     from dit_attn.processors.guidance import PerturbedGuidance
@@ -49,7 +50,7 @@ class Strength:
 
 @dataclass
 class Push:
-    """``c - p`` of the last evaluated step, in float32, and c itself."""
+    """``c - p`` of the last evaluated step, in float32 (float64 where the model is), and c itself."""
 
     run: int
     step: int
@@ -71,12 +72,14 @@ class Guide:
         for name in self.plan.skipped:
             passes.passing(model.get_submodule(name))
         self.handle: Any = None  # of the hook behind the transformer
+        self.prefix: Prefix | None = None
         self.forget()
 
     def forget(self) -> None:
-        """A new run begins."""
+        """A new run begins, perhaps after one that was broken off in the middle of a step."""
+        self._unwatch()
+        self._untap()
         self.push: Push | None = None
-        self.prefix: Prefix | None = None
         self.evaluations = 0
         self.saved_blocks = 0
         self.run = self.session.clock.run
@@ -111,6 +114,7 @@ class Guide:
             self.forget()
         branches = self.session.rows_by_branch()
         self._appended = 0
+        self._unwatch()
         if "cond" not in branches or not self._due():
             return None
         if self.method.batched and not _cached(module):
@@ -149,14 +153,23 @@ class Guide:
 
     def release(self) -> None:
         """Drop what is held of the run; the scheduler gets its own step back."""
-        if self.prefix is not None:
-            self.prefix.forget()
-        scheduler = getattr(self.session.pipe, "scheduler", None)
-        if isinstance(getattr(scheduler, "__dict__", {}).get("step"), _StepTap):
-            del scheduler.__dict__["step"]
+        self._unwatch()
+        self._untap()
         if self.handle is not None:
             self.handle.remove()
-        self.push = self.prefix = self.handle = None
+        self.push = self.handle = None
+
+    def _unwatch(self) -> None:
+        """Take away what watches the blocks; a pass that failed leaves it there."""
+        if self.prefix is not None:
+            self.prefix.forget()
+        self.prefix = None
+
+    def _untap(self) -> None:
+        """Take away what waits for the scheduler; a run that failed leaves it there."""
+        step = getattr(getattr(self.session.pipe, "scheduler", None), "__dict__", {}).get("step")
+        if isinstance(step, _StepTap):
+            step.remove()
 
     def _due(self) -> bool:
         """Whether this step needs a perturbed pass."""
@@ -191,7 +204,7 @@ class Guide:
 
     def _keep(self, cond: list[Leaf], perturbed: list[Leaf]) -> None:
         clock = self.session.clock
-        delta = [_each(lambda c, p: c.float() - p.float(), c, p) for c, p in zip(cond, perturbed, strict=True)]
+        delta = [_each(lambda c, p: wide(c) - wide(p), c, p) for c, p in zip(cond, perturbed, strict=True)]
         self.push = Push(clock.run, clock.step, 0.0, delta, cond)
         self._evaluated = clock.step
         self.evaluations += 1
@@ -238,6 +251,7 @@ class Guide:
         scheduler = getattr(self.session.pipe, "scheduler", None)
         if scheduler is None:
             raise DitAttnError("inject='step' needs the pipeline: enable the method on it, not on its transformer")
+        self._untap()
         sign = -1.0 if self.session.family.guidance.negated else 1.0
         scheduler.__dict__["step"] = _StepTap(scheduler, _scaled(push.delta[0], sign * push.weight))
         return output
@@ -251,14 +265,21 @@ class Guide:
 
     def _measure(self, push: Push, output: Any, branches: Sequence[str]) -> None:
         """Products of the push with itself, with c and with ``c - u``, where u is at hand."""
-        delta = _flat(_scaled(push.delta[0], push.weight))
+        delta, cond = self._predicted(_scaled(push.delta[0], push.weight)), self._predicted(push.cond[0])
         if "cond" in branches:
-            self._measured.append((delta @ delta, _flat(push.cond[0]).square().sum()))
+            self._measured.append((delta @ delta, cond @ cond))
         if "uncond" not in branches or len(self._measured[-1]) != 2:
             return
         uncond = _rows(passes.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
-        direction = _flat(push.cond[0]) - _flat(uncond)
+        direction = cond - self._predicted(uncond)
         self._measured[-1] = (*self._measured[-1], delta @ direction, direction @ direction)
+
+    def _predicted(self, leaf: Leaf) -> torch.Tensor:
+        """A prediction as one vector, without the variance that some models learn and pipelines cut off."""
+        channels = getattr(self.session.model.config, "in_channels", None)
+        if isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == 2 * (channels or 0):
+            leaf = leaf[:, :channels]
+        return _flat(leaf)
 
 
 # Guider objects of pipelines that hold one, as far as their rule is affine.
@@ -293,11 +314,19 @@ class _StepTap:
 
     def __init__(self, scheduler: Any, delta: Leaf) -> None:
         self.scheduler, self.delta = scheduler, delta
+        self.before = scheduler.__dict__.get("step")  # somebody else's, on this very object
+
+    def remove(self) -> None:
+        """Give the scheduler back what it had."""
+        if self.before is None:
+            del self.scheduler.__dict__["step"]
+        else:
+            self.scheduler.__dict__["step"] = self.before
 
     def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        del self.scheduler.__dict__["step"]
+        self.remove()
         delta = torch.stack(self.delta) if isinstance(self.delta, list) else self.delta
-        pushed = model_output.float() + _fitted(delta, model_output)
+        pushed = wide(model_output) + _fitted(delta, model_output)
         return self.scheduler.step(pushed.to(model_output.dtype), *args, **kwargs)
 
 
@@ -327,7 +356,7 @@ def _added(output: Any, push: Push, weight: float, index: Sequence[int]) -> Any:
     for leaf, delta in zip(passes.leaves(output), push.delta, strict=True):
         pushed = list(leaf) if isinstance(leaf, list) else leaf.clone()
         for row in index:
-            pushed[row] = (leaf[row].float() + weight * delta[row % len(delta)]).to(leaf[row].dtype)
+            pushed[row] = (wide(leaf[row]) + weight * delta[row % len(delta)]).to(leaf[row].dtype)
         new.append(pushed)
     return passes.rebuilt(output, new)
 
@@ -349,7 +378,7 @@ def _scaled(leaf: Leaf, weight: float) -> Leaf:
 
 
 def _flat(leaf: Leaf) -> torch.Tensor:
-    return torch.cat([x.flatten().float() for x in leaf]) if isinstance(leaf, list) else leaf.flatten().float()
+    return torch.cat([wide(x.flatten()) for x in leaf]) if isinstance(leaf, list) else wide(leaf.flatten())
 
 
 def _index(branches: Sequence[str]) -> list[int]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from dit_attn.processors.executor import AttentionCall, Request
 
 TARGETS = ("identity", "uniform", "mean-query", "blurred-query")
 JOINTS = ("joint", "image-rows", "ii-logit-mask", "ii-mass-to-diagonal")
-INFINITE_SIGMA = 9999.0  # a blur this wide is the mean over the whole picture
+INFINITE_SIGMA = 9999.0  # a blur wider than this is the mean over the whole picture
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,15 @@ class Perturbation:
             return out
         rows = _rows(call, self.joint)
         heads = torch.tensor(list(strengths), device=out.device)
-        u = torch.tensor(list(strengths.values()), device=out.device, dtype=_wide(out[:0]).dtype)[:, None]
-        part = _part(call, heads, first)
-        target = _TARGETS[self.target](self, part, rows)
+        u = torch.tensor(list(strengths.values()), device=out.device, dtype=wide(out[:0]).dtype)[:, None]
+        target = _TARGETS[self.target](self, _Part(call, heads, first), rows)
         here = (slice(first, None), slice(*rows), heads)
         changed = out.clone()  # the stock path may have returned a view of something shared
-        changed[here] = torch.lerp(_wide(out[here]), _wide(target), u).to(out.dtype)
+        changed[here] = torch.lerp(wide(out[here]), wide(target), u).to(out.dtype)
         return changed
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     """In float32, or in float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -96,45 +96,70 @@ def _rows(call: AttentionCall, joint: str) -> tuple[int, int]:
     return call.tokens.visual_range
 
 
-@dataclass
 class _Part:
-    """The chosen heads of an attention call; q, k, v are (B, S, n, D), the key bias (B, 1|n, S) or ``None``."""
+    """The chosen heads of an attention call, from one batch row on; each part is cut out when it is asked for."""
 
-    call: AttentionCall
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor | None
-    mask: torch.Tensor | None
+    def __init__(self, call: AttentionCall, heads: torch.Tensor, first: int) -> None:
+        self.call, self.heads, self.batch = call, heads, slice(first, None)
+        self.scale = call.scale if call.scale is not None else call.q.shape[-1] ** -0.5
 
-    @property
-    def scale(self) -> float:
-        return self.call.scale if self.call.scale is not None else self.q.shape[-1] ** -0.5
+    @cached_property
+    def q(self) -> torch.Tensor:
+        """(B, S, n, D)."""
+        return self.call.q[self.batch][:, :, self.heads]
+
+    @cached_property
+    def k(self) -> torch.Tensor:
+        """(B, S, n, D), repeated where several heads share keys."""
+        return self.call.k[self.batch][:, :, self._groups]
+
+    @cached_property
+    def v(self) -> torch.Tensor:
+        """(B, S, n, Dv)."""
+        return self.call.v[self.batch][:, :, self._groups]
+
+    @cached_property
+    def mask(self) -> torch.Tensor | None:
+        """The model's mask of these batch rows."""
+        mask = self.call.mask
+        return mask if mask is None or mask.shape[0] == 1 else mask[self.batch]
+
+    @cached_property
+    def keys(self) -> Request:
+        """The mask as keys that exist and as what is added to their logits.
+
+        Raises:
+            DitAttnError: it says nothing of single keys.
+        """
+        request = Request()
+        whole = {name: getattr(self.call, name)[self.batch] for name in ("q", "k", "v")}
+        call = replace(self.call, **whole, mask=self.mask)
+        reason = executor.read_mask(call, request, call.site.session.family.mask_rule)
+        if reason is not None:
+            raise DitAttnError(
+                f"this perturbation weighs single keys, and {call.site.name} has a {reason}; use SoftPAG with "
+                "target='identity' and joint='joint' or 'image-rows'"
+            )
+        return request
+
+    @cached_property
+    def bias(self) -> torch.Tensor | None:
+        """(B, 1|n, S), added to the logits; ``None`` for nothing."""
+        if self.keys.key_bias is not None:
+            return self.keys.key_bias.expand(-1, self.call.q.shape[2], -1)[:, self.heads]
+        if self.keys.key_mask is None:
+            return None
+        mask = self.keys.key_mask[:, None]
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
     def logits(self, q: torch.Tensor, keys: slice) -> torch.Tensor:
         """(B, n, rows, keys) of queries (B, rows, n, D) and some keys, the model's mask in."""
-        scores = torch.einsum("bqhd,bkhd->bhqk", _wide(q), _wide(self.k[:, keys])) * self.scale
+        scores = torch.einsum("bqhd,bkhd->bhqk", wide(q), wide(self.k[:, keys])) * self.scale
         return scores if self.bias is None else scores + self.bias[:, :, None, keys]
 
-
-def _part(call: AttentionCall, heads: torch.Tensor, first: int) -> _Part:
-    group = call.q.shape[2] // call.k.shape[2]
-    rows = slice(first, None)
-    mask = call.mask if call.mask is None or call.mask.shape[0] == 1 else call.mask[rows]
-    bias = None
-    if mask is not None:
-        request = Request()
-        plain = AttentionCall(**{**vars(call), "q": call.q[rows], "k": call.k[rows], "v": call.v[rows], "mask": mask})
-        reason = executor.read_mask(plain, request, call.site.session.family.mask_rule)
-        if request.key_bias is not None:
-            bias = request.key_bias.expand(-1, call.q.shape[2], -1)[:, heads]
-        elif request.key_mask is not None:
-            bias = torch.zeros(request.key_mask.shape, device=mask.device)
-            bias = bias.masked_fill(~request.key_mask, -math.inf)[:, None]
-        elif reason is not None:
-            bias = None  # a square mask: only the targets that never look at the keys can be used
-    q, k, v = call.q[rows][:, :, heads], call.k[rows][:, :, heads // group], call.v[rows][:, :, heads // group]
-    return _Part(call, q, k, v, bias, mask)
+    @property
+    def _groups(self) -> torch.Tensor:
+        return self.heads // (self.call.q.shape[2] // self.call.k.shape[2])
 
 
 def _identity(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
@@ -149,7 +174,10 @@ def _values(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
 def _logit_mask(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
     """A softmax over the row itself and all that is no picture: what diffusers' PAG pipeline for SD3 computes."""
     own, others = _own_and_others(part, rows)
-    weights = torch.softmax(torch.cat([own, others], -1), -1)
+    logits = torch.cat([own, others], -1)
+    nothing = logits.amax(-1, keepdim=True) == -math.inf
+    logits[..., :1].masked_fill_(nothing, 0.0)  # padding without text reads itself
+    weights = torch.softmax(logits, -1)
     return _mixed(part, rows, weights[..., :1], weights[..., 1:])
 
 
@@ -165,7 +193,7 @@ def _mass_to_diagonal(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
 
 def _own_and_others(part: _Part, rows: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, n, rows, 1) of every picture row with itself, and (B, n, rows, others) with all that is no picture."""
-    q, k = _wide(part.q[:, slice(*rows)]), _wide(part.k[:, slice(*rows)])
+    q, k = wide(part.q[:, slice(*rows)]), wide(part.k[:, slice(*rows)])
     own = (q * k).sum(-1).transpose(1, 2)[..., None] * part.scale
     if part.bias is not None:
         own = own + part.bias[:, :, slice(*rows), None]
@@ -175,27 +203,27 @@ def _own_and_others(part: _Part, rows: tuple[int, int]) -> tuple[torch.Tensor, t
 
 def _mixed(part: _Part, rows: tuple[int, int], own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """(B, rows, n, Dv): the row's own value and the values of all that is no picture, weighted."""
-    values = _wide(torch.cat([part.v[:, : rows[0]], part.v[:, rows[1] :]], 1))
+    values = wide(torch.cat([part.v[:, : rows[0]], part.v[:, rows[1] :]], 1))
     mixed = torch.einsum("bhqk,bkhd->bqhd", others, values)
-    return mixed + own.transpose(1, 2) * _wide(part.v[:, slice(*rows)])
+    return mixed + own.transpose(1, 2) * wide(part.v[:, slice(*rows)])
 
 
 def _uniform(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
     """The mean of the values of all keys that exist, for every row."""
-    v = _wide(part.v)
-    if part.bias is None:
+    v = wide(part.v)
+    if part.keys.key_mask is None:
         mean = v.mean(1, keepdim=True)
     else:
-        there = (part.bias > -math.inf).transpose(1, 2)[..., None].to(v.dtype)
+        there = part.keys.key_mask[:, :, None, None].to(v.dtype)
         mean = (v * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1.0)
     return mean.expand(-1, rows[1] - rows[0], -1, -1)
 
 
 def _mean_query(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
     """One attention row, that of the mean query: what a blur of infinite width leaves."""
-    query = _wide(part.q[:, slice(*rows)]).mean(1, keepdim=True)
+    query = wide(part.q[:, slice(*rows)]).mean(1, keepdim=True)
     weights = torch.softmax(part.logits(query, slice(None)), -1)
-    row = torch.einsum("bhqk,bkhd->bqhd", weights, _wide(part.v))
+    row = torch.einsum("bhqk,bkhd->bqhd", weights, wide(part.v))
     return row.expand(-1, rows[1] - rows[0], -1, -1)
 
 
@@ -214,6 +242,8 @@ def _blurred_query(perturbation: Perturbation, part: _Part, rows: tuple[int, int
     mask = part.mask
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
+    if mask is not None and mask.shape[1] != 1:
+        mask = mask[:, part.heads]
     if mask is not None and mask.shape[2] != 1:
         mask = mask[:, :, slice(*rows)]
     return dense(q[:, slice(*rows)], part.k, part.v, mask)
@@ -234,9 +264,9 @@ def blur(q: torch.Tensor, grid: tuple[int, int, int], sigma: float) -> torch.Ten
         return q
     t, h, w = grid
     batch, _, n, d = q.shape
-    image = q.reshape(batch, t, h, w, n * d).permute(0, 1, 4, 2, 3).reshape(batch * t, n * d, h, w).float()
+    image = wide(q.reshape(batch, t, h, w, n * d).permute(0, 1, 4, 2, 3).reshape(batch * t, n * d, h, w))
     for axis, size in ((2, h), (3, w)):
-        taps = _gaussian(sigma, size).to(q.device)
+        taps = _gaussian(sigma, size).to(image)
         reach = len(taps) // 2
         if not reach:
             continue
@@ -249,9 +279,10 @@ def blur(q: torch.Tensor, grid: tuple[int, int, int], sigma: float) -> torch.Ten
 
 
 def _gaussian(sigma: float, size: int) -> torch.Tensor:
-    """Normalised taps over six standard deviations, an odd number of them, no wider than reflection allows."""
-    count = min(math.ceil(6 * sigma) | 1, 2 * ((size - 1) // 2) + 1)
-    places = torch.arange(count, dtype=torch.float32) - count // 2
+    """Normalised taps over six standard deviations, an odd number of them, no more than the axis is long (+ 1 where
+    that is even; 1 of an axis of one)."""
+    count = min(math.ceil(6 * sigma) | 1, size | 1)
+    places = torch.arange(count, dtype=torch.float64) - count // 2
     taps = torch.exp(-0.5 * (places / sigma) ** 2)
     return taps / taps.sum()
 
