@@ -43,7 +43,7 @@ def enable(target: Any, *wanted: str | Method) -> Session:
             changed then.
     """
     models = _transformers(target)
-    chosen = _resolve(models[0], wanted)
+    chosen = _resolve(models, wanted)
     clock = Clock()
     pipe = None if isinstance(target, torch.nn.Module) else target
     for model in models:
@@ -116,14 +116,15 @@ def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
     Raises:
         DitAttnError: as for :func:`enable`, or the model has no ``set_attn_processor``.
     """
-    model = _transformers(target)[0]
+    models = _transformers(target)
+    model = models[0]
     if not hasattr(model, "attn_processors"):
         raise DitAttnError(
             f"{type(model).__name__} has no set_attn_processor in diffusers; use dit_attn.enable instead"
         )
     attach.detach(model)
     pipe = None if isinstance(target, torch.nn.Module) else target
-    session = attach.prepare(model, _resolve(model, wanted), Clock(), pipe)
+    session = attach.prepare(model, _resolve(models, wanted), Clock(), pipe)
     ours = attach.session_processors(session)
     attach.install_taps(session)
     stock: Any = model.attn_processors
@@ -161,9 +162,9 @@ def explain(
     Raises:
         DitAttnError: unsupported family or method, settings this model does not fit, or a size that is none.
     """
-    model = _transformers(target)[0]
+    models = _transformers(target)
     pipe = None if isinstance(target, torch.nn.Module) else target
-    return explain_run(model, pipe, _resolve(model, wanted), height, width, num_frames)
+    return explain_run(models[0], pipe, _resolve(models, wanted), height, width, num_frames)
 
 
 def supported() -> dict[str, dict[str, Any]]:
@@ -198,12 +199,14 @@ def _components(target: Any) -> dict[str, torch.nn.Module]:
     return found
 
 
-def _resolve(model: torch.nn.Module, wanted: tuple[str | Method, ...]) -> tuple[Method, ...]:
+def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) -> tuple[Method, ...]:
     chosen = []
     for item in wanted:
         if isinstance(item, str):
             saved = item not in methods() and is_place(item)
-            chosen.append(Method.from_pretrained(item) if saved else method_for(item, model))
+            chosen.append(
+                Method.from_pretrained(item) if saved else method_for(item, models[0], pair=len(models) > 1)
+            )
         elif isinstance(item, Method):
             chosen.append(item)
         else:

@@ -65,7 +65,8 @@ def resolve(wanted: list[Wanted], model: Any, preset: str | None) -> tuple[Metho
 
     Args:
         wanted: from :func:`wanted_methods`.
-        model: the transformer, or anything of its class name with its ``config``.
+        model: the transformer, or anything of its class name with its ``config`` (and ``pair``, whether the pipeline
+            has a second one).
         preset: ``None`` or ``"auto"`` (the model's own), ``"none"``, or a name.
 
     Raises:
@@ -80,7 +81,7 @@ def resolve(wanted: list[Wanted], model: Any, preset: str | None) -> tuple[Metho
             slugs = ", ".join(found.methods) if found else ""
             raise DitAttnError(f"--preset {preset} without a method does nothing; add --method with one of: {slugs}")
     elif preset != "none":
-        found = preset_for(model)
+        found = preset_for(model, pair=getattr(model, "pair", False))
     return tuple(_method(item, dict(found.methods) if found else {}) for item in wanted)
 
 

@@ -25,7 +25,8 @@ class Source:
         path: what ``from_pretrained`` takes.
         revision: branch, tag or commit of a Hub model, or ``None``.
         pipeline: the pipeline's class.
-        transformer: stands for the transformer: its class name and ``config``; ``None`` for pipelines without one.
+        transformer: stands for it: class name, ``config``, and ``pair``, whether there is a second one;
+            ``None`` for pipelines without one.
         defaults: arguments every call needs (embedded models and trainings of them).
         fingerprint: changes when the files of an embedded model or a folder change; the revision otherwise.
         components: ``model_index.json``.
@@ -192,7 +193,7 @@ def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
             f"transformer/config.json of {path} cannot be read ({reason(error)}); download the model again"
         ) from error
     stand_in = type(str(kind), (SimpleNamespace,), {})
-    return stand_in(config=dict(config))
+    return stand_in(config=dict(config), pair=(index.get("transformer_2") or [None])[0] is not None)
 
 
 def fingerprint(place: Path) -> str:

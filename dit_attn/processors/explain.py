@@ -112,7 +112,7 @@ def explain_run(
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     density, declines = _expected_density(methods, len(names), tokens)
-    preset = preset_for(model)
+    preset = preset_for(model, pair=getattr(pipe, "transformer_2", None) is not None)
     return Explanation(
         family=family.name,
         preset=preset.name if preset else None,
