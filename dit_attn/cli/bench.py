@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli import bench_model, bench_operators
+from dit_attn.cli import bench_capture, bench_model, bench_operators
 from dit_attn.errors import DitAttnError, unknown
 
 DENSITIES = (0.5, 0.25, 0.125, 0.0625)
@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure block-sparse attention beside torch's dense attention, taking turns in one run. Figures "
         "are for this machine and these sizes; on a busy machine they mean little.",
     )
-    parser.add_argument("what", choices=("kernels", "operators", "model"), help="what to measure")
+    parser.add_argument("what", choices=("kernels", "operators", "model", "capture"), help="what to do")
     parser.add_argument("--shape", metavar="NAME", help="tokens, heads and head size of a layer of a known model")
     parser.add_argument("--seq", type=int, metavar="S", help="tokens (default: 4096)")
     parser.add_argument("--heads", type=int, metavar="H", help="heads (default: 4)")
@@ -33,8 +33,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, nargs="+", metavar="P", help="parts of the key blocks kept")
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
     parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
-    parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="other kernels to time: flex, ...")
-    parser.add_argument("--structured", action="store_true", help="blocks near the diagonal instead of random ones")
+    parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="other kernels: flex, flashinfer, ...")
+    parser.add_argument(
+        "--inputs",
+        metavar="KIND",
+        help="random (default): noise, random blocks; structured: smooth fields, blocks by their scores, rows of "
+        "different counts; or a file of bench capture",
+    )
     parser.add_argument("--sharpness", type=float, default=1.0, metavar="X", help="spread of the logits (default: 1)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
@@ -57,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
         return bench_operators.run(args)
     if args.what == "model":
         return bench_model.run(args)
+    if args.what == "capture":
+        return bench_capture.run(args)
     import torch
 
     from dit_attn.cli import load, outputs
     from dit_attn.kernels import bench
+    from dit_attn.kernels.rivals import RIVALS
     from dit_attn.models.evaluate import current_commit
     from dit_attn.models.export import environment
 
@@ -71,14 +79,13 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     for file in filter(None, (args.output, args.plot)):
         outputs.prepare_folder(Path(file).expanduser().parent)
-    shape = bench.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
-    rows = {}
+    found = {}
     for name in args.dtype:
-        found = bench.measure(
-            shape, getattr(torch, name), device, args.density, args.repeats, args.backend, args.sharpness,
-            args.against, args.structured,
-        )  # fmt: skip
-        rows[name] = [row.to_dict() for row in found]
+        given = _inputs(args, getattr(torch, name), device)
+        found[name] = bench.measure(given, args.repeats, args.backend, args.against)
+        args.batch, args.seq, args.heads, args.dim = given.q.shape
+    timed = {name for report in found.values() for row in report.rows for name in row.others}
+    notes = {name: rival.note for name, rival in RIVALS.items() if name in timed}
     record = {
         "what": "dense and block-sparse attention in turns; shortest times; ratios are for this machine only",
         "command": _command(args),
@@ -88,8 +95,11 @@ def run(args: argparse.Namespace) -> int:
         "shape": {"batch": args.batch, "seq": args.seq, "heads": args.heads, "dim": args.dim, "block": args.block},
         "repeats": args.repeats,
         "sharpness": args.sharpness,
-        "layout": "structured" if args.structured else "random",
-        "rows": rows,
+        "inputs": given.kind,
+        "rows": {name: [row.to_dict() for row in report.rows] for name, report in found.items()},
+        "dense": {name: bench.rounded(report.dense) for name, report in found.items()},
+        "failed": {name: report.failed for name, report in found.items()},
+        "notes": notes,
     }
     if args.output:
         outputs.write_json(record, Path(args.output).expanduser())
@@ -99,6 +109,17 @@ def run(args: argparse.Namespace) -> int:
         plot(record, Path(args.plot).expanduser())
     print(json.dumps(record, indent=1) if args.json else _table(record))
     return 0
+
+
+def _inputs(args: argparse.Namespace, dtype: Any, device: Any) -> Any:
+    """What is measured."""
+    from dit_attn.kernels import inputs
+
+    if args.inputs not in inputs.KINDS:
+        return inputs.captured_inputs(Path(args.inputs).expanduser(), dtype, device, args.density, args.block)
+    make = inputs.random_inputs if args.inputs == "random" else inputs.structured_inputs
+    shape = inputs.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
+    return make(shape, dtype, device, args.density, args.sharpness)
 
 
 def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]]) -> None:
@@ -112,6 +133,7 @@ def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]])
     args.block = 128 if args.block is None else args.block
     args.density = args.density or list(DENSITIES)
     args.dtype = args.dtype or ["float32", "bfloat16"]
+    args.inputs = args.inputs or "random"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -127,15 +149,19 @@ def _check(args: argparse.Namespace) -> None:
     for name in args.dtype:
         if name not in DTYPES:
             raise unknown("--dtype", name, DTYPES)
+    if args.inputs not in ("random", "structured") and not args.inputs.endswith(".safetensors"):
+        raise DitAttnError(f"--inputs is random, structured or a .safetensors file of bench capture, got {args.inputs}")
 
 
 def _command(args: argparse.Namespace) -> str:
     """The command that repeats the measurement, without paths of this machine."""
-    words: list[Any] = ["dit-attn bench", args.what, "--seq", args.seq, "--heads", args.heads, "--dim", args.dim]
-    words += ["--batch", args.batch, "--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
+    words: list[Any] = ["dit-attn bench", args.what]
+    if args.inputs in ("random", "structured"):
+        words += ["--seq", args.seq, "--heads", args.heads, "--dim", args.dim, "--batch", args.batch]
+    words += ["--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
     words += ["--backend", args.backend] if args.backend else []
     words += ["--against", *args.against] if args.against else []
-    words += ["--structured"] if args.structured else []
+    words += [] if args.inputs == "random" else ["--inputs", Path(args.inputs).name]
     words += ["--sharpness", args.sharpness] if args.sharpness != 1.0 else []
     words += ["--repeats", args.repeats, *(["--threads", args.threads] if args.threads else [])]
     return " ".join(map(str, words))
@@ -157,4 +183,6 @@ def _table(record: dict[str, Any]) -> str:
             + "".join(f"  {other} {ms:.1f} ms" for other, ms in row["others"].items())
             for row in rows
         ]
+        lines += [f"{name:<10}{rival}: not measured, {why}" for rival, why in record["failed"][name].items()]
+    lines += [f"{rival}: {note}" for rival, note in record["notes"].items()]
     return "\n".join(lines)

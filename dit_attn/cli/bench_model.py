@@ -23,7 +23,7 @@ CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux",
 ON_CPU = {"layers": 2, "heads": 2, "tokens": 4096}  # what a CPU gets unless told otherwise
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 METHODS = ("block-sparse", "rectified-spaattn", "re-ttention")
-_NOT_HERE = ("shape", "seq", "dim", "block", "density", "backend", "plot")
+_NOT_HERE = ("shape", "seq", "dim", "block", "density", "backend", "plot", "inputs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,18 @@ from dit_attn.kernels.tiling import Problem
 def flex_backend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """o (B, Sq, H, Dv), lse (B, H, Sq) natural logarithm: compiled on a GPU, torch's unfused version elsewhere."""
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
-    out, lse = _attention(problem.on_host)(
-        q, k, v, block_mask=_mask_of(problem.layout), scale=problem.scale, enable_gqa=problem.ratio > 1, return_lse=True
+    out, sums = _attention(problem.on_host)(
+        q, k, v, block_mask=_mask_of(problem.layout), scale=problem.scale, enable_gqa=problem.ratio > 1, **_asks_sums()
     )
-    return out.transpose(1, 2), lse
+    return out.transpose(1, 2), getattr(sums, "lse", sums)
+
+
+def _asks_sums() -> dict[str, Any]:
+    """The argument that asks for the log-sums: newer versions of torch have a form of their own."""
+    from torch.nn.attention import flex_attention as module
+
+    request = getattr(module, "AuxRequest", None)
+    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
 
 
 def _mask_of(layout: BlockLayout) -> Any:

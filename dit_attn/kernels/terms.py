@@ -12,8 +12,8 @@ A kernel may fuse all of it; :func:`with_terms` gives the same, gradients includ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -302,6 +302,12 @@ def check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Block
         "D": v.shape[-1], "nq": layout.nq,
     }  # fmt: skip
     lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
+    for name, x in _tensors(terms):
+        if x.device != q.device:
+            raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
+        if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
+            kind = "ints" if name == "key_lengths" else "floating-point numbers"
+            raise DitAttnError(f"{name} must hold {kind}, got {str(x.dtype).removeprefix('torch.')}; cast it")
     if lengths is not None:
         _fits("key_lengths", lengths, ("B",), sizes)
     if bias is not None:
@@ -341,6 +347,18 @@ def check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Block
                 f"epilogue.value_shift {end.value_shift} leaves no own value for some of {q.shape[1]} queries among "
                 f"{k.shape[1]} keys; it is for self attention, give the first query's place among the keys"
             )
+
+
+def _tensors(terms: Terms) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the terms, under the name it is passed by."""
+    if terms.key_lengths is not None:
+        yield "key_lengths", terms.key_lengths
+    for name in ("bias", "compensation", "epilogue"):
+        term = getattr(terms, name)
+        for field in () if term is None else fields(term):
+            x = getattr(term, field.name)
+            if isinstance(x, torch.Tensor):
+                yield f"{name}.{field.name}", x
 
 
 def _fits(name: str, x: torch.Tensor, shape: tuple[str, ...], sizes: dict[str, int]) -> None:

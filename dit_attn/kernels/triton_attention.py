@@ -53,7 +53,7 @@ def triton_forward(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype(q.dtype), device=q.device)
     if tma:
-        _let_kernels_allocate()
+        let_kernels_allocate()
     plan_forward(problem, terms, out, lse, tma).run()
     return out, lse
 
@@ -288,7 +288,8 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
     bits = None if comp is None else selected_bits(layout)
     for name in ("k", "v", "variance"):
         x = None if comp is None else getattr(comp, name)
-        named["comp_var" if name == "variance" else f"comp_{name}"] = None if x is None else x.contiguous()
+        x = None if x is None else x.to(problem.q.dtype).contiguous()  # products are of equal types
+        named["comp_var" if name == "variance" else f"comp_{name}"] = x
     named |= {
         "comp_bias": weight, **_broadcast("cb", weight), "nv": 0 if comp is None else comp.k.shape[2],
         "comp_bits": bits, **_broadcast("bits", bits), "words": 0 if bits is None else bits.shape[-1],
@@ -307,7 +308,7 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _let_kernels_allocate() -> None:
+def let_kernels_allocate() -> None:
     """Descriptors made inside a kernel need workspace: take it from torch."""
     import triton
 

@@ -40,7 +40,10 @@ def row_stats(lse, delta, base, rows, q_len):
 
 
 @triton.jit(
-    do_not_specialize=["q_len", "kv_len", "kcap", "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8"]
+    do_not_specialize=[
+        "q_len", "kv_len", "kcap", "tiles", "i_b", "i_h", "c_b", "c_h", "ma_b", "ma_h",
+        "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8",
+    ]
 )  # fmt: skip
 def dq_kernel(
     q, k, v, grad, dq, lse, delta, kv_idx, kv_cnt, n_full, key_mask, key_bias, ma, mb, scale,
@@ -156,7 +159,10 @@ def dq_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["q_len", "kv_len", "qcap", "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8"]
+    do_not_specialize=[
+        "q_len", "kv_len", "qcap", "tiles", "i_b", "i_h", "c_b", "c_h", "ma_b", "ma_h",
+        "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8",
+    ]
 )  # fmt: skip
 def dkv_kernel(
     q, k, v, grad, dk, dv, dbias, lse, delta, q_idx, q_cnt, n_full, key_mask, key_bias, ma, mb, scale,

@@ -5,8 +5,9 @@ pace. The list is read by inline PTX: an ordinary load inside the loop becomes a
 software pipeline, which then drains the prefetch of keys and values at every step. And the blocks that need no mask
 run in a loop without any: ragged tails and element masks are left to a second, short loop.
 
-Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain variant does not pay for it.
-Logits are in base 2: ``p = exp2(s * scale * log2(e) - m)``.
+Numbers that follow from the density are not specialised: Triton would compile anew where one of them becomes 1 or
+stops being a multiple of 16. Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain
+variant does not pay for it. Logits are in base 2: ``p = exp2(s * scale * log2(e) - m)``.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def plain_step(s, c, m, l):
 
 @triton.jit(
     do_not_specialize=[
-        "q_len", "kv_len", "kcap", "nv", "words", "value_shift",
+        "q_len", "kv_len", "kcap", "nv", "words", "value_shift", "tiles",
+        "i_b", "i_h", "c_b", "c_h", "bits_b", "bits_h", "ma_b", "ma_h",
         "n0", "n1", "n2", "n3", "n4", "n5", "n6", "n7", "n8",
     ]
 )  # fmt: skip

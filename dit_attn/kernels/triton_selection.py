@@ -142,7 +142,7 @@ def best(image, wanted, ROWS: tl.constexpr):
     return chosen & (image > LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kcap", "budget", "words", "tiles"])
 def select_kernel(
     q_mean, k_mean, counts, scores, forced, kv_idx, kv_cnt, kept, bits,
     nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p,

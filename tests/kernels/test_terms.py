@@ -138,6 +138,10 @@ def test_the_guard_checks_every_call_and_stops_at_a_wrong_one(monkeypatch: pytes
 
 BAD = {
     "key_lengths must be": {"key_lengths": torch.ones(3, dtype=torch.int32)},
+    "key_lengths must hold ints, got float32": {"key_lengths": torch.ones(2)},
+    "key_lengths is on meta and q on cpu; move it": {"key_lengths": torch.ones(2, dtype=torch.int32, device="meta")},
+    "epilogue.add is on meta": {"epilogue": Epilogue(add=torch.zeros(1, 1, 3, 16, device="meta"))},
+    "bias.k must hold floating": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.ones(1, 1, 90, 2).bool())},
     "1 to 16": {"bias": LogitBias(torch.zeros(1, 1, 70, 17), torch.zeros(1, 1, 90, 17))},
     "bias.k must be": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.zeros(1, 1, 70, 2))},
     "must divide": {"compensation": Compensation(*(torch.zeros(2, 2, 4, 16),) * 2, torch.zeros(1, 1, 4), 24)},

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_attn.kernels import BlockLayout, inward_window
+from dit_attn.kernels import BlockLayout, inward_window, triton_selection
 from dit_attn.kernels.launch import Launch
 from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
@@ -59,6 +59,26 @@ FORWARD: dict[str, Callable[[], Launch]] = {
     "compensation 64": lambda: compensated(64),
     "variance 128": lambda: compensated(128, True),
 }
+
+
+def test_a_change_of_density_changes_nothing_that_triton_compiles_for() -> None:
+    launches = []
+    for kept in (1, 16):
+        scores = torch.randn(1, HEADS, 17, 17)
+        layout = BlockLayout.from_topk(scores, kept, q_len=2100, kv_len=2100, q_block=128, kv_block=128)
+        p = problem(torch.bfloat16, 128, 2100, layout)
+        comp = Terms(compensation=pooled_compensation(p.k, p.v, 16))
+        stats = torch.empty(1, HEADS, 2100)
+        lists = triton_selection._lists(p.q.transpose(1, 2)[:, :, :17], 17, None, kept, None, False)
+        choice = triton_selection.plan_select(None, scores, None, kept, None, 1.0, lists)
+        gradients = plan_backward(p, p.q, stats, p.q, stats, p.q, p.q, p.q, None)
+        launches.append([forward(p), forward(p, comp), *gradients, choice])
+    for few, many in zip(*launches):
+        assert (few.kernel, few.warps, few.stages) == (many.kernel, many.warps, many.stages)
+        for parameter in few.kernel.params:
+            a, b = few.arguments[parameter.name], many.arguments[parameter.name]
+            if isinstance(a, (int, float)) and a != b:
+                assert parameter.do_not_specialize and not parameter.is_constexpr, parameter.name
 
 
 def backward(dtype: torch.dtype, dim: int, capability: int) -> list[Launch]:

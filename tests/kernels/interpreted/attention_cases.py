@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, choose_backend, sparse_attention
 from dit_attn.kernels.device import interpreting
 from dit_attn.kernels.op import flat_call, flat_terms, fused_attention_op, sparse_attention_op
-from dit_attn.kernels.terms import NO_TERMS, Terms
+from dit_attn.kernels.terms import NO_TERMS, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
 from tests.kernels.cases import LAYOUTS, TERMS, call
 from tests.kernels.definition import definition, wide
@@ -64,6 +65,30 @@ def test_every_term_does_what_its_formula_says(name: str) -> None:
     p = call()
     terms = TERMS[name](p)
     agree(attend(p, terms, "triton"), definition(p, terms), 4e-6)
+
+
+@pytest.mark.parametrize("tokens", (16, 32))
+def test_virtual_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> None:
+    p = call(torch.float16, 72)
+    wider = replace(p, k=p.k.float(), v=p.v.float())
+    terms = Terms(compensation=pooled_compensation(wider.k, wider.v, tokens, variance=True))
+    agree(attend(p, terms, "triton"), definition(p, terms), TOLERANCE[torch.float16])
+
+
+@pytest.mark.skipif(sys.maxsize < 2**33, reason="needs a 64-bit address space")
+def test_offsets_past_two_to_the_31st_element_are_right() -> None:
+    """Batch rows, heads and lists that lie further apart than an int32 reaches; the memory between is never touched."""
+    p = call(torch.float16)
+    far = {name: apart(getattr(p, name)) for name in "qkv"}
+    assert all(x.stride(0) > 2**31 for x in far.values())
+    agree(attend(replace(p, **far), NO_TERMS, "triton"), definition(p), TOLERANCE[torch.float16])
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, batch rows 2^31 elements apart."""
+    stride = (2**31 + 8, *x.stride()[1:])
+    wide = torch.empty(stride[0] * (x.shape[0] - 1) + x[0].numel(), dtype=x.dtype).as_strided(x.shape, stride)
+    return wide.copy_(x)
 
 
 @pytest.mark.parametrize("keys", (False, True))
