@@ -20,7 +20,8 @@ def check_fields(method: Any) -> None:
     Raises:
         DitAttnError: a value of another type, out of range, or not one of the choices.
     """
-    hints = _hints(type(method))
+    cls: Any = type(method)
+    hints = _hints(cls)
     for spec in dataclasses.fields(method):
         name, value = f"{method.slug}.{spec.name}", getattr(method, spec.name)
         try:

@@ -286,7 +286,7 @@ class FamilyMixin(GuidedMixin):
         expected = reshaped(refreshes[-1][0], call, pairs)
         torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
 
-    def test_state_survives_another_size_and_an_exception(self, net: Any, args: Any) -> None:
+    def test_state_survives_an_exception(self, net: Any, args: Any) -> None:
         dit_attn.enable(net, SPARSE)
         first = self.call(net, args)
         with pytest.raises((TypeError, RuntimeError, AttributeError, ValueError, IndexError)):
@@ -332,6 +332,25 @@ class FamilyMixin(GuidedMixin):
         assert [call.step for call in self._first_layer(third.calls)] == self._steps(session, 3)
         assert [call.branches for call in self._first_layer(third.calls)] == expected
         assert same(first.output, third.output)
+
+    def test_a_run_of_another_size_leaves_no_trace(self) -> None:
+        torch.manual_seed(0)
+        made = self.pipeline()
+        if made is None:
+            pytest.skip("no stock pipeline is assembled for this family")
+        pipe, kwargs = made
+        if kwargs.get("height") == kwargs.get("width"):
+            pytest.skip("the pipeline takes no size, or a square one")
+        pipe.set_progress_bar_config(disable=True)
+        turned = {**kwargs, "height": kwargs["width"], "width": kwargs["height"]}  # as many tokens, another grid
+        dit_attn.enable(pipe, SPARSE)
+        first, other, again = (self._run(pipe, arguments, 2) for arguments in (kwargs, turned, kwargs))
+        grids = [{call.tokens.grid for call in run.calls if call.tokens} for run in (first, other, again)]
+        ((t, h, w),) = grids[0]
+        assert grids == [{(t, h, w)}, {(t, w, h)}, {(t, h, w)}] and h != w
+        assert same(first.output, again.output)
+        dit_attn.enable(pipe, SPARSE)  # a session that has seen nothing
+        assert same(other.output, self._run(pipe, turned, 2).output)
 
     def test_the_negative_prompt_moves_what_is_called_uncond_and_nothing_else(self) -> None:
         torch.manual_seed(0)
