@@ -28,8 +28,8 @@ class Matched:
         argument: of the pipeline's call.
         scale: its value that pushes as far along ``c - u`` as the method and the run's own scale together, no less
             than 1.
-        parallel: what the method adds, mean over steps and items.
-        sideways: the rest of its push, in units of ``|c - u|``.
+        parallel: what the method adds, mean over all steps of the run, pushed or not, and over items.
+        sideways: the rest of its push, in units of ``|c - u|``, the same mean.
     """
 
     argument: str
@@ -75,14 +75,16 @@ def matched(
         scale = float(default if scale is None else scale)
         with enabled(pipe, *methods):
             run({name: max(scale, _BARELY)}, index)
-            found = summary(pipe).guidance
+            told = summary(pipe)
+            found = told.guidance
         if found is None or found.parallel is None or found.sideways is None:
             raise DitAttnError(
                 f"{type(pipe).__name__} ran no unconditional branch at {name}={scale:g}, so that strengths cannot be "
                 "matched; give a negative prompt"
             )
-        parallel.append(found.parallel)
-        sideways.append(found.sideways)
+        pushed = found.steps / max(told.steps, 1)
+        parallel.append(pushed * found.parallel)
+        sideways.append(pushed * found.sideways)
         own.append(max(scale, 1.0))
     along = sum(parallel) / len(parallel)
     return Matched(name, round(max(1.0, sum(own) / len(own) + along), 3), along, sum(sideways) / len(sideways))

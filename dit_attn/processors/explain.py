@@ -42,8 +42,8 @@ class Explanation:
         methods: settings of the methods.
         memory: bytes the methods keep from step to step, for one sample with classifier-free guidance.
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
-            pass is one sample through the transformer), and the ``work`` of them after the shared blocks; ``None``
-            without one.
+            pass is one sample through the transformer), and the ``work`` of them without the blocks that are taken over
+            or left out; ``None`` without one.
     """
 
     family: str
@@ -235,11 +235,12 @@ def _guidance(model: torch.nn.Module, methods: tuple[Method, ...]) -> dict[str, 
     plan, method = guide.plan, guide.method
     guided = 0.0 if plan.empty or not method.scale else (method.stop - method.start) / method.interval
     shared = 0 if plan.empty or not method.share_prefix or method.batched else guide.first_block
+    spared = {*guide.blocks[:shared], *plan.skipped}
     return {
         "heads": sum(len(heads) for heads in plan.strengths.values()),
         "blocks": len(plan.skipped) or len(plan.strengths),
         "passes": guided,
-        "work": guided * (1.0 - shared / len(guide.blocks)),
+        "work": guided * (1.0 - len(spared) / len(guide.blocks)),
     }
 
 
@@ -251,7 +252,11 @@ def _guidance_line(found: dict[str, float]) -> str:
     what = f"{found['heads']:.0f} heads in {found['blocks']:.0f} layers" if found["heads"] else (
         f"{found['blocks']:.0f} blocks left out"
     )  # fmt: skip
-    return f"{what}; +{found['passes']:.2f} passes per step, {found['work']:.2f} after the shared blocks"
+    passes, work = found["passes"], found["work"]
+    return (
+        f"{what}; evaluations per step: {1 + passes:.2f} alone, {2 + passes:.2f} with CFG; "
+        f"blocks run: x{1 + work:.2f} alone, x{1 + work / 2:.2f} with CFG"
+    )
 
 
 def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> tuple[float | None, tuple[str, ...]]:

@@ -39,6 +39,7 @@ class GuidanceSummary:
 
     Attributes:
         evaluations: perturbed passes.
+        steps: steps that were pushed.
         shared: share of the blocks of these passes that was taken over from the plain ones.
         parallel: what the push adds to the scale of classifier-free guidance, mean over the guided steps; ``None``
             in runs without an unconditional branch.
@@ -47,13 +48,17 @@ class GuidanceSummary:
     """
 
     evaluations: int
+    steps: int
     shared: float
     parallel: float | None
     sideways: float | None
     relative: float | None
 
     def __str__(self) -> str:
-        lines = [f"{self.evaluations} perturbed passes, {_percent(self.shared)} of their blocks taken over"]
+        lines = [
+            f"{self.evaluations} perturbed passes, {_percent(self.shared)} of their blocks taken over, "
+            f"{self.steps} steps pushed"
+        ]
         if self.parallel is not None and self.sideways is not None:
             lines.append(f"like a guidance scale {self.parallel:+.2f}, and {self.sideways:.2f} |c - u| sideways")
         elif self.relative is not None:
@@ -182,6 +187,7 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
 
     return GuidanceSummary(
         evaluations=evaluations,
+        steps=sum(strength.steps for strength in strengths),
         shared=sum(guide.saved_blocks for guide in guides) / blocks if blocks else 0.0,
         parallel=mean("parallel"),
         sideways=mean("sideways"),
