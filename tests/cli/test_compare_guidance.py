@@ -51,3 +51,37 @@ def test_a_run_without_guidance_is_matched_from_scale_one(compare):
 
 def test_an_argument_the_pipeline_does_not_take_is_refused(compare):
     compare("--method", "call:guidance=3").refused("guidance")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("softpag", "heads=99"), "no layer 99"),
+        (("softpag", "heads=3:9"), "has no head 9: its heads are 0 to 1"),
+        (("softpag", "heads=transformer_blocks.3.attn2:0"), "cross attention"),
+        (("softpag", "heads=3:-1"), "cannot be read"),
+        (("softpag", "heads=nothing.json"), "nothing.json cannot be read"),
+        (("softpag", "u=-0.5"), "softpag.u must be between 0.0 and 1.0"),
+        (("softpag", "scale=-1"), "softpag.scale must be at least 0.0"),
+        (("slg", "layers=6"), "no block 6: this model has blocks 0 to 5"),
+        (("seg", "sigma=-2"), "seg.sigma must be at least 0.0"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_guidance_a_model_cannot_take_is_one_line(cli, settings, told):
+    method, setting = settings
+    cli("explain", "--model", "tiny-image", "--method", method, "--set", setting).refused(told)
+
+
+def test_a_wrong_head_is_refused_by_generate(image):
+    image("--prompt", CAPTION, "--method", "softpag", "--set", "heads=3:9").refused("has no head 9")
+
+
+def test_explain_says_evaluations_and_cost_of_a_step(cli):
+    words = ("explain", "--model", "tiny-image", "--method", "softpag", "--set", "heads=3:0")
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    assert "1 heads in 1 layers; evaluations per step: 2.00 alone, 3.00 with CFG" in outcome.out
+    assert "blocks run: x1.50 alone, x1.25 with CFG" in outcome.out  # 3 of 6 blocks are taken over
+    skipped = cli("explain", "--model", "tiny-image", "--method", "stg", "--set", "mode=residual", "--set", "layers=3")
+    assert "1 blocks left out" in skipped.out and "x1.33 alone" in skipped.out  # and the fourth is not run
