@@ -34,6 +34,7 @@ _OWN = (
     flags.Flag("inception", "weights of the Inception network, for fid and kid", metavar="FILE"),
     flags.Flag("clip", "folder or Hub name of a CLIP model, for clip", metavar="MODEL"),
     flags.Flag("lpips", "backbone of LPIPS (default: alex)", choices=("alex", "vgg", "squeeze")),
+    flags.Flag("lpips-weights", "torchvision's weights of that backbone", metavar="FILE"),
     flags.Flag(
         "match-strength",
         "beside every guidance method, also the guidance scale that pushes as far along c - u as it does",

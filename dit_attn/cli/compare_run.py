@@ -150,12 +150,8 @@ def load_pipeline(setting: Setting) -> Any:
 
 def networks(options: dict[str, Any]) -> Networks:
     """Where the networks of the metrics are, by the flags."""
-    inception = options.get("inception")
-    return Networks(
-        None if inception is None else Path(inception).expanduser(),
-        options.get("clip", CLIP_DEFAULT),
-        options.get("lpips", "alex"),
-    )
+    files = {key: Path(options[key]).expanduser() for key in ("inception", "lpips_weights") if key in options}
+    return Networks(clip=options.get("clip", CLIP_DEFAULT), lpips=options.get("lpips", "alex"), **files)
 
 
 def measure(setting: Setting, takes: list[Take]) -> dict[str, dict[str, dict[str, Any]]]:

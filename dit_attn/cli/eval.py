@@ -30,6 +30,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of the Inception network")
     parser.add_argument("--clip", metavar="MODEL", help="folder or Hub name of a CLIP model")
     parser.add_argument("--lpips", default="alex", metavar="NET", help="backbone of LPIPS: alex, vgg, squeeze")
+    parser.add_argument("--lpips-weights", type=Path, metavar="FILE", help="torchvision's weights of that backbone")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--export", choices=("vbench",), help="measure nothing; give the clips VBench's names instead")
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     device = load.pick_device(args.device)
-    networks = Networks(args.inception, args.clip or CLIP_DEFAULT, args.lpips)
+    inception, lpips = (file and file.expanduser() for file in (args.inception, args.lpips_weights))
+    networks = Networks(inception, args.clip or CLIP_DEFAULT, args.lpips, lpips_weights=lpips)
     folder = folders.read_folder(args.folder, args.captions)
     reference = folders.read_folder(args.reference) if args.reference else None
     both = [folder] if reference is None else [folder, reference]

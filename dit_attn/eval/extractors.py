@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +33,7 @@ class Networks:
         inception: Inception-v3 of the original FID (a file of torch-fidelity); ``None`` for torch's hub cache.
         clip: folder or Hub name of a CLIP model.
         lpips: backbone of LPIPS: ``alex``, ``vgg`` or ``squeeze``.
+        lpips_weights: torchvision's weights of that backbone; ``None`` for torch's hub cache.
         features: a module that takes uint8 images (N, 3, H, W) and gives (N, F), to use instead of Inception for FID,
             KID and IS; it must have a ``name``, which the score is labelled with.
     """
@@ -38,6 +42,7 @@ class Networks:
     clip: str = CLIP_DEFAULT
     lpips: str = "alex"
     features: nn.Module | None = None
+    lpips_weights: Path | None = None
 
 
 def inception_options(networks: Networks) -> tuple[dict[str, Any], str]:
@@ -102,15 +107,83 @@ def _pooled(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
-def check_lpips(backbone: str) -> None:
+def with_inception(build: Callable[..., Any], networks: Networks, **options: Any) -> tuple[Any, str]:
+    """A torchmetrics metric on the Inception network (or what stands in for it), and the label of the network.
+
+    Raises:
+        DitAttnError: as :func:`inception_options`, or weights that cannot be fetched or read.
+    """
+    found, judge = inception_options(networks)
+    try:
+        return build(**found, **options), judge
+    except Exception as error:  # torch.load and urllib raise anything on a broken file or no network
+        if networks.features is not None:
+            raise
+        cause = f"{networks.inception} cannot be read" if networks.inception else f"{INCEPTION_FILE} cannot be had"
+        raise DitAttnError(
+            f"FID, KID and IS need the Inception weights: {cause} ({_first_line(error)}); give --inception FILE with "
+            f"{INCEPTION_FILE} of torch-fidelity, or use fid-world and kid-world, which need nothing"
+        ) from error
+
+
+def check_lpips(networks: Networks) -> None:
     """Raise DitAttnError unless LPIPS can be built without a surprise download."""
+    backbone = networks.lpips
     if backbone not in BACKBONE_FILES:
         raise DitAttnError(f"unknown LPIPS backbone {backbone!r}; use one of {', '.join(BACKBONE_FILES)}")
+    if networks.lpips_weights is not None and not networks.lpips_weights.is_file():
+        raise DitAttnError(f"no LPIPS weights at {networks.lpips_weights}; give the file {BACKBONE_FILES[backbone]}")
     if importlib.util.find_spec("torchvision") is None:
         raise DitAttnError("LPIPS needs torchvision: pip install torchvision; PSNR and SSIM need nothing")
-    file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[backbone]
+    file = networks.lpips_weights or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[backbone]
     if not file.is_file():
         raise DitAttnError(
             f"LPIPS needs the weights of its backbone at {file}; fetch {BACKBONE_FILES[backbone]} from "
-            "download.pytorch.org/models, or use PSNR and SSIM, which need nothing"
+            "download.pytorch.org/models and give --lpips-weights FILE, or use PSNR and SSIM, which need nothing"
         )
+
+
+def lpips_metric(networks: Networks) -> Any:
+    """torchmetrics' LPIPS for images in [0, 1].
+
+    Raises:
+        DitAttnError: as :func:`check_lpips`, or weights that are not those of the backbone.
+    """
+    check_lpips(networks)
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    with _hub_with(networks.lpips_weights, BACKBONE_FILES[networks.lpips]):
+        try:
+            return LearnedPerceptualImagePatchSimilarity(cast(Any, networks.lpips), normalize=True)
+        except Exception as error:  # torch.load raises anything on a broken file
+            file = networks.lpips_weights or "torch's hub cache"
+            raise DitAttnError(
+                f"the LPIPS weights in {file} are not those of {networks.lpips} ({_first_line(error)}); give the file "
+                f"{BACKBONE_FILES[networks.lpips]}"
+            ) from error
+
+
+@contextmanager
+def _hub_with(file: Path | None, name: str) -> Iterator[None]:
+    """torch's hub cache as one that holds ``file`` under the name torchvision asks for: it takes no path."""
+    if file is None:
+        yield
+        return
+    before = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "checkpoints", name)
+        place.parent.mkdir()
+        try:
+            place.symlink_to(file.absolute())
+        except OSError:  # a system without links
+            shutil.copyfile(file, place)
+        torch.hub.set_dir(folder)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(before)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.eval.extractors import Networks, check_lpips, clip_pair, inception_options
+from dit_attn.eval.extractors import Networks, clip_pair, lpips_metric, with_inception
 
 BATCH = 32
 FEW = 100  # samples below which KID is mostly noise
@@ -175,11 +175,7 @@ def _ms_ssim(images: torch.Tensor, reference: torch.Tensor, captions: Any, netwo
 
 
 def _lpips(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
-    check_lpips(networks.lpips)
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    build = lambda: LearnedPerceptualImagePatchSimilarity(cast(Any, networks.lpips), normalize=True)  # noqa: E731
-    value = _pairwise(build)(images, reference, None, None, device)[0]
+    value = _pairwise(lambda: lpips_metric(networks))(images, reference, None, None, device)[0]
     return value, None, networks.lpips, None
 
 
@@ -200,11 +196,18 @@ def _hushed() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """With torch's random numbers from 0, and as they were afterwards: subsets and splits are drawn from them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 def _fid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    options, judge = inception_options(networks)
-    metric = FrechetInceptionDistance(**options)  # sums in fp64
+    metric, judge = with_inception(FrechetInceptionDistance, networks)  # sums in fp64
     features = len(cast(torch.Tensor, metric.real_features_sum))
     fewest = min(_everywhere(len(images)), _everywhere(len(reference)))
     caution = None
@@ -216,24 +219,22 @@ def _fid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networ
 def _kid(images: torch.Tensor, reference: torch.Tensor, _: Any, networks: Networks, device: torch.device) -> Result:
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    options, judge = inception_options(networks)
-    subset = min(1000, len(images), len(reference))
     fewest = min(_everywhere(len(images)), _everywhere(len(reference)))
     caution = f"{fewest} samples: unbiased, but mostly noise below {FEW}" if fewest < FEW else None
-    with _hushed():
-        metric = KernelInceptionDistance(subset_size=subset, **options)
-    mean, deviation = _sets(metric, images, reference, device)
-    return float(mean), float(deviation), judge, caution
+    with _hushed(), _seeded():
+        metric, judge = with_inception(KernelInceptionDistance, networks, subset_size=min(1000, fewest))
+        mean, deviation = _sets(metric, images, reference, device)
+    return float(mean), float(deviation) if fewest > 1000 else None, judge, caution
 
 
 def _inception_score(images: torch.Tensor, _: Any, __: Any, networks: Networks, device: torch.device) -> Result:
     from torchmetrics.image.inception import InceptionScore
 
-    options, judge = inception_options(networks)
     count = _everywhere(len(images))
     splits = max(1, min(10, count // SPLIT))
-    with _hushed():
-        metric = InceptionScore(splits=splits, **options).to(device)
+    with _hushed(), _seeded():
+        metric, judge = with_inception(InceptionScore, networks, splits=splits)
+        metric = metric.to(device)
         for batch in images.split(BATCH):
             metric.update(batch.to(device))
         mean, deviation = metric.compute()

@@ -116,7 +116,7 @@ def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thi
     height, width = region.shape
     peak = np.percentile(smooth[region], 80)
     core = region & (smooth > 0.8 * peak)
-    red, green, blue = np.median(pixels[core], axis=0)
+    rgb = np.median(pixels[core], axis=0)
     body = region & (smooth > 0.5 * peak)  # the half-contrast contour is the edge, blurred or not
     rows, columns = np.nonzero(body)
     left, right = (columns.min()) / width, (columns.max() + 1) / width
@@ -124,8 +124,8 @@ def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Thi
     box = ((left + right) / 2, (top + bottom) / 2, max(right - left, bottom - top) / 2)
     shape, overlap, (x, y, extent) = _match(body, box)
     size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
-    rgb = (float(red), float(green), float(blue))
-    return Thing(shape, overlap, _nearest(np.array(rgb), COLOURS), size, x, y, extent, rgb)
+    red, green, blue = map(float, rgb)
+    return Thing(shape, overlap, _nearest(rgb, COLOURS), size, x, y, extent, (red, green, blue))
 
 
 def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, float, tuple[float, float, float]]:

@@ -215,14 +215,10 @@ def _pair_score(name: str, networks: Networks, device: Any, images: Any, dense: 
 
 
 def _lpips(networks: Networks, device: Any) -> tuple[Judge, str]:
-    from dit_attn.eval.extractors import check_lpips
+    from dit_attn.eval.extractors import lpips_metric
 
-    check_lpips(networks.lpips)
     _need_torchmetrics("lpips")
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    backbone: Any = networks.lpips
-    metric: Any = LearnedPerceptualImagePatchSimilarity(backbone, normalize=True).to(device)
+    metric: Any = lpips_metric(networks).to(device)
     return lambda images, dense, caption: float(metric(images / 255.0, dense / 255.0)), networks.lpips
 
 
@@ -240,10 +236,10 @@ def _clip(networks: Networks, device: Any) -> tuple[Judge, str]:
 def _inception(networks: Networks, device: Any) -> tuple[Judge, str]:
     import torch
 
-    from dit_attn.eval.extractors import INCEPTION_FILE, inception_options
+    from dit_attn.eval.extractors import INCEPTION_FILE, inception_options, with_inception
 
     _need_torchmetrics("fid and kid")
-    options, name = inception_options(networks)
+    options, _ = inception_options(networks)
     file = options.get("feature_extractor_weights_path", "")
     if file is None:
         place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
@@ -253,7 +249,8 @@ def _inception(networks: Networks, device: Any) -> tuple[Judge, str]:
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    network: Any = FrechetInceptionDistance(**options).inception.to(device).eval()
+    metric, name = with_inception(FrechetInceptionDistance, networks)
+    network: Any = metric.inception.to(device).eval()
     return lambda images, dense, caption: _features(network, images), name
 
 

@@ -137,12 +137,17 @@ def test_clip_score_is_the_cosine_of_a_real_clip_model(tiny_clip: Path) -> None:
     assert str(tiny_clip) in found.label
 
 
+EVERYWHERE = ("fid", "kid", "psnr", "ssim", "fid-world", "kid-world", "clip-world")
+
+
 def part_of_two(rank: int, place: str, folder: str) -> None:
     """One of two processes: the metrics of its half of the images."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    made, real = noisy(pictures(24, seed=2), 0.1)[rank::2], pictures(24, seed=1)[rank::2]
-    found = {name: score(name, made, real, networks=WITH_COLOURS) for name in ("fid", "kid", "psnr")}
+    part = slice(0, 9) if rank == 0 else slice(9, None)  # unequal, as a last batch is
+    made, real = noisy(pictures(24, seed=2), 0.1)[part], pictures(24, seed=1)[part]
+    captions = ["a large red circle at the left on white"] * len(made)
+    found = {name: score(name, made, real, captions, WITH_COLOURS) for name in EVERYWHERE}
     if rank == 0:
         Path(folder, "scores.json").write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
     torch.distributed.destroy_process_group()
@@ -152,11 +157,26 @@ def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(part_of_two, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
     found = json.loads((tmp_path / "scores.json").read_text())
     made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
+    captions = ["a large red circle at the left on white"] * len(made)
+    assert set(found) == set(EVERYWHERE)
     for name, one in found.items():
-        alone = score(name, made, real, networks=WITH_COLOURS)
-        assert (one["samples"], one["reference"]) == (24, 24)
-        if name != "kid":  # its subsets are drawn at random
-            assert one["value"] == pytest.approx(alone.value, rel=1e-5), name
+        alone = score(name, made, real, captions, WITH_COLOURS)
+        assert (one["samples"], one["reference"]) == (24, None if name == "clip-world" else 24)
+        assert one["value"] == pytest.approx(alone.value, rel=1e-5), name
+
+
+def test_a_score_does_not_depend_on_batches_or_on_the_state_of_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
+    captions = ["a large red circle at the left on white"] * len(made)
+    names = (*EVERYWHERE, "is")
+    whole = {name: score(name, made, real, captions, WITH_COLOURS).value for name in names}
+    monkeypatch.setattr("dit_attn.eval.metrics.BATCH", 5)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    for name in names:
+        found = score(name, made, real, captions, WITH_COLOURS).value
+        assert found == pytest.approx(whole[name], rel=1e-5), name
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
@@ -172,6 +192,7 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
         ("clip", {"captions": ["a", "b"], "networks": Networks(clip=str(tmp_path))}, "or use clip-world"),
         ("fid", {"reference": images[:1], "networks": WITH_COLOURS}, "at least 2 reference images, got 1"),
         ("lpips", {"reference": images, "networks": Networks(lpips="res")}, "unknown LPIPS backbone"),
+        ("lpips", {"reference": images, "networks": Networks(lpips_weights=tmp_path / "a.pth")}, "no LPIPS weights at"),
     ):
         with pytest.raises(DitAttnError, match=words):
             score(metric, images, **options)  # type: ignore[arg-type]
@@ -181,3 +202,33 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
 def test_fid_without_its_network_points_to_the_offline_metric() -> None:
     with pytest.raises(DitAttnError, match="pip install torch-fidelity; without network access use fid-world"):
         score("fid", pictures(2), pictures(2))
+
+
+def test_inception_weights_that_cannot_be_read_or_fetched_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_attn.eval import extractors
+
+    def build(feature_extractor_weights_path: str | None) -> None:
+        if feature_extractor_weights_path is None:
+            raise OSError("Network is unreachable")
+        torch.load(feature_extractor_weights_path)
+
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    given, path = Networks(inception=tmp_path / "broken.pth"), str(tmp_path / "broken.pth")
+    for networks, file, words in ((given, path, "broken.pth cannot be read"), (Networks(), None, "unreach")):
+        options = {"feature_extractor_weights_path": file}, "inception-v3"
+        monkeypatch.setattr(extractors, "inception_options", lambda networks, options=options: options)
+        with pytest.raises(DitAttnError, match=f"{words}.*--inception FILE with weights-inception.*fid-world"):
+            extractors.with_inception(build, networks)
+
+
+def test_lpips_weights_may_lie_anywhere(tmp_path: Path) -> None:
+    from dit_attn.eval.extractors import BACKBONE_FILES, _hub_with
+
+    torch.save({"weight": torch.ones(2)}, tmp_path / "mine.pth")
+    before = torch.hub.get_dir()
+    with _hub_with(tmp_path / "mine.pth", BACKBONE_FILES["alex"]):
+        address = f"https://download.pytorch.org/models/{BACKBONE_FILES['alex']}"  # as torchvision asks for it
+        found = torch.hub.load_state_dict_from_url(address)
+    assert found["weight"].tolist() == [1.0, 1.0] and torch.hub.get_dir() == before
