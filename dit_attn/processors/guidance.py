@@ -61,8 +61,6 @@ class PerturbedGuidance(Method):
         super().__post_init__()
         if not math.isfinite(self.scale):
             raise DitAttnError(f"{self.slug}.scale must be finite, got {self.scale!r}: the strength w of the push")
-        if not isinstance(self.interval, int):
-            raise DitAttnError(f"{self.slug}.interval counts steps, got {self.interval!r}; give a whole number")
         if self.start >= self.stop:
             raise DitAttnError(
                 f"{self.slug}: start {self.start:g} is not before stop {self.stop:g}, so no step would be guided; "

@@ -447,7 +447,7 @@ BAD = [
     (dit_attn.SoftPAG, {"joint": "both"}, "ii-logit-mask"),
     (dit_attn.SoftPAG, {"target": "blurred-query"}, "mean-query"),
     (dit_attn.SoftPAG, {"interval": 0}, "softpag.interval must be at least 1"),
-    (dit_attn.SoftPAG, {"interval": 1.5}, "softpag.interval counts steps"),
+    (dit_attn.SoftPAG, {"interval": 1.5}, "softpag.interval must be a whole number"),
     (dit_attn.SoftPAG, {"start": 0.5, "stop": 0.5}, "no step would be guided"),
     (dit_attn.SEG, {"sigma": -1.0}, "seg.sigma must be at least 0"),
     (dit_attn.SLG, {"layers": "9-7"}, "layers '9-7' cannot be read"),
