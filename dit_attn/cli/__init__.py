@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "measure what methods cost and keep on your prompts, beside dense, and make a page of it",
     "inspect": "measure what attention does in a run, layer by head by step, and make a page of it",
     "calibrate": "find densities by layer and part of the run from a few prompts and a budget",
+    "search": "find the attention heads whose perturbation raises an objective",
     "eval": "measure a folder of images or clips against references or captions",
     "bench": "measure kernels and methods",
 }

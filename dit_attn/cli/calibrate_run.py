@@ -109,7 +109,7 @@ def run_all(setting: Setting) -> dict[str, Any]:
         DitAttnError: an output that cannot be written, measurements of another set-up, a budget that cannot be met.
     """
     from dit_attn.pipelines.calibrate import calibrate
-    from dit_attn.pipelines.sensitivity import Store
+    from dit_attn.pipelines.store import Store
 
     plan, options = setting.plan, setting.options
     outputs.prepare_folder(setting.folder)

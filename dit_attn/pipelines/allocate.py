@@ -19,7 +19,8 @@ import numpy as np
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.selection import blocks_of_density
-from dit_attn.pipelines.sensitivity import FLOOR, Plan, Store
+from dit_attn.pipelines.sensitivity import FLOOR, Plan
+from dit_attn.pipelines.store import Store
 from dit_attn.processors.method import share
 from dit_attn.processors.reader import Reader
 

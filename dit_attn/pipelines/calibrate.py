@@ -19,7 +19,8 @@ import torch
 from dit_attn.api import disable
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines import allocate, operators
-from dit_attn.pipelines.sensitivity import Plan, Play, Store, distance, measure_item, plain
+from dit_attn.pipelines.sensitivity import Plan, Play, distance, measure_item, plain
+from dit_attn.pipelines.store import Store
 from dit_attn.processors.reader import Reader
 
 OURS, THEIRS = "calibrated", "uniform"

@@ -13,21 +13,19 @@ What follows from them is in :mod:`dit_attn.pipelines.allocate`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from dit_attn.api import disable, enabled, observing
-from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.errors import DitAttnError
 from dit_attn.pipelines import operators
+from dit_attn.pipelines.store import Store
 from dit_attn.processors import executor
 from dit_attn.processors.attach import session_of
 from dit_attn.processors.executor import AttentionCall, Request
@@ -124,75 +122,6 @@ def new_plan(
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-class Store:
-    """Measurements, written to a file as they come, so that an interrupted calibration goes on where it was.
-
-    Args:
-        path: the file (JSON lines, the first one the set-up); ``None`` keeps them in memory.
-        setup: what decides the measurements.
-        resume: take over what the file has; otherwise it begins anew, and an old file gets ``.bak`` to its name.
-        told: of the key of every measurement that is added.
-
-    Raises:
-        DitAttnError: the file is of another set-up, or cannot be read or written.
-    """
-
-    def __init__(
-        self,
-        path: Path | None = None,
-        setup: dict[str, Any] | None = None,
-        resume: bool = False,
-        told: Callable[[str], None] = lambda key: None,
-    ) -> None:
-        self.path, self.told = path, told
-        self.rows: dict[str, Any] = {}
-        head = json.loads(json.dumps(setup or {}, default=str))
-        if path is None:
-            return
-        try:
-            if not resume and path.is_file():
-                os.replace(path, path.with_name(f"{path.name}.bak"))
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            rows = [row for line in lines if (row := _parsed(line)) is not None]
-            if rows and rows[0].get("setup") != head:
-                raise DitAttnError(
-                    f"{path} holds measurements of another model, method, prompts or settings; leave out --resume to "
-                    "begin anew, or give another --output"
-                )
-            self.rows = {row["key"]: row["value"] for row in rows[1:] if "key" in row}
-            kept = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
-            temporary = path.with_name(f".partial-{path.name}")  # a cut here loses neither the old file nor the new one
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, path)
-        except UnicodeDecodeError as error:
-            raise DitAttnError(f"{path} is not text; leave out --resume to begin anew") from error
-        except OSError as error:
-            raise DitAttnError(f"cannot write {path} ({error.strerror}); choose another --output") from error
-
-    def put(self, key: str, value: Any) -> None:
-        """Keep a measurement and write it down."""
-        try:
-            if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "value": value}) + "\n")
-        except OSError as error:
-            raise RunStopped(
-                f"cannot write {self.path} ({error.strerror}); what is measured is kept: make room, then run the same "
-                "command with --resume"
-            ) from error
-        self.rows[key] = value
-        self.told(key)
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """One line of a store; ``None`` for one that was cut off."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 class Census:

@@ -36,7 +36,7 @@ def canonical(heads: Any) -> str:
     Raises:
         DitAttnError: it cannot be read, or a strength is outside [0, 1].
     """
-    if isinstance(heads, Path) or (isinstance(heads, str) and heads.strip().endswith(".json")):
+    if _is_file(heads):
         heads = _from_file(Path(heads))
     if isinstance(heads, Mapping):
         heads = [(*(key if isinstance(key, tuple) else (key, None)), u) for key, u in heads.items()]
@@ -158,15 +158,37 @@ def _listed(item: Any) -> str:
     return canonical(text)
 
 
+def origin(heads: Any) -> dict[str, Any]:
+    """What a file of heads says about where they were found: ``transformer``, ``joint``, ``target``; empty without.
+
+    Raises:
+        DitAttnError: the file cannot be read.
+    """
+    if not _is_file(heads):
+        return {}
+    data = _read(Path(heads))
+    known = ("transformer", "joint", "target")
+    return {name: str(data[name]) for name in known if data.get(name)} if isinstance(data, dict) else {}
+
+
+def _is_file(heads: Any) -> bool:
+    return isinstance(heads, Path) or (isinstance(heads, str) and heads.strip().endswith(".json"))
+
+
 def _from_file(path: Path) -> Any:
     """The list of heads in a JSON file: a list, or an object with it under ``heads``."""
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise DitAttnError(f"the head list {path} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise DitAttnError(f"the head list {path} is not JSON ({error}); save it again") from error
+    data = _read(path)
     heads = data.get("heads") if isinstance(data, dict) else data
     if not isinstance(heads, (list, str)) or not heads:
         raise DitAttnError(f"{path} holds no heads; give a file of `dit-attn search`, or a list of [layer, head] pairs")
     return heads
+
+
+def _read(path: Path) -> Any:
+    path = path.expanduser()
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DitAttnError(f"the head list {path} cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise DitAttnError(f"the head list {path} is not JSON ({error}); save it again") from error

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from dit_attn import BlockSparse, DitAttnError
 from dit_attn.pipelines import allocate
 from dit_attn.pipelines.allocate import Landscape
-from dit_attn.pipelines.sensitivity import Plan, Store, new_plan
+from dit_attn.pipelines.sensitivity import Plan, new_plan
+from dit_attn.pipelines.store import Store
 
 LADDER = (0.5, 0.25, 0.125)
 TOKENS, BLOCK = 1024, 32

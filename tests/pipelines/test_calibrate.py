@@ -14,7 +14,8 @@ import dit_attn
 from dit_attn import BlockSparse, DitAttnError, Method
 from dit_attn.pipelines import calibrate as calibrating
 from dit_attn.pipelines.calibrate import Calibration, calibrate, verdict
-from dit_attn.pipelines.sensitivity import Store, new_plan
+from dit_attn.pipelines.sensitivity import new_plan
+from dit_attn.pipelines.store import Store
 from tests.pipelines import tiny_run
 from tests.pipelines.tiny_run import LAYERS, STEPS, CountedPlay
 

@@ -14,7 +14,8 @@ import dit_attn
 from dit_attn import BlockSparse, DitAttnError, RectifiedSpaAttn, ReTtention, SoftPAG
 from dit_attn.errors import RunStopped
 from dit_attn.pipelines import sensitivity
-from dit_attn.pipelines.sensitivity import Store, measure_item, new_plan, runs_of
+from dit_attn.pipelines.sensitivity import measure_item, new_plan, runs_of
+from dit_attn.pipelines.store import Store
 from tests.pipelines import tiny_run
 from tests.pipelines.tiny_run import LAYERS, METHOD, STEPS, CountedPlay
 
