@@ -175,10 +175,12 @@ def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
         if not (finite if mesh is None else ulysses.all_agree(finite, mesh)):
             _break(site, "kernel gave NaN or infinity")
             return out
-    if request.max_error is not None and stats.error is None and mesh is None:
-        stats.error = executor.sampled_error(call, request, out)
-        if not stats.error <= request.max_error:
-            _break(site, f"error {stats.error:.3g} is above max_error {request.max_error:g}")
+    if request.max_error is not None and request.density not in stats.measured and mesh is None:
+        stats.measured.add(request.density)
+        error = executor.sampled_error(call, request, out)
+        stats.error = error if stats.error is None or not error <= stats.error else stats.error
+        if not error <= request.max_error:
+            _break(site, f"error {error:.3g} is above max_error {request.max_error:g}")
             return out
     stats.engaged += 1
     stats.kept += executed_share(call, request)

@@ -71,6 +71,7 @@ class Request:
             once.
         share: with ``visual``, what it costs, as a share of the visual rows' map.
         max_error: see :class:`~dit_attn.processors.reader.Reader`.
+        density: what ``max_error`` is measured for, once a run; ``None`` where it is the same all along.
     """
 
     layout: BlockLayout | None = None
@@ -83,6 +84,7 @@ class Request:
     visual: Callable[[], torch.Tensor] | None = None
     share: float = 1.0
     max_error: float | None = None
+    density: float | None = None
 
     @property
     def empty(self) -> bool:

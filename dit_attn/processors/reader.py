@@ -25,8 +25,8 @@ class Reader(Method):
         dense_steps: steps at the start of the run that stay dense.
         dense_last_steps: steps at its end that stay dense.
         dense_layers: layers that stay dense.
-        max_error: largest relative L2 error of a layer's output, measured on sampled rows once a run; a layer above it
-            goes dense for the rest of the session. ``None`` measures nothing.
+        max_error: largest relative L2 error of a layer's output, measured on sampled rows once a run (and density); a
+            layer above it goes dense for the rest of the session. ``None`` measures nothing.
         densities: density of every layer in place of the one ``density``: the layers of the first part of the run,
             then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions hold besides.
         parts: equal parts of the run that ``densities`` speaks of.
@@ -140,6 +140,7 @@ class Reader(Method):
         """Plan the call, or decline it (dense step, dense layer, density 1)."""
         mine = self.at(call)
         if mine is not self:
+            request.density = getattr(mine, "density", None)
             mine.request(call, request)
             return
         reason = self.exception(call)

@@ -36,7 +36,9 @@ class SiteStats:
         declined: calls that took the stock path, by reason.
         kept: sum over engaged calls of the executed share of the map (all rows, all keys).
         seconds: time spent in engaged calls (host time; on an accelerator it is the time to enqueue them).
-        error: relative L2 error measured on sampled rows of the first engaged call, ``None`` where no bound is set.
+        error: relative L2 error measured on sampled rows of the first engaged call, the largest where densities change
+            over the run; ``None`` where no bound is set.
+        measured: densities whose error was measured.
     """
 
     calls: int = 0
@@ -45,6 +47,7 @@ class SiteStats:
     kept: float | torch.Tensor = 0.0
     seconds: float = 0.0
     error: float | None = None
+    measured: set[float | None] = field(default_factory=set)
 
 
 class Site:

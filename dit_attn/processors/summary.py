@@ -21,7 +21,8 @@ class LayerSummary:
         density: mean executed share of the map over the engaged calls, ``None`` without one.
         seconds: time in engaged calls (host time).
         declined: calls left to the stock path, by reason.
-        error: relative L2 error on sampled rows of the first engaged call; ``None`` where no ``max_error`` is set.
+        error: relative L2 error on sampled rows of the first engaged call (the largest, where densities change over
+            the run); ``None`` where no ``max_error`` is set.
     """
 
     name: str
