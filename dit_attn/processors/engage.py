@@ -177,10 +177,10 @@ def _run(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
             return out
     if request.max_error is not None and request.density not in stats.measured and mesh is None:
         stats.measured.add(request.density)
-        error = executor.sampled_error(call, request, out)
-        stats.error = error if stats.error is None or not error <= stats.error else stats.error
-        if not error <= request.max_error:
-            _break(site, f"error {error:.3g} is above max_error {request.max_error:g}")
+        found = executor.sampled_error(call, request, out)
+        stats.error = found if stats.error is None or not found <= stats.error else stats.error
+        if not found <= request.max_error:
+            _break(site, f"error {found:.3g} is above max_error {request.max_error:g}")
             return out
     stats.engaged += 1
     stats.kept += executed_share(call, request)
