@@ -107,7 +107,7 @@ def test_enable_takes_the_file_and_its_folder(pipe: Any, tmp_path: Path) -> None
         ('{"densities": [0.5]}', 'slug under "method"'),
         ('{"method": "block-sparce"}', "Did you mean 'block-sparse'"),
         ('{"method": "block-sparse", "densities": [0.5, 2.0]}', "at most 1, got 2.0"),
-        ('{"method": "block-sparse", "densities": 0.5}', "must be a list of numbers"),
+        ('{"method": "block-sparse", "densities": 0.5}', "must be a list (a,b,...), each item a number"),
         ('{"method": "block-sparse", "densities": [0.5, 0.5], "parts": 3}', "each of 3 parts"),
     ],
 )
