@@ -21,6 +21,7 @@ from dit_attn.eval.report import page
 from dit_attn.pipelines import compare, quality
 from dit_attn.pipelines.compare import Comparison, Take, Variant
 
+_WEIGHTS = ("inception", "lpips_weights")
 _TAKE = {spec.name for spec in fields(Take)}
 
 
@@ -150,8 +151,8 @@ def load_pipeline(setting: Setting) -> Any:
 
 def networks(options: dict[str, Any]) -> Networks:
     """Where the networks of the metrics are, by the flags."""
-    files = {key: Path(options[key]).expanduser() for key in ("inception", "lpips_weights") if key in options}
-    return Networks(clip=options.get("clip", CLIP_DEFAULT), lpips=options.get("lpips", "alex"), **files)
+    inception, lpips = (Path(options[key]).expanduser() if options.get(key) else None for key in _WEIGHTS)
+    return Networks(inception, options.get("clip", CLIP_DEFAULT), options.get("lpips", "alex"), lpips_weights=lpips)
 
 
 def measure(setting: Setting, takes: list[Take]) -> dict[str, dict[str, dict[str, Any]]]:
