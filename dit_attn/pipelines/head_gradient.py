@@ -2,7 +2,8 @@
 
 A perturbed map is linear in its strength u, so that ``d score / d u`` exists for all heads at u = 0, where the
 perturbed pass equals the conditional one. The score is that of the clean picture ``x0(F + w (c - p(u)))`` that a step
-predicts, decoded by the pipeline itself: after the looked-at step the scheduler hands the prediction on to the end of the run.
+predicts, decoded by the pipeline itself: after the looked-at step the scheduler hands the prediction on to the end of
+the run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from dit_attn.api import enabled
@@ -115,19 +117,20 @@ class Slopes:
         self.maker, self.trials, self.where, self.times = maker, trials, list(where), tuple(times)
 
     def __call__(self, arm: Arm) -> dict[Head, float]:
-        trials, store = self.trials, self.trials.store
-        total: dict[Head, list[float]] = {head: [] for head in trials.heads}
-        for time in self.times:
-            for i in self.where:
-                key = f"slope/{time:g}/{i}/{address(arm)}"
-                if key not in store.rows:
-                    store.put(key, self._one(arm, trials.pairs[i], time))
-                values, passes = store.rows[key]
-                trials.passes["slopes"] += passes
-                trials.images["slopes"] += 1
-                for head, value in zip(total, values):
-                    total[head].append(value)
-        return {head: sum(values) / len(values) for head, values in total.items()}
+        trials, store, share = self.trials, self.trials.store, self.trials.share
+        looks = {f"slope/{time:g}/{i}/{address(arm)}": (time, i) for time in self.times for i in self.where}
+        missing = [(key, look) for key, look in looks.items() if key not in store.rows]
+        new = []
+        for key, (time, i) in missing[share.rank :: share.size]:
+            new.append((key, self._one(arm, trials.pairs[i], time)))
+            store.put(*new[-1])
+        if share.size > 1:
+            store.rows.update(share.gather(new))
+        rows = [store.rows[key] for key in looks]
+        trials.passes["slopes"] += sum(passes for _, passes in rows)
+        trials.images["slopes"] += len(rows)
+        means = np.mean([values for values, _ in rows], 0)
+        return {head: float(value) for head, value in zip(trials.heads, means)}
 
     def _one(self, arm: Arm, pair: Pair, time: float) -> list[Any]:
         """Slopes of all heads, in their order, and the passes it took (a backward pass counts as two)."""

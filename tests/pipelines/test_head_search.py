@@ -1,8 +1,13 @@
-"""A search finds planted heads, counts what it makes, goes on where it stopped, and its cheap ways agree with the full."""
+"""A search finds planted heads, counts what it makes, and goes on where it stopped; its cheap ways agree with the full."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from tests.processors.compose import tiny_pipeline
 LAYERS = {f"blocks.{i}.attn1": 8 for i in range(12)}
 HEADS = [(layer, head) for layer, count in LAYERS.items() for head in range(count)]
 STEPS = 20
+STEP = 1e-3  # of a strength, for differences
 
 
 class World:
@@ -44,7 +50,7 @@ class World:
             self.made.append((arm, pair.seed, steps or STEPS))
             self.steps += steps or STEPS
             shared = np.random.default_rng(pair.seed).normal()  # the same for every arm: common random numbers
-            own = np.random.default_rng(abs(hash((arm, pair.seed, steps))) % 2**32).normal()
+            own = np.random.default_rng(zlib.crc32(repr((arm, pair.seed, steps)).encode())).normal()
             out.append(np.full((1, 1, 1, 1), value + 5.0 * shared + self.noise * own))
         return out, 2.0 * (steps or STEPS)
 
@@ -171,6 +177,41 @@ def test_plans_that_cannot_be_are_refused(plan: Plan, words: str) -> None:
         hunt(trials(World({})), plan)
 
 
+CHILD = """
+import json, sys, types, torch
+from dit_attn.cli.search_run import processes
+from dit_attn.pipelines.search_strategies import Plan, hunt
+from tests.pipelines.test_head_search import World, trials, worths
+share = processes(types.SimpleNamespace(device=torch.device("cpu"), options={}))
+world = World(worths())
+found = hunt(trials(world, 2, share=share), Plan(rounds=2, per_round=2, pairs=2))
+print("RESULT" + json.dumps([[one.chosen for one in found], len(world.made)]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    several = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [one.communicate(timeout=300)[0] for one in several]
+    results = [json.loads(text.partition("RESULT")[2]) for text in said]
+    alone = World(worths())
+    found = hunt(trials(alone, 2), Plan(rounds=2, per_round=2, pairs=2))
+    chosen = [[list(head) for head in one.chosen] for one in found]
+    assert [one[0] for one in results] == [chosen, chosen]
+    made = [one[1] for one in results]
+    assert sum(made) == len(alone.made) and abs(made[0] - made[1]) <= 4
+
+
 # -- on pipelines ------------------------------------------------------------------------------------------------------
 
 
@@ -183,9 +224,12 @@ def light(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return (images * weights).flatten(1).mean(1)
 
 
-def arguments(kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    call = {name: value for name, value in kwargs.items() if name not in ("prompt", "generator")}
-    return str(kwargs.get("prompt", "a cat")), {**call, "num_inference_steps": 2}
+class Embedded(PipelineMaker):
+    """Tiny pipelines of the tests have no text encoder: the prompt is there as embeddings."""
+
+    def run(self, pairs: Sequence[Pair], steps: int | None, **changes: Any) -> Any:
+        noise = torch.Generator().manual_seed(pairs[0].seed)
+        return self.pipe(**{**self.call, "output_type": "np", "generator": noise, **changes})
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "wan"])
@@ -194,11 +238,9 @@ def test_slopes_of_all_heads_equal_finite_differences(name: str) -> None:
     for part in vars(pipe).values():
         if isinstance(part, torch.nn.Module):
             part.double()
-    if "prompt" not in kwargs:
-        pytest.skip("this tiny pipeline takes embeddings alone")
-    prompt, call = arguments(kwargs)
-    maker = PipelineMaker(pipe, dit_attn.SoftPAG(heads="0:0", scale=2.0), call)
-    pairs, layers = [Pair(prompt, 3)], layers_of(pipe)
+    wide = {key: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in kwargs.items()}
+    maker = Embedded(pipe, dit_attn.SoftPAG(heads="0:0", scale=2.0), {**wide, "num_inference_steps": 2})
+    pairs, layers = [Pair("", 3)], layers_of(pipe)
     found = head_gradient.slopes_of(maker, light, (), pairs, 0.5)
     layer = list(layers)[-1]
     ours = [float(found[layer][0, head]) for head in range(layers[layer])]
@@ -206,24 +248,34 @@ def test_slopes_of_all_heads_equal_finite_differences(name: str) -> None:
     def at(head: int, u: float) -> float:
         return float(head_gradient.predicted(maker, light, ((layer, head, u),), pairs, 0.5)[0].detach())
 
-    theirs = [(at(head, 1e-3) - at(head, 0.0)) / 1e-3 for head in range(layers[layer])]
-    assert np.argsort(ours).tolist() == np.argsort(theirs).tolist()
-    np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=1e-4 * max(map(abs, theirs)))
+    theirs = [(at(head, STEP) - at(head, 0.0)) / STEP for head in range(layers[layer])]
+    assert any(ours) and np.argsort(ours).tolist() == np.argsort(theirs).tolist()
+    np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.02 * max(map(abs, theirs)))
+    assert not torch.is_grad_enabled() or pipe.transformer.proj_out.weight.requires_grad
+    assert type(pipe.scheduler).__module__.startswith("diffusers")
 
 
-def test_a_search_on_a_stock_pipeline_gives_a_file_that_enable_takes(tmp_path: Path) -> None:
-    pipe, kwargs = tiny_pipeline("sd3")
-    if "prompt" not in kwargs:
-        pytest.skip("this tiny pipeline takes embeddings alone")
-    prompt, call = arguments(kwargs)
+@pytest.fixture(scope="module")
+def tiny_image() -> tuple[Any, dict[str, Any]]:
+    from dit_attn import models
+
+    pipe = models.load("tiny-image")
+    pipe.set_progress_bar_config(disable=True)
+    call = {**models.call_defaults("tiny-image"), "height": 32, "width": 32, "num_inference_steps": 1}
+    return pipe, call
+
+
+def test_a_search_on_a_stock_pipeline_gives_a_file_that_enable_takes(tiny_image: Any, tmp_path: Path) -> None:
+    pipe, call = tiny_image
     hunter = HeadHunter(
-        pipe, [prompt, (prompt, 9)], bright, rounds=1, per_round=2, call=call, held_out=1, controls=1, model="tiny"
+        pipe, [CAPTION, (CAPTION, 9)], bright, rounds=1, per_round=2, call=call, held_out=1, controls=1, model="tiny"
     )
     found = hunter.search()
     assert len(found.heads) == 2 and set(found.checks) == {"searched", "held_out"}
     assert found.search["images"]["candidates"] == len(hunter.trials.heads)
+    assert found.search["passes"]["candidates"] == 2 * len(hunter.trials.heads)  # one step, one perturbed pass
     file = found.save(tmp_path)
-    assert HeadSet.load(file).to_dict() == json.loads(json.dumps(found.to_dict()))
+    assert HeadSet.load(file).to_dict() == found.to_dict()
     method = dit_attn.SoftPAG(heads=str(file))
     session = dit_attn.enable(pipe, method)
     assert session.guide is not None
@@ -233,7 +285,8 @@ def test_a_search_on_a_stock_pipeline_gives_a_file_that_enable_takes(tmp_path: P
 
 
 def saved(tmp_path: Path, **changes: Any) -> str:
-    facts: dict[str, Any] = {"model": "m", "transformer": "FluxTransformer2DModel", "target": "identity", "joint": "joint"}
+    facts: dict[str, Any] = {"model": "m", "transformer": "FluxTransformer2DModel"}
+    facts |= {"target": "identity", "joint": "joint"}
     heads = (("transformer_blocks.0.attn", 0, 0.5),)
     return str(HeadSet(**{**facts, "heads": heads, "scale": 3.0, **changes}).save(tmp_path / "heads.json"))
 
