@@ -24,7 +24,7 @@ _SEARCH = (
     flags.Flag("objective", "what to raise (default: clip-world for embedded models, else clip)", choices=OBJECTIVES),
     flags.Flag("strategy", "greedy: every head on every pair (the paper, default); halving: successive halving; "
                "gradient: screened by one backward pass", choices=STRATEGIES),
-    flags.Flag("rounds", "rounds (default: 5)", int, low=1, high=10_000),
+    flags.Flag("rounds", "rounds (default: 3)", int, low=1, high=10_000),
     flags.Flag("per-round", "heads that join in a round (default: 3)", int, low=1, high=10_000),
     flags.Flag("pairs", "pairs of prompt and noise to search on (default: all prompts; 4 captions without any)", int,
                low=1, high=100_000),

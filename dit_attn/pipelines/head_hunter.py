@@ -69,7 +69,7 @@ class HeadHunter:
         pairs: Sequence[str | tuple[str, int] | Pair],
         objective: Any,
         *,
-        rounds: int = 5,
+        rounds: int = 3,
         per_round: int = 3,
         strategy: str = "greedy",
         u: float = 1.0,
@@ -141,7 +141,9 @@ class HeadHunter:
 
     def make(self, arm: Arm, pairs: Sequence[Pair]) -> list[np.ndarray | None]:
         """Pictures of an arm, uint8 (F, H, W, 3) a pair, unscored; ``None`` where one is not finite."""
-        return self._maker(self.trials.ordered(arm), pairs, None)[0]
+        size = self.trials.batch
+        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return [picture for part in parts for picture in self._maker(self.trials.ordered(arm), part, None)[0]]
 
     def _set(self, rounds: Sequence[Round]) -> Arm:
         return self.trials.ordered([(*head, self.plan.u) for found in rounds for head in found.chosen])

@@ -35,7 +35,7 @@ class Plan:
         screen: share of the heads that the gradient lets through.
     """
 
-    rounds: int = 5
+    rounds: int = 3
     per_round: int = 3
     strategy: str = "greedy"
     u: float = 1.0

@@ -79,7 +79,7 @@ def test_a_dry_run_states_the_cost(search: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("--rounds", "5", "--dry-run"), ("15", "12 heads")),
+        (("--rounds", "5", "--dry-run"), ("5 rounds of 3", "12 heads")),
         (("--rounds", "0"), ("between 1 and",)),
         (("--objective", "beauty"), ("objective", "beauty")),
         (("--strategy", "luck"), ("strategy", "luck")),

@@ -1,4 +1,4 @@
-"""A search finds planted heads, counts what it makes, and goes on where it stopped; its cheap ways agree with the full."""
+"""A search finds planted heads, counts what it makes, and goes on where it stopped; cheap ways agree with the full."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class Embedded(PipelineMaker):
         return self.pipe(**{**self.call, "output_type": "np", "generator": noise, **changes})
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart", "wan"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
 def test_slopes_of_all_heads_equal_finite_differences(name: str) -> None:
     pipe, kwargs = tiny_pipeline(name)
     for part in vars(pipe).values():
