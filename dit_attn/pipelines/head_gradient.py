@@ -45,12 +45,12 @@ class Free(Perturbation):
         if u is None or call.q.shape[1] != call.k.shape[1]:
             return out
         rows = perturb._rows(call, self.joint)
-        part = perturb._part(call, torch.arange(out.shape[2], device=out.device), first)
+        part = perturb._Part(call, torch.arange(out.shape[2], device=out.device), first)
         target = perturb._TARGETS[self.target](self, part, rows)
         here = (slice(first, None), slice(*rows))
-        wide = perturb._wide(out[here])
+        wide = perturb.wide(out[here])
         changed = out.clone()
-        changed[here] = (wide + u.to(wide)[:, None, :, None] * (perturb._wide(target) - wide)).to(out.dtype)
+        changed[here] = (wide + u.to(wide)[:, None, :, None] * (perturb.wide(target) - wide)).to(out.dtype)
         return changed
 
 
