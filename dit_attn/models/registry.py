@@ -82,6 +82,20 @@ MODELS: dict[str, ModelInfo] = {
         },
         example="a large blue square moving right fast on white",
     ),
+    "tiny-joint": ModelInfo(
+        name="tiny-joint",
+        pipeline="StableDiffusion3Pipeline",
+        description="text to image, 128 x 128 pixels, scenes of coloured shapes, text and picture in one attention",
+        tokens=1024,
+        call_defaults={
+            "height": 128,
+            "width": 128,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+            "max_sequence_length": 16,
+        },
+        example="a large red circle at the left on white",
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.eval import world
 from dit_attn.models import registry
 
-NAMES = ["tiny-image", "tiny-video"]
+NAMES = ["tiny-image", "tiny-video", "tiny-joint"]
 
 
 def _run(name, pipeline, **changes):
@@ -23,7 +23,7 @@ def _run(name, pipeline, **changes):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     output = pipeline(models.info(name).example, generator=generator, output_type="np", **call)
-    return output.images[0] if name == "tiny-image" else output.frames[0]
+    return output.frames[0] if name == "tiny-video" else output.images[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,7 +39,7 @@ def test_dtype_is_taken():
     assert next(models.load("tiny-image", dtype=torch.bfloat16).transformer.parameters()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "shape"), [("tiny-image", (128, 128, 3)), ("tiny-video", (9, 48, 48, 3))])
+@pytest.mark.parametrize(("name", "shape"), list(zip(NAMES, [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3)])))
 def test_call_defaults_run_and_give_the_stated_size(name, shape):
     output = _run(name, models.load(name))
     assert output.shape == shape
@@ -50,8 +50,12 @@ def test_call_defaults_run_and_give_the_stated_size(name, shape):
 def test_tokens_are_what_the_entry_says(name):
     pipeline = models.load(name)
     seen = []
-    block = (pipeline.transformer.transformer_blocks if name == "tiny-image" else pipeline.transformer.blocks)[0]
-    block.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    block = getattr(pipeline.transformer, "blocks" if name == "tiny-video" else "transformer_blocks")[0]
+
+    def note(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    block.register_forward_pre_hook(note, with_kwargs=True)
     _run(name, pipeline, num_inference_steps=1)
     assert set(seen) == {models.info(name).tokens}
 
