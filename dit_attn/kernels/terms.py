@@ -228,38 +228,65 @@ def _merged(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected keys (out, lse) and virtual keys in one softmax, a few query rows at a time."""
     q, wide = problem.q, lse.dtype
-    heads, ratio = q.shape[2], problem.ratio
-    kc, vc = (x.to(wide).repeat_interleave(ratio, 1) for x in (comp.k, comp.v))
-    spread = None if comp.variance is None else comp.variance.to(wide).repeat_interleave(ratio, 1)
-    skipped = ~virtual_mask(problem.layout, comp)  # (B|1, H|1, nq, nv)
+    kc, vc = (x.to(wide).repeat_interleave(problem.ratio, 1) for x in (comp.k, comp.v))
+    spread = None if comp.variance is None else comp.variance.to(wide).repeat_interleave(problem.ratio, 1)
+    read = virtual_mask(problem.layout, comp)
+    added = comp.log_weight[:, :, None].to(wide).masked_fill(read, NONE)  # (B|1, H|1, nq, nv)
     q_block = problem.layout.q_block
-    step = max(1, CHUNK // (4 * comp.k.shape[2] * q.shape[0] * heads) // q_block) * q_block
+    step = max(1, CHUNK // (4 * comp.k.shape[2] * q.shape[0] * q.shape[2]) // q_block) * q_block
     inputs = (q, out, comp.k, comp.v, comp.log_weight, comp.variance)
     tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     parts, sums = [], []
     merged, total_of = (None, None) if tracked else (torch.empty_like(out, dtype=wide), torch.empty_like(lse))
     for low in range(0, q.shape[1], step):
-        rows = q[:, low : low + step].transpose(1, 2).to(wide)
-        s = rows @ kc.transpose(-1, -2) * problem.scale + comp.log_weight[:, :, None].to(wide)
+        rows = q[:, low : low + step].transpose(1, 2).to(wide) * problem.scale
+        s = rows @ kc.transpose(-1, -2)
         if spread is not None:
-            term = rows.square() @ spread.transpose(-1, -2) * (0.5 * problem.scale**2)
-            s = s + term.clamp(max=comp.cap)
-        blocks = torch.arange(low, low + rows.shape[2], device=q.device) // q_block
-        s = s.masked_fill(~skipped[:, :, blocks], NONE)
+            s = s + (0.5 * rows.square() @ spread.transpose(-1, -2)).clamp(max=comp.cap)
+        s = _plus(s, added[:, :, low // q_block : ceil_div(low + rows.shape[2], q_block)], q_block, tracked)
         own = lse[:, :, low : low + step, None]
+        if merged is not None and total_of is not None:  # in place: small pieces would leave the heap in holes
+            here = slice(low, low + step)
+            _merge_rows(s, vc, own, out[:, here], merged[:, here], total_of[:, :, here])
+            continue
         total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
         safe = total.masked_fill(total == NONE, 0.0)
         share = torch.exp(own - safe).transpose(1, 2)
-        part = out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2)
-        if merged is None or total_of is None:
-            parts.append(part)
-            sums.append(total[..., 0])
-        else:  # written in place: small pieces that stay would leave the heap in holes
-            merged[:, low : low + step] = part
-            total_of[:, :, low : low + step] = total[..., 0]
+        parts.append(out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2))
+        sums.append(total[..., 0])
     if merged is None or total_of is None:
         return torch.cat(parts, 1), torch.cat(sums, 2)
     return merged, total_of
+
+
+def _plus(s: torch.Tensor, added: torch.Tensor, q_block: int, tracked: bool) -> torch.Tensor:
+    """Logits (B, H, rows, nv) plus (B|1, H|1, blocks, nv) of each block of rows; written to ``s`` if untracked."""
+    if not tracked and s.shape[2] % q_block == 0:
+        s.unflatten(2, (-1, q_block)).add_(added[:, :, :, None])
+        return s
+    added = added.repeat_interleave(q_block, 2)[:, :, : s.shape[2]]
+    return s + added if tracked else s.add_(added)
+
+
+def _merge_rows(
+    s: torch.Tensor, values: torch.Tensor, own: torch.Tensor, out: torch.Tensor, merged: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Merge rows ``out`` (B, rows, H, D) of log-sum ``own`` (B, H, rows, 1) with virtual keys; overwrites ``s``.
+
+    Args:
+        s: (B, H, rows, nv) logits of the virtual keys.
+        values: (B, H, nv, D).
+        own, out: what the read keys gave.
+        merged, lse: where the result and its log-sum (B, H, rows) are written.
+    """
+    top = torch.maximum(s.amax(-1, keepdim=True), own)
+    top.masked_fill_(top == NONE, 0.0)
+    share = torch.exp(own - top)
+    total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(share)
+    lse.copy_((top + total.log())[..., 0])
+    inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+    rest = torch.matmul(s, values).mul_(inverse)
+    torch.addcmul(rest.transpose(1, 2), out, share.mul_(inverse).transpose(1, 2), out=merged)
 
 
 def virtual_mask(layout: BlockLayout, comp: Compensation) -> torch.Tensor:
