@@ -16,6 +16,7 @@ _EXPORTS = {
     "summary": "dit_attn.api",
     "explain": "dit_attn.api",
     "observing": "dit_attn.api",
+    "watch": "dit_attn.api",
     "supported": "dit_attn.api",
     "attn_processors": "dit_attn.api",
     "Session": "dit_attn.processors.session",
@@ -33,7 +34,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from dit_attn.api import attn_processors, disable, enable, enabled, explain, observing, summary, supported
+    from dit_attn.api import attn_processors, disable, enable, enabled, explain, observing, summary, supported, watch
     from dit_attn.errors import DitAttnError
     from dit_attn.processors.block_sparse import BlockSparse
     from dit_attn.processors.explain import Explanation
@@ -66,6 +67,7 @@ __all__ = [
     "observing",
     "summary",
     "supported",
+    "watch",
 ]
 
 

@@ -18,7 +18,7 @@ from dit_attn.processors.presets import method_for
 from dit_attn.processors.session import Observer, Session
 from dit_attn.processors.summary import Summary, summarize
 
-__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported"]
+__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported", "watch"]
 
 _COMPONENTS = ("transformer", "transformer_2")
 _ROLES = {"reader": "both decide which keys are read", "guidance": "both need the perturbed pass of a step"}
@@ -69,6 +69,19 @@ def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
         disable(target)
         if before is not None:
             enable(target, *before.methods)
+
+
+def watch(pipe: Any) -> None:
+    """See the runs of a stock pipeline without a method or a socketed layer, until :func:`disable`.
+
+    :func:`summary` then says of a run whether guidance that was asked for did not happen (``warnings``).
+
+    Raises:
+        DitAttnError: unsupported family.
+    """
+    models, clock = _transformers(pipe), Clock()
+    for model in models:
+        attach.watch(model, clock, pipe)
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +141,9 @@ def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, 
         import dit_attn
 
         print(dit_attn.summary(live.pipe))
+    told = Counter(text for item in live.results for text in item.warnings)
+    for text, count in told.items():
+        print(f"dit-attn: warning: {text} ({count} of {len(jobs)} items)", file=sys.stderr)
     failed = [item for item in live.results if item.status == "failed"]
     if failed:
         print(f"dit-attn: {len(failed)} of {len(jobs)} items failed:", file=sys.stderr)
@@ -181,6 +186,10 @@ def _load(live: Run, model: Source, options: dict[str, Any], device: Any, dtype:
     live.pipe = load.load_pipeline(model, options, device, dtype)
     if live.methods:
         dit_attn.enable(live.pipe, *live.methods)
+    else:
+        with suppress(DitAttnError):  # a family that cannot be watched is generated with all the same
+            dit_attn.watch(live.pipe)
+            live.watched = True
     load.compile_pipeline(live.pipe, options.get("compile"))
     live.facts["commit"] = load.commit_of(model)
     live.facts["load_seconds"] = round(time.perf_counter() - started, 3)

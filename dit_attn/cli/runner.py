@@ -38,6 +38,7 @@ class ItemResult:
         seconds: time of the pipeline call, ``None`` when it was not made.
         density: executed share of the attention map over the run, dense steps included; ``None`` without a method.
         error: one line, for a failed item.
+        warnings: what the pipeline was asked for and did not do, one line each.
     """
 
     index: int
@@ -48,6 +49,7 @@ class ItemResult:
     seconds: float | None = None
     density: float | None = None
     error: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Run:
     Attributes:
         pipe: the pipeline, methods on.
         methods: what is on it.
+        watched: whether ``dit_attn.summary`` can be asked of it.
         folder: where outputs go.
         setup: what decides the outputs besides the jobs (model, methods, precision ...); part of every job's hash.
         facts: what goes into every sidecar besides (command, versions, device).
@@ -71,6 +74,7 @@ class Run:
     setup: dict[str, Any]
     facts: dict[str, Any]
     fps: int
+    watched: bool = False
     results: list[ItemResult] = field(default_factory=list)
     tiles: list[sheet.Tile] = field(default_factory=list)
 
@@ -232,7 +236,9 @@ def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
     digest = job.digest(run.setup)
     stem = outputs.place(run.folder, job.stem, digest)
     path = run.folder / f"{stem}{media.ending}"
-    summary = dit_attn.summary(run.pipe) if run.methods else None
+    seen = dit_attn.summary(run.pipe) if run.methods or run.watched else None
+    summary = seen if run.methods else None
+    warnings = seen.warnings if seen else ()
     settings = {"prompt": job.prompt, "seed": job.seed, "call": job.call, **run.setup}
     outputs.write_media(media, path, run.fps, {"prompt": job.prompt, "dit_attn": outputs.to_json(settings)})
     sidecar = {
@@ -246,16 +252,19 @@ def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
         **run.facts,
         "seconds": round(seconds, 4),
         "summary": summary.to_dict() if summary else None,
+        "warnings": list(warnings),
     }
     outputs.write_json(sidecar, run.folder / f"{stem}.json")
     density = summary.run_density if summary else None
-    return ItemResult(job.index, job.prompt, job.seed, "done", str(path), round(seconds, 4), density)
+    done = (job.index, job.prompt, job.seed, "done", str(path), round(seconds, 4), density)
+    return ItemResult(*done, warnings=warnings)
 
 
 def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media | None]:
     sidecar = outputs.read_sidecar(path.with_suffix(".json"))
     density = (sidecar.get("summary") or {}).get("run_density")
-    result = ItemResult(job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
+    head = (job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
+    result = ItemResult(*head, warnings=tuple(sidecar.get("warnings", ())))
     return result, outputs.read_media(path) if with_sheet else None
 
 

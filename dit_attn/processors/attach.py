@@ -53,6 +53,17 @@ def attach(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pi
     return session
 
 
+def watch(model: torch.nn.Module, clock: Clock, pipe: Any = None) -> None:
+    """Let a session see the calls of ``model`` and touch none of its layers.
+
+    Raises:
+        DitAttnError: unsupported family.
+    """
+    session = prepare(model, (), clock, pipe)
+    detach(model)
+    install_taps(session)
+
+
 def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None) -> Session:
     """A session with its layers registered, nothing installed yet."""
     family = family_of(model)

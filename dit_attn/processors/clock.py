@@ -34,6 +34,7 @@ class Guidance:
         negated: whether the pipelines turn the sign of the prediction before the scheduler gets it.
         rescaled: whether they rescale the guided prediction by default, which is no affine rule.
         scale: attribute of the pipeline that holds the scale of a call; ``""`` where none does.
+        argument: argument of the pipeline's call that is the scale, where it is kept nowhere.
         scale_offset: what is added to it for the scale s of ``u + s (c - u)``.
     """
 
@@ -43,6 +44,7 @@ class Guidance:
     negated: bool = False
     rescaled: bool = False
     scale: str = "_guidance_scale"
+    argument: str = ""
     scale_offset: float = 0.0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dit_attn.processors.asked import Asked, asked
 from dit_attn.processors.clock import Clock, Guidance
 from dit_attn.processors.families import Family
 from dit_attn.processors.inject import Guide
@@ -131,6 +132,7 @@ class Session:
         self.perturbed: Perturbation | None = None
         self.first_perturbed = 0
         self.seen: set[str] = set()
+        self.asked = Asked()
         self.id = next(_ids)
         self.token = torch.tensor(self.id, dtype=torch.int64, device="cpu")
         _SESSIONS[self.id] = self
@@ -189,6 +191,7 @@ class Session:
         if self._seen_run != self.clock.run:
             self._seen_run = self.clock.run
             self.seen = set()
+            self.asked = asked(self.pipe, rule.argument) if (rule := self.family.guidance).argument else Asked()
             self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
@@ -253,7 +256,7 @@ class Session:
         name = rule.scale
         if name and getattr(self.pipe, "transformer_2", None) is self.model:
             name = f"{name}_2"
-        value = getattr(self.pipe, name, None) if name else None
+        value = getattr(self.pipe, name, None) if name else self.asked.scale
         if value is None:
             return None
         return float(value) + rule.scale_offset if value > 1.0 else 1.0  # what pipelines take for "without"

@@ -198,12 +198,19 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
 
 def _missing_guidance(session: Session) -> str | None:
     """What to say of a run whose pipeline was given a guidance scale and never ran an unconditional branch."""
-    scale = session.guidance_scale()
+    if not session.clock.run or "uncond" in session.seen:
+        return None
+    scale, name = session.guidance_scale(), session.family.guidance.argument
     embedded = bool(getattr(session.model.config, "guidance_embeds", False))
-    if session.clock.run and scale is not None and scale > 1.0 and not embedded and "uncond" not in session.seen:
+    if scale is not None and scale > 1.0 and (name or not embedded):
+        remedy = session.asked.remedy if name else "a negative prompt may be missing"
         return (
-            f"guidance_scale {scale:g} had no effect: the pipeline ran no unconditional branch "
-            "(a negative prompt may be missing)"
+            f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
+        )
+    if (session.asked.embedded or 0.0) > 1.0 and not embedded:
+        return (
+            f"guidance_scale {session.asked.embedded:g} had no effect: this {type(session.model).__name__} takes no "
+            f"guidance as an input; leave it out{f', or give {name} and negative_prompt' if scale is not None else ''}"
         )
     return None
 

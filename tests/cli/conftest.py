@@ -84,3 +84,37 @@ def image_to_video_model(tmp_path_factory):
         transformer=transformer,
     ).save_pretrained(target)
     return target
+
+
+@pytest.fixture(scope="session")
+def flux_model(tmp_path_factory):
+    """A random two-layer Flux pipeline around the embedded joint model's parts; no distilled guidance."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    from dit_attn import models
+
+    torch.manual_seed(0)
+    parts = models.load("tiny-joint")
+    transformer = FluxTransformer2DModel(
+        in_channels=4 * parts.vae.config.latent_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=parts.text_encoder_3.config.d_model,
+        pooled_projection_dim=parts.text_encoder.config.hidden_size,
+        axes_dims_rope=(4, 6, 6),
+    )
+    target = tmp_path_factory.mktemp("models") / "flux"
+    FluxPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=CLIPTextModel(parts.text_encoder.config),
+        tokenizer_2=parts.tokenizer_3,
+        text_encoder_2=parts.text_encoder_3,
+        vae=parts.vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+    ).save_pretrained(target)
+    return target

@@ -338,3 +338,32 @@ def test_a_disk_that_takes_no_more_bytes_is_bad_input_not_a_crash(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# -- guidance that does not happen ------------------------------------------------------------------------------------
+
+
+def dropped(cli, model, *words):
+    asked = json.dumps({"true_cfg_scale": 3, "max_sequence_length": 16})
+    return cli("generate", "--model", str(model), *FAST, "--pipeline-kwargs", asked, *words)
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "softpag", "--set", "heads=0")], ids=["stock", "softpag"])
+def test_guidance_that_the_pipeline_drops_is_one_line(cli, flux_model, tmp_path, method):
+    prompts = ("--prompt", "a red circle", "--prompt", "a blue square", "-o", "out", *method)
+    outcome = dropped(cli, flux_model, *prompts)
+    assert outcome.code == 0, outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if "warning" in line]
+    assert line.startswith("dit-attn: warning: true_cfg_scale 3 had no effect") and line.endswith("(2 of 2 items)")
+    assert "give negative_prompt" in line
+    told = sidecars(tmp_path / "out")[0]["warnings"]
+    assert len(told) == 1 and told[0] in line
+    again = dropped(cli, flux_model, *prompts, "--resume")
+    assert line in again.err  # what was kept is still without guidance
+
+
+def test_guidance_that_happens_is_not_told_of(cli, image, flux_model):
+    outcome = dropped(cli, flux_model, "--prompt", "a red circle", "--negative-prompt", " ", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "warning" not in outcome.err and json.loads(outcome.out)["items"][0]["warnings"] == []
+    assert "had no effect" not in image("--prompt", "a red circle", "--guidance-scale", "3").err

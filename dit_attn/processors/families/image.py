@@ -13,7 +13,8 @@ from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
-EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="")  # the pipeline's scale is an input of the model
+# The pipeline's guidance_scale is an input of the model.
+EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
 
 
@@ -156,7 +157,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn",),
         reads=("img_shapes",),
         layout=_qwen,
-        guidance=Guidance("separate", ("cond", "uncond"), rescaled=True, scale=""),
+        guidance=Guidance("separate", ("cond", "uncond"), rescaled=True, scale="", argument="true_cfg_scale"),
     ),
     Family(
         name="omnigen",

@@ -12,7 +12,8 @@ from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
-EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="")  # the pipeline's scale is an input of the model
+# The pipeline's guidance_scale is an input of the model.
+EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
 
 
 def _patches(config: Any) -> tuple[int, int, int]:

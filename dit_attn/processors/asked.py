@@ -1,0 +1,78 @@
+"""What guidance a pipeline's call asked for, where the pipeline keeps it in a local variable alone."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The guidance arguments of one call.
+
+    Attributes:
+        scale: of classifier-free guidance, ``None`` where the call takes none.
+        given: arguments of the negative prompt that were given.
+        missing: embeddings and masks of it that were not.
+        embedded: scale that is an input of a distilled model, where the caller changed its default; else ``None``.
+    """
+
+    scale: float | None = None
+    given: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    embedded: float | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What to pass so that the pipeline runs an unconditional branch."""
+        if not self.given:
+            return 'give negative_prompt (" " will do)'
+        if "negative_prompt" in self.given or not self.missing:
+            return f"although {', '.join(self.given)} was given; this pipeline guides in another way"
+        return f"{', '.join(self.given)} alone is not enough, give {', '.join(self.missing)} too"
+
+
+def asked(pipe: Any, argument: str) -> Asked:
+    """Read the call of ``pipe`` that is running; nothing is known where none is.
+
+    Args:
+        pipe: a pipeline, or ``None``.
+        argument: of its call, the scale of classifier-free guidance.
+    """
+    call = running_call(pipe)
+    negative = {name: value for name, value in call.items() if name.startswith("negative_") and "prompt" in name}
+    parts = [name for name in negative if name.endswith(("_embeds", "_mask"))]
+    embedded, usual = call.get("guidance_scale"), _default(pipe, "guidance_scale")
+    return Asked(
+        scale=None if call.get(argument) is None else float(call[argument]),
+        given=tuple(name for name, value in negative.items() if value is not None),
+        missing=tuple(name for name in parts if negative[name] is None),
+        embedded=None if embedded is None or embedded == usual else float(embedded),
+    )
+
+
+def running_call(pipe: Any) -> dict[str, Any]:
+    """The arguments of the call of ``pipe`` that is on the stack, by name; empty where there is none.
+
+    A pipeline is called through its class, so nothing can be hung on the object to see them. Where a class hands its
+    call on to its base, what the user gave counts.
+    """
+    kinds = type(pipe).__mro__ if pipe is not None else ()
+    calls = [inspect.unwrap(vars(kind)["__call__"]) for kind in kinds if "__call__" in vars(kind)]
+    codes = {code for call in calls if (code := getattr(call, "__code__", None)) is not None}
+    found: dict[str, Any] = {}
+    frame = sys._getframe(1) if codes else None
+    while frame is not None:
+        code = frame.f_code
+        if code in codes and frame.f_locals.get(code.co_varnames[0]) is pipe:
+            names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+            found |= {name: frame.f_locals[name] for name in names if name in frame.f_locals}
+        frame = frame.f_back
+    return found
+
+
+def _default(pipe: Any, name: str) -> Any:
+    taken = inspect.signature(type(pipe).__call__).parameters if pipe is not None else {}
+    return taken[name].default if name in taken else None
