@@ -131,7 +131,7 @@ class BlockLayout:
     def from_topk(
         cls,
         scores: torch.Tensor,
-        k: int,
+        k: int | torch.Tensor,
         forced: torch.Tensor | None = None,
         *,
         q_len: int,
@@ -143,26 +143,28 @@ class BlockLayout:
 
         Args:
             scores: (B, H, nq, nk) fp32; a block of score ``-inf`` is never chosen.
-            k: key blocks per query block, clamped to [1, nk].
+            k: key blocks per query block, clamped to [1, nk]. As a 0-d int64 tensor it leaves a compiled graph as it is
+                when it changes; the lists are then nk wide.
             forced: broadcastable bool, blocks that are kept whatever their score. They count against ``k`` first; a
                 row with more forced blocks than ``k`` keeps them all and nothing else.
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
         """
         _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
-        k = max(1, min(k, scores.shape[-1]))
+        nk = scores.shape[-1]
+        cap = nk if forced is not None or isinstance(k, torch.Tensor) else max(1, min(k, nk))
+        least = k.to(scores.device).clamp(1, nk) if isinstance(k, torch.Tensor) else max(1, min(k, nk))
         order, fixed, available = _ranking(scores, forced)
-        count = available.clamp(max=k) if fixed is None else torch.minimum(fixed.clamp(min=k), available)
-        places = torch.arange(scores.shape[-1], device=scores.device)
-        candidates = torch.where(places < count[..., None], order, scores.shape[-1])
-        cap = k if forced is None else scores.shape[-1]
+        count = available.clamp(max=least) if fixed is None else torch.minimum(fixed.clamp(min=least), available)
+        places = torch.arange(nk, device=scores.device)
+        candidates = torch.where(places < count[..., None], order, nk)
         return cls._pack(candidates[..., :cap], count, q_len, kv_len, q_block, kv_block)
 
     @classmethod
     def from_topp(
         cls,
         scores: torch.Tensor,
-        p: float,
+        p: float | torch.Tensor,
         k_min: int = 1,
         forced: torch.Tensor | None = None,
         *,
@@ -175,20 +177,26 @@ class BlockLayout:
 
         Args:
             scores: (B, H, nq, nk) fp32 logits; a block of score ``-inf`` is never chosen.
-            p: mass in (0, 1]; 1 keeps every block.
+            p: mass in (0, 1]; 1 keeps every block. A 0-d tensor on a device is not read, so not checked.
             k_min: smallest number of blocks per row.
             forced: broadcastable bool, blocks that are kept whatever their score; their mass counts first.
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
         """
         _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
-        if not 0.0 < p <= 1.0:
+        unread = isinstance(p, torch.Tensor) and not readable(p)
+        if not unread and not 0.0 < p <= 1.0:
             raise DitAttnError(f"p is a share of the softmax mass in (0, 1], got {p}")
         order, fixed, available = _ranking(scores, forced)
         mass = torch.softmax(scores.float(), -1).gather(-1, order)
         least = torch.full_like(available, max(1, k_min)) if fixed is None else fixed.clamp(min=max(1, k_min))
         # A block is needed while the mass before it is short of p; the sum may round, so p = 1 is said outright.
-        needed = (mass.cumsum(-1) - mass < p).sum(-1) if p < 1.0 else available
+        needed = available
+        if isinstance(p, torch.Tensor):
+            p = p.to(scores.device)
+            needed = torch.where(p < 1.0, (mass.cumsum(-1) - mass < p).sum(-1), available)
+        elif p < 1.0:
+            needed = (mass.cumsum(-1) - mass < p).sum(-1)
         count = torch.minimum(torch.maximum(needed, least), available)
         places = torch.arange(scores.shape[-1], device=scores.device)
         candidates = torch.where(places < count[..., None], order, scores.shape[-1])

@@ -56,7 +56,7 @@ IMPLEMENTATIONS = {
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor kv_idx, Tensor kv_cnt, Tensor? n_full, Tensor? mask_a, Tensor? mask_b, "
-    "Tensor? key_mask, Tensor? key_bias, int mask_kind, int[] mask_numbers, int q_block, int kv_block, float scale"
+    "Tensor? key_mask, Tensor? key_bias, int mask_kind, SymInt[] mask_numbers, int q_block, int kv_block, float scale"
 )
 _TENSORS = 10  # of the arguments of a call, the first ones are tensors
 _BIAS = 9  # place of key_bias among them

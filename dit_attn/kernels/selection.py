@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,10 @@ PIECE = 1 << 26
 """Bytes of fp32 temporaries elsewhere."""
 LONGEST = 8192
 """Key blocks the fused kernels can choose from."""
+
+
+Budget = float | torch.Tensor
+"""A share in (0, 1]: a number, or a 0-d fp32 or fp64 tensor that may hold another value at every call of one graph."""
 
 
 class BlockPlan(NamedTuple):
@@ -56,8 +60,8 @@ def plan_blocks(
     *,
     q_block: int,
     kv_block: int,
-    density: float | None = None,
-    top_p: float | None = None,
+    density: Budget | None = None,
+    top_p: Budget | None = None,
     k_min: int = 1,
     forced: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
@@ -72,7 +76,9 @@ def plan_blocks(
         k: (B, Sk, Hk, D); ``H % Hk == 0``.
         q_block, kv_block: tokens per block.
         density: fraction of key blocks per query block; ``ceil(density * nk)`` are kept, forced ones inside the budget.
-        top_p: alternatively, softmax mass to keep.
+            As a tensor on the device of q, it may change from call to call of a compiled graph; the
+            lists are then as wide as a dense row.
+        top_p: alternatively, softmax mass to keep; a tensor likewise.
         k_min: with ``top_p``, the smallest number of blocks per row.
         forced: (B|1, H|1, nq|1, nk|1) bool, blocks that are always kept.
         key_mask: (B, Sk) bool, keys that exist.
@@ -106,8 +112,8 @@ def plan_blocks(
 def plan_scores(
     scores: torch.Tensor,
     *,
-    density: float | None = None,
-    top_p: float | None = None,
+    density: Budget | None = None,
+    top_p: Budget | None = None,
     k_min: int = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
@@ -295,8 +301,8 @@ def block_scores(
 def select_blocks(
     scores: torch.Tensor,
     *,
-    density: float | None = None,
-    top_p: float | None = None,
+    density: Budget | None = None,
+    top_p: Budget | None = None,
     k_min: int = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
@@ -332,10 +338,23 @@ def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
         raise DitAttnError(f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} heads of k")
 
 
-def check_budget(density: float | None, top_p: float | None) -> None:
-    """Raises DitAttnError unless exactly one of the two is given, in (0, 1]."""
+def check_budget(density: Budget | None, top_p: Budget | None) -> None:
+    """Raises DitAttnError unless exactly one of the two is given, in (0, 1].
+
+    A tensor on a device, or in a graph that is being traced, is not read: the kernels take it as if it were clamped.
+    """
     if (density is None) == (top_p is None):
         raise DitAttnError(f"give exactly one of density and top_p, got density={density} and top_p={top_p}")
+    name = "density" if top_p is None else "top_p"
+    share = density if top_p is None else top_p
+    if isinstance(share, torch.Tensor):
+        if share.ndim or share.dtype not in (torch.float32, torch.float64):
+            raise DitAttnError(
+                f"{name} as a tensor must be 0-d float32 or float64, got {tuple(share.shape)} {share.dtype}; "
+                "give torch.tensor(0.25, device=q.device)"
+            )
+        if not readable(share):
+            return
     if density is not None and not 0.0 < density <= 1.0:
         raise DitAttnError(f"density is the share of key blocks kept per query block, in (0, 1], got {density}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
@@ -364,8 +383,18 @@ def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
         )
 
 
-def blocks_of_density(density: float, kv_blocks: int) -> int:
-    """``ceil(density * nk)``; a little slack keeps a product like 0.07 * 100 = 7.000000000000001 from costing one."""
+@overload
+def blocks_of_density(density: float, kv_blocks: int) -> int: ...
+@overload
+def blocks_of_density(density: Budget, kv_blocks: int) -> int | torch.Tensor: ...
+def blocks_of_density(density: Budget, kv_blocks: int) -> int | torch.Tensor:
+    """``ceil(density * nk)``; a little slack keeps a product like 0.07 * 100 = 7.000000000000001 from costing one.
+
+    Of a tensor a 0-d int64 tensor; the slack covers the rounding of its type.
+    """
+    if isinstance(density, torch.Tensor):
+        slack = max(1e-9, torch.finfo(density.dtype).eps * kv_blocks)
+        return torch.ceil(density.double() * kv_blocks - slack).clamp(1, kv_blocks).long()
     return max(1, min(math.ceil(density * kv_blocks - 1e-9), kv_blocks))
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.launch import Launch
 from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection import blocks_of_density, check_budget, check_heads, full_precision
+from dit_attn.kernels.selection import Budget, blocks_of_density, check_budget, check_heads, full_precision
 
 LOWEST = tl.constexpr(-2147483648)  # the integer below every score: a block that cannot be chosen
 SCRATCH = 1 << 26
@@ -145,12 +145,16 @@ def best(image, wanted, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["kcap", "budget", "words", "tiles"])
 def select_kernel(
     q_mean, k_mean, counts, scores, forced, kv_idx, kv_cnt, kept, bits,
-    nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p,
+    nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p, held,
     counts_b, s_b, s_h, s_q, s_k, f_b, f_h, f_q, f_k,
     DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, PRECISION: tl.constexpr,
     GIVEN: tl.constexpr, TOP_P: tl.constexpr, FORCED: tl.constexpr, STATS: tl.constexpr,
+    HELD: tl.constexpr,
 ):  # fmt: skip
-    """Lists of the chosen key blocks of ROWS query blocks. ``budget``: blocks, or with TOP_P the smallest number."""
+    """Lists of the chosen key blocks of ROWS query blocks. ``budget``: blocks, or with TOP_P the smallest number.
+
+    With HELD, the budget (or with TOP_P the mass) is where ``held`` points.
+    """
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
     h = (program // tiles) % heads
@@ -186,6 +190,11 @@ def select_kernel(
         whole = tl.sum(mass, 1)
         mass = mass / tl.where(whole > 0.0, whole, 1.0)[:, None]
 
+    if HELD:
+        if TOP_P:
+            top_p = tl.load(held)
+        else:
+            budget = tl.load(held)
     wanted = budget - n_fixed
     if TOP_P:
         missing = tl.full((ROWS,), top_p, tl.float32)
@@ -252,8 +261,8 @@ def fused_select(
     *,
     q_block: int,
     kv_block: int,
-    density: float | None = None,
-    top_p: float | None = None,
+    density: Budget | None = None,
+    top_p: Budget | None = None,
     k_min: int = 1,
     forced: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
@@ -267,21 +276,21 @@ def fused_select(
     check_budget(density, top_p)
     check_heads(q, k)
     nk = ceil_div(k.shape[1], kv_block)
-    count = k_min if density is None else blocks_of_density(density, nk)
+    budget = _budget(density, top_p, k_min, nk, q.device)
     idx, cnt, kept, bits = select_op(
-        q, k, forced, key_mask, count, top_p, float(q.shape[-1] ** -0.5 if scale is None else scale), q_block, kv_block,
+        q, k, forced, key_mask, *budget, float(q.shape[-1] ** -0.5 if scale is None else scale), q_block, kv_block,
         stats,
     )  # fmt: skip
-    known = density is not None and forced is None and key_mask is None
-    layout = BlockLayout(q_block, kv_block, q.shape[1], k.shape[1], idx, cnt, count if known else None)
+    known = top_p is None and budget[2] is None and forced is None and key_mask is None
+    layout = BlockLayout(q_block, kv_block, q.shape[1], k.shape[1], idx, cnt, budget[0] if known else None)
     return (layout, kept, bits) if stats else (layout, None, None)
 
 
 def fused_select_scores(
     scores: torch.Tensor,
     *,
-    density: float | None = None,
-    top_p: float | None = None,
+    density: Budget | None = None,
+    top_p: Budget | None = None,
     k_min: int = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
@@ -295,16 +304,28 @@ def fused_select_scores(
     nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
     if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
         raise DitAttnError(f"scores must be (B, H, {nq}, {nk}) for these lengths and blocks, got {tuple(scores.shape)}")
-    count = k_min if density is None else blocks_of_density(density, nk)
-    idx, cnt, kept, bits = select_scores_op(scores, forced, count, top_p, stats)
+    budget = _budget(density, top_p, k_min, nk, scores.device)
+    idx, cnt, kept, bits = select_scores_op(scores, forced, *budget, stats)
     layout = BlockLayout(q_block, kv_block, q_len, kv_len, idx, cnt)  # a score may be -inf
     return (layout, kept, bits) if stats else (layout, None, None)
+
+
+def _budget(
+    density: Budget | None, top_p: Budget | None, k_min: int, nk: int, device: torch.device
+) -> tuple[int, float | None, torch.Tensor | None]:
+    """Blocks a row (the fewest, with a mass), mass, and the one of the two that stays on the device, if it is there."""
+    if isinstance(top_p, torch.Tensor):
+        return k_min, 1.0, top_p.to(device, torch.float32)
+    if density is None:
+        return k_min, top_p, None
+    count = blocks_of_density(density, nk)
+    return (nk, None, count.to(device, torch.int32)) if isinstance(count, torch.Tensor) else (count, None, None)
 
 
 # -- operators: opaque to the compiler, flat arguments -----------------------------------------------------------------
 
 Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_BUDGET = "SymInt count, float? top_p"
+_BUDGET = "SymInt count, float? top_p, Tensor? held"
 _RESULT = "(Tensor kv_idx, Tensor kv_cnt, Tensor kept, Tensor bits)"
 
 
@@ -315,6 +336,7 @@ def _select(
     key_mask: torch.Tensor | None,
     count: int,
     top_p: float | None,
+    held: torch.Tensor | None,
     scale: float,
     q_block: int,
     kv_block: int,
@@ -324,9 +346,9 @@ def _select(
     k_mean, _, counts = fused_pool(k, kv_block, key_mask)
     out = _lists(q_mean, k_mean.shape[2], forced, count, top_p, stats)
     if k_mean.shape[2] <= SCORED:
-        _run(plan_select((q_mean, k_mean, counts), None, forced, count, top_p, scale, out), q.device)
+        _run(plan_select((q_mean, k_mean, counts), None, forced, count, top_p, held, scale, out), q.device)
     else:
-        _select_long_rows(q_mean, k_mean, counts, forced, count, top_p, scale, out)
+        _select_long_rows(q_mean, k_mean, counts, forced, count, top_p, held, scale, out)
     return out
 
 
@@ -337,6 +359,7 @@ def _select_long_rows(
     forced: torch.Tensor | None,
     count: int,
     top_p: float | None,
+    held: torch.Tensor | None,
     scale: float,
     out: Lists,
 ) -> None:
@@ -354,14 +377,19 @@ def _select_long_rows(
                 scores = (q_mean[b : b + 1, heads] @ keys.transpose(-1, -2)) * scale + weight[b : b + 1]
             fixed = None if whole is None else whole[b : b + 1, heads]
             idx, cnt, kept, bits = (x[b : b + 1, heads] if x.ndim > 1 else x for x in out)
-            _run(plan_select(None, scores, fixed, count, top_p, 1.0, (idx, cnt, kept, bits)), scores.device)
+            _run(plan_select(None, scores, fixed, count, top_p, held, 1.0, (idx, cnt, kept, bits)), scores.device)
 
 
 def _select_scores(
-    scores: torch.Tensor, forced: torch.Tensor | None, count: int, top_p: float | None, stats: bool
+    scores: torch.Tensor,
+    forced: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    held: torch.Tensor | None,
+    stats: bool,
 ) -> Lists:
     out = _lists(scores, scores.shape[-1], forced, count, top_p, stats)
-    _run(plan_select(None, scores, forced, count, top_p, 1.0, out), scores.device)
+    _run(plan_select(None, scores, forced, count, top_p, held, 1.0, out), scores.device)
     return out
 
 
@@ -401,6 +429,7 @@ def _select_fake(
     key_mask: torch.Tensor | None,
     count: int,
     top_p: float | None,
+    held: torch.Tensor | None,
     scale: float,
     q_block: int,
     kv_block: int,
@@ -412,7 +441,12 @@ def _select_fake(
 
 @select_scores_op.register_fake
 def _select_scores_fake(
-    scores: torch.Tensor, forced: torch.Tensor | None, count: int, top_p: float | None, stats: bool
+    scores: torch.Tensor,
+    forced: torch.Tensor | None,
+    count: int,
+    top_p: float | None,
+    held: torch.Tensor | None,
+    stats: bool,
 ) -> Lists:
     return _lists(scores, scores.shape[-1], forced, count, top_p, stats)
 
@@ -451,6 +485,7 @@ def plan_select(
     forced: torch.Tensor | None,
     count: int,
     top_p: float | None,
+    held: torch.Tensor | None,
     scale: float,
     out: Lists,
 ) -> Launch:
@@ -474,11 +509,12 @@ def plan_select(
         "kv_idx": kv_idx, "kv_cnt": kv_cnt, "kept": kept, "bits": bits,
         "nq": nq, "nk": nk, "heads": heads, "ratio": ratio, "kcap": kv_idx.shape[-1], "words": ceil_div(nk, 32),
         "tiles": tiles, "scale": scale, "budget": max(1, count), "top_p": 1.0 if top_p is None else top_p,
+        "held": held,
         "counts_b": 0 if counts is None else counts.stride(0),
         **dict(zip(("s_b", "s_h", "s_q", "s_k"), s_strides)), **dict(zip(("f_b", "f_h", "f_q", "f_k"), f_strides)),
         "DIM": dim, "CHUNK": 16, "ROWS": rows, "NK": width, "PRECISION": "ieee",
         "GIVEN": scores is not None, "TOP_P": top_p is not None, "FORCED": fixed is not None,
-        "STATS": kept.ndim > 1,
+        "STATS": kept.ndim > 1, "HELD": held is not None,
     }  # fmt: skip
     warps = max(4, min(8, rows * width // 512))
     return Launch(select_kernel, batch * heads * tiles, arguments, warps, 1)

@@ -26,14 +26,14 @@ def pooling(dim: int, block: int, full: bool) -> Launch:
     return triton_selection.plan_pool(x, block, mask, mean, mean.clone() if full else None, torch.empty(1, n))
 
 
-def choice(blocks: int, full: bool, given: bool = False) -> Launch:
+def choice(blocks: int, full: bool, given: bool = False, held: torch.Tensor | None = None) -> Launch:
     """The choice among a number of key blocks; ``full`` by mass, with forced blocks and statistics."""
     q, k, counts = torch.empty(1, 2, 64, 128), torch.empty(1, 2, blocks, 128), torch.empty(1, blocks)
     forced = torch.zeros(1, 1, 1, blocks, dtype=torch.bool) if full else None
     top_p = 0.9 if full else None
     out = triton_selection._lists(q, blocks, forced, 16, top_p, full)
     scores = torch.empty(1, 2, 64, blocks) if given else None
-    return triton_selection.plan_select(None if given else (q, k, counts), scores, forced, 16, top_p, 0.1, out)
+    return triton_selection.plan_select(None if given else (q, k, counts), scores, forced, 16, top_p, held, 0.1, out)
 
 
 LAUNCHES = {
@@ -43,6 +43,8 @@ LAUNCHES = {
     "density, short rows": lambda: choice(256, False),
     "everything, the longest scored rows": lambda: choice(1024, True),
     "everything, rows of an odd length": lambda: choice(1023, True),
+    "a density on the device": lambda: choice(256, False, held=torch.empty((), dtype=torch.int32)),
+    "a mass on the device": lambda: choice(1024, True, held=torch.empty(())),
     "given scores, the longest rows": lambda: choice(8192, True, given=True),
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import triton_selection
@@ -240,8 +242,10 @@ def test_the_operators_keep_the_rules_of_the_compiler(top_p: float | None, stats
     q, k = random(1, 20, 2, 16), random(1, 24, 1, 16, seed=1)
     forced = random(1, 1, 1, 3) > 0 if with_forced else None
     mask = random(1, 24, seed=2) > -1
-    torch.library.opcheck(triton_selection.select_op, (q, k, forced, mask, 2, top_p, 0.25, 8, 8, stats))
-    torch.library.opcheck(triton_selection.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, stats))
+    torch.library.opcheck(triton_selection.select_op, (q, k, forced, mask, 2, top_p, None, 0.25, 8, 8, stats))
+    torch.library.opcheck(triton_selection.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, None, stats))
+    held = torch.tensor(2, dtype=torch.int32) if top_p is None else torch.tensor(top_p)
+    torch.library.opcheck(triton_selection.select_op, (q, k, forced, mask, 3, top_p, held, 0.25, 8, 8, stats))
 
 
 def test_a_change_of_density_does_not_compile_for_ever() -> None:
@@ -260,6 +264,22 @@ def test_a_change_of_density_does_not_compile_for_ever() -> None:
     for density in (0.25, 0.5, 0.75):
         assert torch.equal(compiled(density)[0], choose(density)[0])
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("name, with_forced", [("density", False), ("density", True), ("top_p", True)])
+def test_a_budget_in_a_tensor_is_one_graph_and_the_same_choice(name: str, with_forced: bool) -> None:
+    q, k = random(1, 16, 1, 16), random(1, 64, 1, 16, seed=1)
+    forced = random(1, 1, 1, 8, seed=2) > 0 if with_forced else None
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def choose(share: torch.Tensor | float) -> torch.Tensor:
+        sizes: dict[str, Any] = {"q_block": 8, "kv_block": 8, "forced": forced, "backend": "triton"}
+        return plan_blocks(q, k, **{name: share}, **sizes).layout.block_mask()
+
+    compiled = torch.compile(choose, backend=counter, fullgraph=True)
+    for share in (0.25, 0.5, 0.8, 1.0):
+        assert torch.equal(compiled(torch.tensor(share)), choose(share))
+    assert counter.frame_count == 1
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
