@@ -103,7 +103,7 @@ def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) 
         assert "tcgen05.mma" in compiled.ptx
 
 
-@pytest.mark.parametrize("name", ("bf16 64", "bf16 128", "whole blocks only"))
+@pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "whole blocks only"))
 def test_hopper_keeps_its_prefetch_of_keys_and_values(name: str) -> None:
     compiled = compile_for(FORWARD[name](), 90)
     assert compiled.waits and max(compiled.waits) >= 2  # a wait that leaves copies in flight: the loop is not drained
