@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dit_attn import __version__
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, broken, unknown
 
 # Command -> the line of `dit-attn --help`. The module of the same name has add_parser(subparsers) and run(args) -> int.
 COMMANDS = {
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:
+        torn = broken("torchvision", "diffusers, transformers and torchmetrics load it where it is there")
+        if torn is not None:
+            return _fail(str(torn), BAD_INPUT, debug)
         name = type(error).__name__
         return _fail(f"unexpected {name}: {error}; run again with --debug for the traceback", SOME_FAILED, debug)
 

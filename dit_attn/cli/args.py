@@ -123,6 +123,11 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
         group.add_argument(*names, dest=flag.dest, help=flag.help, default=argparse.SUPPRESS, **extra)
 
 
+def without(group: Sequence[Flag], *names: str) -> tuple[Flag, ...]:
+    """The flags of a group but those of some names, for commands that take most of it."""
+    return tuple(flag for flag in group if flag.name not in names)
+
+
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """``--method`` and ``--set``, which keep their order, and the flags about presets and files."""
     add_flags(parser, "methods", METHOD)

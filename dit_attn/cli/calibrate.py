@@ -38,10 +38,10 @@ _GROUPS = {
     "prompts": flags.PROMPT,
     "calibration": _OWN,
     "size": flags.SIZE,
-    "sampling": tuple(flag for flag in flags.SAMPLING if flag.name != "num-images-per-prompt"),
-    "machine": tuple(flag for flag in flags.MACHINE if flag.name != "compile"),
+    "sampling": flags.without(flags.SAMPLING, "num-images-per-prompt"),
+    "machine": flags.without(flags.MACHINE, "compile"),
     "output": (
-        *(flag for flag in flags.OUTPUT if flag.name not in ("contact-sheet", "fps", "resume")),
+        *flags.without(flags.OUTPUT, "contact-sheet", "fps", "resume"),
         flags.Flag("resume", "go on with the measurements that are already there", bool),
         flags.Flag("push-to-hub", "upload the result to this repository of the Hugging Face Hub", metavar="ORG/NAME"),
     ),

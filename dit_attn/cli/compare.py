@@ -48,9 +48,9 @@ _GROUPS = {
     "prompts": flags.PROMPT,
     "comparison": _OWN,
     "size": flags.SIZE,
-    "sampling": tuple(flag for flag in flags.SAMPLING if flag.name not in ("seed", "num-images-per-prompt")),
-    "machine": tuple(flag for flag in flags.MACHINE if flag.name != "compile"),
-    "output": tuple(flag for flag in flags.OUTPUT if flag.name != "contact-sheet"),
+    "sampling": flags.without(flags.SAMPLING, "seed", "num-images-per-prompt"),
+    "machine": flags.without(flags.MACHINE, "compile"),
+    "output": flags.without(flags.OUTPUT, "contact-sheet"),
     "settings": flags.METHOD,
 }
 _EXAMPLES = """examples:

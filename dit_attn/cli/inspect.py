@@ -29,12 +29,12 @@ _OWN = (
 )
 _GROUPS = {
     "model": flags.MODEL,
-    "prompt": tuple(flag for flag in flags.PROMPT if flag.name != "prompts"),
+    "prompt": flags.without(flags.PROMPT, "prompts"),
     "measurements": _OWN,
     "size": flags.SIZE,
-    "sampling": tuple(flag for flag in flags.SAMPLING if flag.name != "num-images-per-prompt"),
-    "machine": tuple(flag for flag in flags.MACHINE if flag.name != "compile"),
-    "output": tuple(flag for flag in flags.OUTPUT if flag.name not in ("contact-sheet", "resume")),
+    "sampling": flags.without(flags.SAMPLING, "num-images-per-prompt"),
+    "machine": flags.without(flags.MACHINE, "compile"),
+    "output": flags.without(flags.OUTPUT, "contact-sheet", "resume"),
 }
 _EXAMPLES = """examples:
   dit-attn inspect --model tiny-video --prompt "a large blue square moving right fast on white"

@@ -101,6 +101,7 @@ def make_jobs(options: dict[str, Any], defaults: dict[str, Any]) -> list[Job]:
     for line, where in lines:
         if not line["prompt"].strip():
             raise DitAttnError(f"{where}: the prompt is empty; write what to generate")
+        _refuse_zero_bytes({**shared, **line}, where)
         for copy in range(copies):
             index = len(jobs)
             seed = line["seed"] + copy if "seed" in line else options.get("seed", 42) + index
@@ -108,6 +109,12 @@ def make_jobs(options: dict[str, Any], defaults: dict[str, Any]) -> list[Job]:
                 raise DitAttnError(f"{where}: seed {seed} is too large; the largest is {MAX_SEED}")
             jobs.append(Job(index, line["prompt"], seed, _call({**shared, **line}, shared, defaults), where))
     return jobs
+
+
+def _refuse_zero_bytes(settings: dict[str, Any], where: str) -> None:
+    wrong = next((key for key, value in settings.items() if isinstance(value, str) and "\0" in value), None)
+    if wrong is not None:
+        raise DitAttnError(f"{where}: {wrong} has a zero byte in it; take it out (is the file UTF-16?)")
 
 
 def _call(settings: dict[str, Any], shared: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

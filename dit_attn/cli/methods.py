@@ -125,7 +125,8 @@ def typed(value: Any, hint: Any, where: str) -> Any:
             return _as(value, kind)
         except (ValueError, TypeError):
             continue
-    raise DitAttnError(f"{where} must be {describe(hint)}, got {value!r}")
+    quotes = "; put it in quotes: YAML reads 3, and 3:7 too, as a number" if str in kinds else ""
+    raise DitAttnError(f"{where} must be {describe(hint)}, got {value!r}{quotes}")
 
 
 def _as(value: Any, kind: Any) -> Any:

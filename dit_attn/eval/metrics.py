@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, broken, unknown
 from dit_attn.eval.extractors import Networks, clip_pair, lpips_metric, with_inception
 
 BATCH = 32
@@ -93,6 +93,9 @@ def score(
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     spec = METRICS[metric]
+    torn = broken("torchvision", "torchmetrics loads it where it is there")
+    if torn is not None:
+        raise torn
     _check(metric, spec, images, reference, captions)
     networks, device = networks or Networks(), torch.device(device)
     value, spread, judge, caution = spec.compute(images, reference, captions, networks, device)

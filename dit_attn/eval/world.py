@@ -173,8 +173,14 @@ def split(kind: str) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
 
 
 def held_out_sample(kind: str, count: int, seed: int = 0) -> list[Item]:
-    """`count` different held-out items in a seeded random order (all of them where fewer exist)."""
+    """`count` different held-out items in a seeded random order.
+
+    Raises:
+        DitAttnError: fewer exist.
+    """
     items = split(kind)[1]
+    if count > len(items):
+        raise DitAttnError(f"the shapes world has {len(items)} held-out {kind}s, {count} were asked for; ask for fewer")
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     return [items[i] for i in order[:count]]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, broken, unknown
 from dit_attn.eval.columns import COLUMNS
 from dit_attn.pipelines import defects, scores
 
@@ -305,6 +305,9 @@ def _need_torchmetrics(what: str) -> None:
 
     if importlib.util.find_spec("torchmetrics") is None:
         raise DitAttnError(f"{what} needs torchmetrics: pip install torchmetrics, or use fid-world and clip-world")
+    torn = broken("torchvision", "torchmetrics loads it where it is there")
+    if torn is not None:
+        raise torn
 
 
 JUDGES: dict[str, Callable[[Networks, Any], tuple[Judge, str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -118,3 +119,13 @@ def flux_model(tmp_path_factory):
         transformer=transformer,
     ).save_pretrained(target)
     return target
+
+
+@pytest.fixture
+def broken_torchvision(monkeypatch, tmp_path):
+    """A torchvision that was built for another torch: it is there, and its import raises ``RuntimeError``."""
+    package = tmp_path / "site" / "torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)

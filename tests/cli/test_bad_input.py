@@ -19,6 +19,8 @@ MODEL = ("--model", "tiny-image")
         (PROMPT, ["no model", "--model"]),
         (MODEL, ["no prompt", "--prompts"]),
         ((*MODEL, "--prompt", " "), ["prompt is empty"]),
+        ((*MODEL, "--prompt", "a red\0circle"), ["--prompt: prompt has a zero byte", "take it out"]),
+        ((*MODEL, *PROMPT, "--negative-prompt", "\0"), ["negative_prompt has a zero byte"]),
         (("--model", "tiny-imag", *PROMPT), ["'tiny-imag'", "Did you mean 'tiny-image'", "tiny-video"]),
         (("--model", "./nowhere", *PROMPT), ["./nowhere", "no such folder"]),
         (("--model", "/no/where/at/all", *PROMPT), ["no such folder"]),
@@ -126,6 +128,18 @@ def test_a_prompt_file_with_a_bad_line_is_refused_before_anything_is_made(cli, t
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "height": 33}\n')
     cli("generate", *MODEL, "--prompts", "p.jsonl", "-o", "out").refused("line 2", "divisible by 8")
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_prompt_file_of_another_encoding_is_refused(cli, tmp_path):
+    (tmp_path / "p.txt").write_bytes("a red circle\na blue square\n".encode("utf-16-be"))
+    cli("generate", *MODEL, "--prompts", "p.txt", "-o", "out").refused("p.txt, line 1", "zero byte", "UTF-16")
+
+
+def test_a_number_in_the_configuration_where_text_belongs_says_what_to_write(cli, tmp_path):
+    for written, read in (("3", "3"), ("3:7", "187")):  # YAML takes 3:7 for minutes and seconds
+        (tmp_path / "c.yaml").write_text(f"prompt: a red circle\nmethod: {{softpag: {{heads: {written}}}}}\n")
+        told = (f"softpag.heads must be text, got {read}", "put it in quotes")
+        cli("generate", *MODEL, "--config", "c.yaml", "--dry-run").refused(*told)
 
 
 def test_an_output_that_is_a_file_is_refused_and_kept(cli, tmp_path):

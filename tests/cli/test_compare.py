@@ -8,6 +8,7 @@ import pytest
 
 from dit_attn.cli import compare as command
 from dit_attn.cli import runner
+from dit_attn.eval import world
 
 CAPTION = "a large red circle at the left on white"
 SMALL = ("--height", "64", "--width", "64", "--steps", "2", "-o", "out")
@@ -262,6 +263,11 @@ def test_a_method_text_is_split_at_settings_and_not_inside_lists():
 )
 def test_bad_input_costs_one_line(compare, words, parts):
     compare("--prompt", CAPTION, *words).refused(*parts)
+
+
+def test_more_held_out_captions_than_there_are_are_refused(cli):
+    told = f"{len(world.split('scene')[1])} held-out scenes, 99999 were asked for"
+    cli("compare", "--model", "tiny-image", "--held-out", "99999", *METHOD).refused(told)
 
 
 def test_held_out_captions_are_for_embedded_models(cli, folder_model):

@@ -6,10 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dit_attn import __version__
 from dit_attn import cli as package
 from dit_attn.cli import generate
+from dit_attn.errors import DitAttnError
+from dit_attn.eval.metrics import score
+from dit_attn.pipelines import quality
 
 
 def test_help_loads_nothing_heavy():
@@ -80,6 +84,15 @@ def test_a_fault_of_ours_is_one_line_that_says_how_to_see_more(cli, monkeypatch)
         outcome.err
         == "dit-attn: error: unexpected RuntimeError: lost in space; run again with --debug for the traceback\n"
     )
+
+
+def test_a_torchvision_that_cannot_be_imported_is_named_with_its_remedy(cli, monkeypatch, broken_torchvision):
+    monkeypatch.setattr(generate, "run", lambda args: __import__("torchvision"))
+    cli("generate").refused("torchvision is installed and cannot be imported", "nms", "pip uninstall torchvision")
+    with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
+        score("ssim", torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
+        quality.check(["ms-ssim"], None)
 
 
 def test_ctrl_c_exits_with_130(cli, monkeypatch):

@@ -46,6 +46,14 @@ def test_sample_of_held_out_items_mixes_seen_and_never_seen_pairs(kind):
     assert 40 <= unseen <= 160
 
 
+@pytest.mark.parametrize("kind", ["scene", "clip"])
+def test_a_sample_of_more_than_there_are_is_refused(kind):
+    count = len(world.split(kind)[1])
+    assert len(world.held_out_sample(kind, count)) == count
+    with pytest.raises(DitAttnError, match=f"has {count} held-out {kind}s, {count + 1} were asked for"):
+        world.held_out_sample(kind, count + 1)
+
+
 def test_training_draws_are_seeded_and_never_held_out():
     draws = [
         (world.sample_scenes(64, g), world.sample_clips(64, g))
