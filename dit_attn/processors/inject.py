@@ -19,6 +19,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors import passes
 from dit_attn.processors.passes import Leaf, Prefix
 from dit_attn.processors.perturb import wide
+from dit_attn.processors.push import Push, StepTap, added, each, flat, scaled, take_rows
 
 if TYPE_CHECKING:
     from dit_attn.processors.guidance import PerturbedGuidance
@@ -46,17 +47,6 @@ class Strength:
     @property
     def steps(self) -> int:
         return len(self.relative)
-
-
-@dataclass
-class Push:
-    """``c - p`` of the last evaluated step, in float32 (float64 where the model is), and c itself."""
-
-    run: int
-    step: int
-    weight: float
-    delta: list[Leaf]
-    cond: list[Leaf]
 
 
 class Guide:
@@ -147,7 +137,7 @@ class Guide:
             return output  # the branch came before its conditional one
         if "cond" in branches:
             push.step, push.weight = clock.step, weight
-            push.cond = [_rows(leaf, _index(branches)) for leaf in passes.leaves(output)]
+            push.cond = [take_rows(leaf, _index(branches)) for leaf in passes.leaves(output)]
         self._measure(push, output, branches)
         return self._inject(push, output, branches)
 
@@ -168,7 +158,7 @@ class Guide:
     def _untap(self) -> None:
         """Take away what waits for the scheduler; a run that failed leaves it there."""
         step = getattr(getattr(self.session.pipe, "scheduler", None), "__dict__", {}).get("step")
-        if isinstance(step, _StepTap):
+        if isinstance(step, StepTap):
             step.remove()
 
     def _due(self) -> bool:
@@ -200,11 +190,11 @@ class Guide:
             named = getattr(type(model), "cache_context", None)
             stack.enter_context(named(model, _CONTEXT) if named and _cached(model) else nullcontext())
             perturbed = module.forward(*args, **kwargs)
-        self._keep([_rows(leaf, index) for leaf in passes.leaves(output)], passes.leaves(perturbed))
+        self._keep([take_rows(leaf, index) for leaf in passes.leaves(output)], passes.leaves(perturbed))
 
     def _keep(self, cond: list[Leaf], perturbed: list[Leaf]) -> None:
         clock = self.session.clock
-        delta = [_each(lambda c, p: wide(c) - wide(p), c, p) for c, p in zip(cond, perturbed, strict=True)]
+        delta = [each(lambda c, p: wide(c) - wide(p), c, p) for c, p in zip(cond, perturbed, strict=True)]
         self.push = Push(clock.run, clock.step, 0.0, delta, cond)
         self._evaluated = clock.step
         self.evaluations += 1
@@ -222,7 +212,7 @@ class Guide:
         rows = len(branches) - self._appended
         plain: list[Leaf] = [leaf[:rows] for leaf in passes.leaves(output)]
         perturbed: list[Leaf] = [leaf[rows:] for leaf in passes.leaves(output)]
-        self._keep([_rows(leaf, _index(branches[:rows])) for leaf in plain], perturbed)
+        self._keep([take_rows(leaf, _index(branches[:rows])) for leaf in plain], perturbed)
         return passes.rebuilt(output, plain)
 
     def _shareable(self, kwargs: dict[str, Any]) -> Prefix | None:
@@ -243,17 +233,17 @@ class Guide:
     def _inject(self, push: Push, output: Any, branches: Sequence[str]) -> Any:
         way = self._way()
         if way == "shift":
-            return _added(output, push, push.weight, range(len(branches)))
+            return added(output, push, push.weight, range(len(branches)))
         if "cond" not in branches:
             return output
         if way == "cond":
-            return _added(output, push, push.weight / _guidance_scale(self.session, branches), _index(branches))
+            return added(output, push, push.weight / _guidance_scale(self.session, branches), _index(branches))
         scheduler = getattr(self.session.pipe, "scheduler", None)
         if scheduler is None:
             raise DitAttnError("inject='step' needs the pipeline: enable the method on it, not on its transformer")
         self._untap()
         sign = -1.0 if self.session.family.guidance.negated else 1.0
-        scheduler.__dict__["step"] = _StepTap(scheduler, _scaled(push.delta[0], sign * push.weight))
+        scheduler.__dict__["step"] = StepTap(scheduler, scaled(push.delta[0], sign * push.weight))
         return output
 
     def _way(self) -> str:
@@ -265,12 +255,12 @@ class Guide:
 
     def _measure(self, push: Push, output: Any, branches: Sequence[str]) -> None:
         """Products of the push with itself, with c and with ``c - u``, where u is at hand."""
-        delta, cond = self._predicted(_scaled(push.delta[0], push.weight)), self._predicted(push.cond[0])
+        delta, cond = self._predicted(scaled(push.delta[0], push.weight)), self._predicted(push.cond[0])
         if "cond" in branches:
             self._measured.append((delta @ delta, cond @ cond))
         if "uncond" not in branches or len(self._measured[-1]) != 2:
             return
-        uncond = _rows(passes.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
+        uncond = take_rows(passes.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
         direction = cond - self._predicted(uncond)
         self._measured[-1] = (*self._measured[-1], delta @ direction, direction @ direction)
 
@@ -279,7 +269,7 @@ class Guide:
         channels = getattr(self.session.model.config, "in_channels", None)
         if isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == 2 * (channels or 0):
             leaf = leaf[:, :channels]
-        return _flat(leaf)
+        return flat(leaf)
 
 
 # Guider objects of pipelines that hold one, as far as their rule is affine.
@@ -309,78 +299,6 @@ def _uncompiled(guide: Guide, module: torch.nn.Module, args: Any, kwargs: Any, o
     return guide.after(module, args, kwargs, output)
 
 
-class _StepTap:
-    """Stands in for ``scheduler.step`` for one call and adds the push to the prediction the scheduler gets."""
-
-    def __init__(self, scheduler: Any, delta: Leaf) -> None:
-        self.scheduler, self.delta = scheduler, delta
-        self.before = scheduler.__dict__.get("step")  # somebody else's, on this very object
-
-    def remove(self) -> None:
-        """Give the scheduler back what it had."""
-        if self.before is None:
-            del self.scheduler.__dict__["step"]
-        else:
-            self.scheduler.__dict__["step"] = self.before
-
-    def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.remove()
-        delta = torch.stack(self.delta) if isinstance(self.delta, list) else self.delta
-        pushed = wide(model_output) + _fitted(delta, model_output)
-        return self.scheduler.step(pushed.to(model_output.dtype), *args, **kwargs)
-
-
-def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The push in the form the scheduler gets predictions in: without the learned variance, the frame axis of a
-    picture, the tokens of reference images.
-
-    Raises:
-        DitAttnError: the two have nothing to do with each other.
-    """
-    if delta.ndim == like.ndim + 1:
-        delta = delta.squeeze(2)
-    if delta.ndim == like.ndim and like.shape[0] % delta.shape[0] == 0:
-        delta = torch.cat([delta] * (like.shape[0] // delta.shape[0]))  # Cosmos hands all branches on
-        cut = delta[tuple(slice(0, size) for size in like.shape)]
-        if cut.shape == like.shape:
-            return cut
-    raise DitAttnError(
-        f"the scheduler gets predictions of shape {tuple(like.shape)} and the model makes {tuple(delta.shape)}; "
-        "use inject='shift'"
-    )
-
-
-def _added(output: Any, push: Push, weight: float, index: Sequence[int]) -> Any:
-    """``output`` with the push on the rows ``index``; branches stand one after the other, each with all samples."""
-    new: list[Leaf] = []
-    for leaf, delta in zip(passes.leaves(output), push.delta, strict=True):
-        pushed = list(leaf) if isinstance(leaf, list) else leaf.clone()
-        for row in index:
-            pushed[row] = (wide(leaf[row]) + weight * delta[row % len(delta)]).to(leaf[row].dtype)
-        new.append(pushed)
-    return passes.rebuilt(output, new)
-
-
-def _rows(leaf: Leaf, index: Sequence[int]) -> Leaf:
-    if isinstance(leaf, list):
-        return [leaf[row] for row in index]
-    return leaf if len(index) == leaf.shape[0] else leaf[list(index)]
-
-
-def _each(function: Any, *parts: Leaf) -> Leaf:
-    if isinstance(parts[0], list):
-        return [function(*items) for items in zip(*parts, strict=True)]
-    return function(*parts)
-
-
-def _scaled(leaf: Leaf, weight: float) -> Leaf:
-    return _each(lambda x: x * weight, leaf)
-
-
-def _flat(leaf: Leaf) -> torch.Tensor:
-    return torch.cat([wide(x.flatten()) for x in leaf]) if isinstance(leaf, list) else wide(leaf.flatten())
-
-
 def _index(branches: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(branches) if name == "cond"]
 
@@ -404,8 +322,9 @@ def _guidance_scale(session: Session, branches: Sequence[str]) -> float:
     Raises:
         DitAttnError: it does not say.
     """
-    scale = session.guidance_scale()
-    if session.family.guidance.style == "batched" and "uncond" not in branches:
+    rule, scale = session.family.guidance, session.guidance_scale()
+    dropped = bool(rule.argument) and not session.asked.given  # asked for, and no negative prompt to run
+    if "uncond" not in branches and (rule.style == "batched" or dropped):
         return 1.0
     if scale is None:
         raise DitAttnError(
