@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     setting = _setting(args)
-    from dit_attn.cli import compare_run
+    from dit_attn.cli import compare_run, runner
 
     as_json = setting.options.get("json", False)
     if setting.options.get("dry_run"):
@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{table(results)}\n\nfigures  {setting.folder / 'results.json'}\npage     {setting.folder / 'report.html'}"
         )
+    runner.warn((text for take in results["takes"] for text in take["warnings"]), len(results["takes"]))
     failed = [take for take in results["takes"] if take["error"]]
     if failed:
         print(f"dit-attn: {len(failed)} of {len(results['takes'])} items failed:", file=sys.stderr)

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -141,9 +140,7 @@ def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, 
         import dit_attn
 
         print(dit_attn.summary(live.pipe))
-    told = Counter(text for item in live.results for text in item.warnings)
-    for text, count in told.items():
-        print(f"dit-attn: warning: {text} ({count} of {len(jobs)} items)", file=sys.stderr)
+    runner.warn((text for item in live.results for text in item.warnings), len(jobs))
     failed = [item for item in live.results if item.status == "failed"]
     if failed:
         print(f"dit-attn: {len(failed)} of {len(jobs)} items failed:", file=sys.stderr)

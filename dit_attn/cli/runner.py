@@ -6,7 +6,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,12 @@ def run_jobs(
             say(describe_item(result, len(jobs)))
             bar.update()
     return run.results
+
+
+def warn(told: Iterable[str], total: int) -> None:
+    """Print each warning of a command's items once, with how many of ``total`` items it is about."""
+    for text, count in Counter(told).items():
+        print(f"dit-attn: warning: {text} ({count} of {total} items)", file=sys.stderr)
 
 
 def describe_item(result: ItemResult, total: int) -> str:

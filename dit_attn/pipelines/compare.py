@@ -81,6 +81,7 @@ class Take:
         attention_share: attention's part of the floating-point operations of a dense step at the item's size.
         verdict: attributes of the caption that the pixels show; ``None`` for prompts outside the shapes world.
         error: one line, when it failed.
+        warnings: what ``summary`` warns of: guidance that was asked for and did not happen. With methods only.
     """
 
     variant: str
@@ -102,6 +103,7 @@ class Take:
     attention_share: float | None = None
     verdict: dict[str, bool] | None = None
     error: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -237,13 +239,14 @@ def play_round(
     """
     dense: tuple[np.ndarray, float] | None = None
     for variant in variants:
-        take = replace(blank, variant=variant.label)
+        take = replace(blank, variant=variant.label, warnings=[])
         try:
             with on(pipe, variant):
                 frames, take.seconds = make(variant)
                 if variant.methods:
                     seen = summary(pipe)
                     take.density, take.run_density = seen.density, seen.run_density
+                    take.warnings = list(seen.warnings)
                     if seen.guidance is not None:
                         take.parallel, take.sideways = seen.guidance.parallel, seen.guidance.sideways
                 take.file = keep(variant, frames, take.seconds)

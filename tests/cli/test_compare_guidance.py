@@ -85,3 +85,16 @@ def test_explain_says_evaluations_and_cost_of_a_step(cli):
     assert "blocks run: x1.50 alone, x1.25 with CFG" in outcome.out  # 3 of 6 blocks are taken over
     skipped = cli("explain", "--model", "tiny-image", "--method", "stg", "--set", "mode=residual", "--set", "layers=3")
     assert "1 blocks left out" in skipped.out and "x1.33 alone" in skipped.out  # and the fourth is not run
+
+
+def test_guidance_that_the_pipeline_drops_is_told_of(cli, flux_model):
+    asked = json.dumps({"true_cfg_scale": 3, "max_sequence_length": 16})
+    words = ("--prompt", CAPTION, "--height", "32", "--width", "32", "--steps", "2", "--metrics", "none", "--no-maps")
+    outcome = cli(
+        "compare", "--model", str(flux_model), *words, "--pipeline-kwargs", asked, "--method", "softpag:heads=0",
+        "-o", "out", "--json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    dense, guided = json.loads(outcome.out)["takes"]
+    assert dense["warnings"] == [] and "true_cfg_scale 3 had no effect" in guided["warnings"][0]
+    assert "true_cfg_scale 3 had no effect" in outcome.err and "(1 of 2 items)" in outcome.err
