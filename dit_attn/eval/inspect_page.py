@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 import math
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 
 from dit_attn.eval.attention_stats import BEST, MASS, PICKED, Statistic, describe, ordered
 from dit_attn.eval.heatmap import heatmap
+from dit_attn.eval.map_page import filled
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
 BRANCHES = {"cond": "with the prompt", "uncond": "without the prompt"}
@@ -26,7 +26,8 @@ def page(meta: dict[str, Any], tensors: Tensors) -> str:
         tensors: by statistic, (branches, layers, steps, heads) fp32, NaN for holes.
     """
     names = ordered(tensors)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return filled(
+        TEMPLATE,
         title=html.escape(f"{meta.get('model', 'A run')}: what its attention does"),
         about=html.escape(about(meta)),
         findings="".join(f"<li>{html.escape(text)}</li>" for text in findings(meta, tensors)),

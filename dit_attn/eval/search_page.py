@@ -7,12 +7,12 @@ import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 
 from dit_attn.eval.heatmap import heatmap
+from dit_attn.eval.map_page import filled
 
 TEMPLATE = Path(__file__).with_name("search_page.html")
 SMALLEST = 128  # pixels of a picture's height on the page; smaller ones are enlarged without smoothing
@@ -27,7 +27,8 @@ def page(found: dict[str, Any], grid: Sequence[dict[str, Any]], fps: int = 8) ->
         fps: of clips.
     """
     about = found["search"]
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    return filled(
+        TEMPLATE,
         title=html.escape(f"{found['model'] or found['transformer']}: heads for {about['objective']}"),
         about=html.escape(summary(found)),
         findings="".join(f"<li>{html.escape(text)}</li>" for text in findings(found)),
