@@ -6,7 +6,8 @@ tokens that exist are computed: the ragged query block is a chunk of its own, an
 its list, is cut off. Logits and softmax are fp32 (fp64 for fp64 input) unless rounded logits are asked for; the second
 product runs in the input's precision where the device has it.
 
-Memory beyond q, k, v and o: the key blocks of one group of heads (a single head when heads are long) and one chunk.
+Memory beyond q, k, v and o: one chunk, and the key blocks of one group of heads: of a single head when heads are long,
+and of none where even that is large beside the call; blocks are then gathered from where they stand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dit_attn.kernels.scratch import Scratch, scratch_memory
 from dit_attn.kernels.tiling import (
     LN2,
     LOG2E,
@@ -23,15 +25,14 @@ from dit_attn.kernels.tiling import (
     Part,
     Precision,
     Problem,
-    Scratch,
     Work,
     buckets,
     chunks,
     groups,
     parts,
-    scratch_memory,
 )
 
+_PIECE = 1 << 20  # bytes that are widened at a time
 _SAFE = 100.0  # base-2 logits: a million terms of 2^100 still have a finite sum in fp32, and 2^-100 is still exact
 
 
@@ -64,7 +65,7 @@ def gather_attention(problem: Problem, rounded_logits: bool = False) -> tuple[to
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=kind.logits, device=q.device)
     with scratch_memory() as scratch:
-        for group in groups(problem, kind, scratch):
+        for group in groups(problem, kind, scratch, may_stay=True):
             norms = _key_norms(problem, group)
             for part in parts(problem, group):
                 _forward_part(problem, group, part, scratch, out, lse, norms)
@@ -98,10 +99,9 @@ def _forward_part(
     o = part.tiles(out, group.batch) if part.is_view else scratch.get("out", out.dtype, out.device, *shape)
     stats = torch.zeros(2, len(q), part.tokens, 1, dtype=lse.dtype, device=out.device)
     result = _Result(o, stats[0], stats[1], late=out.dtype == group.v.dtype == group.logits)
-    longest = torch.linalg.vector_norm(q, dim=-1, dtype=group.logits).amax()
+    limit = _limit(group, part, q) if norms is not None else torch.tensor(0.0)
     for bucket in buckets(problem, part):
-        # |q k| <= |q| |k|, over the blocks that are read; NaN bounds nothing.
-        bounded = norms is not None and bool(longest * norms.index_select(0, bucket.rows).amax() < _SAFE)
+        bounded = norms is not None and bool(norms.index_select(0, bucket.rows).amax() < limit)
         for work, low, high in chunks(problem, group, part, bucket, scratch):
             _forward_chunk(work, low, high, q, result, bounded)
     if result.late:
@@ -122,8 +122,25 @@ def _key_norms(problem: Problem, group: Group) -> torch.Tensor | None:
     """
     if not problem.on_host or group.bias is not None:
         return None
-    blocks = group.k.view(group.k.shape[0], problem.layout.kv_block, -1)
-    return torch.linalg.vector_norm(blocks, dim=-1, dtype=group.logits).amax(-1) * (abs(problem.scale) * LOG2E)
+    norms = _norms(group.k.rows.view(len(group.k.rows), problem.layout.kv_block, -1), group.logits)
+    if group.k.tail is not None:
+        norms = torch.cat([norms, _norms(group.k.tail[None], group.logits)])
+    return norms * (abs(problem.scale) * LOG2E)
+
+
+def _limit(group: Group, part: Part, q: torch.Tensor) -> torch.Tensor:
+    """Up to which norm of the keys no logit of a part can leave +-``_SAFE``: |q k| <= |q| |k|. NaN bounds nothing."""
+    room = torch.tensor(_SAFE)
+    if group.low_rank is not None and part.rank_q is not None:
+        columns = group.low_rank.view(-1, part.rank_q.shape[-1])
+        room = room - LOG2E * columns.norm(dim=-1).amax() * part.rank_q.norm(dim=-1).amax()
+    return room / _norms(q, group.logits).amax()
+
+
+def _norms(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n,) norm of the longest of every ``tokens`` vectors of x (n, tokens, D), in pieces: torch widens its input."""
+    at_once = max(1, _PIECE // max(x[0].numel() * dtype.itemsize, 1)) if x.device.type == "cpu" else len(x)
+    return torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype).amax(-1) for part in x.split(at_once)])
 
 
 def _forward_chunk(work: Work, low: int, high: int, q: torch.Tensor, result: _Result, bounded: bool) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dit_attn.kernels.scratch import Scratch, scratch_memory
 from dit_attn.kernels.tiling import (
     LOG2E,
     NONE,
@@ -22,13 +23,11 @@ from dit_attn.kernels.tiling import (
     Part,
     Precision,
     Problem,
-    Scratch,
     Work,
     buckets,
     chunks,
     groups,
     parts,
-    scratch_memory,
 )
 
 
@@ -90,7 +89,7 @@ def gather_backward(
     with scratch_memory() as scratch:
         for group in groups(problem, kind, scratch):
             bias = torch.zeros_like(group.bias) if db is not None and group.bias is not None else None
-            sums = _Sums(torch.zeros_like(group.k), torch.zeros_like(group.v), bias)
+            sums = _Sums(torch.zeros_like(group.k.rows), torch.zeros_like(group.v.rows), bias)
             for part in parts(problem, group):
                 _part(problem, group, part, scratch, given, sums, dq)
             _finish(problem, group, sums, dk, dv, db)

@@ -11,8 +11,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.gather import gather_attention
-from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.terms import Terms, with_terms
+from dit_attn.kernels.terms import Terms, rows_of, with_terms
 from dit_attn.kernels.tiling import Problem
 
 
@@ -82,26 +81,6 @@ def _check(report: GuardReport, name: str, problem: Problem, terms: Terms, out: 
 
 def _one_block(problem: Problem, terms: Terms, block: int) -> tuple[Problem, Terms]:
     """The same call for the queries of one block, in fp32 (fp64 stays)."""
-    layout = problem.layout
-    first = block * layout.q_block
-    tokens = min(layout.q_block, layout.q_len - first)
-    n_full = None if layout.n_full is None else layout.n_full[:, :, block : block + 1]
-    lists = BlockLayout(
-        layout.q_block, layout.kv_block, tokens, layout.kv_len,
-        layout.kv_idx[:, :, block : block + 1], layout.kv_cnt[:, :, block : block + 1], n_full=n_full,
-        elements=None if layout.elements is None else layout.elements.from_block(block, layout.q_block),
-    )  # fmt: skip
     wide = torch.float64 if problem.q.dtype == torch.float64 else torch.float32
-    q, k, v = (x.to(wide) for x in (problem.q[:, first : first + tokens], problem.k, problem.v))
-    bias, end = terms.bias, terms.epilogue
-    if bias is not None:
-        bias = replace(bias, q=bias.q[:, :, first : first + tokens])
-    if end is not None:
-        end = replace(
-            end,
-            row_scale=None if end.row_scale is None else end.row_scale[:, :, block : block + 1],
-            lse_ref=None if end.lse_ref is None else end.lse_ref[:, :, first : first + tokens],
-            add=None if end.add is None else end.add[:, :, block : block + 1],
-            value_shift=end.value_shift + first,
-        )
-    return replace(problem, q=q, k=k, v=v, layout=lists), replace(terms, bias=bias, epilogue=end)
+    some, terms = rows_of(problem, terms, block, block + 1)
+    return replace(some, q=some.q.to(wide), k=some.k.to(wide), v=some.v.to(wide)), terms

@@ -17,7 +17,7 @@ from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.masks import BitMask
 from dit_attn.kernels.op import IMPLEMENTATIONS, flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.reference import reference_attention
-from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, Terms, with_terms, with_terms_by_heads
+from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, Terms, with_terms, with_terms_in_place
 from dit_attn.kernels.tiling import Problem
 from dit_attn.kernels.validation import check_call
 
@@ -279,7 +279,7 @@ def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
     if not terms:
         return _gathered(problem)
     in_one = _wants_grad(problem, terms) or torch.compiler.is_compiling()
-    return with_terms(problem, terms, _gathered) if in_one else with_terms_by_heads(problem, terms, _gathered)
+    return with_terms(problem, terms, _gathered) if in_one else with_terms_in_place(problem, terms, _gathered)
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:

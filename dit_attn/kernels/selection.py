@@ -180,6 +180,12 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     return torch.cat(means, 1).transpose(1, 2)
 
 
+def pool_squares(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of the squares in every block: as :func:`pool_blocks`, without squaring x whole."""
+    pieces = _pieces(x, block, key_mask, True)
+    return torch.cat([tokens.square().sum(2) / number for tokens, _, number in pieces], 1).transpose(1, 2)
+
+
 def pool_stats(
     x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

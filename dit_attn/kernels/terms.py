@@ -13,18 +13,17 @@ A kernel may fuse all of it; :func:`with_terms` gives the same, gradients includ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError
-from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection import block_counts, pool_blocks
+from dit_attn.kernels.layout import BlockLayout
+from dit_attn.kernels.scratch import Scratch, scratch_memory
+from dit_attn.kernels.selection import block_counts, pool_blocks, pool_squares
 from dit_attn.kernels.tiling import NONE, Problem
 
-AT_ONCE = 24 << 20  # bytes of q, k, v and o in fp32 that are worked on together where no gradients are needed
-CHUNK = 2 << 20  # bytes of logits against virtual keys that are held at a time, per batch row and head
+CHUNK = 1 << 20  # bytes of logits against virtual keys that are held at a time, several times over
 
 Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -135,47 +134,103 @@ def pooled_compensation(
     mean = pool_blocks(k, tokens, key_mask)
     spread = None
     if variance:
-        square = pool_blocks(k.float().square(), tokens, key_mask)
+        square = pool_squares(k, tokens, key_mask)
         spread = (square - mean.square()).clamp(min=0.0).to(k.dtype)
     return Compensation(mean.to(k.dtype), pool_blocks(v, tokens, key_mask).to(v.dtype), log_weight, tokens, spread)
 
 
 def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
     """(o, lse) of a call with terms, from an ``attend`` that knows none but returns the log-sum."""
-    plain = problem
-    if terms.key_lengths is not None:
-        plain = replace(plain, key_mask=_mask_of(terms.key_lengths, plain))
+    plain = _existing(problem, terms)
     if terms.bias is not None:
         plain = _widened(plain, terms.bias)
     out, lse = attend(plain)
     assert lse is not None
-    if terms.compensation is not None:
-        out, lse = _merged(problem, terms.compensation, out, lse)
-    if terms.epilogue is not None:
-        out = _finished(problem, terms.epilogue, out, lse)
-        if terms.epilogue.blend is not None:
-            lse = lse.masked_fill((terms.epilogue.blend == 1.0)[..., None], NONE)
+    out, lse = _completed(problem, terms, out, lse)
     return out.to(problem.q.dtype), lse
 
 
-def with_terms_by_heads(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same a few heads at a time, so that what the terms need besides stays small. Has no gradients."""
-    q, k, v = problem.q, problem.k, problem.v
-    size = max(1, AT_ONCE // (8 * (k.shape[1] + q.shape[1]) * q.shape[0] * (q.shape[3] + v.shape[3])))
-    if size >= k.shape[2]:
-        return with_terms(problem, terms, attend)
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device, dtype=wide)
-    for low in range(0, k.shape[2], size):
-        keys = slice(low, min(low + size, k.shape[2]))
-        heads = slice(keys.start * problem.ratio, keys.stop * problem.ratio)
-        part = replace(
-            problem, q=q[:, :, heads], k=k[:, :, keys], v=v[:, :, keys], layout=problem.layout.of_heads(heads),
-            key_bias=_of(problem.key_bias, heads),
-        )  # fmt: skip
-        out[:, :, heads], lse[:, heads] = with_terms(part, _terms_of(terms, heads, keys), attend)
+def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where ``attend`` knows ``Problem.low_rank``: its result is completed where it stands, some rows of some
+    heads at a time, so that nothing of the size of q, k or v is needed besides. Has no gradients."""
+    plain = _existing(problem, terms)
+    if terms.bias is not None:
+        plain = replace(plain, low_rank=(terms.bias.q, terms.bias.k))
+    out, lse = attend(plain)
+    assert lse is not None
+    comp, end, layout = terms.compensation, terms.epilogue, problem.layout
+    if comp is None and end is None:
+        return out, lse
+    number, virtual = 4 * problem.q.shape[0] * problem.ratio, 0 if comp is None else comp.k.shape[2]  # bytes; keys
+    at_once = max(1, CHUNK // (number * layout.q_block * max(virtual, 4 * out.shape[-1])))  # query blocks x key heads
+    size = min(problem.k.shape[2], at_once, max(1, CHUNK // (3 * number * out.shape[-1] * max(virtual, 1))))
+    step = at_once // size
+    for low in range(0, problem.k.shape[2], size):
+        some, few, heads = _heads_of(problem, terms, slice(low, min(low + size, problem.k.shape[2])))
+        if few.compensation is not None:
+            _merge_in_place(some, few.compensation, out[:, :, heads], lse[:, heads], step)
+        for first in range(0, layout.nq, step) if end is not None else ():
+            piece, ends = rows_of(some, few, first, first + step)
+            rows = slice(first * layout.q_block, first * layout.q_block + piece.q.shape[1])
+            assert ends.epilogue is not None
+            out[:, rows, heads] = _finished(piece, ends.epilogue, out[:, rows, heads], lse[:, heads, rows])
+    return out, lse if end is None else _unread(lse, end)
+
+
+def _existing(problem: Problem, terms: Terms) -> Problem:
+    """The call with the lengths of its samples as a mask."""
+    return problem if terms.key_lengths is None else replace(problem, key_mask=_mask_of(terms.key_lengths, problem))
+
+
+def _completed(
+    problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Virtual keys and the epilogue on the result of the keys that are read."""
+    if terms.compensation is not None:
+        out, lse = _merged(problem, terms.compensation, out, lse)
+    if terms.epilogue is not None:
+        out, lse = _finished(problem, terms.epilogue, out, lse), _unread(lse, terms.epilogue)
     return out, lse
+
+
+def _unread(lse: torch.Tensor, end: Epilogue) -> torch.Tensor:
+    """The log-sum (B, H, Sq) where heads that return their own value read nothing."""
+    return lse if end.blend is None else lse.masked_fill((end.blend == 1.0)[..., None], NONE)
+
+
+def _heads_of(problem: Problem, terms: Terms, keys: slice) -> tuple[Problem, Terms, slice]:
+    """The call for some key heads and the query heads that read them, and which those are."""
+    heads = slice(keys.start * problem.ratio, keys.stop * problem.ratio)
+    some = replace(
+        problem, q=problem.q[:, :, heads], k=problem.k[:, :, keys], v=problem.v[:, :, keys],
+        layout=problem.layout.of_heads(heads), key_bias=_of(problem.key_bias, heads),
+    )  # fmt: skip
+    return some, _terms_of(terms, heads, keys), heads
+
+
+def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Problem, Terms]:
+    """The call for the queries of blocks ``first:last``."""
+    layout = problem.layout
+    rows = slice(first * layout.q_block, min(last * layout.q_block, layout.q_len))
+    blocks = slice(first, last)
+    lists = BlockLayout(
+        layout.q_block, layout.kv_block, rows.stop - rows.start, layout.kv_len,
+        layout.kv_idx[:, :, blocks], layout.kv_cnt[:, :, blocks],
+        n_full=None if layout.n_full is None else layout.n_full[:, :, blocks],
+        elements=None if layout.elements is None else layout.elements.from_block(first, layout.q_block),
+    )  # fmt: skip
+    bias, end = terms.bias, terms.epilogue
+    if bias is not None:
+        bias = replace(bias, q=bias.q[:, :, rows])
+    if end is not None:
+        end = replace(
+            end,
+            row_scale=None if end.row_scale is None else end.row_scale[:, :, blocks],
+            lse_ref=None if end.lse_ref is None else end.lse_ref[:, :, rows],
+            add=None if end.add is None else end.add[:, :, blocks],
+            value_shift=end.value_shift + rows.start,
+        )
+    return replace(problem, q=problem.q[:, rows], layout=lists), replace(terms, bias=bias, epilogue=end)
 
 
 def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
@@ -226,73 +281,84 @@ def _widened(problem: Problem, bias: LogitBias) -> Problem:
 def _merged(
     problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected keys (out, lse) and virtual keys in one softmax, a few query rows at a time."""
-    q, wide = problem.q, lse.dtype
-    kc, vc = (x.to(wide).repeat_interleave(problem.ratio, 1) for x in (comp.k, comp.v))
-    spread = None if comp.variance is None else comp.variance.to(wide).repeat_interleave(problem.ratio, 1)
-    read = virtual_mask(problem.layout, comp)
-    added = comp.log_weight[:, :, None].to(wide).masked_fill(read, NONE)  # (B|1, H|1, nq, nv)
-    q_block = problem.layout.q_block
-    step = max(1, CHUNK // (4 * comp.k.shape[2] * q.shape[0] * q.shape[2]) // q_block) * q_block
-    inputs = (q, out, comp.k, comp.v, comp.log_weight, comp.variance)
-    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    """Selected keys (out, lse) and virtual keys in one softmax, some query blocks at a time."""
+    step = max(1, CHUNK // (4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * problem.layout.q_block))
     parts, sums = [], []
-    merged, total_of = (None, None) if tracked else (torch.empty_like(out, dtype=wide), torch.empty_like(lse))
-    for low in range(0, q.shape[1], step):
-        rows = q[:, low : low + step].transpose(1, 2).to(wide) * problem.scale
-        s = rows @ kc.transpose(-1, -2)
-        if spread is not None:
-            s = s + (0.5 * rows.square() @ spread.transpose(-1, -2)).clamp(max=comp.cap)
-        s = _plus(s, added[:, :, low // q_block : ceil_div(low + rows.shape[2], q_block)], q_block, tracked)
-        own = lse[:, :, low : low + step, None]
-        if merged is not None and total_of is not None:  # in place: small pieces would leave the heap in holes
-            here = slice(low, low + step)
-            _merge_rows(s, vc, own, out[:, here], merged[:, here], total_of[:, :, here])
-            continue
+    for rows, s, values in _virtual_logits(problem, comp, lse.dtype, step):
+        own = lse[:, :, rows, None]
         total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
         safe = total.masked_fill(total == NONE, 0.0)
         share = torch.exp(own - safe).transpose(1, 2)
-        parts.append(out[:, low : low + step] * share + (torch.exp(s - safe) @ vc).transpose(1, 2))
+        parts.append(out[:, rows] * share + (torch.exp(s - safe) @ values).transpose(1, 2))
         sums.append(total[..., 0])
-    if merged is None or total_of is None:
-        return torch.cat(parts, 1), torch.cat(sums, 2)
-    return merged, total_of
+    return torch.cat(parts, 1), torch.cat(sums, 2)
 
 
-def _plus(s: torch.Tensor, added: torch.Tensor, q_block: int, tracked: bool) -> torch.Tensor:
-    """Logits (B, H, rows, nv) plus (B|1, H|1, blocks, nv) of each block of rows; written to ``s`` if untracked."""
-    if not tracked and s.shape[2] % q_block == 0:
-        s.unflatten(2, (-1, q_block)).add_(added[:, :, :, None])
-        return s
-    added = added.repeat_interleave(q_block, 2)[:, :, : s.shape[2]]
-    return s + added if tracked else s.add_(added)
+def _merge_in_place(problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
+    """The same, written to out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
+    with scratch_memory() as scratch:
+        for rows, s, values in _virtual_logits(problem, comp, lse.dtype, step, scratch):
+            own = lse[:, :, rows, None]
+            top = torch.maximum(s.amax(-1, keepdim=True), own)
+            top.masked_fill_(top == NONE, 0.0)
+            share = torch.exp(own - top)
+            total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(share)
+            lse[:, :, rows] = (top + total.log())[..., 0]
+            inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+            rest = torch.matmul(s, values).mul_(inverse).transpose(1, 2)
+            out[:, rows] = rest.addcmul_(out[:, rows].to(rest.dtype), share.mul_(inverse).transpose(1, 2))
 
 
-def _merge_rows(
-    s: torch.Tensor, values: torch.Tensor, own: torch.Tensor, out: torch.Tensor, merged: torch.Tensor, lse: torch.Tensor
-) -> None:
-    """Merge rows ``out`` (B, rows, H, D) of log-sum ``own`` (B, H, rows, 1) with virtual keys; overwrites ``s``.
+def _virtual_logits(
+    problem: Problem, comp: Compensation, wide: torch.dtype, step: int, scratch: Scratch | None = None
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Rows of ``step`` query blocks, their logits (B, H, rows, nv) of the virtual keys, ``-inf`` where they do not
+    count, and the values (B, H, nv, D) that belong to them. Without gradients the logits may be overwritten, and with
+    ``scratch`` the next ones do so: they lie where those of the keys that are read did."""
+    q, layout, ratio = problem.q, problem.layout, problem.ratio
+    keys, values = (_repeated(x.to(wide), ratio) for x in (comp.k, comp.v))
+    spread = None if comp.variance is None else _repeated(comp.variance.to(wide), ratio)
+    read, weight = layout.block_mask(), comp.log_weight[:, :, None].to(wide)
+    for first in range(0, layout.nq, step):
+        rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))
+        scaled = q[:, rows].transpose(1, 2).to(wide) * problem.scale
+        s = _product(scaled, keys, "s", scratch)
+        if spread is not None:
+            term = _product(0.5 * scaled.square(), spread, "k", scratch)
+            s = _plus(s, term.clamp(max=comp.cap) if term.requires_grad else term.clamp_(max=comp.cap))
+        added = weight.masked_fill(_virtual(read[:, :, first : first + step], layout, comp), NONE)
+        if s.shape[2] % layout.q_block == 0:
+            s = _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
+        else:
+            s = _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
+        yield rows, s, values
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, name: str, scratch: Scratch | None) -> torch.Tensor:
+    """a b^T, in a buffer of the working memory where there is one."""
+    shape = (*a.shape[:-1], b.shape[-2])
+    return torch.matmul(a, b.mT, out=None if scratch is None else scratch.get(name, a.dtype, a.device, *shape))
+
+
+def _plus(s: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """The sum, in place where no gradient goes through it."""
+    return s + term if s.requires_grad or term.requires_grad else s.add_(term)
+
+
+def _repeated(x: torch.Tensor, ratio: int) -> torch.Tensor:
+    """(B, Hk, ...) once for every query head; no copy where they are as many."""
+    return x.repeat_interleave(ratio, 1) if ratio > 1 else x
+
+
+def _virtual(read: torch.Tensor, layout: BlockLayout, comp: Compensation) -> torch.Tensor:
+    """(B|1, H|1, n, nv) bool, True where the virtual key's block is read, so that it must not count twice.
 
     Args:
-        s: (B, H, rows, nv) logits of the virtual keys.
-        values: (B, H, nv, D).
-        own, out: what the read keys gave.
-        merged, lse: where the result and its log-sum (B, H, rows) are written.
+        read: (B|1, H|1, n, nk), the key blocks that some query blocks read.
+        layout: the layout they are from.
+        comp: the virtual keys.
     """
-    top = torch.maximum(s.amax(-1, keepdim=True), own)
-    top.masked_fill_(top == NONE, 0.0)
-    share = torch.exp(own - top)
-    total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(share)
-    lse.copy_((top + total.log())[..., 0])
-    inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
-    rest = torch.matmul(s, values).mul_(inverse)
-    torch.addcmul(rest.transpose(1, 2), out, share.mul_(inverse).transpose(1, 2), out=merged)
-
-
-def virtual_mask(layout: BlockLayout, comp: Compensation) -> torch.Tensor:
-    """(B|1, H|1, nq, nv) bool, True where the virtual key's block is read, so that it must not count twice."""
-    per_block = layout.kv_block // comp.tokens
-    return layout.block_mask().repeat_interleave(per_block, -1)[..., : comp.k.shape[2]]
+    return read.repeat_interleave(layout.kv_block // comp.tokens, -1)[..., : comp.k.shape[2]]
 
 
 def _finished(problem: Problem, end: Epilogue, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -316,80 +382,3 @@ def _finished(problem: Problem, end: Epilogue, out: torch.Tensor, lse: torch.Ten
         own = own.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else own
         out = torch.where(tau == 1.0, own, (1.0 - tau) * out + tau * own)
     return out
-
-
-def check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, terms: Terms) -> None:
-    """Raise for the first term that does not fit the call.
-
-    Raises:
-        DitAttnError: a shape, a size or a combination; the message names the argument and the fix.
-    """
-    sizes = {
-        "B": q.shape[0], "H": q.shape[2], "Hk": k.shape[2], "Sq": q.shape[1], "Sk": k.shape[1],
-        "D": v.shape[-1], "nq": layout.nq,
-    }  # fmt: skip
-    lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
-    for name, x in _tensors(terms):
-        if x.device != q.device:
-            raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
-        if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
-            kind = "ints" if name == "key_lengths" else "floating-point numbers"
-            raise DitAttnError(f"{name} must hold {kind}, got {str(x.dtype).removeprefix('torch.')}; cast it")
-    if lengths is not None:
-        _fits("key_lengths", lengths, ("B",), sizes)
-    if bias is not None:
-        if bias.q.shape[-1:] != bias.k.shape[-1:] or not 1 <= bias.q.shape[-1] <= 16:
-            raise DitAttnError(
-                f"bias.q {tuple(bias.q.shape)} and bias.k {tuple(bias.k.shape)} must share their last size, 1 to 16; "
-                "merge columns"
-            )
-        sizes["R"] = bias.q.shape[-1]
-        _fits("bias.q", bias.q, ("B|1", "H|1", "Sq", "R"), sizes)
-        _fits("bias.k", bias.k, ("B|1", "H|1", "Sk", "R"), sizes)
-    if comp is not None:
-        if comp.tokens < 1 or layout.kv_block % comp.tokens:
-            raise DitAttnError(
-                f"compensation.tokens must divide the layout's kv_block {layout.kv_block}, got {comp.tokens}; "
-                "pool again with a divisor"
-            )
-        if v.shape[-1] != q.shape[-1]:
-            raise DitAttnError(f"compensation needs v's head size {v.shape[-1]} to equal q's {q.shape[-1]}")
-        sizes["nv"] = ceil_div(k.shape[1], comp.tokens)
-        for name in ("k", "v", "variance"):
-            x = getattr(comp, name)
-            if x is not None:
-                _fits(f"compensation.{name}", x, ("B", "Hk", "nv", "D"), sizes)
-        _fits("compensation.log_weight", comp.log_weight, ("B|1", "H|1", "nv"), sizes)
-    if end is not None:
-        shapes = {
-            "row_scale": ("B|1", "H|1", "nq"), "lse_ref": ("B", "H", "Sq"), "add": ("B|1", "H|1", "nq", "D"),
-            "blend": ("B|1", "H"),
-        }  # fmt: skip
-        for name, shape in shapes.items():
-            x = getattr(end, name)
-            if x is not None:
-                _fits(f"epilogue.{name}", x, shape, sizes)
-        if end.blend is not None and not 0 <= end.value_shift <= k.shape[1] - q.shape[1]:
-            raise DitAttnError(
-                f"epilogue.value_shift {end.value_shift} leaves no own value for some of {q.shape[1]} queries among "
-                f"{k.shape[1]} keys; it is for self attention, give the first query's place among the keys"
-            )
-
-
-def _tensors(terms: Terms) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the terms, under the name it is passed by."""
-    if terms.key_lengths is not None:
-        yield "key_lengths", terms.key_lengths
-    for name in ("bias", "compensation", "epilogue"):
-        term = getattr(terms, name)
-        for field in () if term is None else fields(term):
-            x = getattr(term, field.name)
-            if isinstance(x, torch.Tensor):
-                yield f"{name}.{field.name}", x
-
-
-def _fits(name: str, x: torch.Tensor, shape: tuple[str, ...], sizes: dict[str, int]) -> None:
-    wanted = [{1, sizes[axis[:-2]]} if axis.endswith("|1") else {sizes[axis]} for axis in shape]
-    if x.ndim != len(shape) or any(size not in allowed for size, allowed in zip(x.shape, wanted)):
-        known = ", ".join(f"{axis.removesuffix('|1')}={sizes[axis.removesuffix('|1')]}" for axis in shape)
-        raise DitAttnError(f"{name} must be ({', '.join(shape)}) with {known}, got {tuple(x.shape)}")

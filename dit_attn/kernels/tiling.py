@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,8 @@ import torch.nn.functional as F
 
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.masks import ElementMask, Tiles
+from dit_attn.kernels.scratch import Scratch
+from dit_attn.kernels.table import Table, in_place, laid_out
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -25,13 +25,14 @@ class Budget:
 
     Attributes:
         chunk: bytes of gathered keys, values and logits computed at a time, per thread.
-        group: bytes of K and V that are laid out in blocks at a time; a longer head is taken alone.
+        group: bytes of K and V, or of q and o, that are laid out in blocks at a time; a longer head is taken alone.
     """
 
     chunk: int
     group: int
 
 
+LAID_OUT = 0.25  # a copy of one head's K and V may take this part of q, k, v and o; else they are read where they are
 BUDGETS = {"cpu": Budget(chunk=2 << 20, group=2 << 20)}
 ACCELERATOR = Budget(chunk=256 << 20, group=512 << 20)
 
@@ -57,6 +58,8 @@ class Problem:
         scale: softmax scale.
         key_mask: (B, Sk) bool or ``None``.
         key_bias: (B|1, H|1, Sk) or ``None``, natural logarithm.
+        low_rank: (B|1, H|1, Sq, R) and (B|1, H|1, Sk, R), whose product is added to the logits; only the forward pass
+            of the gather path knows it.
     """
 
     q: torch.Tensor
@@ -66,6 +69,7 @@ class Problem:
     scale: float
     key_mask: torch.Tensor | None
     key_bias: torch.Tensor | None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def ratio(self) -> int:
@@ -84,19 +88,20 @@ class Group:
 
     Attributes:
         batch, g0, g1: which.
-        k: (key heads * nk, kv_block * D), zeros where no key is.
-        v: (key heads * nk, kv_block * Dv).
+        k, v: their blocks.
         bias: (heads|1, nk, kv_block) in base-2 units, ``-inf`` where no key is, or ``None``.
         logits: type the softmax runs in.
+        low_rank: (heads|1 * nk, kv_block * R), the keys' side of the low-rank addition, or ``None``.
     """
 
     batch: int
     g0: int
     g1: int
-    k: torch.Tensor
-    v: torch.Tensor
+    k: Table
+    v: Table
     bias: torch.Tensor | None
     logits: torch.dtype
+    low_rank: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class Part:
         count: (tiles,) key blocks per tile.
         bias_idx: (tiles, kcap) int64, rows of the group's bias, or ``None``.
         rule: which pairs of partial entries are read, or ``None`` when all entries are whole.
+        rank_idx: (tiles, kcap) int64, rows of the group's low-rank addition, or ``None``.
+        rank_q: (tiles, tokens, R), the queries' side of it.
     """
 
     heads: slice
@@ -151,6 +158,8 @@ class Part:
     count: torch.Tensor
     bias_idx: torch.Tensor | None
     rule: Rule | None = None
+    rank_idx: torch.Tensor | None = None
+    rank_q: torch.Tensor | None = None
 
     @property
     def is_view(self) -> bool:
@@ -177,7 +186,7 @@ class Bucket:
         width: key blocks per tile.
         keys: keys per tile.
         rows: (n * width,) int64, what the tiles gather from the group's k and v.
-        bias_rows: the same for the group's bias, or ``None``.
+        bias_rows, rank_rows: the same for the group's bias and low-rank addition, or ``None``.
     """
 
     members: torch.Tensor | None
@@ -186,6 +195,7 @@ class Bucket:
     keys: int
     rows: torch.Tensor
     bias_rows: torch.Tensor | None
+    rank_rows: torch.Tensor | None = None
 
     def of(self, x: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Tiles ``low:high`` of the bucket, from a per-tile tensor of the part."""
@@ -203,51 +213,24 @@ class Bucket:
             x[low:high].copy_(value)
 
 
-class Scratch:
-    """Buffers that grow to the largest chunk and are used again by the next one."""
+def groups(problem: Problem, kind: Precision, scratch: Scratch, may_stay: bool = False) -> Iterator[Group]:
+    """Every batch row's key heads, as many at a time as the budget holds; the buffers of one serve the next.
 
-    def __init__(self) -> None:
-        self.flat: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
-
-    def get(self, name: str, dtype: torch.dtype, device: torch.device, *shape: int) -> torch.Tensor:
-        """An uninitialised tensor; the same memory for the same name and type."""
-        size, key = math.prod(shape), (name, dtype, device)
-        held = self.flat.get(key)
-        if held is None or held.numel() < size:
-            held = self.flat[key] = torch.empty(size, dtype=dtype, device=device)
-        return held[:size].view(shape)
-
-    def trim(self, limit: int) -> None:
-        """Let go of the largest host buffers until ``limit`` bytes are left, and of every other device's."""
-        kept = 0
-        for key, held in sorted(self.flat.items(), key=lambda item: item[1].nbytes):
-            kept += held.nbytes
-            if key[2].type != "cpu" or kept > limit:
-                del self.flat[key]
-
-
-_THREAD = threading.local()
-KEPT_BYTES = 16 << 20  # fresh memory arrives page by page, which costs more than the copy into it
-
-
-@contextmanager
-def scratch_memory() -> Iterator[Scratch]:
-    """Working memory of one call; up to ``KEPT_BYTES`` of it stay with the host thread for the next call."""
-    scratch = getattr(_THREAD, "scratch", None) or Scratch()
-    _THREAD.scratch = None  # a call within this one makes its own
-    try:
-        yield scratch
-    finally:
-        scratch.trim(KEPT_BYTES)
-        _THREAD.scratch = scratch
-
-
-def groups(problem: Problem, kind: Precision, scratch: Scratch) -> Iterator[Group]:
-    """Every batch row's key heads, as many at a time as the budget holds; the buffers of one serve the next."""
-    k, v, layout = problem.k, problem.v, problem.layout
+    With ``may_stay``, keys and values of which a head's copy would be large beside the call itself stay in place.
+    """
+    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     tokens = layout.nk * layout.kv_block
     per_head = tokens * (k.shape[-1] * kind.keys.itemsize + v.shape[-1] * kind.values.itemsize)
-    size = max(1, min(k.shape[2], BUDGETS.get(k.device.type, ACCELERATOR).group // per_head))
+    queries = q.shape[1] * problem.ratio * (q.shape[-1] + v.shape[-1]) * q.itemsize
+    budget = BUDGETS.get(k.device.type, ACCELERATOR).group
+    size = max(1, min(k.shape[2], budget // max(per_head, queries)))
+    held = q.shape[0] * k.shape[2] * (queries + layout.kv_len * (k.shape[-1] + v.shape[-1]) * k.itemsize)
+    large = problem.on_host and per_head > max(budget, LAID_OUT * held)
+    stay = may_stay and large and layout.kv_len >= layout.kv_block
+
+    def blocks(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype, name: str) -> Table:
+        return in_place(x, layout, mask, dtype) if stay else laid_out(x, layout, mask, dtype, name, scratch)
+
     key_mask = problem.key_mask
     if key_mask is not None and problem.on_host and bool(key_mask.all()):
         key_mask = None
@@ -255,29 +238,29 @@ def groups(problem: Problem, kind: Precision, scratch: Scratch) -> Iterator[Grou
         for g0 in range(0, k.shape[2], size):
             g1 = min(g0 + size, k.shape[2])
             mask = None if key_mask is None else key_mask[b]
+            heads = slice(g0 * problem.ratio, g1 * problem.ratio)
             yield Group(
                 batch=b,
                 g0=g0,
                 g1=g1,
-                k=_blocks(k[b, :, g0:g1], layout, mask, kind.keys, "group k", scratch),
-                v=_blocks(v[b, :, g0:g1], layout, mask, kind.values, "group v", scratch),
-                bias=_bias(problem, b, slice(g0 * problem.ratio, g1 * problem.ratio), mask, kind.logits),
+                k=blocks(k[b, :, g0:g1], mask, kind.keys, "group k"),
+                v=blocks(v[b, :, g0:g1], mask, kind.values, "group v"),
+                bias=_bias(problem, b, heads, mask, kind.logits),
                 logits=kind.logits,
+                low_rank=_low_rank(problem, b, heads, mask, kind.logits, scratch),
             )
 
 
-def _blocks(
-    x: torch.Tensor, layout: BlockLayout, mask: torch.Tensor | None, dtype: torch.dtype, name: str, scratch: Scratch
-) -> torch.Tensor:
-    """(Sk, heads, D) to (heads * nk, kv_block * D), contiguous; zeros where no key is."""
-    seq, heads, dim = x.shape
-    buffer = scratch.get(name, dtype, x.device, heads, layout.nk * layout.kv_block, dim)
-    buffer[:, :seq].copy_(x.transpose(0, 1))
-    if seq < buffer.shape[1]:
-        buffer[:, seq:] = 0.0
-    if mask is not None:
-        buffer[:, :seq].masked_fill_(~mask[:, None], 0.0)
-    return buffer.view(heads * layout.nk, layout.kv_block * dim)
+def _low_rank(
+    problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype, scratch: Scratch
+) -> torch.Tensor | None:
+    """(heads|1 * nk, kv_block * R), the keys' side of the low-rank addition; ``None`` when there is none."""
+    if problem.low_rank is None:
+        return None
+    k = problem.low_rank[1]
+    k = k[b if k.shape[0] > 1 else 0]
+    k = k[heads] if k.shape[0] > 1 else k
+    return laid_out(k.transpose(0, 1), problem.layout, mask, dtype, "group rank", scratch).rows
 
 
 def _bias(
@@ -318,18 +301,30 @@ def _part(problem: Problem, group: Group, heads: slice, first: int, last: int, t
         read = torch.arange(local.shape[-1], device=local.device) < count[..., None]
         local = torch.where(read, local, local[..., :1]).clamp(0, layout.nk - 1)
     head = torch.arange(heads.start, heads.stop, device=local.device).view(-1, 1, 1)
-    bias_idx = None
-    if group.bias is not None:
-        own = head - group.g0 * ratio if group.bias.shape[0] > 1 else torch.zeros_like(head)
-        bias_idx = (local + own * layout.nk).flatten(0, 1)
+
+    def of_table(table: torch.Tensor | None, table_heads: int) -> torch.Tensor | None:
+        """Where the tiles' key blocks stand in a table of all query heads of the group, or of one for all."""
+        if table is None:
+            return None
+        own = head - group.g0 * ratio if table_heads > 1 else torch.zeros_like(head)
+        return (local + own * layout.nk).flatten(0, 1)
+
+    bias, rank = group.bias, group.low_rank
+    rows = slice(first * layout.q_block, first * layout.q_block + (last - first) * tokens)
+    rank_q = None
+    if problem.low_rank is not None:
+        side = _of_heads(problem.low_rank[0], group.batch, heads)[:, rows]
+        rank_q = side.unflatten(1, (-1, tokens)).flatten(0, 1)
     return Part(
         heads=heads,
-        rows=slice(first * layout.q_block, first * layout.q_block + (last - first) * tokens),
+        rows=rows,
         tokens=tokens,
         idx=(local + (head // ratio - group.g0) * layout.nk).flatten(0, 1),
         count=count.reshape(-1),
-        bias_idx=bias_idx,
+        bias_idx=of_table(bias, 0 if bias is None else bias.shape[0]),
         rule=_rule(layout, group.batch, heads, first, local),
+        rank_idx=of_table(rank, 0 if rank is None else len(rank) // layout.nk),
+        rank_q=rank_q,
     )
 
 
@@ -389,11 +384,15 @@ def _ruled_buckets(layout: BlockLayout, part: Part, rule: Rule) -> Iterator[Buck
 
 
 def _bucket(part: Part, members: torch.Tensor | None, width: int, keys: int) -> Bucket:
-    def rows(idx: torch.Tensor) -> torch.Tensor:
+    def rows(idx: torch.Tensor | None) -> torch.Tensor | None:
+        if idx is None:
+            return None
         return (idx if members is None else idx.index_select(0, members))[:, :width].reshape(-1)
 
     n = len(part.idx) if members is None else len(members)
-    return Bucket(members, n, width, keys, rows(part.idx), None if part.bias_idx is None else rows(part.bias_idx))
+    own = rows(part.idx)
+    assert own is not None
+    return Bucket(members, n, width, keys, own, rows(part.bias_idx), rows(part.rank_idx))
 
 
 class Work:
@@ -401,12 +400,13 @@ class Work:
 
     def __init__(self, problem: Problem, group: Group, part: Part, bucket: Bucket, n: int, scratch: Scratch) -> None:
         self.problem, self.group, self.part, self.bucket, self.n = problem, group, part, bucket, n
-        device, kind, kind_v = group.k.device, group.k.dtype, group.v.dtype
+        self.scratch = scratch
+        device, kind, kind_v = problem.q.device, group.k.dtype, group.v.dtype
         wide = group.logits
         dim, dim_v = problem.q.shape[-1], problem.v.shape[-1]
         self.q = scratch.get("q", kind, device, n, part.tokens, dim)
-        self.k_blocks = scratch.get("k", kind, device, n * bucket.width, group.k.shape[1])
-        self.v_blocks = scratch.get("v", kind_v, device, n * bucket.width, group.v.shape[1])
+        self.k_blocks = scratch.get("k", kind, device, n * bucket.width, group.k.width)
+        self.v_blocks = scratch.get("v", kind_v, device, n * bucket.width, group.v.width)
         self.k = self.k_blocks.view(n, -1, dim)[:, : bucket.keys]
         self.kt = self.k.transpose(1, 2)
         self.v = self.v_blocks.view(n, -1, dim_v)[:, : bucket.keys]
@@ -429,12 +429,16 @@ class Work:
         rows = bucket.of(q, low, high)
         if rows.dtype != self.q.dtype:
             rows = self.q.copy_(rows)
-        torch.index_select(self.group.k, 0, bucket.rows[low * bucket.width : high * bucket.width], out=self.k_blocks)
+        places = slice(low * bucket.width, high * bucket.width)
+        self.group.k.gather(bucket.rows[places], self.k_blocks, self.scratch)
         torch.baddbmm(self.qk, rows, self.kt, beta=0, alpha=self.problem.scale * LOG2E, out=self.qk)
         s = self.s if self.qk is self.s else self.s.copy_(self.qk)
+        if self.group.low_rank is not None and self.part.rank_q is not None and bucket.rank_rows is not None:
+            left = bucket.of(self.part.rank_q, low, high).to(s.dtype)
+            right = self.group.low_rank.index_select(0, bucket.rank_rows[places]).view(self.n, -1, left.shape[-1])
+            torch.baddbmm(s, left, right[:, : bucket.keys].transpose(1, 2), alpha=LOG2E, out=s)
         if self.group.bias is not None and bucket.bias_rows is not None:
-            index = bucket.bias_rows[low * bucket.width : high * bucket.width]
-            bias = self.group.bias.flatten(0, 1).index_select(0, index)
+            bias = self.group.bias.flatten(0, 1).index_select(0, bucket.bias_rows[places])
             s.add_(bias.view(self.n, 1, -1)[..., : bucket.keys])
         if not self.problem.on_host:
             s.masked_fill_(self.unread(low, high), NONE)
@@ -456,7 +460,8 @@ class Work:
     def values(self, low: int, high: int) -> torch.Tensor:
         """(n, keys, Dv), the gathered values."""
         bucket = self.bucket
-        torch.index_select(self.group.v, 0, bucket.rows[low * bucket.width : high * bucket.width], out=self.v_blocks)
+        places = slice(low * bucket.width, high * bucket.width)
+        self.group.v.gather(bucket.rows[places], self.v_blocks, self.scratch)
         return self.v
 
     def unread(self, low: int, high: int) -> torch.Tensor:
@@ -473,8 +478,8 @@ def chunks(
 ) -> Iterator[tuple[Work, int, int]]:
     """The bucket's tiles ``low:high``, as many at a time as fill the budget of all threads together."""
     threads = torch.get_num_threads() if problem.on_host else 1
-    gathered = bucket.width * (group.k.shape[1] * group.k.itemsize + group.v.shape[1] * group.v.itemsize)
-    per_tile = gathered + bucket.keys * part.tokens * group.k.itemsize
+    gathered = bucket.width * sum(table.width * table.dtype.itemsize for table in (group.k, group.v))
+    per_tile = gathered + bucket.keys * part.tokens * group.k.dtype.itemsize
     step = max(1, threads * BUDGETS.get(part.idx.device.type, ACCELERATOR).chunk // per_tile)
     step -= step % threads if step > threads else 0  # every thread gets as many tiles
     work = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
+
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.terms import Terms, check_terms
+from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.terms import Terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,7 +33,7 @@ def check_call(
     _check_layout(q, k, layout)
     _check_keys(q, k, key_mask, key_bias)
     if terms:
-        check_terms(q, k, v, layout, terms)
+        _check_terms(q, k, v, layout, terms)
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -104,3 +107,80 @@ def _check_keys(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, terms: Terms) -> None:
+    """Raise for the first term that does not fit the call.
+
+    Raises:
+        DitAttnError: a shape, a size or a combination; the message names the argument and the fix.
+    """
+    sizes = {
+        "B": q.shape[0], "H": q.shape[2], "Hk": k.shape[2], "Sq": q.shape[1], "Sk": k.shape[1],
+        "D": v.shape[-1], "nq": layout.nq,
+    }  # fmt: skip
+    lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
+    for name, x in _tensors(terms):
+        if x.device != q.device:
+            raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
+        if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
+            kind = "ints" if name == "key_lengths" else "floating-point numbers"
+            raise DitAttnError(f"{name} must hold {kind}, got {str(x.dtype).removeprefix('torch.')}; cast it")
+    if lengths is not None:
+        _fits("key_lengths", lengths, ("B",), sizes)
+    if bias is not None:
+        if bias.q.shape[-1:] != bias.k.shape[-1:] or not 1 <= bias.q.shape[-1] <= 16:
+            raise DitAttnError(
+                f"bias.q {tuple(bias.q.shape)} and bias.k {tuple(bias.k.shape)} must share their last size, 1 to 16; "
+                "merge columns"
+            )
+        sizes["R"] = bias.q.shape[-1]
+        _fits("bias.q", bias.q, ("B|1", "H|1", "Sq", "R"), sizes)
+        _fits("bias.k", bias.k, ("B|1", "H|1", "Sk", "R"), sizes)
+    if comp is not None:
+        if comp.tokens < 1 or layout.kv_block % comp.tokens:
+            raise DitAttnError(
+                f"compensation.tokens must divide the layout's kv_block {layout.kv_block}, got {comp.tokens}; "
+                "pool again with a divisor"
+            )
+        if v.shape[-1] != q.shape[-1]:
+            raise DitAttnError(f"compensation needs v's head size {v.shape[-1]} to equal q's {q.shape[-1]}")
+        sizes["nv"] = ceil_div(k.shape[1], comp.tokens)
+        for name in ("k", "v", "variance"):
+            x = getattr(comp, name)
+            if x is not None:
+                _fits(f"compensation.{name}", x, ("B", "Hk", "nv", "D"), sizes)
+        _fits("compensation.log_weight", comp.log_weight, ("B|1", "H|1", "nv"), sizes)
+    if end is not None:
+        shapes = {
+            "row_scale": ("B|1", "H|1", "nq"), "lse_ref": ("B", "H", "Sq"), "add": ("B|1", "H|1", "nq", "D"),
+            "blend": ("B|1", "H"),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            x = getattr(end, name)
+            if x is not None:
+                _fits(f"epilogue.{name}", x, shape, sizes)
+        if end.blend is not None and not 0 <= end.value_shift <= k.shape[1] - q.shape[1]:
+            raise DitAttnError(
+                f"epilogue.value_shift {end.value_shift} leaves no own value for some of {q.shape[1]} queries among "
+                f"{k.shape[1]} keys; it is for self attention, give the first query's place among the keys"
+            )
+
+
+def _tensors(terms: Terms) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the terms, under the name it is passed by."""
+    if terms.key_lengths is not None:
+        yield "key_lengths", terms.key_lengths
+    for name in ("bias", "compensation", "epilogue"):
+        term = getattr(terms, name)
+        for field in () if term is None else fields(term):
+            x = getattr(term, field.name)
+            if isinstance(x, torch.Tensor):
+                yield f"{name}.{field.name}", x
+
+
+def _fits(name: str, x: torch.Tensor, shape: tuple[str, ...], sizes: dict[str, int]) -> None:
+    wanted = [{1, sizes[axis[:-2]]} if axis.endswith("|1") else {sizes[axis]} for axis in shape]
+    if x.ndim != len(shape) or any(size not in allowed for size, allowed in zip(x.shape, wanted)):
+        known = ", ".join(f"{axis.removesuffix('|1')}={sizes[axis.removesuffix('|1')]}" for axis in shape)
+        raise DitAttnError(f"{name} must be ({', '.join(shape)}) with {known}, got {tuple(x.shape)}")

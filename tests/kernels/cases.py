@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
-from dit_attn.kernels import patterns
+from dit_attn.kernels import patterns, tiling
+from dit_attn.kernels import terms as kernel_terms
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
 
 Q_LEN, KV_LEN, HEADS, KEY_HEADS = 70, 90, 4, 2
+
+
+@contextmanager
+def tight(on: bool = True) -> Iterator[None]:
+    """A CPU on which everything is too large: heads are read where they stand, and completed block by block."""
+    with pytest.MonkeyPatch.context() as patch:
+        if on:
+            patch.setattr(tiling, "BUDGETS", {"cpu": tiling.Budget(chunk=1, group=0)})
+            patch.setattr(tiling, "LAID_OUT", 0.0)
+            patch.setattr(kernel_terms, "CHUNK", 1)
+        yield
 
 
 def call(

@@ -140,9 +140,9 @@ def test_an_order_is_built_once_and_the_store_is_bounded() -> None:
 
 def test_a_video_of_full_length_is_planned_within_a_second() -> None:
     _kept_order.cache_clear()
-    began = time.perf_counter()
+    began = time.process_time()  # other processes may hold the machine
     token_order("hilbert", (21, 30, 52))
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 def test_gradients_go_back_to_their_tokens() -> None:
