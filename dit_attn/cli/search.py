@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 PAGE = "search.html"
 OBJECTIVES = (
-    "clip-world", "verifier", "verifier-whole", "fid-world", "clip", "style", "pickscore", "hpsv2", "aesthetic",
+    "clip-world", "verifier", "verifier-whole", "fid-world", "drawn-world", "clip", "style", "pickscore", "hpsv2",
+    "aesthetic",
 )  # fmt: skip
 STRATEGIES = ("greedy", "halving", "gradient")
 _SEARCH = (
@@ -30,6 +31,7 @@ _SEARCH = (
                low=1, high=100_000),
     flags.Flag("held-out", "further pairs to check on, never searched on (default: 0)", int, low=0, high=100_000),
     flags.Flag("controls", "random sets of as many heads to check beside (default: 1)", int, low=0, high=1000),
+    flags.Flag("layers", "also check every whole layer beside (layer-level PAG)", bool),
     flags.Flag("tune", "sweeps over the strengths of the found heads (default: 0)", int, low=0, high=100),
     flags.Flag("search-steps", "denoising steps of candidates: fewer are cheaper (default: those of the run)", int,
                low=1, high=100_000),

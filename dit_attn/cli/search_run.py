@@ -26,7 +26,7 @@ from dit_attn.pipelines.trials import Arm, Pair, Share, layers_of
 
 STORE = "evaluations"
 PICTURES = 4  # pairs in the grid of the page, at most
-_PLAIN = ("seed", "batch", "controls", "tune", "held_out", "scale", "u", "target", "joint", "guidance_scale")
+_PLAIN = ("seed", "batch", "controls", "layers", "tune", "held_out", "scale", "u", "target", "joint", "guidance_scale")
 
 
 @dataclass
@@ -102,7 +102,9 @@ def plan(setting: Setting) -> dict[str, Any]:
     share = expected(heads, wanted)
     full = sum((heads - n * wanted.per_round) * wanted.pairs for n in range(wanted.rounds))
     passes = round(share * full * 2 * (wanted.full_steps or 1)) if wanted.full_steps else None
-    arms = 1 + wanted.rounds + setting.options.get("controls", 1) + bool(setting.options.get("tune", 0))
+    asked = setting.options
+    arms = 1 + wanted.rounds + asked.get("controls", 1) + bool(asked.get("tune", 0))
+    arms += len(layers) if asked.get("layers") else 0
     return {
         "folder": str(setting.folder),
         "model": setting.model.name,
@@ -154,7 +156,7 @@ def run_all(setting: Setting) -> HeadSet | None:
     if setting.options.get("strategy") == "gradient" and goal.pixels is None:
         raise DitAttnError(
             f"--strategy gradient needs an objective that can be differentiated, and {goal.name} cannot; use greedy or "
-            "halving, or clip-world, clip, style, pickscore, hpsv2, aesthetic"
+            "halving, or clip-world, drawn-world, clip, style, pickscore, hpsv2, aesthetic"
         )
     _try_objective(setting, goal)
     store = open_store(setting, share)
@@ -194,7 +196,7 @@ def weights(setting: Setting) -> Weights:
 def _try_objective(setting: Setting, goal: Objective) -> None:
     """Let the objective see one grey picture of every prompt, so that prompts it cannot judge are refused at once."""
     count = 8 if "num_frames" in setting.call else 1
-    if goal.name not in ("verifier", "verifier-whole", "fid-world"):
+    if goal.name not in ("verifier", "verifier-whole", "fid-world", "drawn-world"):
         return
     prompts = [pair.prompt for pair in setting.pairs]
     grey = [np.full((count, 32, 32, 3), 128, dtype=np.uint8)] * len(prompts)
@@ -290,8 +292,8 @@ def grid(hunter: HeadHunter, found: HeadSet) -> list[dict[str, Any]]:
     arms: dict[str, Arm] = {
         name: tuple((str(a), int(b), float(c)) for a, b, c in one["heads"]) for name, one in sets.items()
     }
-    names = ["none", f"round {hunter.plan.rounds}", *(["tuned"] if "tuned" in arms else []),
-             *(["random 1"] if "random 1" in arms else [])]  # fmt: skip
+    layer = found.search.get("best_layer", {}).get("name")
+    names = [name for name in ("none", f"round {hunter.plan.rounds}", "tuned", layer, "random 1") if name in arms]
     made = {name: hunter.make(arms[name], pairs) for name in names}
     return [
         {"prompt": pair.prompt, "seed": pair.seed, "pictures": {name: made[name][i] for name in names}}
@@ -319,10 +321,13 @@ def table(found: HeadSet, setting: Setting) -> str:
     """Scores, cost and files as text."""
     about, lines = found.search, []
     for name, checks in found.checks.items():
-        lines.append(f"{about['objective']} on {name.replace('_', ' ')} pairs")
+        lines.append(f"{about['objective']} on {_on(name)}")
         for label, one in checks.items():
             score, gain = figure(one["score"]), figure(one["gain"])
             lines.append(f"  {label:<10}{score:<28}{'' if one['gain'] is None else 'gain ' + gain}".rstrip())
+    if "best_layer" in about:
+        for name, lead in about["best_layer"]["lead"].items():
+            lines.append(f"heads over {about['best_layer']['name']}, best when searched: {figure(lead)} on {_on(name)}")
     total = sum(about["images"].values())
     cost = ", ".join(f"{count} {name}" for name, count in about["images"].items())
     heads = "; ".join(f"{layer}:{head}@{u:g}" for layer, head, u in found.heads)
@@ -333,6 +338,10 @@ def table(found: HeadSet, setting: Setting) -> str:
         f"use       dit-attn generate --model {found.model} --method softpag --set heads={setting.folder / FILE_NAME} "
         f"--set scale={found.scale:g} --prompt ...",
     ])  # fmt: skip
+
+
+def _on(name: str) -> str:
+    return f"{name.replace('_', ' ')} pairs"
 
 
 def figure(found: dict[str, Any] | None) -> str:

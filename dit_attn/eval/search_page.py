@@ -68,16 +68,23 @@ def findings(found: dict[str, Any]) -> list[str]:
         if gain is None:
             out.append(f"On the {_words(name)} pairs the found heads have no finite score.")
             continue
-        sure = "" if gain["ci95"] and (gain["ci95"][0] > 0 or gain["ci95"][1] < 0) else ", within the noise"
         way = "raise" if gain["value"] > 0 else "lower"
         out.append(
             f"On the {_words(name)} pairs the found heads {way} the score by {abs(gain['value']):.4g} over no "
-            f"guidance{sure}."
+            f"guidance{_unsure(gain)}."
         )
         rivals = [one["gain"] for key, one in checks.items() if key.startswith("random") and one["gain"]]
         if rivals:
             mean = sum(one["value"] for one in rivals) / len(rivals)
             out.append(f"As many random heads change it by {mean:+.4g} there ({len(rivals)} random sets).")
+        lead = found["search"].get("best_layer", {}).get("lead", {}).get(name)
+        if lead is not None:
+            layer, way = found["search"]["best_layer"]["name"], "above" if lead["value"] > 0 else "below"
+            out.append(
+                f"The whole {layer}, the best layer on the searched pairs, changes it by "
+                f"{checks[layer]['gain']['value']:+.4g} there; the heads are {abs(lead['value']):.4g} {way} it"
+                f"{_unsure(lead)}."
+            )
     spread = {layer for layer, _, _ in found["heads"]}
     out.append(f"The {len(found['heads'])} heads lie in {len(spread)} of {len(found['layers'])} layers.")
     images = sum(found["search"]["images"].values())
@@ -104,8 +111,13 @@ def _words(name: str) -> str:
 
 
 def _sets(checks: dict[str, Any]) -> dict[str, Any]:
-    """The sets of the search, in their order, without random ones."""
-    return {name: one for name, one in checks.items() if not name.startswith("random") and name != "none"}
+    """The sets of the search, in their order, without what they are checked beside."""
+    return {name: one for name, one in checks.items() if not name.startswith(("none", "layer", "random"))}
+
+
+def _unsure(figure: dict[str, Any]) -> str:
+    ends = figure["ci95"]
+    return "" if ends and (ends[0] > 0 or ends[1] < 0) else ", within the noise"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class HeadHunter:
         call: further arguments of the pipeline's call (size, steps).
         held_out: of the pairs, the last so many are not searched on: what was chosen is checked on them.
         controls: random sets of as many heads to check beside.
+        layers: also check every layer with all its heads (layer-level PAG) beside.
         tune: sweeps over the strengths after the search.
         batch: pairs in one call of the pipeline.
         seed: of pairs without one, and of the random sets.
@@ -81,6 +82,7 @@ class HeadHunter:
         call: dict[str, Any] | None = None,
         held_out: int = 0,
         controls: int = 0,
+        layers: bool = False,
         tune: int = 0,
         batch: int = 4,
         seed: int = 42,
@@ -105,6 +107,7 @@ class HeadHunter:
             maker, self.goal, known, layers_of(pipe), batch=batch, store=store, share=share, tell=tell
         )  # fmt: skip
         self.held_out, self.controls, self.sweeps, self.guidance_scale = held_out, controls, tune, guidance_scale
+        self.whole_layers = layers
         full = maker.call.get("num_inference_steps", getattr(maker.takes.get("num_inference_steps"), "default", None))
         count = len(known) - held_out
         self.plan = Plan(
@@ -118,8 +121,9 @@ class HeadHunter:
 
         Returns:
             The heads; ``checks`` has ``searched`` and, with pairs held out, ``held_out``: the mean score with its 95 %
-            interval of no guidance, of the set after every round, of the tuned set and of random sets, and the paired
-            ``gain`` of each over no guidance.
+            interval of no guidance, of the set after every round, of the tuned set, of whole layers and of random
+            sets, and the paired ``gain`` of each over no guidance. With ``layers``, ``search`` has ``best_layer``: the
+            ``name`` of the layer that is best on the searched pairs, and the paired ``lead`` of the heads over it.
         """
         rounds = hunt(self.trials, self.plan, self.slopes, self.say)
         sets = [self._set(rounds[: number + 1]) for number in range(len(rounds))]
@@ -130,13 +134,17 @@ class HeadHunter:
         arms: dict[str, Arm] = {"none": ()}
         arms |= {f"round {number + 1}": arm for number, arm in enumerate(sets)}
         arms |= {"tuned": final} if self.sweeps else {}
+        arms |= self._layers() if self.whole_layers else {}
         arms |= {f"random {n + 1}": self._random(len(sets[-1]), n) for n in range(self.controls)}
-        checks = {"searched": self._check(arms, range(self.plan.pairs))}
+        where = {"searched": range(self.plan.pairs)}
         if self.held_out:
-            checks["held_out"] = self._check(arms, range(self.plan.pairs, len(self.trials.pairs)))
+            where["held_out"] = range(self.plan.pairs, len(self.trials.pairs))
+        checks = {name: self._check(arms, pairs) for name, pairs in where.items()}
+        best = self._best_layer(final, checks["searched"], arms, where) if self.whole_layers else {}
         return HeadSet(
             self.model, type(self.pipe.transformer).__name__, self.method.target, self.method.joint, final,
-            self.method.scale, self._about(tried), [_told(found) for found in rounds], checks, dict(self.trials.layers),
+            self.method.scale, {**self._about(tried), **best}, [_told(found) for found in rounds], checks,
+            dict(self.trials.layers),
         )  # fmt: skip
 
     def make(self, arm: Arm, pairs: Sequence[Pair]) -> list[np.ndarray | None]:
@@ -152,19 +160,42 @@ class HeadHunter:
         chosen = random.Random(f"{self.seed}/{number}").sample(self.trials.heads, count)
         return self.trials.ordered([(*head, self.plan.u) for head in chosen])
 
+    def _layers(self) -> dict[str, Arm]:
+        """Every layer with all its heads, by its number, which SoftPAG takes for ``heads`` too."""
+        return {
+            f"layer {n}": tuple((layer, head, self.plan.u) for head in range(count))
+            for n, (layer, count) in enumerate(self.trials.layers.items())
+        }
+
     def _check(self, arms: dict[str, Arm], where: range) -> dict[str, Any]:
         table = self.trials.scores(list(arms.values()), where, None, "checks")
-        prompts = None if self.goal.whole else [self.trials.pairs[i].prompt for i in where]
-        found: dict[str, Any] = {}
-        for name, row in zip(arms, table):
-            values = [None if np.isnan(x) else float(x) for x in row]
-            gains = [None if np.isnan(x) else float(x) for x in row - table[0]]
-            found[name] = {
-                "score": scores.mean_figure(values, prompts),
-                "gain": None if name == "none" else scores.mean_figure(gains, prompts),
+        return {
+            name: {
+                "score": self._mean(row, where),
+                "gain": None if name == "none" else self._mean(row - table[0], where),
                 "heads": [list(head) for head in arms[name]],
             }
-        return found
+            for name, row in zip(arms, table)
+        }
+
+    def _mean(self, row: np.ndarray, where: range) -> dict[str, Any] | None:
+        """Mean of the values that are finite, with its interval over prompts."""
+        prompts = None if self.goal.whole else [self.trials.pairs[i].prompt for i in where]
+        return scores.mean_figure([None if np.isnan(x) else float(x) for x in row], prompts)
+
+    def _best_layer(
+        self, final: Arm, searched: dict[str, Any], arms: dict[str, Arm], where: dict[str, range]
+    ) -> dict[str, Any]:
+        """The layer that is best on the searched pairs, and how far the heads are ahead of it on all."""
+        known = {name: searched[name]["score"] for name in self._layers() if searched[name]["score"]}
+        if not known:
+            return {}
+        name = max(known, key=lambda one: float(known[one]["value"]))
+        lead = {}
+        for part, pairs in where.items():
+            ours, theirs = self.trials.scores([final, arms[name]], pairs, None, "checks")
+            lead[part] = self._mean(ours - theirs, pairs)
+        return {"best_layer": {"name": name, "lead": lead}}
 
     def _about(self, tried: list[dict[str, Any]]) -> dict[str, Any]:
         plan, trials = self.plan, self.trials

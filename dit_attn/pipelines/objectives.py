@@ -145,7 +145,25 @@ def _fid_world(given: Weights) -> Objective:
     return Objective("fid-world", judge, network.name, "- FID", whole=True)
 
 
-def _drawn(images: Sequence[np.ndarray], prompts: Sequence[str]) -> torch.Tensor:
+def _drawn_world(given: Weights) -> Objective:
+    network = WorldFeatures().to(given.device)
+
+    def seen(frames: torch.Tensor) -> torch.Tensor:
+        return network.vision(pixel_values=_world_pixels(frames.to(given.device, torch.float32))).pooler_output
+
+    def pixels(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        count, _, height, width = images.shape[1:]
+        blank = [np.zeros((count, height, width, 3), dtype=np.uint8)] * len(prompts)
+        with torch.no_grad():
+            wanted = seen(_drawn(blank, prompts, "drawn-world") / 255.0)
+        return -(seen(images.flatten(0, 1)) - wanted).norm(dim=-1).unflatten(0, images.shape[:2]).mean(1)
+
+    judge = torch.no_grad()(partial(_of_arrays, pixels))
+    unit = "- distance of the features of the picture and of the drawn caption"
+    return Objective("drawn-world", judge, network.name, unit, pixels=pixels)
+
+
+def _drawn(images: Sequence[np.ndarray], prompts: Sequence[str], goal: str = "fid-world") -> torch.Tensor:
     """What the captions describe, uint8 (N, 3, H, W).
 
     Raises:
@@ -156,7 +174,8 @@ def _drawn(images: Sequence[np.ndarray], prompts: Sequence[str]) -> torch.Tensor
         try:
             item = world.parse(prompt)
         except DitAttnError as error:
-            raise DitAttnError(f"fid-world draws its prompts, and {error}; or give --reference DIR") from error
+            other = "; or give --reference DIR" if goal == "fid-world" else ""
+            raise DitAttnError(f"{goal} draws its prompts, and {error}{other}") from error
         count, height, width = image.shape[:3]
         clip = isinstance(item, world.Clip)
         found = world.render_clips([item], count, height, width)[0].transpose(0, 1) if clip else (  # type: ignore
@@ -317,6 +336,7 @@ OBJECTIVES: dict[str, Callable[[Weights], Objective]] = {
     "verifier": partial(_verifier, share=True),
     "verifier-whole": partial(_verifier, share=False),
     "fid-world": _fid_world,
+    "drawn-world": _drawn_world,
     "clip": _clip,
     "style": _style,
     "pickscore": partial(_preference, name="pickscore", what="the model PickScore_v1"),

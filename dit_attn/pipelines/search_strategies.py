@@ -123,8 +123,8 @@ def hunt(
     plan.check(trials)
     if plan.strategy == "gradient" and slopes is None:
         raise DitAttnError(
-            "the gradient strategy needs an objective that can be differentiated (clip-world, clip, style, pickscore, "
-            f"hpsv2, aesthetic) and {trials.goal.name} cannot; use greedy or halving"
+            "the gradient strategy needs an objective that can be differentiated (clip-world, drawn-world, clip, "
+            f"style, pickscore, hpsv2, aesthetic) and {trials.goal.name} cannot; use greedy or halving"
         )
     pool = trials.heads
     chosen: Arm = ()

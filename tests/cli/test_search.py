@@ -68,11 +68,25 @@ def test_it_writes_heads_and_a_page_and_goes_on_after_a_stop(
     again.refused("another model, method, prompts or settings")
 
 
+def test_layers_are_shown_beside_the_heads_in_the_table_and_on_the_page(search: Any, tmp_path: Path) -> None:
+    done = search(*QUICK, "--layers", "--pairs", "1", "--held-out", "1", "--output", "out")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "heads.json").read_text())
+    name = found["search"]["best_layer"]["name"]
+    page = (tmp_path / "out" / "search.html").read_text()
+    for layer in range(6):
+        assert f"\n  layer {layer} " in done.out and f'<th scope="row">layer {layer}</th>' in page
+    assert f"heads over {name}, best when searched: " in done.out and f"The whole {name}, the best layer" in page
+    assert len(Pictures(page).pictures) == 3 and f"{name}: " in page  # none, heads, layer
+
+
 def test_a_dry_run_states_the_cost(search: Any, tmp_path: Path) -> None:
     data = json.loads(search("--dry-run", "--json", "--strategy", "halving", "--pairs", "16", "--rounds", "1").out)
     assert (data["heads"], data["layers"], data["images_of_greedy"]) == (12, 6, 192)
     assert data["share_of_greedy"] < 1 and data["passes"] == round(data["share_of_greedy"] * 192 * 2 * 20)
     assert "transformer passes" in search("--dry-run").out
+    more = json.loads(search("--dry-run", "--json", "--layers", "--pairs", "16", "--rounds", "1").out)
+    assert more["check_images"] - data["check_images"] == 6 * 16
     assert list(tmp_path.iterdir()) == []
 
 

@@ -284,6 +284,28 @@ def test_a_search_on_a_stock_pipeline_gives_a_file_that_enable_takes(tiny_image:
     assert method.to_dict()["found_on"] == type(pipe.transformer).__name__
 
 
+def test_whole_layers_are_checked_beside_the_heads_and_the_best_is_the_best_on_the_searched_pairs(
+    tiny_image: Any,
+) -> None:
+    pipe, call = tiny_image
+    hunter = HeadHunter(
+        pipe, [(CAPTION, 1), (CAPTION, 2)], bright, rounds=1, per_round=1, call=call, held_out=1, layers=True, u=0.5
+    )
+    found = hunter.search()
+    names = [f"layer {n}" for n in range(len(found.layers))]
+    for checks in found.checks.values():
+        assert list(checks) == ["none", "round 1", *names]
+        for name, (layer, count) in zip(names, found.layers.items()):
+            assert checks[name]["heads"] == [[layer, head, 0.5] for head in range(count)]
+    assert found.search["images"]["checks"] == 2 * (1 + len(names)) + 1  # the heads were scored on the searched pair
+    best = found.search["best_layer"]
+    searched, held_out = (found.checks[where] for where in ("searched", "held_out"))
+    assert best["name"] == max(names, key=lambda name: searched[name]["score"]["value"])
+    for where, checks in (("searched", searched), ("held_out", held_out)):
+        ahead = checks["round 1"]["score"]["value"] - checks[best["name"]]["score"]["value"]
+        assert best["lead"][where]["value"] == pytest.approx(ahead)
+
+
 def saved(tmp_path: Path, **changes: Any) -> str:
     facts: dict[str, Any] = {"model": "m", "transformer": "FluxTransformer2DModel"}
     facts |= {"target": "identity", "joint": "joint"}
@@ -335,12 +357,22 @@ def drawn() -> np.ndarray:
     return (picture.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", ["clip-world", "verifier", "verifier-whole", "style"])
+@pytest.mark.parametrize("name", ["clip-world", "drawn-world", "verifier", "verifier-whole", "style"])
 def test_objectives_prefer_what_the_caption_says(name: str) -> None:
     goal = objective(name, Weights(clip="clip-world", style="a picture"))
     grey = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
     right, wrong = objectives.judged(goal, [drawn(), grey], [CAPTION, CAPTION])
     assert right is not None and wrong is not None and right > wrong
+
+
+def test_drawn_world_has_slopes_and_is_zero_for_the_drawn_caption() -> None:
+    goal = objective("drawn-world")
+    assert goal.pixels is not None and goal.judge([drawn()], [CAPTION])[0] == pytest.approx(0.0, abs=1e-5)
+    picture = torch.full((1, 1, 3, 64, 64), 0.5, requires_grad=True)
+    goal.pixels(picture, [CAPTION]).sum().backward()  # type: ignore[no-untyped-call]
+    assert picture.grad is not None and picture.grad.abs().max() > 0
+    with pytest.raises(DitAttnError, match="drawn-world draws its prompts"):
+        goal.judge([drawn()], ["a cat"])
 
 
 def test_fid_world_scores_a_set() -> None:
