@@ -57,17 +57,16 @@ _SCORERS = (
     flags.Flag("reference", "objective fid-world: folder of reference pictures (default: the captions, drawn)",
                metavar="DIR"),
 )  # fmt: skip
-_SAMPLING = tuple(f for f in flags.SAMPLING if f.name not in ("num-images-per-prompt", "guidance-scale"))
 _GROUPS = {
     "model": (*flags.MODEL, next(f for f in flags.METHOD if f.name == "config")),
     "search": _SEARCH,
     "guidance": _GUIDANCE,
     "objectives": _SCORERS,
-    "prompt": tuple(f for f in flags.PROMPT if f.name != "image"),
+    "prompt": flags.without(flags.PROMPT, "image"),
     "size": flags.SIZE,
-    "sampling": _SAMPLING,
-    "machine": tuple(f for f in flags.MACHINE if f.name != "compile"),
-    "output": tuple(f for f in flags.OUTPUT if f.name not in ("contact-sheet", "fps")),
+    "sampling": flags.without(flags.SAMPLING, "num-images-per-prompt", "guidance-scale"),
+    "machine": flags.without(flags.MACHINE, "compile"),
+    "output": flags.without(flags.OUTPUT, "contact-sheet", "fps"),
 }
 _EXAMPLES = """examples:
   dit-attn search --model tiny-image --objective clip-world --rounds 2 --per-round 2 --pairs 4 --held-out 4

@@ -20,7 +20,7 @@ from dit_attn.eval.search_page import page
 from dit_attn.pipelines.head_hunter import HeadHunter
 from dit_attn.pipelines.head_set import FILE_NAME, HeadSet
 from dit_attn.pipelines.objectives import Objective, Weights, objective
-from dit_attn.pipelines.search_strategies import Plan, Round, expected, images
+from dit_attn.pipelines.search_strategies import Plan, Round, expected, images, undifferentiable
 from dit_attn.pipelines.store import Store
 from dit_attn.pipelines.trials import Arm, Pair, Share, layers_of
 
@@ -154,10 +154,7 @@ def run_all(setting: Setting) -> HeadSet | None:
     outputs.prepare_folder(setting.folder)
     goal = objective(setting.objective, weights(setting))
     if setting.options.get("strategy") == "gradient" and goal.pixels is None:
-        raise DitAttnError(
-            f"--strategy gradient needs an objective that can be differentiated, and {goal.name} cannot; use greedy or "
-            "halving, or clip-world, drawn-world, clip, style, pickscore, hpsv2, aesthetic"
-        )
+        raise undifferentiable(goal.name)
     _try_objective(setting, goal)
     store = open_store(setting, share)
     pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)

@@ -76,7 +76,7 @@ def findings(found: dict[str, Any]) -> list[str]:
         rivals = [one["gain"] for key, one in checks.items() if key.startswith("random") and one["gain"]]
         if rivals:
             mean = sum(one["value"] for one in rivals) / len(rivals)
-            out.append(f"As many random heads change it by {mean:+.4g} there ({len(rivals)} random sets).")
+            out.append(f"As many random heads change it by {mean:+.4g} there ({_many(len(rivals), 'random set')}).")
         lead = found["search"].get("best_layer", {}).get("lead", {}).get(name)
         if lead is not None:
             layer, way = found["search"]["best_layer"]["name"], "above" if lead["value"] > 0 else "below"
@@ -108,6 +108,10 @@ def facts(found: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _words(name: str) -> str:
     return "held-out" if name == "held_out" else "searched"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _sets(checks: dict[str, Any]) -> dict[str, Any]:

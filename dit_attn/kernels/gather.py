@@ -99,9 +99,11 @@ def _forward_part(
     o = part.tiles(out, group.batch) if part.is_view else scratch.get("out", out.dtype, out.device, *shape)
     stats = torch.zeros(2, len(q), part.tokens, 1, dtype=lse.dtype, device=out.device)
     result = _Result(o, stats[0], stats[1], late=out.dtype == group.v.dtype == group.logits)
-    limit = _limit(group, part, q) if norms is not None else torch.tensor(0.0)
+    limit = None if norms is None else _limit(group, part, q)
     for bucket in buckets(problem, part):
-        bounded = norms is not None and bool(norms.index_select(0, bucket.rows).amax() < limit)
+        bounded = False
+        if norms is not None and limit is not None:
+            bounded = bool(norms.index_select(0, bucket.rows).amax() < limit)
         for work, low, high in chunks(problem, group, part, bucket, scratch):
             _forward_chunk(work, low, high, q, result, bounded)
     if result.late:

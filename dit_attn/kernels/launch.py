@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,9 @@ class Launch:
     stages: int
 
     def run(self) -> None:
-        """Start the kernel on the device of its tensors."""
-        if self.programs:
+        """Start the kernel on the device of its tensors, whichever is current."""
+        if not self.programs:
+            return
+        device = next(x.device for x in self.arguments.values() if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)

@@ -279,7 +279,8 @@ def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
     if not terms:
         return _gathered(problem)
     in_one = _wants_grad(problem, terms) or torch.compiler.is_compiling()
-    return with_terms(problem, terms, _gathered) if in_one else with_terms_in_place(problem, terms, _gathered)
+    with torch.autocast(problem.q.device.type, enabled=False):  # sums and products of the terms are in fp32
+        return (with_terms if in_one else with_terms_in_place)(problem, terms, _gathered)
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:

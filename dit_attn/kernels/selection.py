@@ -201,7 +201,7 @@ def pool_stats(
         mean and mean distance, (B, H, n, D) fp32 each; 0 for a block without a valid token.
     """
     if _fused(None, x, head_dim=x.shape[-1]):
-        from dit_attn.kernels.triton_selection import fused_pool
+        from dit_attn.kernels.triton_pooling import fused_pool
 
         pooled, spread, _ = fused_pool(x, block, key_mask, deviation=True)
         assert spread is not None

@@ -105,6 +105,14 @@ class Scene:
         return dict(zip(pool, (float(value) for value in means)))
 
 
+def undifferentiable(goal: str) -> DitAttnError:
+    """What to say of an objective that the gradient strategy cannot take."""
+    return DitAttnError(
+        "the gradient strategy needs an objective that can be differentiated (clip-world, drawn-world, clip, style, "
+        f"pickscore, hpsv2, aesthetic) and {goal} cannot; use greedy or halving"
+    )
+
+
 def hunt(
     trials: Trials, plan: Plan, slopes: Callable[[Arm], dict[Head, float]] | None = None,
     say: Callable[[int, Round], None] = lambda number, found: None,
@@ -122,10 +130,7 @@ def hunt(
     """
     plan.check(trials)
     if plan.strategy == "gradient" and slopes is None:
-        raise DitAttnError(
-            "the gradient strategy needs an objective that can be differentiated (clip-world, drawn-world, clip, "
-            f"style, pickscore, hpsv2, aesthetic) and {trials.goal.name} cannot; use greedy or halving"
-        )
+        raise undifferentiable(trials.goal.name)
     pool = trials.heads
     chosen: Arm = ()
     rounds: list[Round] = []
@@ -157,7 +162,7 @@ def _halving(scene: Scene) -> dict[Head, float]:
     for count, pairs, steps in rungs(len(pool), plan):
         pool = _first(scores, count, pool) if scores else pool
         scores = scene.measured(pool, pairs, steps)
-        scene.screened[f"{pairs} pairs, {steps or 'all'} steps"] = scores
+        scene.screened[f"{pairs} pair{'' if pairs == 1 else 's'}, {steps or 'all'} steps"] = scores
     scene.screened.popitem()
     return scores
 

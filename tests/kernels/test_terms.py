@@ -46,6 +46,15 @@ def test_long_sequences_go_piece_by_piece_with_the_same_result(name: str, dtype:
             agree(attend(p, terms, "gather"), definition(p, terms), tolerance)
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_autocast_does_not_round_what_is_inside_a_call(name: str) -> None:
+    p = call(torch.bfloat16)
+    terms = TERMS[name](p)
+    plain = attend(p, terms, "gather")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(plain, attend(p, terms, "gather")))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend", ("gather", "reference"))
 @pytest.mark.parametrize("keys", (False, True))

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_attn.kernels import triton_selection
+from dit_attn.kernels import triton_pooling, triton_selection
 from dit_attn.kernels.launch import Launch
 from tests.kernels.compiled import SHARED_MEMORY, compile_for
 
@@ -23,7 +23,7 @@ def pooling(dim: int, block: int, full: bool) -> Launch:
     """Pooling of bf16 tokens; ``full`` with a mask and mean distances."""
     x, n = torch.empty(1, 2048, 2, dim, dtype=torch.bfloat16), 2048 // block
     mean, mask = torch.empty(1, 2, n, dim), torch.ones(1, 2048, dtype=torch.bool) if full else None
-    return triton_selection.plan_pool(x, block, mask, mean, mean.clone() if full else None, torch.empty(1, n))
+    return triton_pooling.plan_pool(x, block, mask, mean, mean.clone() if full else None, torch.empty(1, n))
 
 
 def choice(blocks: int, full: bool, given: bool = False, held: torch.Tensor | None = None) -> Launch:

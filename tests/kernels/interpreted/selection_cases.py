@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import triton_selection
+from dit_attn.kernels import triton_pooling, triton_selection
 from dit_attn.kernels.layout import BlockLayout, ceil_div
 from dit_attn.kernels.selection import (
     BlockPlan,
@@ -80,7 +80,7 @@ def test_pooling_equals_plain_torch(
 ) -> None:
     x = STORED[stored](random(2, seq, 2, dim, seed=seq)).to(dtype)
     mask = random(2, seq, seed=seq + 1) > 0 if masked else None
-    mean, distance, counts = triton_selection.fused_pool(x, block, mask, deviation=True)
+    mean, distance, counts = triton_pooling.fused_pool(x, block, mask, deviation=True)
     expected_mean, expected_distance = pool_stats(x, block, mask)
     assert distance is not None
     assert torch.allclose(mean, expected_mean, atol=1e-5)
@@ -92,8 +92,8 @@ def test_pooling_equals_plain_torch(
 def test_a_block_larger_than_a_program_holds_is_pooled_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mask = random(1, 100, 2, 16), random(1, 100) > 0
     expected = pool_stats(x, 48, mask)
-    monkeypatch.setattr(triton_selection, "POOLED", 16 * 8)
-    mean, distance, counts = triton_selection.fused_pool(x, 48, mask, deviation=True)
+    monkeypatch.setattr(triton_pooling, "POOLED", 16 * 8)
+    mean, distance, counts = triton_pooling.fused_pool(x, 48, mask, deviation=True)
     assert distance is not None
     assert torch.allclose(mean, expected[0], atol=1e-6) and torch.allclose(distance, expected[1], atol=1e-6)
     assert counts.sum() == mask.sum()
@@ -101,14 +101,14 @@ def test_a_block_larger_than_a_program_holds_is_pooled_in_steps(monkeypatch: pyt
 
 def test_one_key_mask_serves_every_sample() -> None:
     x, mask = random(3, 20, 1, 8), random(1, 20) > 0
-    mean, _, _ = triton_selection.fused_pool(x, 8, mask)
+    mean, _, _ = triton_pooling.fused_pool(x, 8, mask)
     assert torch.allclose(mean, pool_stats(x, 8, mask.expand(3, 20))[0], atol=1e-6)
 
 
 def test_masked_tokens_never_reach_the_mean_even_as_nan() -> None:
     x, mask = random(1, 16, 1, 8), torch.arange(16)[None] < 11
     x[:, 11:] = float("nan")
-    mean, distance, _ = triton_selection.fused_pool(x, 8, mask, deviation=True)
+    mean, distance, _ = triton_pooling.fused_pool(x, 8, mask, deviation=True)
     assert distance is not None and mean.isfinite().all() and distance.isfinite().all()
 
 
