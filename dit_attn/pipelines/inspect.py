@@ -243,7 +243,7 @@ def describe(collector: Collector, tensors: dict[str, torch.Tensor], timing: dic
         "calls": collector.seen,
         "skipped": dict(collector.skipped),
         "sequences": [_sequence(tokens) for tokens in collector.sequences if tokens is not None],
-        "timing": {key: value if not isinstance(value, float) else round(value, 4) for key, value in timing.items()},
+        "timing": dict(timing),  # not rounded: a short run's ratio must follow from its seconds
         "statistics": {
             name: {**vars(stats.describe(name)), "shape": list(tensor.shape)} for name, tensor in tensors.items()
         },
