@@ -67,8 +67,10 @@ def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
         yield session
     finally:
         disable(target)
-        if before is not None:
+        if before is not None and (before.methods or before.installed):
             enable(target, *before.methods)
+        elif before is not None:
+            watch(target)
 
 
 def watch(pipe: Any) -> None:

@@ -199,6 +199,9 @@ def _setting(args: argparse.Namespace) -> Setting:
     model = source.describe(options["model"], options.get("revision"))
     options["metrics"] = wanted_metrics(options, model.kind == "embedded")
     variants = compare.with_dense(_variants(options["method"], model, options.get("preset")))
+    guided = any(method.role == "guidance" for variant in variants for method in variant.methods)
+    if options.get("match_strength") and not guided:
+        raise DitAttnError("--match-strength matches guidance methods, and none is compared; add --method softpag")
     jobs = _jobs(options, model)
     for variant in variants:
         job_files.check_calls([replace(job, call={**job.call, **dict(variant.call)}) for job in jobs], model.pipeline)

@@ -21,17 +21,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_attn.api import disable, enabled, explain, summary
+from dit_attn.api import disable, enabled, explain, summary, watch
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines import quality, scores
 from dit_attn.pipelines.headline import headline_row
 from dit_attn.processors.method import Method
+from dit_attn.processors.summary import Summary
 
 if TYPE_CHECKING:
     from dit_attn.eval.extractors import Networks
@@ -81,7 +82,7 @@ class Take:
         attention_share: attention's part of the floating-point operations of a dense step at the item's size.
         verdict: attributes of the caption that the pixels show; ``None`` for prompts outside the shapes world.
         error: one line, when it failed.
-        warnings: what ``summary`` warns of: guidance that was asked for and did not happen. With methods only.
+        warnings: what ``summary`` warns of: guidance that was asked for and did not happen.
     """
 
     variant: str
@@ -243,10 +244,10 @@ def play_round(
         try:
             with on(pipe, variant):
                 frames, take.seconds = make(variant)
-                if variant.methods:
-                    seen = summary(pipe)
+                seen = _seen(pipe)
+                take.warnings = list(seen.warnings) if seen else []
+                if variant.methods and seen:
                     take.density, take.run_density = seen.density, seen.run_density
-                    take.warnings = list(seen.warnings)
                     if seen.guidance is not None:
                         take.parallel, take.sideways = seen.guidance.parallel, seen.guidance.sideways
                 take.file = keep(variant, frames, take.seconds)
@@ -268,11 +269,26 @@ def play_round(
 
 
 def on(pipe: Any, variant: Variant) -> AbstractContextManager[Any]:
-    """A variant's methods on the pipeline for a ``with`` block; for dense the untouched stock pipeline."""
-    if variant.methods:
-        return enabled(pipe, *variant.methods)
+    """A variant's methods on the pipeline for a ``with`` block; dense is watched and no bit of it touched."""
+    return enabled(pipe, *variant.methods) if variant.methods else _watched(pipe)
+
+
+@contextmanager
+def _watched(pipe: Any) -> Iterator[None]:
     disable(pipe)
-    return nullcontext()
+    with suppress(DitAttnError):  # a family that is not supported runs unwatched
+        watch(pipe)
+    try:
+        yield
+    finally:
+        disable(pipe)
+
+
+def _seen(pipe: Any) -> Summary | None:
+    try:
+        return summary(pipe)
+    except DitAttnError:
+        return None
 
 
 def share_of_attention(pipe: Any, call: dict[str, Any]) -> float | None:

@@ -20,7 +20,7 @@ from dit_attn.pipelines.head_set import HeadSet
 from dit_attn.pipelines.objectives import Weights
 from dit_attn.pipelines.search_strategies import Plan, Round, hunt, tuned
 from dit_attn.pipelines.store import Store
-from dit_attn.pipelines.strength import guidance_argument
+from dit_attn.pipelines.strength import guidance_argument, guidance_rule
 from dit_attn.pipelines.trials import Arm, Pair, PipelineMaker, Share, Trials, layers_of
 from dit_attn.processors.guidance import SoftPAG
 
@@ -45,7 +45,7 @@ class HeadHunter:
         u, scale: strength of a candidate, and w.
         target, joint: of the perturbation, see :class:`SoftPAG`.
         steps: of a candidate's run; fewer than the call's are the early-step proxy.
-        guidance_scale: of classifier-free guidance during the search; 1 is none (the paper).
+        guidance_scale: s of ``u + s (c - u)`` during the search; 1 is no guidance (the paper).
         call: further arguments of the pipeline's call (size, steps).
         held_out: of the pairs, the last so many are not searched on: what was chosen is checked on them.
         controls: random sets of as many heads to check beside.
@@ -229,9 +229,9 @@ def as_pair(pair: str | tuple[str, int] | Pair, seed: int) -> Pair:
 
 
 def guidance_off(pipe: Any, scale: float) -> dict[str, float]:
-    """The argument that sets classifier-free guidance to ``scale``; nothing for pipelines without it."""
+    """The argument that sets classifier-free guidance to the scale s; nothing for pipelines without it."""
     try:
-        return {guidance_argument(pipe): scale}
+        return {guidance_argument(pipe): guidance_rule(pipe).told_for(scale)}
     except DitAttnError:
         return {}
 

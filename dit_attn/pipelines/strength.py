@@ -13,10 +13,10 @@ from typing import Any
 
 from dit_attn.api import enabled, summary
 from dit_attn.errors import DitAttnError
+from dit_attn.processors import attach
+from dit_attn.processors.clock import Guidance
 from dit_attn.processors.method import Method
 
-# So near to no guidance that the result is the same, and still the unconditional branch is run and can be measured.
-_BARELY = 1.0 + 1e-4
 _ARGUMENTS = ("true_cfg_scale", "guidance_scale")
 
 
@@ -26,8 +26,8 @@ class Matched:
 
     Attributes:
         argument: of the pipeline's call.
-        scale: its value that pushes as far along ``c - u`` as the method and the run's own scale together, no less
-            than 1.
+        scale: its value that pushes as far along ``c - u`` as the method and the run's own scale together, or the
+            nearest that the pipeline can guide with.
         parallel: what the method adds, mean over all steps of the run, pushed or not, and over items.
         sideways: the rest of its push, in units of ``|c - u|``, the same mean.
     """
@@ -51,6 +51,15 @@ def guidance_argument(pipe: Any) -> str:
     return name
 
 
+def guidance_rule(pipe: Any) -> Guidance:
+    """How the pipeline runs classifier-free guidance.
+
+    Raises:
+        DitAttnError: unsupported family.
+    """
+    return attach.family_of(attach.unwrap(pipe.transformer)).guidance
+
+
 def matched(
     pipe: Any,
     methods: Sequence[Method],
@@ -68,15 +77,18 @@ def matched(
     Raises:
         DitAttnError: no unconditional branch was run, so that there is nothing to measure against.
     """
-    name = guidance_argument(pipe)
+    name, rule = guidance_argument(pipe), guidance_rule(pipe)
     default = inspect.signature(type(pipe).__call__).parameters[name].default
     parallel, sideways, own = [], [], []
     for index, scale in enumerate(scales):
         scale = float(default if scale is None else scale)
         with enabled(pipe, *methods):
-            run({name: max(scale, _BARELY)}, index)
+            run({name: max(scale, rule.barely)}, index)  # c - u must be there to measure against
             told = summary(pipe)
             found = told.guidance
+        own.append(rule.scale_of(scale))
+        if found is not None and not found.steps:
+            continue  # nothing was pushed: scale 0, or no step of this run
         if found is None or found.parallel is None or found.sideways is None:
             raise DitAttnError(
                 f"{type(pipe).__name__} ran no unconditional branch at {name}={scale:g}, so that strengths cannot be "
@@ -85,6 +97,6 @@ def matched(
         pushed = found.steps / max(told.steps, 1)
         parallel.append(pushed * found.parallel)
         sideways.append(pushed * found.sideways)
-        own.append(max(scale, 1.0))
-    along = sum(parallel) / len(parallel)
-    return Matched(name, round(max(1.0, sum(own) / len(own) + along), 3), along, sum(sideways) / len(sideways))
+    along = sum(parallel) / len(own)
+    scale = rule.told_for(sum(own) / len(own) + along)
+    return Matched(name, round(scale, 3), along, sum(sideways) / len(own))

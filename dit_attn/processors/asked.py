@@ -1,11 +1,14 @@
-"""What guidance a pipeline's call asked for, where the pipeline keeps it in a local variable alone."""
+"""What guidance a pipeline's call asked for: pipelines keep some of it in local variables alone."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_attn.processors.clock import Guidance
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,18 @@ class Asked:
         given: arguments of the negative prompt that were given.
         missing: embeddings and masks of it that were not.
         embedded: scale that is an input of a distilled model, where the caller changed its default; else ``None``.
+        samples: pictures or clips that are made, ``None`` where no prompt tells.
+        rescaled: whether it asks for a rescaling of the guided prediction.
+        bent_by: the argument that makes the rule more than ``u + s (c - u)``, ``""`` for none.
     """
 
     scale: float | None = None
     given: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     embedded: float | None = None
+    samples: int | None = None
+    rescaled: bool = False
+    bent_by: str = ""
 
     @property
     def remedy(self) -> str:
@@ -34,22 +43,29 @@ class Asked:
         return f"{', '.join(self.given)} alone is not enough, give {', '.join(self.missing)} too"
 
 
-def asked(pipe: Any, argument: str) -> Asked:
+def asked(pipe: Any, rule: Guidance) -> Asked:
     """Read the call of ``pipe`` that is running; nothing is known where none is.
 
     Args:
         pipe: a pipeline, or ``None``.
-        argument: of its call, the scale of classifier-free guidance.
+        rule: how its family runs guidance.
     """
     call = running_call(pipe)
+    argument = rule.argument or "guidance_scale"
     negative = {name: value for name, value in call.items() if name.startswith("negative_") and "prompt" in name}
+    prompts = [call["prompt"]] if isinstance(call.get("prompt"), str) else call.get("prompt")
     parts = [name for name in negative if name.endswith(("_embeds", "_mask"))]
-    embedded, usual = call.get("guidance_scale"), _default(pipe, "guidance_scale")
+    embedded = call.get("guidance_scale") if argument != "guidance_scale" else None
+    if embedded == _default(pipe, "guidance_scale"):
+        embedded = None
     return Asked(
         scale=None if call.get(argument) is None else float(call[argument]),
         given=tuple(name for name, value in negative.items() if value is not None),
         missing=tuple(name for name in parts if negative[name] is None),
-        embedded=None if embedded is None or embedded == usual else float(embedded),
+        embedded=None if embedded is None else float(embedded),
+        samples=len(prompts) * (call.get("num_images_per_prompt") or 1) if prompts else None,
+        rescaled=any(call.get(name) for name in rule.rescaled_by),
+        bent_by=next((name for name in rule.bent_by if call.get(name)), ""),
     )
 
 

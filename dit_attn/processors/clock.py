@@ -8,7 +8,7 @@ begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Names pipelines give to `cache_context`, in the vocabulary of this package.
@@ -33,9 +33,13 @@ class Guidance:
         longer: the batch order of runs with one branch more (guidance by reference images), ``()`` where none exist.
         negated: whether the pipelines turn the sign of the prediction before the scheduler gets it.
         rescaled: whether they rescale the guided prediction by default, which is no affine rule.
+        rescaled_by: arguments of the pipeline's call that turn such a rescaling on.
         scale: attribute of the pipeline that holds the scale of a call; ``""`` where none does.
         argument: argument of the pipeline's call that is the scale, where it is kept nowhere.
         scale_offset: what is added to it for the scale s of ``u + s (c - u)``.
+        off: the largest scale that the pipelines take for "without".
+        own: forward argument that marks a pass of a perturbed guidance of the pipeline's own, ``""`` where none does.
+        bent_by: arguments of the pipeline's call that make a step another rule than ``u + s (c - u)`` with its scale.
     """
 
     style: str
@@ -43,13 +47,34 @@ class Guidance:
     longer: tuple[str, ...] = ()
     negated: bool = False
     rescaled: bool = False
+    rescaled_by: tuple[str, ...] = ()
     scale: str = "_guidance_scale"
     argument: str = ""
     scale_offset: float = 0.0
+    off: float = 1.0
+    own: str = ""
+    bent_by: tuple[str, ...] = ()
+
+    def scale_of(self, told: float) -> float:
+        """The scale s of ``u + s (c - u)`` that a pipeline is told with ``told``; 1 is no guidance."""
+        return told + self.scale_offset if told > self.off else 1.0
+
+    def told_for(self, scale: float) -> float:
+        """What tells a pipeline the scale s, or the nearest one it can guide with."""
+        least = self.off + self.scale_offset
+        if scale <= least:
+            return self.off if scale - 1.0 <= least - scale else self.barely
+        return scale - self.scale_offset
+
+    @property
+    def barely(self) -> float:
+        """The smallest value that turns guidance on."""
+        return self.off + 1e-4
 
 
 SEPARATE = Guidance("separate", ("cond", "uncond"))
 BATCHED = Guidance("batched", ("uncond", "cond"))
+RESCALABLE = replace(BATCHED, rescaled_by=("guidance_rescale",))
 
 
 @dataclass
@@ -58,7 +83,7 @@ class Clock:
 
     Attributes:
         run: number of runs seen, from 1 (0 before the first call).
-        step: step in the run, from 0.
+        step: step in the run, from 0; a run may begin late in its schedule (a picture to start from).
         total: number of steps of the run, ``None`` when nothing tells it.
         call: transformer calls seen at this step, from 0.
         context: the name the pipeline gave to the call, or ``None``.
@@ -74,6 +99,7 @@ class Clock:
     timestep: float = float("nan")
     grows: bool = False
     _schedule: Any = field(default=None, repr=False)
+    _begin: int | None = field(default=None, repr=False)  # position in the schedule where the run began
 
     def tick(
         self,
@@ -83,6 +109,7 @@ class Clock:
         grows: bool = False,
         scheduler: Any = None,
         context: Any = None,
+        length: int | None = None,
     ) -> None:
         """Advance to the transformer call that is about to start.
 
@@ -92,16 +119,14 @@ class Clock:
             grows: whether this family's timesteps rise during a run (they fall in most).
             scheduler: the pipeline's scheduler, when the pipeline is known.
             context: the pipeline's cache context (name, and from diffusers 0.42 step and total), when it gives one.
+            length: steps of the run as the pipeline says, which may leave out the beginning of the schedule.
         """
         schedule = getattr(scheduler, "timesteps", None)
+        if schedule is not self._schedule:
+            self._begin = getattr(scheduler, "begin_index", None)
         known = getattr(context, "step_index", None)
         if known is None and scheduler is not None:
-            known = getattr(scheduler, "step_index", None)
-            # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
-            # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.
-            moved = schedule is self._schedule and (self.step > 0 or timestep != self.timestep)
-            if known is None and hasattr(scheduler, "step_index") and not moved:
-                known = 0
+            known = self._from_scheduler(scheduler, timestep)
         fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
         if fresh:
             self.run += 1
@@ -114,12 +139,24 @@ class Clock:
             self.step = int(known)
         total = getattr(context, "num_inference_steps", None)
         if total is None and schedule is not None:
-            total = len(schedule)
+            total = min(len(schedule) - (self._begin or 0), length or len(schedule))
         self.total = total
         self.context = getattr(context, "name", None)
         self.timestep = timestep
         self._schedule = schedule
         self.grows = grows
+
+    def _from_scheduler(self, scheduler: Any, timestep: float) -> int | None:
+        """The step of the run by the scheduler's index, ``None`` where it does not tell."""
+        index, same = getattr(scheduler, "step_index", None), scheduler.timesteps is self._schedule
+        if index is None:
+            # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
+            # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.
+            moved = same and (self.step > 0 or timestep != self.timestep)
+            return 0 if hasattr(scheduler, "step_index") and not moved else None
+        if self._begin is None:  # the scheduler looked the first timestep up when it was first asked to step
+            self._begin = index - 1 if same and self.step == 0 else 0
+        return index - self._begin
 
     def _is_new_run(self, timestep: float, known: int | None, schedule: Any, guidance: Guidance, grows: bool) -> bool:
         if self.run == 0 or schedule is not self._schedule:

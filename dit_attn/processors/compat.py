@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,23 @@ def copy_registry_entry(stock: type, derived: type) -> None:
     known = getattr(AttentionProcessorRegistry, "_registry", {})
     if stock in known:
         known.setdefault(derived, known[stock])
+
+
+@contextmanager
+def without_shared_caches(model: torch.nn.Module) -> Iterator[None]:
+    """Step caches that keep one state for all branches of a step (PyramidAttentionBroadcast, FasterCache) stand aside:
+    they would answer with what another branch left, and leave the answer to the next one."""
+    registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
+    hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
+    shared = [hook.fn_ref for hook in hooks if hook._is_stateful and "state" in vars(hook)]
+    kept = [reference.forward for reference in shared]
+    for reference in shared:
+        reference.forward = reference.original_forward
+    try:
+        yield
+    finally:
+        for reference, forward in zip(shared, kept):
+            reference.forward = forward
 
 
 # Blocks diffusers' own registry lacks, or holds wrongly: the inputs that come out again, in the order of the outputs.

@@ -234,13 +234,11 @@ def _middle(layers: Layers) -> str:
 def _numbers(layers: Any) -> str:
     """``"7-9"`` of 7-9, ``[7, 8, 9]`` or ``"7,8,9"``, as ``"7,8,9"``."""
     items = list(layers) if isinstance(layers, (list, tuple, range)) else [layers]
-    found: list[int] = []
-    for part in filter(None, ",".join(str(item) for item in items).replace(" ", "").split(",")):
-        low, _, high = part.partition("-")
-        if not (low.isdecimal() and (high or low).isdecimal() and int(low) <= int(high or low)):
-            raise DitAttnError(f"layers {layers!r} cannot be read; write positions such as '7' or '7-9,12'")
-        found += range(int(low), int(high or low) + 1)
-    return ",".join(str(number) for number in dict.fromkeys(found))
+    try:
+        found = heads.numbers(",".join(str(item) for item in items).replace(" ", ""))
+    except ValueError:
+        raise DitAttnError(f"layers {layers!r} cannot be read; write positions such as '7' or '7-9,12'") from None
+    return ",".join(map(str, found))
 
 
 def _blocks_at(layers: str, blocks: list[str]) -> tuple[str, ...]:

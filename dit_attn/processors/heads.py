@@ -20,7 +20,8 @@ from dit_attn.errors import DitAttnError
 Strengths = dict[str, dict[int, float]]  # layer -> head -> strength
 _SHORT = re.compile(r"^L(\d+(?:-\d+)?)(?:H(\d+))?$")
 _RANGE = re.compile(r"^(\d+)-(\d+)$")
-_INSIDE = re.compile(r"(?<=[:,@])\s+")  # blanks that part no entries
+_INSIDE = re.compile(r"\s*([:,@])\s*")  # blanks around these part no entries
+_MOST = 99_999  # the largest number that is read: a slip of the keyboard shall not fill the memory
 _BETWEEN = re.compile(r"[;\s]+|,(?=[A-Za-z*])")
 _GRAMMAR = "write 'blocks.3.attn1:0,4,7', '3:0-7', 'L3H4@0.5' or a layer alone, entries separated by ';'"
 
@@ -43,7 +44,7 @@ def canonical(heads: Any) -> str:
     if isinstance(heads, int) and not isinstance(heads, bool):
         heads = str(heads)
     if isinstance(heads, str):
-        entries = [entry for entry in _BETWEEN.split(_INSIDE.sub("", heads)) if entry]
+        entries = [entry for entry in _BETWEEN.split(_INSIDE.sub(r"\1", heads)) if entry]
         return ";".join(_text(*_entry(entry)) for entry in entries)
     if not isinstance(heads, Iterable):
         raise DitAttnError(f"heads {heads!r} cannot be read; {_GRAMMAR}")
@@ -87,7 +88,7 @@ def address(strengths: Mapping[str, Mapping[int, float]]) -> str:
 
 def _layers(wanted: str, names: list[str]) -> list[str]:
     """The layers an entry names: a number or a range of numbers, a path or a pattern of paths, or the path's start."""
-    if wanted.isdigit() or _RANGE.match(wanted):
+    if wanted.isdecimal() or _RANGE.match(wanted):
         low, high = _bounds(wanted)
         if high >= len(names):
             raise DitAttnError(f"there is no layer {high}: this model has layers 0 to {len(names) - 1}")
@@ -122,21 +123,27 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
     try:
         for part in filter(_RANGE.match, layer.split(".")):
             _bounds(part)
-        numbers = tuple(n for part in heads.split(",") if part for n in range(_bounds(part)[0], _bounds(part)[1] + 1))
+        chosen = numbers(heads)
         u = float(strength) if strength else None
     except ValueError:
         raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}") from None
-    if not layer or (":" in where and not numbers) or ("@" in text and u is None):
+    if not layer or (":" in where and not chosen) or ("@" in text and u is None):
         raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}")
     if u is not None and not 0.0 <= u <= 1.0:
         raise DitAttnError(f"a strength lies in [0, 1], got {u:g} in {text!r}; 0 leaves a head as it is, 1 replaces it")
-    return layer, numbers or None, u
+    return layer, chosen or None, u
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """``"0,2-4"`` as 0, 2, 3, 4. Raises ``ValueError`` where it is no list of numbers and ranges."""
+    bounds = [_bounds(part) for part in text.split(",") if part]
+    return tuple(dict.fromkeys(n for low, high in bounds for n in range(low, high + 1)))
 
 
 def _bounds(text: str) -> tuple[int, int]:
     match = _RANGE.match(text)
     low, high = (int(match.group(1)), int(match.group(2))) if match else (int(text), int(text))
-    if not 0 <= low <= high:
+    if not 0 <= low <= high <= _MOST:
         raise ValueError(text)
     return low, high
 

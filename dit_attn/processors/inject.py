@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors import passes
+from dit_attn.processors import compat, passes
 from dit_attn.processors.passes import Leaf, Prefix
 from dit_attn.processors.perturb import wide
 from dit_attn.processors.push import Push, StepTap, added, each, flat, scaled, take_rows
@@ -102,6 +102,11 @@ class Guide:
             return None
         if self.run != self.session.clock.run:
             self.forget()
+        if getattr(self.session.pipe, "do_perturbed_attention_guidance", False):
+            raise DitAttnError(
+                f"{type(self.session.pipe).__name__} runs a perturbed branch of its own; call it with pag_scale=0, or "
+                "use the pipeline without PAG"
+            )
         branches = self.session.rows_by_branch()
         self._appended = 0
         self._unwatch()
@@ -187,8 +192,9 @@ class Guide:
         with ExitStack() as stack:
             stack.enter_context(session.perturbing(self.plan, len(index)))
             stack.enter_context(passes.forwards(replaced))
-            named = getattr(type(model), "cache_context", None)
-            stack.enter_context(named(model, _CONTEXT) if named and _cached(model) else nullcontext())
+            if _cached(model):
+                stack.enter_context(compat.without_shared_caches(model))
+                stack.enter_context(type(model).cache_context(model, _CONTEXT))
             perturbed = module.forward(*args, **kwargs)
         self._keep([take_rows(leaf, index) for leaf in passes.leaves(output)], passes.leaves(perturbed))
 
@@ -228,7 +234,7 @@ class Guide:
         hooked = any(getattr(module, "_diffusers_hook", None) is not None for module in modules[1:])
         if hooked or any(module._compiled_call_impl is not None for module in modules):
             return None
-        return Prefix(model, blocks)
+        return Prefix(model, blocks, session.family.batch_axes)
 
     def _inject(self, push: Push, output: Any, branches: Sequence[str]) -> Any:
         way = self._way()
@@ -250,8 +256,10 @@ class Guide:
         if self.method.inject != "auto":
             return self.method.inject
         guider = getattr(self.session.pipe, "guider", None)
-        rescales = self.session.family.guidance.rescaled or type(guider).__name__ not in _LINEAR_GUIDERS
-        return "step" if rescales and self.session.pipe is not None else "shift"
+        session = self.session
+        rescales = session.family.guidance.rescaled or session.asked.rescaled
+        rescales = rescales or type(guider).__name__ not in _LINEAR_GUIDERS
+        return "step" if rescales and session.pipe is not None else "shift"
 
     def _measure(self, push: Push, output: Any, branches: Sequence[str]) -> None:
         """Products of the push with itself, with c and with ``c - u``, where u is at hand."""
@@ -326,6 +334,11 @@ def _guidance_scale(session: Session, branches: Sequence[str]) -> float:
     dropped = bool(rule.argument) and not session.asked.given  # asked for, and no negative prompt to run
     if "uncond" not in branches and (rule.style == "batched" or dropped):
         return 1.0
+    if session.asked.bent_by:
+        raise DitAttnError(
+            f"inject='cond' divides by the guidance scale, and with {session.asked.bent_by} a step has another one "
+            f"than {type(session.pipe).__name__} tells; use inject='shift'"
+        )
     if scale is None:
         raise DitAttnError(
             f"{type(session.pipe).__name__} does not say its guidance scale, which inject='cond' divides by; "

@@ -11,6 +11,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors import compat
+from dit_attn.processors.families import Axis
 
 Leaf = torch.Tensor | list[torch.Tensor]  # (B, ...), or one tensor for every sample
 
@@ -46,23 +47,28 @@ def take_call(
     kwargs: Mapping[str, Any],
     index: Sequence[int],
     rows: int,
-    axes: Mapping[str, int | None],
+    axes: Mapping[str, Axis],
 ) -> dict[str, Any]:
-    """The arguments of a model call for some rows of its batch, by name.
+    """The arguments of a call for some rows of its batch, by name.
 
     Args:
-        model: whose ``forward`` is called.
+        model: the model, or one of its blocks, whose ``forward`` is called.
         args, kwargs: the arguments of the whole batch.
         index: the wanted rows.
         rows: rows of the whole batch.
-        axes: where an argument has its batch, when not on its first axis; ``None``: nowhere.
+        axes: where an argument has its batch, when not on its first axis; see ``Family.batch_axes``.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    def taken(value: Any, axis: Axis) -> Any:
+        if axis is None:
+            return value
+        if axis == "list" and isinstance(value, list):
+            return [value[row] for row in index]
+        return take(value, index, rows, axis if isinstance(axis, int) else 0)
+
     values = {**dict(zip(names, args)), **kwargs}
-    return {
-        name: value if axes.get(name, 0) is None else take(value, index, rows, axes.get(name) or 0)
-        for name, value in values.items()
-    }
+    return {name: taken(value, axes.get(name, 0)) for name, value in values.items()}
 
 
 def leaves(output: Any) -> list[Leaf]:
@@ -121,8 +127,10 @@ class Prefix:
     blocks before it return at once.
     """
 
-    def __init__(self, model: torch.nn.Module, blocks: Sequence[str]) -> None:
-        """``blocks``: paths of the blocks to save, and last the first one to run again."""
+    def __init__(self, model: torch.nn.Module, blocks: Sequence[str], axes: Mapping[str, Axis]) -> None:
+        """``blocks``: paths of the blocks to save, and last the first one to run again; ``axes``: see
+        ``Family.batch_axes``."""
+        self.axes = axes
         self.modules = [model.get_submodule(block) for block in blocks]
         self.handles: list[Any] = []
         self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -155,7 +163,9 @@ class Prefix:
         right form, since the last one is handed what it was given before. ``other``: forwards that differ anyway."""
         assert self.given is not None
         whole = len(index) == rows
-        args, kwargs = self.given if whole else (take(part, index, rows) for part in self.given)
+        args, kwargs = self.given
+        if not whole:
+            args, kwargs = (), take_call(self.modules[-1], args, kwargs, index, rows, self.axes)
         results = {s: r if whole else take(r, index, rows) for s, r in self.results.items()}
         found: dict[torch.nn.Module, Callable[..., Any]] = {}
         for module, stack in zip(self.modules[:-1], self._stacks):

@@ -139,6 +139,7 @@ class Session:
         self.layout_error: str | None = None
         self._seen_run = 0
         self._stacked = 1
+        self._own, self._samples = False, 0
         self._batch = 1
         self._tokens: dict[int, Tokens | None] = {}
 
@@ -187,17 +188,24 @@ class Session:
             grows=self.family.time_grows,
             scheduler=getattr(self.pipe, "scheduler", None),
             context=self.context,
+            length=getattr(self.pipe, "_num_timesteps", None),
         )
-        if self._seen_run != self.clock.run:
+        self._own = bool(values.get(self.family.guidance.own))
+        if fresh := self._seen_run != self.clock.run:
             self._seen_run = self.clock.run
-            self.seen = set()
-            self.asked = asked(self.pipe, rule.argument) if (rule := self.family.guidance).argument else Asked()
-            self._stacked = _stacked(values.get("hidden_states"), self.family.guidance)
+            self.seen, self._samples = set(), 0
+            self.asked = asked(self.pipe, self.family.guidance)
             for site in self.sites:
                 site.stats = SiteStats()
                 site.memory.clear()
         self.perturbed, self.first_perturbed = None, 0
-        self._begin(_rows(values.get("hidden_states", values.get("x"))))
+        rows = _rows(values.get("hidden_states", values.get("x")))
+        if fresh:
+            samples = self.asked.samples if self.family.guidance.longer else None
+            stacked = _stacked(values.get("hidden_states"), self.family.guidance)
+            self._stacked = rows // samples if samples else stacked
+            self._samples = rows // (self._branch_count(rows) or 1)
+        self._begin(rows)
         self.seen |= set(self.rows_by_branch())
         try:
             self.layout, self.layout_error = self.family.layout(self.model.config, values), None
@@ -256,10 +264,11 @@ class Session:
         name = rule.scale
         if name and getattr(self.pipe, "transformer_2", None) is self.model:
             name = f"{name}_2"
-        value = getattr(self.pipe, name, None) if name else self.asked.scale
+        told = self.asked.scale if rule.argument else None
+        value = getattr(self.pipe, name, None) if name else told
         if value is None:
             return None
-        return float(value) + rule.scale_offset if value > 1.0 else 1.0  # what pipelines take for "without"
+        return rule.scale_of(float(value))
 
     def reset(self) -> None:
         """Forget the run: clock, statistics, layers marked broken. Never needed between runs."""
@@ -276,19 +285,22 @@ class Session:
 
     def _names(self, rows: int) -> tuple[str, ...]:
         plain = rows if self.perturbed is None else self.first_perturbed
-        names = self.clock.branches(plain, self.family.guidance, self._branch_count()) if plain else ()
+        if self._own:
+            return ("perturbed",) * rows
+        names = self.clock.branches(plain, self.family.guidance, self._branch_count(plain)) if plain else ()
         return (*names, *("perturbed",) * (rows - plain))
 
-    def _branch_count(self) -> int | None:
-        """Branches of the guidance in this run, 1 without: by the shape of the batch, or by what the pipeline says."""
-        guidance = self.family.guidance
-        if guidance.style == "batched" and self._stacked > 1:
+    def _branch_count(self, rows: int) -> int | None:
+        """Branches of the guidance at this step, 1 without: as the pipeline or its call says, and where neither does by
+        the shape of the batch, which samples of the same noise fool."""
+        guidance, told = self.family.guidance, getattr(self.pipe, "do_classifier_free_guidance", None)
+        if guidance.style == "separate":
+            return None if told is None else len(guidance.order) if told else 1
+        if told is None and self.asked.scale is not None:
+            told = self.asked.scale > guidance.off
+        if told is None or guidance.longer:
             return self._stacked
-        try:
-            guided = bool(self.pipe.do_classifier_free_guidance)
-        except AttributeError:
-            return 1 if guidance.style == "batched" else None
-        return len(guidance.order) if guided else 1
+        return len(guidance.order) if told and rows != self._samples else 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         if id(self) in memo:

@@ -30,6 +30,11 @@ def test_a_competitor_may_change_the_call(compare):
     assert other["call"] == {"guidance_scale": 1} and other["methods"] == []
 
 
+def test_matching_without_a_method_that_guides_is_refused(compare):
+    words = ("--method", "block-sparse:density=0.5,q_block=32,kv_block=32", "--match-strength")
+    compare(*words).refused("--match-strength matches guidance methods, and none is compared")
+
+
 def test_matched_strength_adds_the_scale_that_pushes_as_far(compare, tmp_path, monkeypatch):
     rows = headline(compare("--method", GUIDED, "--match-strength", "--json"))
     matched = next(row for label, row in rows.items() if label.endswith(f"as strong as {GUIDED}"))
@@ -96,5 +101,5 @@ def test_guidance_that_the_pipeline_drops_is_told_of(cli, flux_model):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     dense, guided = json.loads(outcome.out)["takes"]
-    assert dense["warnings"] == [] and "true_cfg_scale 3 had no effect" in guided["warnings"][0]
-    assert "true_cfg_scale 3 had no effect" in outcome.err and "(1 of 2 items)" in outcome.err
+    assert dense["warnings"] == guided["warnings"] and "true_cfg_scale 3 had no effect" in dense["warnings"][0]
+    assert outcome.err.count("true_cfg_scale 3 had no effect") == 1 and "(2 of 2 items)" in outcome.err

@@ -98,6 +98,15 @@ def test_watching_touches_no_layer_and_no_bit(case: Any) -> None:
         dit_attn.summary(pipe)
 
 
+def test_a_watched_pipeline_is_watched_again_after_a_method() -> None:
+    pipe, _, bare = made(CASES["flux"])
+    dit_attn.watch(pipe)
+    with dit_attn.enabled(pipe, dit_attn.SoftPAG(heads="0:0")):
+        pass
+    assert not any(socket.is_socketed(getattr(module, "processor", None)) for module in pipe.transformer.modules())
+    assert warnings(pipe, bare)[0].startswith(NOTHING_NEGATIVE)
+
+
 def test_a_compiled_transformer_is_watched_too() -> None:
     pipe, guided, bare = made(CASES["flux"])
     dit_attn.watch(pipe)

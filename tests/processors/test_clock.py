@@ -52,6 +52,28 @@ def test_scheduler_step_index_wins_over_counting() -> None:
     assert (clock.step, clock.total) == (3, 4)
 
 
+@pytest.mark.parametrize("begin", [2, None], ids=["told", "looked up"])
+def test_a_run_that_begins_late_in_its_schedule_is_counted_from_there(begin: int | None) -> None:
+    plan, clock, seen = [900.0, 700.0, 500.0, 300.0, 100.0], Clock(), []
+    for index, timestep in ((None, 500.0), (None, 500.0), (3, 300.0), (3, 300.0), (4, 100.0)):
+        source = SimpleNamespace(timesteps=plan, step_index=index, begin_index=begin)
+        clock.tick(timestep, SEPARATE, scheduler=source)
+        seen.append(clock.step)
+    assert seen == [0, 0, 1, 1, 2] and (clock.run, clock.total) == (1, 3)
+
+
+def test_a_method_that_is_enabled_in_mid_run_knows_the_step() -> None:
+    clock = Clock()
+    clock.tick(300.0, SEPARATE, scheduler=SimpleNamespace(timesteps=[900.0, 300.0], step_index=1, begin_index=None))
+    assert (clock.step, clock.total) == (1, 2)
+
+
+def test_a_pipeline_may_say_that_its_run_is_shorter_than_the_schedule() -> None:
+    clock = Clock()
+    clock.tick(500.0, BATCHED, scheduler=scheduler([900.0, 500.0, 100.0]), length=2)
+    assert clock.total == 2
+
+
 def test_context_name_wins_over_call_order() -> None:
     clock = Clock()
     clock.tick(900.0, SEPARATE, context=SimpleNamespace(name="uncond", step_index=2, num_inference_steps=7))

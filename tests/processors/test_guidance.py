@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +14,9 @@ from hypothesis import strategies as st
 import dit_attn
 from dit_attn.pipelines.strength import matched
 from dit_attn.processors import attach, clock, inject
-from dit_attn.processors.guidance import SCHEDULES, PerturbedGuidance
-from dit_attn.processors.method import Method, methods
-from tests.families.outputs import same, tensors
-from tests.families.test_image import TestFlux as FluxCase
-from tests.families.test_image import TestPixArt as PixArtCase
-from tests.families.test_image import TestSD3 as SD3Case
+from dit_attn.processors.guidance import SCHEDULES
+from dit_attn.processors.method import Method
+from tests.families.guided_runs import hooks
 from tests.families.test_video import TestWan as WanCase
 
 C, U, P = (torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
@@ -289,6 +285,33 @@ def test_a_push_along_cfg_is_matched_by_the_scale_that_makes_the_same_run(monkey
     torch.testing.assert_close(pipe(guidance_scale=found.scale)[0], guided, atol=5e-3, rtol=1e-3)
 
 
+def test_no_push_at_all_is_matched_by_the_run_s_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = dit_attn.SoftPAG(heads="1", scale=0.0)
+    pipe = fake(monkeypatch, method, "separate", 3.0)
+    found = matched(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0])
+    assert (found.scale, found.parallel, found.sideways) == (3.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told", "scale"),
+    [
+        (clock.SEPARATE, 1.0, 1.0), (clock.SEPARATE, 3.0, 3.0),
+        (clock.Guidance("batched", ("cond", "uncond"), scale_offset=1.0, off=0.0), 0.0, 1.0),  # Z-Image
+        (clock.Guidance("batched", ("cond", "uncond"), scale_offset=1.0, off=0.0), 0.5, 1.5),
+        (clock.Guidance("separate", ("cond", "uncond"), scale_offset=1.0), 1.0, 1.0),  # Cosmos
+        (clock.Guidance("separate", ("cond", "uncond"), scale_offset=1.0), 2.0, 3.0),
+    ],
+)  # fmt: skip
+def test_scales_of_pipelines_that_add_one(rule: clock.Guidance, told: float, scale: float) -> None:
+    assert rule.scale_of(told) == scale and rule.told_for(scale) == told
+    assert rule.scale_of(rule.barely) == pytest.approx(rule.off + rule.scale_offset, abs=1e-3)
+
+
+def test_a_scale_a_pipeline_cannot_guide_with_becomes_the_nearest_one() -> None:
+    cosmos = clock.Guidance("separate", ("cond", "uncond"), scale_offset=1.0)
+    assert cosmos.told_for(1.2) == 1.0 and cosmos.told_for(1.8) == cosmos.barely
+
+
 def test_a_push_of_a_quarter_of_the_steps_is_matched_by_a_quarter_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "P", C - 0.4 * (C - U))
     method = dit_attn.SoftPAG(heads="1", scale=2.0, start=0.5, stop=0.75)
@@ -315,129 +338,6 @@ def test_guidance_that_was_asked_for_and_did_not_happen_is_told(monkeypatch: pyt
     assert "guidance_scale 3 had no effect" in warning and warning in str(dit_attn.summary(pipe))
 
 
-# -- real transformers ------------------------------------------------------------------------------------------------
-
-
-def run(pipe: Any, kwargs: dict[str, Any], steps: int = 3, **more: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        return pipe(
-            **copy.deepcopy(kwargs), num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
-            output_type="latent", return_dict=False, **more,
-        )[0]  # fmt: skip
-
-
-def real(case: Any) -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    pipe, kwargs = case().pipeline()
-    for parameter in pipe.transformer.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
-    return pipe, kwargs
-
-
-def hooks(model: torch.nn.Module) -> list[Any]:
-    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-
-
-@pytest.mark.parametrize("way", ["shift", "step"])
-def test_a_pass_that_fails_leaves_nothing_behind(way: str) -> None:
-    pipe, kwargs = real(FluxCase)
-    stock = run(pipe, kwargs)
-    method = dit_attn.SoftPAG(heads="2", inject=way)
-    dit_attn.enable(pipe, method)
-    guided = run(pipe, kwargs)
-    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
-    forwards = [block.forward for block in blocks]
-    for fails in (1, 2, 3):  # in the plain pass, in the perturbed one, in the unconditional one
-        left = iter(range(1, 99))
-        last = blocks[-1].attn.to_v
-        handle = last.register_forward_pre_hook(lambda *_, left=left, n=fails: 1 / (next(left) != n) and None)
-        with pytest.raises(ZeroDivisionError):
-            run(pipe, kwargs)
-        handle.remove()
-        assert [block.forward for block in blocks] == forwards
-        assert same(run(pipe, kwargs), guided)
-    left = iter(range(1, 99))
-    handle = blocks[-1].attn.to_v.register_forward_pre_hook(lambda *_: 1 / (next(left) != 3) and None)
-    with pytest.raises(ZeroDivisionError):
-        run(pipe, kwargs)
-    handle.remove()
-    dit_attn.disable(pipe)
-    assert hooks(pipe.transformer) == [] and "step" not in vars(pipe.scheduler)
-    assert "cache_context" not in vars(pipe.transformer)
-    assert same(run(pipe, kwargs), stock)
-
-
-def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
-    pipe, kwargs = real(FluxCase)
-    dit_attn.enable(pipe, dit_attn.SoftPAG(heads="2", inject="step", start=0.5))
-    later = run(pipe, kwargs)
-    dit_attn.enable(pipe, dit_attn.SoftPAG(heads="2", inject="step"))
-    session = attach.session_of(pipe.transformer)
-    assert session is not None and session.guide is not None
-    scheduler_step = type(pipe.scheduler).step
-    run(pipe, kwargs, steps=1)
-    inject_at = pipe.transformer.register_forward_hook(lambda *_: (_ for _ in ()).throw(InterruptedError()))
-    with pytest.raises(InterruptedError):
-        run(pipe, kwargs)
-    inject_at.remove()
-    assert type(vars(pipe.scheduler)["step"]).__name__ == "StepTap"  # it waits for a step that never came
-    session.guide.method = dit_attn.SoftPAG(heads="2", inject="step", start=0.5)
-    assert same(run(pipe, kwargs), later)
-    assert type(pipe.scheduler).step is scheduler_step
-
-
-@pytest.mark.parametrize("reader", sorted(slug for slug, cls in methods().items() if cls.role == "reader"))
-@pytest.mark.parametrize("case", [WanCase, SD3Case], ids=["separate", "batched"])
-def test_a_reader_sees_the_plain_passes_as_without_guidance(case: Any, reader: str) -> None:
-    """The perturbed pass leaves no trace in what a reader remembers: with a push of nothing, all bits agree."""
-    pipe, kwargs = real(case)
-    cls = methods()[reader]
-    read = cls(density=0.4, q_block=32, kv_block=32, dense_steps=0)  # type: ignore[call-arg]
-    dit_attn.enable(pipe, read)
-    alone = run(pipe, kwargs, steps=4)
-    guidance = dit_attn.SoftPAG(heads="1", scale=1e-30, inject="step")
-    session = dit_attn.enable(pipe, read, guidance)
-    assert same(run(pipe, kwargs, steps=4), alone)
-    assert session.guide is not None and session.guide.evaluations == 4
-    summary = dit_attn.summary(pipe)
-    assert summary.engaged > 0 and summary.density is not None and summary.density < 1.0
-    dit_attn.enable(pipe, read, dataclasses.replace(guidance, scale=2.0))
-    assert not same(run(pipe, kwargs, steps=4), alone)
-
-
-@pytest.mark.parametrize("case", [WanCase, SD3Case, PixArtCase], ids=["wan", "sd3", "pixart"])
-def test_all_targets_and_kinds_run_with_and_without_cfg(case: Any) -> None:
-    pipe, kwargs = real(case)
-    kinds: list[PerturbedGuidance] = [
-        *(dit_attn.SoftPAG(target=target) for target in ("identity", "uniform", "mean-query")),
-        *(dit_attn.SoftPAG(joint=joint) for joint in ("image-rows", "ii-logit-mask", "ii-mass-to-diagonal")),
-        dit_attn.SEG(), dit_attn.SEG(sigma=1.5), dit_attn.SLG(start=0.0, stop=1.0), dit_attn.STG(),
-        dit_attn.STG(mode="residual"),
-    ]  # fmt: skip
-    for scale in (1.0, 3.0):
-        stock = run(pipe, {**kwargs, "guidance_scale": scale}, steps=1)
-        for method in kinds:
-            session = dit_attn.enable(pipe, method)
-            found = run(pipe, {**kwargs, "guidance_scale": scale}, steps=1)
-            assert torch.isfinite(found).all() and not same(found, stock), method
-            assert session.guide is not None and session.guide.evaluations == 1
-        dit_attn.disable(pipe)
-
-
-def test_both_passes_of_a_tuple_and_an_output_class_are_pushed_alike() -> None:
-    torch.manual_seed(0)
-    model = WanCase().model().eval()
-    inputs = WanCase().inputs()
-    dit_attn.enable(model, dit_attn.SoftPAG(heads="1"))
-    with torch.no_grad():
-        pair = model(**inputs, return_dict=False)
-        output = model(**inputs, return_dict=True)
-    assert type(output).__name__ == "Transformer2DModelOutput" and isinstance(pair, tuple)
-    assert same(tensors(pair), tensors(output))
-
-
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 BAD = [
@@ -452,6 +352,7 @@ BAD = [
     (dit_attn.SEG, {"sigma": -1.0}, "seg.sigma must be at least 0"),
     (dit_attn.SLG, {"layers": "9-7"}, "layers '9-7' cannot be read"),
     (dit_attn.SLG, {"layers": "-3"}, "cannot be read"),
+    (dit_attn.SLG, {"layers": "0-999999999"}, "cannot be read"),
     (dit_attn.SLG, {"layers": None}, "cannot be read"),
     (dit_attn.SLG, {"batched": True}, "drop batched"),
     (dit_attn.STG, {"batched": True, "mode": "residual"}, "drop batched"),

@@ -26,6 +26,7 @@ def meant(text: Any, strength: float = 1.0) -> heads.Strengths:
     [
         ("blocks.3.attn1:0,4,7", {"blocks.3.attn1": {0: 1.0, 4: 1.0, 7: 1.0}}),
         ("3:0-2,7", {"blocks.3.attn1": {0: 1.0, 1: 1.0, 2: 1.0, 7: 1.0}}),
+        ("3 : 0 , 4 @ 1", {"blocks.3.attn1": {0: 1.0, 4: 1.0}}),
         ("3: 0, 4", {"blocks.3.attn1": {0: 1.0, 4: 1.0}}),
         ("L3H4@0.5", {"blocks.3.attn1": {4: 0.5}}),
         ("L3H4@0.5, L11H0", {"blocks.3.attn1": {4: 0.5}, "blocks.11.attn1": {0: 1.0}}),
@@ -96,13 +97,18 @@ def test_text_lists_and_dictionaries_agree_in_any_order(items: list[tuple[str, i
     [
         "3:x", "3@", "@0.5", ":0", "3:", "3:-1", {(3, -1): 0.5}, "3:5-2", "5-3:0", "blocks.5-3.attn1", "3:0.5",
         "3:0,4:1", None, True, 3.5, [3, 4], [(3, "x")], {(3, 0): "a"}, {(3, 0, 1): 0.5}, {(3, (0, 1)): 0.5},
-        [(1, 2, 3, 4)],
+        [(1, 2, 3, 4)], "3:\u00b2", "3:0-999999999", "0-999999999:0", "blocks.0-999999999",
     ],
     ids=repr,
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_the_grammar(written: Any) -> None:
     with pytest.raises(dit_attn.DitAttnError, match="cannot be read"):
         heads.canonical(written)
+
+
+def test_a_digit_that_is_no_number_is_no_layer() -> None:
+    with pytest.raises(dit_attn.DitAttnError, match="no self or joint attention layer is called"):
+        meant("\u00b2")
 
 
 @pytest.mark.parametrize("strength", ["-0.1", "1.5", "nan", "inf"])

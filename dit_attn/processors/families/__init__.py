@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.clock import SEPARATE, Guidance
 from dit_attn.processors.tokens import TokenLayout
 
 LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
+Axis = int | Literal["list"] | None
 _TABLES = ("video", "image")
 
 
@@ -36,7 +37,7 @@ class Family:
         time_grows: whether that argument rises during a run.
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
-            share.
+            share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block sees nothing of earlier ones but what it is given (no long skips).
         refused: why no method can be put on this family, or ``None``.
     """
@@ -51,7 +52,7 @@ class Family:
     timestep: str = "timestep"
     time_grows: bool = False
     mask_rule: str = "key"
-    batch_axes: Mapping[str, int | None] = field(default_factory=dict)
+    batch_axes: Mapping[str, Axis] = field(default_factory=dict)
     block_chain: bool = True
     refused: str | None = None
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dit_attn.processors.clock import BATCHED, Guidance
+from dit_attn.processors.clock import BATCHED, RESCALABLE, Guidance
 from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
 # The pipeline's guidance_scale is an input of the model.
 EMBEDDED = Guidance("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
+_POSITIONS = {"img_ids": None, "txt_ids": None}  # (S, 3), the same for all samples
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
 
 
@@ -113,6 +115,7 @@ FAMILIES = (
         reads=("img_ids",),
         layout=_by_ids,
         guidance=EMBEDDED,
+        batch_axes=_POSITIONS,
     ),
     Family(
         name="flux-2",
@@ -131,15 +134,16 @@ FAMILIES = (
         reads=("img_ids",),
         layout=_by_ids,
         mask_rule="visual-row",
+        batch_axes=_POSITIONS,
     ),
     Family(
         name="sd3",
         models="Stable Diffusion 3, 3.5 (medium with its second attention)",
         transformers=("SD3Transformer2DModel",),
         layers=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
-        reads=("hidden_states",),
+        reads=("hidden_states", "skip_layers"),
         layout=_order("image", "text"),
-        guidance=BATCHED,
+        guidance=replace(BATCHED, own="skip_layers", bent_by=("skip_guidance_layers",)),
     ),
     Family(
         name="pixart",
@@ -148,7 +152,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("image"),
-        guidance=BATCHED,
+        guidance=replace(BATCHED, scale="", argument="guidance_scale"),
     ),
     Family(
         name="qwen-image",
@@ -187,7 +191,7 @@ FAMILIES = (
         layers=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
         reads=("hidden_states", "img_sizes"),
         layout=_hidream,
-        guidance=Guidance("batched", ("uncond", "cond"), negated=True),
+        guidance=replace(BATCHED, negated=True),
         batch_axes={"encoder_hidden_states_llama3": 1},
         timestep="timesteps",
     ),
@@ -198,9 +202,12 @@ FAMILIES = (
         layers=("layers.*.attention",),
         reads=("x", "patch_size", "f_patch_size"),
         layout=_z_image,
-        guidance=Guidance("batched", ("cond", "uncond"), negated=True, scale_offset=1.0),
+        guidance=Guidance(
+            "batched", ("cond", "uncond"), negated=True, rescaled_by=("cfg_normalization",), scale_offset=1.0, off=0.0
+        ),
         timestep="t",
         time_grows=True,
+        batch_axes={"x": "list", "cap_feats": "list"},
     ),
     Family(
         name="cogview-4",
@@ -225,7 +232,7 @@ FAMILIES = (
         layers=("blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("image"),
-        guidance=BATCHED,
+        guidance=RESCALABLE,
         batch_axes={"image_rotary_emb": None},
         block_chain=False,
     ),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dit_attn.processors.clock import BATCHED, Guidance
+from dit_attn.processors.clock import BATCHED, RESCALABLE, Guidance
 from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
 
@@ -174,7 +175,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("text", "video", axes=(1, 3, 4)),
-        guidance=BATCHED,
+        guidance=replace(BATCHED, bent_by=("use_dynamic_cfg",)),
         batch_axes={"image_rotary_emb": None},
     ),
     Family(
@@ -184,7 +185,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("num_frames", "height", "width", "video_coords"),
         layout=_ltx,
-        guidance=BATCHED,
+        guidance=RESCALABLE,
     ),
     Family(
         name="ltx-2",
@@ -193,7 +194,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("num_frames", "height", "width", "video_coords"),
         layout=_ltx_2,
-        guidance=Guidance("batched", ("uncond", "cond"), scale=""),  # picture and sound have scales of their own
+        guidance=replace(BATCHED, scale=""),  # picture and sound have scales of their own
     ),
     Family(
         name="mochi",
@@ -213,6 +214,7 @@ FAMILIES = (
         reads=("hidden_states",),
         layout=_order("video"),
         guidance=BATCHED,
+        batch_axes={"image_rotary_emb": None},
     ),
     Family(
         name="cosmos",
@@ -222,6 +224,7 @@ FAMILIES = (
         reads=("hidden_states",),
         layout=_order("video"),
         guidance=Guidance("separate", ("cond", "uncond"), scale_offset=1.0),
+        batch_axes={"padding_mask": None},
     ),
     Family(
         name="kandinsky-5",
@@ -230,6 +233,7 @@ FAMILIES = (
         layers=("visual_transformer_blocks.*.self_attention",),
         reads=("hidden_states",),
         layout=_order("video", axes=(1, 2, 3)),
+        batch_axes={"visual_rope_pos": None, "text_rope_pos": None},
     ),
     Family(
         name="easyanimate",
@@ -238,7 +242,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         reads=("hidden_states",),
         layout=_order("text", "video"),
-        guidance=BATCHED,
+        guidance=RESCALABLE,
     ),
     Family(
         name="sana-video",
