@@ -95,6 +95,13 @@ class HeadHunter:
         tell: Callable[[int, int], None] = lambda done, total: None,
         say: Callable[[int, Round], None] = lambda number, found: None,
     ) -> None:
+        if batch < 1 or min(held_out, controls, tune) < 0:
+            raise DitAttnError(
+                f"batch must be at least 1, and held_out, controls and tune at least 0; got {batch}, {held_out}, "
+                f"{controls} and {tune}"
+            )
+        if scale <= 0.0:
+            raise DitAttnError(f"scale must be above 0: without a push all heads score the same, got {scale:g}")
         known = [as_pair(pair, seed + i) for i, pair in enumerate(pairs)]
         if len(known) - held_out < 1:
             raise DitAttnError(f"{len(known)} pairs less {held_out} held out leave none to search on; give more")

@@ -89,10 +89,17 @@ def judged(goal: Objective, images: Sequence[np.ndarray], prompts: Sequence[str]
     """Scores, checked; ``None`` for images that are no pictures (NaN) and for scores that are no numbers.
 
     Raises:
-        DitAttnError: another number of scores than images.
+        DitAttnError: no numbers, or another number of scores than images.
     """
     with torch.no_grad():
-        found = [float(score) for score in goal.judge(images, prompts)]
+        given = goal.judge(images, prompts)
+    try:
+        found = [float(score) for score in given]
+    except (TypeError, ValueError) as error:
+        kind = type(given).__name__
+        raise DitAttnError(
+            f"the objective {goal.name} gave a {kind} that is no list of numbers; it must return one score an image"
+        ) from error
     wanted = 1 if goal.whole else len(images)
     if len(found) != wanted:
         raise DitAttnError(

@@ -51,6 +51,9 @@ class Plan:
             raise DitAttnError(f"unknown strategy {self.strategy!r}; use one of {', '.join(STRATEGIES)}")
         if min(self.rounds, self.per_round, self.pairs) < 1:
             raise DitAttnError("rounds, heads a round and pairs must be at least 1")
+        if self.steps is not None and not 1 <= self.steps <= (self.full_steps or self.steps):
+            most = f" to {self.full_steps}, those of the run" if self.full_steps else " on"
+            raise DitAttnError(f"the steps of a candidate lie in 1{most}, got {self.steps}")
         wanted, there = self.rounds * self.per_round, len(trials.heads)
         if wanted > there:
             raise DitAttnError(
@@ -126,7 +129,7 @@ def hunt(
         say: is told of every round.
 
     Raises:
-        DitAttnError: a plan that does not fit, or a strategy that cannot work here.
+        DitAttnError: a plan that does not fit, a strategy that cannot work here, or a round without a finite score.
     """
     plan.check(trials)
     if plan.strategy == "gradient" and slopes is None:
@@ -137,7 +140,12 @@ def hunt(
     for number in range(plan.rounds):
         scene = Scene(trials, plan, chosen, pool, slopes)
         scores = STRATEGIES[plan.strategy](scene)
-        best = top(scores, plan.per_round)
+        best = [head for head in top(scores, plan.per_round) if scores[head] > -math.inf]
+        if not best:
+            raise DitAttnError(
+                f"{trials.goal.name} gave no finite score to any head of round {number + 1}, so none can be chosen; "
+                "check the objective, or perturb less with a smaller u or scale"
+            )
         rounds.append(Round(best, scores, scene.screened))
         chosen = trials.ordered((*chosen, *((layer, head, plan.u) for layer, head in best)))
         pool = [head for head in pool if head not in best]

@@ -46,7 +46,8 @@ class Store:
                     f"{path} holds measurements of another model, method, prompts or settings; leave out --resume to "
                     "begin anew, or give another --output"
                 )
-            self.rows = {row["key"]: row["value"] for row in rows[1:] if "key" in row}
+            whole = [row for row in rows[1:] if isinstance(row.get("key"), str) and "value" in row]
+            self.rows = {row["key"]: row["value"] for row in whole}
             kept = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
             temporary = path.with_name(f".partial-{path.name}")  # a cut here loses neither the old file nor the new one
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dit_attn.api import disable, enabled
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, unknown
 from dit_attn.pipelines.objectives import Objective, judged
 from dit_attn.pipelines.store import Store
 from dit_attn.processors import heads
@@ -230,11 +230,16 @@ class PipelineMaker:
         pipe: the pipeline; what was enabled on it is taken off.
         method: settings of the guidance; its heads are replaced by those of the arm.
         call: further arguments of the pipeline's call.
+
+    Raises:
+        DitAttnError: an argument that the pipeline does not take.
     """
 
     def __init__(self, pipe: Any, method: SoftPAG, call: dict[str, Any]) -> None:
         self.pipe, self.method, self.call = pipe, method, dict(call)
         self.takes = inspect.signature(type(pipe).__call__).parameters
+        if wrong := [name for name in call if name not in self.takes]:
+            raise unknown(f"argument of {type(pipe).__name__}", wrong[0], list(self.takes)[1:])
         disable(pipe)
 
     def __call__(self, arm: Arm, pairs: Sequence[Pair], steps: int | None) -> tuple[list[np.ndarray | None], float]:

@@ -156,6 +156,32 @@ def test_an_arm_that_breaks_down_is_never_chosen() -> None:
     assert found[0].chosen[0] == HEADS[6] and HEADS[5] not in found[0].chosen
 
 
+def test_heads_without_a_finite_score_are_never_chosen_and_a_round_without_any_is_told_of() -> None:
+    def only_one(images: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
+        return [score if score > 0.5 else float("nan") for score in (float(image.min()) for image in images)]
+
+    class Bare(World):
+        def __call__(self, arm: Arm, pairs: Sequence[Pair], steps: int | None) -> tuple[list[Any], float]:
+            value = sum(self.worth.get((layer, head), 0.0) for layer, head, _ in arm)
+            return [np.full((1, 1, 1, 1), value) for _ in pairs], 1.0
+
+    def ours(worth: dict[Any, float]) -> Trials:
+        return Trials(Bare(worth), Objective("mine", only_one), [Pair("a", 0)], LAYERS)
+
+    found = hunt(ours({HEADS[5]: 1.0}), Plan(rounds=1, per_round=3))
+    assert found[0].chosen == [HEADS[5]]
+    with pytest.raises(dit_attn.DitAttnError, match="mine gave no finite score to any head of round 1"):
+        hunt(ours({}), Plan(rounds=1, per_round=3))
+
+
+def test_lines_of_a_store_that_are_no_measurements_are_left_out(tmp_path: Path) -> None:
+    place = tmp_path / "store.jsonl"
+    Store(place, {"a": 1}).put("one", [1.0, 2.0, 1])
+    with place.open("a") as file:
+        file.write('{"key": "two"}\n{"key": [1], "value": 3}\n[]\n{"half')
+    assert Store(place, {"a": 1}, resume=True).rows == {"one": [1.0, 2.0, 1]}
+
+
 def test_tuning_lowers_the_strength_of_a_head_that_harms_and_keeps_one_that_helps() -> None:
     good, bad = HEADS[0], HEADS[9]
     ours = trials(World({good: 1.0, bad: -1.0}))
@@ -169,6 +195,8 @@ def test_tuning_lowers_the_strength_of_a_head_that_harms_and_keeps_one_that_help
         (Plan(rounds=40, per_round=3), "the model has 96 heads"),
         (Plan(strategy="luck"), "unknown strategy"),
         (Plan(u=0.0), "strength u"),
+        (Plan(steps=0), "lie in 1 on, got 0"),
+        (Plan(steps=9, full_steps=8), "lie in 1 to 8, those of the run, got 9"),
         (Plan(strategy="gradient"), "can be differentiated"),
     ],
 )
@@ -284,6 +312,21 @@ def test_a_search_on_a_stock_pipeline_gives_a_file_that_enable_takes(tiny_image:
     assert method.to_dict()["found_on"] == type(pipe.transformer).__name__
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"held_out": -1}, "at least 0; got 4, -1, 0 and 0"),
+        ({"scale": 0.0}, "scale must be above 0"),
+        ({"call": {"highth": 64}}, "unknown argument of PixArtSigmaPipeline 'highth'. Did you mean 'height'"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(tiny_image: Any, more: dict[str, Any], words: str) -> None:
+    pipe, _ = tiny_image
+    with pytest.raises(DitAttnError, match=words):
+        HeadHunter(pipe, ["a", "b"], bright, **more)
+
+
 def test_whole_layers_are_checked_beside_the_heads_and_the_best_is_the_best_on_the_searched_pairs(
     tiny_image: Any,
 ) -> None:
@@ -396,6 +439,12 @@ def test_fid_world_scores_a_set() -> None:
 def test_an_objective_says_what_it_lacks(name: str, words: str) -> None:
     with pytest.raises(DitAttnError, match=words):
         objective(name)
+
+
+@pytest.mark.parametrize("given", [1.0, None, ["good"], np.zeros((1, 2))], ids=["number", "nothing", "text", "table"])
+def test_what_is_no_list_of_scores_is_refused(given: Any) -> None:
+    with pytest.raises(dit_attn.DitAttnError, match="it must return one score an image"):
+        objectives.judged(Objective("mine", lambda images, prompts: given), [drawn()], ["a"])
 
 
 def test_wrong_numbers_of_scores_are_refused() -> None:
