@@ -225,6 +225,11 @@ def test_one_of_two_experts_can_be_guided_alone() -> None:
         sessions = [attach.session_of(model) for model in (pipe.transformer, pipe.transformer_2)]
         assert [s.guide.evaluations for s in sessions if s is not None and s.guide is not None] == expected
         dit_attn.disable(pipe)
+    dit_attn.enable(pipe.transformer, dit_attn.SoftPAG(heads="0:0"))
+    dit_attn.enable(pipe.transformer_2, dit_attn.SLG(layers="1", start=0.0, stop=1.0))
+    run(pipe, kwargs, 8)
+    guides = [attach.session_of(model).guide for model in (pipe.transformer, pipe.transformer_2)]  # type: ignore
+    assert [(guide.method.slug, guide.evaluations) for guide in guides] == [("softpag", split), ("slg", 8 - split)]
 
 
 # -- beside step caches ------------------------------------------------------------------------------------------------
