@@ -16,6 +16,7 @@ class Asked:
     """The guidance arguments of one call.
 
     Attributes:
+        running: whether the pipeline's call was found; another pipeline around the same transformer may be running.
         scale: of classifier-free guidance, ``None`` where the call takes none.
         given: arguments of the negative prompt that were given.
         missing: embeddings and masks of it that were not.
@@ -25,6 +26,7 @@ class Asked:
         bent_by: the argument that makes the rule more than ``u + s (c - u)``, ``""`` for none.
     """
 
+    running: bool = False
     scale: float | None = None
     given: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ def asked(pipe: Any, rule: Guidance) -> Asked:
     if embedded == _default(pipe, "guidance_scale"):
         embedded = None
     return Asked(
+        running=bool(call),
         scale=None if call.get(argument) is None else float(call[argument]),
         given=tuple(name for name, value in negative.items() if value is not None),
         missing=tuple(name for name in parts if negative[name] is None),

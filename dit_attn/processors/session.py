@@ -293,7 +293,8 @@ class Session:
     def _branch_count(self, rows: int) -> int | None:
         """Branches of the guidance at this step, 1 without: as the pipeline or its call says, and where neither does by
         the shape of the batch, which samples of the same noise fool."""
-        guidance, told = self.family.guidance, getattr(self.pipe, "do_classifier_free_guidance", None)
+        guidance = self.family.guidance
+        told = getattr(self.pipe, "do_classifier_free_guidance", None) if self.asked.running else None
         if guidance.style == "separate":
             return None if told is None else len(guidance.order) if told else 1
         if told is None and self.asked.scale is not None:

@@ -16,7 +16,7 @@ import dit_attn
 from dit_attn.processors import attach
 from dit_attn.processors.guidance import PerturbedGuidance
 from dit_attn.processors.method import methods
-from tests.families import test_image_more, test_video, test_video_joint, test_video_more
+from tests.families import test_image, test_image_more, test_video, test_video_joint, test_video_more
 from tests.families.guided_runs import alone, hooks, real, run, two, without_cfg
 from tests.families.outputs import same, tensors
 from tests.families.test_image import TestFlux as FluxCase
@@ -96,6 +96,17 @@ def test_guidance_that_a_callback_turns_off_stays_off() -> None:
     dit_attn.enable(pipe, BASE)
     single = torch.cat([run(pipe, alone(kwargs, index), 3, (5,), **more) for index in (0, 1)])
     torch.testing.assert_close(run(pipe, two(kwargs), 3, (5, 5), **more), single, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [SD3Case, test_image.TestChroma], ids=["batched", "separate"])
+def test_another_pipeline_around_the_same_transformer_tells_for_itself(case: Any) -> None:
+    pipe, kwargs = real(case)
+    dit_attn.enable(pipe, BASE)
+    expected = [run(pipe, two(part), 2, (5, 6)) for part in (kwargs, without_cfg(kwargs))]  # ends without guidance
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    found = [run(other, two(part), 2, (5, 6)) for part in (kwargs, without_cfg(kwargs))]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_guidance_that_is_truncated_is_over_for_all_samples() -> None:
