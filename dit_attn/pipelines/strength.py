@@ -13,6 +13,7 @@ from typing import Any
 
 from dit_attn.api import enabled, summary
 from dit_attn.errors import DitAttnError
+from dit_attn.pipelines.trials import models_of
 from dit_attn.processors import attach
 from dit_attn.processors.clock import Guidance
 from dit_attn.processors.method import Method
@@ -57,7 +58,7 @@ def guidance_rule(pipe: Any) -> Guidance:
     Raises:
         DitAttnError: unsupported family.
     """
-    return attach.family_of(attach.unwrap(pipe.transformer)).guidance
+    return attach.family_of(attach.unwrap(next(iter(models_of(pipe)), None))).guidance
 
 
 def matched(

@@ -126,7 +126,7 @@ class Clock:
             self._begin = getattr(scheduler, "begin_index", None)
         known = getattr(context, "step_index", None)
         if known is None and scheduler is not None:
-            known = self._from_scheduler(scheduler, timestep)
+            known = self._from_scheduler(scheduler, schedule is self._schedule, timestep)
         fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
         if fresh:
             self.run += 1
@@ -146,9 +146,9 @@ class Clock:
         self._schedule = schedule
         self.grows = grows
 
-    def _from_scheduler(self, scheduler: Any, timestep: float) -> int | None:
-        """The step of the run by the scheduler's index, ``None`` where it does not tell."""
-        index, same = getattr(scheduler, "step_index", None), scheduler.timesteps is self._schedule
+    def _from_scheduler(self, scheduler: Any, same: bool, timestep: float) -> int | None:
+        """The step of the run by the scheduler's index, ``None`` where it does not tell; ``same``: the schedule is."""
+        index = getattr(scheduler, "step_index", None)
         if index is None:
             # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
             # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.

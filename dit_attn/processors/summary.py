@@ -170,7 +170,7 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             for site in session.sites
         ),
         guidance=_guidance(sessions),
-        warnings=tuple(text for text in map(_missing_guidance, [first]) if text),
+        warnings=tuple(dict.fromkeys(filter(None, map(_missing_guidance, sessions.values())))),
     )
 
 
@@ -198,7 +198,7 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
 
 def _missing_guidance(session: Session) -> str | None:
     """What to say of a run whose pipeline was given a guidance scale and never ran an unconditional branch."""
-    if not session.clock.run or "uncond" in session.seen:
+    if not session.clock.run or not session.ran or "uncond" in session.seen:
         return None
     scale, name = session.guidance_scale(), session.family.guidance.argument
     embedded = bool(getattr(session.model.config, "guidance_embeds", False))

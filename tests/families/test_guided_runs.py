@@ -243,6 +243,18 @@ def test_one_of_two_experts_can_be_guided_alone() -> None:
     assert [(guide.method.slug, guide.evaluations) for guide in guides] == [("softpag", split), ("slg", 8 - split)]
 
 
+def test_guidance_of_an_expert_that_did_not_run_is_not_missed() -> None:
+    """A run that begins late may need the second alone."""
+    pipe, kwargs = real(WanCase)
+    pipe.transformer_2 = copy.deepcopy(pipe.transformer)
+    pipe.register_to_config(boundary_ratio=1.1)
+    dit_attn.watch(pipe)
+    run(pipe, kwargs, 2)
+    sessions = [attach.session_of(model) for model in (pipe.transformer, pipe.transformer_2)]
+    assert [s.ran for s in sessions if s is not None] == [False, True]
+    assert dit_attn.summary(pipe).warnings == ()
+
+
 # -- beside step caches ------------------------------------------------------------------------------------------------
 
 
