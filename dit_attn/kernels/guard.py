@@ -46,6 +46,8 @@ def numeric_guard(tolerance: float = 0.02) -> Iterator[GuardReport]:
     Raises:
         DitAttnError: a call is further off than that, or not finite where the exact result is.
     """
+    if not tolerance > 0.0:
+        raise DitAttnError(f"tolerance must be above 0, got {tolerance}: it is the largest relative error let pass")
     report = GuardReport(tolerance)
     token = _ACTIVE.set(report)
     try:

@@ -9,7 +9,9 @@ from functools import cached_property
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.masks import ElementMask, Tiles
+from dit_attn.kernels.checks import check_blocks, check_choices, check_sizes, dtype_name, is_whole
+from dit_attn.kernels.kept import kept
+from dit_attn.kernels.masks import BitMask, ElementMask, Tiles
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -77,18 +79,26 @@ class BlockLayout:
     elements: ElementMask | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(self.q_len, self.kv_len, self.q_block, self.kv_block)
+        check_sizes(q_len=self.q_len, kv_len=self.kv_len, q_block=self.q_block, kv_block=self.kv_block)
         if (self.n_full is None) != (self.elements is None):
             raise DitAttnError("BlockLayout needs n_full and elements together, or neither; see from_parts")
         if self.n_full is not None and self.n_full.shape != self.kv_cnt.shape:
             raise DitAttnError(
                 f"BlockLayout needs n_full of kv_cnt's shape {tuple(self.kv_cnt.shape)}, got {tuple(self.n_full.shape)}"
             )
-        if self.kv_idx.ndim != 4 or self.kv_cnt.shape != self.kv_idx.shape[:3] or self.kv_idx.shape[2] != self.nq:
+        shape = self.kv_idx.shape
+        if len(shape) != 4 or self.kv_cnt.shape != shape[:3] or shape[2] != self.nq or shape[3] < 1:
             raise DitAttnError(
                 f"BlockLayout needs kv_idx (B|1, H|1, {self.nq}, kcap) and kv_cnt (B|1, H|1, {self.nq}), "
-                f"got {tuple(self.kv_idx.shape)} and {tuple(self.kv_cnt.shape)}; build it with a from_... constructor"
+                f"got {tuple(shape)} and {tuple(self.kv_cnt.shape)}; build it with a from_... constructor"
             )
+        for name in ("kv_idx", "kv_cnt", "n_full"):
+            x = getattr(self, name)
+            if x is not None and (x.dtype != torch.int32 or x.device != self.kv_idx.device):
+                raise DitAttnError(
+                    f"BlockLayout needs {name} to be int32 on the device of kv_idx, {self.kv_idx.device}, "
+                    f"got {dtype_name(x.dtype)} on {x.device}; use {name}.to(torch.int32)"
+                )
 
     # -- constructors ------------------------------------------------------------------------------------------------
 
@@ -101,12 +111,10 @@ class BlockLayout:
         kv_block: int = 128,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
-        """Every query block reads every key block."""
-        check_sizes(q_len, kv_len, q_block, kv_block)
-        nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
-        idx = torch.arange(nk, dtype=torch.int32, device=device).expand(1, 1, nq, nk).contiguous()
-        cnt = torch.full((1, 1, nq), nk, dtype=torch.int32, device=device)
-        return cls(q_block, kv_block, q_len, kv_len, idx, cnt, nk)
+        """Every query block reads every key block; kept for the next call with the same arguments."""
+        check_sizes(q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
+        where = torch.get_default_device() if device is None else torch.device(device)
+        return _dense(q_len, kv_len, q_block, kv_block, where)
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> BlockLayout:
@@ -120,9 +128,7 @@ class BlockLayout:
         Raises:
             DitAttnError: the mask is not boolean, or its shape does not fit the lengths.
         """
-        _check_blocks("mask", mask, q_len, kv_len, q_block, kv_block)
-        if mask.dtype != torch.bool:
-            raise DitAttnError(f"mask must be bool, got {mask.dtype}; compare it with something first")
+        check_blocks("mask", mask, q_len, kv_len, q_block, kv_block, torch.bool)
         nk = mask.shape[-1]
         candidates = torch.where(mask, torch.arange(nk, device=mask.device), nk)
         return cls._pack(candidates, mask.sum(-1), q_len, kv_len, q_block, kv_block)
@@ -150,7 +156,10 @@ class BlockLayout:
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
         """
-        _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+        check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+        check_choices(tuple(scores.shape), forced)
+        if not isinstance(k, torch.Tensor) and not is_whole(k, k):
+            raise DitAttnError(f"k is a number of key blocks, got {k!r}; for a share use select_blocks(density=...)")
         nk = scores.shape[-1]
         cap = nk if forced is not None or isinstance(k, torch.Tensor) else max(1, min(k, nk))
         least = k.to(scores.device).clamp(1, nk) if isinstance(k, torch.Tensor) else max(1, min(k, nk))
@@ -183,7 +192,8 @@ class BlockLayout:
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
         """
-        _check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+        check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+        check_choices(tuple(scores.shape), forced)
         unread = isinstance(p, torch.Tensor) and not readable(p)
         if not unread and not 0.0 < p <= 1.0:
             raise DitAttnError(f"p is a share of the softmax mass in (0, 1], got {p}")
@@ -236,7 +246,8 @@ class BlockLayout:
             q_len, kv_len: tokens.
             q_block, kv_block: tokens per block.
         """
-        _check_blocks("whole", whole, q_len, kv_len, q_block, kv_block)
+        for name, mask in (("whole", whole), ("partial", partial)):
+            check_blocks(name, mask, q_len, kv_len, q_block, kv_block, torch.bool)
         partial = partial & ~whole
         if readable(partial) and not bool(partial.any()):
             return cls.from_mask(whole, q_len, kv_len, q_block, kv_block)
@@ -356,7 +367,22 @@ class BlockLayout:
         twice = self.block_mask().sum(-1) != self.kv_cnt
         if bool(falls.any()) or bool(twice.any()):
             raise DitAttnError("kv_idx must ascend within each row, every block once; sort it")
+        self.check_elements()
+        if isinstance(self.elements, BitMask) and self.n_full is not None:
+            most, held = int((self.kv_cnt - self.n_full).max()), self.elements.bits.shape[3]
+            if most > held:
+                raise DitAttnError(f"elements hold bits of {held} blocks a row, and a row reads {most} in part")
         return self
+
+    def check_elements(self) -> None:
+        """Raises DitAttnError unless the tables of the element mask fit the lists. Reads no device."""
+        if self.elements is None:
+            return
+        wrong = self.elements.misfit(self.q_len, self.kv_len, self.q_block, self.kv_block)
+        if wrong is None and any(x is not None and x.device != self.kv_idx.device for x in self.elements.tensors()):
+            wrong = f"they are not on {self.kv_idx.device}, where its lists are"
+        if wrong is not None:
+            raise DitAttnError(f"elements do not fit the layout: {wrong}; make them for the same tokens and blocks")
 
     def of_heads(self, heads: slice) -> BlockLayout:
         """The same layout for some of the query heads; shares memory."""
@@ -398,6 +424,14 @@ class BlockLayout:
         )
 
 
+@kept
+def _dense(q_len: int, kv_len: int, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
+    nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
+    idx = torch.arange(nk, dtype=torch.int32, device=device).expand(1, 1, nq, nk).contiguous()
+    cnt = torch.full((1, 1, nq), nk, dtype=torch.int32, device=device)
+    return BlockLayout(q_block, kv_block, q_len, kv_len, idx, cnt, nk)
+
+
 def _two_runs(whole: torch.Tensor, partial: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lists, counts and full counts of (..., rows, n) block masks that do not overlap: both runs ascending."""
     n = whole.shape[-1]
@@ -429,19 +463,3 @@ def _block_tokens(seq: int, block: int, device: torch.device) -> torch.Tensor:
     tokens = torch.full((ceil_div(seq, block),), float(block), dtype=torch.float64, device=device)
     tokens[-1] -= len(tokens) * block - seq
     return tokens
-
-
-def check_sizes(q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
-    for name, size in (("q_len", q_len), ("kv_len", kv_len), ("q_block", q_block), ("kv_block", kv_block)):
-        if size < 1:
-            raise DitAttnError(f"{name} of a BlockLayout must be at least 1, got {size}")
-
-
-def _check_blocks(name: str, x: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int) -> None:
-    check_sizes(q_len, kv_len, q_block, kv_block)
-    expected = (ceil_div(q_len, q_block), ceil_div(kv_len, kv_block))
-    if x.ndim != 4 or tuple(x.shape[-2:]) != expected:
-        raise DitAttnError(
-            f"{name} must be (B|1, H|1, {expected[0]}, {expected[1]}) for {q_len} x {kv_len} tokens in blocks of "
-            f"{q_block} x {kv_block}, got {tuple(x.shape)}; pool with the same block sizes"
-        )

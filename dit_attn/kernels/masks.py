@@ -65,6 +65,10 @@ class ElementMask(ABC):
         k = tiles.columns[..., None].to(kind) * tiles.kv_block + torch.arange(tiles.kv_block, dtype=kind, device=device)
         return self.allowed(q[:, :, None], k.flatten(1)[:, None], tiles.batch)
 
+    def misfit(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
+        """Why the tables do not fit so many tokens in such blocks, or ``None``."""
+        return None
+
     @abstractmethod
     def from_block(self, block: int, q_block: int) -> ElementMask:
         """The same rule where query block ``block`` of ``q_block`` tokens is the first one."""
@@ -184,6 +188,11 @@ class SegmentMask(ElementMask):
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.q_ids, self.k_ids
 
+    def misfit(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
+        if self.q_ids.shape[1] >= q_len and self.k_ids.shape[1] >= kv_len:
+            return None
+        return f"segment numbers of {self.q_ids.shape[1]} x {self.k_ids.shape[1]} tokens for {q_len} x {kv_len}"
+
     def from_block(self, block: int, q_block: int) -> SegmentMask:
         return SegmentMask(self.q_ids[:, block * q_block :], self.k_ids)
 
@@ -209,6 +218,13 @@ class BitMask(ElementMask):
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.bits, None
+
+    def misfit(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
+        nq, words = -(-q_len // q_block), -(-kv_block // 32)
+        rows, tokens, held = (self.bits.shape[i] for i in (2, 4, 5))
+        if rows >= nq and (tokens, held) == (q_block, words):
+            return None
+        return f"bits (B|1, H|1, {nq}, entries, {q_block}, {words}) are needed, got {tuple(self.bits.shape)}"
 
     def of_heads(self, heads: slice) -> BitMask:
         return BitMask(self.bits[:, heads]) if self.bits.shape[1] > 1 else self

@@ -2,7 +2,8 @@
 
 ``torch.ops.dit_attn.sparse_attention`` is differentiable; ``torch.ops.dit_attn.fused_attention`` takes the optional
 terms as well and is for inference. Their arguments are flat tensors and numbers. What can run behind the first is
-listed in ``IMPLEMENTATIONS`` by name; a new one is an entry with a forward and a backward function.
+listed in ``IMPLEMENTATIONS`` by name, behind the second in ``FUSED``; a new one is an entry with a forward and a
+backward function, or a forward function that knows the terms.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dit_attn.kernels.gather import gather_attention
 from dit_attn.kernels.gather_backward import gather_backward
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.masks import rebuild_mask
-from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
+from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, Terms, with_terms_in_place
 from dit_attn.kernels.tiling import Problem
 
 
@@ -36,22 +37,31 @@ class Implementation:
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
-def _triton_forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    from dit_attn.kernels.triton_attention import triton_forward
-
-    return triton_forward(problem)
-
-
 def _triton_backward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     from dit_attn.kernels.triton_attention import triton_backward
 
     return triton_backward(*args, **kwargs)
 
 
+def _triton_fused(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    from dit_attn.kernels.triton_attention import triton_forward
+
+    return triton_forward(problem, terms, tma)
+
+
+def _gather_fused(problem: Problem, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    return with_terms_in_place(problem, terms, gather_attention)
+
+
 IMPLEMENTATIONS = {
     "gather": Implementation(gather_attention, gather_backward),
     "gather-bf16": Implementation(partial(gather_attention, rounded_logits=True), gather_backward),
-    "triton": Implementation(_triton_forward, _triton_backward),
+    "triton": Implementation(_triton_fused, _triton_backward),
+}
+FUSED: dict[str, Callable[[Problem, Terms], tuple[torch.Tensor, torch.Tensor]]] = {
+    "gather": _gather_fused,
+    "triton": _triton_fused,
+    "triton-tma": partial(_triton_fused, tma=True),
 }
 
 _CALL = (
@@ -123,7 +133,8 @@ def _terms(*args: Any) -> Terms:
     key_lengths, bias_q, bias_k, ck, cv, cw, cvar, row_scale, lse_ref, add, blend, tokens, ccap, cap, shift = args
     bias = None if bias_q is None else LogitBias(bias_q, bias_k)
     comp = None if ck is None else Compensation(ck, cv, cw, tokens, cvar, ccap)
-    return Terms(key_lengths, bias, comp, Epilogue(row_scale, lse_ref, cap, add, blend, shift))
+    given = any(x is not None for x in (row_scale, lse_ref, add, blend))
+    return Terms(key_lengths, bias, comp, Epilogue(row_scale, lse_ref, cap, add, blend, shift) if given else None)
 
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,15 +166,14 @@ _backward_op = torch.library.custom_op(
 
 
 def _fused(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from dit_attn.kernels.triton_attention import triton_forward
-
     call = len(args) - _TERM_COUNT - 1
-    return triton_forward(_problem(*args[:call]), _terms(*args[call:-1]), tma=args[-1])
+    with torch.autocast(args[0].device.type, enabled=False):
+        return FUSED[args[-1]](_problem(*args[:call]), _terms(*args[call:-1]))
 
 
 _TERM_COUNT = _TERMS.count(",") + 1
 fused_attention_op = torch.library.custom_op(
-    "dit_attn::fused_attention", _fused, mutates_args=(), schema=f"({_CALL}, {_TERMS}, bool tma) -> (Tensor, Tensor)"
+    "dit_attn::fused_attention", _fused, mutates_args=(), schema=f"({_CALL}, {_TERMS}, str backend) -> (Tensor, Tensor)"
 )
 
 

@@ -19,7 +19,7 @@ from dit_attn.kernels.op import IMPLEMENTATIONS, flat_call, flat_terms, fused_at
 from dit_attn.kernels.reference import reference_attention
 from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, Terms, with_terms, with_terms_in_place
 from dit_attn.kernels.tiling import Problem
-from dit_attn.kernels.validation import check_call
+from dit_attn.kernels.validation import check_call, check_kinds, check_scale
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -109,7 +109,7 @@ def sparse_attention(
         k: (B, Sk, Hk, D); ``H % Hk == 0`` (query head h reads key head ``h // (H / Hk)``).
         v: (B, Sk, Hk, Dv).
         layout: key blocks of every query block; its batch and head sizes are 1 or B and H.
-        scale: softmax scale, default ``D ** -0.5``.
+        scale: softmax scale, at least 0, default ``D ** -0.5``.
         key_mask: (B, Sk) bool, keys that exist.
         key_bias: (B|1, H|1, Sk), added to the logits (natural logarithm).
         key_lengths: (B,) int32, how many keys of each sample exist, counted from the first; cheaper than a mask.
@@ -128,6 +128,11 @@ def sparse_attention(
     Raises:
         DitAttnError: an argument does not fit, or the forced backend cannot run the call; the message says what to do.
     """
+    check_kinds(
+        q=q, k=k, v=v, layout=layout, key_mask=key_mask, key_bias=key_bias, key_lengths=key_lengths, bias=bias,
+        compensation=compensation, epilogue=epilogue,
+    )  # fmt: skip
+    check_scale(scale)
     if tensor_layout not in ("bshd", "bhsd"):
         raise unknown("tensor_layout", tensor_layout, ("bshd", "bhsd"))
     if tensor_layout == "bhsd":
@@ -168,6 +173,7 @@ def choose_backend(
         key_mask, key_bias: as they would be passed.
         terms: the optional terms, as they would be passed.
     """
+    check_kinds(q=q, layout=layout)
     return _choose(_facts(Problem(q, q, q if v is None else v, layout, 1.0, key_mask, key_bias), terms, return_lse))
 
 
@@ -231,10 +237,10 @@ def _refuse_sdpa(facts: Facts) -> str | None:
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 
-def _triton(problem: Problem, terms: Terms, lse: bool, tma: bool = False) -> Result:
+def _triton(problem: Problem, terms: Terms, lse: bool, name: str = "triton") -> Result:
     if _wants_grad(problem, terms):
         return with_terms(problem, terms, _differentiable) if terms else _differentiable(problem)
-    return fused_attention_op(*flat_call(problem), *flat_terms(terms), tma)
+    return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
 
 
 def _differentiable(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,7 +250,7 @@ def _differentiable(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _triton_tma(problem: Problem, terms: Terms, lse: bool) -> Result:
-    return _triton(problem, terms, lse, tma=True)
+    return _triton(problem, terms, lse, "triton-tma")
 
 
 def _refuse_triton(facts: Facts) -> str | None:
@@ -278,9 +284,11 @@ def _refuse_tma(facts: Facts) -> str | None:
 def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
     if not terms:
         return _gathered(problem)
-    in_one = _wants_grad(problem, terms) or torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
+        return fused_attention_op(*flat_call(problem), *flat_terms(terms), "gather")
+    around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
     with torch.autocast(problem.q.device.type, enabled=False):  # sums and products of the terms are in fp32
-        return (with_terms if in_one else with_terms_in_place)(problem, terms, _gathered)
+        return around(problem, terms, _gathered)
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:
@@ -315,8 +323,6 @@ def _flex(problem: Problem, terms: Terms, lse: bool) -> Result:
 def _refuse_flex(facts: Facts) -> str | None:
     if facts.terms or facts.keys_altered:
         return "it has no key mask, bias or other optional term here"
-    if isinstance(facts.layout.elements, BitMask):
-        return "it cannot be given bits"
     blocks = (facts.layout.q_block, facts.layout.kv_block)
     if facts.device.type == "cuda" and any(block % 128 and 128 % block for block in blocks):
         return f"its blocks divide 128 or are multiples of it, these are {blocks[0]} x {blocks[1]}"

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.layout import BlockLayout, ceil_div, check_sizes
+from dit_attn.kernels.checks import INTS, check_sizes, dtype_name, is_whole
+from dit_attn.kernels.kept import kept
+from dit_attn.kernels.layout import BlockLayout, ceil_div, readable
 from dit_attn.kernels.masks import BandMask, BitMask, ElementMask, SegmentMask, WindowMask, pack_bits
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-
-KEPT = 64  # layouts of each kind that are kept
 
 
 def inward_window(
@@ -44,24 +43,30 @@ def inward_window(
 
     Args:
         grid: positions along 1 to 3 axes, row major, e.g. (T, H, W).
-        window: positions read along each axis, or one number for all; an axis shorter than its window is read whole.
+        window: positions read along each axis, or one number for all; an axis shorter than its window is read whole
+            (with ``inward=False`` no window may be longer than its axis).
         q_block, kv_block: tokens per block.
         text_before, text_after: tokens before and after the grid that read and are read by everything.
         inward: ``False`` cuts the window at a border instead of moving it.
         device: where the lists shall be.
     """
-    sizes = (window,) * len(grid) if isinstance(window, int) else tuple(window)
-    if not 1 <= len(grid) <= 3 or len(sizes) != len(grid):
+    axes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    sizes = tuple(window) if isinstance(window, (tuple, list)) else (window,) * len(axes)
+    if not 1 <= len(axes) <= 3 or len(sizes) != len(axes):
         raise DitAttnError(f"a window needs one size for each of 1 to 3 grid axes, got grid {grid} and window {window}")
-    if min(*grid, *sizes) < 1 or min(text_before, text_after) < 0:
-        raise DitAttnError(f"grid {grid} and window {window} must be positive, text lengths not negative")
-    cut = tuple(min(k, n) for k, n in zip(sizes, grid)) if inward else sizes
-    full = (1,) * (3 - len(grid))
+    if not all(is_whole(n, 1) for n in (*axes, *sizes)) or not all(is_whole(n, 0) for n in (text_before, text_after)):
+        raise DitAttnError(
+            f"grid {grid} and window {window} must be positive whole numbers, text lengths {text_before} and "
+            f"{text_after} whole and not negative"
+        )
+    check_sizes(q_block=q_block, kv_block=kv_block)
+    cut = tuple(min(k, n) for k, n in zip(sizes, axes)) if inward else sizes
+    full = (1,) * (3 - len(axes))
     device = torch.device(device)
-    return _window((*full, *grid), (*full, *cut), text_before, text_after, inward, q_block, kv_block, device)
+    return _window((*full, *axes), (*full, *cut), text_before, text_after, inward, q_block, kv_block, device)
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def _window(
     grid: tuple[int, int, int],
     window: tuple[int, int, int],
@@ -158,8 +163,12 @@ def band(
         q_block, kv_block: tokens per block.
         device: where the lists shall be.
     """
-    if min(before, after, sinks) < 0:
-        raise DitAttnError(f"a band needs before, after and sinks of at least 0, got {before}, {after} and {sinks}")
+    if not all(is_whole(n, 0) for n in (before, after, sinks)) or not is_whole(q_shift, q_shift):
+        raise DitAttnError(
+            f"a band needs before, after and sinks of at least 0, got {before}, {after} and {sinks}, and q_shift, got "
+            f"{q_shift}, all of them whole numbers"
+        )
+    check_sizes(q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
     return _band(q_len, kv_len, before, after, sinks, q_shift, q_block, kv_block, torch.device(device))
 
 
@@ -168,7 +177,7 @@ def sink_window(seq: int, sinks: int, window: int, **options: Any) -> BlockLayou
     return band(seq, seq, window // 2, window - 1 - window // 2, sinks=sinks, **options)
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def _band(
     q_len: int,
     kv_len: int,
@@ -202,7 +211,8 @@ def from_segments(
     """Packed sequences: a query reads the keys of its own segment. No host synchronisation.
 
     Args:
-        q_ids: (B|1, Sq) ints, segment of every query; runs of equal numbers in ascending order keep blocks few.
+        q_ids: (B|1, Sq) ints that fit int32, segment of every query; runs of equal numbers in ascending order keep
+            blocks few.
         k_ids: (B|1, Sk) likewise for the keys; ``None`` for the same.
         q_block, kv_block: tokens per block.
     """
@@ -211,6 +221,9 @@ def from_segments(
         raise DitAttnError(
             f"segment numbers must be (B, Sq) and (B, Sk), got {tuple(q_ids.shape)} and {tuple(k_ids.shape)}"
         )
+    _check_ints("q_ids", q_ids)
+    _check_ints("k_ids", k_ids)
+    check_sizes(Sq=q_ids.shape[1], Sk=k_ids.shape[1], q_block=q_block, kv_block=kv_block)
     q_ids, k_ids = q_ids.to(torch.int32).contiguous(), k_ids.to(torch.int32).contiguous()
     (q_low, q_high), (k_low, k_high) = _extremes(q_ids, q_block), _extremes(k_ids, kv_block)
     q_low, q_high, k_low, k_high = q_low[..., None], q_high[..., None], k_low[:, None], k_high[:, None]
@@ -239,12 +252,18 @@ def from_rule(
         q_block, kv_block: tokens per block.
         device: where the lists shall be and the rule is evaluated.
     """
-    check_sizes(q_len, kv_len, q_block, kv_block)
+    check_sizes(q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
     nk, keys = ceil_div(kv_len, kv_block), torch.arange(kv_len, device=device)[None]
     whole, partial, bits = [], [], []
     for low in range(0, q_len, q_block):
         queries = torch.arange(low, min(low + q_block, q_len), device=device)[:, None]
-        read = rule(queries, keys).expand(len(queries), -1)
+        read = rule(queries, keys)
+        if read.dtype != torch.bool or tuple(read.shape) not in ((len(queries), kv_len), (1, kv_len)):
+            raise DitAttnError(
+                f"rule must return bool ({len(queries)}, {kv_len}) for queries (q, 1) and keys (1, Sk), got "
+                f"{dtype_name(read.dtype)} {tuple(read.shape)}"
+            )
+        read = read.expand(len(queries), -1)
         missing = torch.nn.functional.pad(~read, (0, nk * kv_block - kv_len)).unflatten(1, (nk, kv_block))
         read = torch.nn.functional.pad(read, (0, nk * kv_block - kv_len)).unflatten(1, (nk, kv_block))
         some = read.any(2).any(0)
@@ -268,15 +287,30 @@ def from_lengths(lengths: torch.Tensor, total: int, *, q_block: int = 128, kv_bl
         total: tokens of the packed sequence.
         q_block, kv_block: tokens per block.
     """
+    _check_ints("lengths", lengths)
+    if lengths.ndim != 1:
+        raise DitAttnError(f"lengths must be (n,), one for each part of the sequence, got {tuple(lengths.shape)}")
+    check_sizes(total=total)
+    if readable(lengths) and (bool((lengths < 0).any()) or int(lengths.sum()) > total):
+        raise DitAttnError(f"lengths must be at least 0 and sum to at most total {total}, got {lengths.tolist()[:8]}")
     ends = lengths.cumsum(0).to(torch.int32)
     ids = torch.searchsorted(ends, torch.arange(total, dtype=torch.int32, device=ends.device), right=True)
     return from_segments(ids[None], q_block=q_block, kv_block=kv_block)
 
 
+def _check_ints(name: str, x: torch.Tensor) -> None:
+    if x.dtype not in INTS:
+        raise DitAttnError(f"{name} must hold ints, got {dtype_name(x.dtype)}; cast it")
+    if x.dtype == torch.int64 and x.numel() and readable(x):
+        low, high, limits = int(x.min()), int(x.max()), torch.iinfo(torch.int32)
+        if low < limits.min or high > limits.max:
+            raise DitAttnError(f"{name} must fit int32, got {low} to {high}; number the segments anew")
+
+
 def _extremes(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, n) smallest and largest number of every block."""
-    padded = torch.nn.functional.pad(ids[:, None].float(), (0, -ids.shape[1] % block), mode="replicate")[:, 0]
-    tiles = padded.to(torch.int32).unflatten(1, (-1, block))
+    last = ids[:, -1:].expand(-1, -ids.shape[1] % block)
+    tiles = torch.cat([ids, last], 1).unflatten(1, (-1, block))
     return tiles.amin(-1), tiles.amax(-1)
 
 
@@ -289,6 +323,8 @@ def from_flex(mask: BlockMask) -> BlockLayout:
     Args:
         mask: made by ``create_block_mask``; its rule may depend on batch row and head.
     """
+    if not hasattr(mask, "BLOCK_SIZE"):
+        raise DitAttnError(f"mask must be FlexAttention's BlockMask, got {type(mask).__name__}; see create_block_mask")
     q_block, kv_block = mask.BLOCK_SIZE
     q_len, kv_len = mask.seq_lengths
     sizes = (q_len, kv_len, q_block, kv_block)
@@ -355,22 +391,28 @@ def _listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _rule_of(layout: BlockLayout, whole: torch.Tensor, read: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Which pairs are read; complete, because FlexAttention without a compiler looks at nothing else."""
     elements, q_len, kv_len = layout.elements, layout.q_len, layout.kv_len
-    batches, heads = read.shape[:2]
+    entries = ((read & ~whole).cumsum(-1) - 1).clamp(min=0)  # of a row's partial blocks, which one it is
+
+    def of(x: torch.Tensor, b: torch.Tensor, h: torch.Tensor) -> tuple[Any, Any]:
+        """Batch row and head of a (B|1, H|1, ...) tensor."""
+        return b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0
 
     def rule(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         inside = (q < q_len) & (k < kv_len)
-        block = (b if batches > 1 else 0, h if heads > 1 else 0, q // layout.q_block, k // layout.kv_block)
+        block = (*of(read, b, h), q // layout.q_block, k // layout.kv_block)
         if elements is None:
             return inside & read[block]
         if isinstance(elements, SegmentMask):
             row = b if elements.q_ids.shape[0] > 1 else 0
             allowed = elements.q_ids[row, q] == elements.k_ids[row, k]
+        elif isinstance(elements, BitMask):
+            key = k % layout.kv_block
+            place = (*of(elements.bits, b, h), block[2], entries[block], q % layout.q_block, key // 32)
+            allowed = ((elements.bits[place] >> (key % 32)) & 1) != 0
         else:
             allowed = elements.allowed(q, k)
         return inside & (whole[block] | (read[block] & allowed))
 
-    if isinstance(elements, BitMask):
-        raise DitAttnError("a layout with bits has no rule to give to FlexAttention; keep the BlockMask it came from")
     return rule
 
 

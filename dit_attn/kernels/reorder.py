@@ -19,17 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import torch
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.kept import kept
 from dit_attn.kernels.layout import ceil_div
 
 Grid = tuple[int, int, int]
-KEPT = 64
-"""Plans that are kept; the least recently used one goes first."""
 TILES: dict[int, Grid] = {1: (1, 8, 16), 2: (2, 8, 8), 3: (3, 6, 7), 4: (4, 4, 8)}
 """128 tokens (126 for three frames) by the number of frames."""
 
@@ -102,7 +100,7 @@ def token_order(
 
     - ``hilbert``: the generalised Hilbert curve (J. Cerveny), for any sizes; starts at token 0. Neighbours in the order
       share a face of the grid at every step if the grid is a plane, or if all its sizes are even. With odd sizes some
-      steps (less than 1 % in grids of videos) skip tokens: by 2 along an axis, 3 in grids of a few tokens.
+      steps (less than 1 % in grids of videos) skip tokens: by 2 along an axis, in some grids by 3.
     - ``tiles``: boxes of ``tile`` tokens, walked to and fro so that each box touches the one before; inside a box time
       runs fastest, then width, then height. Boxes at the far borders are cut off where the grid ends.
     - ``columns``: row-major by place, time runs fastest: all frames of a place stand together.
@@ -162,7 +160,7 @@ def block_neighbours(*orders: TokenOrder, block: int, kv_block: int | None = Non
     return _kept_neighbours(orders, block, kv_block)
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def _kept_neighbours(orders: tuple[TokenOrder, ...], block: int, kv_block: int) -> torch.Tensor:
     total = sum(len(order) for order in orders)
     device = orders[0].inverse.device
@@ -181,7 +179,7 @@ def _kept_neighbours(orders: tuple[TokenOrder, ...], block: int, kv_block: int) 
     return touching
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def _kept_order(name: str, grid: Grid, tile: Grid, device: torch.device) -> TokenOrder:
     if device.type != "cpu":
         made = _kept_order(name, grid, tile, torch.device("cpu"))

@@ -21,7 +21,8 @@ class Scratch:
         size, key = math.prod(shape), (name, dtype, device)
         held = self.flat.get(key)
         if held is None or held.numel() < size:
-            held = self.flat[key] = torch.empty(size, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a later call outside of it must be able to write here
+                held = self.flat[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
     def trim(self, limit: int) -> None:

@@ -19,6 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.checks import (
+    check_blocks,
+    check_choices,
+    check_heads,
+    check_key_mask,
+    check_sizes,
+    check_tokens,
+    dtype_name,
+)
 from dit_attn.kernels.device import refuse_triton_device
 from dit_attn.kernels.layout import BlockLayout, ceil_div, readable
 from dit_attn.kernels.masks import pack_bits
@@ -90,8 +99,8 @@ def plan_blocks(
         DitAttnError: the budget, the heads, a mask or the forced backend do not fit.
     """
     check_budget(density, top_p)
+    check_pair(q, k, q_block, kv_block, key_mask)
     check_choices((q.shape[0], q.shape[2], ceil_div(q.shape[1], q_block), ceil_div(k.shape[1], kv_block)), forced)
-    check_key_mask(k, key_mask)
     if _fused(backend, q, ceil_div(k.shape[1], kv_block), q.shape[-1]):
         from dit_attn.kernels.triton_selection import fused_select
 
@@ -125,6 +134,7 @@ def plan_scores(
 ) -> BlockPlan:
     """:func:`select_blocks` for scores (B, H, nq, nk) a method made itself; arguments as there and in plan_blocks."""
     check_budget(density, top_p)
+    check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
     check_choices(tuple(scores.shape), forced)
     sizes = {"q_len": q_len, "kv_len": kv_len, "q_block": q_block, "kv_block": kv_block}
     if _fused(backend, scores, scores.shape[-1]):
@@ -142,7 +152,7 @@ def plan_scores(
 def refuse_fused(x: torch.Tensor, kv_blocks: int = 1, head_dim: int = 1) -> str | None:
     """Why the fused kernels cannot read ``x`` (q or scores) or choose from so many blocks; ``None`` if they can."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels compute in fp32, which does not hold {str(x.dtype).removeprefix('torch.')}"
+        return f"the kernels compute in fp32, which does not hold {dtype_name(x.dtype)}"
     if head_dim > 256:
         return f"head size {head_dim} is above 256"
     if kv_blocks > LONGEST:
@@ -200,6 +210,7 @@ def pool_stats(
     Returns:
         mean and mean distance, (B, H, n, D) fp32 each; 0 for a block without a valid token.
     """
+    _check_pooled(x, block, key_mask)
     if _fused(None, x, head_dim=x.shape[-1]):
         from dit_attn.kernels.triton_pooling import fused_pool
 
@@ -225,6 +236,7 @@ def _pieces(
     The sequence is never copied whole: plain sums read it in place, and what has to be widened to fp32 or masked goes
     piece by piece (a CPU sums bf16 several times slower than it widens and sums it in cache).
     """
+    _check_pooled(x, block, key_mask)
     seq = x.shape[1]
     full = seq // block
     cpu = readable(x)
@@ -246,6 +258,12 @@ def _pieces(
             tokens = tokens.masked_fill(~exists, 0.0)
             number = exists.sum(2, dtype=torch.float32).clamp(min=1.0)
         yield tokens, exists, number
+
+
+def _check_pooled(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) -> None:
+    check_tokens("x", x)
+    check_sizes(block=block)
+    check_key_mask(x, key_mask)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -292,9 +310,9 @@ def block_scores(
         (B, H, nq, nk) fp32.
 
     Raises:
-        DitAttnError: the heads of q are no multiple of those of k.
+        DitAttnError: q, k, a block size or the mask does not fit; the message says what to do.
     """
-    check_heads(q, k)
+    check_pair(q, k, q_block, kv_block, key_mask)
     heads, key_heads = q.shape[2], k.shape[2]
     pooled_q = pool_blocks(q, q_block).unflatten(1, (key_heads, heads // key_heads))
     pooled_k = pool_blocks(k, kv_block, key_mask)[:, :, None]
@@ -338,10 +356,15 @@ def select_blocks(
     return BlockLayout.from_topk(scores, blocks_of_density(density, scores.shape[-1]), forced, **sizes)
 
 
-def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Raises DitAttnError unless the heads of q (B, S, H, D) are a multiple of those of k (B, Sk, Hk, D)."""
-    if q.shape[2] % k.shape[2]:
-        raise DitAttnError(f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} heads of k")
+def check_pair(q: torch.Tensor, k: torch.Tensor, q_block: int, kv_block: int, key_mask: torch.Tensor | None) -> None:
+    """Raises DitAttnError unless q (B, S, H, D), k (B, Sk, Hk, D), the block sizes and the mask go together."""
+    for name, x in (("q", q), ("k", k)):
+        check_tokens(name, x)
+    if k.device != q.device:
+        raise DitAttnError(f"k is on {k.device} and q on {q.device}; move it")
+    check_heads(q, k)
+    check_sizes(Sq=q.shape[1], Sk=k.shape[1], q_block=q_block, kv_block=kv_block)
+    check_key_mask(k, key_mask)
 
 
 def check_budget(density: Budget | None, top_p: Budget | None) -> None:
@@ -365,28 +388,6 @@ def check_budget(density: Budget | None, top_p: Budget | None) -> None:
         raise DitAttnError(f"density is the share of key blocks kept per query block, in (0, 1], got {density}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise DitAttnError(f"top_p is a share of the softmax mass in (0, 1], got {top_p}")
-
-
-def check_choices(shape: tuple[int, ...], forced: torch.Tensor | None) -> None:
-    """Raises DitAttnError unless ``forced`` is bool and expands to ``shape`` (B, H, nq, nk)."""
-    if forced is None:
-        return
-    if forced.dtype != torch.bool:
-        raise DitAttnError(f"forced must be bool, got {forced.dtype}; compare it with something first")
-    if forced.ndim > 4 or any(have not in (1, want) for have, want in zip(forced.shape[::-1], shape[::-1])):
-        raise DitAttnError(f"forced must expand to (B, H, nq, nk) = {shape}, got {tuple(forced.shape)}")
-
-
-def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
-    """Raises DitAttnError unless ``key_mask`` is (B|1, Sk) bool for k (B, Sk, Hk, D)."""
-    if key_mask is None:
-        return
-    fits = key_mask.ndim == 2 and key_mask.shape[1] == k.shape[1] and key_mask.shape[0] in (1, k.shape[0])
-    if key_mask.dtype != torch.bool or not fits:
-        raise DitAttnError(
-            f"key_mask must be bool ({k.shape[0]}, {k.shape[1]}), one flag per key, got {key_mask.dtype} "
-            f"{tuple(key_mask.shape)}"
-        )
 
 
 @overload

@@ -12,18 +12,19 @@ A kernel may fuse all of it; :func:`with_terms` gives the same, gradients includ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels.checks import check_sizes
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.scratch import Scratch, scratch_memory
 from dit_attn.kernels.selection import block_counts, pool_blocks, pool_squares
-from dit_attn.kernels.tiling import NONE, Problem
-
-CHUNK = 1 << 20  # bytes of logits against virtual keys that are held at a time, several times over
+from dit_attn.kernels.tiling import NONE, Problem, budget_of
 
 Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -130,8 +131,11 @@ def pooled_compensation(
         key_mask: (B, Sk) bool, keys that exist; only they are averaged and counted.
         variance: also take the per-channel variance of the keys.
     """
-    log_weight = torch.log(block_counts(k, tokens, key_mask))
+    check_sizes(tokens=tokens)
+    if k.shape != v.shape:
+        raise DitAttnError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be of one shape; pass matching tensors")
     mean = pool_blocks(k, tokens, key_mask)
+    log_weight = torch.log(block_counts(k, tokens, key_mask))
     spread = None
     if variance:
         square = pool_squares(k, tokens, key_mask)
@@ -162,8 +166,9 @@ def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple
     if comp is None and end is None:
         return out, lse
     number, virtual = 4 * problem.q.shape[0] * problem.ratio, 0 if comp is None else comp.k.shape[2]  # bytes; keys
-    at_once = max(1, CHUNK // (number * layout.q_block * max(virtual, 4 * out.shape[-1])))  # query blocks x key heads
-    size = min(problem.k.shape[2], at_once, max(1, CHUNK // (3 * number * out.shape[-1] * max(virtual, 1))))
+    limit, dim = budget_of(out.device).virtual, out.shape[-1]
+    at_once = max(1, limit // max(number * layout.q_block * max(virtual, 4 * dim), 1))  # query blocks x key heads
+    size = min(problem.k.shape[2], at_once, max(1, limit // max(3 * number * dim * virtual, 1)))
     step = at_once // size
     for low in range(0, problem.k.shape[2], size):
         some, few, heads = _heads_of(problem, terms, slice(low, min(low + size, problem.k.shape[2])))
@@ -278,60 +283,99 @@ def _widened(problem: Problem, bias: LogitBias) -> Problem:
     return replace(problem, q=q, k=k, v=v.to(dtype))
 
 
+@dataclass(frozen=True)
+class _Virtual:
+    """The virtual keys of a call, made ready.
+
+    Attributes:
+        problem, comp: the call and the keys as they were given.
+        keys, values, spread: (B, H, nv, D) keys, values and variances in the type of the log-sum.
+        read: (B|1, H|1, nq, nk) bool, key blocks that are read, so that their virtual keys do not count.
+        weight: (B|1, H|1, 1, nv).
+    """
+
+    problem: Problem
+    comp: Compensation
+    keys: torch.Tensor
+    values: torch.Tensor
+    spread: torch.Tensor | None
+    read: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, comp: Compensation, wide: torch.dtype) -> _Virtual:
+        keys, values = (_repeated(x.to(wide), problem.ratio) for x in (comp.k, comp.v))
+        spread = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
+        weight = comp.log_weight[:, :, None].to(wide)
+        return cls(problem, comp, keys, values, spread, problem.layout.block_mask(), weight)
+
+    def logits(self, q: torch.Tensor, blocks: slice, scratch: Scratch | None = None) -> torch.Tensor:
+        """(B, H, rows, nv) for the queries (B, rows, H, D) of some blocks, ``-inf`` where a key does not count.
+
+        Without gradients they may be overwritten, and with ``scratch`` the next ones do so: they lie where those of
+        the keys that are read did.
+        """
+        layout, cap = self.problem.layout, self.comp.cap
+        scaled = q.transpose(1, 2).to(self.keys.dtype) * self.problem.scale
+        s = _product(scaled, self.keys, "s", scratch)
+        if self.spread is not None:
+            term = _product(0.5 * scaled.square(), self.spread, "k", scratch)
+            s = _plus(s, term.clamp(max=cap) if term.requires_grad else term.clamp_(max=cap))
+        added = self.weight.masked_fill(_virtual(self.read[:, :, blocks], layout, self.comp), NONE)
+        if s.shape[2] % layout.q_block == 0:
+            return _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
+        return _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
+
+
 def _merged(
     problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected keys (out, lse) and virtual keys in one softmax, some query blocks at a time."""
-    step = max(1, CHUNK // (4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * problem.layout.q_block))
+    """Selected keys (out, lse) and virtual keys in one softmax, some query blocks at a time.
+
+    Where gradients may be asked for, the logits of each piece are computed again for them rather than kept.
+    """
+    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
+    each = 4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * layout.q_block
+    step = max(1, budget_of(out.device).virtual // max(each, 1))
+    rows = step * layout.q_block
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     parts, sums = [], []
-    for rows, s, values in _virtual_logits(problem, comp, lse.dtype, step):
-        own = lse[:, :, rows, None]
-        total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
-        safe = total.masked_fill(total == NONE, 0.0)
-        share = torch.exp(own - safe).transpose(1, 2)
-        parts.append(out[:, rows] * share + (torch.exp(s - safe) @ values).transpose(1, 2))
-        sums.append(total[..., 0])
+    for i, piece in enumerate(zip(problem.q.split(rows, 1), out.split(rows, 1), lse.split(rows, 2))):
+        given = (virtual, slice(i * step, (i + 1) * step), *piece)
+        if again:
+            part, total = checkpoint(_merged_rows, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part, total = _merged_rows(*given)
+        parts.append(part)
+        sums.append(total)
     return torch.cat(parts, 1), torch.cat(sums, 2)
+
+
+def _merged_rows(
+    virtual: _Virtual, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s, own = virtual.logits(q, blocks), lse[..., None]
+    total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
+    safe = total.masked_fill(total == NONE, 0.0)
+    share = torch.exp(own - safe).transpose(1, 2)
+    return out * share + (torch.exp(s - safe) @ virtual.values).transpose(1, 2), total[..., 0]
 
 
 def _merge_in_place(problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
     """The same, written to out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
+    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
     with scratch_memory() as scratch:
-        for rows, s, values in _virtual_logits(problem, comp, lse.dtype, step, scratch):
-            own = lse[:, :, rows, None]
+        for first in range(0, layout.nq, step):
+            rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))
+            s, own = virtual.logits(problem.q[:, rows], slice(first, first + step), scratch), lse[:, :, rows, None]
             top = torch.maximum(s.amax(-1, keepdim=True), own)
             top.masked_fill_(top == NONE, 0.0)
             share = torch.exp(own - top)
             total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(share)
             lse[:, :, rows] = (top + total.log())[..., 0]
             inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
-            rest = torch.matmul(s, values).mul_(inverse).transpose(1, 2)
+            rest = torch.matmul(s, virtual.values).mul_(inverse).transpose(1, 2)
             out[:, rows] = rest.addcmul_(out[:, rows].to(rest.dtype), share.mul_(inverse).transpose(1, 2))
-
-
-def _virtual_logits(
-    problem: Problem, comp: Compensation, wide: torch.dtype, step: int, scratch: Scratch | None = None
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Rows of ``step`` query blocks, their logits (B, H, rows, nv) of the virtual keys, ``-inf`` where they do not
-    count, and the values (B, H, nv, D) that belong to them. Without gradients the logits may be overwritten, and with
-    ``scratch`` the next ones do so: they lie where those of the keys that are read did."""
-    q, layout, ratio = problem.q, problem.layout, problem.ratio
-    keys, values = (_repeated(x.to(wide), ratio) for x in (comp.k, comp.v))
-    spread = None if comp.variance is None else _repeated(comp.variance.to(wide), ratio)
-    read, weight = layout.block_mask(), comp.log_weight[:, :, None].to(wide)
-    for first in range(0, layout.nq, step):
-        rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))
-        scaled = q[:, rows].transpose(1, 2).to(wide) * problem.scale
-        s = _product(scaled, keys, "s", scratch)
-        if spread is not None:
-            term = _product(0.5 * scaled.square(), spread, "k", scratch)
-            s = _plus(s, term.clamp(max=comp.cap) if term.requires_grad else term.clamp_(max=comp.cap))
-        added = weight.masked_fill(_virtual(read[:, :, first : first + step], layout, comp), NONE)
-        if s.shape[2] % layout.q_block == 0:
-            s = _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
-        else:
-            s = _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
-        yield rows, s, values
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, name: str, scratch: Scratch | None) -> torch.Tensor:

@@ -26,15 +26,22 @@ class Budget:
     Attributes:
         chunk: bytes of gathered keys, values and logits computed at a time, per thread.
         group: bytes of K and V, or of q and o, that are laid out in blocks at a time; a longer head is taken alone.
+        virtual: bytes of logits against virtual keys that are computed at a time, several times over.
     """
 
     chunk: int
     group: int
+    virtual: int
 
 
 LAID_OUT = 0.25  # a copy of one head's K and V may take this part of q, k, v and o; else they are read where they are
-BUDGETS = {"cpu": Budget(chunk=2 << 20, group=2 << 20)}
-ACCELERATOR = Budget(chunk=256 << 20, group=512 << 20)
+BUDGETS = {"cpu": Budget(chunk=2 << 20, group=2 << 20, virtual=1 << 20)}  # what its cache holds
+ACCELERATOR = Budget(chunk=256 << 20, group=512 << 20, virtual=256 << 20)  # what keeps it busy
+
+
+def budget_of(device: torch.device) -> Budget:
+    """The sizes for a device."""
+    return BUDGETS.get(device.type, ACCELERATOR)
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,7 @@ def groups(problem: Problem, kind: Precision, scratch: Scratch, may_stay: bool =
     tokens = layout.nk * layout.kv_block
     per_head = tokens * (k.shape[-1] * kind.keys.itemsize + v.shape[-1] * kind.values.itemsize)
     queries = q.shape[1] * problem.ratio * (q.shape[-1] + v.shape[-1]) * q.itemsize
-    budget = BUDGETS.get(k.device.type, ACCELERATOR).group
+    budget = budget_of(k.device).group
     size = max(1, min(k.shape[2], budget // max(per_head, queries)))
     held = q.shape[0] * k.shape[2] * (queries + layout.kv_len * (k.shape[-1] + v.shape[-1]) * k.itemsize)
     large = problem.on_host and per_head > max(budget, LAID_OUT * held)
@@ -480,7 +487,7 @@ def chunks(
     threads = torch.get_num_threads() if problem.on_host else 1
     gathered = bucket.width * sum(table.width * table.dtype.itemsize for table in (group.k, group.v))
     per_tile = gathered + bucket.keys * part.tokens * group.k.dtype.itemsize
-    step = max(1, threads * BUDGETS.get(part.idx.device.type, ACCELERATOR).chunk // per_tile)
+    step = max(1, threads * budget_of(part.idx.device).chunk // per_tile)
     step -= step % threads if step > threads else 0  # every thread gets as many tiles
     work = None
     for low in range(0, bucket.n, step):

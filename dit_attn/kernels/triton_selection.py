@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dit_attn.errors import DitAttnError
 from dit_attn.kernels.launch import Launch
 from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection import Budget, blocks_of_density, check_budget, check_heads, full_precision
+from dit_attn.kernels.selection import Budget, blocks_of_density, check_budget, full_precision
 from dit_attn.kernels.triton_pooling import fused_pool
 
 LOWEST = tl.constexpr(-2147483648)  # the integer below every score: a block that cannot be chosen
@@ -196,7 +195,6 @@ def fused_select(
     One graph node for the compiler; nothing is read back from the device.
     """
     check_budget(density, top_p)
-    check_heads(q, k)
     nk = ceil_div(k.shape[1], kv_block)
     budget = _budget(density, top_p, k_min, nk, q.device)
     idx, cnt, kept, bits = select_op(
@@ -223,10 +221,7 @@ def fused_select_scores(
 ) -> tuple[BlockLayout, torch.Tensor | None, torch.Tensor | None]:
     """The same for given scores (B, H, nq, nk), any strides; see ``selection.plan_scores``."""
     check_budget(density, top_p)
-    nq, nk = ceil_div(q_len, q_block), ceil_div(kv_len, kv_block)
-    if scores.ndim != 4 or tuple(scores.shape[2:]) != (nq, nk):
-        raise DitAttnError(f"scores must be (B, H, {nq}, {nk}) for these lengths and blocks, got {tuple(scores.shape)}")
-    budget = _budget(density, top_p, k_min, nk, scores.device)
+    budget = _budget(density, top_p, k_min, ceil_div(kv_len, kv_block), scores.device)
     idx, cnt, kept, bits = select_scores_op(scores, forced, *budget, stats)
     layout = BlockLayout(q_block, kv_block, q_len, kv_len, idx, cnt)  # a score may be -inf
     return (layout, kept, bits) if stats else (layout, None, None)

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
+import numpy as np
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels.checks import check_heads, check_tokens, dtype_name
 from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.terms import Terms
+from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+KINDS: dict[str, type] = {
+    "q": torch.Tensor, "k": torch.Tensor, "v": torch.Tensor, "layout": BlockLayout, "key_mask": torch.Tensor,
+    "key_bias": torch.Tensor, "key_lengths": torch.Tensor, "bias": LogitBias, "compensation": Compensation,
+    "epilogue": Epilogue, "bias.q": torch.Tensor, "bias.k": torch.Tensor, "compensation.k": torch.Tensor,
+    "compensation.v": torch.Tensor, "compensation.log_weight": torch.Tensor,
+}  # fmt: skip
+OPTIONAL = ("key_mask", "key_bias", "key_lengths", "bias", "compensation", "epilogue")
+
+
+def check_kinds(**given: Any) -> None:
+    """Raises DitAttnError for the first argument that is not of its class (``KINDS``)."""
+    for name, x in given.items():
+        if isinstance(x, KINDS[name]) or (x is None and name in OPTIONAL):
+            continue
+        remedy = "see the documentation of sparse_attention"
+        if name == "layout":
+            held = isinstance(getattr(x, "layout", None), BlockLayout)
+            remedy = "pass its .layout" if held else "make one with plan_blocks(...).layout or from_..."
+        raise DitAttnError(f"{name} must be a {KINDS[name].__name__}, got {type(x).__name__}; {remedy}")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raises DitAttnError unless the scale is a finite number of at least 0."""
+    if scale is not None and not (isinstance(scale, (int, float, np.floating)) and 0.0 <= scale < math.inf):
+        raise DitAttnError(
+            f"scale must be a finite number of at least 0, got {scale!r}; to turn the sign of the logits, negate q"
+        )
 
 
 def check_call(
@@ -38,15 +71,15 @@ def check_call(
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise DitAttnError(
-                f"{name} must be (B, S, H, D), got {x.ndim} dimensions {tuple(x.shape)}; split the heads with unflatten"
-            )
         if x.dtype not in DTYPES:
-            raise DitAttnError(f"{name} has dtype {_name(x.dtype)}; cast it to one of {', '.join(map(_name, DTYPES))}")
+            types = ", ".join(map(dtype_name, DTYPES))
+            raise DitAttnError(f"{name} has dtype {dtype_name(x.dtype)}; cast it to one of {types}")
+        check_tokens(name, x)
+        if x.shape[-1] == 0:
+            raise DitAttnError(f"{name} has heads of size 0, {tuple(x.shape)}; split the channels with unflatten")
         if x.dtype != q.dtype or x.device != q.device:
             raise DitAttnError(
-                f"{name} is {_name(x.dtype)} on {x.device} and q is {_name(q.dtype)} on {q.device}; "
+                f"{name} is {dtype_name(x.dtype)} on {x.device} and q is {dtype_name(q.dtype)} on {q.device}; "
                 "q, k and v must share both: move or cast one"
             )
 
@@ -54,15 +87,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if k.shape[:3] != v.shape[:3]:
         raise DitAttnError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must agree in (B, S, H); pass matching tensors")
-    if k.shape[0] != q.shape[0]:
-        raise DitAttnError(f"q has batch {q.shape[0]} and k has batch {k.shape[0]}; expand k and v to q's batch")
-    if q.shape[-1] != k.shape[-1]:
-        raise DitAttnError(f"q and k must share the head size D, got {q.shape[-1]} and {k.shape[-1]}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise DitAttnError(
-            f"q has {q.shape[2]} heads, which is not a multiple of the {k.shape[2]} heads of k; repeat the heads of k "
-            "and v, or check that the tensors are (B, S, H, D) and not (B, H, S, D)"
-        )
+    check_heads(q, k)
 
 
 def _check_layout(q: torch.Tensor, k: torch.Tensor, layout: BlockLayout) -> None:
@@ -78,6 +103,7 @@ def _check_layout(q: torch.Tensor, k: torch.Tensor, layout: BlockLayout) -> None
             )
     if layout.kv_idx.device != q.device:
         raise DitAttnError(f"layout is on {layout.kv_idx.device} and q on {q.device}; use layout.to(q.device)")
+    layout.check_elements()
 
 
 def _check_keys(
@@ -86,8 +112,8 @@ def _check_keys(
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, keys)):
         raise DitAttnError(
-            f"key_mask must be bool (B, Sk) = ({batch}, {keys}), got {_name(key_mask.dtype)} {tuple(key_mask.shape)}; "
-            "True keeps a key"
+            f"key_mask must be bool (B, Sk) = ({batch}, {keys}), got {dtype_name(key_mask.dtype)} "
+            f"{tuple(key_mask.shape)}; True keeps a key"
         )
     if key_bias is not None and (
         key_bias.ndim != 3
@@ -98,15 +124,11 @@ def _check_keys(
     ):
         raise DitAttnError(
             f"key_bias must be float (B|1, H|1, Sk) with B={batch}, H={heads}, Sk={keys}, "
-            f"got {_name(key_bias.dtype)} {tuple(key_bias.shape)}"
+            f"got {dtype_name(key_bias.dtype)} {tuple(key_bias.shape)}"
         )
     for name, x in (("key_mask", key_mask), ("key_bias", key_bias)):
         if x is not None and x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, terms: Terms) -> None:
@@ -120,12 +142,16 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
         "D": v.shape[-1], "nq": layout.nq,
     }  # fmt: skip
     lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
+    for name in KINDS:  # what a term cannot be without
+        part, _, field = name.partition(".")
+        if field and getattr(terms, part) is not None:
+            check_kinds(**{name: getattr(getattr(terms, part), field)})
     for name, x in _tensors(terms):
         if x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
         if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
             kind = "ints" if name == "key_lengths" else "floating-point numbers"
-            raise DitAttnError(f"{name} must hold {kind}, got {str(x.dtype).removeprefix('torch.')}; cast it")
+            raise DitAttnError(f"{name} must hold {kind}, got {dtype_name(x.dtype)}; cast it")
     if lengths is not None:
         _fits("key_lengths", lengths, ("B",), sizes)
     if bias is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +20,9 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, plan_scores, sparse_attention
 from dit_attn.kernels.dense import dense_with_lse
+from dit_attn.kernels.kept import kept
 from dit_attn.kernels.layout import ceil_div
 from dit_attn.kernels.patterns import from_rule
-from dit_attn.kernels.reorder import KEPT
 from dit_attn.kernels.selection import blocks_of_density
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import setting, share
@@ -271,7 +270,7 @@ class State:
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def band_layout(tokens: Tokens, density: float, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
     """The paper's mask in the order ``columns``; kept for the next call with the same arguments.
 
@@ -301,7 +300,7 @@ def band_layout(tokens: Tokens, density: float, q_block: int, kv_block: int, dev
     return from_rule(rule, order.visual, tokens.seq_len, q_block=q_block, kv_block=kv_block).to(device)
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def window_layout(
     tokens: Tokens,
     density: float,

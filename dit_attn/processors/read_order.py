@@ -8,13 +8,13 @@ tokens carry their positions with them; the rows of the result are put back wher
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from dit_attn.kernels.kept import kept
 from dit_attn.kernels.layout import ceil_div
-from dit_attn.kernels.reorder import KEPT, TokenOrder, block_neighbours, token_order
+from dit_attn.kernels.reorder import TokenOrder, block_neighbours, token_order
 from dit_attn.processors.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read_in_order(call: AttentionCall, request: Request, name: str, tile: Grid |
     return rows
 
 
-@lru_cache(maxsize=KEPT)
+@kept
 def read_order(tokens: Tokens, name: str, tile: Grid | None, device: torch.device) -> ReadOrder:
     """The order of a sequence; kept for the next call with the same arguments.
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dit_attn.kernels import patterns, tiling
-from dit_attn.kernels import terms as kernel_terms
 from dit_attn.kernels.layout import BlockLayout
 from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
@@ -23,9 +22,8 @@ def tight(on: bool = True) -> Iterator[None]:
     """A CPU on which everything is too large: heads are read where they stand, and completed block by block."""
     with pytest.MonkeyPatch.context() as patch:
         if on:
-            patch.setattr(tiling, "BUDGETS", {"cpu": tiling.Budget(chunk=1, group=0)})
+            patch.setattr(tiling, "BUDGETS", {"cpu": tiling.Budget(chunk=1, group=0, virtual=1)})
             patch.setattr(tiling, "LAID_OUT", 0.0)
-            patch.setattr(kernel_terms, "CHUNK", 1)
         yield
 
 

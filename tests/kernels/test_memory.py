@@ -37,13 +37,16 @@ def call(seq, heads, dim, dtype, terms, selection):
     if "epilogue" in terms:
         scale, add = torch.rand(1, heads, n), torch.randn(1, heads, n, dim)
         given["epilogue"] = Epilogue(scale, torch.randn(1, heads, seq), add=add, blend=torch.rand(1, heads))
+    wanted = [x.requires_grad_() for x in (q, k, v)] if "grad" in terms else []
     before = field("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
     if layout is None:
         layout = plan_blocks(q, k, **blocks).layout
     if "compensation" in terms:
         given["compensation"] = pooled_compensation(k, v, 16, variance="variance" in terms)
-    sparse_attention(q, k, v, layout, return_lse="lse" in terms, **given)
+    out = sparse_attention(q, k, v, layout, return_lse="lse" in terms, **given)
+    if wanted:
+        torch.autograd.grad(out.square().sum(), wanted)
     return (field("VmHWM") - before) / 1024
 
 def alone(case):
@@ -66,7 +69,9 @@ SHAPES = (
     (8192, 4, 128, "bfloat16"),
     (16384, 2, 128, "bfloat16"),
 )
-GROWING = tuple((seq, 2, 64, "float32", terms, True) for terms in TERMS[::2] for seq in (4096, 16384))
+GRADIENTS = ("grad", "grad+compensation+variance")
+GROWN = (*TERMS[::2], *GRADIENTS)
+GROWING = tuple((seq, 2, 64, "float32", terms, True) for terms in GROWN for seq in (4096, 16384))
 CHUNK = 2  # MB: logits of virtual keys and their square term
 
 
@@ -90,7 +95,7 @@ def test_a_call_adds_less_than_three_tenths_of_its_tensors(
     assert peaks[seq, heads, dim, dtype, terms, False] <= o + 0.3 * 4 * o + CHUNK
 
 
-@pytest.mark.parametrize("short, long", zip(GROWING[::2], GROWING[1::2]), ids=TERMS[::2])
+@pytest.mark.parametrize("short, long", zip(GROWING[::2], GROWING[1::2]), ids=GROWN)
 def test_selection_and_call_grow_linearly(
     peaks: dict[tuple[Any, ...], float], short: tuple[Any, ...], long: tuple[Any, ...]
 ) -> None:

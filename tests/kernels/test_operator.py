@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,19 +17,22 @@ from dit_attn.kernels import (
     block_scores,
     choose_backend,
     gather,
+    pooled_compensation,
     reference_attention,
     select_blocks,
     sparse_attention,
     tiling,
 )
-from dit_attn.kernels.op import flat_call, sparse_attention_op
-from dit_attn.kernels.patterns import band, from_segments
+from dit_attn.kernels.op import flat_call, flat_terms, fused_attention_op, sparse_attention_op
+from dit_attn.kernels.patterns import band, from_segments, inward_window
+from dit_attn.kernels.reorder import token_order
 from dit_attn.kernels.tiling import Problem
+from tests.kernels.cases import TERMS, call
 
-Terms = dict[str, Any]
+Given = dict[str, Any]
 
 
-def problem(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[list[torch.Tensor], BlockLayout, Terms]:
+def problem(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[list[torch.Tensor], BlockLayout, Given]:
     """Two batch rows, grouped heads, ragged blocks on both sides, rows of different counts, one of them empty."""
     rng = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(2, n, h, d, generator=rng).to(dtype) for n, h, d in ((70, 4, 8), (90, 2, 8), (90, 2, 6)))
@@ -41,7 +45,7 @@ def problem(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[lis
     return [q, k, v], BlockLayout.from_mask(blocks, 70, 90, 16, 16), {"key_mask": mask, "key_bias": bias}
 
 
-def gradients(tensors: list[torch.Tensor], layout: BlockLayout, terms: Terms, backend: str) -> list[torch.Tensor]:
+def gradients(tensors: list[torch.Tensor], layout: BlockLayout, terms: Given, backend: str) -> list[torch.Tensor]:
     """Of q, k, v and the key bias, for fixed random gradients on the output and on the finite log-sums."""
     out, lse = sparse_attention(*tensors, layout, return_lse=True, backend=backend, **terms)
     rng = torch.Generator().manual_seed(6)
@@ -101,6 +105,14 @@ def test_the_operator_is_registered_as_torch_requires(dtype: torch.dtype, varian
         layout = from_segments(torch.arange(70)[None] // 30, torch.arange(90)[None] // 40, q_block=16, kv_block=16)
     keys = (terms["key_mask"], terms["key_bias"]) if altered else (None, None)
     torch.library.opcheck(sparse_attention_op, (*flat_call(Problem(q, k, v, layout, 0.3, *keys)), "gather"))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_operator_with_terms_is_registered_as_torch_requires(name: str) -> None:
+    p = call()
+    blocks = p.layout.block_mask() | (torch.arange(3) == 0)
+    p = replace(p, layout=BlockLayout.from_mask(blocks, 70, 90, 32, 32))  # finite sums only
+    torch.library.opcheck(fused_attention_op, (*flat_call(p), *flat_terms(TERMS[name](p)), "gather"))
 
 
 def test_selection_and_attention_compile_to_one_graph_with_the_same_result() -> None:
@@ -185,7 +197,7 @@ def test_the_result_does_not_depend_on_how_the_work_is_cut(
 ) -> None:
     tensors, layout, terms = problem(dtype)
     expected = reference_attention(*tensors, layout, **terms)
-    monkeypatch.setitem(tiling.BUDGETS, "cpu", tiling.Budget(chunk, group))
+    monkeypatch.setitem(tiling.BUDGETS, "cpu", tiling.Budget(chunk, group, group))
     found = sparse_attention(*tensors, layout, return_lse=True, backend="gather", **terms)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
@@ -210,6 +222,29 @@ def test_counts_need_not_be_read() -> None:
     for a, b in zip(blind, seeing):
         torch.testing.assert_close(a, b)
     assert not torch.equal(seeing[0], expected[0])
+
+
+def test_what_inference_mode_leaves_behind_serves_training() -> None:
+    """Working memory, static layouts and orders are kept from call to call; tensors of inference mode are read-only."""
+    found: list[Any] = []
+
+    def work() -> None:  # a thread of its own has no working memory yet
+        try:
+            with torch.inference_mode():
+                order = token_order("hilbert", (3, 5, 7))
+                layout = inward_window((3, 5, 7), (1, 3, 3), q_block=16, kv_block=16)
+                x = torch.randn(1, 105, 2, 8)
+                sparse_attention(x, x, x, layout)
+            x = torch.randn(1, 105, 2, 8, requires_grad=True)
+            out = sparse_attention(*(order.apply(x),) * 3, layout, compensation=pooled_compensation(x, x, 8))
+            found.append(torch.autograd.grad(out.sum(), x)[0])  # type: ignore[union-attr]
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], torch.Tensor) and bool(found[0].isfinite().all()), found
 
 
 def test_threads_do_not_share_working_memory() -> None:
@@ -249,7 +284,7 @@ def test_a_dense_layout_goes_to_torchs_own_attention_and_is_equal_to_it() -> Non
 
 
 @pytest.mark.parametrize("asked", ({"return_lse": True}, {"key_mask": torch.ones(1, 40, dtype=torch.bool)}))
-def test_what_torch_cannot_do_is_done_by_gathering_and_the_reason_is_told(asked: Terms) -> None:
+def test_what_torch_cannot_do_is_done_by_gathering_and_the_reason_is_told(asked: Given) -> None:
     q = torch.randn(1, 40, 4, 8)
     choice = choose_backend(q, BlockLayout.dense(40, 40, 16, 16), **asked)
     assert choice.backend == "gather" and set(choice.reasons) == set(BACKENDS) - {"gather"}

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import BlockLayout, band, inward_window, sparse_attention
+from dit_attn.kernels import BlockLayout, Epilogue, band, inward_window, pooled_compensation, sparse_attention
 from dit_attn.kernels.selection import blocks_of_density, plan_blocks, plan_scores
 
 SHARES = (0.5, 0.3, 0.25, 0.1, 1.0, 0.07)
@@ -68,6 +68,27 @@ def test_layouts_of_other_windows_cost_two_more_graphs_at_most(backend: str) -> 
     assert graphs(backend, attend, [(layout,) for layout in windows]) <= 3  # its numbers, and the width of its lists
     bands = [band(512, 512, size, 2 * size, sinks=size // 10, q_block=32, kv_block=32) for size in (30, 50, 70, 40)]
     assert graphs(backend, attend, [(layout,) for layout in bands]) <= 3
+
+
+def test_optional_terms_are_one_node_however_long_the_sequence() -> None:
+    def attend(q: torch.Tensor, layout: BlockLayout, add: torch.Tensor) -> torch.Tensor:
+        terms: dict[str, Any] = {"compensation": pooled_compensation(q, q, 16), "epilogue": Epilogue(add=add)}
+        return sparse_attention(q, q, q, layout, **terms)  # type: ignore[return-value]
+
+    sizes = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for length in (256, 2048):
+        torch.compiler.reset()
+        q, add = random(1, length, 2, 16), random(1, 2, length // 32, 16)
+        compiled = torch.compile(attend, backend=count, fullgraph=True)
+        for share in (0.5, 0.25, 0.375):
+            layout = plan_blocks(q, q, q_block=32, kv_block=32, density=share).layout
+            torch.testing.assert_close(compiled(q, layout, add), attend(q, layout, add))
+    assert len(sizes) == 4 and sizes[0] == sizes[2]  # the second of each: the width of the lists is a variable
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.reorder import KEPT, ORDERS, TokenOrder, _kept_order, block_neighbours, exact_box, token_order
+from dit_attn.kernels.kept import KEPT
+from dit_attn.kernels.reorder import ORDERS, TokenOrder, _kept_order, block_neighbours, exact_box, token_order
 
 SIZES = st.integers(1, 13)
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)

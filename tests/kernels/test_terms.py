@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import BlockLayout, choose_backend, numeric_guard, ops, sparse_attention
+from dit_attn.kernels import BlockLayout, choose_backend, numeric_guard, ops, sparse_attention, tiling
+from dit_attn.kernels import terms as kernel_terms
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
 from tests.kernels.cases import LAYOUTS, TERMS, call, tight
@@ -46,6 +47,28 @@ def test_long_sequences_go_piece_by_piece_with_the_same_result(name: str, dtype:
             agree(attend(p, terms, "gather"), definition(p, terms), tolerance)
 
 
+def test_virtual_keys_take_pieces_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache's worth on a CPU, hundreds of megabytes where launches cost more than memory."""
+    cpu, gpu = (tiling.budget_of(torch.device(name)).virtual for name in ("cpu", "cuda"))
+    assert cpu == 1 << 20 and 100 << 20 <= gpu <= 1 << 30
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2048, 4, 16, generator=rng)
+    layout = BlockLayout.from_mask(torch.rand(1, 4, 32, 32, generator=rng) < 0.3, 2048, 2048, 64, 64)
+    shares, product = [], kernel_terms._product
+    monkeypatch.setattr(kernel_terms, "_product", lambda a, *rest: shares.append(a.shape) or product(a, *rest))
+
+    def pieces() -> tuple[Any, int]:
+        shares.clear()
+        found = sparse_attention(q, q, q, layout, compensation=pooled_compensation(q, q, 4), backend="gather")
+        return found, len(shares)
+
+    small, many = pieces()
+    monkeypatch.setattr(tiling, "BUDGETS", {})
+    large, one = pieces()
+    assert many >= 16 and one == 1
+    torch.testing.assert_close(small, large)
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_autocast_does_not_round_what_is_inside_a_call(name: str) -> None:
     p = call(torch.bfloat16)
@@ -63,7 +86,7 @@ def test_element_masks_hide_exactly_what_they_say(layout: str, backend: str, key
     agree(attend(p, Terms(), backend), definition(p), 2e-5)
 
 
-@pytest.mark.parametrize("layout", ["blocks", *(name for name in LAYOUTS if name != "bits")])
+@pytest.mark.parametrize("layout", ["blocks", *LAYOUTS])
 def test_flexattention_agrees_on_the_same_layout(layout: str) -> None:
     p = call(layout=LAYOUTS[layout]() if layout in LAYOUTS else None)
     for _ in range(2):  # the second call finds the mask of the first

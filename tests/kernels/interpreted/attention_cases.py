@@ -159,7 +159,7 @@ def test_the_operators_are_registered_as_torch_requires(variant: str) -> None:
     torch.library.opcheck(sparse_attention_op, (*flat_call(p), "triton"))
     p = replace(p, q=p.q.detach(), k=p.k.detach(), v=p.v.detach())
     terms = TERMS["everything"](p) if variant == "plain" else NO_TERMS
-    torch.library.opcheck(fused_attention_op, (*flat_call(p), *flat_terms(terms), False))
+    torch.library.opcheck(fused_attention_op, (*flat_call(p), *flat_terms(terms), "triton"))
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
