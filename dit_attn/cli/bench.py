@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli import bench_capture, bench_model, bench_operators
+from dit_attn.cli import bench_capture, bench_model, bench_operators, bench_plot
 from dit_attn.errors import DitAttnError, unknown
 
 DENSITIES = (0.5, 0.25, 0.125, 0.0625)
@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
     _complete(args, bench.SHAPES)
     _check(args)
+    if args.plot:
+        bench_plot.check(Path(args.plot))
     device = load.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -104,9 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         outputs.write_json(record, Path(args.output).expanduser())
     if args.plot:
-        from dit_attn.cli.bench_plot import plot
-
-        plot(record, Path(args.plot).expanduser())
+        bench_plot.plot(record, Path(args.plot).expanduser())
     print(json.dumps(record, indent=1) if args.json else _table(record))
     return 0
 
@@ -137,6 +137,12 @@ def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]])
 
 
 def _check(args: argparse.Namespace) -> None:
+    others = argparse.ArgumentParser(add_help=False)  # flags of the other things to do, and their defaults
+    bench_operators.add_arguments(others)
+    bench_model.add_arguments(others)
+    for name, default in vars(others.parse_args([])).items():
+        if getattr(args, name) != default:
+            raise DitAttnError(f"--{name.replace('_', '-')} is not for bench kernels; leave it out")
     for name in ("seq", "heads", "dim", "batch", "block", "repeats", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from dit_attn.errors import DitAttnError
+
+
+def check(path: Path) -> None:
+    """Raises DitAttnError where nothing could be drawn: said before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DitAttnError("--plot needs matplotlib; install it with: pip install 'dit-attn[eval]'")
+    if path.suffix not in (".png", ".svg"):
+        raise DitAttnError(f"--plot draws .png or .svg files, got {path.name!r}")
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -16,12 +25,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         path: a .png or .svg file.
 
     Raises:
-        DitAttnError: matplotlib is missing, or the file cannot be written.
+        DitAttnError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DitAttnError("--plot needs matplotlib; install it with: pip install 'dit-attn[eval]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     densities = sorted({row["density"] for rows in record["rows"].values() for row in rows})

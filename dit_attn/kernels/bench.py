@@ -112,7 +112,7 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
     """Time dense, sparse and selection in turns. A competitor that cannot run costs its own figures only.
 
     Args:
-        inputs: q, k, v and a layout a density.
+        inputs: q, k, v and a layout a density; densities that come to the same number of blocks are measured once.
         repeats: rounds; every round runs every competitor once.
         backend: of the sparse calls; ``None`` picks by capability.
         against: other backends and libraries (``rivals.RIVALS``) to time on the same layouts.
@@ -123,7 +123,9 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
     for name in against:
         if name not in BACKENDS and name not in RIVALS:
             raise unknown("--against", name, [*BACKENDS, *RIVALS])
-    q, k, v, layouts = inputs.q, inputs.k, inputs.v, inputs.layouts
+    q, k, v = inputs.q, inputs.k, inputs.v
+    layouts = list({layout.density: layout for layout in inputs.layouts}.values())
+    inputs = replace(inputs, layouts=layouts)
     failed: dict[str, str] = {}
 
     def select() -> BlockLayout:
@@ -131,8 +133,9 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
         return plan.layout
 
     with torch.no_grad():
-        dense = dense_calls(q, k, v)
         ours = [partial(sparse_attention, q, k, v, layout, backend=backend) for layout in layouts]
+        ours[0]()  # a backend that cannot run says so before anything is timed
+        dense = dense_calls(q, k, v)
         others = {name: calls for name in against if (calls := _competitor(name, inputs, failed))}
         found = interleaved(
             [*dense.values(), select, *ours, *(call for calls in others.values() for call in calls)],

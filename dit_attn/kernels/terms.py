@@ -139,7 +139,7 @@ def pooled_compensation(
     spread = None
     if variance:
         square = pool_squares(k, tokens, key_mask)
-        spread = (square - mean.square()).clamp(min=0.0).to(k.dtype)
+        spread = (square - mean.square()).clamp(0.0, torch.finfo(k.dtype).max).to(k.dtype)
     return Compensation(mean.to(k.dtype), pool_blocks(v, tokens, key_mask).to(v.dtype), log_weight, tokens, spread)
 
 

@@ -310,9 +310,11 @@ def forward_kernel(
             virtual = tl.where(tau == 1.0, 0, nv)
         if COMP_VAR:
             cw_base = comp_var + (b64 * (heads // ratio) + hk64) * nv * DIM
-            qq1 = (q1.to(tl.float32) * q1.to(tl.float32)).to(q1.dtype)
+            scaled = q1.to(tl.float32) * scale  # before it is squared: fp16 ends at 65504
+            qq1 = (scaled * scaled).to(q1.dtype)
             if D2 > 0:
-                qq2 = (q2.to(tl.float32) * q2.to(tl.float32)).to(q2.dtype)
+                scaled2 = q2.to(tl.float32) * scale
+                qq2 = (scaled2 * scaled2).to(q2.dtype)
         chosen = comp_bits + b64 * bits_b + h64 * bits_h + row.to(tl.int64) * words
         for first in tl.range(0, virtual, BV):
             places = first + tl.arange(0, BV)
@@ -329,7 +331,7 @@ def forward_kernel(
                 if D2 > 0:
                     w2 = rows_of(cw_base, places, DIM, nv, D1, D2, DIM, True)
                     spread += product(qq2, tl.trans(w2), PRECISION, UPCAST)
-                s += tl.minimum(spread * (0.5 * scale * scale), var_cap) * LOG2E
+                s += tl.minimum(spread * 0.5, var_cap) * LOG2E
             s += tl.load(comp_bias + b64 * cb_b + h64 * cb_h + places, mask=known, other=0.0)[None, :] * LOG2E
             home = places // COMP_PER_BLOCK
             word = tl.load(chosen + home // 32, mask=known, other=-1)

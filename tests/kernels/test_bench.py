@@ -46,6 +46,19 @@ def test_a_known_models_layer_is_named_and_drawn(tmp_path: Path, monkeypatch: An
     assert "<svg" in file.read_text()
 
 
+def test_densities_of_the_same_blocks_are_measured_once(capsys: Any) -> None:
+    assert main([*SMALL, "--dtype", "float32", "--density", "0.5", "0.11", "0.12", "--repeats", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]["float32"]
+    assert [row["density"] for row in rows] == [0.5, 0.2]
+
+
+def test_what_cannot_be_measured_or_drawn_is_said_before_anything_is_timed(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(bench, "interleaved", lambda *args: pytest.fail("timed"))
+    for flags in (["--plot", "speed.pdf"], ["--backend", "triton-tma"], ["--against", "nobody"]):
+        assert main([*SMALL, *flags]) == 2
+        assert "\n" not in capsys.readouterr().err.strip()
+
+
 def test_a_competitor_that_cannot_run_costs_its_own_figures_only(capsys: Any) -> None:
     flags = ["--dtype", "float32", "--density", "0.5", "--against", "spargeattn", "triton-tma", "reference", "--json"]
     assert main([*SMALL, *flags]) == 0
@@ -111,6 +124,9 @@ def test_a_named_backend_and_the_spread_of_the_logits_are_used_and_told(capsys: 
         (["--sharpness", "0"], "--sharpness must be above 0"),
         (["--backend", "gathr"], "unknown attention backend 'gathr'"),
         (["--device", "cuda:99"], "cuda"),
+        (["--steps", "3"], "--steps is not for bench kernels"),
+        (["--random-weights"], "--random-weights is not for bench kernels"),
+        (["--plot", "speed.xyz"], "--plot draws .png or .svg files, got 'speed.xyz'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(flags: list[str], words: str, capsys: Any) -> None:

@@ -75,6 +75,13 @@ def test_virtual_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> N
     agree(attend(p, terms, "triton"), definition(p, terms), TOLERANCE[torch.float16])
 
 
+def test_the_square_of_a_large_query_stays_within_fp16() -> None:
+    p = call(torch.float16, 24)
+    p = replace(p, q=p.q.index_fill(1, torch.arange(0, 70, 7), 300.0), k=p.k * 0.01)
+    terms = Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=True))
+    agree(attend(p, terms, "triton"), definition(p, terms), TOLERANCE[torch.float16])
+
+
 @pytest.mark.skipif(sys.maxsize < 2**33, reason="needs a 64-bit address space")
 def test_offsets_past_two_to_the_31st_element_are_right() -> None:
     """Batch rows, heads and lists that lie further apart than an int32 reaches; the memory between is never touched."""
