@@ -44,7 +44,7 @@ def numeric_guard(tolerance: float = 0.02) -> Iterator[GuardReport]:
         tolerance: largest relative error; bf16 gives about 0.005.
 
     Raises:
-        DitAttnError: a call is further off than that, or not finite where the exact result is.
+        DitAttnError: a call is further off than that, or what it is given leads to no finite result.
     """
     if not tolerance > 0.0:
         raise DitAttnError(f"tolerance must be above 0, got {tolerance}: it is the largest relative error let pass")
@@ -70,6 +70,11 @@ def _check(report: GuardReport, name: str, problem: Problem, terms: Terms, out: 
     block = report.calls * 7919 % problem.layout.nq
     first = block * problem.layout.q_block
     exact, _ = with_terms(*_one_block(problem, terms, block), gather_attention)
+    if not bool(exact.isfinite().all()):
+        raise DitAttnError(
+            f"the exact result is not finite in query block {block} of {problem.layout!r}, so no backend's can be; "
+            "look for NaN and infinity in q, k, v and the terms"
+        )
     found = out[:, first : first + exact.shape[1]].to(exact.dtype)
     error = float((found - exact).norm() / exact.norm().clamp(min=1e-12))
     report.calls += 1

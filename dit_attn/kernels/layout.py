@@ -33,11 +33,13 @@ class Transposed:
             it in part, ascending.
         q_cnt: (B|1, H|1, nk) int32.
         n_full: (B|1, H|1, nk) int32, how many read it whole; ``None`` when all do.
+        entry: (B|1, H|1, nk, qcap) int32, which of the query block's partial entries the key block is; with bits only.
     """
 
     q_idx: torch.Tensor
     q_cnt: torch.Tensor
     n_full: torch.Tensor | None
+    entry: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -345,7 +347,12 @@ class BlockLayout:
         read = self.block_mask().transpose(-1, -2)
         whole = self.full_mask().transpose(-1, -2) if self.elements is not None else read
         idx, count, n_full = _two_runs(whole, read & ~whole)
-        return Transposed(idx, count, None if self.elements is None else n_full)
+        if self.elements is None:
+            return Transposed(idx, count, None)
+        entry = None
+        if isinstance(self.elements, BitMask):
+            entry = ((read & ~whole).cumsum(-2, dtype=torch.int32) - 1).clamp(min=0).gather(-1, idx.long())
+        return Transposed(idx, count, n_full, entry)
 
     def check(self) -> BlockLayout:
         """Itself, once its lists are known to be good. Synchronises with an accelerator.

@@ -14,7 +14,6 @@ from dit_attn.kernels.device import allows_tf32, refuse_descriptors, refuse_trit
 from dit_attn.kernels.gather import cpu_has_bf16
 from dit_attn.kernels.guard import guarded
 from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.masks import BitMask
 from dit_attn.kernels.op import IMPLEMENTATIONS, flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.reference import reference_attention
 from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, Terms, with_terms, with_terms_in_place
@@ -266,8 +265,6 @@ def _refuse_triton(facts: Facts) -> str | None:
     for name, block in (("q_block", facts.layout.q_block), ("kv_block", facts.layout.kv_block)):
         if block % 16:
             return f"{name} {block} is not a multiple of 16"
-    if facts.grad and isinstance(facts.layout.elements, BitMask):
-        return "its gradients know no layouts with bits"
     if facts.grad and facts.dtype == torch.float32 and facts.device.type == "cuda" and not allows_tf32():
         return "its gradients in full fp32 spill registers (torch.backends.cuda.matmul.allow_tf32 lifts this)"
     return None

@@ -139,7 +139,8 @@ def pooled_compensation(
     spread = None
     if variance:
         square = pool_squares(k, tokens, key_mask)
-        spread = (square - mean.square()).clamp(0.0, torch.finfo(k.dtype).max).to(k.dtype)
+        largest = min(torch.finfo(x.dtype).max for x in (square, k))
+        spread = (square - mean.square()).clamp(0.0, largest).to(k.dtype)
     return Compensation(mean.to(k.dtype), pool_blocks(v, tokens, key_mask).to(v.dtype), log_weight, tokens, spread)
 
 

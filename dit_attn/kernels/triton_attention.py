@@ -128,13 +128,12 @@ def plan_backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
     dbias: torch.Tensor | None,
-    config: Config | None = None,
+    capability: int | None = None,
 ) -> list[Launch]:
-    """The three launches that fill the gradients, in order."""
+    """The three launches that fill the gradients, in order; ``capability`` (90 for Hopper) by default of the device."""
     q, layout = problem.q, problem.layout
     dim, (first, second) = q.shape[-1], panels(q.shape[-1])
-    config = config or backward_config(q, _capability(q.device))
-    bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
+    for_q, for_k = backward_configs(problem, _capability(q.device) if capability is None else capability)
     delta = torch.empty_like(lse)
     batch, heads = q.shape[0], q.shape[2]
     rows = ceil_div(layout.q_len, 64)
@@ -158,29 +157,37 @@ def plan_backward(
         **_keys(problem), **_elements(layout),
         "scale": problem.scale, "heads": heads, "ratio": problem.ratio,
         "q_len": layout.q_len, "kv_len": layout.kv_len,
-        "BM": bm, "BN": bn, "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
-        "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "STAGES": config.stages, "EDGE_STAGES": 1,
+        "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "EDGE_STAGES": 1,
     }  # fmt: skip
-    tiles = layout.nq * (layout.q_block // bm)
-    own = {"dq": dq, **_strides(unit, dq=dq), **_lists(layout), "tiles": tiles}
+    cut = _cut(layout, for_q)
+    tiles = layout.nq * cut["Q_SPLIT"]
+    own = {"dq": dq, **_strides(unit, dq=dq), **_lists(layout), "tiles": tiles, **cut}
     queries = Launch(
         dq_kernel,
         tiles * batch * heads,
         {**shared, **own, "RAGGED": layout.kv_len % layout.kv_block != 0},
-        config.warps,
-        config.stages,
+        for_q.warps,
+        for_q.stages,
     )
-    turned = layout.transposed()
-    tiles = layout.nk * (layout.kv_block // bn)
+    turned, cut = layout.transposed(), _cut(layout, for_k)
+    tiles = layout.nk * cut["KV_SPLIT"]
     own = {
-        "dk": dk, "dv": dv, "dbias": dbias, **_strides(unit, dk=dk, dv=dv), "tiles": tiles,
+        "dk": dk, "dv": dv, "dbias": dbias, **_strides(unit, dk=dk, dv=dv), "tiles": tiles, **cut,
         "BIAS_GRAD": dbias is not None,
-        "q_idx": turned.q_idx, "q_cnt": turned.q_cnt, "n_full": turned.n_full, "qcap": turned.q_idx.shape[-1],
+        "q_idx": turned.q_idx, "q_cnt": turned.q_cnt, "n_full": turned.n_full, "entries": turned.entry,
+        "qcap": turned.q_idx.shape[-1],
         **_broadcast("i", turned.q_idx), **_broadcast("c", turned.q_cnt),
     }  # fmt: skip
     programs = tiles * batch * problem.k.shape[2]
-    keys = Launch(dkv_kernel, programs, {**shared, **own}, config.warps, config.stages)
+    keys = Launch(dkv_kernel, programs, {**shared, **own}, for_k.warps, for_k.stages)
     return [before, queries, keys]
+
+
+def _cut(layout: BlockLayout, config: Config) -> dict[str, int]:
+    """How the blocks of a layout are cut into tiles."""
+    bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
+    cut = {"BM": bm, "BN": bn, "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn}
+    return {**cut, "STAGES": config.stages}
 
 
 def forward_config(q: torch.Tensor, terms: Terms) -> Config:
@@ -193,11 +200,16 @@ def forward_config(q: torch.Tensor, terms: Terms) -> Config:
     return Config(128, 64, 8, 3 if q.shape[-1] > 64 or comp is not None else 4)
 
 
-def backward_config(q: torch.Tensor, capability: int) -> Config:
-    """The same for the gradients; ``capability`` is 90 for Hopper."""
-    if q.shape[-1] < 128 and capability < 90:
-        return Config(32, 32, 4 if q.shape[-1] <= 64 else 8, 2)
-    return Config(64, 64, 8, 2)
+def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]:
+    """The same for the gradients, of q and of k and v; ``capability`` is 90 for Hopper."""
+    dim = problem.q.shape[-1]
+    if dim < 128 and capability < 90:
+        small = Config(32, 32, 4 if dim <= 64 else 8, 2)
+        return small, small
+    masked = problem.layout.elements is not None or problem.key_mask is not None or problem.key_bias is not None
+    if masked:  # each holds its own side of a tile in registers; masks need some too
+        return Config(64, 32, 8, 2), Config(32, 64, 8, 2)
+    return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
 
 
 def _capability(device: torch.device) -> int:

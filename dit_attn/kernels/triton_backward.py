@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_attn.kernels.triton_forward import LOG2E, element_allowed, list_entry, product, rows_of, store_rows
+from dit_attn.kernels.triton_forward import LOG2E, bit_rows, element_allowed, list_entry, product, rows_of, store_rows
 
 
 @triton.jit(do_not_specialize=["q_len"])
@@ -128,8 +128,15 @@ def dq_kernel(
             if ELEMENTS > 0:
                 q_tokens = tl.minimum(rows, q_len - 1)[:, None]
                 k_tokens = tl.minimum(keys, kv_len - 1)[None, :]
+                mask_row = ma + b64 * ma_b
+                if ELEMENTS == 4:
+                    mask_row = bit_rows(
+                        ma, b64, h64, ma_b, ma_h, row, tl.maximum(entry - whole, 0), rows % (BM * Q_SPLIT), n0,
+                        BM * Q_SPLIT, BN * KV_SPLIT,
+                    )  # fmt: skip
                 allowed = element_allowed(
-                    q_tokens, k_tokens, ma + b64 * ma_b, mb + b64 * mb_b, ma, k_tokens,
+                    q_tokens, k_tokens, mask_row, mb + b64 * mb_b, mask_row,
+                    ((step % KV_SPLIT) * BN + columns)[None, :],
                     ELEMENTS, n0, n1, n2, n3, n4, n5, n6, n7, n8,
                 )  # fmt: skip
                 read = read & (allowed | (entry < whole))
@@ -165,7 +172,7 @@ def dq_kernel(
     ]
 )  # fmt: skip
 def dkv_kernel(
-    q, k, v, grad, dk, dv, dbias, lse, delta, q_idx, q_cnt, n_full, key_mask, key_bias, ma, mb, scale,
+    q, k, v, grad, dk, dv, dbias, lse, delta, q_idx, q_cnt, n_full, entries, key_mask, key_bias, ma, mb, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     i_b, i_h, c_b, c_h, km_b, kb_b, kb_h, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, qcap,
@@ -228,9 +235,16 @@ def dkv_kernel(
                 dp += product(g2, tl.trans(v2), PRECISION, UPCAST)
             read = exists[None, :] & (rows < q_len)[:, None]
             if ELEMENTS > 0:
+                mask_row = ma + b64 * ma_b
+                if ELEMENTS == 4:
+                    place = (b64 * i_b + h64 * i_h + column.to(tl.int64) * qcap) + step // Q_SPLIT
+                    mask_row = bit_rows(
+                        ma, b64, h64, ma_b, ma_h, block, tl.load(entries + place), rows % (BM * Q_SPLIT), n0,
+                        BM * Q_SPLIT, BN * KV_SPLIT,
+                    )  # fmt: skip
                 allowed = element_allowed(
                     tl.minimum(rows, q_len - 1)[:, None], tl.minimum(keys, kv_len - 1)[None, :],
-                    ma + b64 * ma_b, mb + b64 * mb_b, ma, keys[None, :],
+                    mask_row, mb + b64 * mb_b, mask_row, (keys % (BN * KV_SPLIT))[None, :],
                     ELEMENTS, n0, n1, n2, n3, n4, n5, n6, n7, n8,
                 )  # fmt: skip
                 read = read & (allowed | (step // Q_SPLIT < whole))

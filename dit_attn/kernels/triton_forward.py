@@ -96,6 +96,14 @@ def element_allowed(
 
 
 @triton.jit
+def bit_rows(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr):
+    """(M, 1) pointers to the words of queries ``in_block`` of query block ``row`` for one of its partial entries."""
+    words = (KV_BLOCK + 31) // 32
+    base = b * ma_b + h * ma_h + (row.to(tl.int64) * entries + entry) * (Q_BLOCK * words)
+    return ma + base + in_block[:, None] * words
+
+
+@triton.jit
 def softmax_step(s, m, l, EDGE: tl.constexpr):
     """One online-softmax update of base-2 logits: (p, what to multiply earlier sums by, new maximum, new sum)."""
     top = tl.maximum(m, tl.max(s, 1))
@@ -271,11 +279,10 @@ def forward_kernel(
             if ELEMENTS > 0:
                 bits_row = ma
                 if ELEMENTS == 4:
-                    in_block = rows % (BM * Q_SPLIT)
-                    entry_base = b64 * ma_b + h64 * ma_h + (row.to(tl.int64) * n0 + tl.maximum(entry - whole, 0)) * (
-                        BM * Q_SPLIT * ((BN * KV_SPLIT + 31) // 32)
-                    )
-                    bits_row = ma + entry_base + in_block[:, None] * ((BN * KV_SPLIT + 31) // 32)
+                    bits_row = bit_rows(
+                        ma, b64, h64, ma_b, ma_h, row, tl.maximum(entry - whole, 0), rows % (BM * Q_SPLIT), n0,
+                        BM * Q_SPLIT, BN * KV_SPLIT,
+                    )  # fmt: skip
                 elif ELEMENTS == 3:
                     bits_row = ma + b64 * ma_b
                 q_tokens = tl.minimum(rows, q_len - 1)[:, None]
@@ -310,11 +317,12 @@ def forward_kernel(
             virtual = tl.where(tau == 1.0, 0, nv)
         if COMP_VAR:
             cw_base = comp_var + (b64 * (heads // ratio) + hk64) * nv * DIM
-            scaled = q1.to(tl.float32) * scale  # before it is squared: fp16 ends at 65504
-            qq1 = (scaled * scaled).to(q1.dtype)
+            before, after = 1.0, 0.5 * scale * scale
+            if q1.dtype == tl.float16:  # which ends at 65504: the squares of queries above 255 must be scaled first
+                before, after = after, before
+            qq1 = (q1.to(tl.float32) * q1.to(tl.float32) * before).to(q1.dtype)
             if D2 > 0:
-                scaled2 = q2.to(tl.float32) * scale
-                qq2 = (scaled2 * scaled2).to(q2.dtype)
+                qq2 = (q2.to(tl.float32) * q2.to(tl.float32) * before).to(q2.dtype)
         chosen = comp_bits + b64 * bits_b + h64 * bits_h + row.to(tl.int64) * words
         for first in tl.range(0, virtual, BV):
             places = first + tl.arange(0, BV)
@@ -331,7 +339,7 @@ def forward_kernel(
                 if D2 > 0:
                     w2 = rows_of(cw_base, places, DIM, nv, D1, D2, DIM, True)
                     spread += product(qq2, tl.trans(w2), PRECISION, UPCAST)
-                s += tl.minimum(spread * 0.5, var_cap) * LOG2E
+                s += tl.minimum(spread * after, var_cap) * LOG2E
             s += tl.load(comp_bias + b64 * cb_b + h64 * cb_h + places, mask=known, other=0.0)[None, :] * LOG2E
             home = places // COMP_PER_BLOCK
             word = tl.load(chosen + home // 32, mask=known, other=-1)

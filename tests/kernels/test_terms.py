@@ -124,6 +124,13 @@ def same_gradients(p: Problem, terms: Terms) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_a_spread_of_keys_beyond_fp16_stays_finite() -> None:
+    k = torch.full((1, 8, 1, 4), 600.0).half()
+    k[:, ::2] *= -1.0
+    comp = pooled_compensation(k, k, 4, variance=True)  # 360000, and fp16 ends at 65504
+    assert comp.variance is not None and bool(comp.variance.isfinite().all())
+
+
 def test_finer_virtual_keys_come_closer_to_the_dense_result() -> None:
     rng = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 512, 2, 32, generator=rng).cumsum(1) * 0.2 for _ in range(2))
@@ -166,6 +173,14 @@ def test_the_guard_checks_every_call_and_stops_at_a_wrong_one(monkeypatch: pytes
     monkeypatch.setitem(ops.BACKENDS, "gather", wrong)
     with pytest.raises(DitAttnError, match="backend 'gather' is off by nan"), numeric_guard():
         sparse_attention(p.q, p.k, p.v, p.layout, backend="gather")
+
+
+def test_the_guard_blames_what_is_given_for_what_cannot_be_finite() -> None:
+    p = call()
+    p.k[:] = float("nan")
+    with pytest.raises(DitAttnError, match="look for NaN and infinity in q, k, v"), numeric_guard():
+        attend(p, Terms())
+        attend(p, Terms())
 
 
 BAD = {

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from dit_attn.kernels import BlockLayout, inward_window, triton_selection
+from dit_attn.kernels import BlockLayout, from_segments, inward_window, triton_selection
 from dit_attn.kernels.launch import Launch
+from dit_attn.kernels.patterns import from_rule
 from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
-from dit_attn.kernels.triton_attention import backward_config, plan_backward, plan_forward
+from dit_attn.kernels.triton_attention import plan_backward, plan_forward
 from tests.kernels.compiled import SHARED_MEMORY, Compiled, compile_for
 
 SEQ, HEADS = 1032, 2  # ragged, so that the second loop is there
@@ -81,10 +83,9 @@ def test_a_change_of_density_changes_nothing_that_triton_compiles_for() -> None:
                 assert parameter.do_not_specialize and not parameter.is_constexpr, parameter.name
 
 
-def backward(dtype: torch.dtype, dim: int, capability: int) -> list[Launch]:
-    p = problem(dtype, dim)
-    q, stats = p.q, torch.empty(1, HEADS, SEQ)
-    return plan_backward(p, q, stats, q, stats, q, q, q, None, backward_config(q, capability))
+def backward(p: Problem, capability: int) -> list[Launch]:
+    q, stats = p.q, torch.empty(1, HEADS, p.q.shape[1])
+    return plan_backward(p, q, stats, q, stats, q, q, q, None if p.key_bias is None else stats, capability)
 
 
 def fits(compiled: Compiled, capability: int) -> None:
@@ -125,5 +126,22 @@ def test_descriptors_become_bulk_copies_on_hopper() -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "dim"), ((torch.bfloat16, 64), (torch.bfloat16, 72), (torch.float16, 128)))
 def test_the_backward_kernels_fit_and_spill_nothing(dtype: torch.dtype, dim: int, capability: int) -> None:
-    for launch in backward(dtype, dim, capability):
+    for launch in backward(problem(dtype, dim), capability):
+        fits(compile_for(launch, capability), capability)
+
+
+MASKED: dict[str, Callable[[], BlockLayout]] = {
+    "window": lambda: inward_window((4, 16, 16), (3, 9, 9), text_after=8),
+    "bits": lambda: from_rule(lambda q, k: (q + k) % 3 != 0, SEQ, SEQ),
+    "segments": lambda: from_segments(torch.arange(SEQ)[None] // 300),
+    "keys": lambda: BlockLayout.dense(SEQ, SEQ),
+}
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("name", MASKED)
+def test_gradients_through_masks_fit_and_spill_nothing(name: str, capability: int) -> None:
+    p = problem(torch.bfloat16, 128, layout=MASKED[name]())
+    keys = torch.ones(1, SEQ, dtype=torch.bool), torch.zeros(1, HEADS, SEQ)
+    for launch in backward(replace(p, key_mask=keys[0], key_bias=keys[1]), capability):
         fits(compile_for(launch, capability), capability)

@@ -16,7 +16,7 @@ from dit_attn.kernels.device import interpreting
 from dit_attn.kernels.op import flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.terms import NO_TERMS, Terms, pooled_compensation
 from dit_attn.kernels.tiling import Problem
-from tests.kernels.cases import LAYOUTS, TERMS, call
+from tests.kernels.cases import LAYOUTS, TERMS, bits_layout, call
 from tests.kernels.definition import definition, wide
 from tests.kernels.test_terms import agree, attend
 
@@ -121,10 +121,13 @@ def test_nan_in_what_is_not_read_never_reaches_the_output(name: str) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("layout", (None, "window", "band", "segments"))
+BACKWARD = {None: lambda: None, **LAYOUTS, "bits of 64 x 48": lambda: bits_layout(64, 48)}
+
+
+@pytest.mark.parametrize("layout", (None, "window", "band", "segments", "bits", "bits of 64 x 48"))
 @pytest.mark.parametrize(("dim", "keys"), ((16, False), (24, True)))
 def test_gradients_equal_those_of_the_formulas(layout: str | None, keys: bool, dim: int) -> None:
-    p = call(dim=dim, key_mask=keys, key_bias=keys, layout=None if layout is None else LAYOUTS[layout]())
+    p = call(dim=dim, key_mask=keys, key_bias=keys, layout=BACKWARD[layout]())
     for found, expected in zip(gradients(p, "triton"), gradients(wide(p), None)):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
