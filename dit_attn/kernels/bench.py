@@ -112,7 +112,7 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
     """Time dense, sparse and selection in turns. A competitor that cannot run costs its own figures only.
 
     Args:
-        inputs: q, k, v and a layout a density; densities that come to the same number of blocks are measured once.
+        inputs: q, k, v and a layout a density.
         repeats: rounds; every round runs every competitor once.
         backend: of the sparse calls; ``None`` picks by capability.
         against: other backends and libraries (``rivals.RIVALS``) to time on the same layouts.
@@ -123,9 +123,7 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
     for name in against:
         if name not in BACKENDS and name not in RIVALS:
             raise unknown("--against", name, [*BACKENDS, *RIVALS])
-    q, k, v = inputs.q, inputs.k, inputs.v
-    layouts = list({layout.density: layout for layout in inputs.layouts}.values())
-    inputs = replace(inputs, layouts=layouts)
+    q, k, v, layouts = inputs.q, inputs.k, inputs.v, inputs.layouts
     failed: dict[str, str] = {}
 
     def select() -> BlockLayout:

@@ -46,12 +46,6 @@ def test_a_known_models_layer_is_named_and_drawn(tmp_path: Path, monkeypatch: An
     assert "<svg" in file.read_text()
 
 
-def test_densities_of_the_same_blocks_are_measured_once(capsys: Any) -> None:
-    assert main([*SMALL, "--dtype", "float32", "--density", "0.5", "0.11", "0.12", "--repeats", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]["float32"]
-    assert [row["density"] for row in rows] == [0.5, 0.2]
-
-
 def test_what_cannot_be_measured_or_drawn_is_said_before_anything_is_timed(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(bench, "interleaved", lambda *args: pytest.fail("timed"))
     for flags in (["--plot", "speed.pdf"], ["--backend", "triton-tma"], ["--against", "nobody"]):
