@@ -124,6 +124,11 @@ def _inputs(args: argparse.Namespace, dtype: Any, device: Any) -> Any:
 
 def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]]) -> None:
     """Fill in the sizes that were not given: from the named shape, or the defaults."""
+    args.inputs = args.inputs or "random"
+    if args.inputs.endswith(".safetensors"):
+        for name, default in (("shape", None), ("seq", None), ("heads", None), ("dim", None), ("batch", 1)):
+            if getattr(args, name) != default:
+                raise DitAttnError(f"--{name} is not for recorded --inputs, which have their own size; leave it out")
     if args.shape is not None and args.shape not in shapes:
         raise unknown("--shape", args.shape, shapes)
     sizes = shapes[args.shape] if args.shape else (4096, 4, 128)
@@ -133,7 +138,6 @@ def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]])
     args.block = 128 if args.block is None else args.block
     args.density = args.density or list(DENSITIES)
     args.dtype = args.dtype or ["float32", "bfloat16"]
-    args.inputs = args.inputs or "random"
 
 
 def _check(args: argparse.Namespace) -> None:

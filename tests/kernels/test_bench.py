@@ -114,7 +114,7 @@ def test_a_named_backend_and_the_spread_of_the_logits_are_used_and_told(capsys: 
         (["--shape", "wan"], "unknown --shape 'wan'"),
         (["--against", "flash"], "unknown --against 'flash'"),
         (["--inputs", "noise"], "--inputs is random, structured or a .safetensors file"),
-        (["--inputs", "gone.safetensors"], "cannot read gone.safetensors"),
+        (["--inputs", "gone.safetensors"], "--seq is not for recorded --inputs"),
         (["--sharpness", "0"], "--sharpness must be above 0"),
         (["--backend", "gathr"], "unknown attention backend 'gathr'"),
         (["--device", "cuda:99"], "cuda"),
@@ -127,3 +127,9 @@ def test_bad_input_is_one_line_and_exit_2(flags: list[str], words: str, capsys: 
     assert main([*SMALL, *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert words in error and "\n" not in error
+
+
+def test_recorded_inputs_that_are_gone_are_named(capsys: Any) -> None:
+    assert main(["bench", "kernels", "--inputs", "gone.safetensors"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "cannot read gone.safetensors" in error and "\n" not in error
