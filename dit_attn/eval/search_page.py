@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def maps(found: dict[str, Any]) -> list[str]:
     for number, one in enumerate(found["rounds"], 1):
         tables.append((f"Round {number}: score of the set with each head", one["scores"]))
         for name, values in one["screened"].items():
-            title = "slope, d score / d u" if name == "slope" else f"score on {name}"
+            title = "slope, d score / d u" if name == "slope" else f"score on {re.sub(r'^1 pairs', '1 pair', name)}"
             tables.append((f"Round {number}, screening: {title}", values))
     out = []
     for title, values in tables:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from dit_attn.eval import attention_stats as stats
 from dit_attn.eval.heatmap import heatmap
 from dit_attn.eval.inspect_page import page
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NAMES = (*stats.STATISTICS, "mass.text", "mass.video")
 
 
@@ -112,25 +109,6 @@ def test_a_heat_map_without_a_scale_shows_negative_values_and_joins_many_columns
     assert "<span>-3</span>" in heatmap([[-3.0, -1.0]], ["a"], ["x", "y"], "T", "unit")
     wide = heatmap([[float(i) for i in range(9000)]], ["a"], [str(i) for i in range(9000)], "T", "unit")
     assert "&quot;0 to 1&quot;" in wide and 'viewBox="0 0 4500 1"' in wide
-
-
-@pytest.fixture(params=((1280, 900), (390, 844)), ids=("desktop", "phone"))
-def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A headless Chromium at two widths."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver on this machine")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_experimental_option("mobileEmulation", {"deviceMetrics": dict(zip(("width", "height"), request.param))})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:

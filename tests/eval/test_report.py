@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from PIL import Image
 from dit_attn.eval import heatmap, report
 
 LABELS = ("dense", "sparse:density=0.5", "<b>odd & name</b>")
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def figure(value: float, spread: float = 0.1) -> dict[str, Any]:
@@ -156,25 +153,6 @@ def test_many_steps_share_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(heatmap, "MOST_CELLS", 4)
     html = heatmap.heatmaps({"a": maps(0.5, 0.1)}, [])
     assert "blocks.0, steps 1 to 2: 0.75" in html and "not timed" in html
-
-
-@pytest.fixture(params=((1280, 900), (390, 844)), ids=("desktop", "phone"))
-def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A headless Chromium at two widths."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver on this machine")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_experimental_option("mobileEmulation", {"deviceMetrics": dict(zip(("width", "height"), request.param))})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
