@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,7 +194,7 @@ def maps(found: dict[str, Any]) -> list[str]:
     for number, one in enumerate(found["rounds"], 1):
         tables.append((f"Round {number}: score of the set with each head", one["scores"]))
         for name, values in one["screened"].items():
-            title = "slope, d score / d u" if name == "slope" else f"score on {re.sub(r'^1 pairs', '1 pair', name)}"
+            title = "slope, d score / d u" if name == "slope" else f"score on {name}"
             tables.append((f"Round {number}, screening: {title}", values))
     out = []
     for title, values in tables:

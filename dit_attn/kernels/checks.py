@@ -72,14 +72,15 @@ def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
         )
 
 
-def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None) -> None:
-    """Raises DitAttnError unless ``key_mask`` is (B|1, Sk) bool for k (B, Sk, Hk, D)."""
+def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None, shared: bool = True) -> None:
+    """Raises DitAttnError unless ``key_mask`` is (B, Sk) bool for k (B, Sk, Hk, D); (1, Sk) will do if ``shared``."""
     if key_mask is None:
         return
-    fits = key_mask.ndim == 2 and key_mask.shape[1] == k.shape[1] and key_mask.shape[0] in (1, k.shape[0])
+    (batch, keys), rows = k.shape[:2], key_mask.shape[0] if key_mask.ndim == 2 else 0
+    fits = key_mask.ndim == 2 and key_mask.shape[1] == keys and (rows == batch or (shared and rows == 1))
     if key_mask.dtype != torch.bool or not fits:
         raise DitAttnError(
-            f"key_mask must be bool ({k.shape[0]}, {k.shape[1]}), one flag per key, got {dtype_name(key_mask.dtype)} "
+            f"key_mask must be bool ({batch}, {keys}) = (B, Sk), True keeps a key, got {dtype_name(key_mask.dtype)} "
             f"{tuple(key_mask.shape)}"
         )
 

@@ -1,9 +1,10 @@
-"""What a device can run, known without starting anything on it."""
+"""What a device can run, known without starting anything on it, and in which precision."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -35,6 +36,13 @@ def refuse_descriptors(device: torch.device) -> str | None:
 def allows_tf32() -> bool:
     """Whether torch lets fp32 products run in tf32 on a GPU."""
     return torch.backends.cuda.matmul.allow_tf32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: choices of blocks, logits and sums are made in fp32 wherever they are made."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def interpreting() -> bool:

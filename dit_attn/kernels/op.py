@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.gather import gather_attention
 from dit_attn.kernels.gather_backward import gather_backward
 from dit_attn.kernels.layout import BlockLayout
@@ -139,13 +140,13 @@ def _terms(*args: Any) -> Terms:
 
 def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     q, backend = args[0], args[-1]
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return IMPLEMENTATIONS[backend].forward(_problem(*args[:-1]))
 
 
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     out, lse, grad_out, grad_lse, *inputs, backend = args
-    with torch.autocast(out.device.type, enabled=False):
+    with full_precision(out.device):
         dq, dk, dv, db = IMPLEMENTATIONS[backend].backward(
             _problem(*inputs), out, lse, grad_out, grad_lse, bias_grad=inputs[_BIAS] is not None
         )
@@ -167,7 +168,7 @@ _backward_op = torch.library.custom_op(
 
 def _fused(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = len(args) - _TERM_COUNT - 1
-    with torch.autocast(args[0].device.type, enabled=False):
+    with full_precision(args[0].device):
         return FUSED[args[-1]](_problem(*args[:call]), _terms(*args[call:-1]))
 
 

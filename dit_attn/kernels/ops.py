@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.kernels.device import allows_tf32, refuse_descriptors, refuse_triton_device
+from dit_attn.kernels.device import allows_tf32, full_precision, refuse_descriptors, refuse_triton_device
 from dit_attn.kernels.gather import cpu_has_bf16
 from dit_attn.kernels.guard import guarded
 from dit_attn.kernels.layout import BlockLayout
@@ -284,7 +284,7 @@ def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
     if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
         return fused_attention_op(*flat_call(problem), *flat_terms(terms), "gather")
     around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
-    with torch.autocast(problem.q.device.type, enabled=False):  # sums and products of the terms are in fp32
+    with full_precision(problem.q.device):  # sums and products of the terms are in fp32
         return around(problem, terms, _gathered)
 
 
@@ -303,7 +303,7 @@ def _refuse_gather_bf16(facts: Facts) -> str | None:
 
 def _gathered(problem: Problem, name: str = "gather") -> tuple[torch.Tensor, torch.Tensor]:
     if not _wants_grad(problem, NO_TERMS) and not torch.compiler.is_compiling():
-        with torch.autocast(problem.q.device.type, enabled=False):
+        with full_precision(problem.q.device):
             return IMPLEMENTATIONS[name].forward(problem)  # the same function without the operator's overhead
     return sparse_attention_op(*flat_call(problem), name)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, overload
 
 import torch
@@ -28,7 +27,7 @@ from dit_attn.kernels.checks import (
     check_tokens,
     dtype_name,
 )
-from dit_attn.kernels.device import refuse_triton_device
+from dit_attn.kernels.device import full_precision, refuse_triton_device
 from dit_attn.kernels.layout import BlockLayout, ceil_div, readable
 from dit_attn.kernels.masks import pack_bits
 
@@ -186,12 +185,14 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     Returns:
         (B, H, n, D) fp32; 0 for a block without a valid token.
     """
+    _check_pooled(x, block, key_mask)
     means = [tokens.sum(2, dtype=torch.float32) / number for tokens, _, number in _pieces(x, block, key_mask, False)]
     return torch.cat(means, 1).transpose(1, 2)
 
 
 def pool_squares(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of the squares in every block: as :func:`pool_blocks`, without squaring x whole."""
+    _check_pooled(x, block, key_mask)
     pieces = _pieces(x, block, key_mask, True)
     return torch.cat([tokens.square().sum(2) / number for tokens, _, number in pieces], 1).transpose(1, 2)
 
@@ -236,7 +237,6 @@ def _pieces(
     The sequence is never copied whole: plain sums read it in place, and what has to be widened to fp32 or masked goes
     piece by piece (a CPU sums bf16 several times slower than it widens and sums it in cache).
     """
-    _check_pooled(x, block, key_mask)
     seq = x.shape[1]
     full = seq // block
     cpu = readable(x)
@@ -264,13 +264,6 @@ def _check_pooled(x: torch.Tensor, block: int, key_mask: torch.Tensor | None) ->
     check_tokens("x", x)
     check_sizes(block=block)
     check_key_mask(x, key_mask)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off: the choice of blocks is made in fp32 wherever it is made."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def block_counts(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:

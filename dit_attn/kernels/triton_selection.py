@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.launch import Launch
 from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection import Budget, blocks_of_density, check_budget, full_precision
+from dit_attn.kernels.selection import Budget, blocks_of_density, check_budget
 from dit_attn.kernels.triton_pooling import fused_pool
 
 LOWEST = tl.constexpr(-2147483648)  # the integer below every score: a block that cannot be chosen

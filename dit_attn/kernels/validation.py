@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.checks import check_heads, check_tokens, dtype_name
+from dit_attn.kernels.checks import check_heads, check_key_mask, check_tokens, dtype_name
 from dit_attn.kernels.layout import BlockLayout, ceil_div
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
 
@@ -110,11 +110,7 @@ def _check_keys(
     q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, key_bias: torch.Tensor | None
 ) -> None:
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, keys)):
-        raise DitAttnError(
-            f"key_mask must be bool (B, Sk) = ({batch}, {keys}), got {dtype_name(key_mask.dtype)} "
-            f"{tuple(key_mask.shape)}; True keeps a key"
-        )
+    check_key_mask(k, key_mask, shared=False)
     if key_bias is not None and (
         key_bias.ndim != 3
         or key_bias.shape[0] not in (1, batch)

@@ -21,9 +21,10 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Epilogue, block_scores, plan_scores, pool_blocks, pooled_compensation
+from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.layout import ceil_div
 from dit_attn.kernels.reorder import exact_box
-from dit_attn.kernels.selection import block_probabilities, blocks_of_density, full_precision, pool_stats
+from dit_attn.kernels.selection import block_probabilities, blocks_of_density, pool_stats
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.method import setting
 from dit_attn.processors.read_order import Rows, read_in_order

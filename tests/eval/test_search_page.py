@@ -38,7 +38,9 @@ def test_every_head_and_every_score_of_the_record_is_on_the_page(found: dict[str
         for one in checks.values():
             assert f"{one['score']['value']:.4g}" in text
     assert "a &lt;red&gt; circle" in text and "<red>" not in text and "<i>not finite</i>" in text
-    assert "score on 1 pair, 4 steps" in text and "score on 4 pairs, 4 steps" in text
+    for number, one in enumerate(found["rounds"], 1):
+        titles = [f"Round {number}, screening: score on {name}" for name in one["screened"]]
+        assert titles and all(title in text for title in titles)
     assert "http" not in unescape(text).replace("http://www.w3.org", "")  # complete without network
 
 
