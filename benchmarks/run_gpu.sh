@@ -93,7 +93,7 @@ job() { # part:name, seconds it may take, file it makes ("-": none), command ...
 }
 
 # -- correct -----------------------------------------------------------------------------------------------------------
-job correct:kernels 400 - "$PYTHON" -m pytest -p no:cacheprovider tests/kernels/test_cuda.py
+job correct:kernels 400 - "$PYTHON" -m pytest -p no:cacheprovider tests/kernels/backends/test_cuda.py
 
 # -- capture: one call of a trained model, on a picture as large as a film ---------------------------------------------
 CAPTURED=${OUT:-}/captured-tiny-image.safetensors
@@ -146,7 +146,7 @@ step wan2.1-14b wan2.1-14b --repeats 3 --method $BLOCK=0.25 --method $RECT=0.25 
 
 # -- tune: configurations of the forward kernel ------------------------------------------------------------------------
 for shape in wan2.1-1.3b cogvideox-5b; do
-  job tune:$shape 300 "${OUT:-}/tune-$shape.json" env $([ "$DEVICE" = cpu ] && echo TRITON_INTERPRET=1) "$PYTHON" -m dit_attn.kernels.tune --shape $shape \
+  job tune:$shape 300 "${OUT:-}/tune-$shape.json" env $([ "$DEVICE" = cpu ] && echo TRITON_INTERPRET=1) "$PYTHON" -m dit_attn.kernels.benchmark.tune --shape $shape \
     --output "${OUT:-}/tune-$shape.json" --device "$DEVICE" $([ "$SMALL" = 1 ] && echo --small)
 done
 

@@ -19,31 +19,34 @@ _EXPORTS = {
     "watch": "dit_attn.api",
     "supported": "dit_attn.api",
     "attn_processors": "dit_attn.api",
-    "Session": "dit_attn.processors.session",
-    "Summary": "dit_attn.processors.summary",
-    "Explanation": "dit_attn.processors.explain",
-    "Method": "dit_attn.processors.method",
-    "BlockSparse": "dit_attn.processors.block_sparse",
-    "RectifiedSpaAttn": "dit_attn.processors.rectified_spaattn",
-    "ReTtention": "dit_attn.processors.re_ttention",
-    "SoftPAG": "dit_attn.processors.guidance",
-    "SEG": "dit_attn.processors.guidance",
-    "SLG": "dit_attn.processors.guidance",
-    "STG": "dit_attn.processors.guidance",
+    "Session": "dit_attn.processors.attach.session",
+    "Summary": "dit_attn.processors.attach.summary",
+    "Explanation": "dit_attn.processors.attach.explain",
+    "Method": "dit_attn.processors.methods.base",
+    "BlockSparse": "dit_attn.processors.methods.block_sparse",
+    "RectifiedSpaAttn": "dit_attn.processors.methods.rectified_spaattn",
+    "ReTtention": "dit_attn.processors.methods.re_ttention",
+    "SoftPAG": "dit_attn.processors.methods.perturbed_guidance",
+    "SEG": "dit_attn.processors.methods.perturbed_guidance",
+    "SLG": "dit_attn.processors.methods.perturbed_guidance",
+    "STG": "dit_attn.processors.methods.perturbed_guidance",
     "DitAttnError": "dit_attn.errors",
 }
 
 if TYPE_CHECKING:
     from dit_attn.api import attn_processors, disable, enable, enabled, explain, observing, summary, supported, watch
     from dit_attn.errors import DitAttnError
-    from dit_attn.processors.block_sparse import BlockSparse
-    from dit_attn.processors.explain import Explanation
-    from dit_attn.processors.guidance import SEG, SLG, STG, SoftPAG
-    from dit_attn.processors.method import Method
-    from dit_attn.processors.re_ttention import ReTtention
-    from dit_attn.processors.rectified_spaattn import RectifiedSpaAttn
-    from dit_attn.processors.session import Session
-    from dit_attn.processors.summary import Summary
+    from dit_attn.processors.attach.explain import Explanation
+    from dit_attn.processors.attach.session import Session
+    from dit_attn.processors.attach.summary import Summary
+    from dit_attn.processors.methods.base import Method
+    from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.re_ttention import ReTtention
+    from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+    from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.slg import SLG
+    from dit_attn.processors.methods.softpag import SoftPAG
+    from dit_attn.processors.methods.stg import STG
 
 __all__ = [
     "SEG",

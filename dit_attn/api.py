@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors import attach
-from dit_attn.processors.clock import Clock
-from dit_attn.processors.explain import Explanation, explain_run
-from dit_attn.processors.families import families
-from dit_attn.processors.method import Method, is_place, methods
-from dit_attn.processors.presets import method_for
-from dit_attn.processors.session import Observer, Session
-from dit_attn.processors.summary import Summary, summarize
+from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.explain import Explanation, explain_run
+from dit_attn.processors.attach.families import families
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.summary import Summary, summarize
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.run_state import Observer
+from dit_attn.processors.methods import methods
+from dit_attn.processors.methods.base import Method, is_place
+from dit_attn.processors.methods.presets import method_for
 
 __all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported", "watch"]
 
 _COMPONENTS = ("transformer", "transformer_2")
-_ROLES = {"reader": "both decide which keys are read", "guidance": "both need the perturbed pass of a step"}
+_ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
 
 
 def enable(target: Any, *wanted: str | Method) -> Session:
@@ -141,7 +143,7 @@ def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
     pipe = None if isinstance(target, torch.nn.Module) else target
     session = attach.prepare(model, _resolve(models, wanted), Clock(), pipe)
     ours = attach.session_processors(session)
-    attach.install_taps(session)
+    attach.install_hooks(session)
     stock: Any = model.attn_processors
     return {name: ours.get(name.removesuffix(".processor"), processor) for name, processor in stock.items()}
 

@@ -10,11 +10,11 @@ class DitAttnError(ValueError):
 
 
 class RunStopped(DitAttnError):
-    """Nothing more can be made or kept (a full disk, a missing encoder): no item after this one can succeed either."""
+    """Unrecoverable (a full disk, a missing encoder): abort the remaining jobs."""
 
 
-def broken(library: str, why: str) -> DitAttnError | None:
-    """What to say of a library that is there and cannot be imported; ``None`` where it can, or is not there at all.
+def import_problem(library: str, why: str) -> DitAttnError | None:
+    """Return the error for a library that is installed and cannot be imported; ``None`` if it can, or is not installed.
 
     Args:
         library: name of the module.
@@ -26,16 +26,23 @@ def broken(library: str, why: str) -> DitAttnError | None:
         if importlib.util.find_spec(library) is not None:
             importlib.import_module(library)
     except Exception as error:  # a library that was built for another one raises anything
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return DitAttnError(
-            f"{library} is installed and cannot be imported ({line}), and {why}; install the release of {library} that "
-            f"was made for this torch, or run: pip uninstall {library}"
+            f"{library} is installed and cannot be imported ({reason(error)}), and {why}; install the release of "
+            f"{library} that was made for this torch, or run: pip uninstall {library}"
         )
     return None
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of an exception's message; its class name when there is none."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def unknown(kind: str, value: object, allowed: Iterable[object], remedy: str = "") -> DitAttnError:
-    """Error for a value that is not one of a known set; names the closest allowed one.
+    """Build the error for a value that is not one of a known set; it names the closest allowed one.
 
     Args:
         kind: what the value is, e.g. ``"method"``.

@@ -16,13 +16,13 @@ import torch
 
 import dit_attn
 from dit_attn.cli import COMMANDS
-from dit_attn.processors import method as methods
-from dit_attn.processors.clock import BATCHED, SEPARATE, Guidance
-from dit_attn.processors.executor import AttentionCall, Request
-from dit_attn.processors.families import Family
-from dit_attn.processors.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.attach.families import Family
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.methods import base as methods
+from tests._support.compose import forward, same, tiny
 from tests.families.mixin import reference, requests
-from tests.processors.compose import forward, same, tiny
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -66,7 +66,7 @@ def test_the_method_of_the_page_is_known_by_its_slug_and_checks_its_settings(fir
 
 def test_the_family_of_the_page_is_a_row(monkeypatch: Any) -> None:
     names = {"Family": Family, "TokenLayout": TokenLayout, "Span": Span, "visual_span": visual_span}
-    names |= {"SEPARATE": SEPARATE, "BATCHED": BATCHED, "Guidance": Guidance}
+    names |= {"SEPARATE": SEPARATE, "BATCHED": BATCHED, "Guidance": CFGRule}
     code = block("add_a_family.md", "def _my_model").replace("\nFamily(", "\nrow = Family(")
     exec(compile(code, "add_a_family.md", "exec"), names)
     row: Any = names["row"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_attn.processors.families import families
+from dit_attn.processors.attach.families import families
 from tests.families.table import BEGIN, END, table, tested
 
 ROOT = Path(__file__).resolve().parents[1]

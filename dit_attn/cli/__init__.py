@@ -1,46 +1,47 @@
-"""The command line: ``dit-attn COMMAND``. One file per command, imported only when its command is used."""
+"""The command line: ``dit-attn COMMAND``. One module per command, imported only when its command is used."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 from dit_attn import __version__
-from dit_attn.errors import DitAttnError, broken, unknown
+from dit_attn.cli.parser import Parser
+from dit_attn.errors import DitAttnError, import_problem, unknown
 
-# Command -> the line of `dit-attn --help`. The module of the same name has add_parser(subparsers) and run(args) -> int.
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        module: under ``dit_attn.cli.commands``; it has ``add_arguments(parser)`` and ``run(args) -> exit code``.
+        help: the line of ``dit-attn --help``.
+    """
+
+    module: str
+    help: str
+
+
 COMMANDS = {
-    "generate": "make images or videos from prompts, with or without methods",
-    "models": "list the embedded models and the supported families",
-    "explain": "say what a method can gain on a model, before a run",
-    "doctor": "check versions, devices and kernels",
-    "demo": "generate with the embedded models, dense and sparse, and make a picture of both",
-    "train": "train an embedded model from its recipe",
-    "compare": "measure what methods cost and keep on your prompts, beside dense, and make a page of it",
-    "inspect": "measure what attention does in a run, layer by head by step, and make a page of it",
-    "calibrate": "find densities by layer and part of the run from a few prompts and a budget",
-    "search": "find the attention heads whose perturbation raises an objective",
-    "eval": "measure a folder of images or clips against references or captions",
-    "bench": "measure kernels and methods",
+    "generate": Command("generate", "make images or videos from prompts, with or without methods"),
+    "models": Command("models", "list the embedded models and the supported families"),
+    "explain": Command("explain", "say what a method can gain on a model, before a run"),
+    "doctor": Command("doctor", "check versions, devices and kernels"),
+    "demo": Command("demo", "generate with the embedded models, dense and sparse, and make an image of both"),
+    "train": Command("train", "train an embedded model from its recipe"),
+    "compare": Command("compare.command", "measure methods next to dense on your prompts, and make a page of it"),
+    "inspect": Command("inspect", "measure what attention does in a run, by layer, head and step, with a page"),
+    "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
+    "search": Command("search.command", "find the attention heads whose perturbation raises an objective"),
+    "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
+    "bench": Command("bench.command", "measure kernels and methods on this machine"),
 }
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one-line errors, like any other bad input; flags are written out."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except Exception as error:
-        torn = broken("torchvision", "diffusers, transformers and torchmetrics load it where it is there")
-        if torn is not None:
-            return _fail(str(torn), BAD_INPUT, debug)
+        problem = import_problem("torchvision", "diffusers, transformers and torchmetrics load it where it is there")
+        if problem is not None:
+            return _fail(str(problem), BAD_INPUT, debug)
         name = type(error).__name__
         return _fail(f"unexpected {name}: {error}; run again with --debug for the traceback", SOME_FAILED, debug)
 
@@ -68,21 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     parser = Parser(
         prog="dit-attn",
+        usage="dit-attn COMMAND [options]",
         description="Faster and steerable attention for diffusion transformers, on stock diffusers pipelines.",
         epilog="`dit-attn COMMAND --help` lists the flags of a command. Any command takes --debug: show the traceback.",
     )
-    parser.add_argument("--version", action="version", version=f"dit-attn {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"dit-attn {__version__}", help="print the version")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in words if not word.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
         raise unknown("command", chosen, COMMANDS)
     flags: list[str] = []
-    for name, line in COMMANDS.items():
+    for name, row in COMMANDS.items():
+        command = subparsers.add_parser(name, help=row.help, add_help=name == chosen)
         if name == chosen:
-            command = _module(name).add_parser(subparsers)
+            _module(name).add_arguments(command)
             flags = [flag for action in command._actions for flag in action.option_strings]
-        else:
-            subparsers.add_parser(name, help=line, add_help=False)
     if not words:
         parser.print_help()
         return OK
@@ -100,8 +101,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _module(name: str) -> Any:
-    path = f"{__name__}.{name}"
-    if importlib.util.find_spec(path) is None:
+    path = f"{__name__}.commands.{COMMANDS[name].module}"
+    try:
+        found = importlib.util.find_spec(path)
+    except ModuleNotFoundError:  # not even its folder
+        found = None
+    if found is None:
         raise DitAttnError(f"the command {name!r} is not part of this installation; reinstall dit-attn")
     return importlib.import_module(path)
 

@@ -10,13 +10,13 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli.args import MAX_SEED, PROMPT, SAMPLING, SIZE, Flag, convert, reason
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.cli.options import MAX_SEED, PROMPT, SAMPLING, SIZE, Flag, convert
+from dit_attn.errors import DitAttnError, reason, unknown
 
 # What a line of a prompt file may set, besides the prompt: the flags of these names.
 LINE_FLAGS = {
@@ -44,7 +44,7 @@ class Job:
         index: position in the run, from 0.
         prompt: the text.
         seed: seed of its CPU generator.
-        call: the other arguments of the pipeline call, JSON values; pictures as paths.
+        call: the other arguments of the pipeline call, JSON values; images as paths.
         where: where the prompt came from, for messages.
     """
 
@@ -60,13 +60,13 @@ class Job:
         return f"{self.index:04d}_{slug(self.prompt)}_s{self.seed}"
 
     def digest(self, setup: dict[str, Any]) -> str:
-        """Hash of everything that decides the output: this job, its pictures, and the run's ``setup``."""
-        pictures = {key: _sha256(path) for key, path in self.pictures().items()}
-        asked = {"prompt": self.prompt, "seed": self.seed, "call": self.call, "pictures": pictures, "setup": setup}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        """Hash of everything that decides the output: this job, its images, and the run's ``setup``."""
+        images = {key: _sha256(path) for key, path in self.images().items()}
+        content = {"prompt": self.prompt, "seed": self.seed, "call": self.call, "images": images, "setup": setup}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def pictures(self) -> dict[str, str]:
-        """Arguments that name a picture file."""
+    def images(self) -> dict[str, str]:
+        """Return the arguments that name an image file."""
         return {key: value for key, value in self.call.items() if key in _IMAGE_KEYS and isinstance(value, str)}
 
 
@@ -80,11 +80,11 @@ def slug(text: str, length: int = 40) -> str:
     return words or "item"
 
 
-def make_jobs(options: dict[str, Any], defaults: dict[str, Any]) -> list[Job]:
-    """Every job of a run.
+def make_jobs(options: Mapping[str, Any], defaults: dict[str, Any]) -> list[Job]:
+    """Make every job of a run.
 
     Args:
-        options: the flags (command line over configuration file).
+        options: the flags, by attribute name.
         defaults: arguments every call of the model needs.
 
     Raises:
@@ -208,8 +208,8 @@ def _line(data: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
     return out
 
 
-def check_calls(jobs: list[Job], pipeline: Any) -> None:
-    """Refuse arguments that the pipeline's call does not take, and pictures that cannot be read.
+def check_calls(jobs: Sequence[Job], pipeline: Any) -> None:
+    """Refuse arguments that the pipeline's call does not take, and images that cannot be read.
 
     Raises:
         DitAttnError: with the flag, the pipeline and what it takes.
@@ -232,12 +232,12 @@ def check_calls(jobs: list[Job], pipeline: Any) -> None:
                 raise DitAttnError(f"{pipeline.__name__} takes no {key}; leave out {flags[key]} ({job.where})")
             if key not in taken:
                 raise unknown(f"argument of {pipeline.__name__}", key, [name for name in taken if name not in RESERVED])
-        for key, path in job.pictures().items():
-            load_picture(path, f"{key} ({job.where})" if key != "image" else "--image")
+        for key, path in job.images().items():
+            load_image(path, f"{key} ({job.where})" if key != "image" else "--image")
 
 
-def check_inputs(jobs: list[Job], pipe: Any) -> None:
-    """Let the pipeline's own checks see every job before the first one is made (sizes it cannot do, ...).
+def check_inputs(jobs: Sequence[Job], pipe: Any) -> None:
+    """Run the pipeline's own checks on every job before the first one is made (sizes it cannot do, ...).
 
     Args:
         jobs: what is to be made.
@@ -258,8 +258,8 @@ def check_inputs(jobs: list[Job], pipe: Any) -> None:
             for name in wanted
             if values.get(name, inspect.Parameter.empty) is not inspect.Parameter.empty
         }
-        if known.get("height", 0) is None or known.get("width", 0) is None or job.pictures():
-            continue  # the pipeline works out its size, or looks at the picture, before it checks
+        if known.get("height", 0) is None or known.get("width", 0) is None or job.images():
+            continue  # the pipeline works out its size, or looks at the image, before it checks
         try:
             check(**known)
         except ValueError as error:
@@ -270,8 +270,8 @@ def check_inputs(jobs: list[Job], pipe: Any) -> None:
             continue  # its check takes what only its call can work out, or a part that is not loaded yet
 
 
-def load_picture(path: str, where: str) -> Any:
-    """A picture file as an RGB PIL image.
+def load_image(path: str, where: str) -> Any:
+    """Read an image file as an RGB PIL image.
 
     Raises:
         DitAttnError: missing or corrupt.
@@ -279,14 +279,14 @@ def load_picture(path: str, where: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(Path(path).expanduser()) as picture:
-            picture.load()
-            return picture.convert("RGB")
+        with Image.open(Path(path).expanduser()) as image:
+            image.load()
+            return image.convert("RGB")
     except FileNotFoundError as error:
         raise DitAttnError(f"{where} {path}: there is no such file; check the path") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DitAttnError(
-            f"{where} {path} is not a readable picture ({reason(error)}); save it again as PNG"
+            f"{where} {path} is not a readable image ({reason(error)}); save it again as PNG"
         ) from error
 
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_attn.cli.args import reason
-from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn import files
+from dit_attn.errors import DitAttnError, RunStopped, reason
 
 if TYPE_CHECKING:
     import numpy as np
-
-_TEMPORARY = ".partial-"
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -107,44 +106,44 @@ def prepare_folder(folder: Path) -> None:
         raise DitAttnError(f"--output {folder} is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        probe = folder / f"{files.TEMPORARY}{uuid.uuid4().hex}"
         probe.write_bytes(b"x")
         probe.unlink()
-        for left in folder.glob(f"{_TEMPORARY}*"):
+        for left in folder.glob(f"{files.TEMPORARY}*"):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a zero byte in the name is a ValueError
         raise DitAttnError(f"cannot write to --output {folder} ({reason(error)}); choose another folder") from error
 
 
-_NO_MORE = {getattr(errno, name) for name in ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ENOENT"]}
+_UNRECOVERABLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ENOENT")
+}
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
+def output_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path``, as :func:`dit_attn.files.atomic_path`.
 
     Raises:
         RunStopped: the disk is full or not writable.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with files.atomic_path(path) as temporary:
+            yield temporary
     except OSError as error:
-        if error.errno in _NO_MORE:
+        if error.errno in _UNRECOVERABLE:
             raise RunStopped(
-                f"cannot write {path} ({reason(error)}); finished items are kept: make room or choose another "
+                f"cannot write {path} ({reason(error)}); finished items are saved: free disk space or choose another "
                 "--output, then run the same command with --resume"
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_media(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
     """Save an image (with ``text`` as PNG chunks) or a video."""
-    with whole_file(path) as temporary:
+    with output_file(path) as temporary:
         if media.video:
             _write_video(media, temporary, fps)
         else:
@@ -193,9 +192,20 @@ def _check_video(path: Path, count: int) -> None:
 
 
 def write_json(data: dict[str, Any], path: Path) -> None:
-    """Save JSON, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+    """Save JSON, atomically."""
+    write_text(json.dumps(data, indent=1, default=str) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Save text as UTF-8, atomically."""
+    with output_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Save a Pillow image, atomically."""
+    with output_file(path) as temporary:
+        image.save(temporary)
 
 
 def to_json(data: Any) -> str:

@@ -7,21 +7,22 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dit_attn
-from dit_attn.cli import load, outputs, sheet, source
-from dit_attn.cli.args import reason
-from dit_attn.cli.jobs import Job, load_picture
+from dit_attn import contact_sheet
+from dit_attn.cli import model_source, outputs
+from dit_attn.cli.jobs import Job, load_image
+from dit_attn.cli.load_pipeline import LoadConfig, parse_loras
 from dit_attn.cli.outputs import Media
-from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.cli.progress import progress_bar
+from dit_attn.errors import DitAttnError, RunStopped, reason
 
 if TYPE_CHECKING:
-    from dit_attn.cli.source import Source
-    from dit_attn.processors.method import Method
+    from dit_attn.processors.methods.base import Method
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 # Frames per second the model was trained on, by the beginning of its pipeline's name.
@@ -34,12 +35,12 @@ class ItemResult:
 
     Attributes:
         index, prompt, seed: of the job.
-        status: ``"done"``, ``"skipped"`` (was there already) or ``"failed"``.
+        status: ``"done"``, ``"skipped"`` (there already) or ``"failed"``.
         file: path of the output, ``None`` when it failed.
         seconds: time of the pipeline call, ``None`` when it was not made.
-        density: executed share of the attention map over the run, dense steps included; ``None`` without a method.
+        density: attention computed over the run, as a share of dense, dense steps included; ``None`` without a method.
         error: one line, for a failed item.
-        warnings: what the pipeline was asked for and did not do, one line each.
+        warnings: what was requested of the pipeline and did not happen, one line each.
     """
 
     index: int
@@ -58,9 +59,9 @@ class Run:
     """Everything the items of one command share.
 
     Attributes:
-        pipe: the pipeline, methods on.
-        methods: what is on it.
-        watched: whether ``dit_attn.summary`` can be asked of it.
+        pipe: the pipeline, methods enabled.
+        methods: what is enabled on it.
+        watched: whether ``dit_attn.summary`` works on it.
         folder: where outputs go.
         setup: what decides the outputs besides the jobs (model, methods, precision ...); part of every job's hash.
         facts: what goes into every sidecar besides (command, versions, device).
@@ -77,49 +78,46 @@ class Run:
     fps: int
     watched: bool = False
     results: list[ItemResult] = field(default_factory=list)
-    tiles: list[sheet.Tile] = field(default_factory=list)
+    tiles: list[contact_sheet.Tile] = field(default_factory=list)
 
 
 def new_run(
-    pipe: Any,
-    model: Source,
+    load: LoadConfig,
     methods: tuple[Method, ...],
-    options: dict[str, Any],
-    dtype: Any,
-    device: Any,
     folder: Path,
-    argv: list[str],
+    argv: Sequence[str],
+    fps: int | None = None,
+    pipe: Any = None,
 ) -> Run:
-    """A run without results.
+    """Make a run without results.
 
     Args:
-        pipe: the pipeline, or ``None`` when it is not loaded yet.
-        model: where it comes from.
-        methods: what is on it.
-        options: flags that decide outputs (variant, lora, attention_backend, fps).
-        dtype, device: of the weights.
+        load: the pipeline, which need not be loaded yet.
+        methods: what is enabled on it.
         folder: where outputs go.
         argv: the command line, for the sidecars.
+        fps: frames per second of videos; ``None``: those of the model.
+        pipe: the pipeline, if it is loaded.
     """
-    loras = options.get("lora", [])
+    source = load.source
     setup = {
-        "model": model.name,
-        "revision": model.revision,
-        "fingerprint": model.fingerprint,
-        "pipeline": model.pipeline.__name__,
+        "model": source.name,
+        "revision": source.revision,
+        "fingerprint": source.fingerprint,
+        "pipeline": source.pipeline.__name__,
         "methods": [method.to_dict() for method in methods],
-        "dtype": str(dtype).removeprefix("torch."),
-        "variant": options.get("variant"),
-        "lora": [{**spec, "fingerprint": _fingerprint(spec["lora_id"])} for spec in load.parse_loras(loras)],
-        "attention_backend": options.get("attention_backend"),
+        "dtype": str(load.dtype).removeprefix("torch."),
+        "variant": load.variant,
+        "lora": [{**spec, "fingerprint": _fingerprint(spec["lora_id"])} for spec in parse_loras(load.lora)],
+        "attention_backend": load.attention_backend,
     }
-    facts = {"device": _device_name(device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
-    fps = options.get("fps") or frames_per_second(model.pipeline, model.kind == "embedded")
+    facts = {"device": _device_name(load.device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
+    fps = fps or frames_per_second(source.pipeline, source.kind == "embedded")
     return Run(pipe, methods, folder, setup, facts, fps)
 
 
-def find_finished(jobs: list[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
-    """Outputs that are there already, by job index."""
+def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
+    """Find outputs that are there already, by job index."""
     found = {}
     for job in jobs:
         digest = job.digest(setup)
@@ -130,7 +128,7 @@ def find_finished(jobs: list[Job], folder: Path, setup: dict[str, Any]) -> dict[
 
 
 def run_jobs(
-    run: Run, jobs: list[Job], done: dict[int, Path], with_sheet: bool, say: Callable[[str], None]
+    run: Run, jobs: Sequence[Job], done: dict[int, Path], with_sheet: bool, on_item: Callable[[str], None]
 ) -> list[ItemResult]:
     """Make every job's output. A failed item does not stop the others.
 
@@ -139,16 +137,13 @@ def run_jobs(
         jobs: all jobs, in order.
         done: outputs to skip, by job index.
         with_sheet: collect cells for the contact sheet.
-        say: called with one line per item.
+        on_item: callback(line), after every item.
 
     Raises:
         DitAttnError: outputs cannot be written (full disk); what is finished stays.
         KeyboardInterrupt: no half file is left.
     """
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(jobs), desc="items", unit="item", disable=not sys.stderr.isatty() or len(jobs) < 2)
-    with bar:
+    with progress_bar(len(jobs), "items") as bar:
         for job in jobs:
             if job.index in done:
                 result, media = _skipped(job, done[job.index], with_sheet)
@@ -156,21 +151,21 @@ def run_jobs(
                 result, media = _attempt(run, job)
             run.results.append(result)
             if with_sheet and media is not None:
-                run.tiles.append(sheet.tile(media, job.prompt, _note(result)))
+                run.tiles.append(contact_sheet.tile(media.frames, job.prompt, _note(result)))
             bar.clear()
-            say(describe_item(result, len(jobs)))
+            on_item(describe_item(result, len(jobs)))
             bar.update()
     return run.results
 
 
-def warn(told: Iterable[str], total: int) -> None:
+def warn(warnings: Iterable[str], total: int) -> None:
     """Print each warning of a command's items once, with how many of ``total`` items it is about."""
-    for text, count in Counter(told).items():
+    for text, count in Counter(warnings).items():
         print(f"dit-attn: warning: {text} ({count} of {total} items)", file=sys.stderr)
 
 
 def describe_item(result: ItemResult, total: int) -> str:
-    """The line printed for an item."""
+    """Return the line printed for an item."""
     head = f"[{result.index + 1}/{total}]"
     if result.status == "failed":
         return f"{head} failed: {result.error} (prompt {result.prompt!r}, seed {result.seed})"
@@ -181,7 +176,7 @@ def describe_item(result: ItemResult, total: int) -> str:
 
 
 def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
-    """One pipeline call with its own CPU generator; the media and the seconds it took.
+    """Call the pipeline once with a CPU generator of its own; return the media and the seconds it took.
 
     Raises:
         outputs.NotFinite: NaN in the output.
@@ -190,7 +185,7 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
 
     import torch
 
-    arguments = {**job.call, **{key: load_picture(path, key) for key, path in job.pictures().items()}}
+    arguments = {**job.call, **{key: load_image(path, key) for key, path in job.images().items()}}
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments |= {"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed)}
     if "output_type" in taken:
@@ -203,7 +198,7 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides an output."""
+    """Return the versions of what decides an output."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"dit_attn": dit_attn.__version__, "python": platform.python_version()}
@@ -216,7 +211,7 @@ def versions() -> dict[str, str]:
 
 
 def frames_per_second(pipeline: type, embedded: bool) -> int:
-    """The rate a video of this pipeline class is saved with when the user gives none."""
+    """Return the rate a video of this pipeline class is saved with when the user gives none."""
     name = pipeline.__name__
     return 6 if embedded else next((fps for start, fps in _FPS.items() if name.startswith(start)), 8)
 
@@ -233,19 +228,19 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
             import traceback
 
             traceback.print_exc()
-        said = isinstance(error, (outputs.NotFinite, DitAttnError))
-        why = reason(error) if said else f"{type(error).__name__}: {reason(error)}"
+        explained = isinstance(error, (outputs.NotFinite, DitAttnError))
+        why = reason(error) if explained else f"{type(error).__name__}: {reason(error)}"
         return ItemResult(*head, "failed", error=_hint(why, error)), None
 
 
 def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
-    """Write the output and its sidecar; the methods must still be on the pipeline, for their summary."""
+    """Write the output and its sidecar; the methods must still be enabled, for their summary."""
     digest = job.digest(run.setup)
     stem = outputs.place(run.folder, job.stem, digest)
     path = run.folder / f"{stem}{media.ending}"
-    seen = dit_attn.summary(run.pipe) if run.methods or run.watched else None
-    summary = seen if run.methods else None
-    warnings = seen.warnings if seen else ()
+    found = dit_attn.summary(run.pipe) if run.methods or run.watched else None
+    summary = found if run.methods else None
+    warnings = found.warnings if found else ()
     settings = {"prompt": job.prompt, "seed": job.seed, "call": job.call, **run.setup}
     outputs.write_media(media, path, run.fps, {"prompt": job.prompt, "dit_attn": outputs.to_json(settings)})
     sidecar = {
@@ -277,7 +272,7 @@ def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media 
 
 def _fingerprint(adapter: str) -> str | None:
     place = Path(adapter).expanduser()
-    return source.fingerprint(place) if place.exists() else None
+    return model_source.fingerprint(place) if place.exists() else None
 
 
 def _device_name(device: Any) -> str:
@@ -307,7 +302,7 @@ def _synchronize(torch: Any) -> None:
 
 
 def report(run: Run, seconds: float) -> dict[str, Any]:
-    """The whole run as JSON values: ``run.json`` and ``--json``."""
+    """Return the full run as JSON values: ``run.json`` and ``--json``."""
     counts = {status: sum(r.status == status for r in run.results) for status in ("done", "skipped", "failed")}
     return {
         "folder": str(run.folder),

@@ -28,7 +28,7 @@ class Statistic:
         title: a few words.
         unit: of the value.
         reading: one sentence on how to read it.
-        scale: ends of the colour scale, ``None`` for those of the values.
+        scale: ends of the color scale, ``None`` for those of the values.
     """
 
     title: str

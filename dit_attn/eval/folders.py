@@ -1,4 +1,4 @@
-"""Folders of pictures and clips as tensors: what cannot be read is named and left out, never guessed."""
+"""Read folders of images and videos as tensors; files that cannot be decoded are listed with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.pictures import CLIPS, PICTURES, Unreadable, decode
+from dit_attn.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decode
 
 
 @dataclass
@@ -21,10 +21,10 @@ class Folder:
     Attributes:
         path: the folder.
         names: stems of the files that were read, composed Unicode, sorted.
-        frames: uint8 (F, 3, H, W) of each; one frame for a picture.
+        frames: uint8 (F, 3, H, W) of each; one frame for an image.
         captions: of each, ``None`` where there is none.
         skipped: (file name, reason) of every file that could not be read.
-        changes: file names by what had to be changed to make them 8-bit colour.
+        changes: file names by the conversion they needed, see ``media.Decoded``.
     """
 
     path: Path
@@ -35,12 +35,12 @@ class Folder:
     changes: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def clips(self) -> bool:
-        """Whether any of the files has several frames."""
+    def has_video(self) -> bool:
+        """Tell whether any of the files has several frames."""
         return any(len(frames) > 1 for frames in self.frames)
 
     def images(self, size: int | None = None) -> torch.Tensor:
-        """uint8 (N, 3, H, W), all frames of all files in order, resized to ``size`` squared when it is given.
+        """Stack as uint8 (N, 3, H, W): all frames of all files in order, resized to ``size`` squared when it is given.
 
         Raises:
             DitAttnError: the files differ in size and no size is given.
@@ -54,9 +54,9 @@ class Folder:
 
 
 def read_folder(path: Path, captions: Path | None = None) -> Folder:
-    """Every picture and clip of a folder, by name, with the captions that belong to them.
+    """Read every image and video of a folder, by name, with its caption.
 
-    Captions come from ``captions`` (see :func:`read_captions`), else from a JSON sidecar with a ``prompt`` beside each
+    Captions come from ``captions`` (see :func:`read_captions`), else from a JSON sidecar with a ``prompt`` next to each
     file, as ``dit-attn generate`` writes it.
 
     Raises:
@@ -87,12 +87,12 @@ def read_folder(path: Path, captions: Path | None = None) -> Folder:
 
 
 def media_files(path: Path) -> list[Path]:
-    """Pictures and clips of a folder, sorted by name; hidden files and the sheet of ``dit-attn generate`` are not.
+    """List images and videos of a folder by name, without hidden files and the sheet of ``dit-attn generate``.
 
     Raises:
         DitAttnError: no such folder, or none in it.
     """
-    what = f"pictures ({', '.join(PICTURES[:3])}, ...) or clips ({', '.join(CLIPS[:2])}, ...)"
+    what = f"images ({', '.join(IMAGE_SUFFIXES[:3])}, ...) or videos ({', '.join(VIDEO_SUFFIXES[:2])}, ...)"
     if not path.is_dir():
         raise DitAttnError(f"no folder {path}; give a folder of {what}")
     try:
@@ -102,26 +102,26 @@ def media_files(path: Path) -> list[Path]:
         raise DitAttnError(f"cannot look into {path} ({error.strerror}); check its permissions") from error
     if not files:
         raise DitAttnError(
-            f"no picture or clip in {path}; "
+            f"no image or video in {path}; "
             + (f"give one of its folders: {', '.join(inner[:6])}" if inner else f"give a folder of {what}")
         )
     return files
 
 
 def is_media(file: Path) -> bool:
-    """Whether a file counts, by its name."""
-    known = file.suffix.lower() in (*PICTURES, *CLIPS)
+    """Tell whether a file counts, by its name."""
+    known = file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
     return known and not file.name.startswith(".") and file.stem != "sheet" and not file.is_dir()
 
 
 def resized(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """(F, 3, size, size) uint8, bicubic with anti-aliasing."""
+    """Resize to (F, 3, size, size) uint8, bicubic with anti-aliasing."""
     values = torch.nn.functional.interpolate(frames.float(), (size, size), mode="bicubic", antialias=True)
     return values.round().clamp(0, 255).to(torch.uint8)
 
 
 def pairs(folder: Folder, reference: Folder) -> tuple[Folder, Folder, list[str]]:
-    """Both folders cut down to the names they share, and the names only one of them has.
+    """Match two folders by file name: both with the names they share, and the names only one of them has.
 
     Raises:
         DitAttnError: they share none, or a folder has two files of one name.
@@ -142,12 +142,12 @@ def pairs(folder: Folder, reference: Folder) -> tuple[Folder, Folder, list[str]]
 
 def _only(folder: Folder, names: list[str]) -> Folder:
     places = {name: place for place, name in enumerate(folder.names)}
-    kept = [places[name] for name in names]
-    return Folder(folder.path, names, [folder.frames[i] for i in kept], [folder.captions[i] for i in kept])
+    chosen = [places[name] for name in names]
+    return Folder(folder.path, names, [folder.frames[i] for i in chosen], [folder.captions[i] for i in chosen])
 
 
 def sidecar_prompt(file: Path) -> str | None:
-    """The prompt in the JSON file beside ``file``.
+    """Return the prompt of the JSON sidecar of ``file``, ``None`` without one.
 
     Raises:
         Unreadable: it is there, but is no JSON.
@@ -164,7 +164,7 @@ def sidecar_prompt(file: Path) -> str | None:
 
 
 def read_captions(path: Path, files: list[Path]) -> dict[str, str]:
-    """Caption by file name: .jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of names.
+    """Read captions by file name: .jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of names.
 
     Raises:
         DitAttnError: cannot be read, malformed, or not about these files.

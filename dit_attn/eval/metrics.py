@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from dit_attn.errors import DitAttnError, broken, unknown
+from dit_attn.errors import DitAttnError, import_problem, unknown
 from dit_attn.eval.extractors import Networks, clip_pair, lpips_metric, with_inception
 
 BATCH = 32
@@ -93,9 +93,9 @@ def score(
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     spec = METRICS[metric]
-    torn = broken("torchvision", "torchmetrics loads it where it is there")
-    if torn is not None:
-        raise torn
+    problem = import_problem("torchvision", "torchmetrics loads it where it is there")
+    if problem is not None:
+        raise problem
     _check(metric, spec, images, reference, captions)
     networks, device = networks or Networks(), torch.device(device)
     value, spread, judge, caution = spec.compute(images, reference, captions, networks, device)
@@ -258,7 +258,7 @@ def _by_world(compute: Callable[..., Result]) -> Callable[..., Result]:
     """The same metric with the features of ``world-clip``."""
 
     def run(images: torch.Tensor, reference: torch.Tensor, captions: Any, _: Networks, device: torch.device) -> Result:
-        from dit_attn.eval.world_clip import WorldFeatures
+        from dit_attn.eval.shapes_world.world_clip import WorldFeatures
 
         return compute(images, reference, captions, Networks(features=WorldFeatures()), device)
 
@@ -268,7 +268,7 @@ def _by_world(compute: Callable[..., Result]) -> Callable[..., Result]:
 def _clip_world(images: torch.Tensor, _: Any, captions: Sequence[str], __: Any, device: torch.device) -> Result:
     from torchmetrics import MeanMetric
 
-    from dit_attn.eval.world_clip import WorldFeatures, world_scores
+    from dit_attn.eval.shapes_world.world_clip import WorldFeatures, world_scores
 
     mean = MeanMetric().to(device)
     for low in range(0, len(images), BATCH):

@@ -1,12 +1,12 @@
-"""VBench's way of naming clips, so that a folder made here can be measured there. VBench itself is not needed.
+"""Name videos as VBench does, so that VBench can measure a folder made here. VBench itself is not needed.
 
-VBench 0.1.5 (Huang et al., CVPR 2024) reads a flat folder of clips in one of two ways:
+VBench 0.1.5 (Huang et al., CVPR 2024) reads a flat folder of videos in one of two ways:
 
 - its own prompts: ``{prompt}-{index}.mp4`` with indices 0 to 4; all files have one ending, nothing else may lie there;
 - own prompts (``--mode custom_input``): any names, with a JSON file ``{file name: prompt}`` that lies elsewhere.
 
 The names made here serve both. A prompt that no file can be named after (too long, with ``/``) is cut and marked, and
-the JSON file keeps its whole text: VBench's own prompts are never cut, they have at most 210 bytes.
+the JSON file has its full text: VBench's own prompts are never cut, they have at most 210 bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from dit_attn.errors import DitAttnError
 
 ENDING = ".mp4"
-COPIES = 5  # clips of each of VBench's own prompts
+COPIES = 5  # videos of each of VBench's own prompts
 LONGEST = 255  # bytes of a file name, where the file system does not say otherwise
 
 # What VBench measures on own prompts: the six its documentation names, and the one that reads the prompt.
@@ -39,13 +39,13 @@ _INDEX_ROOM = len("-00000")
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One clip to name.
+class Video:
+    """One video to name.
 
     Attributes:
         file: where it is.
         prompt: what it was made from.
-        seed: its seed, if known; clips of one prompt are numbered in the order of seeds.
+        seed: its seed, if known; videos of one prompt are numbered in the order of seeds.
     """
 
     file: Path
@@ -54,48 +54,48 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Named:
-    """A clip and its name.
+class NamedVideo:
+    """A video and its VBench name.
 
     Attributes:
-        clip: the clip.
+        video: the video.
         name: file name for VBench.
         exact: whether the name is the prompt; else only the JSON file has it.
     """
 
-    clip: Clip
+    video: Video
     name: str
     exact: bool
 
 
-def names(clips: Sequence[Clip], longest: int = LONGEST, folds: bool = False) -> list[Named]:
-    """A name for every clip, the same for the same clips in any order.
+def names(videos: Sequence[Video], longest: int = LONGEST, folds: bool = False) -> list[NamedVideo]:
+    """Name every video; the names do not depend on the order of ``videos``.
 
     Args:
-        clips: what to name.
+        videos: what to name.
         longest: bytes a file name may have.
         folds: whether the file system takes ``A`` and ``a`` for one name.
     """
 
-    def order(clip: Clip) -> tuple[str, bool, int, str]:
-        return clip.prompt.strip(), clip.seed is None, clip.seed or 0, str(clip.file)
+    def order(video: Video) -> tuple[str, bool, int, str]:
+        return video.prompt.strip(), video.seed is None, video.seed or 0, str(video.file)
 
     owner: dict[str, str] = {}
     counts: dict[str, int] = {}
     found = []
-    for clip in sorted(clips, key=order):
-        prompt = clip.prompt.strip()
+    for video in sorted(videos, key=order):
+        prompt = video.prompt.strip()
         stem = file_stem(prompt, longest)
         if folds and owner.setdefault(_folded(stem), prompt) != prompt:
             stem = _marked(stem, prompt, longest)
         index = counts.get(stem, 0)
         counts[stem] = index + 1
-        found.append(Named(clip, f"{stem}-{index}{ENDING}", stem == prompt))
+        found.append(NamedVideo(video, f"{stem}-{index}{ENDING}", stem == prompt))
     return found
 
 
 def file_stem(prompt: str, longest: int = LONGEST) -> str:
-    """``prompt`` where a file can have that name; else its beginning, and a mark that keeps it apart from others.
+    """Return ``prompt`` where a file can have that name, else its beginning and a hash of the full prompt.
 
     Args:
         prompt: any text without space around it.
@@ -122,25 +122,25 @@ class Coverage:
 
     Attributes:
         dimension: its name.
-        clips: clips of its prompts that are there.
-        needed: clips it asks for, ``COPIES`` of each prompt.
+        videos: videos of its prompts that are there.
+        needed: videos it requires, ``COPIES`` of each prompt.
     """
 
     dimension: str
-    clips: int
+    videos: int
     needed: int
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing."""
-        return self.clips == self.needed
+        """Tell whether nothing is missing."""
+        return self.videos == self.needed
 
 
 Prompts = list[tuple[str, list[str]]]  # VBench's own: (prompt, dimensions)
 
 
 def read_info(path: Path) -> Prompts:
-    """VBench's own prompts from ``VBench_full_info.json``, which comes with VBench.
+    """Read VBench's own prompts from ``VBench_full_info.json``, which comes with VBench.
 
     Raises:
         DitAttnError: the file cannot be read, or is another one.
@@ -156,15 +156,15 @@ def read_info(path: Path) -> Prompts:
         ) from error
 
 
-def coverage(present: Collection[str], asked: Prompts) -> list[Coverage]:
-    """What is there of each dimension's own prompts.
+def coverage(present: Collection[str], prompts: Prompts) -> list[Coverage]:
+    """Count the videos that are there of each dimension's own prompts.
 
     Args:
         present: file names.
-        asked: VBench's own prompts.
+        prompts: VBench's own.
     """
     have, need = dict[str, int](), dict[str, int]()
-    for prompt, dimensions in asked:
+    for prompt, dimensions in prompts:
         there = sum(f"{prompt}-{index}{ENDING}" in present for index in range(COPIES))
         for dimension in dimensions:
             have[dimension] = have.get(dimension, 0) + there
@@ -173,7 +173,7 @@ def coverage(present: Collection[str], asked: Prompts) -> list[Coverage]:
 
 
 def command(folder: Path, dimensions: Sequence[str], own_prompts: bool) -> str:
-    """The shell line that measures ``folder/videos`` with an installed VBench, into ``folder/results``.
+    """Build the shell line that measures ``folder/videos`` with an installed VBench, into ``folder/results``.
 
     VBench hands its arguments to a second shell without quotes, and takes one dimension a call: hence the change of
     folder, which leaves only names without spaces, and the loop.

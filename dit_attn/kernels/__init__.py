@@ -1,11 +1,14 @@
-"""Attention over selected key blocks: layouts, selection, and one operator with interchangeable backends."""
+"""Block-sparse attention: layouts, block selection, and one operator with interchangeable backends."""
 
-from dit_attn.kernels.guard import numeric_guard
-from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.ops import BACKENDS, Choice, choose_backend, sparse_attention
-from dit_attn.kernels.patterns import band, from_flex, from_lengths, from_segments, inward_window, sink_window, to_flex
-from dit_attn.kernels.reference import reference_attention
-from dit_attn.kernels.selection import BlockPlan, block_scores, plan_blocks, plan_scores, pool_blocks, select_blocks
+from dit_attn.kernels.backends.reference import reference_attention
+from dit_attn.kernels.backends.registry import BACKENDS, Choice
+from dit_attn.kernels.functional import choose_backend, sparse_attention
+from dit_attn.kernels.layouts.block_layout import BlockLayout
+from dit_attn.kernels.layouts.flex_mask import from_flex, to_flex
+from dit_attn.kernels.layouts.patterns import band, from_lengths, from_segments, inward_window, sink_window
+from dit_attn.kernels.numeric_guard import numeric_guard
+from dit_attn.kernels.selection.pooling import pool_blocks
+from dit_attn.kernels.selection.select import BlockPlan, block_scores, plan_blocks, plan_scores, select_blocks
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Checks that layouts, selection and the operator share: one line that names the argument and the fix."""
+"""Argument checks shared by layouts, selection and the operator: one line that names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ INTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def is_whole(value: Any, least: int) -> bool:
-    """Whether a value is a whole number of at least ``least``."""
+    """Return whether a value is an integer of at least ``least``."""
     return isinstance(value, (int, torch.SymInt, np.integer)) and bool(value >= least)
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raises DitAttnError for the first size that is no whole number of at least 1."""
+    """Check that every size is an integer of at least 1.
+
+    Raises:
+        DitAttnError: for the first one that is not.
+    """
     for name, size in sizes.items():
         if not is_whole(size, 1):
             raise DitAttnError(f"{name} must be at least 1, a whole number, got {size!r}")
@@ -27,7 +31,11 @@ def check_sizes(**sizes: Any) -> None:
 def check_blocks(
     name: str, x: torch.Tensor, q_len: int, kv_len: int, q_block: int, kv_block: int, dtype: torch.dtype | None = None
 ) -> None:
-    """Raises DitAttnError unless x is (B|1, H|1, nq, nk) for these sizes, and of ``dtype`` if one is wanted."""
+    """Check that x is (B|1, H|1, nq, nk) for these sizes, and of ``dtype`` if one is given.
+
+    Raises:
+        DitAttnError: it is not.
+    """
     check_sizes(q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
     expected = (-(-q_len // q_block), -(-kv_len // kv_block))
     if x.ndim != 4 or tuple(x.shape[-2:]) != expected:
@@ -40,7 +48,11 @@ def check_blocks(
 
 
 def check_choices(shape: tuple[int, ...], forced: torch.Tensor | None) -> None:
-    """Raises DitAttnError unless ``forced`` is bool and expands to ``shape`` (B, H, nq, nk)."""
+    """Check that ``forced`` is ``None``, or bool and expands to ``shape`` (B, H, nq, nk).
+
+    Raises:
+        DitAttnError: it is not.
+    """
     if forced is None:
         return
     if forced.dtype != torch.bool:
@@ -50,17 +62,25 @@ def check_choices(shape: tuple[int, ...], forced: torch.Tensor | None) -> None:
 
 
 def check_tokens(name: str, x: torch.Tensor) -> None:
-    """Raises DitAttnError unless x is (B, S, H, D) of floating-point numbers."""
+    """Check that x is (B, S, H, D) of a floating-point dtype.
+
+    Raises:
+        DitAttnError: it is not.
+    """
     if x.ndim != 4:
         raise DitAttnError(
             f"{name} must be (B, S, H, D), got {x.ndim} dimensions {tuple(x.shape)}; split the heads with unflatten"
         )
     if not x.is_floating_point():
-        raise DitAttnError(f"{name} must hold floating-point numbers, got {dtype_name(x.dtype)}; cast it")
+        raise DitAttnError(f"{name} must be of a floating-point dtype, got {dtype_name(x.dtype)}; cast it")
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
-    """Raises DitAttnError unless q (B, S, H, D) and k (B, Sk, Hk, D) go together: B, D, and H a multiple of Hk."""
+    """Check that q (B, S, H, D) and k (B, Sk, Hk, D) share B and D, and that H is a multiple of Hk.
+
+    Raises:
+        DitAttnError: they do not.
+    """
     if k.shape[0] != q.shape[0]:
         raise DitAttnError(f"q has batch {q.shape[0]} and k has batch {k.shape[0]}; expand k (and v) to q's batch")
     if q.shape[-1] != k.shape[-1]:
@@ -73,18 +93,22 @@ def check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
 
 
 def check_key_mask(k: torch.Tensor, key_mask: torch.Tensor | None, shared: bool = True) -> None:
-    """Raises DitAttnError unless ``key_mask`` is (B, Sk) bool for k (B, Sk, Hk, D); (1, Sk) will do if ``shared``."""
+    """Check that ``key_mask`` is ``None`` or (B, Sk) bool for k (B, Sk, Hk, D); or (1, Sk) if ``shared``.
+
+    Raises:
+        DitAttnError: it is not.
+    """
     if key_mask is None:
         return
     (batch, keys), rows = k.shape[:2], key_mask.shape[0] if key_mask.ndim == 2 else 0
     fits = key_mask.ndim == 2 and key_mask.shape[1] == keys and (rows == batch or (shared and rows == 1))
     if key_mask.dtype != torch.bool or not fits:
         raise DitAttnError(
-            f"key_mask must be bool ({batch}, {keys}) = (B, Sk), True keeps a key, got {dtype_name(key_mask.dtype)} "
-            f"{tuple(key_mask.shape)}"
+            f"key_mask must be bool ({batch}, {keys}) = (B, Sk), True for keys that exist, got "
+            f"{dtype_name(key_mask.dtype)} {tuple(key_mask.shape)}; pass one row per sample"
         )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
+    """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

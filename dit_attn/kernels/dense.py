@@ -1,11 +1,11 @@
-"""Exact attention that also says its softmax denominators."""
+"""Dense attention that also returns the log-sum-exp of every row."""
 
 from __future__ import annotations
 
 import torch
 
-from dit_attn.kernels.layout import BlockLayout
-from dit_attn.kernels.ops import sparse_attention
+from dit_attn.kernels.functional import sparse_attention
+from dit_attn.kernels.layouts.block_layout import BlockLayout
 
 
 @torch.no_grad()
@@ -18,16 +18,16 @@ def dense_with_lse(
     key_mask: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention and the logarithm of its denominators. Not differentiable.
+    """Compute dense attention and its log-sum-exp (LSE). Not differentiable.
 
-    On a CPU it is torch's own fused attention, bit for bit; elsewhere the block-sparse kernel over all blocks.
+    On a CPU the output is bit-equal to torch's fused attention; elsewhere the block-sparse kernel runs over all blocks.
 
     Args:
         q: (B, Sq, H, D).
         k, v: (B, Sk, Hk, D); ``H % Hk == 0``.
         scale: softmax scale, default ``D ** -0.5``.
         key_mask: (B, Sk) bool, keys that exist.
-        key_bias: (B|1, H|1, Sk), added to the logits.
+        key_bias: (B|1, H|1, Sk), added to the logits, natural logarithm; ``key_mask`` is ignored then.
 
     Returns:
         o (B, Sq, H, D) in q's dtype, lse (B, H, Sq) fp32 (fp64 for fp64 input), natural logarithm.

@@ -1,18 +1,63 @@
-"""What a device can run, known without starting anything on it, and in which precision."""
+"""Properties of a device, known without starting anything on it: its kernels, its precision, its working sizes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 
+@dataclass(frozen=True)
+class ChunkSizes:
+    """Working sizes that suit a device, in bytes.
+
+    Attributes:
+        chunk: gathered keys, values and logits computed at a time, per thread.
+        group: K and V, or q and o, copied into blocks at a time; a longer head is taken alone.
+        pooled: logits against pooled keys computed at a time; several buffers of this size exist at once.
+    """
+
+    chunk: int
+    group: int
+    pooled: int
+
+
+CHUNK_SIZES = {"cpu": ChunkSizes(chunk=2 << 20, group=2 << 20, pooled=1 << 20)}  # fits the cache
+ACCELERATOR = ChunkSizes(chunk=256 << 20, group=512 << 20, pooled=256 << 20)  # keeps every multiprocessor busy
+
+
+def chunk_sizes(device: torch.device) -> ChunkSizes:
+    """Return the working sizes for a device."""
+    return CHUNK_SIZES.get(device.type, ACCELERATOR)
+
+
+def host_readable(x: torch.Tensor) -> bool:
+    """Return whether the host can read ``x`` without a synchronisation: on the CPU, and nothing is being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the log-sum-exp for inputs of a dtype: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Turn autocast off on a device, so that scores, logits and sums stay in the dtype they are computed in."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+
+
 @torch.compiler.assume_constant_result
-def refuse_triton_device(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device, or ``None``."""
+def unsupported_reason_triton(device: torch.device) -> str | None:
+    """Return why Triton kernels cannot run on a device, or ``None`` if they can."""
     if not has_triton():
         return "triton is not installed (pip install 'dit-attn[triton]')"
     if device.type == "cpu":
@@ -25,8 +70,8 @@ def refuse_triton_device(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def refuse_descriptors(device: torch.device) -> str | None:
-    """Why kernels cannot load by tensor descriptors (TMA) on a device, or ``None``."""
+def unsupported_reason_descriptors(device: torch.device) -> str | None:
+    """Return why kernels cannot load by tensor descriptors (TMA) on a device, or ``None`` if they can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return "tensor descriptors need compute capability 9.0"
     return None
@@ -34,23 +79,16 @@ def refuse_descriptors(device: torch.device) -> str | None:
 
 @torch.compiler.assume_constant_result
 def allows_tf32() -> bool:
-    """Whether torch lets fp32 products run in tf32 on a GPU."""
+    """Return whether torch allows fp32 matrix products to run in tf32 on a GPU."""
     return torch.backends.cuda.matmul.allow_tf32
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off: choices of blocks, logits and sums are made in fp32 wherever they are made."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU."""
+    """Return whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether Triton can be imported."""
+    """Return whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""Every check of an attention call, once, at the edge: one line that names the argument and the fix."""
+"""Argument checks of an attention call, made once: one line that names the argument and the remedy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.checks import check_heads, check_key_mask, check_tokens, dtype_name
-from dit_attn.kernels.layout import BlockLayout, ceil_div
+from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 KINDS: dict[str, type] = {
     "q": torch.Tensor, "k": torch.Tensor, "v": torch.Tensor, "layout": BlockLayout, "key_mask": torch.Tensor,
     "key_bias": torch.Tensor, "key_lengths": torch.Tensor, "bias": LogitBias, "compensation": Compensation,
@@ -28,19 +26,27 @@ OPTIONAL = ("key_mask", "key_bias", "key_lengths", "bias", "compensation", "epil
 
 
 def check_kinds(**given: Any) -> None:
-    """Raises DitAttnError for the first argument that is not of its class (``KINDS``)."""
+    """Check that every argument is of its class (``KINDS``).
+
+    Raises:
+        DitAttnError: for the first one that is not.
+    """
     for name, x in given.items():
         if isinstance(x, KINDS[name]) or (x is None and name in OPTIONAL):
             continue
         remedy = "see the documentation of sparse_attention"
         if name == "layout":
-            held = isinstance(getattr(x, "layout", None), BlockLayout)
-            remedy = "pass its .layout" if held else "make one with plan_blocks(...).layout or from_..."
+            is_plan = isinstance(getattr(x, "layout", None), BlockLayout)
+            remedy = "pass its .layout" if is_plan else "make one with plan_blocks(...).layout or from_..."
         raise DitAttnError(f"{name} must be a {KINDS[name].__name__}, got {type(x).__name__}; {remedy}")
 
 
 def check_scale(scale: float | None) -> None:
-    """Raises DitAttnError unless the scale is a finite number of at least 0."""
+    """Check that the scale is ``None`` or a finite number of at least 0.
+
+    Raises:
+        DitAttnError: it is not.
+    """
     if scale is not None and not (isinstance(scale, (int, float, np.floating)) and 0.0 <= scale < math.inf):
         raise DitAttnError(
             f"scale must be a finite number of at least 0, got {scale!r}; to turn the sign of the logits, negate q"
@@ -56,7 +62,7 @@ def check_call(
     key_bias: torch.Tensor | None,
     terms: Terms,
 ) -> None:
-    """Raise for the first argument of :func:`dit_attn.kernels.sparse_attention` that does not fit.
+    """Check that the arguments of :func:`dit_attn.kernels.sparse_attention` fit together.
 
     Raises:
         DitAttnError: rank, type, device, head count, head size, layout, mask or an optional term does not fit.
@@ -97,12 +103,12 @@ def _check_layout(q: torch.Tensor, k: torch.Tensor, layout: BlockLayout) -> None
             "build the layout for this sequence"
         )
     for axis, size, name in ((0, q.shape[0], "batch"), (1, q.shape[2], "head")):
-        if layout.kv_cnt.shape[axis] not in (1, size):
+        if layout.kv_num_blocks.shape[axis] not in (1, size):
             raise DitAttnError(
-                f"layout has {layout.kv_cnt.shape[axis]} {name} entries, q has {size}; build it with 1 or {size}"
+                f"layout has {layout.kv_num_blocks.shape[axis]} {name} entries, q has {size}; build it with 1 or {size}"
             )
-    if layout.kv_idx.device != q.device:
-        raise DitAttnError(f"layout is on {layout.kv_idx.device} and q on {q.device}; use layout.to(q.device)")
+    if layout.kv_indices.device != q.device:
+        raise DitAttnError(f"layout is on {layout.kv_indices.device} and q on {q.device}; use layout.to(q.device)")
     layout.check_elements()
 
 
@@ -120,7 +126,7 @@ def _check_keys(
     ):
         raise DitAttnError(
             f"key_bias must be float (B|1, H|1, Sk) with B={batch}, H={heads}, Sk={keys}, "
-            f"got {dtype_name(key_bias.dtype)} {tuple(key_bias.shape)}"
+            f"got {dtype_name(key_bias.dtype)} {tuple(key_bias.shape)}; use expand or unsqueeze"
         )
     for name, x in (("key_mask", key_mask), ("key_bias", key_bias)):
         if x is not None and x.device != q.device:
@@ -128,20 +134,20 @@ def _check_keys(
 
 
 def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, terms: Terms) -> None:
-    """Raise for the first term that does not fit the call.
+    """Check that the optional terms fit the call.
 
     Raises:
-        DitAttnError: a shape, a size or a combination; the message names the argument and the fix.
+        DitAttnError: a shape, a size or a combination; the message names the argument and the remedy.
     """
     sizes = {
         "B": q.shape[0], "H": q.shape[2], "Hk": k.shape[2], "Sq": q.shape[1], "Sk": k.shape[1],
         "D": v.shape[-1], "nq": layout.nq,
     }  # fmt: skip
     lengths, bias, comp, end = terms.key_lengths, terms.bias, terms.compensation, terms.epilogue
-    for name in KINDS:  # what a term cannot be without
-        part, _, field = name.partition(".")
-        if field and getattr(terms, part) is not None:
-            check_kinds(**{name: getattr(getattr(terms, part), field)})
+    for name in KINDS:  # the required fields of each term
+        term, _, field = name.partition(".")
+        if field and getattr(terms, term) is not None:
+            check_kinds(**{name: getattr(getattr(terms, term), field)})
     for name, x in _tensors(terms):
         if x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
@@ -166,7 +172,7 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
                 "pool again with a divisor"
             )
         if v.shape[-1] != q.shape[-1]:
-            raise DitAttnError(f"compensation needs v's head size {v.shape[-1]} to equal q's {q.shape[-1]}")
+            raise DitAttnError(f"compensation needs v's head size {v.shape[-1]} to equal q's {q.shape[-1]}; pad v")
         sizes["nv"] = ceil_div(k.shape[1], comp.tokens)
         for name in ("k", "v", "variance"):
             x = getattr(comp, name)
@@ -190,7 +196,7 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
 
 
 def _tensors(terms: Terms) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the terms, under the name it is passed by."""
+    """Every tensor of the terms with its name, such as ``bias.q``."""
     if terms.key_lengths is not None:
         yield "key_lengths", terms.key_lengths
     for name in ("bias", "compensation", "epilogue"):

@@ -1,7 +1,7 @@
 """Autoencoders whose weights are set by a formula, so that nothing needs to be trained.
 
 `silu(a) - silu(-a) = a` holds exactly, so a convolution that carries `x` and `-x`, the activation and a convolution
-that subtracts the two is the identity. The normalisation in between becomes a fixed scale when two (or eight) constant
+that subtracts the two is the identity. The normalization in between becomes a fixed scale when two (or eight) constant
 channels of size K dominate its statistics. Residual blocks with zero weights are identities.
 
 * `exact_kl`: a stock `AutoencoderKL` with latent = pixels.
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-CONSTANT = 512.0  # K: size of the constant channels that pin the normalisation
+CONSTANT = 512.0  # K: size of the constant channels that pin the normalization
 LOG_VARIANCE = -30.0  # the encoder's posterior is a point
 
 
@@ -27,7 +27,7 @@ def _zero(module: torch.nn.Module) -> None:
 
 
 def exact_kl(channels: int = 3) -> Any:
-    """A stock `AutoencoderKL` (scale factor 1, `channels` latent channels) that encodes and decodes exactly."""
+    """Build a stock `AutoencoderKL` (scale factor 1, `channels` latent channels) that encodes and decodes exactly."""
     from diffusers import AutoencoderKL
 
     width = 2 * channels + 2
@@ -55,9 +55,9 @@ def exact_kl(channels: int = 3) -> Any:
 
 
 def exact_wan(patch: int = 2) -> Any:
-    """A stock `AutoencoderKLWan` whose latent is the space-to-depth of the pixels, `3 * patch**2` channels.
+    """Build a stock `AutoencoderKLWan` whose latent is the space-to-depth of the pixels, `3 * patch**2` channels.
 
-    Spatial factor `patch`, temporal factor 1. Encode clips of 4 k + 1 frames: the stock encoder takes
+    Spatial factor `patch`, temporal factor 1. Encode videos of 4 k + 1 frames: the stock encoder takes
     the first frame, then chunks of four, and drops a shorter rest. Decoding takes any length.
     """
     from diffusers import AutoencoderKLWan
@@ -104,7 +104,7 @@ def _carry(conv_in: Any, conv_out: Any, channels: int, constants: int, taps: tup
 
 @torch.no_grad()
 def space_to_depth(video: torch.Tensor, patch: int) -> torch.Tensor:
-    """(B, 3 * patch**2, F, H / patch, W / patch): the latent of `exact_wan` for `video` (B, 3, F, H, W)."""
+    """Compute the latent of `exact_wan`, (B, 3 * patch**2, F, H / patch, W / patch), for `video` (B, 3, F, H, W)."""
     b, c, f, h, w = video.shape
     out = video.view(b, c, f, h // patch, patch, w // patch, patch)
     return out.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * patch * patch, f, h // patch, w // patch)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dit_attn.eval import world
+from dit_attn.eval.shapes_world import world
 from dit_attn.models.autoencoders import space_to_depth
 from dit_attn.models.nets import TEXT_LENGTH
-from dit_attn.models.recipe import CLIP_FRAMES, Recipe, Stage
+from dit_attn.models.recipe import VIDEO_FRAMES, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Batch:
     """One step's data.
 
     Args:
-        clean: latents in [-1, 1], (B, 3, H, W) for images and (B, 12, F, H / 2, W / 2) for clips.
+        clean: latents in [-1, 1], (B, 3, H, W) for images and (B, 12, F, H / 2, W / 2) for videos.
         noise: Gaussian noise of the same shape.
         level: (B,) noise level s in (0, 1); the model sees `(1 - s) clean + s noise`.
         ids: (B, 16) int64 token ids.
@@ -33,18 +33,18 @@ class Batch:
 
     @property
     def noisy(self) -> torch.Tensor:
-        """The network's input, shaped like `clean`."""
+        """Mix `clean` and `noise` at `level`: the network's input, shaped like `clean`."""
         s = self.level.view(-1, *[1] * (self.clean.ndim - 1))
         return torch.lerp(self.clean, self.noise, s)
 
 
 def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generator, device: torch.device) -> Batch:
-    """A training batch of `stage`, from `generator` (a CPU generator)."""
+    """Draw a training batch of `stage` from `generator`, a CPU generator."""
     items: list[Any]
-    if recipe.kind == "scene":
+    if recipe.kind == "image":
         items = list(world.sample_scenes(stage.batch, generator, stage.single))
     else:
-        items = list(world.sample_clips(stage.batch, generator))
+        items = list(world.sample_videos(stage.batch, generator))
     clean = render(items, stage, generator, device)
     drop = (torch.rand(stage.batch, generator=generator) < recipe.caption_drop).tolist()
     texts = ["" if gone else world.caption(item) for gone, item in zip(drop, items, strict=True)]
@@ -52,15 +52,15 @@ def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generato
 
 
 def render(items: list[Any], stage: Stage, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    """Latents of `items` in [-1, 1] at the size of `stage`."""
+    """Draw `items` as latents in [-1, 1] at the size of `stage`."""
     if isinstance(items[0], world.Scene):
         return world.render_scenes(items, stage.size, generator=generator, device=device) * 2 - 1
-    pixels = world.render_clips(items, CLIP_FRAMES, stage.size, first=stage.frames, generator=generator, device=device)
+    pixels = world.render_videos(items, VIDEO_FRAMES, stage.size, first=stage.frames, generator=generator, device=device)
     return space_to_depth(pixels * 2 - 1, 2)
 
 
 def corrupt(clean: torch.Tensor, texts: list[str], stage: Stage, tokenizer: Any, generator: torch.Generator) -> Batch:
-    """`clean` with seeded noise at logit-normal levels, shifted as `stage` says."""
+    """Add seeded noise to `clean` at logit-normal levels, shifted as `stage` says."""
     level = torch.sigmoid(torch.randn(len(clean), generator=generator))
     level = stage.shift * level / (1 + (stage.shift - 1) * level)
     noise = torch.randn(clean.shape, generator=generator)

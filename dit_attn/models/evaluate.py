@@ -13,13 +13,20 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dit_attn.eval import world
-from dit_attn.eval.verify import verify_clip, verify_image
+from dit_attn import files
+from dit_attn.contact_sheet import flow, tile
+from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world.verify import verify_image, verify_video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RIGHT, WRONG = (60, 160, 60), (200, 30, 30)  # borders of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ class Sample:
     """One generated item with its verdict.
 
     Args:
-        item: what was asked for.
-        output: (H, W, 3) image or (F, H, W, 3) clip in [0, 1].
+        item: what the prompt says.
+        output: (H, W, 3) image or (F, H, W, 3) video in [0, 1].
         verdict: attribute -> right or wrong.
     """
 
@@ -38,14 +45,14 @@ class Sample:
 
     @property
     def right(self) -> bool:
-        """Whether every attribute is right."""
+        """Tell whether every attribute is right."""
         return all(self.verdict.values())
 
 
 def generate(
     pipeline: Any, items: Sequence[world.Item], call: dict[str, Any], seed: int, batch: int = 8
 ) -> list[Sample]:
-    """One sample per item through the stock `pipeline`; item i always gets the noise of `seed + i`.
+    """Make one sample per item through the stock `pipeline`; item i always gets the noise of `seed + i`.
 
     Args:
         call: keyword arguments of the call (see `dit_attn.models.call_defaults`).
@@ -61,17 +68,17 @@ def generate(
 
 
 def _verify(output: np.ndarray, item: world.Item) -> dict[str, bool]:
-    return verify_clip(output, item) if isinstance(item, world.Clip) else verify_image(output, item)
+    return verify_video(output, item) if isinstance(item, world.VideoScene) else verify_image(output, item)
 
 
 def interval(right: int, total: int) -> list[float]:
-    """95 % Wilson score interval of a proportion (Wilson 1927)."""
+    """Compute the 95 % Wilson score interval of a proportion (Wilson 1927)."""
     if total == 0:
         return [0.0, 1.0]
     z, p = 1.959964, right / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    center = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return [round(centre - half, 4), round(centre + half, 4)]
+    return [round(center - half, 4), round(center + half, 4)]
 
 
 def _rate(flags: Iterable[bool]) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _rate(flags: Iterable[bool]) -> dict[str, Any]:
 
 
 def table(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Accuracy per attribute, over all attributes, per whole caption, and by seen / never-seen (colour, shape) pair."""
+    """Compute accuracy per attribute, over all attributes, per full caption, and by seen or never-seen pair."""
     attributes = list(samples[0].verdict) if samples else []
     groups = {
         "seen_pairs": [s for s in samples if not world.never_seen(s.item)],
@@ -103,7 +110,7 @@ def table(samples: Sequence[Sample]) -> dict[str, Any]:
 def evaluate(
     pipeline: Any, kind: str, call: dict[str, Any], count: int = 200, seed: int = 0, batch: int = 8
 ) -> tuple[dict[str, Any], list[Sample]]:
-    """`table` over `count` held-out captions of `kind` ("scene" or "clip"), with timing, and the samples themselves."""
+    """Score `count` held-out captions of `kind` ("image" or "video"): `table` with timing, and the samples."""
     items = world.held_out_sample(kind, count, seed)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
@@ -113,28 +120,16 @@ def evaluate(
     return {**result, "seconds_per_sample": round(seconds / max(1, len(samples)), 3), **table(samples)}, samples
 
 
-def contact_sheet(samples: Sequence[Sample], columns: int = 8, tile: int = 128) -> Any:
-    """PIL image of the samples in a grid, a red frame around the wrong ones; a clip is shown as a row of frames."""
-    from PIL import Image
-
-    rows = []
+def contact_sheet(samples: Sequence[Sample], columns: int = 8, height: int = 128) -> Image:
+    """Draw the samples with captions and wrong attributes; green borders mark what is right, red ones the rest."""
+    cells = []
     for sample in samples:
-        frames = sample.output[None] if sample.output.ndim == 3 else sample.output[:: max(1, len(sample.output) // 4)]
-        cells = [
-            Image.fromarray((f * 255).round().astype(np.uint8)).resize((tile, tile), Image.Resampling.NEAREST)
-            for f in frames
-        ]
-        rows.append((cells, sample.right))
-    per_line = max(1, columns // max(1, len(rows[0][0])))
-    width = per_line * len(rows[0][0])
-    sheet = Image.new("RGB", (width * (tile + 4), math.ceil(len(rows) / per_line) * (tile + 4)), (90, 90, 90))
-    for index, (cells, right) in enumerate(rows):
-        for offset, cell in enumerate(cells):
-            x = ((index % per_line) * len(cells) + offset) * (tile + 4)
-            y = (index // per_line) * (tile + 4)
-            sheet.paste((60, 160, 60) if right else (200, 30, 30), (x, y, x + tile + 4, y + tile + 4))
-            sheet.paste(cell, (x + 2, y + 2))
-    return sheet
+        frames = sample.output[None] if sample.output.ndim == 3 else sample.output
+        wrong = ", ".join(name for name, right in sample.verdict.items() if not right)
+        note, border = (f"wrong: {wrong}", WRONG) if wrong else ("", RIGHT)
+        pixels = (frames * 255).round().astype(np.uint8)
+        cells.append(tile(pixels, world.caption(sample.item), note, height, strip=4, border=border))
+    return flow(cells, width=columns * (height + 8))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,17 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "training_steps": info(args.name).training.get("steps_done"),
         **figures,
     }
-    text = json.dumps(record, indent=1)
     if args.output:
-        args.output.write_text(text + "\n")
+        files.write_json(args.output, record)
     if args.sheet:
-        contact_sheet(samples[:64]).save(args.sheet)
-    print(text)
+        with files.atomic_path(args.sheet) as temporary:
+            contact_sheet(samples[:64]).save(temporary)
+    print(json.dumps(record, indent=1))
     return 0
 
 
 def current_commit() -> str:
-    """The commit of the working copy, "" outside one."""
+    """Return the commit of the working copy, "" outside one."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False

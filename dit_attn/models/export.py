@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.models import nets
 from dit_attn.models.loop import Run
 
 
 def pipeline_of(run: Run) -> Any:
-    """The stock pipeline around the averaged weights of `run`."""
+    """Build the stock pipeline around the averaged weights of `run`."""
     model = run.averaged()
     return nets.build_pipeline(run.recipe.family, model.parts, run.tokenizer)
 
 
 def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `training.json` holds: recipe, seed, progress, versions, hardware and measured figures."""
+    """Collect the content of `training.json`: recipe, seed, progress, versions, hardware and measured figures."""
     heads = run.model.parts["transformer"].config["num_attention_heads"]
     return {
         "name": run.recipe.name,
@@ -37,7 +36,7 @@ def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def environment() -> dict[str, Any]:
-    """Library versions and hardware, for result files."""
+    """Collect library versions and hardware, for result files."""
     import diffusers
     import torch
     import transformers
@@ -64,17 +63,9 @@ def _hardware() -> str:
 
 
 def export(run: Run, folder: Path, figures: dict[str, Any] | None = None) -> None:
-    """Write `run` as a diffusers folder: built beside `folder`, then moved in part by part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    nets.save_folder(pipeline_of(run), staging)
-    log = staging / "training.json"
-    log.write_text(json.dumps(provenance(run, figures), indent=1) + "\n")
-    log.chmod(0o644)
-    for part in staging.iterdir():
-        target = folder / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(part, target)
-    shutil.rmtree(staging)
+    """Write `run` as a diffusers folder, which replaces an earlier one part by part when all parts are written."""
+    with files.atomic_folder(folder) as staging:
+        nets.save_folder(pipeline_of(run), staging)
+        log = staging / "training.json"
+        files.write_json(log, provenance(run, figures))
+        log.chmod(0o644)

@@ -7,7 +7,6 @@ Hidden matrices are updated by Muon (Jordan 2024), everything else by AdamW.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError
+from dit_attn import files
+from dit_attn.errors import DitAttnError, reason
 from dit_attn.models import nets
 from dit_attn.models.data import Batch, draw
 from dit_attn.models.recipe import Recipe
@@ -28,14 +28,14 @@ LOG_EVERY = 50
 
 
 def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) -> torch.Tensor:
-    """Mean squared error of the implied velocity."""
+    """Compute the mean squared error of the implied velocity."""
     predicted = model(batch.noisy, batch.level, batch.ids, batch.mask).float()
     error = (predicted - batch.clean).square().flatten(1).mean(1)
     return (error / batch.level.clamp(min=min_level).square()).mean()
 
 
 def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the transformer blocks, AdamW for the rest; AdamW for all where torch has no Muon."""
+    """Build Muon for the matrices of the blocks and AdamW for the rest; AdamW for all where torch has no Muon."""
     hidden: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -73,26 +73,26 @@ class Run:
         self.base_lr = [o.param_groups[0]["lr"] for o in self.optimizers]
 
     def batch(self) -> Batch:
-        """The data of the current step."""
+        """Draw the data of the current step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         return draw(self.recipe, self.recipe.stage_at(self.step), self.tokenizer, generator, self.device)
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Exponential moving average of the weights, with a warm-up."""
+        """Update the exponential moving average of the weights, with a warm-up."""
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         live = self.model.state_dict()
         floats = [k for k, v in live.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.average[k] for k in floats], [live[k] for k in floats], 1 - decay)
 
     def averaged(self) -> Trainee:
-        """A copy of the model with the averaged weights, for evaluation and export."""
+        """Copy the model with the averaged weights, for evaluation and export."""
         model = Trainee(self.recipe.family, self.tokenizer)
         model.load_state_dict({k: v.cpu() for k, v in self.average.items()})
         return model.eval().requires_grad_(False)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint to a temporary name, then rename it.
+        """Write the checkpoint, atomically.
 
         Raises:
             DitAttnError: the disk is full or the folder cannot be written; the previous checkpoint stays.
@@ -107,15 +107,13 @@ class Run:
             "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
-        temporary = folder / f".{CHECKPOINT}.partial"
         try:
-            torch.save(state, temporary)
-            os.replace(temporary, folder / CHECKPOINT)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
+            with files.atomic_path(folder / CHECKPOINT) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise DitAttnError(
-                f"cannot write the checkpoint to {folder} ({str(error).splitlines()[0]}); free some space there, "
-                "the last whole checkpoint is kept"
+                f"cannot write the checkpoint to {folder} ({reason(error)}); free some space there, the previous "
+                "checkpoint is intact"
             ) from error
 
     def restore(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.eval import world
+from dit_attn.eval.shapes_world import world
 from dit_attn.models.autoencoders import exact_kl, exact_wan
 
 TEXT_LENGTH = 16
@@ -17,12 +17,12 @@ HIDDEN = 128
 LAYERS = 6
 HEADS = 2
 JOINT_HEADS = 8  # of `tiny-joint`: more and narrower heads, so that single heads can be addressed
-CLIP_WIDTH = TEXT_WIDTH // 2  # two CLIP encoders side by side are as wide as the T5
+CLIP_WIDTH = TEXT_WIDTH // 2  # two CLIP encoders, concatenated, are as wide as the T5
 FLOW_SHIFT = 3.0
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer over the words of the world, with `</s>` appended."""
+    """Build a word-level tokenizer over the words of the world, with `</s>` appended."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +43,7 @@ def build_tokenizer() -> Any:
 
 
 def build_text_encoder(family: str, vocab_size: int) -> Any:
-    """A two-layer T5 (families "image", "joint") or UMT5 ("video") encoder of width `TEXT_WIDTH`, untrained."""
+    """Build an untrained two-layer T5 (families "image", "joint") or UMT5 ("video") encoder of width `TEXT_WIDTH`."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     classes: dict[str, tuple[Any, Any]] = {
@@ -69,7 +69,7 @@ def build_text_encoder(family: str, vocab_size: int) -> Any:
 
 
 def build_clip_encoder(vocab_size: int) -> Any:
-    """A two-layer CLIP text encoder of width `CLIP_WIDTH` for the same tokens as the T5, untrained."""
+    """Build an untrained two-layer CLIP text encoder of width `CLIP_WIDTH` for the same tokens as the T5."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -88,7 +88,7 @@ def build_clip_encoder(vocab_size: int) -> Any:
 
 
 def build_image_transformer() -> Any:
-    """The PixArt transformer of `tiny-image`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens."""
+    """Build the PixArt transformer of `tiny-image`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens."""
     from diffusers import PixArtTransformer2DModel
 
     net: Any = PixArtTransformer2DModel(
@@ -110,7 +110,7 @@ def build_image_transformer() -> Any:
 
 
 def build_video_transformer() -> Any:
-    """The Wan transformer of `tiny-video`: 9 frames of 48 x 48 pixels = 1,296 tokens."""
+    """Build the Wan transformer of `tiny-video`: 9 frames of 48 x 48 pixels = 1,296 tokens."""
     from diffusers import WanTransformer3DModel
 
     net: Any = WanTransformer3DModel(
@@ -131,7 +131,7 @@ def build_video_transformer() -> Any:
 
 
 def build_joint_transformer() -> Any:
-    """The SD3 transformer of `tiny-joint`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens beside 32 of text.
+    """Build the SD3 transformer of `tiny-joint`: patches of 4 x 4 pixels, 1,024 image tokens and 32 of text.
 
     Without `pos_embed_max_size` the position table is rescaled to other sizes instead of cropped.
     """
@@ -157,9 +157,9 @@ def build_joint_transformer() -> Any:
 
 
 def build_parts(family: str, vocab_size: int) -> dict[str, Any]:
-    """The trained parts of a pipeline by their names in it: transformer and text encoders.
+    """Build the trained parts of a pipeline by their names in it: transformer and text encoders.
 
-    Family "joint" trains one CLIP encoder, which its pipeline holds twice.
+    Family "joint" trains one CLIP encoder, which its pipeline has twice.
     """
     builders = {"image": build_image_transformer, "video": build_video_transformer, "joint": build_joint_transformer}
     parts = {"transformer": builders[family]()}
@@ -170,7 +170,7 @@ def build_parts(family: str, vocab_size: int) -> dict[str, Any]:
 
 
 def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
-    """The stock pipeline around trained `parts` (see `build_parts`).
+    """Build the stock pipeline around trained `parts` (see `build_parts`).
 
     `PixArtSigmaPipeline` (family "image"), `WanPipeline` ("video") or `StableDiffusion3Pipeline` ("joint").
     The transformers predict the clean sample (`prediction_type="sample"`).

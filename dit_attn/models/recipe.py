@@ -1,4 +1,4 @@
-"""The recipes: what each embedded model is trained on, in which order, and with which optimiser."""
+"""The recipes: what each embedded model is trained on, in which order, and with which optimizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from dit_attn.errors import unknown
 
-CLIP_FRAMES = 9
+VIDEO_FRAMES = 9
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Stage:
     Args:
         share: fraction of all steps.
         size: height and width in pixels.
-        frames: 1 for images; for clips, how many of the `CLIP_FRAMES` frames are shown, from the first one.
+        frames: 1 for images; for videos, how many of the `VIDEO_FRAMES` frames are shown, from the first one.
         batch: samples per step.
         shift: timestep shift of the noise level, larger for larger inputs (Esser et al. 2024, eq. 23).
         single: one-object scenes only.
@@ -32,11 +32,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out of training, beside the seed and the number of steps."""
+    """Everything that decides what comes out of training, except the seed and the number of steps."""
 
     name: str
     family: str  # "image" (PixArt), "video" (Wan) or "joint" (SD3)
-    kind: str  # "scene" or "clip"
+    kind: str  # "image" or "video"
     steps: int
     stages: tuple[Stage, ...]
     lr: float = 1e-3
@@ -49,10 +49,10 @@ class Recipe:
     min_level: float = 0.05
     clip: float = 1.0
     precision: str = "bf16"
-    warm_start: str = ""  # embedded model whose trained weights are taken over where they fit
+    warm_start: str = ""  # embedded model whose trained weights are copied where they fit
 
     def stage_at(self, step: int) -> Stage:
-        """The stage of `step` (0-based) in a run of `steps` steps."""
+        """Return the stage of `step` (0-based) in a run of `steps` steps."""
         passed = 0.0
         for stage in self.stages:
             passed += stage.share
@@ -61,12 +61,12 @@ class Recipe:
         return self.stages[-1]
 
     def lr_scale(self, step: int) -> float:
-        """Learning-rate factor of `step`: linear warm-up, constant, linear decay to 2 % over the last `decay_share`."""
+        """Return the learning-rate factor of `step`: linear warm-up, constant, linear decay to 2 % over the last `decay_share`."""
         left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
         return min(1.0, (step + 1) / self.warmup, max(0.02, left))
 
     def with_steps(self, steps: int) -> Recipe:
-        """The same recipe over another number of steps."""
+        """Return the same recipe over another number of steps."""
         return replace(self, steps=steps)
 
 
@@ -74,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "tiny-image": Recipe(
         name="tiny-image",
         family="image",
-        kind="scene",
+        kind="image",
         steps=6700,
         stages=(
             Stage(share=0.6478, size=32, frames=1, batch=16, shift=1.0),
@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
     "tiny-video": Recipe(
         name="tiny-video",
         family="video",
-        kind="clip",
+        kind="video",
         steps=10600,
         stages=(
             Stage(share=0.1792, size=48, frames=1, batch=16, shift=1.3),
@@ -104,7 +104,7 @@ RECIPES: dict[str, Recipe] = {
     "tiny-joint": Recipe(
         name="tiny-joint",
         family="joint",
-        kind="scene",
+        kind="image",
         steps=5150,
         stages=(
             Stage(share=0.0777, size=32, frames=1, batch=16, shift=2.0, single=True),
@@ -120,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe of the embedded model `name`.
+    """Return the recipe of the embedded model `name`.
 
     Raises:
         DitAttnError: no such model.

@@ -35,17 +35,17 @@ class ModelInfo:
 
     @property
     def folder(self) -> Path:
-        """The diffusers folder inside the package."""
+        """Path of the diffusers folder inside the package."""
         return WEIGHTS / self.name
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the folder on disk; 0 when it is missing."""
+        """Size of the folder on disk in bytes; 0 when it is missing."""
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
     @property
     def training(self) -> dict[str, Any]:
-        """`training.json`: recipe, seed, steps, hardware and figures of the shipped weights; empty when missing."""
+        """Content of `training.json`: recipe, seed, steps, hardware and figures of the weights; empty when missing."""
         path = self.folder / "training.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -54,7 +54,7 @@ MODELS: dict[str, ModelInfo] = {
     "tiny-image": ModelInfo(
         name="tiny-image",
         pipeline="PixArtSigmaPipeline",
-        description="text to image, 128 x 128 pixels, scenes of coloured shapes",
+        description="text to image, 128 x 128 pixels, scenes of colored shapes",
         tokens=1024,
         call_defaults={
             "height": 128,
@@ -70,7 +70,7 @@ MODELS: dict[str, ModelInfo] = {
     "tiny-video": ModelInfo(
         name="tiny-video",
         pipeline="WanPipeline",
-        description="text to video, 9 frames of 48 x 48 pixels, one moving coloured shape",
+        description="text to video, 9 frames of 48 x 48 pixels, one moving colored shape",
         tokens=1296,
         call_defaults={
             "height": 48,
@@ -85,7 +85,7 @@ MODELS: dict[str, ModelInfo] = {
     "tiny-joint": ModelInfo(
         name="tiny-joint",
         pipeline="StableDiffusion3Pipeline",
-        description="text to image, 128 x 128 pixels, scenes of coloured shapes, text and picture in one attention",
+        description="text to image, 128 x 128 pixels, scenes of colored shapes, text and image in one attention",
         tokens=1024,
         call_defaults={
             "height": 128,
@@ -100,7 +100,7 @@ MODELS: dict[str, ModelInfo] = {
 
 
 def info(name: str) -> ModelInfo:
-    """The entry of `name`.
+    """Return the entry of `name`.
 
     Raises:
         DitAttnError: no such embedded model.
@@ -111,14 +111,14 @@ def info(name: str) -> ModelInfo:
 
 
 def available() -> dict[str, ModelInfo]:
-    """Every embedded model by name."""
+    """List every embedded model by name."""
     return dict(MODELS)
 
 
 def call_defaults(name: str) -> dict[str, Any]:
-    """Keyword arguments for a call of the pipeline `name`; override what you like and pass them on.
+    """Return the keyword arguments for a call of the pipeline `name`; override what you like and pass them on.
 
-    `tiny-video` asks for 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame.
+    `tiny-video` requests 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame.
 
     Raises:
         DitAttnError: no such embedded model.
@@ -127,7 +127,7 @@ def call_defaults(name: str) -> dict[str, Any]:
 
 
 def load(name: str, dtype: Any = None) -> Any:
-    """The embedded model `name` as a plain stock pipeline, on the CPU.
+    """Load the embedded model `name` as a plain stock pipeline, on the CPU.
 
     Args:
         name: a key of `available()`.

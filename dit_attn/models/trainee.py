@@ -27,11 +27,11 @@ class Trainee(torch.nn.Module):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The trained parts by their names in the pipeline."""
+        """Trained parts by their names in the pipeline."""
         return {name: getattr(self, name) for name in self.names}
 
     def forward(self, noisy: torch.Tensor, level: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The predicted clean sample, shaped like `noisy`, as the stock pipelines call the stock parts."""
+        """Predict the clean sample, shaped like `noisy`, as the stock pipelines call the stock parts."""
         condition = CONDITIONS[self.family](self, ids, mask)
         transformer: Any = self.transformer
         return transformer(noisy, timestep=level * 1000, return_dict=False, **condition)[0]

@@ -1,11 +1,11 @@
-"""A start from another embedded model: what a joint transformer can take over from a cross-attention one.
+"""A start from another embedded model: what a joint transformer can copy from a cross-attention one.
 
 `tiny-joint` and `tiny-image` have the same width, depth, patch and objective. Whatever acts on image tokens alone has
 a counterpart: patch embedding, time embedding, modulation, feed-forward and self-attention. Text reaches the image
 another way (joint attention instead of cross attention), so those weights start fresh, with text values of zero.
 
 Heads are split: each wide head of the source becomes several narrow ones. The logits of a wide head are a bilinear
-form of its input; its singular directions are shared out: each narrow head keeps the leading ones and some of its own.
+form of its input; its singular directions are shared out: each narrow head has the leading ones and some of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _take_block(old: Any, new: Any, modulation: Any) -> None:
 def split_heads(
     query: torch.nn.Linear, key: torch.nn.Linear, wide: int, narrow: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """((query weight, bias), (key weight, bias)) of `narrow` heads whose logits approximate those of `wide` heads.
+    """Split `wide` heads into `narrow` ones whose logits approximate theirs: ((query weight, bias), (key ...)).
 
     Weights are (width, input) and biases (width,), as in the layers. With `narrow == wide` the logits stay as they are.
     """

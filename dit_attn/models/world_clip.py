@@ -1,6 +1,6 @@
-"""How ``world-clip`` is trained: pictures of the world against their captions, and against one another.
+"""How ``world-clip`` is trained: images of the world against their captions, and against one another.
 
-The loss is CLIP's over batches of distinct scenes, plus the attributes of the scene read from the picture's features by
+The loss is CLIP's over batches of distinct scenes, plus the attributes of the scene predicted from the image's features by
 linear heads that are thrown away afterwards.
 """
 
@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit_attn import files
 from dit_attn.errors import DitAttnError
-from dit_attn.eval import world
-from dit_attn.eval.world_clip import SIZE
+from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world.world_clip import SIZE
 
 NAME = "world-clip"
 CHECKPOINT = "checkpoint.pt"
 HIDDEN, LAYERS, HEADS, PROJECTION, LENGTH = 96, 4, 4, 64, 24
 VOCABULARY = 320  # rows of the token table; the tokenizer needs a few less
-ATTRIBUTES = ("shape", "colour", "size", "place", "count", "background")
+ATTRIBUTES = ("shape", "color", "size", "place", "count", "background")
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,13 @@ class Training:
         return float(loss)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint, atomically."""
         state = {
             "step": self.step, "seed": self.seed, "seconds": self.seconds, "model": self.model.state_dict(),
             "heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        torch.save(state, folder / "partial.pt")
-        (folder / "partial.pt").rename(folder / CHECKPOINT)
+        with files.atomic_path(folder / CHECKPOINT) as temporary:
+            torch.save(state, temporary)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.
@@ -155,8 +156,8 @@ def build_tokenizer() -> Any:
 
 @torch.no_grad()
 def held_out_accuracy(training: Training, count: int = 200) -> dict[str, float]:
-    """How often a held-out picture finds its caption among ``count`` held-out ones, and the other way round."""
-    scenes = [item for item in world.held_out_sample("scene", count) if isinstance(item, world.Scene)]
+    """Measure how often a held-out image finds its caption among ``count`` held-out ones, and the other way round."""
+    scenes = [item for item in world.held_out_sample("image", count) if isinstance(item, world.Scene)]
     images = world.render_scenes(scenes, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     tokens = training.tokenizer([world.caption(s) for s in scenes], return_tensors="pt", padding=True)
     model = training.model.eval()
@@ -202,15 +203,15 @@ def export(training: Training, folder: Path) -> dict[str, Any]:
     from dit_attn.models.export import environment
 
     square = {"height": SIZE, "width": SIZE}
-    pictures = CLIPImageProcessorPil(
+    processor = CLIPImageProcessorPil(
         size=square, crop_size=square, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     training.model.eval().save_pretrained(folder)
-    CLIPProcessor(pictures, training.tokenizer).save_pretrained(folder)
+    CLIPProcessor(processor, training.tokenizer).save_pretrained(folder)
     record = {
         "name": NAME, "seed": training.seed, "steps_done": training.step,
         "training_seconds": round(training.seconds, 1), "recipe": asdict(training.recipe),
         "environment": environment(), "held_out": held_out_accuracy(training),
     }  # fmt: skip
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    files.write_json(folder / "training.json", record)
     return record

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from dit_attn.cli import load
+from dit_attn.cli import load_pipeline
 
 PROMPT = ("--prompt", "a red circle")
 MODEL = ("--model", "tiny-image")
@@ -108,7 +108,7 @@ def test_a_corrupt_adapter_is_refused(cli, tmp_path):
 
 def test_adapters_for_a_pipeline_that_takes_none_are_refused_before_it_is_loaded(cli, monkeypatch, tmp_path):
     pytest.importorskip("peft")
-    monkeypatch.setattr(load, "load_pipeline", None)
+    monkeypatch.setattr(load_pipeline, "load_pipeline", None)
     (tmp_path / "adapter.safetensors").write_bytes(b"x")
     words = ("generate", *MODEL, *PROMPT, "--lora", tmp_path / "adapter.safetensors")
     cli(*words).refused("PixArtSigmaPipeline takes no LoRA adapters", "leave out --lora")
@@ -250,10 +250,10 @@ def test_no_gpu_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(DitAttnError, match="no NVIDIA driver or GPU found"):
-        load.pick_device("cuda")
+        load_pipeline.pick_device("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(DitAttnError, match="built without CUDA"):
-        load.pick_device("cuda")
+        load_pipeline.pick_device("cuda")
 
 
 def test_a_picture_the_pipeline_needs_is_asked_for_before_anything_is_loaded(cli, image_to_video_model):

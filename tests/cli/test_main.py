@@ -10,10 +10,10 @@ import torch
 
 from dit_attn import __version__
 from dit_attn import cli as package
-from dit_attn.cli import generate
+from dit_attn.cli.commands import generate
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.metrics import score
-from dit_attn.pipelines import quality
+from dit_attn.pipelines.compare import metrics
 
 
 def test_help_loads_nothing_heavy():
@@ -92,7 +92,7 @@ def test_a_torchvision_that_cannot_be_imported_is_named_with_its_remedy(cli, mon
     with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
         score("ssim", torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
-        quality.check(["ms-ssim"], None)
+        metrics.check(["ms-ssim"], None)
 
 
 def test_ctrl_c_exits_with_130(cli, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_attn.cli import outputs, sheet
+from dit_attn.cli import outputs
 from dit_attn.cli.outputs import Media
 from dit_attn.errors import DitAttnError
 
@@ -78,7 +78,7 @@ def test_a_video_keeps_its_size_and_number_of_frames(tmp_path, size):
 
 def test_a_block_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(KeyboardInterrupt), outputs.whole_file(tmp_path / "a.txt") as temporary:
+    with pytest.raises(KeyboardInterrupt), outputs.output_file(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -86,7 +86,7 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path):
 
 
 def test_a_full_disk_says_what_to_do_and_leaves_nothing(tmp_path):
-    with pytest.raises(DitAttnError, match=r"No space left.*--resume"), outputs.whole_file(tmp_path / "a.txt") as path:
+    with pytest.raises(DitAttnError, match=r"No space left.*--resume"), outputs.output_file(tmp_path / "a.txt") as path:
         path.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
@@ -141,20 +141,3 @@ def test_an_output_is_finished_only_if_it_is_the_file_that_was_written(tmp_path)
     assert outputs.finished(tmp_path, "a", "h") is None
     (tmp_path / "a.json").write_text("{half")
     assert outputs.finished(tmp_path, "a", "h") is None
-
-
-def test_a_sheet_shows_every_item_and_its_text():
-    cells = [sheet.tile(Media(picture(i)[None], False), f"prompt {i} " * 30, "note") for i in range(3)]
-    clip = sheet.tile(Media(np.stack([picture(i) for i in range(9)]), True), "clip", strip=4)
-    assert len(clip.frames) == 4
-    made = sheet.flow([*cells, clip], "heading", width=900)
-    assert made.width >= clip.width
-    colours = {made.getpixel((8 + 4, y)) for y in range(made.height)}
-    assert len(colours) > 10  # pictures, not only background
-
-
-def test_lines_under_a_cell_stay_within_its_width():
-    for text in ("a " * 200, "x" * 500, "", "word " + "y" * 300):
-        for line in sheet._wrap(text, 150, 15):
-            assert sheet._font(15).getlength(line) <= 150
-        assert len(sheet._wrap(text, 150, 15)) <= 3

@@ -21,7 +21,7 @@ from dit_attn.eval.metrics import METRICS, score
 
 
 def pictures(n: int, size: int = 48, seed: int = 0) -> torch.Tensor:
-    """Smooth random colour fields."""
+    """Smooth random color fields."""
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 6, 6, generator=rng)
     fine = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
@@ -33,10 +33,10 @@ def noisy(images: torch.Tensor, sigma: float) -> torch.Tensor:
     return (images + noise).clamp(0, 255).round().to(torch.uint8)
 
 
-class Colours(nn.Module):
-    """Mean and spread of every colour: features that anybody can compute again."""
+class Colors(nn.Module):
+    """Mean and spread of every color: features that anybody can compute again."""
 
-    name = "colours"
+    name = "colors"
     num_features = 6
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Colours(nn.Module):
         return torch.cat([x.mean(2), x.std(2)], 1)
 
 
-WITH_COLOURS = Networks(features=Colours())
+WITH_COLORS = Networks(features=Colors())
 
 
 @pytest.mark.parametrize("metric", ("psnr", "ssim", "ms-ssim"))
@@ -63,22 +63,22 @@ def test_psnr_is_the_mean_over_images_of_the_formula() -> None:
 
 def test_fid_agrees_with_an_independent_matrix_square_root() -> None:
     real, made = pictures(40, seed=1), noisy(pictures(30, seed=2), 0.1)
-    a, b = (Colours()(x).numpy() for x in (real, made))
+    a, b = (Colors()(x).numpy() for x in (real, made))
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    found = score("fid", made, real, networks=WITH_COLOURS)
+    found = score("fid", made, real, networks=WITH_COLORS)
     assert found.value == pytest.approx(expected, rel=1e-4)
-    assert found.label == "fid (colours)" and (found.samples, found.reference) == (30, 40) and found.caution is None
+    assert found.label == "fid (colors)" and (found.samples, found.reference) == (30, 40) and found.caution is None
 
 
 def test_distances_of_sets_grow_with_damage_and_know_their_own_noise() -> None:
     real, more = pictures(120, seed=1), pictures(120, seed=2)
     for metric in ("fid", "kid"):
-        floor = score(metric, more, real, networks=WITH_COLOURS).value
-        damaged = [score(metric, noisy(more, s), real, networks=WITH_COLOURS).value for s in (0.1, 0.2, 0.4)]
+        floor = score(metric, more, real, networks=WITH_COLORS).value
+        damaged = [score(metric, noisy(more, s), real, networks=WITH_COLORS).value for s in (0.1, 0.2, 0.4)]
         assert damaged == sorted(damaged) and damaged[0] > floor
-    few = score("fid", pictures(4), pictures(5), networks=WITH_COLOURS)
+    few = score("fid", pictures(4), pictures(5), networks=WITH_COLORS)
     assert few.caution is not None and "4 samples for 6 features" in few.caution
 
 
@@ -147,7 +147,7 @@ def part_of_two(rank: int, place: str, folder: str) -> None:
     part = slice(0, 9) if rank == 0 else slice(9, None)  # unequal, as a last batch is
     made, real = noisy(pictures(24, seed=2), 0.1)[part], pictures(24, seed=1)[part]
     captions = ["a large red circle at the left on white"] * len(made)
-    found = {name: score(name, made, real, captions, WITH_COLOURS) for name in EVERYWHERE}
+    found = {name: score(name, made, real, captions, WITH_COLORS) for name in EVERYWHERE}
     if rank == 0:
         Path(folder, "scores.json").write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
     torch.distributed.destroy_process_group()
@@ -160,7 +160,7 @@ def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
     captions = ["a large red circle at the left on white"] * len(made)
     assert set(found) == set(EVERYWHERE)
     for name, one in found.items():
-        alone = score(name, made, real, captions, WITH_COLOURS)
+        alone = score(name, made, real, captions, WITH_COLORS)
         assert (one["samples"], one["reference"]) == (24, None if name == "clip-world" else 24)
         assert one["value"] == pytest.approx(alone.value, rel=1e-5), name
 
@@ -169,12 +169,12 @@ def test_a_score_does_not_depend_on_batches_or_on_the_state_of_the_generator(mon
     made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
     captions = ["a large red circle at the left on white"] * len(made)
     names = (*EVERYWHERE, "is")
-    whole = {name: score(name, made, real, captions, WITH_COLOURS).value for name in names}
+    whole = {name: score(name, made, real, captions, WITH_COLORS).value for name in names}
     monkeypatch.setattr("dit_attn.eval.metrics.BATCH", 5)
     torch.manual_seed(99)
     state = torch.get_rng_state()
     for name in names:
-        found = score(name, made, real, captions, WITH_COLOURS).value
+        found = score(name, made, real, captions, WITH_COLORS).value
         assert found == pytest.approx(whole[name], rel=1e-5), name
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -190,7 +190,7 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
         ("clip", {}, "a caption for each of 2 images, none were"),
         ("clip", {"captions": ["a"]}, "a caption for each of 2 images, 1 were"),
         ("clip", {"captions": ["a", "b"], "networks": Networks(clip=str(tmp_path))}, "or use clip-world"),
-        ("fid", {"reference": images[:1], "networks": WITH_COLOURS}, "at least 2 reference images, got 1"),
+        ("fid", {"reference": images[:1], "networks": WITH_COLORS}, "at least 2 reference images, got 1"),
         ("lpips", {"reference": images, "networks": Networks(lpips="res")}, "unknown LPIPS backbone"),
         ("lpips", {"reference": images, "networks": Networks(lpips_weights=tmp_path / "a.pth")}, "no LPIPS weights at"),
     ):

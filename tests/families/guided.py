@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors import passes, socket
+from dit_attn.processors.attach import attention_processor, perturbed_pass
+from dit_attn.processors.core.call import SDPAArgs
 from tests.families.outputs import same, tensors
 
 
@@ -32,22 +33,23 @@ def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, s
 
 
 @contextmanager
-def by_hand(site_name: str, head: int, u: float) -> Iterator[None]:
+def by_hand(layer_name: str, head: int, u: float) -> Iterator[None]:
     """Every tapped call of a layer answers with the written-out map of one head."""
-    stock = socket.answer
+    stock = attention_processor.dispatch_attention
 
-    def answer(site: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, *rest: Any, **more: Any) -> torch.Tensor:
-        out = stock(site, q, k, v, mask, scale, *rest, **more)
-        if site.name == site_name and q.shape[1] == k.shape[1]:
+    def perturbed(run: Any, layer: Any, args: SDPAArgs, stock_call: Any) -> torch.Tensor:
+        out = stock(run, layer, args, stock_call)
+        if layer.name == layer_name and args.q.shape[1] == args.k.shape[1]:
             out = out.clone()
-            out[:, :, head] = materialised(q, k, v, mask, scale, u)[:, :, head].to(out.dtype)
+            exact = materialised(args.q, args.k, args.v, args.mask, args.scale, u)
+            out[:, :, head] = exact[:, :, head].to(out.dtype)
         return out
 
-    socket.answer = answer
+    attention_processor.dispatch_attention = perturbed
     try:
         yield
     finally:
-        socket.answer = stock
+        attention_processor.dispatch_attention = stock
 
 
 def combined(cond: Any, perturbed: Any, weight: float) -> list[torch.Tensor]:
@@ -68,27 +70,27 @@ class GuidedMixin:
         for nothing in (dit_attn.SoftPAG(heads="0", u=0.0), dit_attn.SoftPAG(heads="0", scale=0.0)):
             session = dit_attn.enable(net, nothing)
             assert same(before, self.call(net, args))
-            assert session.guide is not None and session.guide.evaluations == 0
+            assert session.guider is not None and session.guider.evaluations == 0
         dit_attn.disable(net)
         assert same(before, self.call(net, args))
 
     def test_a_guided_call_equals_the_written_out_map(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net)
-        layer = session.sites[-1].name
+        layer = session.layers[-1].name
         plain = self.call(net, args)
         session.reset()
         with by_hand(layer, 0, 0.6):
             spoiled = self.call(net, args)
         session = dit_attn.enable(net, dit_attn.SoftPAG(heads=f"{layer}:0", u=0.6, scale=2.0))
         guided = self.call(net, args)
-        assert session.guide is not None and session.guide.evaluations == 1
-        assert session.guide.saved_blocks == self._shared(session, layer, args)
+        assert session.guider is not None and session.guider.evaluations == 1
+        assert session.guider.saved_blocks == self._shared(session, layer, args)
         for expected, found in zip(combined(plain, spoiled, 2.0), tensors(guided), strict=True):
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
         assert any(not torch.equal(a, b) for a, b in zip(tensors(plain), tensors(guided), strict=True))
 
     def test_taking_blocks_over_changes_no_bit(self, net: Any, args: Any) -> None:
-        layer = dit_attn.enable(net).sites[-1].name
+        layer = dit_attn.enable(net).layers[-1].name
         results = []
         for share in (True, False):
             dit_attn.enable(net, dit_attn.SoftPAG(heads=layer, share_prefix=share))
@@ -98,10 +100,10 @@ class GuidedMixin:
     def test_other_heads_are_bit_equal_in_the_perturbed_pass(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net, dit_attn.SoftPAG(heads="0:1"))
         seen: list[torch.Tensor] = []
-        with dit_attn.observing(net, lambda call, request, out: call.site.index == 0 and seen.append(out)):
+        with dit_attn.observing(net, lambda call, request, out: call.layer.index == 0 and seen.append(out)):
             self.call(net, args)
         half = len(seen) // 2  # some models attend to their samples one by one
-        assert session.guide is not None and half and len(seen) == 2 * half
+        assert session.guider is not None and half and len(seen) == 2 * half
         for plain, spoiled in zip(seen[:half], seen[half:], strict=True):
             others = [head for head in range(plain.shape[2]) if head != 1]
             assert torch.equal(plain[:, :, others], spoiled[:, :, others])
@@ -109,16 +111,16 @@ class GuidedMixin:
 
     def test_skipping_a_block_hands_its_inputs_on(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net, dit_attn.SLG(layers="0", scale=1.0, start=0.0, stop=1.0))
-        assert session.guide is not None
-        block = net.get_submodule(session.guide.blocks[0])
+        assert session.guider is not None
+        block = net.get_submodule(session.guider.blocks[0])
         seen: list[tuple[Any, Any]] = []
         block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
         guided = tensors(self.call(net, args))
-        assert session.guide.evaluations == 1
+        assert session.guider.evaluations == 1
         given = seen[0]
         dit_attn.disable(net)
         plain = tensors(self.call(net, args))
-        with passes.forwards({block: lambda *_, **__: passes.passing(block)(*given[0], **given[1])}):
+        with perturbed_pass.forwards({block: lambda *_, **__: perturbed_pass.passing(block)(*given[0], **given[1])}):
             skipped = tensors(self.call(net, args))
         for found, c, p in zip(guided, plain, skipped, strict=True):
             torch.testing.assert_close(found, c + (c - p), atol=1e-5, rtol=1e-4)
@@ -140,11 +142,11 @@ class GuidedMixin:
         assert torch.equal(off.latents, stock.latents) and off.calls == stock.calls
         session = dit_attn.enable(pipe, base)
         first = self._latents(pipe, kwargs)
-        assert session.guide is not None and session.guide.evaluations == 2
+        assert session.guider is not None and session.guider.evaluations == 2
         assert first.calls == stock.calls + 2
         assert not torch.equal(first.latents, stock.latents)
         ways: list[dict[str, Any]] = [{"batched": True}]
-        if not session.family.guidance.rescaled:
+        if not session.cfg.rescaled:
             ways.append({"inject": "step"})
             if session.guidance_scale():
                 ways.append({"inject": "cond"})
@@ -186,7 +188,7 @@ class GuidedMixin:
     @staticmethod
     def _shared(session: Any, layer: str, args: dict[str, Any]) -> int:
         """Blocks that need not run again when ``layer`` is the first to be perturbed."""
-        blocks = session.guide.blocks
+        blocks = session.guider.blocks
         first = next(i for i, block in enumerate(blocks) if layer.startswith(f"{block}."))
         between = any("control" in name for name in args)  # residuals that are added between blocks
         return first if session.family.block_chain and not between else 0

@@ -18,13 +18,14 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors import attach, engage, executor, socket
-from dit_attn.processors.re_ttention import MASKS
-from dit_attn.processors.tokens import Tokens
+from dit_attn.processors.attach import attach, attention_processor
+from dit_attn.processors.core import call, dispatch, executor
+from dit_attn.processors.core.tokens import Tokens
+from dit_attn.processors.methods.re_ttention import MASKS
+from tests._support.rectified_reference import rectified
+from tests._support.reshaped_reference import read_pairs, reshaped
 from tests.families.guided import GuidedMixin
 from tests.families.outputs import same
-from tests.processors.rectified_reference import rectified
-from tests.processors.reshaped_reference import read_pairs, reshaped
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
 RECTIFIED = tuple(
@@ -37,7 +38,7 @@ RECTIFIED = tuple(
 class Seen:
     """One attention call as the tap saw it; tensors are (B, S, H, D)."""
 
-    site: str
+    layer: str
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -53,39 +54,39 @@ class Seen:
 def watching() -> Iterator[list[Seen]]:
     """Record every call that reaches a tap."""
     seen: list[Seen] = []
-    stock = socket.answer
+    stock = attention_processor.dispatch_attention
 
-    def record(site: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = stock(site, q, k, v, *args, **kwargs)
-        session = site.session
-        tokens = session.tokens(q.shape[1])
-        branches = session.branches(q.shape[0], site.rows[0])
-        seen.append(Seen(site.name, q, k, v, args[0], args[1], tokens, session.clock.step, branches, out))
+    def record(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
+        out = stock(run, layer, args, stock_call)
+        tokens = run.tokens(args.q.shape[1])
+        branches = run.branches(args.q.shape[0], layer.rows[0])
+        row = (args.q, args.k, args.v, args.mask, args.scale, tokens, run.clock.step, branches, out)
+        seen.append(Seen(layer.name, *row))
         return out
 
-    socket.answer = record
+    attention_processor.dispatch_attention = record
     try:
         yield seen
     finally:
-        socket.answer = stock
+        attention_processor.dispatch_attention = stock
 
 
 @contextmanager
-def requests() -> Iterator[list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]]]:
+def requests() -> Iterator[list[tuple[call.AttentionCall, call.Request, torch.Tensor]]]:
     """Record every engaged call with its request and result."""
-    seen: list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]] = []
+    seen: list[tuple[call.AttentionCall, call.Request, torch.Tensor]] = []
     stock = executor.run
 
-    def record(call: executor.AttentionCall, request: executor.Request, dense: Any) -> torch.Tensor:
+    def record(call: call.AttentionCall, request: call.Request, dense: Any) -> torch.Tensor:
         out = stock(call, request, dense)
         seen.append((call, request, out))
         return out
 
-    engage.executor.run = record
+    dispatch.executor.run = record
     try:
         yield seen
     finally:
-        engage.executor.run = stock
+        dispatch.executor.run = stock
 
 
 def _real(value: Any) -> bool:
@@ -102,7 +103,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def reference(call: executor.AttentionCall, request: executor.Request) -> torch.Tensor:
+def reference(call: call.AttentionCall, request: call.Request) -> torch.Tensor:
     """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
     assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
     start, stop = call.tokens.visual_range
@@ -211,7 +212,7 @@ class FamilyMixin(GuidedMixin):
 
     def test_only_the_declared_layers_are_socketed(self, net: Any) -> None:
         dit_attn.enable(net)
-        ours = [name for name, m in net.named_modules() if socket.is_socketed(getattr(m, "processor", None))]
+        ours = [name for name, m in net.named_modules() if attention_processor.is_wrapped(getattr(m, "processor", None))]
         assert len(ours) == self.sockets
         assert not [name for name in ours if any(part in name for part in self.untouched)]
 
@@ -251,7 +252,7 @@ class FamilyMixin(GuidedMixin):
             torch.testing.assert_close(out.double()[rows], reference(call, request)[rows], atol=2e-5, rtol=1e-4)
         assert not same(dense, sparse)
         summary = dit_attn.summary(net)
-        assert summary.engaged == self.sockets and summary.density is not None and summary.density < 1.0
+        assert summary.sparse_calls == self.sockets and summary.density is not None and summary.density < 1.0
 
     @pytest.mark.parametrize("settings", RECTIFIED, ids=lambda settings: settings.compensation)
     def test_rectified_run_equals_its_equations(self, net: Any, args: Any, settings: dit_attn.RectifiedSpaAttn) -> None:
@@ -275,7 +276,7 @@ class FamilyMixin(GuidedMixin):
         later[name] = args[name] + small if session.family.time_grows else args[name] - small
         with requests() as seen:
             self.call(net, args)
-            layout = next(iter(session.sites[-1].memory.values())).layout
+            layout = next(iter(session.layers[-1].state.values())).layout
             self.call(net, later)
         refreshes, answers = seen[: self.sockets], seen[self.sockets :]
         assert len(refreshes) == len(answers) == self.sockets
@@ -322,7 +323,7 @@ class FamilyMixin(GuidedMixin):
         assert session.clock.total == 3 and session.clock.run == 1
         assert calls[0].tokens is not None and tuple(span.kind for span in calls[0].tokens.spans) == self.kinds
         summary = dit_attn.summary(pipe)
-        assert summary.engaged == summary.calls == len(first.calls), summary.declined
+        assert summary.sparse_calls == summary.calls == len(first.calls), summary.fallbacks
         again = self._run(pipe, kwargs, 2)
         assert session.clock.run == 2 and session.clock.total == 2
         assert [call.step for call in self._first_layer(again.calls)] == self._steps(session, 2)
@@ -370,10 +371,10 @@ class FamilyMixin(GuidedMixin):
         assert len(first) == len(second)
         moved, still = set(), set()
         for a, b in zip(first, second, strict=True):
-            assert (a.site, a.step, a.branches) == (b.site, b.step, b.branches)
+            assert (a.layer, a.step, a.branches) == (b.layer, b.step, b.branches)
             if a.step == 0:  # the latents of later steps carry both branches
                 for row, branch in enumerate(a.branches):
-                    (still if torch.equal(a.out[row], b.out[row]) else moved).add((a.site, branch))
+                    (still if torch.equal(a.out[row], b.out[row]) else moved).add((a.layer, branch))
         assert {branch for _, branch in moved} == {"uncond"}, (moved, still)
         assert "cond" in {branch for _, branch in still}
 
@@ -404,18 +405,18 @@ class FamilyMixin(GuidedMixin):
         return SimpleNamespace(output=output[0], calls=seen)
 
     def _first_layer(self, calls: list[Seen]) -> list[Seen]:
-        return [call for call in calls if call.site == calls[0].site]
+        return [call for call in calls if call.layer == calls[0].layer]
 
     def _steps(self, session: Any, steps: int) -> list[int]:
-        calls = len(self._order(session)) if session.family.guidance.style == "separate" else 1
+        calls = len(self._order(session)) if session.cfg.style == "separate" else 1
         return [step for step in range(steps) for _ in range(calls)]
 
     def _order(self, session: Any) -> tuple[str, ...]:
-        return self.run_order or session.family.guidance.order
+        return self.run_order or session.cfg.order
 
     def _expected_branches(self, session: Any, calls: list[Seen]) -> list[tuple[str, ...]]:
         order, batch = self._order(session), calls[0].q.shape[0]
-        if session.family.guidance.style == "batched":
+        if session.cfg.style == "batched":
             return [tuple(name for name in order for _ in range(batch // len(order)))] * len(calls)
         return [(order[i % len(order)],) * batch for i in range(len(calls))]
 
@@ -430,7 +431,7 @@ class FamilyMixin(GuidedMixin):
         return set(torch.nonzero(difference > 1e-6).flatten().tolist())
 
     @staticmethod
-    def _valid_rows(call: executor.AttentionCall) -> tuple[Any, ...]:
+    def _valid_rows(call: call.AttentionCall) -> tuple[Any, ...]:
         """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
         mask = call.mask
         if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:

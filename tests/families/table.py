@@ -6,8 +6,8 @@ import importlib
 import inspect
 from pathlib import Path
 
-from dit_attn.processors.families import Family, families, family_of
-from dit_attn.processors.method import methods
+from dit_attn.processors.attach.families import Family, families, family_of
+from dit_attn.processors.methods import methods
 from tests.families.mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]

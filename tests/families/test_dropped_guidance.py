@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors import asked, socket
+from dit_attn.processors.attach import attention_processor, pipeline_call
 from tests.families import test_image, test_image_more, test_video, test_video_hunyuan
 
 CASES = {
@@ -90,7 +90,7 @@ def test_watching_touches_no_layer_and_no_bit(case: Any) -> None:
     pipe, guided, _ = made(case)
     stock = run(pipe, guided)
     dit_attn.watch(pipe)
-    assert not any(socket.is_socketed(getattr(module, "processor", None)) for module in pipe.transformer.modules())
+    assert not any(attention_processor.is_wrapped(getattr(module, "processor", None)) for module in pipe.transformer.modules())
     assert torch.equal(run(pipe, guided), stock) and dit_attn.summary(pipe).steps == 2
     dit_attn.disable(pipe)
     assert torch.equal(run(pipe, guided), stock)
@@ -103,7 +103,7 @@ def test_a_watched_pipeline_is_watched_again_after_a_method() -> None:
     dit_attn.watch(pipe)
     with dit_attn.enabled(pipe, dit_attn.SoftPAG(heads="0:0")):
         pass
-    assert not any(socket.is_socketed(getattr(module, "processor", None)) for module in pipe.transformer.modules())
+    assert not any(attention_processor.is_wrapped(getattr(module, "processor", None)) for module in pipe.transformer.modules())
     assert warnings(pipe, bare)[0].startswith(NOTHING_NEGATIVE)
 
 
@@ -134,7 +134,7 @@ class Outer:
         return self.inner()
 
     def inner(self) -> Any:
-        return asked.running_call(self)
+        return pipeline_call.running_call(self)
 
 
 class Inner(Outer):
@@ -146,13 +146,13 @@ class Inner(Outer):
 
 def test_the_arguments_of_a_running_call_are_found_and_others_are_not() -> None:
     assert Inner()(3.0, negative_prompt="blue") == {"scale": 3.0, "negative_prompt": "blue"}
-    assert asked.running_call(Inner()) == {} and asked.running_call(None) == {}
+    assert pipeline_call.running_call(Inner()) == {} and pipeline_call.running_call(None) == {}
 
     class Alone(Outer):
         @torch.no_grad()
         def __call__(self, scale: float = 2.0, *, negative_prompt: Any = None) -> Any:  # type: ignore[override]
             other = Alone.__new__(Alone)
-            assert asked.running_call(other) == {}  # its own call does not run
+            assert pipeline_call.running_call(other) == {}  # its own call does not run
             return self.inner()
 
     assert Alone()(3.0, negative_prompt="blue") == {"scale": 3.0, "negative_prompt": "blue"}

@@ -14,9 +14,9 @@ import torch
 from packaging.version import Version
 
 import dit_attn
-from dit_attn.processors import attach
-from dit_attn.processors.guidance import PerturbedGuidance
-from dit_attn.processors.method import methods
+from dit_attn.processors.attach import attach
+from dit_attn.processors.methods import methods
+from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
 from tests.families import test_image, test_image_more, test_video, test_video_joint, test_video_more
 from tests.families.guided_runs import alone, hooks, real, run, two, without_cfg
 from tests.families.outputs import same, tensors
@@ -217,7 +217,7 @@ def test_a_run_that_begins_late_in_its_schedule_is_counted_from_there(case: Any,
     with dit_attn.observing(later, lambda call, *_: seen.append((call.clock.step, call.clock.total))):
         run(later, {**kwargs, **given}, 8, strength=0.5)
     assert list(dict.fromkeys(step for step, _ in seen)) == [0, 1, 2, 3] and seen[-1] == (3, 4)
-    assert session.guide is not None and session.guide.evaluations == 2
+    assert session.guider is not None and session.guider.evaluations == 2
 
 
 def test_one_of_two_experts_can_be_guided_alone() -> None:
@@ -236,12 +236,12 @@ def test_one_of_two_experts_can_be_guided_alone() -> None:
         dit_attn.enable(target, method)
         run(pipe, kwargs, 8)
         sessions = [attach.session_of(model) for model in (pipe.transformer, pipe.transformer_2)]
-        assert [s.guide.evaluations for s in sessions if s is not None and s.guide is not None] == expected
+        assert [s.guider.evaluations for s in sessions if s is not None and s.guider is not None] == expected
         dit_attn.disable(pipe)
     dit_attn.enable(pipe.transformer, dit_attn.SoftPAG(heads="0:0"))
     dit_attn.enable(pipe.transformer_2, dit_attn.SLG(layers="1", start=0.0, stop=1.0))
     run(pipe, kwargs, 8)
-    guides = [attach.session_of(model).guide for model in (pipe.transformer, pipe.transformer_2)]  # type: ignore
+    guides = [attach.session_of(model).guider for model in (pipe.transformer, pipe.transformer_2)]  # type: ignore
     assert [(guide.method.slug, guide.evaluations) for guide in guides] == [("softpag", split), ("slg", 8 - split)]
 
 
@@ -275,7 +275,7 @@ def test_a_cache_with_one_state_for_all_branches_never_sees_the_perturbed_pass(c
     dit_attn.enable(pipe, dit_attn.SoftPAG(heads="1:0", scale=1e-30, inject="step"))
     assert same(run(pipe, kwargs, 6), stock)  # a push of nothing leaves every decision of the cache as it is
     session = dit_attn.enable(pipe, BASE)
-    assert session.guide is not None
+    assert session.guider is not None
     run(pipe, kwargs, 6)
     dit_attn.disable(pipe)
     assert same(run(pipe, kwargs, 6), stock)
@@ -319,7 +319,7 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
     later = run(pipe, kwargs)
     dit_attn.enable(pipe, dit_attn.SoftPAG(heads="2", inject="step"))
     session = attach.session_of(pipe.transformer)
-    assert session is not None and session.guide is not None
+    assert session is not None and session.guider is not None
     scheduler_step = type(pipe.scheduler).step
     run(pipe, kwargs, steps=1)
     inject_at = pipe.transformer.register_forward_hook(lambda *_: (_ for _ in ()).throw(InterruptedError()))
@@ -327,7 +327,7 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
         run(pipe, kwargs)
     inject_at.remove()
     assert type(vars(pipe.scheduler)["step"]).__name__ == "StepTap"  # it waits for a step that never came
-    session.guide.method = dit_attn.SoftPAG(heads="2", inject="step", start=0.5)
+    session.guider.method = dit_attn.SoftPAG(heads="2", inject="step", start=0.5)
     assert same(run(pipe, kwargs), later)
     assert type(pipe.scheduler).step is scheduler_step
 
@@ -344,9 +344,9 @@ def test_a_reader_sees_the_plain_passes_as_without_guidance(case: Any, reader: s
     guidance = dit_attn.SoftPAG(heads="1", scale=1e-30, inject="step")
     session = dit_attn.enable(pipe, read, guidance)
     assert same(run(pipe, kwargs, steps=4), alone)
-    assert session.guide is not None and session.guide.evaluations == 4
+    assert session.guider is not None and session.guider.evaluations == 4
     summary = dit_attn.summary(pipe)
-    assert summary.engaged > 0 and summary.density is not None and summary.density < 1.0
+    assert summary.sparse_calls > 0 and summary.density is not None and summary.density < 1.0
     dit_attn.enable(pipe, read, dataclasses.replace(guidance, scale=2.0))
     assert not same(run(pipe, kwargs, steps=4), alone)
 
@@ -366,7 +366,7 @@ def test_all_targets_and_kinds_run_with_and_without_cfg(case: Any) -> None:
             session = dit_attn.enable(pipe, method)
             found = run(pipe, {**kwargs, "guidance_scale": scale}, steps=1)
             assert torch.isfinite(found).all() and not same(found, stock), method
-            assert session.guide is not None and session.guide.evaluations == 1
+            assert session.guider is not None and session.guider.evaluations == 1
         dit_attn.disable(pipe)
 
 

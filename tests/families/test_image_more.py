@@ -169,7 +169,7 @@ class TestLumina2(ImageCase):
         stock = self.call(net, args)
         dit_attn.enable(net, SPARSE)
         assert torch.equal(stock[0], self.call(net, args)[0])
-        assert "different lengths" in next(iter(dit_attn.summary(net).declined))
+        assert "different lengths" in next(iter(dit_attn.summary(net).fallbacks))
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
         pipe = Lumina2Pipeline(
@@ -418,7 +418,7 @@ class TestAuraFlow(ImageCase):
 
 
 def test_z_image_with_references_is_declined_by_layout() -> None:
-    from dit_attn.processors.families.image import _z_image
+    from dit_attn.processors.attach.families.image import _z_image
 
     with pytest.raises(ValueError, match="reference images"):
         _z_image(None, {"x": [[torch.zeros(4, 1, 8, 8)]], "patch_size": 2, "f_patch_size": 1})

@@ -186,7 +186,7 @@ class TestSkyReelsV2(WanLike):
         model = SkyReelsV2Transformer3DModel(**WAN, num_frame_per_block=2).eval()
         dit_attn.enable(model, SPARSE)
         self.call(model, self.inputs())
-        assert dit_attn.summary(model).declined == {"square attention mask": 2}
+        assert dit_attn.summary(model).fallbacks == {"square attention mask": 2}
 
 
 class TestLtxVideo(FamilyMixin):
@@ -281,7 +281,7 @@ class TestLtxVideo(FamilyMixin):
         assert all([(span.kind, span.grid) for span in call.tokens.spans] == spans for call in run.calls)
         assert [call.step for call in self._first_layer(run.calls)] == [0, 1, 2]
         summary = dit_attn.summary(pipe)
-        assert summary.engaged == summary.calls == 3 * 2
+        assert summary.sparse_calls == summary.calls == 3 * 2
 
     def test_coordinates_win_over_the_named_grid(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net)
@@ -324,7 +324,7 @@ def test_two_transformers_share_one_clock() -> None:
         assert summary.steps == 6 and len(summary.layers) == 4
         assert summary.calls == 6 * 2 * 2
         # The two dense steps are the first of the run, not the first of each transformer.
-        assert summary.declined == {"dense step": 2 * 2 * 2}
+        assert summary.fallbacks == {"dense step": 2 * 2 * 2}
         used = {layer.name.split(".")[0] for layer in summary.layers if layer.calls}
         assert used == {"transformer", "transformer_2"}
     dit_attn.disable(pipe)

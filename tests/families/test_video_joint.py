@@ -189,7 +189,7 @@ class TestMochi(VideoCase):
         dit_attn.enable(net, dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0))
         self.call(net, arguments)
         summary = dit_attn.summary(net)
-        assert summary.engaged == summary.calls == 2 * 2
+        assert summary.sparse_calls == summary.calls == 2 * 2
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
         from diffusers import AutoencoderKLMochi

@@ -332,7 +332,7 @@ class TestKandinsky5(VideoCase):
         before = self.call(net, args)
         dit_attn.enable(net, SPARSE)
         assert same(before, self.call(net, args))
-        assert dit_attn.summary(net).declined == {"BlockMask attention mask": 2}
+        assert dit_attn.summary(net).fallbacks == {"BlockMask attention mask": 2}
 
 
 class TestLtx2(VideoCase):

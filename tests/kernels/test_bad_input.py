@@ -28,8 +28,8 @@ from dit_attn.kernels import (
     pooled_compensation,
     sparse_attention,
 )
-from dit_attn.kernels.masks import BitMask, SegmentMask
-from dit_attn.kernels.patterns import from_rule
+from dit_attn.kernels.layouts.element_masks import BitMask, SegmentMask
+from dit_attn.kernels.layouts.patterns import from_rule
 
 Q, K, V = (torch.randn(1, 20, 2, 8) for _ in range(3))
 SIZES = {"q_len": 20, "kv_len": 20, "q_block": 8, "kv_block": 8}
@@ -51,8 +51,8 @@ def lists(idx: torch.Tensor, cnt: torch.Tensor) -> Callable[[], Any]:
     return lambda: BlockLayout(8, 8, 20, 20, idx, cnt)
 
 
-def parts(elements: Any, whole: torch.Tensor = NO) -> BlockLayout:
-    return BlockLayout.from_parts(whole, ALL, elements, **SIZES)
+def parts(elements: Any, full: torch.Tensor = NO) -> BlockLayout:
+    return BlockLayout.from_parts(full, ALL, elements, **SIZES)
 
 
 def ids(q: int, k: int) -> SegmentMask:
@@ -83,10 +83,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (attend(layout=parts(ids(20, 20).to("meta"))), "they are not on cpu"),
     (lambda: choose_backend(Q, None), "layout must be a BlockLayout, got NoneType"),  # type: ignore[arg-type]
     # lists
-    (lists(LAYOUT.kv_idx.long(), LAYOUT.kv_cnt), "kv_idx to be int32 on the device of kv_idx, cpu, got int64"),
-    (lists(LAYOUT.kv_idx, LAYOUT.kv_cnt.float()), "kv_cnt to be int32"),
-    (lists(LAYOUT.kv_idx, LAYOUT.kv_cnt.to("meta")), "kv_cnt to be int32 on the device of kv_idx, cpu, got int32 on"),
-    (lists(LAYOUT.kv_idx[..., :0], LAYOUT.kv_cnt), "needs kv_idx"),
+    (lists(LAYOUT.kv_indices.long(), LAYOUT.kv_num_blocks), "kv_idx to be int32 on the device of kv_idx, cpu, got int64"),
+    (lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.float()), "kv_cnt to be int32"),
+    (lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.to("meta")), "kv_cnt to be int32 on the device of kv_idx, cpu, got int32 on"),
+    (lists(LAYOUT.kv_indices[..., :0], LAYOUT.kv_num_blocks), "needs kv_idx"),
     (lambda: parts(ONE_BIT).check(), "hold bits of 1 blocks a row, and a row reads 3 in part"),
     (lambda: parts(ids(20, 9)).check(), "segment numbers of 20 x 9 tokens"),
     (lambda: parts(ONE_BIT, NO[..., :2]), "whole must be (B|1, H|1, 3, 3)"),

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Epilogue, band, inward_window, pooled_compensation, sparse_attention
-from dit_attn.kernels.selection import blocks_of_density, plan_blocks, plan_scores
+from dit_attn.kernels.selection.budget import blocks_of_density
+from dit_attn.kernels.selection.select import plan_blocks, plan_scores
 
 SHARES = (0.5, 0.3, 0.25, 0.1, 1.0, 0.07)
 BACKENDS = ("eager", "aot_eager")
@@ -35,8 +36,8 @@ def graphs(backend: str, function: Callable[..., torch.Tensor], calls: Iterable[
 
 
 def planned(name: str) -> Callable[[Any], torch.Tensor]:
-    def attend(share: Any) -> torch.Tensor:
-        layout = plan_blocks(Q, K, q_block=32, kv_block=32, **{name: share}).layout
+    def attend(fraction: Any) -> torch.Tensor:
+        layout = plan_blocks(Q, K, q_block=32, kv_block=32, **{name: fraction}).layout
         out = sparse_attention(Q, K, V, layout)
         assert isinstance(out, torch.Tensor)
         return out
@@ -53,12 +54,12 @@ def attend(layout: BlockLayout) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["density", "top_p"])
 def test_a_budget_in_a_tensor_is_one_graph(name: str, backend: str) -> None:
-    assert graphs(backend, planned(name), [(torch.tensor(share),) for share in SHARES]) == 1
+    assert graphs(backend, planned(name), [(torch.tensor(fraction),) for fraction in SHARES]) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layout_of_another_density_costs_one_more_graph_at_most(backend: str) -> None:
-    layouts = [plan_blocks(Q, K, q_block=32, kv_block=32, density=share).layout for share in (0.5, 0.3, 0.25, 0.1)]
+    layouts = [plan_blocks(Q, K, q_block=32, kv_block=32, density=fraction).layout for fraction in (0.5, 0.3, 0.25, 0.1)]
     assert graphs(backend, attend, [(layout,) for layout in layouts]) <= 2
 
 
@@ -85,8 +86,8 @@ def test_optional_terms_are_one_node_however_long_the_sequence() -> None:
         torch.compiler.reset()
         q, add = random(1, length, 2, 16), random(1, 2, length // 32, 16)
         compiled = torch.compile(attend, backend=count, fullgraph=True)
-        for share in (0.5, 0.25, 0.375):
-            layout = plan_blocks(q, q, q_block=32, kv_block=32, density=share).layout
+        for fraction in (0.5, 0.25, 0.375):
+            layout = plan_blocks(q, q, q_block=32, kv_block=32, density=fraction).layout
             torch.testing.assert_close(compiled(q, layout, add), attend(q, layout, add))
     assert len(sizes) == 4 and sizes[0] == sizes[2]  # the second of each: the width of the lists is a variable
 
@@ -114,8 +115,8 @@ def test_gradients_through_other_windows_cost_two_more_graphs_at_most(backend: s
 def test_a_tensor_keeps_as_many_blocks_as_the_number_does(dtype: torch.dtype) -> None:
     for blocks in (1, 7, 16, 100, 590, 1182, 8192):
         for hundredths in range(1, 101):
-            share = hundredths / 100
-            assert int(blocks_of_density(torch.tensor(share, dtype=dtype), blocks)) == blocks_of_density(share, blocks)
+            fraction = hundredths / 100
+            assert int(blocks_of_density(torch.tensor(fraction, dtype=dtype), blocks)) == blocks_of_density(fraction, blocks)
 
 
 @pytest.mark.parametrize("with_forced", [False, True])
@@ -127,9 +128,9 @@ def test_a_budget_in_a_tensor_chooses_the_same_blocks(name: str, with_forced: bo
     common: Any = {
         "q_len": 80, "kv_len": 320, "q_block": 16, "kv_block": 16, "forced": forced if with_forced else None,
     }  # fmt: skip
-    for share in SHARES:
-        number = plan_scores(scores, **{name: share}, **common).layout
-        tensor = plan_scores(scores, **{name: torch.tensor(share, dtype=torch.float64)}, **common).layout
+    for fraction in SHARES:
+        number = plan_scores(scores, **{name: fraction}, **common).layout
+        tensor = plan_scores(scores, **{name: torch.tensor(fraction, dtype=torch.float64)}, **common).layout
         assert tensor.check() == number
 
 

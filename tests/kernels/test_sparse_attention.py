@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, reference_attention, sparse_attention
-from tests.kernels.cases import tight
+from tests._support.kernel_cases import tight
 
 # Largest relative L2 error of the output and absolute error of the log-sum, by input type.
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 1e-5), torch.bfloat16: (8e-3, 3e-2)}
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def random_layout(q_len: int, kv_len: int, q_block: int, kv_block: int, lead: tuple[int, int], share: float, seed: int):
+def random_layout(q_len: int, kv_len: int, q_block: int, kv_block: int, lead: tuple[int, int], fraction: float, seed: int):
     """A random layout, empty rows included."""
     blocks = (-(-q_len // q_block), -(-kv_len // kv_block))
-    mask = torch.rand(*lead, *blocks, generator=torch.Generator().manual_seed(seed)) < share
+    mask = torch.rand(*lead, *blocks, generator=torch.Generator().manual_seed(seed)) < fraction
     return BlockLayout.from_mask(mask, q_len, kv_len, q_block, kv_block)
 
 
@@ -103,10 +103,10 @@ def test_nan_in_blocks_that_are_not_read_never_reaches_the_output(dtype: torch.d
     q, k, v = (torch.randn(1, n, 2, 16).to(dtype) for n in (50, 90, 90))
     with tight(long):
         clean = sparse_attention(q, k, v, layout, return_lse=True)
-    unread = ~layout.materialize()[0].any(1).transpose(0, 1)
-    assert unread.any()
+    unattended = ~layout.materialize()[0].any(1).transpose(0, 1)
+    assert unattended.any()
     for x in (k, v):
-        x[0][unread] = float("nan")
+        x[0][unattended] = float("nan")
     with tight(long):
         poisoned = sparse_attention(q, k, v, layout, return_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(clean, poisoned))

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import BlockLayout, choose_backend, numeric_guard, ops, sparse_attention, tiling
+from dit_attn.kernels import BlockLayout, choose_backend, device, numeric_guard, sparse_attention
 from dit_attn.kernels import terms as kernel_terms
+from dit_attn.kernels.backends import compose_terms, registry
+from dit_attn.kernels.backends.gather import tiling
+from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
-from dit_attn.kernels.tiling import Problem
-from tests.kernels.cases import LAYOUTS, TERMS, call, tight
-from tests.kernels.definition import definition, wide
+from tests._support.definition import definition, wide
+from tests._support.kernel_cases import LAYOUTS, TERMS, call, tight
 
 
 def attend(p: Problem, terms: Terms, backend: str | None = None, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,12 +51,12 @@ def test_long_sequences_go_piece_by_piece_with_the_same_result(name: str, dtype:
 
 def test_virtual_keys_take_pieces_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache's worth on a CPU, hundreds of megabytes where launches cost more than memory."""
-    cpu, gpu = (tiling.budget_of(torch.device(name)).virtual for name in ("cpu", "cuda"))
+    cpu, gpu = (device.chunk_sizes(torch.device(name)).virtual for name in ("cpu", "cuda"))
     assert cpu == 1 << 20 and 100 << 20 <= gpu <= 1 << 30
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2048, 4, 16, generator=rng)
     layout = BlockLayout.from_mask(torch.rand(1, 4, 32, 32, generator=rng) < 0.3, 2048, 2048, 64, 64)
-    shares, product = [], kernel_terms._product
+    shares, product = [], compose_terms._product
     monkeypatch.setattr(kernel_terms, "_product", lambda a, *rest: shares.append(a.shape) or product(a, *rest))
 
     def pieces() -> tuple[Any, int]:
@@ -169,16 +171,16 @@ def test_the_guard_checks_every_call_and_stops_at_a_wrong_one(monkeypatch: pytes
             for q, terms in cases:
                 attend(q, terms)
     assert report.calls == 3 * len(cases) and 0 < report.worst < 0.02
-    wrong = replace(ops.BACKENDS["gather"], run=lambda p, t, lse: (p.q * float("nan"), None))
-    monkeypatch.setitem(ops.BACKENDS, "gather", wrong)
-    with pytest.raises(DitAttnError, match="backend 'gather' is off by nan"), numeric_guard():
+    wrong = replace(registry.BACKENDS["gather"], run=lambda p, t, lse: (p.q * float("nan"), None))
+    monkeypatch.setitem(registry.BACKENDS, "gather", wrong)
+    with pytest.raises(DitAttnError, match="backend 'gather' has relative error nan"), numeric_guard():
         sparse_attention(p.q, p.k, p.v, p.layout, backend="gather")
 
 
 def test_the_guard_blames_what_is_given_for_what_cannot_be_finite() -> None:
     p = call()
     p.k[:] = float("nan")
-    with pytest.raises(DitAttnError, match="look for NaN and infinity in q, k, v"), numeric_guard():
+    with pytest.raises(DitAttnError, match="check q, k, v and the terms for NaN and infinity"), numeric_guard():
         attend(p, Terms())
         attend(p, Terms())
 

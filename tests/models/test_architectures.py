@@ -10,8 +10,8 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.models import architectures
 from dit_attn.models.architectures import ARCHITECTURES, architecture
-from dit_attn.processors.families import family_of
-from dit_attn.processors.presets import preset_for
+from dit_attn.processors.attach.families import family_of
+from dit_attn.processors.methods.presets import preset_for
 
 CPU = torch.device("cpu")
 NAMES = [row.name for row in ARCHITECTURES]

@@ -12,7 +12,7 @@ import torch
 
 from dit_attn import models
 from dit_attn.errors import DitAttnError
-from dit_attn.eval import world
+from dit_attn.eval.shapes_world import world
 from dit_attn.models import registry
 
 NAMES = ["tiny-image", "tiny-video", "tiny-joint"]

@@ -204,14 +204,14 @@ def test_interval_is_wilsons():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_scores_ground_truth_as_right(name):
-    from dit_attn.eval import world
+    from dit_attn.eval.shapes_world import world
 
     kind = recipe(name).kind
     items = world.held_out_sample(kind, 12)
-    if kind == "scene":
+    if kind == "image":
         outputs = world.render_scenes(items, 64).permute(0, 2, 3, 1).numpy()
     else:
-        outputs = world.render_clips(items, 9, 48).permute(0, 2, 3, 4, 1).numpy()
+        outputs = world.render_videos(items, 9, 48).permute(0, 2, 3, 4, 1).numpy()
     samples = [evaluate.Sample(i, o, evaluate._verify(o, i)) for i, o in zip(items, outputs)]
     result = evaluate.table(samples)
     assert result["whole_caption"]["accuracy"] == 1.0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dit_attn.cli import main
-from dit_attn.eval import world, world_clip
+from dit_attn.eval.shapes_world import world, world_clip
 from dit_attn.models.world_clip import Recipe, Training, build_tokenizer
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, choose_backend, sparse_attention
+from dit_attn.kernels.backends.custom_ops import flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.device import interpreting
-from dit_attn.kernels.op import flat_call, flat_terms, fused_attention_op, sparse_attention_op
+from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms, pooled_compensation
-from dit_attn.kernels.tiling import Problem
-from tests.kernels.cases import LAYOUTS, TERMS, bits_layout, call
-from tests.kernels.definition import definition, wide
+from tests._support.definition import definition, wide
+from tests._support.kernel_cases import LAYOUTS, TERMS, bits_layout, call
 from tests.kernels.test_terms import agree, attend
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import triton_pooling, triton_selection
-from dit_attn.kernels.layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection import (
+from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
+from dit_attn.kernels.selection import triton_pool, triton_select
+from dit_attn.kernels.selection.pooling import pool_stats
+from dit_attn.kernels.selection.select import (
     BlockPlan,
     block_probabilities,
     block_scores,
     plan_blocks,
     plan_scores,
-    pool_stats,
-    selected_bits,
     unpack_bits,
 )
 
@@ -59,12 +58,12 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 def same_plan(ours: BlockPlan, theirs: BlockPlan) -> None:
     """Equal lists, counts, mass and bits; the lists ascend and hold nothing twice."""
     assert ours.layout.check() == theirs.layout
-    if theirs.bits is None or theirs.kept_mass is None:
-        assert ours.bits is None and ours.kept_mass is None
+    if theirs.bits is None or theirs.selected_mass is None:
+        assert ours.bits is None and ours.selected_mass is None
         return
-    assert ours.bits is not None and ours.kept_mass is not None
+    assert ours.bits is not None and ours.selected_mass is not None
     assert torch.equal(ours.bits, theirs.bits)
-    assert torch.allclose(ours.kept_mass, theirs.kept_mass, atol=1e-5)
+    assert torch.allclose(ours.selected_mass, theirs.selected_mass, atol=1e-5)
 
 
 # -- pooling -----------------------------------------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def test_pooling_equals_plain_torch(
 ) -> None:
     x = STORED[stored](random(2, seq, 2, dim, seed=seq)).to(dtype)
     mask = random(2, seq, seed=seq + 1) > 0 if masked else None
-    mean, distance, counts = triton_pooling.fused_pool(x, block, mask, deviation=True)
+    mean, distance, counts = triton_pool.fused_pool(x, block, mask, deviation=True)
     expected_mean, expected_distance = pool_stats(x, block, mask)
     assert distance is not None
     assert torch.allclose(mean, expected_mean, atol=1e-5)
@@ -92,8 +91,8 @@ def test_pooling_equals_plain_torch(
 def test_a_block_larger_than_a_program_holds_is_pooled_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mask = random(1, 100, 2, 16), random(1, 100) > 0
     expected = pool_stats(x, 48, mask)
-    monkeypatch.setattr(triton_pooling, "POOLED", 16 * 8)
-    mean, distance, counts = triton_pooling.fused_pool(x, 48, mask, deviation=True)
+    monkeypatch.setattr(triton_pool, "POOLED", 16 * 8)
+    mean, distance, counts = triton_pool.fused_pool(x, 48, mask, deviation=True)
     assert distance is not None
     assert torch.allclose(mean, expected[0], atol=1e-6) and torch.allclose(distance, expected[1], atol=1e-6)
     assert counts.sum() == mask.sum()
@@ -101,14 +100,14 @@ def test_a_block_larger_than_a_program_holds_is_pooled_in_steps(monkeypatch: pyt
 
 def test_one_key_mask_serves_every_sample() -> None:
     x, mask = random(3, 20, 1, 8), random(1, 20) > 0
-    mean, _, _ = triton_pooling.fused_pool(x, 8, mask)
+    mean, _, _ = triton_pool.fused_pool(x, 8, mask)
     assert torch.allclose(mean, pool_stats(x, 8, mask.expand(3, 20))[0], atol=1e-6)
 
 
 def test_masked_tokens_never_reach_the_mean_even_as_nan() -> None:
     x, mask = random(1, 16, 1, 8), torch.arange(16)[None] < 11
     x[:, 11:] = float("nan")
-    mean, distance, _ = triton_pooling.fused_pool(x, 8, mask, deviation=True)
+    mean, distance, _ = triton_pool.fused_pool(x, 8, mask, deviation=True)
     assert distance is not None and mean.isfinite().all() and distance.isfinite().all()
 
 
@@ -144,22 +143,22 @@ def test_top_p_keeps_the_fewest_blocks_that_reach_the_mass(
     options = {"top_p": top_p, "k_min": k_min, "forced": forced, "stats": True, **sizes}
     ours = plan_scores(scores, backend="triton", **options)  # type: ignore[arg-type]
     same_plan(ours, plan_scores(scores, backend="torch", **options))  # type: ignore[arg-type]
-    mass, kept = block_probabilities(scores), ours.layout.block_mask()
-    assert (mass.masked_fill(~kept, 0.0).sum(-1) >= torch.where(mass.sum(-1) > 0, top_p - 1e-5, 0.0)).all()
+    mass, selected_mass = block_probabilities(scores), ours.layout.block_mask()
+    assert (mass.masked_fill(~selected_mass, 0.0).sum(-1) >= torch.where(mass.sum(-1) > 0, top_p - 1e-5, 0.0)).all()
 
 
 @pytest.mark.parametrize("p, kept", [(0.45, 5), (0.95, 10), (1.0, 10)])
-def test_equal_blocks_are_taken_from_the_front_as_far_as_the_mass_needs(p: float, kept: int) -> None:
+def test_equal_blocks_are_taken_from_the_front_as_far_as_the_mass_needs(p: float, selected_mass: int) -> None:
     layout = plan_scores(
         torch.zeros(1, 1, 2, 10), top_p=p, q_len=16, kv_len=80, q_block=8, kv_block=8, backend="triton"
     ).layout
-    assert layout.block_mask()[0, 0].tolist() == [[j < kept for j in range(10)]] * 2
+    assert layout.block_mask()[0, 0].tolist() == [[j < selected_mass for j in range(10)]] * 2
 
 
 def test_ties_at_the_edge_of_the_budget_go_to_the_lower_index() -> None:
     scores = torch.tensor([0.0, 2.0, -0.0, 0.0, 1.0, 0.0, -3.0]).expand(1, 1, 1, 7)
     layout = plan_scores(scores, density=4 / 7, q_len=8, kv_len=56, q_block=8, kv_block=8, backend="triton").layout
-    assert layout.kv_idx[0, 0, 0].tolist() == [0, 1, 2, 4]
+    assert layout.kv_indices[0, 0, 0].tolist() == [0, 1, 2, 4]
 
 
 def test_extreme_scores_keep_their_order() -> None:
@@ -169,7 +168,7 @@ def test_extreme_scores_keep_their_order() -> None:
         layout = plan_scores(
             values.expand(1, 1, 1, 8), density=count / 8, q_len=8, kv_len=64, q_block=8, kv_block=8, backend="triton"
         ).layout
-        assert layout.kv_idx[0, 0, 0, : layout.kv_cnt].tolist() == sorted(order[:count])
+        assert layout.kv_indices[0, 0, 0, : layout.kv_num_blocks].tolist() == sorted(order[:count])
 
 
 def test_a_row_without_a_key_chooses_nothing_and_keeps_no_mass() -> None:
@@ -179,9 +178,9 @@ def test_a_row_without_a_key_chooses_nothing_and_keeps_no_mass() -> None:
         plan = plan_blocks(
             q, k, q_block=8, kv_block=8, key_mask=mask, stats=True, backend="triton", **budget
         )  # type: ignore[arg-type]
-        assert plan.kept_mass is not None and plan.bits is not None
-        assert plan.layout.kv_cnt[0].eq(0).all() and plan.layout.kv_cnt[1].ge(1).all()
-        assert plan.kept_mass[0].eq(0).all() and plan.bits[0].eq(0).all()
+        assert plan.selected_mass is not None and plan.bits is not None
+        assert plan.layout.kv_num_blocks[0].eq(0).all() and plan.layout.kv_num_blocks[1].ge(1).all()
+        assert plan.selected_mass[0].eq(0).all() and plan.bits[0].eq(0).all()
 
 
 def test_forced_blocks_are_kept_past_the_budget_and_where_no_key_is() -> None:
@@ -192,8 +191,8 @@ def test_forced_blocks_are_kept_past_the_budget_and_where_no_key_is() -> None:
     forced[..., 1, 10:30] = True
     options = {"density": 0.1, "forced": forced, "q_len": 16, "kv_len": 320, "q_block": 8, "kv_block": 8, "stats": True}
     ours = plan_scores(scores, backend="triton", **options)  # type: ignore[arg-type]
-    assert ours.layout.kv_cnt[0, 0].tolist() == [4, 20]
-    assert ours.layout.kv_idx[0, 0, 0, :4].tolist() == [3, 37, 38, 39]
+    assert ours.layout.kv_num_blocks[0, 0].tolist() == [4, 20]
+    assert ours.layout.kv_indices[0, 0, 0, :4].tolist() == [3, 37, 38, 39]
     same_plan(ours, plan_scores(scores, backend="torch", **options))  # type: ignore[arg-type]
 
 
@@ -210,8 +209,8 @@ def test_every_bit_of_a_word_can_be_set() -> None:
 def test_rows_too_long_for_registers_are_scored_apart_with_the_same_result(
     key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_selection, "SCORED", 8)
-    monkeypatch.setattr(triton_selection, "SCRATCH", 1)
+    monkeypatch.setattr(triton_select, "MAX_SCORED_ROW", 8)
+    monkeypatch.setattr(triton_select, "SCORE_BYTES", 1)
     q, k = random(2, 24, 2, 16), random(2, 100, key_heads, 16, seed=1)
     forced, mask = random(2, 2, 3, 25, seed=2) > 1, random(2, 100, seed=3) > -1
     options = {"q_block": 8, "kv_block": 4, "density": 0.3, "forced": forced, "key_mask": mask, "stats": True}
@@ -242,10 +241,10 @@ def test_the_operators_keep_the_rules_of_the_compiler(top_p: float | None, stats
     q, k = random(1, 20, 2, 16), random(1, 24, 1, 16, seed=1)
     forced = random(1, 1, 1, 3) > 0 if with_forced else None
     mask = random(1, 24, seed=2) > -1
-    torch.library.opcheck(triton_selection.select_op, (q, k, forced, mask, 2, top_p, None, 0.25, 8, 8, stats))
-    torch.library.opcheck(triton_selection.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, None, stats))
-    held = torch.tensor(2, dtype=torch.int32) if top_p is None else torch.tensor(top_p)
-    torch.library.opcheck(triton_selection.select_op, (q, k, forced, mask, 3, top_p, held, 0.25, 8, 8, stats))
+    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 2, top_p, None, 0.25, 8, 8, stats))
+    torch.library.opcheck(triton_select.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, None, stats))
+    device_budget = torch.tensor(2, dtype=torch.int32) if top_p is None else torch.tensor(top_p)
+    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 3, top_p, device_budget, 0.25, 8, 8, stats))
 
 
 def test_a_change_of_density_does_not_compile_for_ever() -> None:
@@ -258,7 +257,7 @@ def test_a_change_of_density_does_not_compile_for_ever() -> None:
 
     def choose(density: float) -> tuple[torch.Tensor, torch.Tensor]:
         layout = plan_blocks(q, k, q_block=8, kv_block=8, density=density, backend="triton").layout
-        return layout.kv_idx, layout.kv_cnt
+        return layout.kv_indices, layout.kv_num_blocks
 
     compiled = torch.compile(choose, backend=count, fullgraph=True)
     for density in (0.25, 0.5, 0.75):
@@ -272,13 +271,13 @@ def test_a_budget_in_a_tensor_is_one_graph_and_the_same_choice(name: str, with_f
     forced = random(1, 1, 1, 8, seed=2) > 0 if with_forced else None
     counter = CompileCounterWithBackend("aot_eager")
 
-    def choose(share: torch.Tensor | float) -> torch.Tensor:
+    def choose(fraction: torch.Tensor | float) -> torch.Tensor:
         sizes: dict[str, Any] = {"q_block": 8, "kv_block": 8, "forced": forced, "backend": "triton"}
-        return plan_blocks(q, k, **{name: share}, **sizes).layout.block_mask()
+        return plan_blocks(q, k, **{name: fraction}, **sizes).layout.block_mask()
 
     compiled = torch.compile(choose, backend=counter, fullgraph=True)
-    for share in (0.25, 0.5, 0.8, 1.0):
-        assert torch.equal(compiled(torch.tensor(share)), choose(share))
+    for fraction in (0.25, 0.5, 0.8, 1.0):
+        assert torch.equal(compiled(torch.tensor(fraction)), choose(fraction))
     assert counter.frame_count == 1
 
 
@@ -302,4 +301,4 @@ def test_scores_of_another_length_are_refused() -> None:
 def test_the_lists_know_their_count_without_a_look_at_the_device() -> None:
     q = random(1, 64, 1, 8)
     layout = plan_blocks(q, q, q_block=8, kv_block=8, density=0.5, backend="triton").layout
-    assert isinstance(layout, BlockLayout) and layout.uniform == 4 == layout.kv_idx.shape[-1]
+    assert isinstance(layout, BlockLayout) and layout.uniform == 4 == layout.kv_indices.shape[-1]

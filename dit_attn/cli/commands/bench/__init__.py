@@ -1,0 +1,1 @@
+"""`dit-attn bench`: measure kernels, whole models and attention operators."""

@@ -1,0 +1,1 @@
+"""`dit-attn calibrate`: find densities by layer and part of the run."""

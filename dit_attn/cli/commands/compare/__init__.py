@@ -1,0 +1,1 @@
+"""`dit-attn compare`: measure methods against dense runs with the same seeds."""

@@ -1,0 +1,251 @@
+"""``dit-attn doctor``: what this machine has, which kernels give right numbers on it, and why others do not run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_attn.errors import DitAttnError, reason
+
+# Library -> what it is for, and how to get it.
+OPTIONAL = {
+    "triton": ("GPU kernels", "pip install 'dit-attn[triton]' (Linux, CUDA)"),
+    "xformers": ("a dense attention backend of diffusers", "pip install 'dit-attn[xformers]'"),
+    "torchmetrics": ("image and video metrics", "pip install 'dit-attn[eval]'"),
+    "peft": ("--lora", "pip install 'dit-attn[lora]'"),
+    "imageio_ffmpeg": ("MP4 files", "pip install imageio-ffmpeg"),
+    "av": ("reading and writing videos with sound", "pip install 'dit-attn[video]'"),
+    "ftfy": ("prompt cleaning of some pipelines", "pip install ftfy"),
+    "sentencepiece": ("tokenizers of T5-like text encoders", "pip install sentencepiece"),
+}
+REQUIRED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "pyyaml",
+    "scipy",
+    "tqdm",
+)
+# Largest error against the fp64 reference that counts as right, by torch dtype.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+BUDGET_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """Result of one kernel backend on one device.
+
+    Attributes:
+        backend, device, dtype: what was tried.
+        status: ``"ok"``, ``"wrong"`` (numbers differ from the reference), ``"unavailable"`` or ``"skipped"``.
+        error: largest absolute difference from the reference.
+        seconds: time of one call after the first.
+        why: why it is not ok.
+    """
+
+    backend: str
+    device: str
+    dtype: str
+    status: str
+    error: float | None = None
+    seconds: float | None = None
+    why: str | None = None
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register ``doctor`` and return its parser."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check versions, devices and kernels",
+        description="Check versions, devices, memory, optional libraries, and the numbers every kernel backend gives.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings. Returns 0, or 1 when a kernel gives wrong numbers; a missing GPU is no fault."""
+    data = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "memory": _memory(),
+        "optional": _optional(),
+        "kernels": [asdict(check) for check in check_kernels()],
+    }
+    print(json.dumps(data, indent=1) if args.json else _text(data))
+    return 1 if any(check["status"] == "wrong" for check in data["kernels"]) else 0  # type: ignore[index]
+
+
+def check_kernels(budget: float = BUDGET_SECONDS) -> list[KernelCheck]:
+    """Every backend of ``kernels.sparse_attention`` against the reference on every device, in ``budget`` seconds."""
+    import torch
+
+    from dit_attn.kernels.backends import registry
+
+    deadline = time.perf_counter() + budget
+    cases = [(torch.device("cpu"), torch.float32)]
+    if torch.cuda.is_available():
+        cases = [(torch.device("cuda"), torch.bfloat16), (torch.device("cuda"), torch.float16), *cases]
+    order = sorted(registry.BACKENDS, key=lambda backend: backend == "flex")  # it loads a compiler: the others come first
+    out = []
+    for device, dtype in cases:
+        for backend in order:
+            name = str(dtype).removeprefix("torch.")
+            if time.perf_counter() > deadline:
+                out.append(KernelCheck(backend, device.type, name, "skipped", why="out of time"))
+                continue
+            out.append(_check(backend, device, dtype, name))
+    return out
+
+
+def _check(backend: str, device: Any, dtype: Any, name: str) -> KernelCheck:
+    """One backend on random numbers with ragged tails; grouped heads where it can."""
+    import torch
+
+    from dit_attn.kernels import BlockLayout, reference_attention, sparse_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 300, 4, 64, generator=generator).to(device, dtype) for _ in range(3))
+    layout = BlockLayout.dense(300, 300, 64, 64)
+    if backend != "sdpa":
+        mask = torch.rand(2, 4, layout.nq, layout.nk, generator=generator) < 0.5
+        mask[..., 0] = True
+        layout = BlockLayout.from_mask(mask, 300, 300, 64, 64)
+    layout = layout.to(device)
+    expected = reference_attention(q.double(), k.double(), v.double(), layout)[0]
+    try:
+        sparse_attention(q, k, v, layout, backend=backend)
+        _wait(device)
+        started = time.perf_counter()
+        found = sparse_attention(q, k, v, layout, backend=backend)
+        _wait(device)
+        seconds = time.perf_counter() - started
+    except DitAttnError as refusal:
+        return KernelCheck(backend, device.type, name, "unavailable", why=_refusal(refusal))
+    except Exception as error:  # a backend may fail in any way; the way is what is reported
+        return KernelCheck(backend, device.type, name, "unavailable", why=f"{type(error).__name__}: {reason(error)}")
+    assert isinstance(found, torch.Tensor)
+    difference = float((found.double() - expected).abs().max())
+    if difference <= TOLERANCE[name]:
+        return KernelCheck(backend, device.type, name, "ok", difference, seconds)
+    why = f"differs from the reference by {difference:.1e}, allowed {TOLERANCE[name]:.0e}; please report it"
+    return KernelCheck(backend, device.type, name, "wrong", difference, seconds, why)
+
+
+def _refusal(error: DitAttnError) -> str:
+    """The reason alone, without the call that was refused and what to do instead."""
+    return str(error).partition(": ")[2].rpartition("; use backend=")[0] or str(error)
+
+
+def _wait(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _versions() -> dict[str, str | None]:
+    import dit_attn
+
+    found = {"dit_attn": dit_attn.__version__, "python": platform.python_version(), "system": platform.platform()}
+    return {**found, **{name: _version(name) for name in REQUIRED}}
+
+
+def _version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": facts.name,
+                "gigabytes": round(facts.total_memory / 1e9, 1),
+                "capability": f"{facts.major}.{facts.minor}",
+            }
+        )
+    if not torch.cuda.is_available():
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "no NVIDIA driver or GPU found"
+        found.append({"device": "cuda", "name": None, "why": built})
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU"})
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> dict[str, float | None]:
+    disk = shutil.disk_usage(Path.cwd())
+    return {
+        "free_memory_gb": _meminfo("MemAvailable"),
+        "memory_gb": _meminfo("MemTotal"),
+        "free_disk_gb": round(disk.free / 1e9, 1),
+    }
+
+
+def _meminfo(key: str) -> float | None:
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return round(int(values[0]) * 1024 / 1e9, 1) if values else None
+
+
+def _optional() -> list[dict[str, Any]]:
+    import importlib.util
+
+    return [
+        {
+            "library": name,
+            "for": purpose,
+            "version": (_version(name.replace("_", "-")) or "unknown") if importlib.util.find_spec(name) else None,
+            "install": None if importlib.util.find_spec(name) else hint,
+        }
+        for name, (purpose, hint) in OPTIONAL.items()
+    ]
+
+
+def _text(data: dict[str, Any]) -> str:
+    lines = ["Versions"]
+    lines += [f"  {name:<14} {version or 'MISSING: reinstall dit-attn'}" for name, version in data["versions"].items()]
+    lines += ["", "Devices"]
+    for device in data["devices"]:
+        facts = [f"{value} {key}" for key, value in device.items() if key not in ("device", "name", "why")]
+        lines.append(
+            f"  {device['device']:<14} {device['name'] or 'none: ' + device['why']}  {', '.join(facts)}".rstrip()
+        )
+    lines += ["", "Memory"] + [f"  {key:<14} {value}" for key, value in data["memory"].items()]
+    lines += ["", "Kernels (against the fp64 reference)"]
+    for check in data["kernels"]:
+        numbers = f"error {check['error']:.1e}, {1e3 * check['seconds']:.1f} ms" if check["error"] is not None else ""
+        tail = "; ".join(part for part in (numbers, check["why"]) if part)
+        lines.append(f"  {check['backend']:<14} {check['device']} {check['dtype']:<9} {check['status']:<12} {tail}")
+    lines += ["", "Optional libraries"]
+    for row in data["optional"]:
+        lines.append(f"  {row['library']:<14} {row['version'] or 'missing: ' + row['install']}  ({row['for']})")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""`dit-attn eval`: score a folder of images or videos."""

@@ -1,0 +1,249 @@
+"""``dit-attn eval FOLDER --export vbench``: the clips of a folder under the names VBench looks for, and its command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_attn import files
+from dit_attn.cli import outputs
+from dit_attn.cli.commands.eval.items import say_skipped
+from dit_attn.errors import DitAttnError
+from dit_attn.eval import folders, vbench
+from dit_attn.eval.media import VIDEO_SUFFIXES, Unreadable, check_video, decode
+
+FPS = 8  # of clips that do not say, as in VBench's own sampling code
+_MEASURING = ("reference", "metric", "size", "inception", "clip")
+_RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Clips that belong together: one folder of ``generate``, or one competitor of ``compare``.
+
+    Attributes:
+        folder: where they are.
+        label: name of the competitor; empty for a folder of its own.
+        files: the files.
+    """
+
+    folder: Path
+    label: str
+    files: list[Path]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the folder and print the command. Returns 0, or 1 when files could not be used.
+
+    Raises:
+        DitAttnError: no folder to fill, no clips, a clip without prompt, or foreign files in the way.
+    """
+    for name in _MEASURING:
+        if getattr(args, name):
+            raise DitAttnError(f"--{name} measures, --export does not; run them one after the other")
+    if args.output is None:
+        raise DitAttnError("--export needs --output FOLDER, the folder to fill")
+    out = args.output.expanduser().absolute()
+    asked = None if args.vbench_info is None else vbench.read_info(args.vbench_info.expanduser())
+    if out.is_file():
+        raise DitAttnError(f"--output {args.output} is a file; give a folder")
+    sources = find_sources(args.folder, out)
+    if args.captions is not None and len(sources) > 1:
+        raise DitAttnError(f"{args.folder} holds {len(sources)} folders of clips; with --captions give one of them")
+    skipped: list[tuple[str, str]] = []
+    plans = [(source, _clips(source, args.captions, skipped)) for source in sources]
+    if not any(clips for _, clips in plans):
+        file, why = skipped[0]
+        raise DitAttnError(f"no clip that VBench could measure in {args.folder}; {Path(file).name}: {why}")
+    say_skipped(skipped)
+    sets = [fill(source, clips, out / source.label, asked) for source, clips in plans if clips]
+    record = {
+        "export": "vbench",
+        "folder": str(args.folder),
+        "sets": sets,
+        "skipped": [{"file": file, "why": why} for file, why in skipped],
+    }
+    print(json.dumps(record, indent=1) if args.json else table(record))
+    return 1 if skipped else 0
+
+
+def find_sources(folder: Path, out: Path) -> list[Source]:
+    """The folder itself when it holds pictures or clips; else each of its folders that does, as ``compare`` makes them.
+
+    Raises:
+        DitAttnError: there is none.
+    """
+    if folder.is_dir():
+        inner = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.absolute() != out / "videos"]
+        if not any(map(folders.is_media, folder.iterdir())):
+            found = [Source(sub, sub.name, folders.media_files(sub)) for sub in inner if _has_clips(sub)]
+            if found:
+                return found
+    return [Source(folder, "", folders.media_files(folder))]
+
+
+def _has_clips(folder: Path) -> bool:
+    return any(folders.is_media(file) and file.suffix.lower() in VIDEO_SUFFIXES for file in folder.iterdir())
+
+
+def _clips(source: Source, captions: Path | None, skipped: list[tuple[str, str]]) -> list[vbench.Video]:
+    """The clips that can be read; the rest goes to ``skipped``.
+
+    Raises:
+        DitAttnError: one of them has no prompt.
+    """
+    given = None if captions is None else folders.read_captions(captions, source.files)
+    found, bare = [], []
+    for file in source.files:
+        try:
+            _check(file)
+            prompt = folders.sidecar_prompt(file) if given is None else given.get(file.name)
+        except Unreadable as error:
+            skipped.append((str(file), str(error)))
+            continue
+        if prompt is None:
+            bare.append(file.name)
+            continue
+        seed = outputs.read_sidecar(file.with_suffix(".json")).get("seed")
+        found.append(vbench.Video(file, prompt, seed if isinstance(seed, int) else None))
+    if bare:
+        raise DitAttnError(
+            f"VBench's names are prompts, and {len(bare)} of {len(source.files)} files of {source.folder} have none, "
+            f"first {bare[0]}; give --captions FILE"
+        )
+    return found
+
+
+def _check(file: Path) -> None:
+    """Whether VBench can use a file, without keeping its frames.
+
+    Raises:
+        Unreadable: broken, or a picture.
+    """
+    if file.suffix.lower() == vbench.ENDING:
+        try:
+            check_video(file)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
+    elif len(decode(file).frames) < 2:
+        raise Unreadable("a picture; VBench measures clips")
+
+
+def fill(source: Source, clips: Sequence[vbench.Video], out: Path, asked: vbench.Prompts | None) -> dict[str, Any]:
+    """Make ``out/videos`` hold exactly these clips, and ``out/prompts.json`` their prompts.
+
+    Files of an earlier export are kept where they still fit, replaced where their clip changed, and removed where it is
+    gone. Files that no export wrote are not touched.
+
+    Raises:
+        DitAttnError: files in ``out/videos`` that no export wrote; a folder that cannot be written.
+    """
+    videos = out / "videos"
+    before = outputs.read_sidecar(out / _RECORD).get("videos")
+    before = before if isinstance(before, dict) else {}
+    _refuse_foreign(videos, before)
+    outputs.prepare_folder(videos)
+    named = vbench.names(clips, _longest_name(videos), folds=(out / "VIDEOS").exists())
+    covered = None if asked is None else vbench.coverage({one.name for one in named}, asked)
+    gone = [file for file in videos.iterdir() if file.name not in {one.name for one in named}]
+    for file in gone:
+        file.unlink()
+    made = {one.name: {"from": str(one.video.file.absolute()), "sha256": outputs.sha256(one.video.file)} for one in named}
+    prompts = {one.name: one.video.prompt for one in named}
+    outputs.write_json({"videos": made}, out / _RECORD)
+    ways = Counter(_place(one, videos / one.name, before.get(one.name), made[one.name]) for one in named)
+    outputs.write_json(prompts, out / "prompts.json")
+    complete = [one.dimension for one in covered or () if one.complete]
+    line = vbench.command(out, complete or vbench.CUSTOM, own_prompts=not complete)
+    outputs.write_json({"videos": made, "command": line}, out / _RECORD)
+    return {
+        "label": source.label or None, "source": str(source.folder), "videos": str(videos),
+        "prompts": str(out / "prompts.json"), "clips": len(named), **{way: ways[way] for way in WAYS},
+        "removed": len(gone),
+        "renamed": [{"name": one.name, "prompt": one.video.prompt} for one in named if not one.exact],
+        "coverage": covered and [{"dimension": c.dimension, "clips": c.videos, "needed": c.needed} for c in covered],
+        "command": line,
+    }  # fmt: skip
+
+
+WAYS = ("linked", "copied", "encoded", "kept")
+
+
+def _refuse_foreign(videos: Path, before: dict[str, Any]) -> None:
+    if not videos.exists():
+        return
+    if not videos.is_dir():
+        raise DitAttnError(f"{videos} is a file; give another --output")
+    for file in sorted(videos.iterdir()):
+        if file.name.startswith(files.TEMPORARY):
+            file.unlink(missing_ok=True)  # what a killed export left
+        elif file.name not in before:
+            raise DitAttnError(
+                f"{file} was not written by --export, and VBench would measure it too; give an --output of its own"
+            )
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes a file name may have in ``folder``."""
+    try:
+        return min(os.pathconf(folder, "PC_NAME_MAX"), vbench.LONGEST)
+    except (AttributeError, OSError, ValueError):  # Windows has no pathconf
+        return vbench.LONGEST
+
+
+def _place(one: vbench.NamedVideo, target: Path, before: dict[str, Any] | None, made: dict[str, Any]) -> str:
+    """Put a clip at ``target``; how: one of ``WAYS``. ``made`` learns the hash of an encoded file."""
+    file = one.video.file
+    if target.exists() and before is not None and before.get("sha256") == made["sha256"]:
+        found = outputs.sha256(target)
+        if found == (made["sha256"] if file.suffix.lower() == vbench.ENDING else before.get("encoded")):
+            made.update({key: before[key] for key in ("encoded",) if key in before})
+            return "kept"
+    if file.suffix.lower() == vbench.ENDING:
+        with outputs.output_file(target) as temporary:
+            try:
+                os.link(file.resolve(), temporary)
+                return "linked"
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(file, temporary)
+                return "copied"
+    frames = decode(file).frames.permute(0, 2, 3, 1).numpy()
+    outputs.write_media(outputs.Media(frames, True), target, _fps(file), {})
+    made["encoded"] = outputs.sha256(target)
+    return "encoded"
+
+
+def _fps(file: Path) -> int:
+    """Frames a second: of the sidecar, else of the file, else VBench's."""
+    import imageio.v3 as iio
+
+    rate = outputs.read_sidecar(file.with_suffix(".json")).get("fps")
+    if not rate and file.suffix.lower() == ".gif":
+        rate = 1000 / (iio.immeta(file).get("duration") or 1000 / FPS)
+    elif not rate and file.suffix.lower() in VIDEO_SUFFIXES:
+        rate = iio.immeta(file, plugin="FFMPEG").get("fps")
+    return max(1, round(rate)) if isinstance(rate, (int, float)) and rate else FPS
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was done, and the commands, as text."""
+    lines = []
+    for one in record["sets"]:
+        ways = ", ".join(f"{one[way]} {way}" for way in (*WAYS, "removed") if one[way])
+        lines.append(f"{one['clips']} clips of {one['source']} in {one['videos']} ({ways})")
+        if one["renamed"]:
+            cut = len(one["renamed"])
+            lines.append(f"  {cut} have cut names (prompt too long, or with /): prompts.json has it whole")
+        for part in one["coverage"] or ():
+            lines.append(f"  {part['dimension']:<24}{part['clips']:>5} of {part['needed']} clips")
+        if one["coverage"] and "custom_input" in one["command"]:
+            lines.append("  no dimension of VBench's own prompts is complete, so they are measured as yours")
+    lines.append("Where VBench is installed (it is no part of dit-attn), run:")
+    return "\n".join(lines + [one["command"] for one in record["sets"]])

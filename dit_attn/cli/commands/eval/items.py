@@ -1,0 +1,143 @@
+"""Metrics of ``dit-attn eval`` that judge a file by itself: motion, and what the shapes world knows of its pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from dit_attn.errors import DitAttnError
+
+Figure = dict[str, Any]
+
+
+def temporal(folder: Any, reference: Any) -> Figure:
+    """Smoothness of motion in clips, 1 is steady, below 0 is flicker.
+
+    Raises:
+        DitAttnError: a file has fewer than three frames.
+    """
+    from dit_attn.eval import fidelity
+
+    short = [n for n, frames in zip(folder.names, folder.frames) if len(frames) < 3]
+    if short:
+        count = f"{len(short)} of {len(folder.names)} files have fewer, first {short[0]}"
+        raise DitAttnError(f"temporal needs clips of at least 3 frames, {count}; leave them or the metric out")
+    values = [fidelity.temporal_consistency(frames) for frames in folder.frames]
+    return _figure("temporal", values, better="higher")
+
+
+def judged(folder: Any) -> list[dict[str, bool] | None]:
+    """Verdict of every file, ``None`` where the caption does not belong to the shapes world."""
+    from dit_attn.pipelines.compare.statistics import verdict
+
+    return [
+        None if caption is None else verdict(_pixels(frames), caption)
+        for frames, caption in zip(folder.frames, folder.captions)
+    ]
+
+
+def verifier(folder: Any, reference: Any) -> Figure:
+    """Share of files that meet their caption, and of each attribute.
+
+    Raises:
+        DitAttnError: no caption is one of the shapes world.
+    """
+    verdicts = judged(folder)
+    if not any(verdicts):
+        raise DitAttnError("verifier needs captions of the shapes world (dit_attn.eval.shapes_world.world); these are none")
+    found = [one for one in verdicts if one is not None]
+    whole = _figure("prompt met", [all(one.values()) for one in found], better="higher")
+    without = [name for name, one in zip(folder.names, verdicts) if one is None]
+    return {**whole, "by": _by(found), **_unjudged(without, "no caption to judge by")}
+
+
+def artifact_rate(folder: Any, reference: Any) -> Figure:
+    """Share of pictures (of a clip, of its frames) with colours, shapes or pixels that the shapes world does not have.
+
+    Raises:
+        DitAttnError: all files have captions of something else.
+    """
+    from dit_attn.eval.shapes_world.artifacts import artifacts
+    from dit_attn.pipelines.compare.defects import of_world
+
+    ours = [caption is None or of_world(caption) for caption in folder.captions]
+    if not any(ours):
+        raise DitAttnError("artifact-rate knows pictures of the shapes world only; these captions are of none")
+    seen = [[artifacts(frame) for frame in _pixels(frames)] for frames, our in zip(folder.frames, ours) if our]
+    found = [{name: _mean([one[name] for one in frames]) for name in frames[0]} for frames in seen]
+    values = [_mean([any(one.values()) for one in frames]) for frames in seen]
+    without = [name for name, our in zip(folder.names, ours) if not our]
+    label = "artifact-rate (verifier of the shapes world)"
+    return {**_figure(label, values), "by": _by(found), **_unjudged(without, "captions of no world")}
+
+
+def saturation(folder: Any, reference: Any) -> Figure:
+    """Share of over-saturated pixels among the coloured ones, mean over the files (``eval.artifacts.oversaturated``).
+
+    A file whose caption is of the shapes world, and every file when there is no reference, is held against the world's
+    palette; the others against the picture of their name in the reference.
+
+    Raises:
+        DitAttnError: files of another caption, and no reference that has one of their names.
+    """
+    from dit_attn.pipelines.compare import defects
+
+    beside = {} if reference is None else dict(zip(reference.names, reference.frames))
+    values, without, palette = [], [], 0
+    for name, frames, caption in zip(folder.names, folder.frames, folder.captions):
+        by_palette = defects.of_world(caption) or (reference is None and caption is None)
+        if not by_palette and name not in beside:
+            without.append(name)
+            continue
+        palette += by_palette
+        values.append(defects.saturation(_pixels(frames), None if by_palette else _pixels(beside[name]), caption))
+    if not values:
+        raise DitAttnError(
+            "saturation needs captions of the shapes world, or a --reference with files of the same names; these "
+            "captions are of something else"
+        )
+    against = [defects.PALETTE] * (palette > 0) + ["against the reference"] * (palette < len(values))
+    return {**_figure(f"saturation ({', '.join(against)})", values), **_unjudged(without, "no reference of that name")}
+
+
+ITEM_METRICS: dict[str, Callable[[Any, Any], Figure]] = {
+    "temporal": temporal,
+    "verifier": verifier,
+    "saturation": saturation,
+    "artifact-rate": artifact_rate,
+}
+
+
+def _pixels(frames: Any) -> Any:
+    """(F, H, W, 3) uint8 array."""
+    return frames.permute(0, 2, 3, 1).numpy()
+
+
+def _mean(values: list[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def _figure(label: str, values: list[Any], better: str = "lower") -> Figure:
+    from dit_attn.pipelines.compare.statistics import mean_figure
+
+    figure = mean_figure(values) or {}
+    return {"label": label, "better": better, "samples": len(values), **figure}
+
+
+def _by(found: list[dict[str, Any]]) -> dict[str, Any]:
+    from dit_attn.pipelines.compare.statistics import mean_figure
+
+    return {name: mean_figure([one.get(name) for one in found]) for name in dict.fromkeys(n for o in found for n in o)}
+
+
+def _unjudged(names: list[str], need: str) -> Figure:
+    return {"unjudged": names, "need": need} if names else {}
+
+
+def say_skipped(skipped: list[tuple[str, str]]) -> None:
+    """Name on standard error what could not be read, with their number when it takes more than a glance to count."""
+    for file, why in skipped:
+        print(f"dit-attn: left out {file}: {why}", file=sys.stderr)
+    if len(skipped) > 1:
+        print(f"dit-attn: {len(skipped)} files left out", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""`dit-attn search`: find attention heads worth perturbing."""

@@ -1,0 +1,220 @@
+"""What a model is, read from its configuration files alone: a whole command is checked before weights are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dit_attn.errors import DitAttnError, reason, unknown
+
+SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model before it is loaded.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: ``"embedded"``, ``"folder"`` or ``"hub"``.
+        path: what ``from_pretrained`` takes.
+        revision: branch, tag or commit of a Hub model, or ``None``.
+        pipeline: the pipeline's class.
+        transformer: stands for it: class name, ``config``, and ``pair``, whether there is a second one;
+            ``None`` for pipelines without one.
+        defaults: arguments every call needs (embedded models and trainings of them).
+        fingerprint: changes when the files of an embedded model or a folder change; the revision otherwise.
+        components: ``model_index.json``.
+    """
+
+    name: str
+    kind: str
+    path: str
+    revision: str | None
+    pipeline: Any
+    transformer: Any
+    defaults: dict[str, Any]
+    fingerprint: str
+    components: dict[str, Any] = field(repr=False)
+
+
+def describe(name: str, revision: str | None = None, variant: str | None = None) -> Source:
+    """Find a model and read its configuration.
+
+    Args:
+        name: embedded model, local folder, or ``org/name``.
+        revision: branch, tag or commit of a Hub model.
+        variant: weight variant, refused where there is none.
+
+    Raises:
+        DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
+    """
+    kind, path, defaults = _locate(name, revision)
+    if variant and kind == "embedded":
+        raise DitAttnError(f"--variant {variant!r}: {name} is embedded and has one kind of weights; leave it out")
+    index = _model_index(name, kind, path, revision)
+    transformer = _transformer(path, revision, index)
+    return Source(
+        name=name,
+        kind=kind,
+        path=path,
+        revision=revision,
+        pipeline=_pipeline_class(name, index),
+        transformer=transformer,
+        defaults=defaults,
+        fingerprint=revision or "main" if kind == "hub" else fingerprint(Path(path)),
+        components=index,
+    )
+
+
+def skeleton(source: Source) -> Any:
+    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out."""
+    import inspect
+
+    import diffusers
+    from accelerate import init_empty_weights
+
+    parts: dict[str, Any] = {}
+    for name in inspect.signature(source.pipeline.__init__).parameters:
+        library, kind = (source.components.get(name) or [None, None])[:2] if name != "self" else (None, None)
+        cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+        if name.startswith(("transformer", "vae")) and cls is not None:
+            config = cls.load_config(source.path, subfolder=name, revision=source.revision)
+            with init_empty_weights():
+                parts[name] = cls.from_config(config)
+        elif name in source.components and name != "self":
+            value = source.components[name]
+            parts[name] = None if isinstance(value, (list, tuple)) else value
+    try:
+        return source.pipeline(**parts)
+    except (AttributeError, ImportError, NameError, TypeError, ValueError):
+        return _bare(source.pipeline, parts)  # it looks into a part that was left out, or needs an optional library
+
+
+def _bare(pipeline: Any, parts: dict[str, Any]) -> Any:
+    """A pipeline that was never initialised: its parts and the compression of its autoencoder, nothing else."""
+    pipe = pipeline.__new__(pipeline)
+    pipe.__dict__.update(parts)
+    vae = parts.get("vae")
+    for name in ("spatial", "temporal"):
+        for owner in (vae, getattr(vae, "config", None)):
+            for key in (f"scale_factor_{name}", f"{name}_compression_ratio"):
+                value = getattr(owner, key, None)
+                if isinstance(value, int):
+                    pipe.__dict__[f"vae_scale_factor_{name}"] = value
+    return pipe
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+    from dit_attn import models
+
+    entries = models.available()
+    if name in entries:
+        if revision:
+            raise DitAttnError(f"--revision {revision!r} is for models of the Hub; {name} is embedded: leave it out")
+        return "embedded", str(entries[name].folder), models.call_defaults(name)
+    if not name:
+        raise DitAttnError("--model is empty; give an embedded model, a local folder, or org/name")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return "folder", str(folder), _trained_defaults(folder)
+    if folder.exists():
+        raise DitAttnError(f"--model {name} is a file; give the folder that holds model_index.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+        return "hub", name, {}
+    if "/" in name or name.startswith((".", "~")):
+        raise DitAttnError(f"--model {name}: there is no such folder; check the path")
+    raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
+
+
+def _trained_defaults(folder: Path) -> dict[str, Any]:
+    """Call arguments of a folder that ``dit-attn train`` wrote: those of the embedded model it is a training of."""
+    from dit_attn import models
+
+    try:
+        name = json.loads((folder / "training.json").read_text())["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # any other pipeline
+    return models.call_defaults(name) if name in models.available() else {}
+
+
+def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    if kind != "hub" and not (Path(path) / "model_index.json").is_file():
+        advice = "reinstall dit-attn" if kind == "embedded" else "give the folder that holds it"
+        raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); {advice}")
+    offline = kind == "hub" and go_offline_where_there_is_no_hub()
+    try:
+        return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
+    except (OSError, ValueError) as error:
+        if offline:
+            raise DitAttnError(
+                f"{name!r} is not in the local cache and the Hugging Face Hub cannot be reached; check the network (or "
+                "HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
+            ) from error
+        if kind == "hub":
+            raise DitAttnError(
+                f"cannot get {name!r} from the Hugging Face Hub ({reason(error)}); check the name, --revision and the "
+                "network, or give a local folder. It is no embedded model and no folder here"
+            ) from error
+        raise DitAttnError(f"model_index.json in {path} cannot be read ({reason(error)}); download it again") from error
+
+
+def _pipeline_class(name: str, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    wanted = str(index.get("_class_name"))
+    cls = getattr(diffusers, wanted, None)
+    if cls is None:
+        raise DitAttnError(
+            f"{name} needs the pipeline {wanted}, which diffusers {diffusers.__version__} does not have; "
+            "update diffusers with `pip install -U diffusers`"
+        )
+    return cls
+
+
+def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
+    import diffusers
+
+    library, kind = (index.get("transformer") or [None, None])[:2]
+    cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
+    if cls is None:
+        return None
+    try:
+        config = cls.load_config(path, subfolder="transformer", revision=revision)
+    except (OSError, ValueError) as error:
+        raise DitAttnError(
+            f"transformer/config.json of {path} cannot be read ({reason(error)}); download the model again"
+        ) from error
+    stand_in = type(str(kind), (SimpleNamespace,), {})
+    return stand_in(config=dict(config), pair=(index.get("transformer_2") or [None])[0] is not None)
+
+
+def fingerprint(place: Path) -> str:
+    """Names, sizes and samples of a file or of a folder: cheap, the same for a copy, another for new weights."""
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        found.update(json.dumps([path.relative_to(place).as_posix(), size]).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(SAMPLE, size // SAMPLES)):
+                file.seek(start)
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()[:16]
+
+
+def go_offline_where_there_is_no_hub() -> bool:
+    """Whether the Hub is out of reach; then the cache alone is asked, instead of retrying for minutes."""
+    from huggingface_hub import constants
+
+    from dit_attn import hub
+
+    offline = hub.is_offline()
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline
+    return offline

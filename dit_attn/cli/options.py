@@ -1,0 +1,277 @@
+"""The flags, as one table: it types the command line and the configuration file, and documents both."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_attn.errors import DitAttnError, reason, unknown
+
+DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
+MAX_SEED = 2**63 - 1
+SWITCHES = (bool, "on-or-off")  # kinds of flags without a value
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        name: without dashes in front, e.g. ``"num-frames"``; the key in a configuration file, dashes or underscores.
+        help: one line, with the unit.
+        kind: ``str``, ``int``, ``float``, ``bool`` (a switch), ``"on-or-off"`` (with a ``--no-`` form), ``dict`` (a
+            JSON object) or ``"switch-or-dict"``.
+        default: what happens without it, for the help; ``"required"`` where the command needs it.
+        many: may be repeated.
+        nargs: several values in a row, as argparse writes it.
+        low, high: inclusive range.
+        choices: allowed values.
+        short: one-letter or alternative spellings, dashes included.
+        metavar: placeholder in the help.
+    """
+
+    name: str
+    help: str
+    kind: Any = str
+    default: str = ""
+    many: bool = False
+    nargs: str | int | None = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | None = None
+    short: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def dest(self) -> str:
+        """The attribute name."""
+        return self.name.replace("-", "_")
+
+    @property
+    def text(self) -> str:
+        """The line of ``--help``: what it does, the allowed values, and the default."""
+        allowed = f": {', '.join(self.choices)}" if self.choices and not self.metavar else ""
+        default = self.default or ("off" if self.kind in (bool, "switch-or-dict") else "none")
+        ending = "(required)" if default == "required" else f"(default: {default})"
+        return f"{self.help}{allowed} {ending}".replace("%", "%%")
+
+
+MODEL = (
+    Flag(
+        "model", "embedded model, local folder, or org/name on the Hugging Face Hub", default="required", short=("-m",)
+    ),
+    Flag("revision", "branch, tag or commit of a Hub model", default="main"),
+    Flag("variant", "weight variant of the checkpoint, e.g. fp16"),
+)
+WEIGHTS = (
+    Flag("dtype", "type of the weights, e.g. bf16", default="auto: bfloat16 on a GPU, else float32", choices=DTYPES,
+         metavar="TYPE"),
+    Flag("lora", 'adapter: path, org/name, or JSON {"lora_id": ..., "lora_scale": ...}; repeatable', many=True),
+)  # fmt: skip
+PRESET = (Flag("preset", "settings that methods begin from: auto, none, or a preset's name", default="auto, this "
+               "model's"),)  # fmt: skip
+PROMPT = (
+    Flag("prompt", "text; repeat for more items", many=True, metavar="TEXT"),
+    Flag("prompts", "file of prompts: .txt (one per line), .jsonl or .csv (prompt, seed, height, ... per line)",
+         metavar="FILE"),
+    Flag("negative-prompt", "what to avoid", default="the pipeline's", metavar="TEXT"),
+    Flag("image", "input image, where the pipeline takes one (image to video, editing)", metavar="FILE"),
+)  # fmt: skip
+SIZE = (
+    Flag("height", "height in pixels", int, "the model's", low=1),
+    Flag("width", "width in pixels", int, "the model's", low=1),
+    Flag("num-frames", "frames of a video", int, "the model's", low=1),
+)
+SAMPLING = (
+    Flag("steps", "denoising steps", int, "the model's", low=1, short=("--num-inference-steps",)),
+    Flag("guidance-scale", "classifier-free guidance scale", float, "the model's", low=0.0),
+    Flag("seed", "seed of the first item; item i gets seed + i", int, "42", low=0, high=MAX_SEED),
+    Flag("num-images-per-prompt", "items per prompt, each with its own seed", int, "1", low=1),
+    Flag("pipeline-kwargs", "JSON object of further arguments of the pipeline's call", dict, metavar="JSON"),
+)
+OUTPUT = (
+    Flag("output", "folder of the files", default="outputs/MODEL-METHOD", short=("-o",), metavar="DIR"),
+    Flag("fps", "frames per second of videos", int, "the model's, else 8", low=1, high=240),
+    Flag("contact-sheet", "image of all items, sheet.png", "on-or-off", "on for two items or more"),
+    Flag("json", "print a JSON report instead of text", bool),
+)
+RUN = (
+    Flag("device", "auto, cpu, cuda, cuda:N, mps", default="auto", metavar="NAME"),
+    Flag("cpu-offload", "keep parts on the CPU until needed: model (saves GB of GPU memory) or group (saves most)",
+         choices=("model", "group"), metavar="WHAT"),
+    Flag("attention-backend", "attention backend of diffusers for all dense calls", default="diffusers' own",
+         metavar="NAME"),
+    Flag("compile", "compile the transformer; optionally JSON arguments of torch.compile", "switch-or-dict",
+         metavar="JSON"),
+    Flag("vae-tiling", "decode in tiles, which saves memory", bool),
+    Flag("vae-slicing", "decode one item at a time, which saves memory", bool),
+    Flag("resume", "skip items that are already there", bool),
+    Flag("dry-run", "print the plan and stop", bool),
+    Flag("config", "YAML file with any of these flags; flags on the command line win", metavar="FILE"),
+)  # fmt: skip
+# Any command's configuration file may hold these; a command ignores those that it does not have.
+SHARED = (*MODEL, *WEIGHTS, *PRESET, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of one command: those of the command line over those of the configuration file.
+
+    Attributes:
+        values: typed values of the flags that were given, by attribute name.
+        words: ``--method`` and ``--set`` as (flag, text), in the order of the command line.
+        config: ``method`` and ``set`` of the configuration file.
+        argv: the command line.
+    """
+
+    values: dict[str, Any]
+    words: list[tuple[str, str]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a flag, ``default`` when it was not given."""
+        return self.values.get(name, default)
+
+    def pick(self, *names: str) -> dict[str, Any]:
+        """The flags of these names that were given, as arguments of a dataclass that has the defaults."""
+        return {name: self.values[name] for name in names if name in self.values}
+
+
+def merge(
+    args: argparse.Namespace, groups: Mapping[str, Sequence[Flag]], replaced: Sequence[str] = ("prompt", "prompts")
+) -> Options:
+    """Flags over the configuration file.
+
+    Args:
+        args: of argparse.
+        groups: the command's flags, by title.
+        replaced: flags that together name one thing: any of them on the command line replaces all of the file.
+
+    Raises:
+        DitAttnError: a required flag is missing, or a bad configuration file.
+    """
+    flags = [flag for group in groups.values() for flag in group]
+    own = {flag.dest: flag for flag in flags}
+    given = {name: value for name, value in vars(args).items() if name in own}
+    config = read_config(given["config"], [*SHARED, *flags]) if "config" in given else {}
+    methods: dict[str, Any] = {name: config.pop(name) for name in ("method", "set") if name in config}
+    if any(name in given for name in replaced):
+        config = {name: value for name, value in config.items() if name not in replaced}
+    values = {**{name: value for name, value in config.items() if name in own}, **given}
+    if "model" in own and own["model"].default == "required" and "model" not in values:
+        raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones)")
+    return Options(values, list(getattr(args, "words", [])), methods, tuple(getattr(args, "argv", ())))
+
+
+def without(group: Sequence[Flag], *names: str) -> tuple[Flag, ...]:
+    """The flags of a group but those of some names, for commands that take most of it."""
+    return tuple(flag for flag in group if flag.name not in names)
+
+
+def only(group: Sequence[Flag], *names: str) -> tuple[Flag, ...]:
+    """The flags of a group that have these names."""
+    return tuple(flag for flag in group if flag.name in names)
+
+
+def convert(flag: Flag, value: Any, where: str) -> Any:
+    """``value`` as the flag's type, from text or from a configuration file.
+
+    Raises:
+        DitAttnError: wrong type, out of range, not one of the choices, or malformed JSON.
+    """
+    if flag.kind in (dict, "switch-or-dict"):
+        return _object(flag, value, where)
+    if flag.kind in SWITCHES:
+        if not isinstance(value, bool):
+            raise DitAttnError(f"{where} must be true or false, got {value!r}")
+        return value
+    if flag.kind in (int, float):
+        return _number(flag, value, where)
+    if not isinstance(value, str):
+        raise DitAttnError(f"{where} must be text, got {value!r}")
+    if flag.choices and value not in flag.choices:
+        raise unknown(where, value, flag.choices)
+    return value
+
+
+def _number(flag: Flag, value: Any, where: str) -> int | float:
+    what = "a whole number" if flag.kind is int else "a number"
+    try:
+        if isinstance(value, bool) or (flag.kind is int and isinstance(value, float) and value != int(value)):
+            raise ValueError
+        number = flag.kind(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DitAttnError(f"{where} must be {what}, got {value!r}") from error
+    low, high = flag.low, flag.high
+    if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+        raise DitAttnError(f"{where} must be {what}, {_bounds(low, high)}, got {value!r}")
+    return number
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    least, most = (None if x is None else str(int(x)) if x == int(x) else f"{x:g}" for x in (low, high))
+    if least is None:
+        return "finite" if most is None else f"at most {most}"
+    return f"at least {least}" if most is None else f"between {least} and {most}"
+
+
+def _object(flag: Flag, value: Any, where: str) -> Any:
+    if flag.kind == "switch-or-dict" and isinstance(value, bool):
+        return {} if value else None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise DitAttnError(f"{where} is not JSON ({error}); write an object such as '{{\"key\": 1}}'") from error
+    if not isinstance(value, dict):
+        raise DitAttnError(f"{where} must be a JSON object such as '{{\"key\": 1}}', got {value!r}")
+    return value
+
+
+def read_config(path: str, flags: Sequence[Flag]) -> dict[str, Any]:
+    """Flags from a YAML (or JSON) file, typed like the command line; ``method`` and ``set`` are passed through.
+
+    Raises:
+        DitAttnError: missing or malformed file, unknown key, value of the wrong type.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitAttnError(f"cannot read --config {path} ({reason(error)}); check the path") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise DitAttnError(f"--config {path}{line} is not YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(data, dict):
+        raise DitAttnError(f"--config {path} must hold `flag: value` lines, got {type(data).__name__}")
+    known = {flag.dest: flag for flag in flags if flag.dest != "config"}
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        dest = str(key).replace("-", "_")
+        if dest in ("method", "set"):
+            out[dest] = value
+        elif dest not in known:
+            raise unknown(f"key in {path}:", key, ["method", "set", *sorted(known)])
+        elif value is not None:
+            out[dest] = _config_value(known[dest], value, f"{dest} in {path}")
+    return out
+
+
+def _config_value(flag: Flag, value: Any, where: str) -> Any:
+    if not flag.many and flag.nargs is None:
+        return convert(flag, value, where)
+    return [convert(flag, item, where) for item in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,1 @@
+"""The HTML pages of `compare`, `inspect` and `search`."""

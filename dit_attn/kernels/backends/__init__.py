@@ -1,0 +1,1 @@
+"""Implementations of `sparse_attention`, and the registry that chooses among them."""

@@ -1,0 +1,303 @@
+"""DOC"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspace
+from dit_attn.kernels.device import chunk_sizes
+from dit_attn.kernels.layouts.block_layout import BlockLayout
+from dit_attn.kernels.problem import NEG_INF, Problem
+from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
+
+Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o, lse) of a call with terms, from an ``attend`` that knows none but returns the log-sum."""
+    plain = _existing(problem, terms)
+    if terms.bias is not None:
+        plain = _widened(plain, terms.bias)
+    out, lse = attend(plain)
+    assert lse is not None
+    out, lse = _completed(problem, terms, out, lse)
+    return out.to(problem.q.dtype), lse
+
+
+def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where ``attend`` knows ``Problem.low_rank``: its result is completed where it stands, some rows of some
+    heads at a time, so that nothing of the size of q, k or v is needed besides. Has no gradients."""
+    plain = _existing(problem, terms)
+    if terms.bias is not None:
+        plain = replace(plain, low_rank=(terms.bias.q, terms.bias.k))
+    out, lse = attend(plain)
+    assert lse is not None
+    comp, end, layout = terms.compensation, terms.epilogue, problem.layout
+    if comp is None and end is None:
+        return out, lse
+    number, virtual = 4 * problem.q.shape[0] * problem.ratio, 0 if comp is None else comp.k.shape[2]  # bytes; keys
+    limit, dim = chunk_sizes(out.device).virtual, out.shape[-1]
+    at_once = max(1, limit // max(number * layout.q_block * max(virtual, 4 * dim), 1))  # query blocks x key heads
+    size = min(problem.k.shape[2], at_once, max(1, limit // max(3 * number * dim * virtual, 1)))
+    step = at_once // size
+    for low in range(0, problem.k.shape[2], size):
+        some, few, heads = _heads_of(problem, terms, slice(low, min(low + size, problem.k.shape[2])))
+        if few.compensation is not None:
+            _merge_in_place(some, few.compensation, out[:, :, heads], lse[:, heads], step)
+        for first in range(0, layout.nq, step) if end is not None else ():
+            piece, ends = rows_of(some, few, first, first + step)
+            rows = slice(first * layout.q_block, first * layout.q_block + piece.q.shape[1])
+            assert ends.epilogue is not None
+            out[:, rows, heads] = _finished(piece, ends.epilogue, out[:, rows, heads], lse[:, heads, rows])
+    return out, lse if end is None else _unread(lse, end)
+
+
+def _existing(problem: Problem, terms: Terms) -> Problem:
+    """The call with the lengths of its samples as a mask."""
+    return problem if terms.key_lengths is None else replace(problem, key_mask=_mask_of(terms.key_lengths, problem))
+
+
+def _completed(
+    problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Virtual keys and the epilogue on the result of the keys that are read."""
+    if terms.compensation is not None:
+        out, lse = _merged(problem, terms.compensation, out, lse)
+    if terms.epilogue is not None:
+        out, lse = _finished(problem, terms.epilogue, out, lse), _unread(lse, terms.epilogue)
+    return out, lse
+
+
+def _unread(lse: torch.Tensor, end: Epilogue) -> torch.Tensor:
+    """The log-sum (B, H, Sq) where heads that return their own value read nothing."""
+    return lse if end.blend is None else lse.masked_fill((end.blend == 1.0)[..., None], NEG_INF)
+
+
+def _heads_of(problem: Problem, terms: Terms, keys: slice) -> tuple[Problem, Terms, slice]:
+    """The call for some key heads and the query heads that read them, and which those are."""
+    heads = slice(keys.start * problem.ratio, keys.stop * problem.ratio)
+    some = replace(
+        problem, q=problem.q[:, :, heads], k=problem.k[:, :, keys], v=problem.v[:, :, keys],
+        layout=problem.layout.of_heads(heads), key_bias=_of(problem.key_bias, heads),
+    )  # fmt: skip
+    return some, _terms_of(terms, heads, keys), heads
+
+
+def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Problem, Terms]:
+    """The call for the queries of blocks ``first:last``."""
+    layout = problem.layout
+    rows = slice(first * layout.q_block, min(last * layout.q_block, layout.q_len))
+    blocks = slice(first, last)
+    lists = BlockLayout(
+        layout.q_block, layout.kv_block, rows.stop - rows.start, layout.kv_len,
+        layout.kv_indices[:, :, blocks], layout.kv_num_blocks[:, :, blocks],
+        full_kv_num_blocks=None if layout.full_kv_num_blocks is None else layout.full_kv_num_blocks[:, :, blocks],
+        elements=None if layout.elements is None else layout.elements.from_block(first, layout.q_block),
+    )  # fmt: skip
+    bias, end = terms.bias, terms.epilogue
+    if bias is not None:
+        bias = replace(bias, q=bias.q[:, :, rows])
+    if end is not None:
+        end = replace(
+            end,
+            row_scale=None if end.row_scale is None else end.row_scale[:, :, blocks],
+            lse_ref=None if end.lse_ref is None else end.lse_ref[:, :, rows],
+            add=None if end.add is None else end.add[:, :, blocks],
+            value_shift=end.value_shift + rows.start,
+        )
+    return replace(problem, q=problem.q[:, rows], layout=lists), replace(terms, bias=bias, epilogue=end)
+
+
+def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
+    """The terms of some query heads and of the key heads they read."""
+    bias, comp, end = terms.bias, terms.compensation, terms.epilogue
+    if bias is not None:
+        bias = LogitBias(_of(bias.q, heads), _of(bias.k, heads))
+    if comp is not None:
+        comp = replace(
+            comp, k=comp.k[:, keys], v=comp.v[:, keys], log_weight=_of(comp.log_weight, heads),
+            variance=None if comp.variance is None else comp.variance[:, keys],
+        )  # fmt: skip
+    if end is not None:
+        end = replace(
+            end, row_scale=_of(end.row_scale, heads), lse_ref=_of(end.lse_ref, heads), add=_of(end.add, heads),
+            blend=_of(end.blend, heads),
+        )  # fmt: skip
+    return Terms(terms.key_lengths, bias, comp, end)
+
+
+def _of(x: torch.Tensor | None, heads: slice) -> Any:
+    """Some heads of a (B|1, H|1, ...) tensor."""
+    return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+
+def _mask_of(lengths: torch.Tensor, problem: Problem) -> torch.Tensor:
+    """(B, Sk) bool."""
+    exists = torch.arange(problem.k.shape[1], device=lengths.device) < lengths[:, None]
+    return exists if problem.key_mask is None else exists & problem.key_mask
+
+
+def _widened(problem: Problem, bias: LogitBias) -> Problem:
+    """The same logits with the bias as extra channels of q and k, in fp32: a bias of 8 bits would not be exact."""
+    q, k, scale = problem.q, problem.k, problem.scale
+    if problem.ratio > 1:  # the bias is per query head
+        k = k.repeat_interleave(problem.ratio, 2)
+    v = problem.v.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else problem.v
+    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
+
+    def columns(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).to(dtype).expand(like.shape[0], -1, like.shape[2], -1)
+
+    q = torch.cat([q.to(dtype), columns(bias.q, q) / scale], -1)
+    k = torch.cat([k.to(dtype), columns(bias.k, k)], -1)
+    return replace(problem, q=q, k=k, v=v.to(dtype))
+
+
+@dataclass(frozen=True)
+class _Virtual:
+    """The virtual keys of a call, made ready.
+
+    Attributes:
+        problem, comp: the call and the keys as they were given.
+        keys, values, spread: (B, H, nv, D) keys, values and variances in the type of the log-sum.
+        attended: (B|1, H|1, nq, nk) bool, key blocks that are read, so that their virtual keys do not count.
+        weight: (B|1, H|1, 1, nv).
+    """
+
+    problem: Problem
+    comp: Compensation
+    keys: torch.Tensor
+    values: torch.Tensor
+    spread: torch.Tensor | None
+    attended: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, comp: Compensation, wide: torch.dtype) -> _Virtual:
+        keys, values = (_repeated(x.to(wide), problem.ratio) for x in (comp.k, comp.v))
+        spread = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
+        weight = comp.log_weight[:, :, None].to(wide)
+        return cls(problem, comp, keys, values, spread, problem.layout.block_mask(), weight)
+
+    def logits(self, q: torch.Tensor, blocks: slice, workspace: Workspace | None = None) -> torch.Tensor:
+        """(B, H, rows, nv) for the queries (B, rows, H, D) of some blocks, ``-inf`` where a key does not count.
+
+        Without gradients they may be overwritten, and with ``workspace`` the next ones do so: they lie where those of
+        the keys that are read did.
+        """
+        layout, cap = self.problem.layout, self.comp.cap
+        scaled = q.transpose(1, 2).to(self.keys.dtype) * self.problem.scale
+        s = _product(scaled, self.keys, "s", workspace)
+        if self.spread is not None:
+            term = _product(0.5 * scaled.square(), self.spread, "k", workspace)
+            s = _plus(s, term.clamp(max=cap) if term.requires_grad else term.clamp_(max=cap))
+        added = self.weight.masked_fill(_virtual(self.attended[:, :, blocks], layout, self.comp), NEG_INF)
+        if s.shape[2] % layout.q_block == 0:
+            return _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
+        return _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
+
+
+def _merged(
+    problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected keys (out, lse) and virtual keys in one softmax, some query blocks at a time.
+
+    Where gradients may be asked for, the logits of each piece are computed again for them rather than kept.
+    """
+    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
+    each = 4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * layout.q_block
+    step = max(1, chunk_sizes(out.device).virtual // max(each, 1))
+    rows = step * layout.q_block
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    iter_query_tiles, sums = [], []
+    for i, piece in enumerate(zip(problem.q.split(rows, 1), out.split(rows, 1), lse.split(rows, 2))):
+        given = (virtual, slice(i * step, (i + 1) * step), *piece)
+        if again:
+            tiles, total = checkpoint(_merged_rows, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tiles, total = _merged_rows(*given)
+        iter_query_tiles.append(tiles)
+        sums.append(total)
+    return torch.cat(iter_query_tiles, 1), torch.cat(sums, 2)
+
+
+def _merged_rows(
+    virtual: _Virtual, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s, own = virtual.logits(q, blocks), lse[..., None]
+    total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
+    safe = total.masked_fill(total == NEG_INF, 0.0)
+    fraction = torch.exp(own - safe).transpose(1, 2)
+    return out * fraction + (torch.exp(s - safe) @ virtual.values).transpose(1, 2), total[..., 0]
+
+
+def _merge_in_place(problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
+    """The same, written to out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
+    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
+    with borrow_workspace() as workspace:
+        for first in range(0, layout.nq, step):
+            rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))
+            s, own = virtual.logits(problem.q[:, rows], slice(first, first + step), workspace), lse[:, :, rows, None]
+            top = torch.maximum(s.amax(-1, keepdim=True), own)
+            top.masked_fill_(top == NEG_INF, 0.0)
+            fraction = torch.exp(own - top)
+            total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(fraction)
+            lse[:, :, rows] = (top + total.log())[..., 0]
+            inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
+            rest = torch.matmul(s, virtual.values).mul_(inverse).transpose(1, 2)
+            out[:, rows] = rest.addcmul_(out[:, rows].to(rest.dtype), fraction.mul_(inverse).transpose(1, 2))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, name: str, workspace: Workspace | None) -> torch.Tensor:
+    """a b^T, in a buffer of the working memory where there is one."""
+    shape = (*a.shape[:-1], b.shape[-2])
+    return torch.matmul(a, b.mT, out=None if workspace is None else workspace.get(name, a.dtype, a.device, *shape))
+
+
+def _plus(s: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """The sum, in place where no gradient goes through it."""
+    return s + term if s.requires_grad or term.requires_grad else s.add_(term)
+
+
+def _repeated(x: torch.Tensor, ratio: int) -> torch.Tensor:
+    """(B, Hk, ...) once for every query head; no copy where they are as many."""
+    return x.repeat_interleave(ratio, 1) if ratio > 1 else x
+
+
+def _virtual(attended: torch.Tensor, layout: BlockLayout, comp: Compensation) -> torch.Tensor:
+    """(B|1, H|1, n, nv) bool, True where the virtual key's block is read, so that it must not count twice.
+
+    Args:
+        attended: (B|1, H|1, n, nk), the key blocks that some query blocks read.
+        layout: the layout they are from.
+        comp: the virtual keys.
+    """
+    return attended.repeat_interleave(layout.kv_block // comp.tokens, -1)[..., : comp.k.shape[2]]
+
+
+def _finished(problem: Problem, end: Epilogue, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The epilogue on o (B, Sq, H, D) in the precision of the log-sum."""
+    block = problem.layout.q_block
+    out = out.to(lse.dtype)
+
+    def per_token(x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x.repeat_interleave(block, dim).narrow(dim, 0, problem.q.shape[1])
+
+    if end.row_scale is not None:
+        out = out * per_token(end.row_scale, 2).transpose(1, 2)[..., None]
+    if end.lse_ref is not None:
+        change = torch.exp((lse - end.lse_ref).clamp(max=end.cap)).masked_fill(lse == NEG_INF, 0.0)
+        out = out * change.transpose(1, 2)[..., None]
+    if end.add is not None:
+        out = out + per_token(end.add, 2).transpose(1, 2)
+    if end.blend is not None:
+        tau = end.blend[:, None, :, None].to(out.dtype)
+        own = problem.v.narrow(1, end.value_shift, problem.q.shape[1]).to(out.dtype)
+        own = own.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else own
+        out = torch.where(tau == 1.0, own, (1.0 - tau) * out + tau * own)
+    return out

@@ -1,0 +1,1 @@
+"""CPU backend: gather the key blocks of a query tile, then batched matrix products."""

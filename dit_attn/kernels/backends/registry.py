@@ -1,0 +1,243 @@
+"""DOC"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dit_attn.errors import DitAttnError, unknown
+from dit_attn.kernels.backends.compose_terms import with_terms, with_terms_in_place
+from dit_attn.kernels.backends.custom_ops import (
+    IMPLEMENTATIONS,
+    flat_call,
+    flat_terms,
+    fused_attention_op,
+    sparse_attention_op,
+)
+from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
+from dit_attn.kernels.backends.reference import reference_attention
+from dit_attn.kernels.device import allows_tf32, full_precision, unsupported_reason_descriptors, unsupported_reason_triton
+from dit_attn.kernels.layouts.block_layout import BlockLayout
+from dit_attn.kernels.problem import Problem
+from dit_attn.kernels.terms import NO_TERMS, Terms
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """What decides about a backend; all of it is known without reading a device.
+
+    Attributes:
+        device: of q.
+        dtype: of q.
+        head_dim: D.
+        value_dim: Dv.
+        layout: the layout.
+        lse: whether the log-sum is asked for.
+        keys_altered: whether a key mask or a key bias is given.
+        terms: whether any optional term is given.
+        grad: whether gradients are asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    layout: BlockLayout
+    lse: bool = False
+    keys_altered: bool = False
+    terms: bool = False
+    grad: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a call.
+
+    Attributes:
+        run: ``(problem, terms, lse asked for) -> (o, lse | None)``.
+        unsupported_reason: why it cannot run a call, or ``None``.
+        on_request: why it is never picked by itself, or ``None``.
+    """
+
+    run: Callable[[Problem, Terms, bool], Result]
+    unsupported_reason: Callable[[CallInfo], str | None]
+    on_request: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend for a call; prints as one line per backend.
+
+    Attributes:
+        backend: its name.
+        reasons: why each of the other backends is not used, by name.
+    """
+
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: used", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
+
+
+def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
+    q = problem.q
+    altered = problem.key_mask is not None or problem.key_bias is not None
+    return CallInfo(
+        q.device, q.dtype, q.shape[-1], problem.v.shape[-1], problem.layout, return_lse, altered, bool(terms),
+        _wants_grad(problem, terms),
+    )  # fmt: skip
+
+
+def choose(info: CallInfo) -> Choice:
+    chosen, reasons = "", {}
+    for name, backend in BACKENDS.items():
+        reason = backend.unsupported_reason(info) or backend.on_request
+        if reason is None and not chosen:
+            chosen = name
+        else:
+            reasons[name] = reason or f"{chosen} comes first"
+    return Choice(chosen, reasons)
+
+
+def resolve(backend: str | None, info: CallInfo) -> str:
+    if backend is None:
+        return choose(info).backend
+    if backend not in BACKENDS:
+        raise unknown("attention backend", backend, BACKENDS)
+    reason = BACKENDS[backend].unsupported_reason(info)
+    if reason:
+        raise DitAttnError(f"backend {backend!r} cannot run this call: {reason}; use backend='gather' or leave it out")
+    return backend
+
+
+def _wants_grad(problem: Problem, terms: Terms) -> bool:
+    tensors: list[Any] = [problem.q, problem.k, problem.v, problem.key_bias]
+    if terms:
+        tensors += flat_terms(terms)
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+
+
+def _sdpa(problem: Problem, terms: Terms, lse: bool) -> Result:
+    q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
+    grouped = problem.ratio > 1
+    return F.scaled_dot_product_attention(q, k, v, scale=problem.scale, enable_gqa=grouped).transpose(1, 2), None
+
+
+def _unsupported_reason_sdpa(info: CallInfo) -> str | None:
+    if not info.layout.is_dense:
+        return "the layout is not known to be dense"
+    if info.lse:
+        return "it has no log-sum output"
+    if info.terms:
+        return "it has none of the optional terms"
+    return "it does not protect rows without keys under a key mask or bias" if info.keys_altered else None
+
+
+def _triton(problem: Problem, terms: Terms, lse: bool, name: str = "triton") -> Result:
+    if _wants_grad(problem, terms):
+        return with_terms(problem, terms, _differentiable) if terms else _differentiable(problem)
+    return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
+
+
+def _differentiable(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the Triton kernels where they can; a bias widens the heads, which they may not be able to follow."""
+    reason = _unsupported_reason_triton(call_info(problem, NO_TERMS, True))
+    return sparse_attention_op(*flat_call(problem), "gather" if reason else "triton")
+
+
+def _triton_tma(problem: Problem, terms: Terms, lse: bool) -> Result:
+    return _triton(problem, terms, lse, "triton-tma")
+
+
+def _unsupported_reason_triton(info: CallInfo) -> str | None:
+    reason = unsupported_reason_triton(info.device)
+    if reason:
+        return reason
+    if info.dtype == torch.float64:
+        return "Triton kernels compute in fp32 at most"
+    if info.head_dim != info.value_dim:
+        return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
+    if not 16 <= info.head_dim <= 128:
+        return f"head size {info.head_dim} is not within 16 to 128"
+    for name, block in (("q_block", info.layout.q_block), ("kv_block", info.layout.kv_block)):
+        if block % 16:
+            return f"{name} {block} is not a multiple of 16"
+    if info.grad and info.dtype == torch.float32 and info.device.type == "cuda" and not allows_tf32():
+        return "its gradients in full fp32 spill registers (torch.backends.cuda.matmul.allow_tf32 lifts this)"
+    return None
+
+
+def _unsupported_reason_tma(info: CallInfo) -> str | None:
+    reason = _unsupported_reason_triton(info) or unsupported_reason_descriptors(info.device)
+    return reason or ("it has no gradients" if info.grad else None)
+
+
+def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
+    if not terms:
+        return _gathered(problem)
+    if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
+        return fused_attention_op(*flat_call(problem), *flat_terms(terms), "gather")
+    around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
+    with full_precision(problem.q.device):  # sums and products of the terms are in fp32
+        return around(problem, terms, _gathered)
+
+
+def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:
+    # A backward pass recomputes the logits in fp32 and needs a log-sum that belongs to them.
+    return _gathered(problem, "gather" if _wants_grad(problem, terms) else "gather-bf16")
+
+
+def _unsupported_reason_gather_bf16(info: CallInfo) -> str | None:
+    if info.device.type != "cpu" or info.dtype != torch.bfloat16:
+        return "it is for bf16 on a CPU"
+    if not cpu_has_bf16():
+        return "this CPU does not multiply bf16 itself"
+    return "its log-sum is not exact enough" if info.lse or info.terms else None
+
+
+def _gathered(problem: Problem, name: str = "gather") -> tuple[torch.Tensor, torch.Tensor]:
+    if not _wants_grad(problem, NO_TERMS) and not torch.compiler.is_compiling():
+        with full_precision(problem.q.device):
+            return IMPLEMENTATIONS[name].forward(problem)  # the same function without the operator's overhead
+    return sparse_attention_op(*flat_call(problem), name)
+
+
+def _flex(problem: Problem, terms: Terms, lse: bool) -> Result:
+    from dit_attn.kernels.backends.flex import flex_backend
+
+    return flex_backend(problem)
+
+
+def _unsupported_reason_flex(info: CallInfo) -> str | None:
+    if info.terms or info.keys_altered:
+        return "it has no key mask, bias or other optional term here"
+    blocks = (info.layout.q_block, info.layout.kv_block)
+    if info.device.type == "cuda" and any(block % 128 and 128 % block for block in blocks):
+        return f"its blocks divide 128 or are multiples of it, these are {blocks[0]} x {blocks[1]}"
+    return "it computes in fp32 at most" if info.dtype == torch.float64 else None
+
+
+def _reference(problem: Problem, terms: Terms, lse: bool) -> Result:
+    return with_terms(problem, terms, _referenced) if terms else _referenced(problem)
+
+
+def _referenced(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference_attention(p.q, p.k, p.v, p.layout, scale=p.scale, key_mask=p.key_mask, key_bias=p.key_bias)
+
+
+BACKENDS = {
+    "sdpa": Backend(_sdpa, _unsupported_reason_sdpa),
+    "triton": Backend(_triton, _unsupported_reason_triton),
+    "gather-bf16": Backend(_gather_bf16, _unsupported_reason_gather_bf16),
+    "gather": Backend(_gather, lambda info: None),
+    "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, on_request="loads by tensor descriptors; only on request"),
+    "flex": Backend(_flex, _unsupported_reason_flex, on_request="torch's FlexAttention on the same layout; only on request"),
+    "reference": Backend(_reference, lambda info: None, on_request="builds the whole S x S map; only on request"),
+}

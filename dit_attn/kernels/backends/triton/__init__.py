@@ -1,0 +1,1 @@
+"""CUDA backend: Triton kernels, forward and backward."""

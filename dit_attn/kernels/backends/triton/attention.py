@@ -1,0 +1,326 @@
+"""Launching the Triton kernels: what a call needs is put together here, for a device or for a compiler alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dit_attn.kernels.backends.triton.backward import delta_kernel, dkv_kernel, dq_kernel
+from dit_attn.kernels.backends.triton.forward import forward_kernel
+from dit_attn.kernels.device import lse_dtype
+from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
+from dit_attn.kernels.layouts.element_masks import NUMBERS, BitMask
+from dit_attn.kernels.problem import Problem
+from dit_attn.kernels.terms import NO_TERMS, Terms
+from dit_attn.kernels.triton_launch import Launch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes a kernel is compiled with: rows and columns of a step, warps, stages of the software pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+EDGE_COLUMNS = 16  # keys per step where masks are evaluated: they take registers
+
+
+def tile_of(block: int, largest: int = 128) -> int:
+    """The largest power of two that divides ``block``, at most ``largest``."""
+    return min(block & -block, largest)
+
+
+def panels(dim: int) -> tuple[int, int]:
+    """Head channels as powers of two: (64, 16) for 72, (64, 32) for 96, (128, 0) for 128."""
+    first = 1 << (dim.bit_length() - 1)
+    rest = dim - first
+    return (first, 0) if rest == 0 else (first, max(16, 1 << (rest - 1).bit_length()))
+
+
+def triton_forward(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward pass: o (B, Sq, H, D) in q's type, lse (B, H, Sq) fp32, natural logarithm."""
+    problem = _unit_stride(problem)
+    q = problem.q
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=lse_dtype(q.dtype), device=q.device)
+    if tma:
+        let_kernels_allocate()
+    plan_forward(problem, terms, out, lse, tma).run()
+    return out, lse
+
+
+def triton_backward(
+    problem: Problem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of q, k, v (in their types) and, when ``bias_grad``, of ``key_bias``; the same in every run."""
+    problem = _unit_stride(problem)
+    grad_out = grad_out.contiguous()  # may be expanded
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (problem.q, problem.k, problem.v))
+    dbias = None
+    if bias_grad and problem.key_bias is not None:
+        dbias = lse.new_empty(lse.shape[0], lse.shape[1], problem.k.shape[1])
+    for launch in plan_backward(problem, out, lse, grad_out, grad_lse, dq, dk, dv, dbias):
+        launch.run()
+    if dbias is None or problem.key_bias is None:
+        return dq, dk, dv, None
+    shape = problem.key_bias.shape
+    for dim in (0, 1):
+        dbias = dbias.sum(dim, keepdim=True) if shape[dim] == 1 else dbias
+    return dq, dk, dv, dbias.to(problem.key_bias.dtype)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def plan_forward(
+    problem: Problem,
+    terms: Terms,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tma: bool = False,
+    config: Config | None = None,
+) -> Launch:
+    """The forward launch that fills ``out`` and ``lse``."""
+    q, layout = problem.q, problem.layout
+    dim = q.shape[-1]
+    first, second = panels(dim)
+    config = config or forward_config(q, terms)
+    bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
+    warps, stages = config.warps, config.stages
+    tiles = layout.nq * (layout.q_block // bm)
+    unit = _unit(q, problem.k, problem.v, out)
+    arguments = {
+        "q": q, "k": problem.k, "v": problem.v, "o": out, "lse": lse,
+        **_strides(unit, q=q, k=problem.k, v=problem.v, o=out), "UNIT": unit,
+        **_lists(layout), **_keys(problem), **_elements(layout), **_terms(problem, terms),
+        "scale": problem.scale, "heads": q.shape[2], "ratio": problem.ratio, "tiles": tiles,
+        "q_len": layout.q_len, "kv_len": layout.kv_len,
+        "BM": bm, "BN": bn, "EN": min(bn, EDGE_COLUMNS), "BV": bn,
+        "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
+        "DIM": dim, "D1": first, "D2": second, "RAGGED": layout.kv_len % layout.kv_block != 0,
+        **_arithmetic(q.dtype), "TMA": tma and second == 0, "STAGES": stages,
+        "EDGE_STAGES": 2 if q.dtype == torch.float32 else 1,  # fp32 operands must come from shared memory, or spill
+    }  # fmt: skip
+    return Launch(forward_kernel, tiles * q.shape[0] * q.shape[2], arguments, warps, stages)
+
+
+def plan_backward(
+    problem: Problem,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dbias: torch.Tensor | None,
+    capability: int | None = None,
+) -> list[Launch]:
+    """The three launches that fill the gradients, in order; ``capability`` (90 for Hopper) by default of the device."""
+    q, layout = problem.q, problem.layout
+    dim, (first, second) = q.shape[-1], panels(q.shape[-1])
+    for_q, for_k = backward_configs(problem, _capability(q.device) if capability is None else capability)
+    delta = torch.empty_like(lse)
+    batch, heads = q.shape[0], q.shape[2]
+    rows = ceil_div(layout.q_len, 64)
+    unit = _unit(q, problem.k, problem.v, grad_out, dq, dk, dv, out)
+    before = Launch(
+        delta_kernel,
+        rows * batch * heads,
+        {
+            "out": out, "grad": grad_out, "grad_lse": grad_lse, "delta": delta,
+            **_strides(unit, o=out, g=grad_out), "UNIT": unit,
+            "l_b": grad_lse.stride(0), "l_h": grad_lse.stride(1), "l_s": grad_lse.stride(2),
+            "heads": heads, "q_len": layout.q_len, "tiles": rows,
+            "BM": 64, "DIM": dim, "D": 1 << (dim - 1).bit_length(),
+        },
+        4,
+        2,
+    )  # fmt: skip
+    shared = {
+        "q": q, "k": problem.k, "v": problem.v, "grad": grad_out, "lse": lse, "delta": delta,
+        **_strides(unit, q=q, k=problem.k, v=problem.v, g=grad_out), "UNIT": unit,
+        **_keys(problem), **_elements(layout),
+        "scale": problem.scale, "heads": heads, "ratio": problem.ratio,
+        "q_len": layout.q_len, "kv_len": layout.kv_len,
+        "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "EDGE_STAGES": 1,
+    }  # fmt: skip
+    cut = _cut(layout, for_q)
+    tiles = layout.nq * cut["Q_SPLIT"]
+    own = {"dq": dq, **_strides(unit, dq=dq), **_lists(layout), "tiles": tiles, **cut}
+    queries = Launch(
+        dq_kernel,
+        tiles * batch * heads,
+        {**shared, **own, "RAGGED": layout.kv_len % layout.kv_block != 0},
+        for_q.warps,
+        for_q.stages,
+    )
+    turned, cut = layout.reverse_lists(), _cut(layout, for_k)
+    tiles = layout.nk * cut["KV_SPLIT"]
+    own = {
+        "dk": dk, "dv": dv, "dbias": dbias, **_strides(unit, dk=dk, dv=dv), "tiles": tiles, **cut,
+        "BIAS_GRAD": dbias is not None,
+        "q_idx": turned.q_indices, "q_cnt": turned.q_num_blocks, "full_kv_num_blocks": turned.full_kv_num_blocks, "entries": turned.entry,
+        "qcap": turned.q_indices.shape[-1],
+        **_broadcast("i", turned.q_indices), **_broadcast("c", turned.q_num_blocks),
+    }  # fmt: skip
+    programs = tiles * batch * problem.k.shape[2]
+    keys = Launch(dkv_kernel, programs, {**shared, **own}, for_k.warps, for_k.stages)
+    return [before, queries, keys]
+
+
+def _cut(layout: BlockLayout, config: Config) -> dict[str, int]:
+    """How the blocks of a layout are cut into tiles."""
+    bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
+    cut = {"BM": bm, "BN": bn, "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn}
+    return {**cut, "STAGES": config.stages}
+
+
+def forward_config(q: torch.Tensor, terms: Terms) -> Config:
+    """The configuration of the forward kernel for a call: what fits a program's shared memory without spills."""
+    if q.dtype == torch.float32:
+        return Config(32, 16, 8, 2)
+    comp = terms.compensation
+    if terms.bias is not None or (comp is not None and comp.variance is not None):
+        return Config(128, 32, 8, 2)  # these take registers
+    return Config(128, 64, 8, 3 if q.shape[-1] > 64 or comp is not None else 4)
+
+
+def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]:
+    """The same for the gradients, of q and of k and v; ``capability`` is 90 for Hopper."""
+    dim = problem.q.shape[-1]
+    if dim < 128 and capability < 90:
+        small = Config(32, 32, 4 if dim <= 64 else 8, 2)
+        return small, small
+    masked = problem.layout.elements is not None or problem.key_mask is not None or problem.key_bias is not None
+    if masked:  # each holds its own side of a tile in registers; masks need some too
+        return Config(64, 32, 8, 2), Config(32, 64, 8, 2)
+    return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _unit(*tensors: torch.Tensor) -> int:
+    """Elements that every stride is a multiple of: 16 bytes where possible, so that copies can be as wide."""
+    wide = 16 // tensors[0].element_size()
+    return wide if all(x.stride(i) % wide == 0 for x in tensors for i in range(3)) else 1
+
+
+def _unit_stride(problem: Problem) -> Problem:
+    """The same call with channels side by side."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+    return replace(problem, q=q, k=k, v=v)
+
+
+def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRET and dtype == torch.bfloat16,
+            "INTERPRET": INTERPRET}  # fmt: skip
+
+
+def _strides(unit: int, **tensors: torch.Tensor) -> dict[str, int]:
+    """Batch, sequence and head strides of (B, S, H, D) tensors in units, under ``name_b``, ``name_s``, ``name_h``."""
+    named: dict[str, int] = {}
+    for name, x in tensors.items():
+        named |= {f"{name}_{axis}": x.stride(i) // unit for i, axis in enumerate("bsh")}
+    return named
+
+
+def _broadcast(name: str, x: torch.Tensor | None) -> dict[str, int]:
+    """Batch and head strides of a (B|1, H|1, ...) tensor: 0 along a dimension of size 1."""
+    if x is None:
+        return {f"{name}_b": 0, f"{name}_h": 0}
+    return {f"{name}_{axis}": x.stride(i) if x.shape[i] > 1 else 0 for i, axis in enumerate("bh")}
+
+
+def _lists(layout: BlockLayout) -> dict[str, Any]:
+    idx, cnt = layout.kv_indices.contiguous(), layout.kv_num_blocks.contiguous()
+    full = None if layout.full_kv_num_blocks is None else layout.full_kv_num_blocks.contiguous()
+    return {"kv_indices": idx, "kv_num_blocks": cnt, "full_kv_num_blocks": full, "kcap": idx.shape[-1],
+            **_broadcast("i", idx), **_broadcast("c", cnt)}  # fmt: skip
+
+
+def _keys(problem: Problem) -> dict[str, Any]:
+    mask, bias = problem.key_mask, problem.key_bias
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    return {
+        "key_mask": mask, "KEY_MASK": mask is not None, "km_b": 0 if mask is None else mask.stride(0),
+        "key_bias": bias, "KEY_BIAS": bias is not None, **_broadcast("kb", bias),
+    }  # fmt: skip
+
+
+def _elements(layout: BlockLayout) -> dict[str, Any]:
+    mask = layout.elements
+    numbers = (0,) * NUMBERS if mask is None else mask.numbers()
+    a, b = (None, None) if mask is None else mask.tensors()
+    a, b = (None if x is None else x.contiguous() for x in (a, b))
+    spare = None if mask is None else layout.kv_num_blocks  # a pointer that is not read, where the kind has no table
+    per_head = mask is not None and mask.kind == BitMask.kind
+    return {
+        "ELEMENTS": 0 if mask is None else mask.kind,
+        "ma": spare if a is None else a, "ma_b": _broadcast("m", a)["m_b"],
+        "ma_h": _broadcast("m", a)["m_h"] if per_head else 0,
+        "mb": spare if b is None else b, "mb_b": _broadcast("m", b)["m_b"],
+        **{f"n{i}": numbers[i] for i in range(9)},
+    }  # fmt: skip
+
+
+def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
+    """Arguments of the optional terms; ``None`` and 0 where a term is absent."""
+    bias, comp, end, layout = terms.bias, terms.compensation, terms.epilogue, problem.layout
+    bq, bk = (None, None) if bias is None else (x.to(torch.float32).contiguous() for x in (bias.q, bias.k))
+    named: dict[str, Any] = {
+        "key_len": terms.key_lengths, "KEY_LEN": terms.key_lengths is not None,
+        "bias_q": bq, "bias_k": bk, "RANK": 0 if bq is None else bq.shape[-1],
+        **_broadcast("bq", bq), **_broadcast("bk", bk),
+        "COMP": comp is not None, "COMP_PER_BLOCK": 1 if comp is None else layout.kv_block // comp.tokens,
+        "COMP_VAR": comp is not None and comp.variance is not None, "var_cap": 0.0 if comp is None else comp.cap,
+    }  # fmt: skip
+    weight = None if comp is None else comp.log_weight.to(torch.float32).contiguous()
+    bits = None if comp is None else selected_bits(layout)
+    for name in ("k", "v", "variance"):
+        x = None if comp is None else getattr(comp, name)
+        x = None if x is None else x.to(problem.q.dtype).contiguous()  # products are of equal types
+        named["comp_var" if name == "variance" else f"comp_{name}"] = x
+    named |= {
+        "comp_bias": weight, **_broadcast("cb", weight), "nv": 0 if comp is None else comp.k.shape[2],
+        "comp_bits": bits, **_broadcast("bits", bits), "words": 0 if bits is None else bits.shape[-1],
+    }  # fmt: skip
+    given = {name: None if end is None else getattr(end, name) for name in ("row_scale", "lse_ref", "add", "blend")}
+    given = {name: None if x is None else x.to(torch.float32).contiguous() for name, x in given.items()}
+    blend = given["blend"]
+    return named | {
+        "row_scale": given["row_scale"], "ROW_SCALE": given["row_scale"] is not None,
+        **_broadcast("rs", given["row_scale"]),
+        "row_add": given["add"], "ROW_ADD": given["add"] is not None, **_broadcast("ra", given["add"]),
+        "lse_ref": given["lse_ref"], "LSE_REF": given["lse_ref"] is not None, "cap": 0.0 if end is None else end.cap,
+        "blend": blend, "BLEND": blend is not None,
+        "bl_b": 0 if blend is None or blend.shape[0] == 1 else blend.stride(0),
+        "value_shift": 0 if end is None else end.value_shift,
+    }  # fmt: skip
+
+
+def let_kernels_allocate() -> None:
+    """Descriptors made inside a kernel need workspace: take it from torch."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

@@ -1,0 +1,1 @@
+"""Timing of `sparse_attention` against dense attention and third-party kernels."""

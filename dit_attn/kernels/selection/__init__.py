@@ -1,0 +1,1 @@
+"""Choosing key blocks from pooled queries and keys."""

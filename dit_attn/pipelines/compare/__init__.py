@@ -1,0 +1,1 @@
+"""Measure methods against dense runs with the same seeds."""

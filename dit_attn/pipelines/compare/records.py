@@ -1,0 +1,77 @@
+"""Records of a comparison: its variants, and the results of every item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_attn.processors.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the pipeline.
+
+    Attributes:
+        label: unique name for tables.
+        methods: enabled methods; none is dense.
+        call: arguments of the pipeline's call that differ for this variant, as pairs of name and value.
+    """
+
+    label: str
+    methods: tuple[Method, ...] = ()
+    call: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the stock pipeline with the call all variants share."""
+        return not self.methods and not self.call
+
+
+DENSE = Variant("dense")
+
+
+@dataclass
+class ItemResult:
+    """Result of one item (a prompt and a seed) by one variant. JSON values only.
+
+    Attributes:
+        variant: label of the variant.
+        index, prompt, seed: of the item.
+        file: output, relative to the folder of the comparison; ``None`` in memory or when it failed.
+        seconds: time of the pipeline call.
+        dense_seconds: time of the dense call of the same round.
+        density: attention computed in the sparse calls, as a fraction of dense; ``None`` without sparse calls.
+        run_density: the same over all attention calls; fallbacks count as dense.
+        psnr: in dB to the dense item, ``None`` where the pixels are equal.
+        ssim: to the dense item.
+        equal: whether the pixels equal those of the dense item.
+        saturation: mean over the pixels of largest minus smallest channel, in [0, 1]; strong guidance raises it.
+        parallel, sideways: of the guidance update, see ``processors.attach.summary.GuidanceSummary``.
+        temporal: temporal consistency of a video (``eval.fidelity.temporal_consistency``), ``None`` for images.
+        attention_share: fraction of the floating-point operations of a dense step that attention takes at this size.
+        verdict: whether the pixels show each attribute of the caption; ``None`` for prompts outside the shapes world.
+        error: one line, when the item failed.
+        warnings: warnings of ``summary``, such as requested guidance that did not happen.
+    """
+
+    variant: str
+    index: int
+    prompt: str
+    seed: int
+    file: str | None = None
+    seconds: float | None = None
+    dense_seconds: float | None = None
+    density: float | None = None
+    run_density: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    equal: bool | None = None
+    saturation: float | None = None
+    parallel: float | None = None
+    sideways: float | None = None
+    temporal: float | None = None
+    attention_share: float | None = None
+    verdict: dict[str, bool] | None = None
+    error: str | None = None
+    warnings: list[str] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Search for attention heads whose perturbation raises an objective."""

@@ -1,0 +1,1 @@
+"""Measure what attention does in a run."""

@@ -1,0 +1,92 @@
+"""Log measurements to a JSON-lines file, so that an interrupted job resumes where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dit_attn import files
+from dit_attn.errors import DitAttnError, RunStopped, reason
+
+
+class MeasurementLog:
+    """Measurements by key, appended to a file one by one.
+
+    Args:
+        path: JSON-lines file; its first line is the setup. ``None`` keeps the measurements in memory.
+        setup: everything the measurements depend on; a file with another setup is refused.
+        resume: read the measurements of the file. Otherwise the file is started anew and an old one gets the
+            extension ``.bak``.
+        on_result: called with the key of every new measurement.
+
+    Attributes:
+        rows: value of every measurement by key, JSON values.
+
+    Raises:
+        DitAttnError: the file has another setup, or cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        setup: dict[str, Any] | None = None,
+        resume: bool = False,
+        on_result: Callable[[str], None] = lambda key: None,
+    ) -> None:
+        self.path, self.on_result = path, on_result
+        self.rows: dict[str, Any] = {}
+        head = json.loads(json.dumps(setup or {}, default=str))
+        if path is None:
+            return
+        try:
+            if not resume and path.is_file():
+                os.replace(path, path.with_name(f"{path.name}.bak"))
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            rows = [row for line in lines if (row := _parse_line(line)) is not None]
+            if rows and rows[0].get("setup") != head:
+                raise DitAttnError(
+                    f"{path} holds measurements of another model, method, prompts or settings; leave out --resume to "
+                    "begin anew, or give another --output"
+                )
+            complete = [row for row in rows[1:] if isinstance(row.get("key"), str) and "value" in row]
+            self.rows = {row["key"]: row["value"] for row in complete}
+            entries = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
+            files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        except UnicodeDecodeError as error:
+            raise DitAttnError(f"{path} is not text; leave out --resume to begin anew") from error
+        except OSError as error:
+            raise DitAttnError(f"cannot write {path} ({reason(error)}); choose another --output") from error
+
+    def add(self, key: str, value: Any) -> None:
+        """Append a measurement to the file and to :attr:`rows`.
+
+        Args:
+            key: unique name of the measurement.
+            value: JSON value.
+
+        Raises:
+            RunStopped: the file cannot be written.
+        """
+        try:
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "value": value}) + "\n")
+        except OSError as error:
+            raise RunStopped(
+                f"cannot write {self.path} ({reason(error)}); finished measurements are saved: free disk space, then "
+                "run the same command with --resume"
+            ) from error
+        self.rows[key] = value
+        self.on_result(key)
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    """One entry of a log; ``None`` for a line that was cut off."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,1 @@
+"""How methods get onto a stock diffusers pipeline and off it again."""

@@ -1,0 +1,328 @@
+"""Subclass each layer's stock attention processor and intercept its attention call.
+
+The subclass is made from the stock class: same signature (the models filter keyword arguments by it), same weights,
+``isinstance`` unchanged. Its attention call is intercepted in one of two ways:
+
+* ``dispatch``, processors that go through diffusers' ``dispatch_attention_fn``: ``_attention_backend`` becomes a
+  property that returns our backend; what users write to it is stored as the backend of stock calls;
+* ``torch``, processors that call ``torch.nn.functional.scaled_dot_product_attention``: a ``TorchFunctionMode`` around
+  them.
+
+A processor with neither is refused. Inside ``torch.compile`` both layers and decisions hide behind one opaque operator
+whose layer is a 0-d tensor, so that all layers share a graph and nothing recompiles when step or method changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach import compat
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.call import SDPAArgs
+from dit_attn.processors.core.dispatch import dispatch_attention
+from dit_attn.processors.core.layer import Layer, layer_by_id
+from dit_attn.processors.core.run_state import run_by_handle
+
+
+class _Slot(threading.local):
+    """The layer and the run that are active in this thread, by their handles."""
+
+    def __init__(self) -> None:  # per thread; entries of the instance, since compiled graphs guard on their presence
+        self.layer: torch.Tensor | None = None
+        self.run: torch.Tensor | None = None
+
+
+_SLOT = _Slot()
+
+
+def tap_of(processor: Any) -> str | None:
+    """Return how a processor's attention call can be intercepted: ``"dispatch"``, ``"torch"``, or ``None``."""
+    names = _called_names(type(processor).__call__)
+    if "dispatch_attention_fn" in names and "_attention_backend" in names:
+        return "dispatch"
+    return "torch" if {"dispatch_attention_fn", "scaled_dot_product_attention"} & names else None
+
+
+def _called_names(function: Any) -> set[str]:
+    """Names a function's code mentions, and those of the helpers of its module that it calls."""
+    function = getattr(function, "__wrapped__", function)
+    if not isinstance(function, types.FunctionType):
+        return set()
+    names = set(function.__code__.co_names)
+    for name in list(names):
+        helper = function.__globals__.get(name)
+        if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
+            names |= set(helper.__code__.co_names)
+    return names
+
+
+def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
+    """Return a processor of the derived class for ``layer``, with the stock processor's state.
+
+    Raises:
+        DitAttnError: the processor has no softmax attention to tap.
+    """
+    if is_wrapped(processor):
+        processor = unwrap_processor(processor)
+    tap = tap_of(processor)
+    if tap is None:
+        raise DitAttnError(
+            f"layer {layer.name} runs {type(processor).__name__}, which has no softmax attention to tap "
+            "(linear attention?); remove the method or use another model"
+        )
+    stock_class: Any = type(processor)
+    derived = _derive(stock_class, tap)
+    clone: Any = object.__new__(derived)
+    state = dict(processor.__dict__)
+    clone.__dict__.update(state)
+    clone.__dict__["_dit_dense_backend"] = state.pop("_attention_backend", None)
+    clone.__dict__.pop("_attention_backend", None)
+    clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
+    clone.__dict__["_dit_stock"] = processor
+    return clone
+
+
+def is_wrapped(processor: Any) -> bool:
+    """Whether ``processor`` is one of ours."""
+    return getattr(type(processor), "_dit_tap", None) is not None
+
+
+def unwrap_processor(processor: Any) -> Any:
+    """Return the stock processor behind ours, with what other code has written to ours since (backend, parallelism)."""
+    stock = processor.__dict__["_dit_stock"]
+    for name, value in processor.__dict__.items():
+        if not name.startswith("_dit_"):
+            stock.__dict__[name] = value
+    if processor.__dict__["_dit_dense_backend"] is not None or "_attention_backend" in stock.__dict__:
+        stock._attention_backend = processor.__dict__["_dit_dense_backend"]
+    return stock
+
+
+@functools.cache
+def _derive(stock: type, tap: str) -> type:
+    wrapped = _with_slot(stock.__call__) if tap == "dispatch" else _with_mode(stock.__call__)
+    body: dict[str, Any] = {
+        "__call__": wrapped,
+        "__deepcopy__": _deepcopy,
+        "__reduce__": _reduce,
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} with a tap at its attention call.",
+        "_dit_tap": tap,
+    }
+    if tap == "dispatch":
+        body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
+        body["_attention_backend"] = property(_read_backend, _write_backend)
+    derived = type(f"DitAttn{stock.__name__}", (stock,), body)
+    compat.copy_registry_entry(stock, derived)
+    return derived
+
+
+def _read_backend(self: Any) -> Any:
+    return self._dit_backend
+
+
+def _write_backend(self: Any, value: Any) -> None:
+    self.__dict__["_dit_dense_backend"] = value
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    run = copy.deepcopy(self.__dict__["_dit_run"], memo)
+    layer = run.layers[self.__dict__["_dit_layer"].index]
+    clone = wrap_processor(copy.deepcopy(unwrap_processor(self), memo), run, layer)
+    memo[id(self)] = clone
+    return clone
+
+
+def _reduce(self: Any) -> Any:
+    return copy.copy, (unwrap_processor(self),)
+
+
+def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock_call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = (_SLOT.layer, _SLOT.run)
+        _SLOT.layer, _SLOT.run = self._dit_layer.handle, self._dit_run.handle
+        try:
+            return stock_call(self, *args, **kwargs)
+        finally:
+            _SLOT.layer, _SLOT.run = before
+
+    return __call__
+
+
+def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock_call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _TorchTap(self._dit_run, self._dit_layer):
+            return stock_call(self, *args, **kwargs)
+
+    return __call__
+
+
+class _TorchTap(TorchFunctionMode):
+    """Intercept ``scaled_dot_product_attention`` of (B, H, S, D) tensors; (B, S, H, D) is handed on."""
+
+    def __init__(self, run: Session, layer: Layer) -> None:
+        super().__init__()
+        self.run, self.layer = run, layer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _on_sdpa(self.run, self.layer, func, *args, **kwargs)
+
+
+def _on_sdpa(
+    run: Session,
+    layer: Layer,
+    func: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Torch's own signature: the attention call of a processor that calls torch directly."""
+
+    def stock() -> torch.Tensor:
+        # The very call the processor made, so that stock calls stay bit-equal on every torch.
+        extra = {"enable_gqa": True} if enable_gqa else {}
+        out = func(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **extra
+        )
+        return out.transpose(1, 2)
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa)
+    if torch.compiler.is_compiling():
+        out = _compiled_attention(layer.handle, run.handle, args, parallel=False)
+    else:
+        out = dispatch_attention(run, layer, args, stock)
+    return out.transpose(1, 2)
+
+
+def _backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """Attention backend that our processors name to diffusers; q, k, v and the result are (B, S, H, D)."""
+    layer, run = _SLOT.layer, _SLOT.run
+    if layer is None or run is None:
+        raise RuntimeError("the dit_attn attention backend was called outside a wrapped attention layer")
+    args = SDPAArgs(query, key, value, attn_mask, scale, is_causal, dropout_p, enable_gqa)
+    if torch.compiler.is_compiling():
+        return _compiled_attention(layer, run, args, parallel=_parallel_config is not None)
+    return _dispatch_backend(_session_of(run), layer_by_id(int(layer)), args, _parallel_config)
+
+
+def _dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
+    """Dispatch a call that came through diffusers' ``dispatch_attention_fn``."""
+    stock = functools.partial(_stock_backend, run, layer, args, parallel_config)
+    return dispatch_attention(run, layer, compat.split_args(args, parallel_config), stock)
+
+
+def _stock_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
+    processor: Any = run.model.get_submodule(layer.name).processor
+    return compat.dispatch(
+        args.q,
+        args.k,
+        args.v,
+        backend=processor.__dict__["_dit_dense_backend"],
+        parallel_config=parallel_config,
+        attn_mask=args.mask,
+        dropout_p=args.dropout,
+        is_causal=args.causal,
+        scale=args.scale,
+        enable_gqa=args.gqa,
+    )
+
+
+def _stock_torch(args: SDPAArgs) -> torch.Tensor:
+    extra = {"enable_gqa": True} if args.gqa else {}
+    q, k, v = (x.transpose(1, 2) for x in (args.q, args.k, args.v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=args.mask, is_causal=args.causal, scale=args.scale, **extra)
+    return out.transpose(1, 2)
+
+
+def _session_of(run: torch.Tensor) -> Session:
+    return cast(Session, run_by_handle(run))
+
+
+def _compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, parallel: bool) -> torch.Tensor:
+    q, k, v = args.q, args.k, args.v
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if training:  # an error raised while tracing would be buried in Dynamo's own: the operator raises when it runs
+        q, k, v = q.detach(), k.detach(), v.detach()
+    return torch.ops.dit_attn.attend(
+        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, training
+    )
+
+
+@torch.library.custom_op("dit_attn::attend", mutates_args=())
+def _attend(
+    layer: torch.Tensor,
+    run: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    gqa: bool,
+    parallel: bool,
+    training: bool,
+) -> torch.Tensor:
+    """One attention call of a compiled model; q, k, v and the result are (B, S, H, D).
+
+    ``run`` also orders the call after the forward hook, which writes to it.
+    """
+    if training:
+        raise DitAttnError(
+            "dit_attn methods cannot be trained inside torch.compile; train without compiling, or disable the method"
+        )
+    session, here = _session_of(run), layer_by_id(int(layer))
+    args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa)
+    processor: Any = session.model.get_submodule(here.name).processor
+    if type(processor)._dit_tap == "dispatch":
+        out = _dispatch_backend(session, here, args, processor._parallel_config if parallel else None)
+    else:
+        out = dispatch_attention(session, here, args, functools.partial(_stock_torch, args))
+    return out.contiguous()
+
+
+@_attend.register_fake
+def _(
+    layer: torch.Tensor,
+    run: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    gqa: bool,
+    parallel: bool,
+    training: bool,
+) -> torch.Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])

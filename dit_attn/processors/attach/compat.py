@@ -1,0 +1,164 @@
+"""The only file that touches private names of diffusers.
+
+Everything here is guarded: when a release moves a name, the dispatch tap is reported as missing and processors that
+call torch's attention directly still work.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dit_attn.processors.core.call import SDPAArgs
+
+BACKEND_VALUE = "dit_attn"
+
+
+@functools.cache
+def backend_member() -> Any:
+    """Return the member of ``AttentionBackendName`` our processors hand to ``dispatch_attention_fn``.
+
+    It is not entered in the enumeration's maps: users cannot select it by name, since it means nothing without a
+    session.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    member = str.__new__(AttentionBackendName, BACKEND_VALUE)
+    member._name_ = "DIT_ATTN"
+    member._value_ = BACKEND_VALUE
+    return member
+
+
+def register_backend(function: Callable[..., torch.Tensor]) -> Any:
+    """Put ``function`` behind :func:`backend_member`; idempotent. Returns the member."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    member = backend_member()
+    if registry._backends.get(member) is not function:
+        registry._backends[member] = function
+        registry._constraints[member] = []
+        registry._supported_arg_names[member] = set(inspect.signature(function).parameters)
+        parallel = getattr(registry, "_supports_context_parallel", None)
+        if isinstance(parallel, set):
+            parallel.add(member.value)
+        elif isinstance(parallel, dict):
+            parallel[member] = True
+    return member
+
+
+def dispatch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: Any, parallel_config: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    if "parallel_config" in inspect.signature(dispatch_attention_fn).parameters:
+        kwargs["parallel_config"] = parallel_config
+    return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
+
+
+def copy_registry_entry(stock: type, derived: type) -> None:
+    """Let diffusers' class-keyed processor registry (used by its layer-skip hooks) know a derived class."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorRegistry
+    except ImportError:
+        return
+    if hasattr(AttentionProcessorRegistry, "_register"):
+        AttentionProcessorRegistry._register()  # it fills itself at first use only
+    known = getattr(AttentionProcessorRegistry, "_registry", {})
+    if stock in known:
+        known.setdefault(derived, known[stock])
+
+
+@contextmanager
+def without_shared_caches(model: torch.nn.Module) -> Iterator[None]:
+    """Step caches that keep one state for all branches of a step (PyramidAttentionBroadcast, FasterCache) stand aside:
+    they would answer with what another branch left, and leave the answer to the next one."""
+    registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
+    hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
+    shared = [hook.fn_ref for hook in hooks if hook._is_stateful and "state" in vars(hook)]
+    kept = [reference.forward for reference in shared]
+    for reference in shared:
+        reference.forward = reference.original_forward
+    try:
+        yield
+    finally:
+        for reference, forward in zip(shared, kept):
+            reference.forward = forward
+
+
+# Blocks diffusers' own registry lacks, or holds wrongly: the inputs that come out again, in the order of the outputs.
+_STREAMS = {
+    "AllegroTransformerBlock": ("hidden_states",),
+    "AuraFlowJointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "AuraFlowSingleTransformerBlock": ("hidden_states",),
+    "ChromaSingleTransformerBlock": ("hidden_states",),
+    "ChromaTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "ConsisIDBlock": ("hidden_states", "encoder_hidden_states"),
+    "CosmosTransformerBlock": ("hidden_states",),
+    "EasyAnimateTransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "Flux2SingleTransformerBlock": ("hidden_states",),
+    "Flux2TransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "HiDreamImageSingleTransformerBlock": ("hidden_states",),
+    "HiDreamImageTransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "HunyuanDiTBlock": ("hidden_states",),
+    "HunyuanVideo15TransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "JointTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "Kandinsky5TransformerDecoderBlock": ("visual_embed",),
+    "LTX2VideoTransformerBlock": ("hidden_states", "audio_hidden_states"),
+    "Lumina2TransformerBlock": ("hidden_states",),
+    "OmniGenBlock": ("hidden_states",),
+    "SkyReelsV2TransformerBlock": ("hidden_states",),
+    "WanTransformerBlock": ("hidden_states",),
+    "ZImageTransformerBlock": ("x",),
+}
+
+
+def block_streams(block: torch.nn.Module) -> tuple[str, ...] | None:
+    """Names of the inputs a transformer block hands on, in the order of its outputs; ``None`` where unknown."""
+    kind = type(getattr(block, "block", block))  # HiDream wraps its blocks
+    if kind.__name__ in _STREAMS:
+        return _STREAMS[kind.__name__]
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        entry = TransformerBlockRegistry.get(kind)
+    except (ImportError, ValueError):
+        return None
+    picture = getattr(entry, "hidden_states_argument_name", "hidden_states")
+    text = getattr(entry, "encoder_hidden_states_argument_name", "encoder_hidden_states")
+    if entry.return_encoder_hidden_states_index is None:
+        return (picture,)
+    return (picture, text) if entry.return_hidden_states_index == 0 else (text, picture)
+
+
+def ulysses_mesh(parallel_config: Any) -> Any | None:
+    """Return the device mesh of a Ulysses-parallel run, or ``None`` when the run is not parallel.
+
+    Raises:
+        NotImplementedError: for ring attention, whose ranks never hold a full row of the attention matrix, and for uneven shards.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree and config.ring_degree > 1:
+        raise NotImplementedError("ring attention splits the keys over ranks; sparse methods need Ulysses")
+    if getattr(config, "ulysses_anything", False):
+        raise NotImplementedError("ulysses_anything makes uneven shards; sparse methods need even ones")
+    return config._ulysses_mesh
+
+
+def split_args(args: SDPAArgs, parallel_config: Any) -> SDPAArgs:
+    """Return the arguments of an attention call with what diffusers' parallel settings say of its sequence."""
+    if parallel_config is None:
+        return args
+    try:
+        return replace(args, mesh=ulysses_mesh(parallel_config))
+    except NotImplementedError as error:
+        return replace(args, unsupported=str(error))

@@ -1,0 +1,282 @@
+"""What a method can gain on this model at this size, before a run is paid for.
+
+The figures are arithmetic, not measurements: floating-point operations of the linear layers and of attention, and from
+them the ceiling of the speed-up (Amdahl) if skipped work cost nothing and everything else ran at the same rate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.families import Family, family_of
+from dit_attn.processors.attach.guider import head_count
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.executor import MIN_TOKENS
+from dit_attn.processors.methods.base import Method, resolve_count
+from dit_attn.processors.methods.presets import preset_for
+
+_TEXT_TOKENS = 512  # assumed length of the text part of a joint sequence
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Expectation for one transformer call and one run. Prints as a table; ``to_dict()`` gives JSON values.
+
+    Attributes:
+        family: row of the family table.
+        preset: preset that matches this very model, or ``None``.
+        grid: (T, H, W) visual tokens.
+        tokens: visual tokens of one sequence.
+        layers: attention layers that can be touched.
+        attention_share: attention's share of the floating-point operations of a step, in [0, 1].
+        density: mean share of the map that stays over a run, dense steps and layers included, ``None`` if data decide.
+        attention_speedup: ceiling for the attention part.
+        speedup: ceiling for the whole step (Amdahl).
+        declines: what will take the stock path, and why.
+        methods: settings of the methods.
+        memory: bytes the methods keep from step to step, for one sample with classifier-free guidance.
+        guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
+            pass is one sample through the transformer), and the ``work`` of them without the blocks that are taken over
+            or left out; ``None`` without one.
+    """
+
+    family: str
+    preset: str | None
+    grid: tuple[int, int, int]
+    tokens: int
+    layers: int
+    attention_share: float
+    density: float | None
+    attention_speedup: float | None
+    speedup: float | None
+    declines: tuple[str, ...]
+    methods: tuple[dict[str, Any], ...]
+    memory: int = 0
+    guidance: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        t, h, w = self.grid
+        rows = [
+            (
+                "family",
+                self.family + (f" (preset {self.preset})" if self.preset else " (no preset for this checkpoint)"),
+            ),
+            ("visual tokens", f"{self.tokens:,} = {t} x {h} x {w}"),
+            ("layers", f"{self.layers} attention layers can be touched"),
+            ("attention", f"{100 * self.attention_share:.1f} % of the operations of a step"),
+        ]
+        if self.density is not None and self.speedup is not None:
+            rows += [
+                ("density", f"{100 * self.density:.1f} % of the map over the run"),
+                (
+                    "ceiling",
+                    f"{self.attention_speedup:.2f}x for attention, {self.speedup:.2f}x for the step (arithmetic)",
+                ),
+            ]
+        if self.memory:
+            rows.append(("memory", f"{_bytes(self.memory)} kept from step to step (one sample, both branches)"))
+        if self.guidance is not None:
+            rows.append(("guidance", _guidance_line(self.guidance)))
+        rows += [("declines", reason) for reason in self.declines]
+        return "\n".join(f"{key:<14} {value}" for key, value in rows)
+
+
+def explain_run(
+    model: torch.nn.Module,
+    pipe: Any,
+    methods: tuple[Method, ...],
+    height: int | None,
+    width: int | None,
+    num_frames: int | None,
+) -> Explanation:
+    """Build the explanation; arguments as for :func:`dit_attn.explain`."""
+    family = family_of(model)
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise DitAttnError(f"{name} must be a whole number of at least 1, got {value!r}")
+    grid = visual_grid(model, pipe, height, width, num_frames)
+    tokens = grid[0] * grid[1] * grid[2]
+    names = attach.eligible_layers(model, family)
+    for method in methods:
+        method.check_model(type(model).__name__, len(names))
+    attention, linear = _operations(model, family, names, tokens)
+    part = attention / (attention + linear)
+    density, declines = _expected_density(methods, len(names), tokens)
+    preset = preset_for(model, pair=getattr(pipe, "transformer_2", None) is not None)
+    return Explanation(
+        family=family.name,
+        preset=preset.name if preset else None,
+        grid=grid,
+        tokens=tokens,
+        layers=len(names),
+        attention_share=part,
+        density=density,
+        attention_speedup=1.0 / density if density else None,
+        speedup=1.0 / (1.0 - part + part * density) if density else None,
+        declines=declines,
+        methods=tuple(method.to_dict() for method in methods),
+        memory=_memory(model, methods, names, tokens),
+        guidance=_guidance(model, methods),
+    )
+
+
+def visual_grid(
+    model: torch.nn.Module, pipe: Any, height: int | None, width: int | None, num_frames: int | None
+) -> tuple[int, int, int]:
+    """(T, H, W) tokens of a picture or clip of the given size.
+
+    Args:
+        model: the transformer.
+        pipe: the pipeline, whose autoencoder gives the compression; without one the usual 8 (and 4 in time) is assumed.
+        height, width: pixels; default: the pipeline's own.
+        num_frames: frames; default: the pipeline's own, 1 for images.
+
+    Raises:
+        DitAttnError: a size under one token.
+    """
+    config: Any = model.config
+    space = _first(pipe, ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"), 8)
+    frames_per_latent = _first(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"), 4)
+    patch = _patch_size(config)
+    if type(model).__name__.startswith(("Flux", "Chroma")):
+        patch = (1, 2, 2)  # these pipelines pack 2 x 2 latents before the transformer
+    sample = config.get("sample_size") or config.get("sample_height") or 64
+    side = (sample if isinstance(sample, int) else max(sample)) * space
+    height = height or _call_default(pipe, "height") or width or side
+    width = width or _call_default(pipe, "width") or height
+    frames = num_frames or _call_default(pipe, "num_frames") or 81
+    latent_frames = frames // frames_per_latent + 1 if _is_video(model) else 1
+    grid = (max(latent_frames // patch[0], 1), height // (space * patch[1]), width // (space * patch[2]))
+    if min(grid) < 1:
+        raise DitAttnError(
+            f"{height} x {width} is smaller than one token ({space * patch[1]} pixels); give a larger size"
+        )
+    return grid
+
+
+def _is_video(model: torch.nn.Module) -> bool:
+    from dit_attn.processors.attach.families import video
+
+    return any(family_of(model).name == row.name for row in video.FAMILIES)
+
+
+def _patch_size(config: Any) -> tuple[int, int, int]:
+    patch = config.get("patch_size") or 1
+    if isinstance(patch, (tuple, list)):
+        return (patch[0], patch[1], patch[2]) if len(patch) == 3 else (1, patch[0], patch[1])
+    return (config.get("patch_size_t") or 1, patch, patch)
+
+
+def _first(source: Any, names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        value = getattr(source, name, None)
+        if isinstance(value, int):
+            return value
+    return default
+
+
+def _call_default(pipe: Any, name: str) -> int | None:
+    """The default of an argument of the pipeline's call, e.g. 480 for Wan's height."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name) if pipe is not None else None
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
+def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens: int) -> tuple[float, float]:
+    """Multiply-add operations x 2 of attention and of the linear layers, for one sequence of one step."""
+    joint = not any(name.endswith("attn1") for name in names)
+    seq_len = tokens + (_TEXT_TOKENS if joint else 0)
+    attention = 0.0
+    for name in names:
+        module: Any = model.get_submodule(name)
+        inner = getattr(module, "inner_dim", None) or module.to_q.out_features
+        attention += 4.0 * seq_len * seq_len * inner
+    blocks = {name.split(".")[0] for name in names}
+    linear = sum(
+        2.0 * module.weight.numel() * seq_len
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.split(".")[0] in blocks
+    )
+    return attention, linear
+
+
+def _memory(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str], tokens: int) -> int:
+    """Bytes kept from step to step, for the two branches of one sample; no cache where a layer stays dense."""
+    element = next(model.parameters()).element_size()
+    total = 0
+    for method in methods:
+        dense = getattr(method, "dense_layers", ())
+        for name in (name for index, name in enumerate(names) if index not in dense):
+            module: Any = model.get_submodule(name)
+            heads = head_count(module) or 1
+            inner = getattr(module, "inner_dim", None) or module.to_q.out_features
+            total += 2 * method.cache_bytes(tokens, heads, inner // heads, element)
+    return total
+
+
+def _guidance(model: torch.nn.Module, methods: tuple[Method, ...]) -> dict[str, float] | None:
+    """What the guidance method among ``methods`` adds to a run.
+
+    Raises:
+        DitAttnError: it names a layer, head or block the model does not have.
+    """
+    guide = attach.prepare(model, methods, Clock()).guider
+    if guide is None:
+        return None
+    plan, method = guide.plan, guide.method
+    guided = 0.0 if plan.empty or not method.scale else (method.stop - method.start) / method.interval
+    shared = 0 if plan.empty or not method.share_prefix or method.batched else guide.first_block
+    spared = {*guide.blocks[:shared], *plan.skipped}
+    return {
+        "heads": sum(len(heads) for heads in plan.strengths.values()),
+        "blocks": len(plan.skipped) or len(plan.strengths),
+        "passes": guided,
+        "work": guided * (1.0 - len(spared) / len(guide.blocks)),
+    }
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _guidance_line(found: dict[str, float]) -> str:
+    what = f"{found['heads']:.0f} heads in {found['blocks']:.0f} layers" if found["heads"] else (
+        f"{found['blocks']:.0f} blocks left out"
+    )  # fmt: skip
+    passes, work = found["passes"], found["work"]
+    return (
+        f"{what}; evaluations per step: {1 + passes:.2f} alone, {2 + passes:.2f} with CFG; "
+        f"blocks run: x{1 + work:.2f} alone, x{1 + work / 2:.2f} with CFG"
+    )
+
+
+def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> tuple[float | None, tuple[str, ...]]:
+    """Mean density over a run, and what declines. Dense steps as fractions count as such, absolute ones out of 50."""
+    declines = ["cross attention and text refiners: never touched"]
+    if tokens < MIN_TOKENS:
+        return 1.0, (*declines, f"all calls: sequence under {MIN_TOKENS} tokens")
+    reader: Any = next((method for method in methods if method.role == "sparse"), None)
+    if reader is None:
+        return 1.0, tuple(declines)
+    steps = 50
+    dense = resolve_count(reader.dense_steps, steps) + resolve_count(reader.dense_last_steps, steps)
+    if dense:
+        declines.append(f"{dense} of {steps} steps: dense by setting")
+    if reader.dense_layers:
+        declines.append(f"layers {', '.join(map(str, reader.dense_layers))}: dense by setting")
+    if reader.densities and 1.0 in reader.densities:
+        share_dense = reader.densities.count(1.0) / len(reader.densities)
+        declines.append(f"{100 * share_dense:.0f} % of the layers and parts of the run: density 1 by setting")
+    if reader.expected is None:
+        return None, (*declines, "density: decided by the data (top_p)")
+    part = (1 - min(dense, steps) / steps) * (1 - len(reader.dense_layers) / layers)
+    return part * reader.expected + (1 - part), tuple(declines)

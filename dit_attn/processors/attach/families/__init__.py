@@ -1,0 +1,81 @@
+"""The table of model families: what the socket must know of a transformer, as data.
+
+A row says which attention layers may be touched, which forward arguments tell the token layout, in which order the
+parts of the sequence come, and how the family's pipelines run guidance. ``docs/add_a_family.md`` shows how
+to write one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.core.cfg import SEPARATE, CFGRule
+from dit_attn.processors.core.tokens import TokenLayout
+
+LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
+Axis = int | Literal["list"] | None
+_TABLES = ("video", "image")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        name: short name, e.g. ``"wan"``.
+        models: names users know, for the printed table.
+        transformers: class names of the transformers (exact).
+        layers: shell patterns of the module paths whose self or joint attention may be touched.
+        forward_args: names of the transformer's forward arguments the layout needs (``timestep`` is always taken).
+        layout: ``layout(config, values) -> TokenLayout``; the only code of a row.
+        cfg: how its pipelines do classifier-free guidance.
+        timestep: name of the forward argument that carries the time.
+        time_grows: whether that argument rises during a run.
+        mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
+        batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
+            share, ``"list"`` for lists with an entry per row, whatever their size.
+        block_chain: whether a block sees nothing of earlier ones but what it is given (no long skips).
+        refused: why no method can be put on this family, or ``None``.
+    """
+
+    name: str
+    models: str
+    transformers: tuple[str, ...]
+    layers: tuple[str, ...]
+    forward_args: tuple[str, ...]
+    layout: LayoutFunction = field(repr=False)
+    cfg: CFGRule = SEPARATE
+    timestep: str = "timestep"
+    time_grows: bool = False
+    mask_rule: str = "key"
+    batch_axes: Mapping[str, Axis] = field(default_factory=dict)
+    block_chain: bool = True
+    refused: str | None = None
+
+
+def families() -> tuple[Family, ...]:
+    """Every row, video families first."""
+    tables = (importlib.import_module(f"{__name__}.{table}") for table in _TABLES)
+    return tuple(row for table in tables for row in table.FAMILIES)
+
+
+def family_of(model: Any) -> Family:
+    """The row of a transformer, by the exact name of its class or of a base class.
+
+    Raises:
+        DitAttnError: no row, or a row that is refused; the message says why.
+    """
+    rows = {name: row for row in families() for name in row.transformers}
+    row = next((rows[base.__name__] for base in type(model).__mro__ if base.__name__ in rows), None)
+    if row is None:
+        raise DitAttnError(
+            f"{type(model).__name__} is not a supported transformer; supported families: "
+            f"{', '.join(sorted({row.name for row in rows.values()}))}. docs/add_a_family.md shows how to add one"
+        )
+    if row.refused:
+        raise DitAttnError(f"{type(model).__name__} cannot take attention methods: {row.refused}")
+    return row

@@ -1,0 +1,256 @@
+"""Video families: where the (T, H, W) grid comes from and in which order the parts of the sequence stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dit_attn.processors.attach.families import Family
+from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, CFGRule
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+
+TEXT = Span("text", None)
+# The pipeline's guidance_scale is an input of the model.
+EMBEDDED = CFGRule("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
+
+
+def _patches(config: Any) -> tuple[int, int, int]:
+    """(T, H, W) latents per token, from either way a configuration writes it."""
+    size = config.patch_size
+    if isinstance(size, int):
+        return (config.get("patch_size_t") or 1, size, size)
+    return (size[0], size[1], size[2])
+
+
+def grid_of(config: Any, values: dict[str, Any], axes: tuple[int, int, int] = (2, 3, 4)) -> tuple[int, int, int]:
+    """(T, H, W) tokens of 5-D latents ``hidden_states``; ``axes`` are its frame, height and width axes."""
+    latents, patch = values["hidden_states"], _patches(config)
+    t, h, w = (latents.shape[axis] // step for axis, step in zip(axes, patch))
+    return (t, h, w)
+
+
+def _order(*order: str, axes: tuple[int, int, int] = (2, 3, 4)) -> Callable[[Any, dict[str, Any]], TokenLayout]:
+    """Layout of a sequence with the given parts: ``"video"`` from the 5-D latents, ``"text"`` what remains."""
+
+    def layout(config: Any, values: dict[str, Any]) -> TokenLayout:
+        video = visual_span("video", grid_of(config, values, axes))
+        return TokenLayout(tuple(video if part == "video" else TEXT for part in order))
+
+    return layout
+
+
+def _named_span(config: Any, values: dict[str, Any]) -> Span:
+    """The video span of packed latents (B, S, C) whose grid comes as ``num_frames``, ``height``, ``width``."""
+    pt, ph, pw = _patches(config)
+    return visual_span("video", (values["num_frames"] // pt, values["height"] // ph, values["width"] // pw))
+
+
+def coordinate_spans(coords: torch.Tensor, *, references: bool) -> tuple[Span, ...]:
+    """Spans of packed latents whose grid is told by coordinates alone.
+
+    Time rises from frame to frame inside the video; frames that condition it stand before it and end where time drops.
+
+    Args:
+        coords: (B, 3, S) or (B, 3, S, 2) frame, row and column of every token, the last axis its two bounds.
+        references: whether conditioning frames may stand before the video.
+
+    Raises:
+        ValueError: the coordinates are no frames of one size, or time drops where nothing may stand before the video.
+    """
+    points = (coords[0, ..., 0] if coords.ndim == 4 else coords[0]).detach().cpu()
+    height, width = (int(torch.unique(axis).numel()) for axis in points[1:])
+    if points.shape[1] % (height * width):
+        raise ValueError("video coordinates that are not frames of one size")
+    times, rows, columns = points.reshape(3, -1, height, width)
+    frames = times[:, 0, 0]
+    regular = (times == frames[:, None, None]).all() and (rows == rows[:1, :, :1]).all()
+    if not regular or not (columns == columns[:1, :1]).all():
+        raise ValueError("video coordinates that are not in the order of frames, rows and columns")
+    drops = torch.nonzero(frames[1:] <= frames[:-1]).flatten().tolist()
+    start = drops[-1] + 1 if drops else 0
+    if start and not references:
+        raise ValueError("conditioning frames at an unknown place of the sequence")
+    video = visual_span("video", (len(frames) - start, height, width))
+    return (visual_span("reference", (start, height, width)), video) if start else (video,)
+
+
+def _ltx(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """Coordinates win over the named grid: the long-video pipeline names a grid of one token besides them.
+
+    The condition pipeline names no grid and puts its conditioning frames before the video.
+    """
+    coords = values["video_coords"]
+    if coords is None:
+        return TokenLayout((_named_span(config, values),))
+    return TokenLayout(coordinate_spans(coords, references=values["num_frames"] is None))
+
+
+def _ltx_2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """Key frames and reference clips are appended to the video; pipelines with tiles name no grid."""
+    if values["num_frames"] is None:
+        return TokenLayout(coordinate_spans(values["video_coords"], references=False))
+    return TokenLayout((_named_span(config, values), Span("reference", None)))
+
+
+def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """5-D latents whose first frame is the picture of the character; the video follows it."""
+    t, h, w = grid_of(config, values)
+    return TokenLayout((visual_span("reference", (1, h, w)), visual_span("video", (t - 1, h, w))))
+
+
+# Strides (T, H, W) of the patches of earlier frames, coarsest and first in the sequence.
+_HISTORY = (("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2)))
+
+
+def _framepack(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The sequence is [history in coarse to fine patches, video, image embedding and text]; history is padded up."""
+    spans = []
+    for name, strides in _HISTORY:
+        latents, indices = values[name], values[f"indices_{name}"]
+        if latents is not None and indices is not None:
+            t, h, w = (-(-size // stride) for size, stride in zip(latents.shape[2:], strides))
+            spans.append(visual_span("reference", (t, h, w)))
+    return TokenLayout((*spans, visual_span("video", grid_of(config, values)), TEXT))
+
+
+FAMILIES = (
+    Family(
+        name="wan",
+        models="Wan 2.1, Wan 2.2 (T2V, I2V, A14B, TI2V-5B), VACE, ChronoEdit",
+        transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
+        layers=("blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("video"),
+    ),
+    Family(
+        name="wan-animate",
+        models="Wan 2.2 Animate",
+        transformers=("WanAnimateTransformer3DModel",),
+        layers=("blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_first_frame_reference,
+    ),
+    Family(
+        name="skyreels-v2",
+        models="SkyReels V2",
+        transformers=("SkyReelsV2Transformer3DModel",),
+        layers=("blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("video"),
+    ),
+    Family(
+        name="hunyuan-video",
+        models="HunyuanVideo",
+        transformers=("HunyuanVideoTransformer3DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("hidden_states",),
+        layout=_order("video", "text"),
+        cfg=EMBEDDED,
+    ),
+    Family(
+        name="framepack",
+        models="HunyuanVideo Framepack",
+        transformers=("HunyuanVideoFramepackTransformer3DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("hidden_states", *(part for name, _ in _HISTORY for part in (name, f"indices_{name}"))),
+        layout=_framepack,
+        cfg=EMBEDDED,
+    ),
+    Family(
+        name="hunyuan-video-1.5",
+        models="HunyuanVideo 1.5",
+        transformers=("HunyuanVideo15Transformer3DModel",),
+        layers=("transformer_blocks.*.attn",),
+        forward_args=("hidden_states",),
+        layout=_order("video", "text"),
+        mask_rule="visual-row",
+    ),
+    Family(
+        name="cogvideox",
+        models="CogVideoX 2b, 5b, 1.5-5b (T2V, I2V), ConsisID",
+        transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("text", "video", axes=(1, 3, 4)),
+        cfg=replace(BATCHED, bent_by=("use_dynamic_cfg",)),
+        batch_axes={"image_rotary_emb": None},
+    ),
+    Family(
+        name="ltx-video",
+        models="LTX-Video",
+        transformers=("LTXVideoTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("num_frames", "height", "width", "video_coords"),
+        layout=_ltx,
+        cfg=RESCALABLE,
+    ),
+    Family(
+        name="ltx-2",
+        models="LTX-2",
+        transformers=("LTX2VideoTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("num_frames", "height", "width", "video_coords"),
+        layout=_ltx_2,
+        cfg=replace(BATCHED, scale=""),  # picture and sound have scales of their own
+    ),
+    Family(
+        name="mochi",
+        models="Mochi 1",
+        transformers=("MochiTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("video", "text"),
+        cfg=BATCHED,
+        time_grows=True,
+    ),
+    Family(
+        name="allegro",
+        models="Allegro",
+        transformers=("AllegroTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("video"),
+        cfg=BATCHED,
+        batch_axes={"image_rotary_emb": None},
+    ),
+    Family(
+        name="cosmos",
+        models="Cosmos 1, Cosmos Predict 2, 2.5",
+        transformers=("CosmosTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("video"),
+        cfg=CFGRule("separate", ("cond", "uncond"), scale_offset=1.0),
+        batch_axes={"padding_mask": None},
+    ),
+    Family(
+        name="kandinsky-5",
+        models="Kandinsky 5 (video, image)",
+        transformers=("Kandinsky5Transformer3DModel",),
+        layers=("visual_transformer_blocks.*.self_attention",),
+        forward_args=("hidden_states",),
+        layout=_order("video", axes=(1, 2, 3)),
+        batch_axes={"visual_rope_pos": None, "text_rope_pos": None},
+    ),
+    Family(
+        name="easyanimate",
+        models="EasyAnimate 5.1",
+        transformers=("EasyAnimateTransformer3DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("text", "video"),
+        cfg=RESCALABLE,
+    ),
+    Family(
+        name="sana-video",
+        models="Sana-Video",
+        transformers=("SanaVideoTransformer3DModel",),
+        layers=(),
+        forward_args=(),
+        layout=_order("video"),
+        refused="its self attention is linear: there is no softmax map to thin out",
+    ),
+)

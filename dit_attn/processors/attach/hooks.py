@@ -1,0 +1,124 @@
+"""Hooks on a transformer: its forward arguments, the pipeline's cache context, and the guidance behind its forward."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.run_state import run_by_handle
+
+
+class ForwardHook:
+    """Forward pre-hook of the transformer: shows the session the arguments its family row names.
+
+    Args:
+        session: the session, ``None`` in a saved model that comes back without methods.
+        rewrap: called before every forward; wraps processors that other code has replaced since.
+    """
+
+    def __init__(self, session: Session | None, rewrap: Callable[[Session], None] | None = None) -> None:
+        self.session, self.rewrap = session, rewrap
+        if session is None:
+            return
+        self.names = tuple(dict.fromkeys((session.family.timestep, "hidden_states", *session.family.forward_args)))
+        parameters = list(inspect.signature(type(session.model).forward).parameters)[1:]
+        self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        return ForwardHook(copy.deepcopy(self.session, memo), self.rewrap)
+
+    def __reduce__(self) -> Any:
+        return ForwardHook, (None,)  # a saved model comes back without methods
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.session is None:
+            return None
+        values = {}
+        for name, position in self.positions.items():
+            values[name] = args[position] if position < len(args) else kwargs.get(name)
+        if torch.compiler.is_compiling():
+            tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+            names = [name if isinstance(v, torch.Tensor) else f"{name}={v!r}" for name, v in values.items()]
+            torch.ops.dit_attn.on_forward(self.session.handle, tensors, "\n".join(names))
+            return None
+        if self.rewrap is not None:
+            self.rewrap(self.session)
+        self.session.on_forward(values)
+        return None if self.session.guider is None else self.session.guider.before(module, args, kwargs)
+
+
+@torch.library.custom_op("dit_attn::on_forward", mutates_args=("run",))
+def _on_forward(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
+    """Forward hook of a compiled transformer: ``run`` names the session, the lines of ``spec`` the arguments.
+
+    A line is the name of the next tensor, or ``name=literal`` for an argument that is no tensor.
+    """
+    rest, values = iter(tensors), {}
+    for line in spec.splitlines():
+        name, is_literal, text = line.partition("=")
+        values[name] = ast.literal_eval(text) if is_literal else next(rest)
+    cast(Session, run_by_handle(run)).on_forward(values)
+
+
+@_on_forward.register_fake
+def _(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
+    return None
+
+
+class ContextHook:
+    """Stands in for ``model.cache_context`` and stores what the pipeline says about the call."""
+
+    def __init__(self, model: torch.nn.Module, session: Session | None) -> None:
+        self._model, self.session = weakref.ref(model), session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextHook:
+        return ContextHook(memo[id(self._model())], copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return ContextHook, (self._model(), None)  # a saved model comes back without methods
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        model: Any = self._model()
+        session = self.session or SimpleNamespace()
+        session.context = SimpleNamespace(
+            name=name, step_index=kwargs.get("step_index"), num_inference_steps=kwargs.get("num_inference_steps")
+        )
+        try:
+            with type(model).cache_context(model, name, **kwargs):
+                yield
+        finally:
+            session.context = None
+
+
+class GuidanceHook:
+    """Forward hook of the transformer that runs a session's guider."""
+
+    def __init__(self, session: Session | None) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidanceHook:
+        return GuidanceHook(copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return GuidanceHook, (None,)  # a saved model comes back without methods
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.session is None or self.session.guider is None:
+            return output
+        return _uncompiled(self.session.guider, module, args, kwargs, output)
+
+
+@torch.compiler.disable
+def _uncompiled(guider: PerturbedGuider, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    return guider.after(module, args, kwargs, output)

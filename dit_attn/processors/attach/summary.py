@@ -1,0 +1,232 @@
+"""What happened in the last run, layer by layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
+from dit_attn.processors.core.layer import LayerStats
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer in the last run.
+
+    Attributes:
+        name: module path.
+        calls: attention calls.
+        sparse_calls: calls a method carried out.
+        density: mean executed share of the map over the engaged calls, ``None`` without one.
+        seconds: time in engaged calls (host time).
+        fallbacks: calls left to the stock path, by reason.
+        error: relative L2 error on sampled rows of the first engaged call (the largest, where densities change over
+            the run); ``None`` where no ``max_error`` is set.
+    """
+
+    name: str
+    calls: int
+    sparse_calls: int
+    density: float | None
+    seconds: float
+    fallbacks: dict[str, int]
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class GuidanceSummary:
+    """What a guidance method did in the last run.
+
+    Attributes:
+        evaluations: perturbed passes.
+        steps: steps that were pushed.
+        shared: share of the blocks of these passes that was taken over from the plain ones.
+        parallel: what the push adds to the scale of classifier-free guidance, mean over the guided steps; ``None``
+            in runs without an unconditional branch.
+        sideways: the rest of the push, in units of ``|c - u|``; ``None`` likewise.
+        relative: ``|D| / |c|``, mean over the guided steps; ``None`` where no step was guided.
+    """
+
+    evaluations: int
+    steps: int
+    shared: float
+    parallel: float | None
+    sideways: float | None
+    relative: float | None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.evaluations} perturbed passes, {_percent(self.shared)} of their blocks taken over, "
+            f"{self.steps} steps pushed"
+        ]
+        if self.parallel is not None and self.sideways is not None:
+            lines.append(f"like a guidance scale {self.parallel:+.2f}, and {self.sideways:.2f} |c - u| sideways")
+        elif self.relative is not None:
+            lines.append(f"a push of {self.relative:.2f} |c| (no unconditional branch to compare with)")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Report of the last run of one pipeline or transformer. Prints as a table; ``to_dict()`` gives JSON values.
+
+    Attributes:
+        families: family of every transformer.
+        methods: settings of the enabled methods.
+        runs: runs seen since ``enable``.
+        steps: steps of the last run that were reached.
+        layers: one entry per layer.
+        guidance: what a guidance method did, ``None`` without one.
+        warnings: what a user should know of the run, e.g. guidance that was asked for and did not happen.
+    """
+
+    families: tuple[str, ...]
+    methods: tuple[dict[str, Any], ...]
+    runs: int
+    steps: int
+    layers: tuple[LayerSummary, ...] = field(repr=False)
+    guidance: GuidanceSummary | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def calls(self) -> int:
+        """Attention calls of all layers."""
+        return sum(layer.calls for layer in self.layers)
+
+    @property
+    def sparse_calls(self) -> int:
+        """Calls a method carried out."""
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Mean executed share of the attention map over the engaged calls, ``None`` without one."""
+        weights = [(layer.sparse_calls, layer.density) for layer in self.layers if layer.density is not None]
+        count = sum(n for n, _ in weights)
+        return sum(n * d for n, d in weights) / count if count else None
+
+    @property
+    def run_density(self) -> float | None:
+        """The same over all calls, declined ones counted as dense."""
+        if not self.calls:
+            return None
+        return (self.sparse_calls * (self.density or 0.0) + (self.calls - self.sparse_calls)) / self.calls
+
+    @property
+    def worst_error(self) -> tuple[float, str] | None:
+        """The largest measured error and its layer, ``None`` when no method set ``max_error``."""
+        found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
+        return max(found) if found else None
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls left to the stock path, by reason."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.fallbacks)
+        return dict(total.most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, totals included."""
+        totals = {"calls": self.calls, "sparse_calls": self.sparse_calls, "density": self.density}
+        return {**asdict(self), **totals, "run_density": self.run_density, "fallbacks": self.fallbacks}
+
+    def __str__(self) -> str:
+        engaged_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
+        rows = [
+            ("family", ", ".join(self.families)),
+            ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
+            ("runs", f"{self.runs} (last: {self.steps} steps)"),
+        ]
+        reading = [
+            ("layers", f"{engaged_layers} of {len(self.layers)} engaged"),
+            ("attention calls", f"{self.sparse_calls} of {self.calls} engaged"),
+            ("density", f"{_percent(self.density)} where engaged, {_percent(self.run_density)} over the run"),
+            ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
+            *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
+            *(("fallbacks", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
+        ]
+        if self.guidance is None or set(self.fallbacks) != {ONLY_GUIDANCE}:
+            rows += reading
+        rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
+        rows += [("warning", text) for text in self.warnings]
+        return "\n".join(f"{key:<16} {value}" for key, value in rows)
+
+
+def summarize(sessions: dict[str, Session]) -> Summary:
+    """The report of one pipeline's sessions, by component; with several, layer names begin with the component."""
+    first = next(iter(sessions.values()))
+    clock = first.clock
+    prefixes = {name: f"{name}." if len(sessions) > 1 else "" for name in sessions}
+    return Summary(
+        families=tuple(session.family.name for session in sessions.values()),
+        methods=tuple(method.to_dict() for method in first.methods),
+        runs=clock.run,
+        steps=clock.step + 1 if clock.run else 0,
+        layers=tuple(
+            _layer(prefixes[name] + layer.name, layer.stats if session.ran else LayerStats())
+            for name, session in sessions.items()
+            for layer in session.layers
+        ),
+        guidance=_guidance(sessions),
+        warnings=tuple(dict.fromkeys(filter(None, map(_missing_guidance, sessions.values())))),
+    )
+
+
+def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
+    guides = [session.guider for session in sessions.values() if session.guider is not None and session.ran]
+    if not guides:
+        return None
+    strengths = [guide.strength for guide in guides]
+    evaluations = sum(guide.evaluations for guide in guides)
+    blocks = sum(guide.evaluations * len(guide.blocks) for guide in guides)
+
+    def mean(name: str) -> float | None:
+        values = [value for strength in strengths for value in getattr(strength, name)]
+        return sum(values) / len(values) if values else None
+
+    return GuidanceSummary(
+        evaluations=evaluations,
+        steps=sum(strength.steps for strength in strengths),
+        shared=sum(guide.saved_blocks for guide in guides) / blocks if blocks else 0.0,
+        parallel=mean("parallel"),
+        sideways=mean("sideways"),
+        relative=mean("relative"),
+    )
+
+
+def _missing_guidance(session: Session) -> str | None:
+    """What to say of a run whose pipeline was given a guidance scale and never ran an unconditional branch."""
+    if not session.clock.run or not session.ran or "uncond" in session.seen_branches:
+        return None
+    scale, name = session.guidance_scale(), session.cfg.argument
+    embedded = bool(getattr(session.model.config, "guidance_embeds", False))
+    if scale is not None and scale > 1.0 and (name or not embedded):
+        remedy = session.pipeline_call.remedy if name else "a negative prompt may be missing"
+        return (
+            f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
+        )
+    if (session.pipeline_call.embedded or 0.0) > 1.0 and not embedded:
+        return (
+            f"guidance_scale {session.pipeline_call.embedded:g} had no effect: this {type(session.model).__name__} takes no "
+            f"guidance as an input; leave it out{f', or give {name} and negative_prompt' if scale is not None else ''}"
+        )
+    return None
+
+
+def _layer(name: str, stats: LayerStats) -> LayerSummary:
+    density = float(stats.computed) / stats.sparse_calls if stats.sparse_calls else None
+    return LayerSummary(
+        name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error
+    )
+
+
+def _settings(method: dict[str, Any]) -> str:
+    values = ", ".join(f"{k}={v}" for k, v in method.items() if k != "method" and v is not None)
+    return f"{method['method']}({values})"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

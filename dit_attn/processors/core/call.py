@@ -1,0 +1,172 @@
+"""One attention call, and what the enabled methods request of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from dit_attn.kernels import BlockLayout, Compensation, Epilogue
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
+from dit_attn.processors.core.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class SDPAArgs:
+    """Arguments of one scaled-dot-product attention call, as the model passed them.
+
+    Attributes:
+        q: (B, S, H, D).
+        k: (B, Sk, Hk, D); ``H % Hk == 0``.
+        v: (B, Sk, Hk, Dv).
+        mask: ``None``, (B, Sk) or broadcastable to (B, H, S, Sk); boolean (True = attend) or additive.
+        scale: softmax scale, ``None`` for ``D ** -0.5``.
+        causal: whether attention is causal.
+        dropout: dropout probability of the attention weights.
+        gqa: whether the model asked torch for grouped-query attention.
+        mesh: device mesh over which the sequence is split (Ulysses); q, k and v are this rank's shard then.
+        unsupported: reason why no method can handle the way this call is split over devices, or ``None``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+    dropout: float = 0.0
+    gqa: bool = False
+    mesh: Any = None
+    unsupported: str | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether the sequence is split over devices."""
+        return self.mesh is not None or self.unsupported is not None
+
+
+@dataclass
+class AttentionCall:
+    """One attention call of a wrapped layer, after normalization and rotary embedding.
+
+    Attributes:
+        q: (B, S, H, D).
+        k: (B, S, Hk, D); ``H % Hk == 0``.
+        v: (B, S, Hk, Dv).
+        mask: what the model passed: ``None``, (B, S) or broadcastable to (B, H, S, S); boolean (True = attend) or
+            additive.
+        scale: softmax scale, ``None`` for ``D ** -0.5``.
+        causal: whether the model asked for causal attention.
+        layer: the layer.
+        tokens: the parts of the sequence, ``None`` when they are unknown.
+        clock: position in the run.
+        branches: guidance branch of every batch row.
+        layer_count: number of wrapped layers of the transformer.
+        mask_rule: form of the model's square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of
+            a square mask are alike).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+    causal: bool
+    layer: Layer
+    tokens: Tokens | None
+    clock: Clock
+    branches: tuple[str, ...] = ()
+    layer_count: int = 1
+    mask_rule: str = "key"
+
+    @property
+    def visual(self) -> slice:
+        """The visual rows of the sequence. Only asked where the tokens are known and the visual ones consecutive."""
+        assert self.tokens is not None and self.tokens.visual_range is not None
+        return slice(*self.tokens.visual_range)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The softmax scale, as a number."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+@dataclass
+class Request:
+    """What the enabled methods ask for one call; an empty request means stock attention.
+
+    Attributes:
+        layout: key blocks that the visual rows attend to (queries: visual rows, keys: the full sequence).
+        declined: reasons of the methods that leave this call to stock attention.
+        key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
+        key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
+            the part of it that selection needs to know.
+        permuted: visual queries, keys and values in the order the layout speaks of; ``None`` for that of the sequence.
+        compensation: pooled keys that stand for the skipped blocks.
+        epilogue: what the kernel does to the rows before it writes them.
+        compute_visual: computes the visual rows instead of the kernel call, (B, Sv, H, Dv) in the order of the
+            sequence; called once.
+        visual_density: with ``compute_visual``, attention computed for the visual rows, as a fraction of dense.
+        max_error: see :class:`~dit_attn.processors.methods.sparse.SparseMethod`.
+        density: density that ``max_error`` is measured for, once per run; ``None`` where it never changes.
+    """
+
+    layout: BlockLayout | None = None
+    declined: list[str] = field(default_factory=list)
+    key_mask: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    permuted: PermutedTokens | None = None
+    compensation: Compensation | None = None
+    epilogue: Epilogue | None = None
+    compute_visual: Callable[[], torch.Tensor] | None = None
+    visual_density: float = 1.0
+    max_error: float | None = None
+    density: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is requested."""
+        return self.layout is None and self.compute_visual is None
+
+    def decline(self, reason: str) -> None:
+        """Leave the call to stock attention; the reason is counted."""
+        self.declined.append(reason)
+
+    def permute(self, call: AttentionCall, order: str, tile: Grid | None = None) -> PermutedTokens:
+        """Return the tensors of ``call`` in another token order.
+
+        Args:
+            call: the attention call.
+            order: one of :data:`~dit_attn.kernels.layouts.token_order.ORDERS`, or ``"none"`` (visual tokens first).
+            tile: (t, h, w) tokens of a box of the order ``tiles``.
+        """
+        assert call.tokens is not None
+        return permute_tokens(
+            call.tokens, call.q[:, call.visual], call.k, call.v, self.key_mask, self.key_bias, order, tile
+        )
+
+
+class CallMethod(Protocol):
+    """What the dispatcher needs of an enabled method; :class:`~dit_attn.processors.methods.base.Method` is one."""
+
+    @property
+    def role(self) -> str:
+        """``"sparse"``, ``"guidance"`` or ``""``."""
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add this method's part to ``request``, or decline."""
+
+
+class CallPerturbation(Protocol):
+    """What the dispatcher needs of a perturbation; see :mod:`dit_attn.processors.guidance.perturbation`."""
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether a row's result depends on nothing but that row."""
+
+    def apply(self, call: AttentionCall, out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Return the perturbed result of a call whose plain result is ``out``; rows before ``first`` stay."""

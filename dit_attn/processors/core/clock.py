@@ -1,0 +1,148 @@
+"""Which step of the run, and which branch of the guidance, a transformer call belongs to.
+
+Nobody declares the number of steps. The clock reads, in this order: what the pipeline says through ``cache_context``,
+the pipeline's scheduler, and the ``timestep`` argument of the transformer, whose value changes exactly when a new step
+begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_attn.processors.core.cfg import CFGRule
+
+# Names pipelines give to `cache_context`, in the vocabulary of this package.
+_BRANCH_NAMES = {
+    "cond": "cond",
+    "uncond": "uncond",
+    "pred_cond": "cond",
+    "pred_uncond": "uncond",
+    "uncond_stg": "perturbed",
+    "uncond_modality": "perturbed",
+}
+_TRAIN_TIMESTEPS = 1000.0
+
+
+@dataclass
+class Clock:
+    """Position in the current run; resets itself when a new run begins.
+
+    Attributes:
+        run: number of runs seen, from 1 (0 before the first call).
+        step: step in the run, from 0; a run may begin late in its schedule (a picture to start from).
+        total: number of steps of the run, ``None`` when nothing tells it.
+        call: transformer calls seen at this step, from 0.
+        context: the name the pipeline gave to the call, or ``None``.
+        timestep: value of the transformer's ``timestep`` argument.
+        grows: whether it rises during a run.
+    """
+
+    run: int = 0
+    step: int = 0
+    total: int | None = None
+    call: int = 0
+    context: str | None = None
+    timestep: float = float("nan")
+    grows: bool = False
+    _schedule: Any = field(default=None, repr=False)
+    _begin: int | None = field(default=None, repr=False)  # position in the schedule where the run began
+
+    def tick(
+        self,
+        timestep: float,
+        guidance: CFGRule,
+        *,
+        grows: bool = False,
+        scheduler: Any = None,
+        context: Any = None,
+        length: int | None = None,
+    ) -> None:
+        """Advance to the transformer call that is about to start.
+
+        Args:
+            timestep: largest value of the transformer's ``timestep`` argument.
+            guidance: the family's guidance row (how many calls a step may have).
+            grows: whether this family's timesteps rise during a run (they fall in most).
+            scheduler: the pipeline's scheduler, when the pipeline is known.
+            context: the pipeline's cache context (name, and from diffusers 0.42 step and total), when it gives one.
+            length: steps of the run as the pipeline says, which may leave out the beginning of the schedule.
+        """
+        schedule = getattr(scheduler, "timesteps", None)
+        if schedule is not self._schedule:
+            self._begin = getattr(scheduler, "begin_index", None)
+        known = getattr(context, "step_index", None)
+        if known is None and scheduler is not None:
+            known = self._from_scheduler(scheduler, schedule is self._schedule, timestep)
+        fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
+        if fresh:
+            self.run += 1
+            self.step, self.call = 0, 0
+        elif timestep != self.timestep or (known is not None and known != self.step):
+            self.step, self.call = self.step + 1, 0
+        else:
+            self.call += 1
+        if known is not None:
+            self.step = int(known)
+        total = getattr(context, "num_inference_steps", None)
+        if total is None and schedule is not None:
+            total = min(len(schedule) - (self._begin or 0), length or len(schedule))
+        self.total = total
+        self.context = getattr(context, "name", None)
+        self.timestep = timestep
+        self._schedule = schedule
+        self.grows = grows
+
+    def _from_scheduler(self, scheduler: Any, same: bool, timestep: float) -> int | None:
+        """The step of the run by the scheduler's index, ``None`` where it does not tell; ``same``: the schedule is."""
+        index = getattr(scheduler, "step_index", None)
+        if index is None:
+            # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
+            # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.
+            moved = same and (self.step > 0 or timestep != self.timestep)
+            return 0 if hasattr(scheduler, "step_index") and not moved else None
+        if self._begin is None:  # the scheduler looked the first timestep up when it was first asked to step
+            self._begin = index - 1 if same and self.step == 0 else 0
+        return index - self._begin
+
+    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, guidance: CFGRule, grows: bool) -> bool:
+        if self.run == 0 or schedule is not self._schedule:
+            return True
+        if known is not None:
+            return known < self.step
+        went_back = timestep < self.timestep if grows else timestep > self.timestep
+        calls = len(guidance.order) if guidance.style == "separate" else 1
+        return went_back or (timestep == self.timestep and self.call + 1 >= calls and self.total is None)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done when this step begins, in [0, 1).
+
+        With an unknown number of steps it is the fraction of the noise that is gone.
+        """
+        if self.total:
+            return min(self.step / self.total, 1.0)
+        if math.isnan(self.timestep):
+            return 0.0
+        time = min(max(self.timestep / (1.0 if self.timestep <= 1.0 else _TRAIN_TIMESTEPS), 0.0), 1.0)
+        return time if self.grows else 1.0 - time
+
+    def branches(self, batch: int, guidance: CFGRule, stacked: int | None = None) -> tuple[str, ...]:
+        """Branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's guidance row.
+
+        Args:
+            batch: rows of the call, B.
+            guidance: the family's guidance row.
+            stacked: number of branches the run has, 1 without guidance; ``None`` when unknown.
+        """
+        named = _BRANCH_NAMES.get(self.context or "")
+        if named:
+            return (named,) * batch
+        if guidance.style == "separate":
+            order = guidance.order if stacked != 1 else ("cond",)
+            return (order[self.call % len(order)],) * batch
+        order = guidance.longer if stacked == len(guidance.longer) else guidance.order
+        if stacked in (None, 1) or batch % len(order):
+            return ("cond",) * batch
+        return tuple(branch for branch in order for _ in range(batch // len(order)))

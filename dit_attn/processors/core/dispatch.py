@@ -1,0 +1,193 @@
+"""Dispatch one attention call: run the enabled methods, or fall back to stock attention and record the reason."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack  # public wrapper does not exist
+from torch.utils._device import DeviceContext
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.core import executor, sequence_parallel
+from dit_attn.processors.core.call import AttentionCall, Request, SDPAArgs
+from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.run_state import RunState
+
+ONLY_GUIDANCE = "stock path: only guidance is enabled"
+
+
+def dispatch_attention(
+    run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Return the result of one attention call.
+
+    Args:
+        run: the run the call belongs to.
+        layer: the layer.
+        args: the call; the local shard of the sequence under Ulysses.
+        stock: computes stock attention, untouched.
+
+    Returns:
+        (B, S, H, Dv).
+
+    Raises:
+        DitAttnError: a perturbation that needs the full sequence, which is split over devices.
+    """
+    layer.stats.calls += 1
+    layer.advance_rows(args.q.shape[0])
+    request = Request()
+    out = _dispatch(run, layer, args, stock, request)
+    perturbed, observed = run.perturbed, run.observers and not args.split
+    if perturbed is None and not observed:
+        return out
+    call = _new_call(run, layer, args)
+    if perturbed is not None:
+        if args.split and not perturbed.row_wise:
+            raise DitAttnError("only the plain identity can be perturbed when the sequence is split over devices")
+        out = perturbed.apply(call, out, max(0, run.first_perturbed - layer.rows[0]))
+    if observed:
+        for observer in run.observers:
+            observer(call, request, out)
+    return out
+
+
+def _dispatch(
+    run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor], request: Request
+) -> torch.Tensor:
+    """Return the result and fill ``request``, whose layout stays ``None`` where stock attention ran."""
+    reason = _unsupported_reason(run, layer, args)
+    exchange = None
+    if reason is None and args.mesh is not None:
+        if args.q.shape[1] != args.k.shape[1]:
+            return _fallback(layer, "cross attention", stock)
+        try:
+            exchange = sequence_parallel.exchange_for(args.mesh, run.layout, args.q.shape[1])
+        except NotImplementedError as error:
+            reason = str(error)
+    if reason is not None:
+        return _fallback(layer, reason, stock)
+    if exchange is not None:
+        q, k, v, mask = exchange.scatter_heads(args.q, args.k, args.v, args.mask)
+        args = replace(args, q=q, k=k, v=v, mask=mask)
+    call = _new_call(run, layer, args)
+    started = time.perf_counter()
+    reason = _collect_requests(run, call, request)
+    if reason is not None:
+        return _fallback(layer, reason, stock)
+    out = _execute(call, request, args.mesh)
+    if layer.disabled is not None:
+        request.layout = request.compute_visual = None
+        return _fallback(layer, layer.disabled, stock)
+    layer.stats.seconds += time.perf_counter() - started
+    return out if exchange is None else exchange.gather_heads(out)
+
+
+def _unsupported_reason(run: RunState, layer: Layer, args: SDPAArgs) -> str | None:
+    """Return the reason this call must use stock attention whatever the methods would ask for, or ``None``."""
+    if not run.methods:
+        return "no method enabled"
+    if all(method.role == "guidance" for method in run.methods):
+        return ONLY_GUIDANCE
+    if layer.disabled:
+        return layer.disabled
+    if run.layout_error:
+        return run.layout_error
+    if args.mask is not None and not isinstance(args.mask, torch.Tensor):
+        return f"{type(args.mask).__name__} attention mask"
+    if args.dropout:
+        return "attention dropout"
+    if not torch.compiler.is_compiling():
+        outer = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+        if outer:
+            return f"{type(outer[-1]).__name__} is active around the attention call"
+    return args.unsupported
+
+
+def _new_call(run: RunState, layer: Layer, args: SDPAArgs) -> AttentionCall:
+    return AttentionCall(
+        q=args.q,
+        k=args.k,
+        v=args.v,
+        mask=args.mask,
+        scale=args.scale,
+        causal=args.causal,
+        layer=layer,
+        tokens=run.tokens(args.q.shape[1]) if args.q.shape[1] == args.k.shape[1] else None,
+        clock=run.clock,
+        branches=run.branches(args.q.shape[0], layer.rows[0]),
+        layer_count=run.layer_count,
+        mask_rule=run.mask_rule,
+    )
+
+
+def _collect_requests(run: RunState, call: AttentionCall, request: Request) -> str | None:
+    """Let the methods fill the request; return the reason when the call stays with stock attention."""
+    reason = executor.unsupported_reason(call) or executor.read_mask(call, request)
+    if reason is not None:
+        return reason
+    for method in run.methods:
+        method.request(call, request)
+    if request.empty:
+        return request.declined[0] if request.declined else "nothing requested"
+    return None
+
+
+def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
+    """Carry the request out. After a failure the layer is disabled: it stays dense for the rest of the session."""
+    layer, stats = call.layer, call.layer.stats
+    try:
+        out = executor.run(call, request, executor.dense_rows(call))
+    except (RuntimeError, NotImplementedError) as error:
+        if mesh is not None:  # the other ranks wait in an exchange: going dense alone would hang them
+            raise
+        _disable_layer(layer, f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return call.q
+    if layer.checked_run != call.clock.run:
+        layer.checked_run = call.clock.run
+        finite = bool(torch.isfinite(out[:, :: max(1, out.shape[1] // 64)]).all())
+        if not (finite if mesh is None else sequence_parallel.all_agree(finite, mesh)):
+            _disable_layer(layer, "kernel gave NaN or infinity")
+            return out
+    if request.max_error is not None and request.density not in stats.measured and mesh is None:
+        stats.measured.add(request.density)
+        found = executor.sampled_error(call, request, out)
+        stats.error = found if stats.error is None or not found <= stats.error else stats.error
+        if not found <= request.max_error:
+            _disable_layer(layer, f"error {found:.3g} is above max_error {request.max_error:g}")
+            return out
+    stats.sparse_calls += 1
+    stats.computed += computed_fraction(call, request)
+    return out
+
+
+def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Tensor:
+    """Return the attention computed as a fraction of dense, with pooled keys and the rows that are not visual.
+
+    On an accelerator the result is a tensor: nothing is read back to the host.
+    """
+    seq_len, rows = call.q.shape[1], call.visual
+    visual = (rows.stop - rows.start) / seq_len
+    density: float | torch.Tensor = request.visual_density
+    if request.compute_visual is None:
+        layout = request.layout
+        assert layout is not None
+        on_host = layout.kv_num_blocks.device.type == "cpu"
+        density = layout.density if on_host else layout.kv_num_blocks.float().mean() / layout.nk
+    if request.compensation is not None:
+        density = density + request.compensation.k.shape[2] / seq_len
+    return visual * density + (1.0 - visual)
+
+
+def _disable_layer(layer: Layer, reason: str) -> None:
+    layer.disabled = reason
+    warnings.warn(f"dit_attn: {layer.name} goes back to dense attention: {reason}", stacklevel=2)
+
+
+def _fallback(layer: Layer, reason: str, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
+    layer.stats.fallbacks[reason] += 1
+    return stock()

@@ -1,0 +1,143 @@
+"""Carry out the request of an intercepted attention call: methods describe it, the executor computes it.
+
+The visual rows of the sequence go through ``kernels.sparse_attention`` over all keys; every other row (text, time,
+audio) is computed densely, so joint models keep their text exact. Nothing here builds an S x S matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from dit_attn.kernels import sparse_attention
+from dit_attn.processors.core.call import AttentionCall, Request
+
+MIN_TOKENS = 256  # below this a dense call is faster on every backend measured so far
+
+
+def unsupported_reason(call: AttentionCall) -> str | None:
+    """Return the reason this call must use stock attention, or ``None``; found before any method is asked."""
+    if call.q.shape[1] != call.k.shape[1]:
+        return "cross attention"
+    if call.tokens is None:
+        return f"unknown token layout for {call.q.shape[1]} tokens"
+    if call.causal:
+        return "causal attention"
+    if call.tokens.visual_range is None:
+        return "visual tokens are not consecutive"
+    if call.q.shape[1] < MIN_TOKENS:
+        return f"sequence under {MIN_TOKENS} tokens"
+    return None
+
+
+def read_mask(call: AttentionCall, request: Request) -> str | None:
+    """Turn the model's mask into the key mask and key bias of the request.
+
+    Of a square mask whose visual rows are all alike (``call.mask_rule``) one visual row is taken.
+
+    Args:
+        call: the attention call.
+        request: gets ``key_mask`` and ``key_bias``.
+
+    Returns:
+        The reason when the mask has no such form, else ``None``.
+    """
+    mask = call.mask
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    if mask.ndim != 4 or mask.shape[1] not in (1, call.q.shape[2]) or mask.shape[-1] != call.k.shape[1]:
+        return f"attention mask of shape {tuple(mask.shape)}"
+    row = 0
+    if mask.shape[2] != 1:
+        if call.mask_rule != "visual-row" or call.tokens is None or call.tokens.visual_range is None:
+            return "square attention mask"
+        row = call.visual.start
+    keys = mask[:, :, row, :]
+    if keys.is_floating_point():
+        request.key_bias = keys.float()
+        keys = keys > torch.finfo(keys.dtype).min / 2
+    elif keys.shape[1] != 1:
+        request.key_bias = torch.zeros(keys.shape, device=keys.device).masked_fill(~keys.bool(), float("-inf"))
+    request.key_mask = keys.bool().any(1).expand(call.q.shape[0], -1)
+    return None
+
+
+def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Carry out a request.
+
+    Args:
+        call: the attention call.
+        request: the merged request; ``layout.q_len`` is the number of visual rows, ``layout.kv_len`` is S.
+        dense: exact attention for the remaining rows, ``dense(q_rows, k, v, mask_rows) -> (B, rows, H, Dv)``.
+
+    Returns:
+        (B, S, H, Dv).
+    """
+    seq_len, rows = call.q.shape[1], call.visual
+    visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)
+    if (rows.start, rows.stop) == (0, seq_len):
+        return visual
+    out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
+    out[:, rows] = visual
+    for low, high in ((0, rows.start), (rows.stop, seq_len)):
+        if low < high:
+            out[:, low:high] = dense(call.q[:, low:high], call.k, call.v, _mask_rows(call.mask, low, high))
+    return out
+
+
+def _visual_rows(call: AttentionCall, request: Request) -> torch.Tensor:
+    """(B, Sv, H, Dv) by the layout."""
+    assert request.layout is not None
+    permuted = request.permuted
+    q, k, v = (call.q[:, call.visual], call.k, call.v) if permuted is None else (permuted.q, permuted.k, permuted.v)
+    source = request if permuted is None else permuted
+    mask, bias = source.key_mask, source.key_bias
+    out = sparse_attention(
+        q, k, v, request.layout, scale=call.scale, key_mask=mask if bias is None else None, key_bias=bias,
+        compensation=request.compensation, epilogue=request.epilogue,
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)  # no LSE is requested
+    return out if permuted is None else permuted.unpermute(out)
+
+
+def sampled_error(call: AttentionCall, request: Request, out: torch.Tensor, count: int = 64) -> float:
+    """Return the relative L2 error of a result's visual rows against exact attention, on a sample of them.
+
+    Args:
+        call: the attention call.
+        request: its request.
+        out: (B, S, H, Dv).
+        count: about how many rows are compared.
+    """
+    rows = call.visual
+    sample = slice(rows.start, rows.stop, max(1, (rows.stop - rows.start) // count))
+    mask = None
+    if request.key_bias is not None:
+        mask = request.key_bias[:, :, None].to(call.q.dtype)
+    elif request.key_mask is not None:
+        mask = request.key_mask[:, None, None]
+    exact = dense_rows(call)(call.q[:, sample], call.k, call.v, mask).float()
+    return float((out[:, sample].float() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def dense_rows(call: AttentionCall) -> Callable[..., torch.Tensor]:
+    """Return exact attention for a few rows of ``call`` by torch's fused kernel; (B, S, H, D) in and out."""
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale, **gqa).transpose(1, 2)
+
+    return dense
+
+
+def _mask_rows(mask: torch.Tensor | None, low: int, high: int) -> torch.Tensor | None:
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, None, None, :]
+    return mask if mask.shape[2] == 1 else mask[:, :, low:high]

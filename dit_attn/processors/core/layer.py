@@ -1,0 +1,86 @@
+"""One wrapped attention layer: what it is called, what it did in the run, and what methods store for it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+next_id = itertools.count(1).__next__
+"""Number for the next handle; layers and run states share the sequence."""
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+def new_handle(number: int) -> torch.Tensor:
+    """Return a 0-d int64 CPU tensor that names an object inside compiled graphs, where tensors are not guarded by value."""
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+@dataclass
+class LayerStats:
+    """What one layer did in the current run.
+
+    Attributes:
+        calls: attention calls that reached the layer.
+        sparse_calls: calls that a method carried out.
+        fallbacks: calls that took stock attention, by reason.
+        computed: sum over the sparse calls of the attention computed, as a fraction of dense (all rows, all keys).
+        seconds: time spent in sparse calls (host time; on an accelerator it is the time to enqueue them).
+        error: relative L2 error measured on sampled rows of the first sparse call, the largest where densities change
+            over the run; ``None`` where no bound is set.
+        measured: densities whose error was measured.
+    """
+
+    calls: int = 0
+    sparse_calls: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    computed: float | torch.Tensor = 0.0
+    seconds: float = 0.0
+    error: float | None = None
+    measured: set[float | None] = field(default_factory=set)
+
+
+class Layer:
+    """One wrapped attention layer of a transformer.
+
+    Attributes:
+        name: module path in the transformer, e.g. ``"blocks.3.attn1"``.
+        index: position among the wrapped layers, from 0.
+        handle: names the layer inside compiled graphs.
+        disabled: reason why this layer stays dense until it is enabled again (a failed kernel, NaN), or ``None``.
+        rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
+            samples one by one.
+        state: what methods store for this layer from step to step; emptied when a new run begins.
+    """
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name, self.index = name, index
+        self.id = next_id()
+        self.handle = new_handle(self.id)
+        self.stats = LayerStats()
+        self.disabled: str | None = None
+        self.checked_run = 0
+        self.rows = (0, 0)
+        self.state: dict[Any, Any] = {}
+        _LAYERS[self.id] = self
+
+    def advance_rows(self, count: int) -> None:
+        """Note that an attention call of ``count`` batch rows begins."""
+        self.rows = (self.rows[1], self.rows[1] + count)
+
+    def begin_run(self) -> None:
+        """Empty the statistics and the state."""
+        self.stats = LayerStats()
+        self.state.clear()
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r}, index={self.index})"
+
+
+def layer_by_id(number: int) -> Layer:
+    """Return the layer behind a handle."""
+    return _LAYERS[number]

@@ -1,0 +1,140 @@
+"""State of one transformer's run: its layers, the parts of its sequence, its step, and the branch of every row."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
+from dit_attn.processors.core.cfg import SEPARATE, CFGRule
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.layer import Layer, new_handle, next_id
+from dit_attn.processors.core.tokens import TokenLayout, Tokens
+
+Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
+_RUNS: weakref.WeakValueDictionary[int, RunState] = weakref.WeakValueDictionary()
+
+
+class RunState:
+    """What an attention call needs to know of the run it belongs to. A host fills it in; nothing here knows the host.
+
+    Attributes:
+        methods: the enabled methods, in order.
+        clock: step and branch; shared by the transformers of one pipeline.
+        cfg: how the run does classifier-free guidance.
+        mask_rule: see :class:`~dit_attn.processors.core.call.AttentionCall`.
+        layers: the wrapped layers.
+        layout: parts of the sequence of the current input, ``None`` before the first call.
+        layout_error: reason why they are unknown, or ``None``.
+        observers: called after every attention call with the call, its request (``request.layout`` is ``None`` where
+            stock attention ran) and the result (B, S, H, Dv); see :func:`dit_attn.observing`.
+        perturbed: what the current pass perturbs, ``None`` in plain passes.
+        first_perturbed: first batch row that is perturbed in it.
+        handle: names the run inside compiled graphs.
+    """
+
+    def __init__(
+        self, methods: Sequence[CallMethod], clock: Clock, cfg: CFGRule = SEPARATE, mask_rule: str = "key"
+    ) -> None:
+        self.methods, self.clock, self.cfg, self.mask_rule = tuple(methods), clock, cfg, mask_rule
+        self.layers: list[Layer] = []
+        self.layout: TokenLayout | None = None
+        self.layout_error: str | None = None
+        self.observers: list[Observer] = []
+        self.perturbed: CallPerturbation | None = None
+        self.first_perturbed = 0
+        self.id = next_id()
+        self.handle = new_handle(self.id)
+        self._batch = 1
+        self._all_perturbed = False
+        self._tokens: dict[int, Tokens | None] = {}
+        _RUNS[self.id] = self
+
+    @property
+    def layer_count(self) -> int:
+        """Number of wrapped layers."""
+        return len(self.layers)
+
+    def add_layer(self, name: str) -> Layer:
+        """Register the next layer."""
+        layer = Layer(name, len(self.layers))
+        self.layers.append(layer)
+        return layer
+
+    def set_layout(self, layout: TokenLayout | None, error: str | None = None) -> None:
+        """Set the parts of the sequence of the transformer call that is about to start, or why they are unknown."""
+        self.layout, self.layout_error, self._tokens = layout, error, {}
+
+    def tokens(self, seq_len: int) -> Tokens | None:
+        """Return the parts of a sequence of ``seq_len`` tokens in the current call, ``None`` when they do not add up."""
+        if self.layout is None:
+            return None
+        if seq_len not in self._tokens:
+            self._tokens[seq_len] = self.layout.resolve(seq_len)
+        return self._tokens[seq_len]
+
+    def begin_call(self, rows: int) -> None:
+        """Note that a transformer call of ``rows`` batch rows begins."""
+        self._batch = rows
+        for layer in self.layers:
+            layer.rows = (0, 0)
+
+    def branches(self, batch: int, first: int = 0) -> tuple[str, ...]:
+        """Return the guidance branch of every row of an attention call.
+
+        Args:
+            batch: rows of the call.
+            first: first batch row of the model in the call; counts in models that attend sample by sample.
+        """
+        rows = max(batch, self._batch)
+        names = self._branch_names(rows)
+        return tuple(names[(first + row) % rows] for row in range(batch))
+
+    def rows_by_branch(self) -> tuple[str, ...]:
+        """Return the guidance branch of every batch row of the current transformer call."""
+        return self._branch_names(self._batch)
+
+    @contextmanager
+    def perturbing(self, perturbation: CallPerturbation, rows: int) -> Iterator[None]:
+        """Run a pass over ``rows`` batch rows, all of them perturbed."""
+        before = self._batch
+        self.perturbed = perturbation
+        self.begin_call(rows)
+        try:
+            yield
+        finally:
+            self.perturbed = None
+            self.begin_call(before)
+
+    def append_perturbed(self, perturbation: CallPerturbation, rows: int) -> None:
+        """Add ``rows`` perturbed rows to the call that is about to start."""
+        self.perturbed, self.first_perturbed = perturbation, self._batch
+        self.begin_call(self._batch + rows)
+
+    def drop_perturbed(self) -> None:
+        """Note that the call with perturbed rows is over."""
+        self.begin_call(self.first_perturbed)
+        self.perturbed, self.first_perturbed = None, 0
+
+    def branch_count(self, rows: int) -> int | None:
+        """Return the guidance branches of the current step, 1 without guidance, ``None`` where nothing says.
+
+        Args:
+            rows: batch rows that are not perturbed.
+        """
+        return None
+
+    def _branch_names(self, rows: int) -> tuple[str, ...]:
+        if self._all_perturbed:
+            return ("perturbed",) * rows
+        plain = rows if self.perturbed is None else self.first_perturbed
+        names = self.clock.branches(plain, self.cfg, self.branch_count(plain)) if plain else ()
+        return (*names, *("perturbed",) * (rows - plain))
+
+
+def run_by_handle(handle: torch.Tensor) -> RunState:
+    """Return the run behind the 0-d tensor that names it in compiled graphs."""
+    return _RUNS[int(handle)]

@@ -1,0 +1,116 @@
+"""Sequence parallelism: trade sequence shards for head shards, so that a method sees whole rows of its heads.
+
+Each of P ranks holds S / P tokens of all heads before the exchange and all S tokens of H / P heads after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from dit_attn.processors.core.tokens import TokenLayout, Tokens
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange of one attention call.
+
+    Attributes:
+        mesh: the ranks.
+        order: (S,) int64: where the tokens of the model's sequence stand in the ranks' shards laid end to end, ``None``
+            when that is the same order.
+    """
+
+    mesh: Any
+    order: torch.Tensor | None = None
+
+    def scatter_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Local (B, S/P, H, D) to (B, S, H/P, D); a key mask that is local to the rank is gathered to full length."""
+        local = k.shape[1]
+        q, k, v = (self._ordered(_to_heads(x, self.mesh), 1) for x in (q, k, v))
+        if mask is not None and mask.shape[-1] == local:
+            parts = [torch.empty_like(mask) for _ in range(self.mesh.size())]
+            torch.distributed.all_gather(parts, mask.contiguous(), group=self.mesh.get_group())
+            mask = self._ordered(torch.cat(parts, dim=-1), -1)
+        return q, k, v, mask
+
+    def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
+        """(B, S, H/P, D) back to the local (B, S/P, H, D)."""
+        if self.order is not None:
+            out = out.index_select(1, self.order.argsort().to(out.device))
+        return _to_tokens(out, self.mesh)
+
+    def _ordered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return x if self.order is None else x.index_select(dim, self.order.to(x.device))
+
+
+def exchange_for(mesh: Any, layout: TokenLayout | None, local: int) -> Exchange:
+    """The exchange of a call with ``local`` tokens on each of the P ranks.
+
+    Models split the text and the picture separately before they join them, so that the shards laid end to end read
+    text, picture, text, picture; a model whose sequence is the picture alone splits it as one.
+
+    Raises:
+        NotImplementedError: the layout is unknown, or a part does not split evenly.
+    """
+    world = mesh.size()
+    tokens = layout.resolve(local * world) if layout is not None else None
+    if tokens is None:
+        raise NotImplementedError(f"unknown token layout for {local} tokens on each of {world} ranks")
+    parts = split_parts(tokens)
+    if any(length % world for length in parts):
+        raise NotImplementedError(f"parts of {parts} tokens do not split evenly over {world} ranks")
+    return Exchange(mesh, sequence_order(parts, world) if len(parts) > 1 else None)
+
+
+def split_parts(tokens: Tokens) -> list[int]:
+    """Lengths of the parts of a sequence that are sharded separately: text, and runs of everything else."""
+    runs = groupby(tokens.spans, key=lambda span: span.kind == "text")
+    return [sum(span.length or 0 for span in spans) for _, spans in runs]
+
+
+def sequence_order(parts: list[int], world: int) -> torch.Tensor:
+    """(S,) int64 positions of the joint sequence's tokens among ``world`` shards laid end to end."""
+    local = sum(parts) // world
+    starts = torch.arange(world)[:, None] * local
+    pieces, done = [], 0
+    for length in parts:
+        pieces.append((starts + done + torch.arange(length // world)).flatten())
+        done += length // world
+    return torch.cat(pieces)
+
+
+def _to_tokens(out: torch.Tensor, mesh: Any) -> torch.Tensor:
+    world = mesh.size()
+    batch, seq, heads, dim = out.shape
+    parts = out.reshape(batch, world, seq // world, heads, dim).permute(1, 3, 0, 2, 4).contiguous()
+    parts = _exchange(parts, mesh)
+    return parts.flatten(0, 1).permute(1, 2, 0, 3).contiguous()
+
+
+def all_agree(here: bool, mesh: Any) -> bool:
+    """Whether ``here`` holds on every rank."""
+    votes = torch.tensor(int(here))
+    if torch.distributed.get_backend(mesh.get_group()) == "nccl":
+        votes = votes.cuda()
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=mesh.get_group())
+    return bool(votes)
+
+
+def _to_heads(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+    world = mesh.size()
+    batch, local, heads, dim = x.shape
+    parts = x.reshape(batch, local, world, heads // world, dim).permute(2, 1, 0, 3, 4).contiguous()
+    parts = _exchange(parts, mesh)
+    return parts.flatten(0, 1).permute(1, 0, 2, 3).contiguous()
+
+
+def _exchange(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.distributed.all_to_all_single(out.view(-1), x.view(-1), group=mesh.get_group())
+    return out

@@ -1,0 +1,1 @@
+"""Perturbations of attention and the heads they apply to."""

@@ -1,0 +1,367 @@
+"""Re-ttention: ultra-sparse attention whose rows are reshaped by the softmax history (arXiv 2505.22918).
+
+A sparse softmax divides by too little. The share of the denominator that a fixed mask holds, rho, moves slowly from
+step to step even where the denominators themselves do not. So every few steps a *refresh* computes dense attention F
+and sparse attention W, and remembers for every row rho = exp(lse_W - lse_F) and what the unread keys gave,
+R = F - rho W. The steps between compute W alone and answer with ``rho_n W + R``.
+
+rho_n is rho, or rises by a little every sparse step (``ramp``). The paper leaves R as it is, so that rows sum to more
+than 1; ``conserving`` lets R fall as rho rises. Everything is kept before the output projection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels import BlockLayout, plan_scores, sparse_attention
+from dit_attn.kernels.dense import dense_with_lse
+from dit_attn.kernels.layouts.block_layout import ceil_div
+from dit_attn.kernels.layouts.cache import cached
+from dit_attn.kernels.layouts.patterns import from_rule
+from dit_attn.kernels.selection.budget import blocks_of_density
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.token_permute import PermutedTokens, token_permutation
+from dit_attn.processors.core.tokens import Tokens
+from dit_attn.processors.methods.base import Phase, resolve_count, setting
+from dit_attn.processors.methods.pooled_scores import ordered_scores
+from dit_attn.processors.methods.sparse import SparseMethod
+
+MASKS = {"band": "columns", "window": "hilbert", "selected": "hilbert"}
+"""Masks, and the order in which their tiles are fullest."""
+RAMPS = ("conserving", "paper", "none")
+DTYPES = {"model": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class ReTtention(SparseMethod):
+    """Dense steps first, then periods of one refresh and a few steps that read a thin fixed mask.
+
+    Attributes:
+        density: share of the picture's keys that each of its rows reads on sparse steps, in (0, 1]; text is read whole.
+            1 is bit-equal to the stock attention.
+        mask: ``band`` (the paper's: tokens near in row-major order of their frame, in all frames), ``window`` (the
+            blocks nearest on the grid, as many, a box that moves inward at the borders) or ``selected`` (blocks chosen
+            at the refresh, for each head, and kept for the period).
+        window: (t, h, w), proportions of the box of ``window``; ``None`` for those of the grid.
+        period: steps from one refresh to the next.
+        ramp: how rho grows over the sparse steps of a period: ``none``, ``paper`` or ``conserving``.
+        ramp_rate: by how much a step (the paper's 0.04); the first sparse step takes rho as it is.
+        clamp: whether rho stops at 1.
+        stagger: whether the layers refresh at different steps of the period, so that no step pays for all of them.
+        cache: what R is kept in: ``model`` (the activations' type), ``bf16`` or ``fp8`` (one scale a row and head).
+        offload: keep R in main memory between its uses.
+
+    Raises:
+        DitAttnError: a value out of range, or a window that is not three positive sizes.
+    """
+
+    slug: ClassVar[str] = "re-ttention"
+    by_step: ClassVar[bool] = False
+
+    density: float = setting(0.0625, "share of the picture's keys read on sparse steps", low=1e-6, high=1.0)
+    dense_steps: float | int = setting(0.25, "dense steps at the start (fraction or count)", low=0)
+    mask: str = setting("window", "which keys a sparse step reads", choices=tuple(MASKS))
+    window: tuple[int, ...] | None = setting(None, "proportions (t, h, w) of the box of the mask `window`")
+    period: int = setting(5, "steps from one refresh to the next", low=1)
+    ramp: str = setting("none", "how the share of the mask grows within a period", choices=RAMPS)
+    ramp_rate: float = setting(0.04, "growth of that share a step", low=0.0, high=1.0)
+    clamp: bool = setting(True, "stop the share at 1")
+    stagger: bool = setting(True, "refresh the layers at different steps of a period")
+    cache: str = setting("model", "what the residual is kept in", choices=tuple(DTYPES))
+    offload: bool = setting(False, "keep the residual in main memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and (len(self.window) != 3 or min(self.window) < 1):
+            raise DitAttnError(f"{self.slug}.window must be three positive sizes (t, h, w), got {self.window}")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the settings keep everything."""
+        return self.density >= 1.0
+
+    @property
+    def executed(self) -> float | None:
+        """Mean over a period: a refresh costs a dense and a sparse call."""
+        return (1.0 + self.period * self.density) / self.period
+
+    def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
+        """Between a refresh and the next: rho in fp32, and R. Arguments as in the base class."""
+        dtype = DTYPES[self.cache]
+        each = element if dtype is None else dtype.itemsize
+        scales = 4 * tokens * heads if self.cache == "fp8" else 0
+        return tokens * heads * (4 + each * head_dim) + scales
+
+    @property
+    def cache_on_host(self) -> bool:
+        """Whether R is stored in main memory."""
+        return self.offload
+
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        """Return the first refresh and the sparse step after it, none where no sparse step follows a refresh."""
+        first, last = self.sparse_range(steps)
+        if last - first < 2:
+            return ()
+        return tuple(Phase(name, first + i) for i, name in enumerate(("refresh", "sparse")[: self.period]))
+
+    def synchronized(self) -> ReTtention:
+        """Return the method with ``stagger`` off: all layers refresh at the same steps."""
+        return replace(self, stagger=False)
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Refresh, or answer from the last refresh, or decline (dense step, dense layer)."""
+        mine = self.at(call)
+        if mine is not self:
+            mine.request(call, request)
+            return
+        states, key = call.layer.state, (call.branches, call.layer.rows, call.q.shape)
+        state: State | None = states.get(key)
+        reason = self.exception(call)
+        early = reason == "dense step" and state is None and self._early(call)
+        if early or (reason is None and self._due(call, state) and not self._last(call)):
+            self._refresh(call, request, states, key)
+        elif reason is not None or state is None or self._due(call, state):
+            request.decline(reason or "dense step")
+        else:
+            request.max_error = self.max_error
+            self._answer(call, request, state)
+        if self._last(call):  # nobody will ask again
+            states.pop(key, None)
+
+    # -- schedule ----------------------------------------------------------------------------------------------------
+
+    def _offset(self, call: AttentionCall) -> int:
+        return call.layer.index % self.period if self.stagger else 0
+
+    def _first(self, call: AttentionCall) -> int | None:
+        """The step after the dense ones, ``None`` when it is not known beforehand."""
+        if call.clock.total:
+            return resolve_count(self.dense_steps, call.clock.total)
+        return None if isinstance(self.dense_steps, float) else self.dense_steps
+
+    def _due(self, call: AttentionCall, state: State | None) -> bool:
+        """Whether a step after the dense ones has to refresh."""
+        if state is None or call.clock.step - state.step >= self.period:
+            return True
+        first = self._first(call)
+        turn = first is not None and (call.clock.step - first) % self.period == self._offset(call)
+        return turn and call.clock.step > state.step
+
+    def _early(self, call: AttentionCall) -> bool:
+        """Whether a dense step is this layer's turn of the last period before the sparse ones."""
+        first, offset = self._first(call), self._offset(call)
+        return first is not None and offset > 0 and call.clock.step == first - self.period + offset
+
+    def _last(self, call: AttentionCall) -> bool:
+        """Whether no later step of the run will be sparse."""
+        total = call.clock.total
+        return bool(total) and call.clock.step + 1 >= (total or 0) - resolve_count(self.dense_last_steps, total or 0)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _refresh(self, call: AttentionCall, request: Request, states: dict[Any, Any], key: Any) -> None:
+        rows = request.permute(call, MASKS[self.mask])
+        layout = self._layout(call, rows)
+        request.visual_density = 1.0 + layout.density
+
+        def visual() -> torch.Tensor:
+            options: dict[str, Any] = {"scale": call.scale, "key_mask": rows.key_mask, "key_bias": rows.key_bias}
+            exact, lse = dense_with_lse(rows.q, rows.k, rows.v, **options)
+            sparse, lse_read = self._sparse(call, rows, layout)
+            held = torch.exp((lse_read - lse).float()).clamp(max=1.0)  # (B, H, Sv)
+            rest = exact.float() - held.transpose(1, 2)[..., None] * sparse.float()
+            states[key] = State(call.clock.step, layout, held, self._stored(rest.to(exact.dtype)))
+            return rows.unpermute(exact)
+
+        request.compute_visual = visual
+
+    def _answer(self, call: AttentionCall, request: Request, state: State) -> None:
+        rows = request.permute(call, MASKS[self.mask])
+        request.visual_density = state.density
+        growth = 0.0 if self.ramp == "none" else self.ramp_rate * state.used
+        state.used += 1
+
+        def visual() -> torch.Tensor:
+            sparse, _ = self._sparse(call, rows, state.layout)
+            held = state.held + growth
+            held = held.clamp(max=1.0) if self.clamp else held
+            rest = state.rest.load(sparse)
+            if self.ramp == "conserving" and growth:
+                left = (1.0 - held) / (1.0 - state.held).clamp(min=1e-6)
+                rest = rest * left.clamp(min=0.0).transpose(1, 2)[..., None].to(rest.dtype)
+            out = torch.addcmul(rest, held.transpose(1, 2)[..., None].to(sparse.dtype), sparse)
+            return rows.unpermute(out)
+
+        request.compute_visual = visual
+
+    def _sparse(self, call: AttentionCall, rows: PermutedTokens, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """W (B, Sv, H, D) and its log-sums (B, H, Sv)."""
+        found = sparse_attention(
+            rows.q, rows.k, rows.v, layout, scale=call.scale,
+            key_mask=rows.key_mask if rows.key_bias is None else None, key_bias=rows.key_bias, return_lse=True,
+        )  # fmt: skip
+        assert isinstance(found, tuple)
+        return found
+
+    def _layout(self, call: AttentionCall, rows: PermutedTokens) -> BlockLayout:
+        assert call.tokens is not None
+        if self.mask == "selected":
+            scores = ordered_scores(rows, self.q_block, self.kv_block, call.softmax_scale)
+            forced = rows.order.forced(("diagonal",), rows.k.shape[1], self.q_block, self.kv_block)
+            return plan_scores(
+                scores, density=self.density, forced=forced, q_len=rows.q.shape[1], kv_len=rows.k.shape[1],
+                q_block=self.q_block, kv_block=self.kv_block,
+            ).layout  # fmt: skip
+        blocks = (self.q_block, self.kv_block, call.q.device)
+        if self.mask == "band":
+            return band_layout(call.tokens, self.density, *blocks)
+        window = None if self.window is None else (self.window[0], self.window[1], self.window[2])
+        return window_layout(call.tokens, self.density, window, *blocks)
+
+    def _stored(self, rest: torch.Tensor) -> Stored:
+        dtype, scale = DTYPES[self.cache], None
+        if dtype == torch.float8_e4m3fn:
+            scale = rest.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+            rest = rest / scale.to(rest.dtype)
+        rest = rest if dtype is None else rest.to(dtype)
+        return Stored(rest.to("cpu") if self.offload else rest, scale)
+
+
+@dataclass
+class Stored:
+    """A residual R as it is kept.
+
+    Attributes:
+        values: (B, Sv, H, D).
+        scale: (B, Sv, H, 1) fp32 to multiply by, or ``None``.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None
+
+    def load(self, like: torch.Tensor) -> torch.Tensor:
+        """(B, Sv, H, D) where ``like`` is and of its type."""
+        values = self.values.to(like.device).to(like.dtype)
+        return values if self.scale is None else values * self.scale.to(like.dtype)
+
+
+@dataclass
+class State:
+    """What a refresh leaves for the steps after it, in read order.
+
+    Attributes:
+        step: when.
+        layout: the mask.
+        held: (B, H, Sv) fp32, rho: share of the softmax that the mask holds.
+        rest: R, what the other keys gave.
+        used: sparse steps that were answered from it.
+        density: of the layout, read once.
+    """
+
+    step: int
+    layout: BlockLayout
+    held: torch.Tensor
+    rest: Stored
+    used: int = 0
+    density: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.density = self.layout.density
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@cached
+def band_layout(tokens: Tokens, density: float, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
+    """The paper's mask in the order ``columns``; kept for the next call with the same arguments.
+
+    A visual token reads the tokens of its span that are at most half a band away in the row-major order of a frame, in
+    every frame, and all tokens of other spans. With all frames of a place side by side this is one run of keys.
+
+    Args:
+        tokens: the resolved sequence.
+        density: share of a frame's tokens in the band.
+        q_block, kv_block: tokens per block.
+        device: where the lists shall be.
+    """
+    order = token_permutation(tokens, MASKS["band"], None, torch.device("cpu"))
+    span, place, half = [], [], []
+    for index, part in enumerate(order.parts):
+        _, height, width = part.grid
+        _, h, w = part.coordinates().unbind(-1)
+        place.append(h * width + w)
+        span.append(torch.full((len(part),), index))
+        half.append(torch.full((len(part),), math.floor(height * width * density) // 2))
+    rest = torch.full((tokens.seq_len - order.visual,), -1)
+    owner, at, reach = torch.cat([*span, rest]), torch.cat([*place, rest]), torch.cat([*half, rest])
+
+    def rule(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (owner[q] != owner[k]) | ((at[q] - at[k]).abs() <= reach[q])
+
+    return from_rule(rule, order.visual, tokens.seq_len, q_block=q_block, kv_block=kv_block).to(device)
+
+
+@cached
+def window_layout(
+    tokens: Tokens,
+    density: float,
+    window: tuple[int, int, int] | None,
+    q_block: int,
+    kv_block: int,
+    device: torch.device,
+) -> BlockLayout:
+    """Every query block reads the key blocks that are nearest on the grid; kept for the next call.
+
+    Blocks along the curve are compact, so this is a box around the query block that moves inward at the borders, made
+    of whole tiles: what it executes is what it counts.
+
+    Args:
+        tokens: the resolved sequence.
+        density: share of a span's blocks that is read; blocks of other spans and of text are all read.
+        window: (t, h, w), the proportions of the box; ``None`` for those of the grid.
+        q_block, kv_block: tokens per block.
+        device: where the lists shall be.
+    """
+    order = token_permutation(tokens, MASKS["window"], None, torch.device("cpu"))
+    nq, nk = ceil_div(order.visual, q_block), ceil_div(tokens.seq_len, kv_block)
+    read = torch.zeros(nq, nk, dtype=torch.bool)
+    start = 0
+    for part in order.parts:
+        stop = start + len(part)
+        size = torch.tensor(window or part.grid, dtype=torch.float64)
+        at = part.coordinates() / size
+        q, first_q = _centres(at, start, q_block)
+        k, first_k = _centres(at, start, kv_block)
+        far = torch.cdist(q, k, p=math.inf) + 1e-3 * torch.cdist(q, k)  # box first, ties by the straight distance
+        nearest = far.topk(blocks_of_density(density, len(k)), largest=False).indices + first_k
+        rows = torch.arange(len(q))[:, None] + first_q
+        read[rows, nearest] = True
+        whole = torch.ones(nk, dtype=torch.bool)  # what is not of this span only
+        whole[ceil_div(start, kv_block) : stop // kv_block] = False
+        if stop == tokens.seq_len:
+            whole[stop // kv_block :] = False
+        read[first_q : first_q + len(q)] |= whole
+        start = stop
+    return BlockLayout.from_mask(read[None, None], order.visual, tokens.seq_len, q_block, kv_block).to(device)
+
+
+def _centres(at: torch.Tensor, start: int, block: int) -> tuple[torch.Tensor, int]:
+    """(n, 3) mean place of every block that holds tokens of a span, and the number of the first.
+
+    Args:
+        at: (tokens, 3) places of the span's tokens.
+        start: place of the first of them in the sequence.
+        block: tokens per block.
+    """
+    owner = (torch.arange(len(at)) + start) // block
+    first = int(owner[0])
+    count = torch.bincount(owner - first).to(at.dtype)
+    total = torch.zeros(len(count), 3, dtype=at.dtype).index_add_(0, owner - first, at)
+    return total / count[:, None], first

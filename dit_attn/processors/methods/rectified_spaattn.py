@@ -1,0 +1,216 @@
+"""Rectified sparse attention: block-sparse attention that makes up for the keys it does not read.
+
+A sparse softmax is wrong in two ways: the keys it reads get too much weight, because the rest is missing from the
+denominator, and what the rest would have added is missing from the sum. The compensations here:
+
+* ``paper`` and ``repo`` (Rectified SpaAttn, arXiv 2511.19835): pooled queries and keys give an estimate A of the whole
+  map, block by block, with every text token a column of its own and every block of video weighed by its tokens (IPAR).
+  The rows are scaled by the mass R that was read and the pooled values of skipped blocks are added with their mass.
+  A gate (GAPR) leaves out blocks whose pooled product is smaller than its own first-order error; their mass is dropped
+  (``paper``: rows sum to less than 1) or added to R (``repo``, as the authors' code does).
+* ``merge``: skipped blocks enter the same softmax as virtual keys, the means of a few keys with ``ln n`` added to the
+  logit. One denominator, nothing to rescale, and every row of a block weighs them by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels import BlockLayout, Epilogue, plan_scores, pool_blocks, pooled_compensation
+from dit_attn.kernels.device import full_precision
+from dit_attn.kernels.layouts.token_order import exact_box
+from dit_attn.kernels.selection.budget import blocks_of_density
+from dit_attn.kernels.selection.pooling import pool_stats
+from dit_attn.kernels.selection.select import block_probabilities
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.token_permute import PermutedTokens
+from dit_attn.processors.core.tokens import Tokens
+from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
+from dit_attn.processors.methods.sparse import SparseMethod
+
+COMPENSATIONS = ("none", "paper", "repo", "merge")
+ORDERS = ("auto", "hilbert", "tiles", "none")
+
+
+@dataclass(frozen=True)
+class RectifiedSpaAttn(SparseMethod):
+    """Read the best key blocks along a space-filling curve and compensate for the others.
+
+    Attributes:
+        density: fraction of key blocks each query block reads, in (0, 1]; forced blocks count inside it. 1 is
+            bit-equal to the stock attention.
+        top_p: read further blocks until this much of the pooled softmax mass is read; ``None`` for density alone.
+        select: what blocks are ranked by: their pooled softmax ``mass``, or the ``error`` of not reading them, the mass
+            times the distance of the block's mean value to the row's output (``top_p`` is a share of it then).
+        probe: tokens per mean that blocks are ranked by; divides both blocks. The error of a block is then the root of
+            the squares over its pieces. ``None`` for whole blocks.
+        order: order of the picture's tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
+            ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
+        tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
+            there is none the default of 128 tokens.
+        keep: blocks always read besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
+            (every block with a token of it).
+        budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
+        compensation: ``merge``, ``paper``, ``repo`` or ``none``.
+        virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
+            48 tokens, else its largest divisor up to 32.
+        variance: add half the variance of the logits under a virtual key to its logit (second order; unproven).
+        gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
+
+    Raises:
+        DitAttnError: a value out of range, or a ``virtual_block`` that does not divide ``kv_block``.
+    """
+
+    slug: ClassVar[str] = "rectified-spaattn"
+
+    density: float = setting(0.25, "fraction of key blocks kept", low=1e-6, high=1.0)
+    top_p: float | None = setting(None, "also keep blocks up to this pooled softmax mass", low=1e-6, high=1.0)
+    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
+    probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
+    order: str = setting("auto", "order of the picture's tokens", choices=ORDERS)
+    tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
+    keep: tuple[str, ...] = setting(
+        ("diagonal",), "blocks that are always kept", choices=("diagonal", "neighbours", "first-frame")
+    )
+    budget: str = setting("inside", "forced blocks count inside density, or come on top", choices=("inside", "extra"))
+    compensation: str = setting("merge", "what makes up for skipped blocks", choices=COMPENSATIONS)
+    virtual_block: int | None = setting(None, "tokens per virtual key of merge", low=1)
+    variance: bool = setting(False, "second-order term of merge")
+    gate: bool = setting(True, "leave out blocks whose pooled product is smaller than its error (paper, repo)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):
+            raise DitAttnError(f"{self.slug}.tile must be three positive sizes (t, h, w), got {self.tile}")
+        if self.virtual_block is not None and self.kv_block % self.virtual_block:
+            raise DitAttnError(
+                f"{self.slug}.virtual_block must divide kv_block {self.kv_block}, got {self.virtual_block}"
+            )
+        if self.probe is not None and (self.q_block % self.probe or self.kv_block % self.probe):
+            raise DitAttnError(
+                f"{self.slug}.probe must divide q_block {self.q_block} and kv_block {self.kv_block}, got {self.probe}"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the settings keep everything."""
+        return self.density >= 1.0 or (self.top_p or 0.0) >= 1.0
+
+    @property
+    def executed(self) -> float | None:
+        """Density and virtual keys, ``None`` with top_p."""
+        virtual = 1.0 / self.virtual if self.compensation == "merge" else 0.0
+        return None if self.top_p is not None else min(1.0, self.density + virtual)
+
+    @property
+    def virtual(self) -> int:
+        """Tokens per virtual key."""
+        if self.virtual_block is not None:
+            return self.virtual_block
+        if self.kv_block <= 48:
+            return self.kv_block
+        return next(size for size in range(32, 0, -1) if self.kv_block % size == 0)
+
+    def plan(self, call: AttentionCall, request: Request) -> None:
+        """Choose the blocks of the visual rows, and what makes up for the others."""
+        assert call.tokens is not None
+        request.permuted = rows = request.permute(call, *self.token_order(call.tokens))
+        scale = call.softmax_scale
+        with torch.no_grad():
+            scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
+            layout = self._chosen(self._ranks(scores, rows, scale), rows)
+        request.layout = layout
+        if self.compensation == "merge":
+            request.compensation = pooled_compensation(
+                rows.k, rows.v, self.virtual, key_mask=rows.key_mask, variance=self.variance
+            )
+        elif self.compensation != "none":
+            with torch.no_grad():
+                request.epilogue = self._rectified(scores, layout, rows)
+
+    def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
+        """Name of the order for a sequence, and the box of ``tiles``."""
+        if self.order not in ("auto", "tiles"):
+            return self.order, None
+        if self.tile is not None:
+            return "tiles", (self.tile[0], self.tile[1], self.tile[2])
+        boxes = {None if span.grid is None else exact_box(span.grid, self.kv_block) for span in tokens.visual}
+        box = boxes.pop() if len(boxes) == 1 else None
+        return ("hilbert", None) if self.order == "auto" and box is None else ("tiles", box)
+
+    def _ranks(self, scores: torch.Tensor, rows: PermutedTokens, scale: float) -> torch.Tensor:
+        """(B, H, nq, nk) what blocks are ranked by, from their logits ``scores``; ``-inf`` where no key exists."""
+        if self.probe is None:
+            return scores if self.select == "mass" else scores + self._spread(scores, rows)
+        parts = [self._pieces(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
+        ranks = torch.cat(parts, 1)
+        return ranks.clamp(min=torch.finfo(ranks.dtype).tiny).log().masked_fill(scores == float("-inf"), float("-inf"))
+
+    def _pieces(self, rows: PermutedTokens, size: int, scale: float) -> torch.Tensor:
+        """(B, H, nq, nk) mass, or root of the squared errors, of every block from pieces of ``size`` tokens."""
+        found = block_probabilities(ordered_scores(rows, size, size, scale))
+        if self.select == "error":
+            values = per_query_head(pool_blocks(rows.v, size, rows.key_mask), rows)
+            with full_precision(found.device):
+                found = found * torch.cdist(found @ values, values)
+            found = found.square()
+        q_parts, k_parts = self.q_block // size, self.kv_block // size
+        missing = (-found.shape[-1] % k_parts, -found.shape[-2] % q_parts)
+        found = torch.nn.functional.pad(found, (0, missing[0], 0, missing[1]))
+        found = found.unflatten(-1, (-1, k_parts)).sum(-1).unflatten(-2, (-1, q_parts)).sum(-2)
+        return found.sqrt() if self.select == "error" else found
+
+    def _chosen(self, scores: torch.Tensor, rows: PermutedTokens) -> BlockLayout:
+        """The layout for the budget, from (B, H, nq, nk) scores."""
+        forced = rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
+        extra = self.budget == "extra"
+        chosen = plan_scores(
+            scores,
+            density=self.density if self.top_p is None else None,
+            top_p=self.top_p,
+            k_min=blocks_of_density(self.density, scores.shape[-1]),
+            forced=None if extra else forced,
+            q_len=rows.q.shape[1], kv_len=rows.k.shape[1], q_block=self.q_block, kv_block=self.kv_block,
+        ).layout  # fmt: skip
+        if not extra:
+            return chosen
+        mask = chosen.block_mask() | (forced & (scores > float("-inf")))
+        return BlockLayout.from_mask(mask, chosen.q_len, chosen.kv_len, self.q_block, self.kv_block)
+
+    def _spread(self, scores: torch.Tensor, rows: PermutedTokens) -> torch.Tensor:
+        """(B, H, nq, nk) log-distance of every block's mean value to the row's estimated output.
+
+        Leaving out or averaging a block moves the output by its mass times that distance, to first order.
+        """
+        values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
+        with full_precision(scores.device):
+            out = block_probabilities(scores) @ values
+            distance = torch.cdist(out, values)
+        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+
+    def _rectified(self, scores: torch.Tensor, layout: BlockLayout, rows: PermutedTokens) -> Epilogue:
+        """Row scale R (B, H, nq) and addition c (B, H, nq, D) of the paper."""
+        mass = block_probabilities(scores)
+        read = layout.block_mask()
+        skipped = ~read & (scores > float("-inf"))
+        added = skipped & self._beneficial(rows) if self.gate else skipped
+        share = torch.where(added, mass, 0.0)
+        scale = torch.where(read, mass, 0.0).sum(-1) if self.compensation == "paper" else 1.0 - share.sum(-1)
+        values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
+        with full_precision(share.device):
+            return Epilogue(row_scale=scale, add=share @ values)
+
+    def _beneficial(self, rows: PermutedTokens) -> torch.Tensor:
+        """(B, H, nq, nk) bool, the gate: ``|q.k| > |dq.k| + |q.dk|`` of block means and mean absolute deviations."""
+        q, dq = pool_stats(rows.q, self.q_block)
+        k, dk = (per_query_head(x, rows) for x in pool_stats(rows.k, self.kv_block, rows.key_mask))
+        with full_precision(q.device):
+            gain = (q @ k.transpose(-1, -2)).abs()
+            return gain > (dq @ k.transpose(-1, -2)).abs() + (q @ dk.transpose(-1, -2)).abs()
+
+

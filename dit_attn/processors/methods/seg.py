@@ -1,0 +1,36 @@
+"""DOC"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dit_attn.processors.guidance import heads
+from dit_attn.processors.guidance.perturbation import Perturbation
+from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuidance, middle_layer
+
+
+@dataclass(frozen=True)
+class SEG(PerturbedGuidance):
+    """Smoothed-energy guidance (Hong 2024): attention of queries that a Gaussian has blurred within their frame.
+
+    Args:
+        heads: as for :class:`SoftPAG`.
+        sigma: width of the blur in tokens; above 9999 it is the mean over all frames of the picture.
+    """
+
+    slug: ClassVar[str] = "seg"
+
+    heads: str = setting("", "heads to perturb; empty: the middle layer")
+    u: float = setting(1.0, "strength of the perturbation", low=0.0, high=1.0)
+    sigma: float = setting(10_000.0, "standard deviation of the query blur, in tokens", low=0.0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", heads.canonical(self.heads))
+        super().__post_init__()
+
+    def perturbation(self, layers: Layers, blocks: list[str]) -> Perturbation:
+        """See the base class."""
+        strengths = heads.resolve(self.heads or middle_layer(layers), layers, self.u)
+        return Perturbation(strengths, target="blurred-query", joint="image-rows", sigma=self.sigma)

@@ -1,0 +1,200 @@
+"""What all methods that decide which keys are read have in common: their blocks, and where they stay dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.methods.base import Method, Phase, resolve_count, setting
+
+
+@dataclass(frozen=True)
+class SparseMethod(Method):
+    """A method that supplies the layout of the visual rows.
+
+    Dense exceptions: ``dense_steps`` at the start of the run, ``dense_last_steps`` at its end, ``dense_layers`` by
+    index (negative counts from the end); a float is a fraction, an int a count.
+
+    Attributes:
+        q_block: tokens per query block.
+        kv_block: tokens per key block.
+        dense_steps: steps at the start of the run that stay dense.
+        dense_last_steps: steps at its end that stay dense.
+        dense_layers: layers that stay dense.
+        max_error: largest relative L2 error of a layer's output, measured on sampled rows once a run (and density); a
+            layer above it goes dense for the rest of the session. ``None`` measures nothing.
+        densities: density of every layer in place of the one ``density``: the layers of the first part of the run,
+            then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions hold besides.
+        parts: equal parts of the run that ``densities`` speaks of.
+        calibration: where ``densities`` come from, as ``dit-attn calibrate`` wrote it: JSON values; ``transformer`` is
+            the class they were measured on. Not compared.
+
+    Raises:
+        DitAttnError: a value out of range; ``densities`` beside ``top_p``, of a method without a density, over parts
+            of the run where the method keeps its own schedule, or not as many for every part.
+    """
+
+    role: ClassVar[str] = "sparse"
+    by_step: ClassVar[bool] = True
+    """Whether the density may change from part to part of a run."""
+
+    q_block: int = setting(128, "tokens per query block", low=8, high=1024)
+    kv_block: int = setting(128, "tokens per key block", low=8, high=1024)
+    dense_steps: float | int = setting(0.1, "dense steps at the start (fraction or count)", low=0)
+    dense_last_steps: float | int = setting(0.0, "dense steps at the end (fraction or count)", low=0)
+    dense_layers: tuple[int, ...] = setting((), "layers that stay dense, by index")
+    max_error: float | None = setting(None, "error of a layer's output above which it goes dense", low=0.0)
+    densities: tuple[float, ...] | None = setting(None, "density of every layer, for one part of the run after another")
+    parts: int = setting(1, "equal parts of the run in `densities`", low=1)
+    calibration: dict[str, Any] | None = field(
+        default=None, repr=False, compare=False, metadata={"help": "where `densities` come from"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.densities is None:
+            if self.parts != 1:
+                raise DitAttnError(f"{self.slug}.parts is {self.parts}, but there are no densities to divide")
+            return
+        self._check_table(self.densities)
+
+    def _check_table(self, table: Any) -> None:
+        names = {spec.name for spec in fields(self)}
+        if "density" not in names:
+            raise DitAttnError(f"{self.slug} has no density, so it takes no densities; leave them out")
+        if getattr(self, "top_p", None) is not None:
+            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each says how many blocks are kept")
+        if self.parts > 1 and not self.by_step:
+            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has its own schedule over steps")
+        if not isinstance(table, tuple) or not table or len(table) % self.parts:
+            raise DitAttnError(
+                f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
+                f"{table!r}"
+            )
+        for value in table:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+                raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {value!r}")
+
+    def check_model(self, transformer: str, layers: int) -> None:
+        """Refuse dense layers that do not exist, and densities that were made for another model.
+
+        Args:
+            transformer: class name.
+            layers: attention layers that can be touched.
+
+        Raises:
+            DitAttnError: no such layer; another class than in ``calibration``, or another number of layers.
+        """
+        absent = [index for index in self.dense_layers if not -layers <= index < layers]
+        if absent:
+            raise DitAttnError(
+                f"{self.slug}.dense_layers names layer {absent[0]}, but {transformer} has {layers} attention layers: "
+                f"0 to {layers - 1}, or -{layers} to -1 from the end"
+            )
+        if self.densities is None:
+            return
+        made_for = (self.calibration or {}).get("transformer", transformer)
+        if made_for != transformer:
+            raise DitAttnError(
+                f"the densities of {self.slug} were measured on {made_for}, this is {transformer}; "
+                "run `dit-attn calibrate` for this model"
+            )
+        rows = len(self.densities) // self.parts
+        if rows != layers:
+            raise DitAttnError(
+                f"{self.slug} has densities for {rows} layers, but {transformer} has {layers}; "
+                "run `dit-attn calibrate` for this model"
+            )
+
+    def at(self, call: AttentionCall) -> SparseMethod:
+        """The method with the one density that holds for ``call``; itself where ``densities`` are not set."""
+        if self.densities is None:
+            return self
+        layers = len(self.densities) // self.parts
+        return _with_density(self, self.densities[part_of_run(call.clock, self.parts) * layers + call.layer.index])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the settings keep everything."""
+        return False
+
+    @property
+    def executed(self) -> float | None:
+        """Share of the visual rows' map that a sparse call computes, virtual keys too; ``None`` when data decide."""
+        return None
+
+    @property
+    def expected(self) -> float | None:
+        """:attr:`executed`, as a mean over ``densities`` where they are set; those of 1 count as dense."""
+        if self.densities is None:
+            return self.executed
+        each = [_with_density(self, density) for density in self.densities]
+        known = [1.0 if method.is_dense else method.executed for method in each]
+        return sum(share or 0.0 for share in known) / len(known)
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Plan the call, or decline it (dense step, dense layer, density 1)."""
+        mine = self.at(call)
+        if mine is not self:
+            request.density = getattr(mine, "density", None)
+            mine.request(call, request)
+            return
+        reason = self.exception(call)
+        if reason:
+            request.decline(reason)
+            return
+        request.max_error = self.max_error
+        self.plan(call, request)
+
+    def phases(self, steps: int) -> tuple[Phase, ...]:
+        """Return one sparse step in the middle of those that are not dense, none where all are dense."""
+        first, last = self.sparse_range(steps)
+        return (Phase("sparse", (first + last) // 2),) if first < last else ()
+
+    def sparse_range(self, steps: int) -> tuple[int, int]:
+        """Return the first and last + 1 step that is not dense by setting, of a run of ``steps`` steps."""
+        return resolve_count(self.dense_steps, steps), steps - resolve_count(self.dense_last_steps, steps)
+
+    def plan(self, call: AttentionCall, request: Request) -> None:
+        """Say in ``request`` how the visual rows of ``call`` are computed."""
+        raise NotImplementedError
+
+    def exception(self, call: AttentionCall) -> str | None:
+        """Why this call stays dense, or ``None``."""
+        if self.is_dense:
+            return "density 1"
+        layers = call.layer_count
+        if any(index % layers == call.layer.index for index in self.dense_layers):
+            return "dense layer"
+        return dense_step(self.dense_steps, self.dense_last_steps, call)
+
+
+@lru_cache(maxsize=4096)
+def _with_density(method: SparseMethod, density: float) -> SparseMethod:
+    changes: dict[str, Any] = {"density": density, "densities": None, "parts": 1, "calibration": None}
+    return replace(method, **changes)
+
+
+def part_of_run(clock: Clock, parts: int) -> int:
+    """Which of so many equal parts of the run the clock is in, from 0."""
+    part = clock.step * parts // clock.total if clock.total else int(clock.progress * parts)
+    return min(part, parts - 1)
+
+
+def dense_step(first: float | int, last: float | int, call: AttentionCall) -> str | None:
+    """``"dense step"`` when the call's step is one of the first or last steps that stay dense, else ``None``.
+
+    With an unknown number of steps, fractions are taken of the noise range and counts at the end are ignored.
+    """
+    clock = call.clock
+    if clock.total:
+        if clock.step < resolve_count(first, clock.total) or clock.step >= clock.total - resolve_count(last, clock.total):
+            return "dense step"
+        return None
+    early = clock.progress < first if isinstance(first, float) else clock.step < first
+    late = isinstance(last, float) and last > 0 and clock.progress >= 1.0 - last
+    return "dense step" if early or late else None

@@ -1,0 +1,112 @@
+"""Attention calls for the tests of every backend: ragged, grouped, with empty rows, with every optional term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from dit_attn.kernels import device
+from dit_attn.kernels.backends.gather import tiling
+from dit_attn.kernels.layouts import flex_mask, patterns
+from dit_attn.kernels.layouts.block_layout import BlockLayout
+from dit_attn.kernels.problem import Problem
+from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
+
+Q_LEN, KV_LEN, HEADS, KEY_HEADS = 70, 90, 4, 2
+
+
+@contextmanager
+def tight(on: bool = True) -> Iterator[None]:
+    """A CPU on which everything is too large: heads are read where they stand, and completed block by block."""
+    with pytest.MonkeyPatch.context() as patch:
+        if on:
+            patch.setattr(tiling, "BUDGETS", {"cpu": device.Budget(chunk=1, group=0, virtual=1)})
+            patch.setattr(tiling, "LAID_OUT", 0.0)
+        yield
+
+
+def call(
+    dtype: torch.dtype = torch.float32,
+    dim: int = 16,
+    q_block: int = 32,
+    kv_block: int = 32,
+    key_mask: bool = False,
+    key_bias: bool = False,
+    layout: BlockLayout | None = None,
+    seed: int = 0,
+) -> Problem:
+    """A problem of two batch rows; without a ``layout``, half of the blocks of every head, and no block for one row."""
+    rng = torch.Generator().manual_seed(seed)
+    q_len, kv_len = (Q_LEN, KV_LEN) if layout is None else (layout.q_len, layout.kv_len)
+    q = torch.randn(2, q_len, HEADS, dim, generator=rng).to(dtype)
+    k, v = (torch.randn(2, kv_len, KEY_HEADS, dim, generator=rng).to(dtype) for _ in range(2))
+    if layout is None:
+        blocks = torch.rand(2, HEADS, -(-q_len // q_block), -(-kv_len // kv_block), generator=rng) < 0.5
+        blocks[0, 1, 0] = False
+        layout = BlockLayout.from_mask(blocks, q_len, kv_len, q_block, kv_block)
+    mask = torch.rand(2, kv_len, generator=rng) < 0.8 if key_mask else None
+    bias = torch.randn(1, HEADS, kv_len, generator=rng) if key_bias else None
+    return Problem(q, k, v, layout, 0.7 * dim**-0.5, mask, bias)
+
+
+def bits_layout(q_block: int = 32, kv_block: int = 32) -> BlockLayout:
+    """A layout with bits: a band with holes, per head."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return ((q - k).abs() <= 10 + h * 20) & (k % 5 != 0)
+
+    mask = create_block_mask(rule, 2, HEADS, Q_LEN, KV_LEN, device="cpu", BLOCK_SIZE=(q_block, kv_block))
+    return flex_mask.from_flex(mask)
+
+
+LAYOUTS: dict[str, Callable[[], BlockLayout]] = {
+    "window": lambda: patterns.inward_window((2, 5, 7), (2, 3, 4), q_block=32, kv_block=16, text_before=4),
+    "cut window": lambda: patterns.inward_window((8, 9), (3, 4), q_block=16, kv_block=32, inward=False),
+    "band": lambda: patterns.band(Q_LEN, KV_LEN, 9, 5, sinks=6, q_shift=3, q_block=32, kv_block=32),
+    "sinks": lambda: patterns.sink_window(80, 20, 33, q_block=16, kv_block=16),
+    "segments": lambda: patterns.from_segments(
+        torch.tensor([[0] * 30 + [1] * 40, [2] * 64 + [5] * 6]),
+        torch.tensor([[0] * 33 + [1] * 57, [2] * 50 + [5] * 40]),
+        q_block=32,
+        kv_block=32,
+    ),
+    "bits": bits_layout,
+}
+
+
+def _epilogue(p: Problem, **given: Any) -> Terms:
+    rng = torch.Generator().manual_seed(3)
+    rows = {
+        "row_scale": torch.rand(2, HEADS, p.layout.nq, generator=rng),
+        "lse_ref": torch.randn(2, HEADS, Q_LEN, generator=rng) + 3,
+        "add": torch.randn(1, HEADS, p.layout.nq, p.q.shape[-1], generator=rng),
+        "blend": torch.tensor([[0.0, 0.3, 1.0, 0.7]]),
+    }
+    return Terms(epilogue=Epilogue(**{name: rows[name] for name in rows if name in given}, cap=0.2, value_shift=5))
+
+
+def _bias(p: Problem) -> Terms:
+    rng = torch.Generator().manual_seed(4)
+    return Terms(bias=LogitBias(torch.randn(1, 4, 70, 3, generator=rng), torch.randn(2, 1, 90, 3, generator=rng)))
+
+
+TERMS: dict[str, Callable[[Problem], Terms]] = {
+    "none": lambda p: NO_TERMS,
+    "lengths": lambda p: Terms(key_lengths=torch.tensor([90, 37], dtype=torch.int32)),
+    "bias": _bias,
+    "compensation": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 8)),
+    "variance": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=True)),
+    "row scale": lambda p: _epilogue(p, row_scale=1),
+    "denominator": lambda p: _epilogue(p, lse_ref=1),
+    "add": lambda p: _epilogue(p, add=1),
+    "blend": lambda p: _epilogue(p, blend=1),
+    "everything": lambda p: Terms(
+        torch.tensor([80, 64], dtype=torch.int32), _bias(p).bias, pooled_compensation(p.k, p.v, 8),
+        _epilogue(p, row_scale=1, lse_ref=1, add=1, blend=1).epilogue,
+    ),
+}  # fmt: skip

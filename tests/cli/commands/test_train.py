@@ -1,0 +1,85 @@
+"""`dit-attn train`: trains, resumes after Ctrl-C, and refuses bad input in one line."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pytest
+
+from dit_attn.cli.commands import train
+from dit_attn.errors import DitAttnError
+from dit_attn.models import loop, nets
+from dit_attn.models import recipe as recipes
+from dit_attn.models.recipe import Stage
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(nets, "HIDDEN", 32)
+    monkeypatch.setattr(nets, "LAYERS", 1)
+    tiny = replace(recipes.RECIPES["tiny-image"], steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),))
+    monkeypatch.setitem(recipes.RECIPES, "tiny-image", tiny)
+
+
+def _run(*words):
+    parser = argparse.ArgumentParser()
+    train.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["train", *map(str, words)])
+    return args.run(args)
+
+
+def test_a_run_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
+    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--final-count", 1) == 0
+    assert (tmp_path / "pipeline/model_index.json").is_file()
+    assert (tmp_path / "samples.png").is_file()
+    assert "pipeline written to" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path, monkeypatch, capsys):
+    original = loop.Run.batch
+
+    def batch(self):
+        if self.step == 1:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(loop.Run, "batch", batch)
+    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu") == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(loop.Run, "batch", original)
+    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--resume", "--final-count", 0) == 0
+    assert (tmp_path / "pipeline/model_index.json").is_file()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path):
+    (tmp_path / loop.CHECKPOINT).write_bytes(b"precious")
+    with pytest.raises(DitAttnError, match="--resume"):
+        _run("tiny-image", "--output", tmp_path)
+    assert (tmp_path / loop.CHECKPOINT).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tiny-imag"], "Did you mean 'tiny-image'"),
+        (["tiny-image", "--steps", "0"], "--steps is 0"),
+        (["tiny-image", "--minutes", "-1"], "--minutes is -1"),
+        (["tiny-image", "--minutes", "nan"], "--minutes is nan"),
+        (["tiny-image", "--seed", "-1"], "--seed is -1"),
+        (["tiny-image", "--threads", "0"], "--threads is 0"),
+        (["tiny-image", "--device", "tpu"], "--device 'tpu'"),
+        (["tiny-image", "--device", "cuda:99"], "--device 'cuda:99'"),
+        (["tiny-image", "--resume"], "nothing to resume"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_value(words, message, tmp_path):
+    with pytest.raises(DitAttnError, match=message) as error:
+        _run(*words, "--output", tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DitAttnError, match="cannot write"):
+        _run("tiny-image", "--output", tmp_path / "file")

@@ -1,0 +1,81 @@
+"""Flags and configuration files are typed by one table."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_attn.cli import options
+from dit_attn.cli.options import Flag, convert, read_config
+from dit_attn.errors import DitAttnError
+
+ALL = [*options.MODEL, *options.PROMPT, *options.SIZE, *options.SAMPLING, *options.MACHINE, *options.OUTPUT, *options.METHOD]
+
+
+def test_every_flag_is_listed_once():
+    names = [flag.name for flag in ALL]
+    assert len(names) == len(set(names))
+    assert all(flag.help for flag in ALL)
+
+
+@given(st.integers(1, 10**6))
+def test_text_and_yaml_give_the_same_number(value):
+    flag = Flag("height", "", int, low=1)
+    assert convert(flag, str(value), "height") == convert(flag, value, "height") == value
+
+
+@pytest.mark.parametrize("value", ["x", "1.5", 1.5, True, None, "0", 0, "-3", [4], "nan", "inf"])
+def test_a_wrong_whole_number_is_refused(value):
+    with pytest.raises(DitAttnError, match="height must be a whole number"):
+        convert(Flag("height", "", int, low=1), value, "height")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), "-1", "abc"])
+def test_a_wrong_number_is_refused(value):
+    with pytest.raises(DitAttnError, match="scale must be a number"):
+        convert(Flag("scale", "", float, low=0.0), value, "scale")
+
+
+def test_a_configuration_file_gives_typed_values(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: tiny-image\nprompt: one\nnum-frames: 9\nguidance_scale: 3\nresume: true\ncompile: true\n")
+    assert read_config(str(path), ALL) == {
+        "model": "tiny-image",
+        "prompt": ["one"],
+        "num_frames": 9,
+        "guidance_scale": 3.0,
+        "resume": True,
+        "compile": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "line 1 is not YAML"),
+        ("model: x\nsteps: [1\n", "is not YAML"),
+        ("- a\n- b\n", "flag: value"),
+        ("", "flag: value"),
+        ("modle: x\n", "'modle'. Did you mean 'model'"),
+        ("steps: many\n", "steps in .* must be a whole number"),
+        ("resume: 1\n", "resume in .* must be true or false"),
+        ("model: 3\n", "model in .* must be text"),
+        ("dtype: int8\n", "Allowed: auto"),
+        ("pipeline_kwargs: 3\n", "must be a JSON object"),
+        ("config: other.yaml\n", "'config'"),
+    ],
+)
+def test_a_bad_configuration_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(DitAttnError, match=message):
+        read_config(str(path), ALL)
+
+
+def test_a_configuration_file_that_is_not_there_or_not_text_is_refused(tmp_path):
+    with pytest.raises(DitAttnError, match="No such file"):
+        read_config(str(tmp_path / "none.yaml"), ALL)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DitAttnError, match="cannot read"):
+        read_config(str(tmp_path / "binary.yaml"), ALL)

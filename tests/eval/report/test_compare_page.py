@@ -1,0 +1,196 @@
+"""The page of a comparison: true to the figures, complete without network, and usable in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_attn.eval.report import compare_page, heatmap
+
+LABELS = ("dense", "sparse:density=0.5", "<b>odd & name</b>")
+
+
+def figure(value: float, spread: float = 0.1) -> dict[str, Any]:
+    return {"value": value, "ci95": [value - spread, value + spread], "n": 4}
+
+
+def page(results: dict[str, Any], folder: Path, show: int = 24) -> Path:
+    path = folder / "report.html"
+    path.write_text(compare_page.page(results, folder, show), encoding="utf-8")
+    return path
+
+
+def maps(density: float, error: float) -> dict[str, Any]:
+    """Two layers, three steps; one call was not made."""
+    return {
+        "layers": ["blocks.0", "blocks.1"], "steps": 3, "rows": 256, "prompt": "a <red> circle", "seed": 1,
+        "seconds": 3.0, "density": [[1.0, density, density], [1.0, density, None]],
+        "error": [[0.0, error / 2, error / 4], [0.0, error, None]],
+    }  # fmt: skip
+
+
+def row(label: str, speed: float, whole: float, change: float) -> dict[str, Any]:
+    verifier = {"whole": figure(whole, 0.0), "change": figure(change), "attributes": figure(whole, 0.0), "by": {}}
+    empty = {"psnr": None, "metrics": {}, "seconds": figure(2.0 / speed), "attention_flops": figure(0.5, 0.0)}
+    return {"label": label, "speedup": figure(speed), "ssim": figure(0.9), "verifier": verifier, **empty}
+
+
+def comparison(folder: Path, suffix: str = ".png") -> dict[str, Any]:
+    """Results of two items by three competitors; one file could not be made."""
+    takes = []
+    for index in range(2):
+        for i, label in enumerate(LABELS):
+            name, error = f"{i}/{index}{suffix}", "RuntimeError: no memory" if (index, i) == (1, 2) else None
+            (folder / str(i)).mkdir(parents=True, exist_ok=True)
+            if error is None:
+                make(folder / name, 60 * i + 60)
+            verdict = {"shape": i == 0, "color": True}
+            item = {"variant": label, "index": index, "prompt": "a red circle", "seed": 40 + index, "seconds": 2.0}
+            takes.append({**item, "error": error, "file": None if error else name, "verdict": verdict})
+    return {
+        "model": {"model": "tiny"}, "items": 2, "device": "cpu", "environment": {"hardware": "a CPU"}, "versions": {},
+        "commit": "abc", "command": "dit-attn compare --prompt 'a < b'", "takes": takes, "prompts": 1,
+        "maps": {LABELS[1]: maps(0.5, 0.1), LABELS[2]: maps(0.25, 0.33)},
+        "headline": [row(LABELS[0], 1.0, 1.0, 0.0), row(LABELS[1], 1.6, 0.5, -0.5), row(LABELS[2], 0.7, 1.0, 0.02)],
+    }  # fmt: skip
+
+
+def make(path: Path, gray: int) -> None:
+    if path.suffix == ".png":
+        Image.new("RGB", (32, 32), (gray, 0, 0)).save(path)
+        return
+    import imageio
+
+    frames = [np.full((32, 32, 3), gray + 4 * t, dtype=np.uint8) for t in range(16)]
+    imageio.mimwrite(path, frames, fps=8, macro_block_size=1)
+
+
+def test_the_page_says_what_the_figures_say_and_needs_nothing_else(tmp_path: Path) -> None:
+    html = page(comparison(tmp_path), tmp_path).read_text()
+    text = re.sub(r"<[^>]+>", "", html)
+    assert "sparse:density=0.5 is 1.60x as fast as dense, computes 50% of the attention" in text
+    assert "meets the prompt 50 points less often than dense." in text
+    assert "slower than dense (0.70x)" in text and "2 points more often than dense (within the noise)" in text
+    assert "1 files could not be made" in text
+    assert "<b>odd" not in html and "&lt;b&gt;odd &amp; name" in html and "a &lt; b" in html
+    assert not re.search(r"(?:src|href)=\"(?!data:)", html) and "http" not in html
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))  # type: ignore[union-attr]
+    assert [set(item["files"]) for item in data["items"]] == [set(LABELS), set(LABELS[:2])]
+    assert [data["items"][0]["files"][label]["wrong"] for label in LABELS[:2]] == [[], ["shape"]]
+
+
+def test_a_page_that_would_be_too_large_links_to_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_page, "LARGEST", 10)
+    html = page(comparison(tmp_path), tmp_path, show=1).read_text()
+    assert '"src": "0/0.png"' in html and "1 of 2 items are shown" in html
+
+
+def test_figures_that_do_not_exist_leave_no_hole(tmp_path: Path) -> None:
+    results = comparison(tmp_path)
+    for one in results["headline"]:
+        one["verifier"] = None
+    html = page(results, tmp_path).read_text()
+    assert "SSIM to dense" in html and "prompt met" not in html and "PSNR" not in html
+    assert "a similarity (SSIM) of 0.900 to dense" in html
+
+
+def test_metrics_of_networks_say_who_judged_how_many_and_why_there_is_none(tmp_path: Path) -> None:
+    results = comparison(tmp_path)
+    facts = {"label": "fid-world (world-clip, against dense)", "better": "lower"}
+    none = {"value": None, "ci95": None, "n": 0, **facts}
+    found = [
+        {**none, "why": "dense is what the others are compared with"},
+        {**figure(3.25), **facts, "caution": "4 images for 96 features: biased"},
+        {**none, "n": 1, "why": "fid-world needs at least 2 items"},
+    ]
+    for one, score in zip(results["headline"], found, strict=True):
+        one["metrics"] = {"fid-world": score}
+    html = page(results, tmp_path).read_text()
+    assert "FID-world to dense <small>lower is better</small>" in html and "3.25 <small>3.15 to 3.35" in html
+    text = re.sub(r"<[^>]+>", "", html)
+    assert "fid-world (world-clip, against dense), 4 items; 4 images for 96 features: biased." in text
+    assert "no figure: fid-world needs at least 2 items." in text and "no figure: dense is what" not in text
+
+
+def test_maps_share_one_scale_and_say_every_number(tmp_path: Path) -> None:
+    html = page(comparison(tmp_path), tmp_path).read_text()
+    titles = re.findall(r"<rect[^>]*><title>([^<]*)</title>", html)
+    assert len(titles) == 2 * 2 * 2 * 3 and "blocks.1, step 2: 0.33" in titles
+    assert "blocks.1, step 3: no value" in titles
+    fills = dict(re.findall(r'fill="(#\w+)"><title>blocks.1, step 2: ([\d.]+)', html))
+    color = {value: fill for fill, value in fills.items()}
+    assert color["0.33"] == heatmap._rgb(0.33 / 0.4) and color["0.1"] == heatmap._rgb(0.1 / 0.4)  # 0.4 ends both
+    assert "largest 0.330 in blocks.1 at step 2" in html and "a &lt;red&gt; circle" in html
+    assert "3.0 s an item with watching, 2.0 s without" in html
+
+
+@pytest.mark.parametrize(("largest", "end"), [(0.33, 0.4), (1.024, 1.2), (0.1, 0.1), (0.0301, 0.04), (0.0, 1.0)])
+def test_a_scale_ends_at_a_round_number_that_holds_everything(largest: float, end: float) -> None:
+    assert heatmap._nice(largest) == pytest.approx(end)
+
+
+def test_lightness_rises_along_the_scale() -> None:
+    shades = [heatmap._rgb(i / 20) for i in range(21)]
+    light = [sum(w * int(s[i : i + 2], 16) for w, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5))) for s in shades]
+    assert light == sorted(light) and light[-1] - light[0] > 150
+
+
+def test_a_map_that_failed_or_was_not_wanted_is_said_or_left_out(tmp_path: Path) -> None:
+    results = comparison(tmp_path)
+    results["maps"] = {LABELS[1]: {"failed": "RuntimeError: no memory"}}
+    assert "No map of sparse:density=0.5: RuntimeError: no memory." in page(results, tmp_path).read_text()
+    results["maps"] = {}
+    assert "Layer by step" not in page(results, tmp_path).read_text()
+
+
+def test_many_steps_share_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heatmap, "MOST_CELLS", 4)
+    html = heatmap.heatmaps({"a": maps(0.5, 0.1)}, [])
+    assert "blocks.0, steps 1 to 2: 0.75" in html and "not timed" in html
+
+
+def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    browser.get(page(comparison(tmp_path), tmp_path).as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    pictures = browser.find_elements(By.TAG_NAME, "img")
+    assert len(pictures) == 7 and all("a red circle, seed" in picture.get_attribute("alt") for picture in pictures)
+    over = browser.find_element(By.CSS_SELECTOR, "#stage .over")
+    before = over.value_of_css_property("clip-path")
+    slider = browser.find_element(By.ID, "slider")
+    slider.send_keys(Keys.ARROW_LEFT * 10)  # keyboard
+    assert over.value_of_css_property("clip-path") != before and slider.get_attribute("value") == "40"
+    Select(browser.find_element(By.ID, "variant")).select_by_visible_text(LABELS[2])
+    assert browser.find_element(By.ID, "other").text == LABELS[2]
+    Select(browser.find_element(By.ID, "item")).select_by_index(1)
+    assert browser.find_element(By.ID, "stage").text == "This item was not made by both."
+    cell = browser.find_elements(By.CSS_SELECTOR, ".map rect")[1]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    cell.click()
+    assert browser.find_element(By.ID, "cell").text == "blocks.0, step 2: 0.5"
+    assert all(chart.get_attribute("aria-label") for chart in browser.find_elements(By.TAG_NAME, "svg"))
+    assert browser.get_log("browser") == []
+
+
+def test_clips_play_together(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(page(comparison(tmp_path, ".mp4"), tmp_path).as_uri())
+    times = "return [...document.querySelectorAll('#stage video')].map(clip => clip.currentTime)"
+    WebDriverWait(browser, 20).until(lambda driver: min(driver.execute_script(times)) > 0.2)
+    browser.find_element(By.ID, "play").click()
+    first, second = browser.execute_script(times)
+    assert abs(first - second) < 0.7  # within one round of keeping time
+    assert browser.execute_script("return [...document.querySelectorAll('video')].every(clip => clip.paused)")
+    assert browser.get_log("browser") == []

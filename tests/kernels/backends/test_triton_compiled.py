@@ -1,0 +1,148 @@
+"""The attention kernels as the compiler leaves them, for GPUs that need not be there: every shipped configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dit_attn.kernels import BlockLayout, from_segments, inward_window
+from dit_attn.kernels.backends.triton.attention import plan_backward, plan_forward
+from dit_attn.kernels.layouts.patterns import from_rule
+from dit_attn.kernels.problem import Problem
+from dit_attn.kernels.selection import triton_select
+from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
+from dit_attn.kernels.triton_launch import Launch
+from tests._support.compiled_kernels import SHARED_MEMORY, Compiled, compile_for
+
+SEQ, HEADS = 1032, 2  # ragged, so that the second loop is there
+
+
+def problem(dtype: torch.dtype, dim: int, seq: int = SEQ, layout: BlockLayout | None = None) -> Problem:
+    q = torch.zeros(1, seq, HEADS, dim, dtype=dtype)
+    return Problem(q, q, q, layout or BlockLayout.dense(seq, seq), dim**-0.5, None, None)
+
+
+def forward(p: Problem, terms: Terms = NO_TERMS, tma: bool = False) -> Launch:
+    return plan_forward(p, terms, torch.empty_like(p.q), torch.empty(1, HEADS, p.q.shape[1]), tma)
+
+
+def everything(dim: int) -> Launch:
+    p = problem(torch.bfloat16, dim)
+    rows = p.layout.nq
+    bias = LogitBias(torch.zeros(1, HEADS, SEQ, 3), torch.zeros(1, HEADS, SEQ, 3))
+    end = Epilogue(
+        row_scale=torch.ones(1, HEADS, rows), lse_ref=torch.zeros(1, HEADS, SEQ),
+        add=torch.zeros(1, HEADS, rows, dim), blend=torch.zeros(1, HEADS),
+    )  # fmt: skip
+    lengths = torch.ones(1, dtype=torch.int32)
+    return forward(p, Terms(lengths, bias, pooled_compensation(p.k, p.v, 16, variance=True), end))
+
+
+def compensated(dim: int, variance: bool = False) -> Launch:
+    p = problem(torch.bfloat16, dim)
+    return forward(p, Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=variance)))
+
+
+def windowed(dim: int) -> Launch:
+    layout = inward_window((4, 16, 16), (3, 9, 9), text_after=8)
+    return forward(problem(torch.bfloat16, dim, layout.q_len, layout))
+
+
+FORWARD: dict[str, Callable[[], Launch]] = {
+    **{f"bf16 {dim}": lambda dim=dim: forward(problem(torch.bfloat16, dim)) for dim in (64, 72, 96, 128)},
+    "whole blocks only": lambda: forward(problem(torch.bfloat16, 128, 1024)),
+    "fp32 128": lambda: forward(problem(torch.float32, 128)),
+    "window 128": lambda: windowed(128),
+    "compensation 128": lambda: compensated(128),
+    "compensation 64": lambda: compensated(64),
+    "variance 128": lambda: compensated(128, True),
+}
+
+
+def test_a_change_of_density_changes_nothing_that_triton_compiles_for() -> None:
+    launches = []
+    for cached in (1, 16):
+        scores = torch.randn(1, HEADS, 17, 17)
+        layout = BlockLayout.from_topk(scores, cached, q_len=2100, kv_len=2100, q_block=128, kv_block=128)
+        p = problem(torch.bfloat16, 128, 2100, layout)
+        comp = Terms(compensation=pooled_compensation(p.k, p.v, 16))
+        stats = torch.empty(1, HEADS, 2100)
+        lists = triton_select._lists(p.q.transpose(1, 2)[:, :, :17], 17, None, cached, None, False)
+        choice = triton_select.plan_select(None, scores, None, cached, None, None, 1.0, lists)
+        gradients = plan_backward(p, p.q, stats, p.q, stats, p.q, p.q, p.q, None)
+        launches.append([forward(p), forward(p, comp), *gradients, choice])
+    for few, many in zip(*launches):
+        assert (few.kernel, few.warps, few.stages) == (many.kernel, many.warps, many.stages)
+        for parameter in few.kernel.params:
+            a, b = few.arguments[parameter.name], many.arguments[parameter.name]
+            if isinstance(a, (int, float)) and a != b:
+                assert parameter.do_not_specialize and not parameter.is_constexpr, parameter.name
+
+
+def backward(p: Problem, capability: int) -> list[Launch]:
+    q, stats = p.q, torch.empty(1, HEADS, p.q.shape[1])
+    return plan_backward(p, q, stats, q, stats, q, q, q, None if p.key_bias is None else stats, capability)
+
+
+def fits(compiled: Compiled, capability: int) -> None:
+    assert compiled.shared <= SHARED_MEMORY[capability]
+    assert compiled.spills == 0
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("name", FORWARD)
+def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) -> None:
+    compiled = compile_for(FORWARD[name](), capability)
+    fits(compiled, capability)
+    if capability == 90 and "fp32" not in name:
+        assert "wgmma.mma_async" in compiled.ptx
+    if capability == 100 and "fp32" not in name:
+        assert "tcgen05.mma" in compiled.ptx
+
+
+@pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "whole blocks only"))
+def test_hopper_keeps_its_prefetch_of_keys_and_values(name: str) -> None:
+    compiled = compile_for(FORWARD[name](), 90)
+    assert compiled.waits and max(compiled.waits) >= 2  # a wait that leaves copies in flight: the loop is not drained
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_all_terms_at_once_still_fit(capability: int) -> None:
+    compiled = compile_for(everything(128), capability)
+    assert compiled.shared <= SHARED_MEMORY[capability]
+    assert compiled.spills <= 32  # outside of the loops; docs/kernels.md says so
+
+
+def test_descriptors_become_bulk_copies_on_hopper() -> None:
+    compiled = compile_for(forward(problem(torch.bfloat16, 128), tma=True), 90)
+    fits(compiled, 90)
+    assert "cp.async.bulk.tensor" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "dim"), ((torch.bfloat16, 64), (torch.bfloat16, 72), (torch.float16, 128)))
+def test_the_backward_kernels_fit_and_spill_nothing(dtype: torch.dtype, dim: int, capability: int) -> None:
+    for launch in backward(problem(dtype, dim), capability):
+        fits(compile_for(launch, capability), capability)
+
+
+MASKED: dict[str, Callable[[], BlockLayout]] = {
+    "window": lambda: inward_window((4, 16, 16), (3, 9, 9), text_after=8),
+    "bits": lambda: from_rule(lambda q, k: (q + k) % 3 != 0, SEQ, SEQ),
+    "segments": lambda: from_segments(torch.arange(SEQ)[None] // 300),
+    "keys": lambda: BlockLayout.dense(SEQ, SEQ),
+}
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("name", MASKED)
+def test_gradients_through_masks_fit_and_spill_nothing(name: str, capability: int) -> None:
+    p = problem(torch.bfloat16, 128, layout=MASKED[name]())
+    keys = torch.ones(1, SEQ, dtype=torch.bool), torch.zeros(1, HEADS, SEQ)
+    for launch in backward(replace(p, key_mask=keys[0], key_bias=keys[1]), capability):
+        fits(compile_for(launch, capability), capability)

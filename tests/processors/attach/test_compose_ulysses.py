@@ -1,0 +1,134 @@
+"""Sequence parallelism: two gloo processes give what one gives; ring attention is left to the stock path."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn.processors.attach import compat
+from dit_attn.processors.core import sequence_parallel
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from tests._support.compose import SPARSE, forward, requires, tiny
+
+NAMES = ("wan", "flux")
+RECTIFIED = dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0)
+RESHAPED = dit_attn.ReTtention(density=0.2, q_block=32, kv_block=32, dense_steps=0)
+TOP_P = dit_attn.BlockSparse(top_p=0.6, q_block=32, kv_block=32, dense_steps=0)
+
+
+def rank(index: int, port: int, folder: str) -> None:
+    """One of two ranks: writes what it computed, with and without a method."""
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig
+
+    os.environ.update(RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it; a CPU has none
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for name in NAMES:
+        for order in ("enable first", "parallel first"):
+            model, args = tiny(name)
+            if order == "enable first":
+                dit_attn.enable(model, SPARSE)
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))  # type: ignore[operator]
+            if order == "parallel first":
+                results[f"{name} stock"] = forward(model, args)
+                dit_attn.enable(model)
+                results[f"{name} pass-through"] = forward(model, args)
+                dit_attn.enable(model, TOP_P)
+                results[f"{name} top-p"] = forward(model, args)
+                dit_attn.enable(model, RECTIFIED)
+                results[f"{name} rectified"] = forward(model, args)
+                dit_attn.enable(model, RESHAPED)
+                forward(model, args)
+                results[f"{name} reshaped"] = forward(model, args, timestep=args["timestep"] * 0.5)
+                dit_attn.enable(model, SPARSE)
+            results[f"{name} {order}"] = forward(model, args)
+            results[f"{name} {order} summary"] = dit_attn.summary(model).to_dict()
+            dit_attn.disable(model)
+            results[f"{name} {order} disabled"] = forward(model, args)
+    if index == 0:
+        torch.save(results, Path(folder) / "results.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of two wrote."""
+    requires("ContextParallelConfig")
+    folder = tmp_path_factory.mktemp("ulysses")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(rank, args=(port, str(folder)), nprocs=2)
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pass_through_and_disable_differ_by_nothing(name: str, parallel: dict[str, Any]) -> None:
+    stock = parallel[f"{name} stock"]
+    assert torch.equal(stock, parallel[f"{name} pass-through"])
+    assert torch.equal(stock, parallel[f"{name} enable first disabled"])
+    assert torch.equal(stock, parallel[f"{name} parallel first disabled"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ranks_compute_what_one_process_computes(name: str, parallel: dict[str, Any]) -> None:
+    model, args = tiny(name)
+    stock = forward(model, args)
+    for method, orders in ((SPARSE, ("enable first", "parallel first")), (TOP_P, ("top-p",))):
+        layers = len(dit_attn.enable(model, method).layers)
+        single = forward(model, args)
+        assert (single - stock).abs().max() > 1e-3
+        for order in orders:
+            torch.testing.assert_close(parallel[f"{name} {order}"], single, atol=1e-5, rtol=1e-4)
+            if order != "top-p":
+                assert parallel[f"{name} {order} summary"]["sparse_calls"] == layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compensating_readers_see_the_whole_sequence(name: str, parallel: dict[str, Any]) -> None:
+    model, args = tiny(name)
+    dit_attn.enable(model, RECTIFIED)
+    torch.testing.assert_close(parallel[f"{name} rectified"], forward(model, args), atol=1e-5, rtol=1e-4)
+    dit_attn.enable(model, RESHAPED)
+    forward(model, args)
+    single = forward(model, args, timestep=args["timestep"] * 0.5)
+    torch.testing.assert_close(parallel[f"{name} reshaped"], single, atol=1e-5, rtol=1e-4)
+
+
+def test_ring_and_uneven_shards_are_declined_with_the_reason() -> None:
+    for settings, words in (
+        ({"ring_degree": 2, "ulysses_degree": 1}, "ring attention"),
+        ({"ring_degree": 1, "ulysses_degree": 2, "ulysses_anything": True}, "uneven"),
+    ):
+        config = SimpleNamespace(context_parallel_config=SimpleNamespace(**settings, _ulysses_mesh=None))
+        with pytest.raises(NotImplementedError, match=words):
+            compat.ulysses_mesh(config)
+    assert compat.ulysses_mesh(SimpleNamespace(context_parallel_config=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("spans", "parts"),
+    [
+        ((visual_span("video", (2, 2, 3)),), [12]),
+        ((Span("text", None), visual_span("image", (1, 2, 3))), [4, 6]),
+        ((Span("text", None), visual_span("image", (1, 2, 3)), visual_span("reference", (1, 1, 2))), [4, 8]),
+        ((visual_span("video", (2, 2, 3)), Span("text", None)), [12, 4]),
+    ],
+)
+def test_shards_are_put_back_into_the_order_of_the_sequence(spans: tuple[Span, ...], parts: list[int]) -> None:
+    tokens = TokenLayout(spans).resolve(sum(parts))
+    assert tokens is not None and sequence_parallel.split_parts(tokens) == parts
+    pieces = torch.arange(sum(parts)).split(parts)
+    shards = torch.cat([piece.chunk(2)[i] for i in range(2) for piece in pieces])
+    assert torch.equal(shards[sequence_parallel.sequence_order(parts, 2)], torch.arange(sum(parts)))

@@ -1,0 +1,111 @@
+"""The clock finds step, run and branch from whatever the pipeline tells, and resets itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
+from dit_attn.processors.core.clock import Clock
+
+
+def scheduler(timesteps: list[float], **extra: Any) -> SimpleNamespace:
+    return SimpleNamespace(timesteps=timesteps, **extra)
+
+
+def test_timestep_alone_gives_steps_and_branches() -> None:
+    clock, seen = Clock(), []
+    for timestep in (900.0, 900.0, 500.0, 500.0):
+        clock.tick(timestep, SEPARATE)
+        seen.append((clock.step, clock.branches(1, SEPARATE)[0]))
+    assert seen == [(0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond")]
+    assert clock.total is None and clock.progress == pytest.approx(0.5)
+
+
+def test_timestep_that_goes_back_up_begins_a_new_run() -> None:
+    clock = Clock()
+    for timestep in (900.0, 500.0, 900.0):
+        clock.tick(timestep, BATCHED)
+    assert (clock.run, clock.step) == (2, 0)
+
+
+def test_growing_timesteps_are_not_a_new_run() -> None:
+    clock = Clock()
+    for timestep in (0.0, 0.3, 0.6):
+        clock.tick(timestep, BATCHED, grows=True)
+    assert (clock.run, clock.step) == (1, 2)
+
+
+def test_new_schedule_begins_a_new_run_after_a_run_that_died_early() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE, scheduler=scheduler([900.0, 500.0]))
+    clock.tick(900.0, SEPARATE, scheduler=scheduler([900.0, 500.0]))
+    assert (clock.run, clock.step, clock.branches(1, SEPARATE)) == (2, 0, ("cond",))
+
+
+def test_scheduler_step_index_wins_over_counting() -> None:
+    plan, clock = [900.0, 500.0, 500.0, 100.0], Clock()
+    for index, timestep in ((None, 900.0), (1, 500.0), (2, 500.0), (3, 100.0)):
+        source = SimpleNamespace(timesteps=plan, step_index=index)
+        clock.tick(timestep, BATCHED, scheduler=source)
+    assert (clock.step, clock.total) == (3, 4)
+
+
+@pytest.mark.parametrize("begin", [2, None], ids=["told", "looked up"])
+def test_a_run_that_begins_late_in_its_schedule_is_counted_from_there(begin: int | None) -> None:
+    plan, clock, seen = [900.0, 700.0, 500.0, 300.0, 100.0], Clock(), []
+    for index, timestep in ((None, 500.0), (None, 500.0), (3, 300.0), (3, 300.0), (4, 100.0)):
+        source = SimpleNamespace(timesteps=plan, step_index=index, begin_index=begin)
+        clock.tick(timestep, SEPARATE, scheduler=source)
+        seen.append(clock.step)
+    assert seen == [0, 0, 1, 1, 2] and (clock.run, clock.total) == (1, 3)
+
+
+def test_a_method_that_is_enabled_in_mid_run_knows_the_step() -> None:
+    clock = Clock()
+    clock.tick(300.0, SEPARATE, scheduler=SimpleNamespace(timesteps=[900.0, 300.0], step_index=1, begin_index=None))
+    assert (clock.step, clock.total) == (1, 2)
+
+
+def test_a_pipeline_may_say_that_its_run_is_shorter_than_the_schedule() -> None:
+    clock = Clock()
+    clock.tick(500.0, BATCHED, scheduler=scheduler([900.0, 500.0, 100.0]), length=2)
+    assert clock.total == 2
+
+
+def test_context_name_wins_over_call_order() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE, context=SimpleNamespace(name="uncond", step_index=2, num_inference_steps=7))
+    assert clock.branches(2, SEPARATE) == ("uncond", "uncond")
+    assert (clock.step, clock.total) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "batch, stacked, expected",
+    [
+        (4, 2, ("uncond", "uncond", "cond", "cond")),
+        (4, 1, ("cond",) * 4),
+        (3, 2, ("cond",) * 3),
+        (4, None, ("cond",) * 4),
+    ],
+)
+def test_batched_branches_fill_the_batch_in_order(batch: int, stacked: int, expected: tuple[str, ...]) -> None:
+    clock = Clock()
+    clock.tick(900.0, BATCHED)
+    assert clock.branches(batch, BATCHED, stacked) == expected
+
+
+def test_a_third_branch_has_its_own_order() -> None:
+    clock, guidance = Clock(), CFGRule("batched", ("cond", "uncond"), ("cond", "uncond", "image"))
+    clock.tick(0.5, guidance)
+    assert clock.branches(3, guidance, 3) == ("cond", "uncond", "image")
+    assert clock.branches(2, guidance, 2) == ("cond", "uncond")
+
+
+def test_unguided_separate_calls_are_conditional() -> None:
+    clock = Clock()
+    clock.tick(900.0, SEPARATE)
+    clock.tick(500.0, SEPARATE)
+    assert clock.branches(1, SEPARATE, 1) == ("cond",)

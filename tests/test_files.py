@@ -1,0 +1,105 @@
+"""Files are written completely or not at all, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_attn import files
+from dit_attn.errors import DitAttnError, RunStopped
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "write, expected",
+    [
+        (lambda path: files.write_text(path, "schön 猫\n"), "schön 猫\n".encode()),
+        (lambda path: files.write_bytes(path, b"\x00\xff"), b"\x00\xff"),
+        (lambda path: files.write_json(path, {"a": [1, Path("b")]}), b'{\n "a": [\n  1,\n  "b"\n ]\n}\n'),
+    ],
+    ids=["text", "bytes", "json"],
+)
+def test_a_write_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path, write: Any, expected: bytes) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    write(tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_bytes() == expected and names(tmp_path) == ["a.txt"]
+
+
+def test_the_target_is_untouched_until_the_block_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with files.atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("new")
+        assert (tmp_path / "a.json").read_text() == "old"
+        assert temporary.parent == tmp_path and temporary.suffix == ".json"
+        assert temporary.name.startswith(files.TEMPORARY) and temporary.name.startswith(".")
+    assert (tmp_path / "a.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), ValueError()])
+def test_a_block_that_fails_leaves_the_old_file_only(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(type(error)), files.atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "a.txt").read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    files.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError, match="Circular"):
+        files.write_json(tmp_path / "a.json", loop)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1} and names(tmp_path) == ["a.json"]
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_name(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250 + ".txt")  # a temporary name that grew with the target's would be too long
+    with files.atomic_path(path) as first, files.atomic_path(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the last one to end
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_folder_is_replaced_entry_by_entry_and_keeps_what_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/old").write_text("old")
+    (tmp_path / "kept").write_text("kept")
+    with files.atomic_folder(tmp_path) as staging:
+        (staging / "part").mkdir()
+        (staging / "part/new").write_text("new")
+        assert names(tmp_path / "part") == ["old"]
+    assert names(tmp_path) == ["kept", "part"] and names(tmp_path / "part") == ["new"]
+
+
+def test_a_folder_that_fails_is_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path) as staging:
+        (staging / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_failure_of_the_file_system_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DitAttnError) as caught, files.report_os_error("write it", "give another folder"):
+        files.write_text(tmp_path / "file/inside", "x")
+    assert str(caught.value) == "cannot write it (Not a directory); give another folder"
+    full = files.report_os_error("write it", "free disk space", RunStopped)
+    with pytest.raises(RunStopped, match=r"cannot write it \(No space left on device\); free disk space"), full:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
