@@ -128,7 +128,8 @@ def _draw(sheet: Image, draw: Any, cell: Tile, left: int, top: int, width: int) 
     x = left
     for frame in cell.frames:
         sheet.paste(frame, (x, top))
-        draw.rectangle((x, top, x + frame.width - 1, top + frame.height - 1), outline=cell.border, width=1 if cell.border == _FRAME else 3)
+        box = (x, top, x + frame.width - 1, top + frame.height - 1)
+        draw.rectangle(box, outline=cell.border, width=1 if cell.border == _FRAME else 3)
         x += frame.width + 2
     y = top + cell.frames[0].height + 4
     for line, size, color in _lines(cell, width):

@@ -1,4 +1,4 @@
-"""Tell whether the Hugging Face Hub can be reached: without a network its client retries for minutes before it fails."""
+"""Tell whether the Hugging Face Hub can be reached: without a network its client retries for minutes."""
 
 from __future__ import annotations
 

@@ -13,14 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_attn"
 
 # What each part may import of the package; the parts stand in order, downhill.
+TOOLS = {"errors", "files", "hub", "contact_sheet"}  # single files that every part may use
 ALLOWED = {
-    "cli": {"cli", "pipelines", "api", "processors", "kernels", "eval", "models", "errors", "dit_attn"},
-    "pipelines": {"pipelines", "api", "processors", "kernels", "eval", "models", "errors", "dit_attn"},
-    "api": {"processors", "kernels", "errors"},
-    "processors": {"processors", "kernels", "errors"},
-    "kernels": {"kernels", "errors"},
-    "eval": {"eval", "errors"},
-    "models": {"models", "eval", "errors"},
+    "cli": {"cli", "pipelines", "api", "processors", "kernels", "eval", "models", "dit_attn", *TOOLS},
+    "pipelines": {"pipelines", "api", "processors", "kernels", "eval", "models", "dit_attn", *TOOLS},
+    "api": {"processors", "kernels", *TOOLS},
+    "processors": {"processors", "kernels", *TOOLS},
+    "kernels": {"kernels", *TOOLS},
+    "eval": {"eval", *TOOLS},
+    "models": {"models", "eval", *TOOLS},
+    "files": {"errors"},
+    "hub": set(),
+    "contact_sheet": set(),
     "errors": set(),
 }
 

@@ -164,7 +164,9 @@ def sidecar_prompt(file: Path) -> str | None:
 
 
 def read_captions(path: Path, files: list[Path]) -> dict[str, str]:
-    """Read captions by file name: .jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of names.
+    """Read captions by file name.
+
+    The file is .jsonl with ``file`` and ``prompt``, or .txt with one line per file in the order of names.
 
     Raises:
         DitAttnError: cannot be read, malformed, or not about these files.

@@ -47,8 +47,8 @@ class Decoded:
 def decode(file: Path) -> Decoded:
     """Decode an image, an animation, an array or a video, by its suffix.
 
-    Arrays (.npy) are (H, W, 3) or (F, H, W, 3), uint8 or float in [0, 1]. Images of more than 8 bits are scaled from their full
-    range to 8 bits, transparent ones are composed on white, EXIF orientation is applied.
+    Arrays (.npy) are (H, W, 3) or (F, H, W, 3), uint8 or float in [0, 1]. Images of more than 8 bits are scaled
+    from their full range to 8 bits, transparent ones are composed on white, EXIF orientation is applied.
 
     Raises:
         Unreadable: broken, not finite, or not one of these.

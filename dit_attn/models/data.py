@@ -55,7 +55,8 @@ def render(items: list[Any], stage: Stage, generator: torch.Generator | None, de
     """Draw `items` as latents in [-1, 1] at the size of `stage`."""
     if isinstance(items[0], world.Scene):
         return world.render_scenes(items, stage.size, generator=generator, device=device) * 2 - 1
-    pixels = world.render_videos(items, VIDEO_FRAMES, stage.size, first=stage.frames, generator=generator, device=device)
+    shown: Any = {"first": stage.frames, "generator": generator, "device": device}
+    pixels = world.render_videos(items, VIDEO_FRAMES, stage.size, **shown)
     return space_to_depth(pixels * 2 - 1, 2)
 
 

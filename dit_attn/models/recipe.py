@@ -61,7 +61,7 @@ class Recipe:
         return self.stages[-1]
 
     def lr_scale(self, step: int) -> float:
-        """Return the learning-rate factor of `step`: linear warm-up, constant, linear decay to 2 % over the last `decay_share`."""
+        """Return the learning-rate factor of `step`: linear warm-up, constant, linear decay to 2 % in `decay_share`."""
         left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
         return min(1.0, (step + 1) / self.warmup, max(0.02, left))
 

@@ -1,7 +1,7 @@
 """How ``world-clip`` is trained: images of the world against their captions, and against one another.
 
-The loss is CLIP's over batches of distinct scenes, plus the attributes of the scene predicted from the image's features by
-linear heads that are thrown away afterwards.
+The loss is CLIP's over batches of distinct scenes, plus the attributes of the scene predicted from the image's features
+by linear heads that are thrown away afterwards.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def page(meta: dict[str, Any], tensors: Tensors) -> str:
         table=table(meta, tensors, names),
         links="".join(f'<a href="#{_anchor(name)}">{html.escape(describe(name).title)}</a>' for name in names),
         maps="".join(section(meta, name, tensors[name]) for name in names),
-        command=html.escape(str(meta.get("command", "dit_attn.pipelines.inspect.inspect.inspect(...)"))),
+        command=html.escape(str(meta.get("command", "dit_attn.pipelines.inspect.inspect(...)"))),
         facts="".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts(meta)),
     )
 

@@ -58,7 +58,7 @@ def _nearest(color: np.ndarray, table: dict[str, tuple[float, float, float]]) ->
 
 
 def as_array(image: Any) -> np.ndarray:
-    """Convert to (H, W, 3) float in [0, 1], from a PIL image, an (H, W, 3) array (uint8 or float) or a (3, H, W) tensor.
+    """Convert a PIL image, (H, W, 3) array (uint8 or float) or (3, H, W) tensor to (H, W, 3) float in [0, 1].
 
     Raises:
         DitAttnError: none of these.

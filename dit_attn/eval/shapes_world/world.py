@@ -308,7 +308,7 @@ TRAINING_COUNTS = {1: 0.76, 2: 0.14, 3: 0.10}
 
 
 def sample_scenes(count: int, generator: torch.Generator, single: bool = False) -> list[Scene]:
-    """Draw `count` random training image scenes, mostly of one object (`TRAINING_COUNTS`), or only such with `single`."""
+    """Draw `count` random training image scenes, most of one object (`TRAINING_COUNTS`), or all with `single`."""
     groups = _training_groups()
     weights = torch.tensor([1.0, 0.0, 0.0] if single else list(TRAINING_COUNTS.values()))
     picks = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
