@@ -1,45 +1,41 @@
-"""The page of an inspection: maps of every statistic by layer, step and head, in one file that needs no network."""
+"""The page of an inspection: heat maps of every attention statistic by layer, step and head."""
 
 from __future__ import annotations
 
-import html
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_attn.eval.attention_stats import BEST, MASS, PICKED, Statistic, describe, ordered
-from dit_attn.eval.report.heatmap import heatmap
-from dit_attn.eval.report.map_page import filled
+from dit_attn.eval.report.heatmap import HeatMap, heat_map
+from dit_attn.eval.report.plot import Plot
+from dit_attn.eval.report.render import render
+from dit_attn.eval.report.table import Cell, Table
 
-TEMPLATE = Path(__file__).with_name("inspect_page.html")
 BRANCHES = {"cond": "with the prompt", "uncond": "without the prompt"}
 Tensors = dict[str, torch.Tensor]
 
 
 def page(meta: dict[str, Any], tensors: Tensors) -> str:
-    """``inspect.html``.
+    """Render ``inspect.html``.
 
     Args:
         meta: ``inspect.json``.
         tensors: by statistic, (branches, layers, steps, heads) fp32, NaN for holes.
     """
     names = ordered(tensors)
-    return filled(
-        TEMPLATE,
-        title=html.escape(f"{meta.get('model', 'A run')}: what its attention does"),
-        about=html.escape(about(meta)),
-        findings="".join(f"<li>{html.escape(text)}</li>" for text in findings(meta, tensors)),
-        curve_words=html.escape(curve_words(meta)),
+    return render(
+        "inspect_page.html",
+        title=f"{meta.get('model', 'A run')}: what its attention does",
+        about=about(meta),
+        findings=findings(meta, tensors),
+        curve_words=curve_words(meta),
         curve=curve(tensors),
-        key='<span><i style="background:var(--accent)"></i>best blocks of every row</span>'
-        '<span><i style="background:var(--other)"></i>blocks picked by their means</span><span>- - uniform</span>',
         table=table(meta, tensors, names),
-        links="".join(f'<a href="#{_anchor(name)}">{html.escape(describe(name).title)}</a>' for name in names),
-        maps="".join(section(meta, name, tensors[name]) for name in names),
-        command=html.escape(str(meta.get("command", "dit_attn.pipelines.inspect.inspect(...)"))),
-        facts="".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts(meta)),
+        sections=[section(meta, name, tensors[name]) for name in names],
+        command=meta.get("command", "dit_attn.pipelines.inspect.inspect(...)"),
+        facts=facts(meta),
     )
 
 
@@ -47,17 +43,17 @@ def page(meta: dict[str, Any], tensors: Tensors) -> str:
 
 
 def about(meta: dict[str, Any]) -> str:
-    """One line: what was looked at."""
+    """Say in one line what was measured."""
     axes = meta["axes"]
     counts = (len(axes[name]) for name in ("layer", "step", "head"))
     what = "{} layers, {} steps, {} heads".format(*counts)
     item = f"{meta['prompt']!r}, seed {meta.get('noise_seed', '?')}: " if "prompt" in meta else ""
     methods = ", ".join(method["method"] for method in meta.get("methods", ())) or "dense attention"
-    return f"{item}{what}, run with {methods}; {meta['rows']} query rows of every attention call at most."
+    return f"{item}{what}, run with {methods}; at most {meta['rows']} query rows of every attention call."
 
 
 def findings(meta: dict[str, Any], tensors: Tensors) -> list[str]:
-    """What the figures say, a sentence each."""
+    """Say what the figures mean, a sentence each."""
     layers, by_layer = meta["axes"]["layer"], tensors["blocks_90"].nanmean((0, 2, 3))
     low, high = (_extreme(by_layer, largest) for largest in (False, True))
     found = [
@@ -68,7 +64,7 @@ def findings(meta: dict[str, Any], tensors: Tensors) -> list[str]:
         f"means recalls {_mean(tensors['recall_25']):.0%}.",
     ]
     if "same_frame" in tensors:
-        found.append(f"{_mean(tensors['same_frame']):.0%} of what a row reads in the clip is in its own frame.")
+        found.append(f"{_mean(tensors['same_frame']):.0%} of what a row attends to in the video is in its own frame.")
     text = [name for name in tensors if name.startswith("mass.text")]
     found += [f"The prompt's tokens get {_mean(tensors[name]):.0%} of the mass." for name in text]
     if not text:
@@ -77,13 +73,13 @@ def findings(meta: dict[str, Any], tensors: Tensors) -> list[str]:
 
 
 def overhead(timing: dict[str, Any]) -> str:
-    """What watching cost, in words."""
-    seen = f"{timing['observed_seconds']:.1f} s"
+    """Say what measuring cost."""
+    measured = f"{timing['observed_seconds']:.1f} s"
     if timing["overhead"] is None:
-        return f"The observed run took {seen}, {timing['watching_seconds']:.1f} s of it in the measurements."
+        return f"The measured run took {measured}, {timing['watching_seconds']:.1f} s of it in the measurements."
     changed = "the same result bit for bit" if timing["unchanged"] else "another result: the run is not deterministic"
     return (
-        f"Watching cost {timing['overhead']:.0%} ({seen} against {timing['plain_seconds']:.1f} s plain) and left "
+        f"Measuring cost {timing['overhead']:.0%} ({measured} against {timing['plain_seconds']:.1f} s plain) and left "
         f"{changed}."
     )
 
@@ -93,17 +89,16 @@ def _skipped(meta: dict[str, Any]) -> list[str]:
 
 
 def curve_words(meta: dict[str, Any]) -> str:
-    """How to read the curve."""
+    """Say how to read the curve."""
     return (
-        f"Share of the softmax mass that is kept when only a part of the {meta['block']}-token key blocks is read, "
-        "mean over all rows, heads, layers and steps. The higher line is the bound: every row takes its best blocks. "
-        "The other is a selection by block means, which a kernel can make. The gap between them is what better "
-        "selection could win."
+        f"Softmax mass that a fraction of the {meta['block']}-token key blocks covers, mean over all rows, heads, "
+        "layers and steps. The higher line is the bound: every row takes its best blocks. The other is a selection by block "
+        "means, which a kernel can make. The gap between them is what a better selection could gain."
     )
 
 
 def uniform(meta: dict[str, Any], name: str) -> float | None:
-    """What uniform attention would give, where that is one number."""
+    """Compute what uniform attention would give, where that is one number."""
     if not meta["sequences"]:
         return None
     one = meta["sequences"][0]
@@ -118,7 +113,7 @@ def uniform(meta: dict[str, Any], name: str) -> float | None:
 
 
 def facts(meta: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What a reader needs to repeat it."""
+    """Collect what a reader needs to repeat it."""
     sequences = (
         " + ".join(
             f"{span['stop'] - span['start']} {span['kind']}"
@@ -134,13 +129,11 @@ def facts(meta: dict[str, Any]) -> list[tuple[str, Any]]:
 # -- table, curve, maps ------------------------------------------------------------------------------------------------
 
 
-def table(meta: dict[str, Any], tensors: Tensors, names: list[str]) -> str:
-    """Head and body of the table: mean by branch, and the layers where it is least and largest."""
+def table(meta: dict[str, Any], tensors: Tensors, names: list[str]) -> Table:
+    """Build the table: mean by branch, and the layers where it is least and largest."""
     branches, layers = meta["axes"]["branch"], meta["axes"]["layer"]
     means = [BRANCHES.get(name, name) for name in branches] if len(branches) > 1 else ["mean"]
-    heads = ["statistic", *means, "uniform", "least in", "largest in"]
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in heads)
-    body = ""
+    rows = []
     for name in names:
         about, by_layer = describe(name), tensors[name].nanmean((0, 2, 3))
         even = uniform(meta, name)
@@ -148,67 +141,47 @@ def table(meta: dict[str, Any], tensors: Tensors, names: list[str]) -> str:
         cells.append("-" if even is None else f"{even:.3g}")
         ends = (_extreme(by_layer, largest) for largest in (False, True))
         cells += [f"{layers[end]} ({float(by_layer[end]):.3g})" for end in ends]
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        title = f'{html.escape(about.title)} <span class="soft">{html.escape(about.unit)}</span>'
-        body += f'<tr><th scope="row">{title}</th>{row}</tr>'
-    return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        rows.append([Cell(about.title, about.unit), *cells])
+    return Table("table of all statistics", ["statistic", *means, "uniform", "least in", "largest in"], rows)
 
 
-def section(meta: dict[str, Any], name: str, tensor: torch.Tensor) -> str:
-    """One statistic: how to read it, a map of layer by step for every branch, one of layer by head."""
+def section(meta: dict[str, Any], name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Collect one statistic: how to read it, a map of layer by step for every branch, one of layer by head."""
     about, axes = describe(name), meta["axes"]
     by_step, by_head = tensor.nanmean(3), tensor.nanmean((0, 2))
     scale = about.scale or _range(by_step, by_head)
-    maps = [
-        heatmap(by_step[i].tolist(), axes["layer"], axes["step"], _caption(about, branch, axes), about.unit, scale)
+    maps: list[HeatMap] = [
+        heat_map(by_step[i].tolist(), axes["layer"], axes["step"], _caption(about, branch, axes), about.unit, scale)
         for i, branch in enumerate(axes["branch"])
     ]
     heads = f"{about.title}, layer by head"
-    maps.append(heatmap(by_head.tolist(), axes["layer"], axes["head"], heads, about.unit, scale))
+    maps.append(heat_map(by_head.tolist(), axes["layer"], axes["head"], heads, about.unit, scale))
     even = uniform(meta, name)
     more = "" if even is None else f" Uniform attention would give {even:.3g}."
-    return (
-        f'<h3 id="{_anchor(name)}">{html.escape(about.title)}</h3><p>{html.escape(about.reading + more)}</p>'
-        f'<div class="maps">{"".join(maps)}</div>'
-    )
+    return {"anchor": _anchor(name), "title": about.title, "reading": about.reading + more, "maps": maps}
 
 
-def curve(tensors: Tensors, width: int = 560, height: int = 300) -> str:
-    """Mass against density as inline SVG."""
-    left, bottom = 46, 44
-
-    def at(x: float, y: float) -> str:
-        across = left + x * (width - left - 16)
-        return f"{across:.1f},{height - bottom - y * (height - bottom - 12):.1f}"
-
-    ends = {"best": (BEST, "best_"), "means": (PICKED, "recall_")}
-    parts, said = [], []
-    for kind, (shares, prefix) in ends.items():
+def curve(tensors: Tensors) -> Plot:
+    """Plot mass against density: the best blocks of every row, and a selection by block means."""
+    found = {}
+    for kind, (shares, prefix) in {"best": (BEST, "best_"), "means": (PICKED, "recall_")}.items():
         places = [(share, f"{prefix}{share:.0%}".rstrip("%")) for share in shares]
         points = [(share, _mean(tensors[name])) for share, name in places if name in tensors]
         if kind == "best" and "blocks_90" in tensors:
             points.append((_mean(tensors["blocks_90"]), MASS))
-        points = sorted((x, y) for x, y in points if not math.isnan(y))
-        said += [f"{'best blocks' if kind == 'best' else 'block means'} at {x:.0%}: {y:.0%}" for x, y in points]
-        line = "L".join(at(x, y) for x, y in [(0.0, 0.0), *points, (1.0, 1.0)])
-        parts.append(f'<path d="M{line}" class="{kind}"/>')
+        found[kind] = sorted((x, y) for x, y in points if not math.isnan(y))
+    titles = {"best": "best blocks", "means": "block means"}
+    said = ", ".join(f"{titles[kind]} at {x:.0%}: {y:.0%}" for kind, points in found.items() for x, y in points)
+    ends = (0.0, 1.0)
+    label = f"softmax mass covered against density of key blocks; {said}"
+    plot = Plot(label, ends, ends, "density of key blocks", "softmax mass covered")
+    plot.ticks("{:.0%}".format, "{:.0%}".format)
+    plot.line([(0.0, 0.0), (1.0, 1.0)], "even")
+    for kind, points in found.items():
+        plot.line([(0.0, 0.0), *points, (1.0, 1.0)], kind)
         for x, y in points:
-            px, py = at(x, y).split(",")
-            parts.append(f'<circle cx="{px}" cy="{py}" r="4" class="{kind}"><title>{x:.0%}: {y:.0%}</title></circle>')
-    frame = [
-        f'<path d="M{at(0, 1)}L{at(0, 0)}L{at(1, 0)}" class="axis"/>',
-        f'<path d="M{at(0, 0)}L{at(1, 1)}" class="even"/>',
-    ]
-    for i in range(5):
-        px, py = at(i / 4, 0).split(",")[0], at(0, i / 4).split(",")[1]
-        frame.append(f'<text x="{px}" y="{height - bottom + 16}" text-anchor="middle" class="tick">{i / 4:.0%}</text>')
-        frame.append(f'<text x="{left - 6}" y="{py}" dy="4" text-anchor="end" class="tick">{i / 4:.0%}</text>')
-        frame.append(f'<path d="M{at(0, i / 4)}L{at(1, i / 4)}" class="grid"/>')
-    middle = (left + width) / 2
-    frame.append(f'<text x="{middle}" y="{height - 8}" text-anchor="middle">key blocks read</text>')
-    label = f"softmax mass kept against density of key blocks; {', '.join(said)}"
-    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">'
-    return "".join([opening, *frame, *parts, "</svg>"])
+            plot.point(x, y, kind, title=f"{titles[kind]}, {x:.0%}: {y:.0%}")
+    return plot
 
 
 def _caption(about: Statistic, branch: str, axes: dict[str, Any]) -> str:

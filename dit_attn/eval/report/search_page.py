@@ -1,47 +1,43 @@
-"""The page of a search for heads: what was found, score by round, every head's score, pictures before and after."""
+"""The page of a search for heads: what was found, score by round, every head's score, images before and after."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_attn.eval.report.heatmap import heatmap
-from dit_attn.eval.report.map_page import filled
+from dit_attn.eval.report.heatmap import HeatMap, heat_map
+from dit_attn.eval.report.plot import Plot
+from dit_attn.eval.report.render import render
+from dit_attn.eval.report.table import Cell, Table
 
-TEMPLATE = Path(__file__).with_name("search_page.html")
-SMALLEST = 128  # pixels of a picture's height on the page; smaller ones are enlarged without smoothing
+SMALLEST = 128  # pixels of an image's height on the page; smaller ones are enlarged without smoothing
 
 
 def page(found: dict[str, Any], grid: Sequence[dict[str, Any]], fps: int = 8) -> str:
-    """``search.html``.
+    """Render ``search.html``.
 
     Args:
         found: ``heads.json``.
-        grid: by pair ``prompt``, ``seed`` and ``pictures``, by name uint8 (F, H, W, 3), ``None`` for none.
-        fps: of clips.
+        grid: by pair ``prompt``, ``seed`` and ``images``, by name uint8 (F, H, W, 3), ``None`` for none.
+        fps: of videos.
     """
     about = found["search"]
-    return filled(
-        TEMPLATE,
-        title=html.escape(f"{found['model'] or found['transformer']}: heads for {about['objective']}"),
-        about=html.escape(summary(found)),
-        findings="".join(f"<li>{html.escape(text)}</li>" for text in findings(found)),
+    return render(
+        "search_page.html",
+        title=f"{found['model'] or found['transformer']}: heads for {about['objective']}",
+        about=summary(found),
+        findings=findings(found),
         heads=heads_table(found),
-        plots="".join(plot(name, checks, about) for name, checks in found["checks"].items()),
-        checks="".join(checks_table(name, checks) for name, checks in found["checks"].items()),
-        maps="".join(maps(found)),
-        grid=pictures(grid, fps),
+        checks=[check_section(name, checks, about) for name, checks in found["checks"].items()],
+        maps=maps(found),
+        pairs=[shown_pair(one, fps) for one in grid],
         cost=cost_table(about),
-        command=html.escape(str(about.get("command", "HeadHunter(pipe, ...).search()"))),
-        facts="".join(
-            f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>" for key, value in facts(found)
-        ),
+        command=about.get("command", "HeadHunter(pipe, ...).search()"),
+        facts=facts(found),
     )
 
 
@@ -49,7 +45,7 @@ def page(found: dict[str, Any], grid: Sequence[dict[str, Any]], fps: int = 8) ->
 
 
 def summary(found: dict[str, Any]) -> str:
-    """One line: what was searched and how."""
+    """Say in one line what was searched and how."""
     about = found["search"]
     count = sum(found["layers"].values())
     return (
@@ -60,7 +56,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def findings(found: dict[str, Any]) -> list[str]:
-    """What the figures say, a sentence each."""
+    """Say what the figures mean, a sentence each."""
     out = []
     for name, checks in found["checks"].items():
         label = list(_sets(checks))[-1]
@@ -73,15 +69,15 @@ def findings(found: dict[str, Any]) -> list[str]:
             f"On the {_words(name)} pairs the found heads {way} the score by {abs(gain['value']):.4g} over no "
             f"guidance{_unsure(gain)}."
         )
-        rivals = [one["gain"] for key, one in checks.items() if key.startswith("random") and one["gain"]]
-        if rivals:
-            mean = sum(one["value"] for one in rivals) / len(rivals)
-            out.append(f"As many random heads change it by {mean:+.4g} there ({_many(len(rivals), 'random set')}).")
+        others = [one["gain"] for key, one in checks.items() if key.startswith("random") and one["gain"]]
+        if others:
+            mean = sum(one["value"] for one in others) / len(others)
+            out.append(f"As many random heads change it by {mean:+.4g} there ({_many(len(others), 'random set')}).")
         lead = found["search"].get("best_layer", {}).get("lead", {}).get(name)
         if lead is not None:
             layer, way = found["search"]["best_layer"]["name"], "above" if lead["value"] > 0 else "below"
             out.append(
-                f"The whole {layer}, the best layer on the searched pairs, changes it by "
+                f"All heads of {layer}, the best layer on the searched pairs, change it by "
                 f"{checks[layer]['gain']['value']:+.4g} there; the heads are {abs(lead['value']):.4g} {way} it"
                 f"{_unsure(lead)}."
             )
@@ -94,7 +90,7 @@ def findings(found: dict[str, Any]) -> list[str]:
 
 
 def facts(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What a reader needs to repeat it."""
+    """Collect what a reader needs to repeat it."""
     about = found["search"]
     plain = {
         "transformer": found["transformer"], "target": found["target"], "joint convention": found["joint"],
@@ -115,7 +111,7 @@ def _many(number: int, what: str) -> str:
 
 
 def _sets(checks: dict[str, Any]) -> dict[str, Any]:
-    """The sets of the search, in their order, without what they are checked beside."""
+    """The sets of the search, in their order, without those they are compared with."""
     return {name: one for name, one in checks.items() if not name.startswith(("none", "layer", "random"))}
 
 
@@ -127,67 +123,60 @@ def _unsure(figure: dict[str, Any]) -> str:
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def heads_table(found: dict[str, Any]) -> str:
-    """The heads that were found, with the round they joined in and their score then."""
+def heads_table(found: dict[str, Any]) -> Table:
+    """List the heads that were found, with the round they joined in and their score then."""
     joined: dict[tuple[str, int], tuple[Any, float | None]] = {}
     for number, one in enumerate(found["rounds"], 1):
         scores = {(layer, head): value for layer, head, value in one["scores"]}
         joined.update({(layer, head): (number, scores.get((layer, head))) for layer, head in one["chosen"]})
-    rows = ""
-    for layer, head, u in found["heads"]:
-        number, score = joined.get((layer, head), ("-", None))
-        told = "-" if score is None else f"{score:.4g}"
-        rows += f'<tr><th scope="row">{html.escape(layer)}</th><td>{head}</td><td>{u:g}</td><td>{number}</td>'
-        rows += f"<td>{told}</td></tr>"
-    titles = ("layer", "head", "strength u", "round", "score of the set with it")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    return f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    rows = []
+    for layer, index, u in found["heads"]:
+        number, score = joined.get((layer, index), ("-", None))
+        rows.append([layer, index, f"{u:g}", number, "-" if score is None else f"{score:.4g}"])
+    head = ["layer", "head", "strength u", "round", "score of the set with it"]
+    return Table("the heads that were found", head, rows)
 
 
-def checks_table(name: str, checks: dict[str, Any]) -> str:
-    """Scores of all sets, with intervals."""
-    rows = ""
-    for label, one in checks.items():
-        rows += f'<tr><th scope="row">{html.escape(_label(label))}</th><td>{len(one["heads"])}</td>'
-        rows += f"<td>{_cell(one['score'])}</td><td>{_cell(one['gain'], '+.4g')}</td></tr>"
-    titles = ("set", "heads", "score", "gain over no guidance")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    return (
-        f'<h3>On the {_words(name)} pairs</h3><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="scores on the {_words(name)} pairs"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+def check_section(name: str, checks: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Collect what the template draws of the sets on one part of the pairs."""
+    return {
+        "pairs": f"{_words(name)} pairs",
+        "plot": score_plot(name, checks, about),
+        "randoms": bool(_randoms(checks)),
+        "table": checks_table(name, checks),
+    }
 
 
-def cost_table(about: dict[str, Any]) -> str:
-    """Images and transformer passes by purpose."""
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{count:,}</td><td>{about["passes"][name]:,}</td></tr>'
-        for name, count in about["images"].items()
-    )
-    head = '<th scope="col">for</th><th scope="col">images</th><th scope="col">transformer passes of one sample</th>'
-    return f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+def checks_table(name: str, checks: dict[str, Any]) -> Table:
+    """List the scores of all sets, with intervals."""
+    rows = [
+        [_label(label), len(one["heads"]), _cell(one["score"]), _cell(one["gain"], "+.4g")]
+        for label, one in checks.items()
+    ]
+    return Table(f"scores on the {_words(name)} pairs", ["set", "heads", "score", "gain over no guidance"], rows)
 
 
-def _cell(figure: dict[str, Any] | None, form: str = ".4g") -> str:
+def cost_table(about: dict[str, Any]) -> Table:
+    """Count images and transformer passes by purpose."""
+    rows = [[name, f"{count:,}", f"{about['passes'][name]:,}"] for name, count in about["images"].items()]
+    return Table("images and passes", ["for", "images", "transformer passes of one sample"], rows)
+
+
+def _cell(figure: dict[str, Any] | None, form: str = ".4g") -> Cell:
     if figure is None:
-        return "-"
-    text = f"{figure['value']:{form}}"
-    if not figure["ci95"]:
-        return text
-    low, high = (f"{end:{form}}" for end in figure["ci95"])
-    return f"{text} <small>{low} to {high}</small>"
+        return Cell("-")
+    return Cell(f"{figure['value']:{form}}", " to ".join(f"{end:{form}}" for end in figure["ci95"] or ()))
 
 
 def _label(name: str) -> str:
     return "no guidance" if name == "none" else f"after {name}" if name.startswith("round") else name
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- plots and images --------------------------------------------------------------------------------------------------
 
 
-def maps(found: dict[str, Any]) -> list[str]:
-    """Layer by head, one map a round: the score of the set with each head; holes were selected or left out before."""
+def maps(found: dict[str, Any]) -> list[HeatMap]:
+    """Draw layer by head, one map a round: the score of the set with each head; holes were selected before."""
     layers = list(found["layers"])
     width = max(found["layers"].values())
     tables = []
@@ -203,81 +192,66 @@ def maps(found: dict[str, Any]) -> list[str]:
         scale = (min(finite), max(finite)) if finite and min(finite) < max(finite) else None
         table = [[known.get((layer, head)) for head in range(width)] for layer in layers]
         columns = [f"head {head}" for head in range(width)]
-        out.append(heatmap(table, layers, columns, title, found["search"]["unit"], scale))
+        out.append(heat_map(table, layers, columns, title, found["search"]["unit"], scale))
     return out
 
 
-def plot(name: str, checks: dict[str, Any], about: dict[str, Any], width: int = 560, height: int = 260) -> str:
-    """Score against round with intervals, no guidance first, random sets as dashes."""
+def score_plot(name: str, checks: dict[str, Any], about: dict[str, Any]) -> Plot | None:
+    """Plot score against round with intervals, no guidance first, random sets as dashes."""
     points = [(label, one["score"]) for label, one in checks.items() if label == "none" or label.startswith("round")]
     points = [(label, score) for label, score in points if score is not None]
-    random = [one["score"]["value"] for label, one in checks.items() if label.startswith("random") and one["score"]]
+    random = _randoms(checks)
     if not points:
-        return "<p>No finite score to draw.</p>"
+        return None
     ends = [x for _, score in points for x in (*(score["ci95"] or ()), score["value"])] + random
     low, high = min(ends), max(ends)
     room = 0.06 * (high - low or 1.0)
-    low, high, left, bottom = low - room, high + room, 64, 42
-
-    def at(i: float, value: float) -> tuple[float, float]:
-        across = left + 24 + i * (width - left - 56) / max(len(points) - 1, 1)
-        return across, height - bottom - (value - low) / (high - low) * (height - bottom - 12)
-
     said = ", ".join(f"{_label(label)} {score['value']:.4g}" for label, score in points)
-    alt = html.escape(f"{about['objective']} by round: {said}", quote=True)
-    parts = [
-        f'<figure class="plot"><figcaption>Score by round, {_words(name)} pairs</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">'
-        f'<path d="M{left},12V{height - bottom}H{width - 8}" class="axis"/>'
-    ]
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        y = at(0, value)[1]
-        parts.append(f'<path d="M{left},{y:.1f}H{width - 8}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="tick">{value:.4g}</text>')
+    plot = Plot(
+        f"{about['objective']} by round, {_words(name)} pairs: {said}",
+        (0.0, max(len(points) - 1.0, 1.0)),
+        (low - room, high + room),
+        "round",
+        width=560,
+        height=260,
+        left=64,
+        inset=24,
+    )
+    plot.ticks(None, "{:.4g}".format)
     for value in random:
-        y = at(0, value)[1]
-        parts.append(f'<path d="M{left},{y:.1f}H{width - 8}" class="even"/>')
-    line = "L".join(f"{x:.1f},{y:.1f}" for x, y in (at(i, score["value"]) for i, (_, score) in enumerate(points)))
-    parts.append(f'<path d="M{line}" class="best"/>')
+        plot.level(value, "even")
+    plot.line([(i, score["value"]) for i, (_, score) in enumerate(points)], "best")
     every = max(1, len(points) // 8)
     for i, (label, score) in enumerate(points):
-        x, y = at(i, score["value"])
         if score["ci95"]:
-            bounds = [at(i, end)[1] for end in score["ci95"]]
-            parts.append(f'<path d="M{x:.1f},{bounds[0]:.1f}V{bounds[1]:.1f}" class="best"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="best"/>')
+            plot.line([(i, end) for end in score["ci95"]], "best")
+        plot.point(i, score["value"], "best", title=f"{_label(label)}: {score['value']:.4g}")
         if i % every == 0:
-            short = "none" if label == "none" else label.removeprefix("round ")
-            place = f'x="{x:.1f}" y="{height - bottom + 16}"'
-            parts.append(f'<text {place} text-anchor="middle" class="tick">{short}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 6}" text-anchor="middle">round</text></svg>')
-    dashes = " Dashes: random sets of as many heads." if random else ""
-    return "".join([*parts, f'<p class="soft">Bars are 95 % intervals over prompts.{dashes}</p></figure>'])
+            plot.x_ticks.append((plot.at(i, low)[0], "none" if label == "none" else label.removeprefix("round ")))
+    return plot
 
 
-def pictures(grid: Sequence[dict[str, Any]], fps: int) -> str:
-    """The pairs as rows, what made them as columns."""
-    if not grid:
-        return "<p>No pictures were made.</p>"
-    rows = ""
-    for one in grid:
-        cells = ""
-        for name, frames in one["pictures"].items():
-            alt = html.escape(f"{_label(name)}: {one['prompt']}, seed {one['seed']}", quote=True)
-            shown = "<i>not finite</i>" if frames is None else f'<img src="{_source(frames, fps)}" alt="{alt}">'
-            cells += f"<figure>{shown}<figcaption>{html.escape(_label(name))}</figcaption></figure>"
-        rows += f'<h3>{html.escape(one["prompt"])}, seed {one["seed"]}</h3><div class="grid">{cells}</div>'
-    return rows
+def _randoms(checks: dict[str, Any]) -> list[float]:
+    """Scores of the random sets."""
+    return [one["score"]["value"] for label, one in checks.items() if label.startswith("random") and one["score"]]
+
+
+def shown_pair(one: dict[str, Any], fps: int) -> dict[str, Any]:
+    """Collect a pair of prompt and noise: caption and address of what was made with each set."""
+    images = [
+        {"label": _label(name), "src": None if frames is None else _source(frames, fps)}
+        for name, frames in one["images"].items()
+    ]
+    return {"prompt": one["prompt"], "seed": one["seed"], "images": images}
 
 
 def _source(frames: np.ndarray, fps: int) -> str:
-    """A data address: PNG, or an endless GIF of a clip."""
+    """Encode as a data address: PNG, or an endless GIF of a video."""
     from PIL import Image
 
     factor = max(1, -(-SMALLEST // frames.shape[1]))
     shown = [Image.fromarray(frame) for frame in frames]
-    shown = [picture.resize((picture.width * factor, picture.height * factor), 0) for picture in shown]
+    shown = [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in shown]
     file, kind = io.BytesIO(), "GIF" if len(shown) > 1 else "PNG"
     extra: dict[str, Any] = {"save_all": True, "append_images": shown[1:], "duration": 1000 // fps, "loop": 0}
     shown[0].save(file, kind, **(extra if kind == "GIF" else {}))

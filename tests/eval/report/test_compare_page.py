@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_the_page_says_what_the_figures_say_and_needs_nothing_else(tmp_path: Pat
     html = page(comparison(tmp_path), tmp_path).read_text()
     text = re.sub(r"<[^>]+>", "", html)
     assert "sparse:density=0.5 is 1.60x as fast as dense, computes 50% of the attention" in text
-    assert "meets the prompt 50 points less often than dense." in text
+    assert "follows the prompt 50 points less often than dense." in text
     assert "slower than dense (0.70x)" in text and "2 points more often than dense (within the noise)" in text
     assert "1 files could not be made" in text
     assert "<b>odd" not in html and "&lt;b&gt;odd &amp; name" in html and "a &lt; b" in html
@@ -96,7 +97,7 @@ def test_figures_that_do_not_exist_leave_no_hole(tmp_path: Path) -> None:
     for one in results["headline"]:
         one["verifier"] = None
     html = page(results, tmp_path).read_text()
-    assert "SSIM to dense" in html and "prompt met" not in html and "PSNR" not in html
+    assert "SSIM to dense" in html and "prompt followed" not in html and "PSNR" not in html
     assert "a similarity (SSIM) of 0.900 to dense" in html
 
 
@@ -118,27 +119,42 @@ def test_metrics_of_networks_say_who_judged_how_many_and_why_there_is_none(tmp_p
     assert "no figure: fid-world needs at least 2 items." in text and "no figure: dense is what" not in text
 
 
+def drawn_maps(html: str) -> list[tuple[str, list[list[float | None]], dict[tuple[int, int], str], list[str]]]:
+    """(name, values, color by (row, column), column names) of every heat map of a page."""
+    found = []
+    for svg in re.findall(r"<svg [^>]*data-values.*?</svg>", html, re.S):
+        name, columns, values = (
+            unescape(re.search(rf'{key}="(.*?)"', svg).group(1))  # type: ignore[union-attr]
+            for key in ("aria-label", "data-columns", "data-values")
+        )
+        colors = {
+            (int(y), int(x)): color
+            for color, path in re.findall(r'<path fill="(#\w+)" d="(.*?)"', svg)
+            for x, y in re.findall(r"M(\d+) (\d+)h1v1h-1z", path)
+        }
+        found.append((name, json.loads(values), colors, json.loads(columns)))
+    return found
+
+
 def test_maps_share_one_scale_and_say_every_number(tmp_path: Path) -> None:
     html = page(comparison(tmp_path), tmp_path).read_text()
-    titles = re.findall(r"<rect[^>]*><title>([^<]*)</title>", html)
-    assert len(titles) == 2 * 2 * 2 * 3 and "blocks.1, step 2: 0.33" in titles
-    assert "blocks.1, step 3: no value" in titles
-    fills = dict(re.findall(r'fill="(#\w+)"><title>blocks.1, step 2: ([\d.]+)', html))
-    color = {value: fill for fill, value in fills.items()}
-    assert color["0.33"] == heatmap._rgb(0.33 / 0.4) and color["0.1"] == heatmap._rgb(0.1 / 0.4)  # 0.4 ends both
-    assert "largest 0.330 in blocks.1 at step 2" in html and "a &lt;red&gt; circle" in html
-    assert "3.0 s an item with watching, 2.0 s without" in html
-
-
-@pytest.mark.parametrize(("largest", "end"), [(0.33, 0.4), (1.024, 1.2), (0.1, 0.1), (0.0301, 0.04), (0.0, 1.0)])
-def test_a_scale_ends_at_a_round_number_that_holds_everything(largest: float, end: float) -> None:
-    assert heatmap._nice(largest) == pytest.approx(end)
-
-
-def test_lightness_rises_along_the_scale() -> None:
-    shades = [heatmap._rgb(i / 20) for i in range(21)]
-    light = [sum(w * int(s[i : i + 2], 16) for w, i in ((0.2126, 1), (0.7152, 3), (0.0722, 5))) for s in shades]
-    assert light == sorted(light) and light[-1] - light[0] > 150
+    found = drawn_maps(html)
+    names = [name.split(":")[0] for name, *_ in found]
+    assert names == ["Attention computed, sparse", "Attention computed, <b>odd & name</b>"] + [
+        "Error of the result, sparse", "Error of the result, <b>odd & name</b>"
+    ]  # fmt: skip
+    assert [values for _, values, *_ in found] == [
+        [[1.0, 0.5, 0.5], [1.0, 0.5, None]], [[1.0, 0.25, 0.25], [1.0, 0.25, None]],
+        [[0.0, 0.05, 0.025], [0.0, 0.1, None]], [[0.0, 0.165, 0.0825], [0.0, 0.33, None]],
+    ]  # fmt: skip
+    small, large = found[2][2], found[3][2]
+    assert small[1, 1] == heatmap.level_color(0.1, 0.0, 0.4) and large[1, 1] == heatmap.level_color(0.33, 0.0, 0.4)
+    assert (1, 2) not in small and len(small) == 5  # a call that was not made has no color
+    assert "<span>0</span>" in html and "<span>0.4</span>" in html  # 0.4 ends both
+    text = unescape(re.sub(r"<[^>]+>", "", html))
+    assert "largest 0.33 in blocks.1, step 2" in text and "a <red> circle" in text
+    assert "a &lt;red&gt; circle" in html
+    assert "3.0 s an item with measuring, 2.0 s without" in html
 
 
 def test_a_map_that_failed_or_was_not_wanted_is_said_or_left_out(tmp_path: Path) -> None:
@@ -151,11 +167,30 @@ def test_a_map_that_failed_or_was_not_wanted_is_said_or_left_out(tmp_path: Path)
 
 def test_many_steps_share_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heatmap, "MOST_CELLS", 4)
-    html = heatmap.heatmaps({"a": maps(0.5, 0.1)}, [])
-    assert "blocks.0, steps 1 to 2: 0.75" in html and "not timed" in html
+    results = comparison(tmp_path)
+    results["maps"], results["takes"] = {"a": maps(0.5, 0.1)}, []
+    html = page(results, tmp_path).read_text()
+    _, values, _, columns = drawn_maps(html)[0]
+    assert columns == ["step 1 to step 2", "step 3"] and values[0] == [0.75, 0.5] and "not timed" in html
+
+
+def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\""
+    results = comparison(tmp_path)
+    results["command"] = results["model"]["model"] = results["environment"]["hardware"] = attack
+    for one in results["takes"]:
+        one["prompt"] = attack
+    for one in results["maps"].values():
+        one["prompt"], one["layers"] = attack, [attack, "blocks.1"]
+    html = page(results, tmp_path).read_text()
+    assert "<script>alert" not in html and "<img src=x" not in html
+    assert len(re.findall(r"<script", html)) == 2 == html.count("</script>")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S).group(1))  # type: ignore[union-attr]
+    assert data["items"][0]["prompt"] == attack
 
 
 def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
@@ -163,8 +198,8 @@ def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
     browser.get(page(comparison(tmp_path), tmp_path).as_uri())
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    pictures = browser.find_elements(By.TAG_NAME, "img")
-    assert len(pictures) == 7 and all("a red circle, seed" in picture.get_attribute("alt") for picture in pictures)
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert len(images) == 7 and all("a red circle, seed" in image.get_attribute("alt") for image in images)
     over = browser.find_element(By.CSS_SELECTOR, "#stage .over")
     before = over.value_of_css_property("clip-path")
     slider = browser.find_element(By.ID, "slider")
@@ -174,23 +209,26 @@ def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
     assert browser.find_element(By.ID, "other").text == LABELS[2]
     Select(browser.find_element(By.ID, "item")).select_by_index(1)
     assert browser.find_element(By.ID, "stage").text == "This item was not made by both."
-    cell = browser.find_elements(By.CSS_SELECTOR, ".map rect")[1]
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
-    cell.click()
-    assert browser.find_element(By.ID, "cell").text == "blocks.0, step 2: 0.5"
+    map_, cell = browser.find_element(By.CSS_SELECTOR, ".map svg"), browser.find_element(By.ID, "cell")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", map_)
+    above = -(map_.size["height"] // 4)  # the middle of the second step of the first layer
+    ActionChains(browser).move_to_element_with_offset(map_, 0, above).click().perform()
+    assert cell.text == "sparse:density=0.5, blocks.0, step 2: 0.5"
+    map_.send_keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    assert cell.text == "sparse:density=0.5, blocks.1, step 3: no value" and cell.is_displayed()
     assert all(chart.get_attribute("aria-label") for chart in browser.find_elements(By.TAG_NAME, "svg"))
     assert browser.get_log("browser") == []
 
 
-def test_clips_play_together(browser: Any, tmp_path: Path) -> None:
+def test_videos_play_together(browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
     browser.get(page(comparison(tmp_path, ".mp4"), tmp_path).as_uri())
-    times = "return [...document.querySelectorAll('#stage video')].map(clip => clip.currentTime)"
+    times = "return [...document.querySelectorAll('#stage video')].map(video => video.currentTime)"
     WebDriverWait(browser, 20).until(lambda driver: min(driver.execute_script(times)) > 0.2)
     browser.find_element(By.ID, "play").click()
     first, second = browser.execute_script(times)
     assert abs(first - second) < 0.7  # within one round of keeping time
-    assert browser.execute_script("return [...document.querySelectorAll('video')].every(clip => clip.paused)")
+    assert browser.execute_script("return [...document.querySelectorAll('video')].every(video => video.paused)")
     assert browser.get_log("browser") == []

@@ -12,7 +12,7 @@ import pytest
 
 from dit_attn.eval.report.search_page import page
 
-RECORD = Path(__file__).parents[2] / "benchmarks/guidance/tiny-joint_search.json"
+RECORD = Path(__file__).parents[3] / "benchmarks/guidance/tiny-joint_search.json"
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def found() -> dict[str, Any]:
 
 
 def grid(frames: int = 1) -> list[dict[str, Any]]:
-    """Two pairs; the second has a picture that is not finite."""
+    """Two pairs; the second has an image that is not finite."""
     noise = np.random.default_rng(0)
-    pictures = {name: noise.integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8) for name in ("none", "round 1")}
+    images = {name: noise.integers(0, 255, (frames, 32, 32, 3), dtype=np.uint8) for name in ("none", "round 1")}
     return [
-        {"prompt": "a <red> circle", "seed": 7, "pictures": pictures},
-        {"prompt": "a blue cross", "seed": 8, "pictures": {**pictures, "round 1": None}},
+        {"prompt": "a <red> circle", "seed": 7, "images": images},
+        {"prompt": "a blue cross", "seed": 8, "images": {**images, "round 1": None}},
     ]
 
 
@@ -44,7 +44,7 @@ def test_every_head_and_every_score_of_the_record_is_on_the_page(found: dict[str
     assert "http" not in unescape(text).replace("http://www.w3.org", "")  # complete without network
 
 
-def test_clips_move(found: dict[str, Any]) -> None:
+def test_videos_move(found: dict[str, Any]) -> None:
     assert "data:image/gif;base64," in page(found, grid(frames=3)) and "data:image/png" in page(found, grid())
 
 
