@@ -123,7 +123,7 @@ def facts(meta: dict[str, Any]) -> list[tuple[str, Any]]:
         for one in meta["sequences"]
     )
     found = {"tokens": "; ".join(sequences) or "parts unknown", "seed of the rows": meta["seed"]}
-    return [*found.items(), *meta.get("environment", {}).items(), *meta.get("versions", {}).items()]
+    return list({**found, **meta.get("environment", {}), **meta.get("versions", {})}.items())
 
 
 # -- table, curve, maps ------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def facts(found: dict[str, Any]) -> list[tuple[str, Any]]:
         "seconds": about.get("seconds", "not taken"), "processes": about.get("processes", 1),
         "commit": about.get("commit", "unknown"),
     }  # fmt: skip
-    return [*plain.items(), *about.get("environment", {}).items(), *about.get("versions", {}).items()]
+    return list({**plain, **about.get("environment", {}), **about.get("versions", {})}.items())
 
 
 def _words(name: str) -> str:
