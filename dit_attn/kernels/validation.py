@@ -152,8 +152,8 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
         if x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
         if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
-            kind = "ints" if name == "key_lengths" else "floating-point numbers"
-            raise DitAttnError(f"{name} must hold {kind}, got {dtype_name(x.dtype)}; cast it")
+            kind = "an integer" if name == "key_lengths" else "a floating-point"
+            raise DitAttnError(f"{name} must be of {kind} dtype, got {dtype_name(x.dtype)}; cast it")
     if lengths is not None:
         _fits("key_lengths", lengths, ("B",), sizes)
     if bias is not None:

@@ -21,11 +21,11 @@ Q_LEN, KV_LEN, HEADS, KEY_HEADS = 70, 90, 4, 2
 
 @contextmanager
 def tight(on: bool = True) -> Iterator[None]:
-    """A CPU on which everything is too large: heads are read where they stand, and completed block by block."""
+    """A CPU on which everything is too large: heads are gathered in place, and completed block by block."""
     with pytest.MonkeyPatch.context() as patch:
         if on:
-            patch.setattr(tiling, "BUDGETS", {"cpu": device.Budget(chunk=1, group=0, virtual=1)})
-            patch.setattr(tiling, "LAID_OUT", 0.0)
+            patch.setattr(device, "CHUNK_SIZES", {"cpu": device.ChunkSizes(chunk=1, group=0, pooled=1)})
+            patch.setattr(tiling, "COPY_LIMIT", 0.0)
         yield
 
 

@@ -83,14 +83,20 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (attend(layout=parts(ids(20, 20).to("meta"))), "they are not on cpu"),
     (lambda: choose_backend(Q, None), "layout must be a BlockLayout, got NoneType"),  # type: ignore[arg-type]
     # lists
-    (lists(LAYOUT.kv_indices.long(), LAYOUT.kv_num_blocks), "kv_idx to be int32 on the device of kv_idx, cpu, got int64"),
-    (lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.float()), "kv_cnt to be int32"),
-    (lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.to("meta")), "kv_cnt to be int32 on the device of kv_idx, cpu, got int32 on"),
-    (lists(LAYOUT.kv_indices[..., :0], LAYOUT.kv_num_blocks), "needs kv_idx"),
-    (lambda: parts(ONE_BIT).check(), "hold bits of 1 blocks a row, and a row reads 3 in part"),
+    (
+        lists(LAYOUT.kv_indices.long(), LAYOUT.kv_num_blocks),
+        "kv_indices to be int32 on the device of kv_indices, cpu, got int64",
+    ),
+    (lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.float()), "kv_num_blocks to be int32"),
+    (
+        lists(LAYOUT.kv_indices, LAYOUT.kv_num_blocks.to("meta")),
+        "kv_num_blocks to be int32 on the device of kv_indices, cpu, got int32 on",
+    ),
+    (lists(LAYOUT.kv_indices[..., :0], LAYOUT.kv_num_blocks), "needs kv_indices"),
+    (lambda: parts(ONE_BIT).check(), "has bits for 1 partial blocks a row, and a row has 3"),
     (lambda: parts(ids(20, 9)).check(), "segment numbers of 20 x 9 tokens"),
-    (lambda: parts(ONE_BIT, NO[..., :2]), "whole must be (B|1, H|1, 3, 3)"),
-    (lambda: parts(ONE_BIT, NO.int()), "whole must be bool, got int32"),
+    (lambda: parts(ONE_BIT, NO[..., :2]), "full must be (B|1, H|1, 3, 3)"),
+    (lambda: parts(ONE_BIT, NO.int()), "full must be bool, got int32"),
     # constructors
     (lambda: BlockLayout.from_topk(SCORES, 0.25, **SIZES), "k is a number of key blocks, got 0.25"),  # type: ignore
     (lambda: BlockLayout.from_topk(SCORES, 2, ALL[..., :2], **SIZES), "forced must expand to"),
@@ -102,7 +108,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: inward_window((4, 4), 3, q_block=0), "q_block must be at least 1"),
     (lambda: band(4, 4, 1, 1, kv_block=0), "kv_block must be at least 1"),
     (lambda: band(4, 4, 1.5, 1), "all of them whole numbers"),  # type: ignore[arg-type]
-    (lambda: from_segments(torch.zeros(1, 4)), "q_ids must hold ints, got float32"),
+    (lambda: from_segments(torch.zeros(1, 4)), "q_ids must be of an integer dtype, got float32"),
     (lambda: from_segments(torch.tensor([[2**31]])), "q_ids must fit int32, got 2147483648"),
     (lambda: from_segments(torch.zeros(1, 0, dtype=torch.int32)), "Sq must be at least 1"),
     (lambda: from_segments(torch.zeros(1, 4, dtype=torch.int32), q_block=0), "q_block must be at least 1"),
@@ -118,7 +124,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (plan(k=K.expand(2, -1, -1, -1)), "q has batch 1 and k has batch 2"),
     (plan(k=K[:, :, :0]), "not a multiple of the 0 heads of k"),
     (plan(k=K.to("meta")), "k is on meta and q on cpu"),
-    (plan(q=Q.long()), "q must hold floating-point numbers"),
+    (plan(q=Q.long()), "q must be of a floating-point dtype"),
     (plan(q_block=0), "q_block must be at least 1"),
     (plan(kv_block=-8), "kv_block must be at least 1"),
     (lambda: block_scores(Q, K, 8, 8, key_mask=torch.ones(1, 3, dtype=torch.bool)), "key_mask must be bool (1, 20)"),

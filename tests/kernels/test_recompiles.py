@@ -59,7 +59,8 @@ def test_a_budget_in_a_tensor_is_one_graph(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_layout_of_another_density_costs_one_more_graph_at_most(backend: str) -> None:
-    layouts = [plan_blocks(Q, K, q_block=32, kv_block=32, density=fraction).layout for fraction in (0.5, 0.3, 0.25, 0.1)]
+    densities = (0.5, 0.3, 0.25, 0.1)
+    layouts = [plan_blocks(Q, K, q_block=32, kv_block=32, density=density).layout for density in densities]
     assert graphs(backend, attend, [(layout,) for layout in layouts]) <= 2
 
 
@@ -116,7 +117,8 @@ def test_a_tensor_keeps_as_many_blocks_as_the_number_does(dtype: torch.dtype) ->
     for blocks in (1, 7, 16, 100, 590, 1182, 8192):
         for hundredths in range(1, 101):
             fraction = hundredths / 100
-            assert int(blocks_of_density(torch.tensor(fraction, dtype=dtype), blocks)) == blocks_of_density(fraction, blocks)
+            tensor = torch.tensor(fraction, dtype=dtype)
+            assert int(blocks_of_density(tensor, blocks)) == blocks_of_density(fraction, blocks)
 
 
 @pytest.mark.parametrize("with_forced", [False, True])

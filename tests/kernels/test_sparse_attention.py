@@ -18,7 +18,9 @@ TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 1e-5), torch.b
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def random_layout(q_len: int, kv_len: int, q_block: int, kv_block: int, lead: tuple[int, int], fraction: float, seed: int):
+def random_layout(
+    q_len: int, kv_len: int, q_block: int, kv_block: int, lead: tuple[int, int], fraction: float, seed: int
+) -> BlockLayout:
     """A random layout, empty rows included."""
     blocks = (-(-q_len // q_block), -(-kv_len // kv_block))
     mask = torch.rand(*lead, *blocks, generator=torch.Generator().manual_seed(seed)) < fraction

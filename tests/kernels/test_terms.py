@@ -10,9 +10,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, choose_backend, device, numeric_guard, sparse_attention
-from dit_attn.kernels import terms as kernel_terms
 from dit_attn.kernels.backends import compose_terms, registry
-from dit_attn.kernels.backends.gather import tiling
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
 from tests._support.definition import definition, wide
@@ -49,24 +47,24 @@ def test_long_sequences_go_piece_by_piece_with_the_same_result(name: str, dtype:
             agree(attend(p, terms, "gather"), definition(p, terms), tolerance)
 
 
-def test_virtual_keys_take_pieces_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooled_keys_are_merged_in_chunks_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache's worth on a CPU, hundreds of megabytes where launches cost more than memory."""
-    cpu, gpu = (device.chunk_sizes(torch.device(name)).virtual for name in ("cpu", "cuda"))
+    cpu, gpu = (device.chunk_sizes(torch.device(name)).pooled for name in ("cpu", "cuda"))
     assert cpu == 1 << 20 and 100 << 20 <= gpu <= 1 << 30
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(1, 2048, 4, 16, generator=rng)
     layout = BlockLayout.from_mask(torch.rand(1, 4, 32, 32, generator=rng) < 0.3, 2048, 2048, 64, 64)
-    shares, product = [], compose_terms._product
-    monkeypatch.setattr(kernel_terms, "_product", lambda a, *rest: shares.append(a.shape) or product(a, *rest))
+    shapes, product = [], compose_terms._product
+    monkeypatch.setattr(compose_terms, "_product", lambda a, *rest: shapes.append(a.shape) or product(a, *rest))
 
-    def pieces() -> tuple[Any, int]:
-        shares.clear()
+    def chunks() -> tuple[Any, int]:
+        shapes.clear()
         found = sparse_attention(q, q, q, layout, compensation=pooled_compensation(q, q, 4), backend="gather")
-        return found, len(shares)
+        return found, len(shapes)
 
-    small, many = pieces()
-    monkeypatch.setattr(tiling, "BUDGETS", {})
-    large, one = pieces()
+    small, many = chunks()
+    monkeypatch.setattr(device, "CHUNK_SIZES", {})
+    large, one = chunks()
     assert many >= 16 and one == 1
     torch.testing.assert_close(small, large)
 
@@ -160,7 +158,7 @@ def test_the_choice_says_why() -> None:
     choice = choose_backend(p.q, p.layout, v=p.v, terms=TERMS["bias"](p))
     assert choice.backend == "gather" and choice.reasons["sdpa"] == "the layout is not known to be dense"
     dense = choose_backend(p.q, BlockLayout.dense(70, 70, 32, 32), terms=TERMS["blend"](p))
-    assert dense.reasons["sdpa"] == "it has none of the optional terms"
+    assert dense.reasons["sdpa"] == "it supports none of the optional terms"
 
 
 def test_the_guard_checks_every_call_and_stops_at_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +185,12 @@ def test_the_guard_blames_what_is_given_for_what_cannot_be_finite() -> None:
 
 BAD = {
     "key_lengths must be": {"key_lengths": torch.ones(3, dtype=torch.int32)},
-    "key_lengths must hold ints, got float32": {"key_lengths": torch.ones(2)},
+    "key_lengths must be of an integer dtype, got float32": {"key_lengths": torch.ones(2)},
     "key_lengths is on meta and q on cpu; move it": {"key_lengths": torch.ones(2, dtype=torch.int32, device="meta")},
     "epilogue.add is on meta": {"epilogue": Epilogue(add=torch.zeros(1, 1, 3, 16, device="meta"))},
-    "bias.k must hold floating": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.ones(1, 1, 90, 2).bool())},
+    "bias.k must be of a floating-point dtype": {
+        "bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.ones(1, 1, 90, 2).bool())
+    },
     "1 to 16": {"bias": LogitBias(torch.zeros(1, 1, 70, 17), torch.zeros(1, 1, 90, 17))},
     "bias.k must be": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.zeros(1, 1, 70, 2))},
     "must divide": {"compensation": Compensation(*(torch.zeros(2, 2, 4, 16),) * 2, torch.zeros(1, 1, 4), 24)},

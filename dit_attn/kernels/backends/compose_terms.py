@@ -1,4 +1,7 @@
-"""DOC"""
+"""The optional terms of a call, composed around an attention function that has none.
+
+:func:`with_terms` has gradients; :func:`with_terms_in_place` completes the result in its own memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,12 @@ Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
-    """(o, lse) of a call with terms, from an ``attend`` that knows none but returns the log-sum."""
+    """Compute (o, lse) of a call with terms from an attention function that has none but returns the LSE.
+
+    Args:
+        problem, terms: the call.
+        attend: computes (o, lse) of a problem.
+    """
     plain = _existing(problem, terms)
     if terms.bias is not None:
         plain = _widened(plain, terms.bias)
@@ -30,8 +38,10 @@ def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Te
 
 
 def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same where ``attend`` knows ``Problem.low_rank``: its result is completed where it stands, some rows of some
-    heads at a time, so that nothing of the size of q, k or v is needed besides. Has no gradients."""
+    """Compute the same in place, where ``attend`` supports ``Problem.low_rank``. Has no gradients.
+
+    The result is completed a few rows and heads at a time, so that no other tensor of the size of q, k or v is needed.
+    """
     plain = _existing(problem, terms)
     if terms.bias is not None:
         plain = replace(plain, low_rank=(terms.bias.q, terms.bias.k))
@@ -40,46 +50,46 @@ def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple
     comp, end, layout = terms.compensation, terms.epilogue, problem.layout
     if comp is None and end is None:
         return out, lse
-    number, virtual = 4 * problem.q.shape[0] * problem.ratio, 0 if comp is None else comp.k.shape[2]  # bytes; keys
-    limit, dim = chunk_sizes(out.device).virtual, out.shape[-1]
-    at_once = max(1, limit // max(number * layout.q_block * max(virtual, 4 * dim), 1))  # query blocks x key heads
-    size = min(problem.k.shape[2], at_once, max(1, limit // max(3 * number * dim * virtual, 1)))
+    number, pooled = 4 * problem.q.shape[0] * problem.ratio, 0 if comp is None else comp.k.shape[2]  # bytes; keys
+    limit, dim = chunk_sizes(out.device).pooled, out.shape[-1]
+    at_once = max(1, limit // max(number * layout.q_block * max(pooled, 4 * dim), 1))  # query blocks x key heads
+    size = min(problem.k.shape[2], at_once, max(1, limit // max(3 * number * dim * pooled, 1)))
     step = at_once // size
     for low in range(0, problem.k.shape[2], size):
         some, few, heads = _heads_of(problem, terms, slice(low, min(low + size, problem.k.shape[2])))
         if few.compensation is not None:
             _merge_in_place(some, few.compensation, out[:, :, heads], lse[:, heads], step)
         for first in range(0, layout.nq, step) if end is not None else ():
-            piece, ends = rows_of(some, few, first, first + step)
-            rows = slice(first * layout.q_block, first * layout.q_block + piece.q.shape[1])
+            chunk, ends = rows_of(some, few, first, first + step)
+            rows = slice(first * layout.q_block, first * layout.q_block + chunk.q.shape[1])
             assert ends.epilogue is not None
-            out[:, rows, heads] = _finished(piece, ends.epilogue, out[:, rows, heads], lse[:, heads, rows])
-    return out, lse if end is None else _unread(lse, end)
+            out[:, rows, heads] = _finished(chunk, ends.epilogue, out[:, rows, heads], lse[:, heads, rows])
+    return out, lse if end is None else _masked_lse(lse, end)
 
 
 def _existing(problem: Problem, terms: Terms) -> Problem:
-    """The call with the lengths of its samples as a mask."""
+    """The call with ``key_lengths`` as a key mask."""
     return problem if terms.key_lengths is None else replace(problem, key_mask=_mask_of(terms.key_lengths, problem))
 
 
 def _completed(
     problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Virtual keys and the epilogue on the result of the keys that are read."""
+    """Add pooled keys and the epilogue to the result of the selected keys."""
     if terms.compensation is not None:
         out, lse = _merged(problem, terms.compensation, out, lse)
     if terms.epilogue is not None:
-        out, lse = _finished(problem, terms.epilogue, out, lse), _unread(lse, terms.epilogue)
+        out, lse = _finished(problem, terms.epilogue, out, lse), _masked_lse(lse, terms.epilogue)
     return out, lse
 
 
-def _unread(lse: torch.Tensor, end: Epilogue) -> torch.Tensor:
-    """The log-sum (B, H, Sq) where heads that return their own value read nothing."""
+def _masked_lse(lse: torch.Tensor, end: Epilogue) -> torch.Tensor:
+    """The LSE (B, H, Sq), ``-inf`` for heads that return their own value."""
     return lse if end.blend is None else lse.masked_fill((end.blend == 1.0)[..., None], NEG_INF)
 
 
 def _heads_of(problem: Problem, terms: Terms, keys: slice) -> tuple[Problem, Terms, slice]:
-    """The call for some key heads and the query heads that read them, and which those are."""
+    """The call of some key heads and of the query heads that attend to them; and the range of the latter."""
     heads = slice(keys.start * problem.ratio, keys.stop * problem.ratio)
     some = replace(
         problem, q=problem.q[:, :, heads], k=problem.k[:, :, keys], v=problem.v[:, :, keys],
@@ -89,7 +99,7 @@ def _heads_of(problem: Problem, terms: Terms, keys: slice) -> tuple[Problem, Ter
 
 
 def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Problem, Terms]:
-    """The call for the queries of blocks ``first:last``."""
+    """Restrict a call to the queries of blocks ``first:last``."""
     layout = problem.layout
     rows = slice(first * layout.q_block, min(last * layout.q_block, layout.q_len))
     blocks = slice(first, last)
@@ -114,7 +124,7 @@ def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Prob
 
 
 def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
-    """The terms of some query heads and of the key heads they read."""
+    """The terms of some query heads and of the key heads they attend to."""
     bias, comp, end = terms.bias, terms.compensation, terms.epilogue
     if bias is not None:
         bias = LogitBias(_of(bias.q, heads), _of(bias.k, heads))
@@ -137,13 +147,13 @@ def _of(x: torch.Tensor | None, heads: slice) -> Any:
 
 
 def _mask_of(lengths: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """(B, Sk) bool."""
+    """The keys that exist, (B, Sk) bool."""
     exists = torch.arange(problem.k.shape[1], device=lengths.device) < lengths[:, None]
     return exists if problem.key_mask is None else exists & problem.key_mask
 
 
 def _widened(problem: Problem, bias: LogitBias) -> Problem:
-    """The same logits with the bias as extra channels of q and k, in fp32: a bias of 8 bits would not be exact."""
+    """The same logits with the bias as extra channels of q and k, in fp32 because bf16 would round the bias."""
     q, k, scale = problem.q, problem.k, problem.scale
     if problem.ratio > 1:  # the bias is per query head
         k = k.repeat_interleave(problem.ratio, 2)
@@ -159,13 +169,13 @@ def _widened(problem: Problem, bias: LogitBias) -> Problem:
 
 
 @dataclass(frozen=True)
-class _Virtual:
-    """The virtual keys of a call, made ready.
+class _PooledKeys:
+    """The pooled keys of a call, prepared for its queries.
 
     Attributes:
-        problem, comp: the call and the keys as they were given.
-        keys, values, spread: (B, H, nv, D) keys, values and variances in the type of the log-sum.
-        attended: (B|1, H|1, nq, nk) bool, key blocks that are read, so that their virtual keys do not count.
+        problem, comp: the call and its compensation.
+        keys, values, variance: (B, H, nv, D) keys, values and variances in the dtype of the LSE.
+        attended: (B|1, H|1, nq, nk) bool, key blocks that are attended to, whose pooled keys are masked.
         weight: (B|1, H|1, 1, nv).
     """
 
@@ -173,30 +183,29 @@ class _Virtual:
     comp: Compensation
     keys: torch.Tensor
     values: torch.Tensor
-    spread: torch.Tensor | None
+    variance: torch.Tensor | None
     attended: torch.Tensor
     weight: torch.Tensor
 
     @classmethod
-    def of(cls, problem: Problem, comp: Compensation, wide: torch.dtype) -> _Virtual:
+    def of(cls, problem: Problem, comp: Compensation, wide: torch.dtype) -> _PooledKeys:
         keys, values = (_repeated(x.to(wide), problem.ratio) for x in (comp.k, comp.v))
-        spread = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
+        variance = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
         weight = comp.log_weight[:, :, None].to(wide)
-        return cls(problem, comp, keys, values, spread, problem.layout.block_mask(), weight)
+        return cls(problem, comp, keys, values, variance, problem.layout.block_mask(), weight)
 
     def logits(self, q: torch.Tensor, blocks: slice, workspace: Workspace | None = None) -> torch.Tensor:
-        """(B, H, rows, nv) for the queries (B, rows, H, D) of some blocks, ``-inf`` where a key does not count.
+        """Compute logits (B, H, rows, nv) for queries (B, rows, H, D) of some blocks, ``-inf`` for masked keys.
 
-        Without gradients they may be overwritten, and with ``workspace`` the next ones do so: they lie where those of
-        the keys that are read did.
+        With ``workspace`` the result lies in its buffers and is overwritten by the next call.
         """
         layout, cap = self.problem.layout, self.comp.cap
         scaled = q.transpose(1, 2).to(self.keys.dtype) * self.problem.scale
         s = _product(scaled, self.keys, "s", workspace)
-        if self.spread is not None:
-            term = _product(0.5 * scaled.square(), self.spread, "k", workspace)
+        if self.variance is not None:
+            term = _product(0.5 * scaled.square(), self.variance, "k", workspace)
             s = _plus(s, term.clamp(max=cap) if term.requires_grad else term.clamp_(max=cap))
-        added = self.weight.masked_fill(_virtual(self.attended[:, :, blocks], layout, self.comp), NEG_INF)
+        added = self.weight.masked_fill(_of_pooled(self.attended[:, :, blocks], layout, self.comp), NEG_INF)
         if s.shape[2] % layout.q_block == 0:
             return _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
         return _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
@@ -205,19 +214,19 @@ class _Virtual:
 def _merged(
     problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected keys (out, lse) and virtual keys in one softmax, some query blocks at a time.
+    """Merge selected keys (out, lse) and pooled keys into one softmax, some query blocks at a time.
 
-    Where gradients may be asked for, the logits of each piece are computed again for them rather than kept.
+    Where gradients may be requested, the logits of each chunk are recomputed for them instead of stored.
     """
-    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
+    pooled, layout = _PooledKeys.of(problem, comp, lse.dtype), problem.layout
     each = 4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * layout.q_block
-    step = max(1, chunk_sizes(out.device).virtual // max(each, 1))
+    step = max(1, chunk_sizes(out.device).pooled // max(each, 1))
     rows = step * layout.q_block
-    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     iter_query_tiles, sums = [], []
-    for i, piece in enumerate(zip(problem.q.split(rows, 1), out.split(rows, 1), lse.split(rows, 2))):
-        given = (virtual, slice(i * step, (i + 1) * step), *piece)
-        if again:
+    for i, chunk in enumerate(zip(problem.q.split(rows, 1), out.split(rows, 1), lse.split(rows, 2))):
+        given = (pooled, slice(i * step, (i + 1) * step), *chunk)
+        if recompute:
             tiles, total = checkpoint(_merged_rows, *given, use_reentrant=False, preserve_rng_state=False)
         else:
             tiles, total = _merged_rows(*given)
@@ -227,61 +236,61 @@ def _merged(
 
 
 def _merged_rows(
-    virtual: _Virtual, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    pooled: _PooledKeys, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    s, own = virtual.logits(q, blocks), lse[..., None]
+    s, own = pooled.logits(q, blocks), lse[..., None]
     total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
     safe = total.masked_fill(total == NEG_INF, 0.0)
     fraction = torch.exp(own - safe).transpose(1, 2)
-    return out * fraction + (torch.exp(s - safe) @ virtual.values).transpose(1, 2), total[..., 0]
+    return out * fraction + (torch.exp(s - safe) @ pooled.values).transpose(1, 2), total[..., 0]
 
 
 def _merge_in_place(problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
-    """The same, written to out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
-    virtual, layout = _Virtual.of(problem, comp, lse.dtype), problem.layout
+    """Merge them in place into out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
+    pooled, layout = _PooledKeys.of(problem, comp, lse.dtype), problem.layout
     with borrow_workspace() as workspace:
         for first in range(0, layout.nq, step):
             rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))
-            s, own = virtual.logits(problem.q[:, rows], slice(first, first + step), workspace), lse[:, :, rows, None]
+            s, own = pooled.logits(problem.q[:, rows], slice(first, first + step), workspace), lse[:, :, rows, None]
             top = torch.maximum(s.amax(-1, keepdim=True), own)
             top.masked_fill_(top == NEG_INF, 0.0)
             fraction = torch.exp(own - top)
             total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(fraction)
             lse[:, :, rows] = (top + total.log())[..., 0]
             inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
-            rest = torch.matmul(s, virtual.values).mul_(inverse).transpose(1, 2)
+            rest = torch.matmul(s, pooled.values).mul_(inverse).transpose(1, 2)
             out[:, rows] = rest.addcmul_(out[:, rows].to(rest.dtype), fraction.mul_(inverse).transpose(1, 2))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, name: str, workspace: Workspace | None) -> torch.Tensor:
-    """a b^T, in a buffer of the working memory where there is one."""
+    """a b^T, in a buffer of the workspace if there is one."""
     shape = (*a.shape[:-1], b.shape[-2])
     return torch.matmul(a, b.mT, out=None if workspace is None else workspace.get(name, a.dtype, a.device, *shape))
 
 
 def _plus(s: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
-    """The sum, in place where no gradient goes through it."""
+    """The sum, in place where no gradient is needed."""
     return s + term if s.requires_grad or term.requires_grad else s.add_(term)
 
 
 def _repeated(x: torch.Tensor, ratio: int) -> torch.Tensor:
-    """(B, Hk, ...) once for every query head; no copy where they are as many."""
+    """(B, Hk, ...) repeated for every query head; no copy if they are equally many."""
     return x.repeat_interleave(ratio, 1) if ratio > 1 else x
 
 
-def _virtual(attended: torch.Tensor, layout: BlockLayout, comp: Compensation) -> torch.Tensor:
-    """(B|1, H|1, n, nv) bool, True where the virtual key's block is read, so that it must not count twice.
+def _of_pooled(attended: torch.Tensor, layout: BlockLayout, comp: Compensation) -> torch.Tensor:
+    """(B|1, H|1, n, nv) bool, True where the block of the pooled key is attended to, so it must not count twice.
 
     Args:
-        attended: (B|1, H|1, n, nk), the key blocks that some query blocks read.
-        layout: the layout they are from.
-        comp: the virtual keys.
+        attended: (B|1, H|1, n, nk) bool, the key blocks of some query blocks.
+        layout: their layout.
+        comp: the pooled keys.
     """
     return attended.repeat_interleave(layout.kv_block // comp.tokens, -1)[..., : comp.k.shape[2]]
 
 
 def _finished(problem: Problem, end: Epilogue, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The epilogue on o (B, Sq, H, D) in the precision of the log-sum."""
+    """Apply the epilogue to o (B, Sq, H, D), in the dtype of the LSE."""
     block = problem.layout.q_block
     out = out.to(lse.dtype)
 

@@ -1,9 +1,9 @@
-"""The opaque operators: one graph node for the compiler, whatever runs behind it.
+"""The custom operators: opaque, one graph node for the compiler whatever runs behind it.
 
 ``torch.ops.dit_attn.sparse_attention`` is differentiable; ``torch.ops.dit_attn.fused_attention`` takes the optional
-terms as well and is for inference. Their arguments are flat tensors and numbers. What can run behind the first is
-listed in ``IMPLEMENTATIONS`` by name, behind the second in ``FUSED``; a new one is an entry with a forward and a
-backward function, or a forward function that knows the terms.
+terms as well and is for inference. Their arguments are flat tensors and numbers. The implementations of the first are
+in ``IMPLEMENTATIONS`` by name, those of the second in ``FUSED``; a new one is an entry with a forward and a backward
+function, or a forward function that computes the terms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dit_attn.kernels.terms import NO_TERMS, Compensation, Epilogue, LogitBias, 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The two passes of a kernel.
+    """The forward and the backward pass of a backend.
 
     Attributes:
         forward: ``(problem) -> (o, lse)``.
@@ -67,11 +67,12 @@ FUSED: dict[str, Callable[[Problem, Terms], tuple[torch.Tensor, torch.Tensor]]] 
 }
 
 _CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor kv_indices, Tensor kv_num_blocks, Tensor? full_kv_num_blocks, Tensor? mask_a, Tensor? mask_b, "
-    "Tensor? key_mask, Tensor? key_bias, int mask_kind, SymInt[] mask_numbers, int q_block, int kv_block, float scale"
+    "Tensor q, Tensor k, Tensor v, Tensor kv_indices, Tensor kv_num_blocks, Tensor? full_kv_num_blocks, "
+    "Tensor? mask_a, Tensor? mask_b, Tensor? key_mask, Tensor? key_bias, "
+    "int mask_kind, SymInt[] mask_numbers, int q_block, int kv_block, float scale"
 )
-_TENSORS = 10  # of the arguments of a call, the first ones are tensors
-_BIAS = 9  # place of key_bias among them
+_TENSORS = 10  # number of tensors, the first arguments of a call
+_BIAS = 9  # index of key_bias among them
 _COMMON = _CALL + ", str backend"
 _TERMS = (
     "Tensor? key_lengths, Tensor? bias_q, Tensor? bias_k, Tensor? comp_k, Tensor? comp_v, Tensor? comp_weight, "
@@ -81,18 +82,19 @@ _TERMS = (
 
 
 def flat_call(problem: Problem) -> tuple[Any, ...]:
-    """The arguments of an operator for a call."""
+    """Flatten a call into the arguments of an operator."""
     layout, mask = problem.layout, problem.layout.elements
     a, b = (None, None) if mask is None else mask.tensors()
     return (
-        problem.q, problem.k, problem.v, layout.kv_indices, layout.kv_num_blocks, layout.full_kv_num_blocks, a, b, problem.key_mask,
-        problem.key_bias, 0 if mask is None else mask.kind, [] if mask is None else list(mask.numbers()),
+        problem.q, problem.k, problem.v, layout.kv_indices, layout.kv_num_blocks, layout.full_kv_num_blocks, a, b,
+        problem.key_mask, problem.key_bias,
+        0 if mask is None else mask.kind, [] if mask is None else list(mask.numbers()),
         layout.q_block, layout.kv_block, problem.scale,
     )  # fmt: skip
 
 
 def flat_terms(terms: Terms) -> tuple[Any, ...]:
-    """The arguments of the optional terms."""
+    """Flatten the optional terms into the arguments of an operator."""
     bias, comp, end = terms.bias, terms.compensation, terms.epilogue or Epilogue()
     return (
         terms.key_lengths,
@@ -205,8 +207,10 @@ def _differentiate(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> 
 sparse_attention_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _flops(q: Any, k: Any, v: Any, kv_indices: Any, *args: Any, factor: int, out_shape: Any = None, **kwargs: Any) -> int:
-    """Multiplications and additions of the tiles in the lists; the width of a list stands for its count."""
+def _flops(
+    q: Any, k: Any, v: Any, kv_indices: Any, *args: Any, factor: int, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Multiplications and additions of the tiles in the lists; the width of a list is taken for its count."""
     batch, rows, heads, dim = q
     kv_block = args[_TENSORS - 4 + 3]
     return factor * batch * heads * rows * kv_indices[-1] * kv_block * (dim + v[-1])

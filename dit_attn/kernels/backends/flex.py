@@ -1,4 +1,4 @@
-"""torch's FlexAttention on our layouts: to compare with, on request."""
+"""torch's FlexAttention on the same layouts, for comparison; only on request."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dit_attn.kernels.problem import Problem
 
 
 def flex_backend(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """o (B, Sq, H, Dv), lse (B, H, Sq) natural logarithm: compiled on a GPU, torch's unfused version elsewhere."""
+    """Run FlexAttention: o (B, Sq, H, Dv), lse (B, H, Sq) natural logarithm. Compiled on a GPU, unfused elsewhere."""
     q, k, v = (x.transpose(1, 2) for x in (problem.q, problem.k, problem.v))
-    with warnings.catch_warnings():  # that it is not compiled on a CPU is meant
+    with warnings.catch_warnings():  # intended on a CPU
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        out, sums = _attention(problem.on_host)(
+        out, extra = _attention(problem.on_host)(
             q, k, v, block_mask=_mask_of(problem.layout), scale=problem.scale, enable_gqa=problem.ratio > 1,
-            **_asks_sums(),
+            **_lse_argument(),
         )  # fmt: skip
-    return out.transpose(1, 2), getattr(sums, "lse", sums)
+    return out.transpose(1, 2), getattr(extra, "lse", extra)
 
 
-def _asks_sums() -> dict[str, Any]:
-    """The argument that asks for the log-sums: newer versions of torch have a form of their own."""
+def _lse_argument() -> dict[str, Any]:
+    """The argument that requests the log-sum-exp, which newer versions of torch spell differently."""
     from torch.nn.attention import flex_attention as module
 
     request = getattr(module, "AuxRequest", None)
@@ -34,7 +34,7 @@ def _asks_sums() -> dict[str, Any]:
 
 
 def _mask_of(layout: BlockLayout) -> Any:
-    """The layout's BlockMask, made once and kept with it."""
+    """The layout's BlockMask, built once and cached on the layout."""
     if "flex" not in layout.__dict__:
         layout.__dict__["flex"] = to_flex(layout)
     return layout.__dict__["flex"]

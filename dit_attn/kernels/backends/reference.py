@@ -1,4 +1,4 @@
-"""The definition of block-sparse attention in plain torch: builds the whole map, for tests and tiny inputs."""
+"""Block-sparse attention by its definition, in plain torch with the full attention matrix: for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reference_attention(
     key_mask: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the selected keys only, computed in fp64 for fp64 input and in fp32 otherwise.
+    """Compute block-sparse attention with the full attention matrix, in fp32 (fp64 for fp64 input).
 
     Args:
         q: (B, Sq, H, D).
@@ -38,7 +38,7 @@ def reference_attention(
     allowed = layout.materialize().to(q.device)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
-    # A key that no row reads may hold anything, NaN included: 0 * NaN must reach neither output nor gradient.
+    # A key that no row attends to may be NaN: 0 * NaN must reach neither output nor gradient.
     unattended = ~allowed.expand(q.shape[0], q.shape[2], -1, -1).any(-2)[..., None]
     kt, vt = kt.masked_fill(unattended, 0.0), vt.masked_fill(unattended, 0.0)
     logits = qt @ kt.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,4 +1,7 @@
-"""DOC"""
+"""The registry of backends: how each one runs a call, why it cannot run one, and which one is chosen.
+
+``BACKENDS`` lists them in order of preference.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,12 @@ from dit_attn.kernels.backends.custom_ops import (
 )
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
 from dit_attn.kernels.backends.reference import reference_attention
-from dit_attn.kernels.device import allows_tf32, full_precision, unsupported_reason_descriptors, unsupported_reason_triton
+from dit_attn.kernels.device import (
+    allows_tf32,
+    full_precision,
+    unsupported_reason_descriptors,
+    unsupported_reason_triton,
+)
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
@@ -30,18 +38,17 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class CallInfo:
-    """What decides about a backend; all of it is known without reading a device.
+    """The properties of a call that decide its backend; all are known without reading a device.
 
     Attributes:
-        device: of q.
-        dtype: of q.
+        device, dtype: of q.
         head_dim: D.
         value_dim: Dv.
-        layout: the layout.
-        lse: whether the log-sum is asked for.
+        layout: the block layout.
+        lse: whether the log-sum-exp is requested.
         keys_altered: whether a key mask or a key bias is given.
         terms: whether any optional term is given.
-        grad: whether gradients are asked for.
+        grad: whether gradients are requested.
     """
 
     device: torch.device
@@ -57,12 +64,12 @@ class CallInfo:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run a call.
+    """An implementation of the operator.
 
     Attributes:
-        run: ``(problem, terms, lse asked for) -> (o, lse | None)``.
-        unsupported_reason: why it cannot run a call, or ``None``.
-        on_request: why it is never picked by itself, or ``None``.
+        run: ``(problem, terms, lse requested) -> (o, lse | None)``.
+        unsupported_reason: returns why it cannot run a call, or ``None``.
+        on_request: why it is only used when named, or ``None``.
     """
 
     run: Callable[[Problem, Terms, bool], Result]
@@ -72,7 +79,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend for a call; prints as one line per backend.
+    """The backend chosen for a call; prints as one line per backend.
 
     Attributes:
         backend: its name.
@@ -87,6 +94,7 @@ class Choice:
 
 
 def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
+    """Collect the properties of a call that decide its backend."""
     q = problem.q
     altered = problem.key_mask is not None or problem.key_bias is not None
     return CallInfo(
@@ -96,6 +104,7 @@ def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
 
 
 def choose(info: CallInfo) -> Choice:
+    """Choose the first backend that can run a call."""
     chosen, reasons = "", {}
     for name, backend in BACKENDS.items():
         reason = backend.unsupported_reason(info) or backend.on_request
@@ -107,6 +116,11 @@ def choose(info: CallInfo) -> Choice:
 
 
 def resolve(backend: str | None, info: CallInfo) -> str:
+    """Return the name of the backend that runs a call.
+
+    Raises:
+        DitAttnError: ``backend`` is unknown, or cannot run the call.
+    """
     if backend is None:
         return choose(info).backend
     if backend not in BACKENDS:
@@ -134,10 +148,10 @@ def _unsupported_reason_sdpa(info: CallInfo) -> str | None:
     if not info.layout.is_dense:
         return "the layout is not known to be dense"
     if info.lse:
-        return "it has no log-sum output"
+        return "it does not return the log-sum-exp"
     if info.terms:
-        return "it has none of the optional terms"
-    return "it does not protect rows without keys under a key mask or bias" if info.keys_altered else None
+        return "it supports none of the optional terms"
+    return "it gives NaN for rows without keys under a key mask or bias" if info.keys_altered else None
 
 
 def _triton(problem: Problem, terms: Terms, lse: bool, name: str = "triton") -> Result:
@@ -147,7 +161,7 @@ def _triton(problem: Problem, terms: Terms, lse: bool, name: str = "triton") -> 
 
 
 def _differentiable(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the Triton kernels where they can; a bias widens the heads, which they may not be able to follow."""
+    """Run the Triton kernels where they support the call; a bias widens the heads, which may exceed their sizes."""
     reason = _unsupported_reason_triton(call_info(problem, NO_TERMS, True))
     return sparse_attention_op(*flat_call(problem), "gather" if reason else "triton")
 
@@ -185,12 +199,12 @@ def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
     if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
         return fused_attention_op(*flat_call(problem), *flat_terms(terms), "gather")
     around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
-    with full_precision(problem.q.device):  # sums and products of the terms are in fp32
+    with full_precision(problem.q.device):  # sums and products of the terms run in fp32
         return around(problem, terms, _gathered)
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:
-    # A backward pass recomputes the logits in fp32 and needs a log-sum that belongs to them.
+    # A backward pass recomputes the logits in fp32 and needs the log-sum-exp that belongs to them.
     return _gathered(problem, "gather" if _wants_grad(problem, terms) else "gather-bf16")
 
 
@@ -198,8 +212,8 @@ def _unsupported_reason_gather_bf16(info: CallInfo) -> str | None:
     if info.device.type != "cpu" or info.dtype != torch.bfloat16:
         return "it is for bf16 on a CPU"
     if not cpu_has_bf16():
-        return "this CPU does not multiply bf16 itself"
-    return "its log-sum is not exact enough" if info.lse or info.terms else None
+        return "this CPU has no bf16 matrix instructions"
+    return "its log-sum-exp is not exact enough" if info.lse or info.terms else None
 
 
 def _gathered(problem: Problem, name: str = "gather") -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,7 +231,7 @@ def _flex(problem: Problem, terms: Terms, lse: bool) -> Result:
 
 def _unsupported_reason_flex(info: CallInfo) -> str | None:
     if info.terms or info.keys_altered:
-        return "it has no key mask, bias or other optional term here"
+        return "it supports no key mask, bias or other optional term here"
     blocks = (info.layout.q_block, info.layout.kv_block)
     if info.device.type == "cuda" and any(block % 128 and 128 % block for block in blocks):
         return f"its blocks divide 128 or are multiples of it, these are {blocks[0]} x {blocks[1]}"
@@ -237,7 +251,7 @@ BACKENDS = {
     "triton": Backend(_triton, _unsupported_reason_triton),
     "gather-bf16": Backend(_gather_bf16, _unsupported_reason_gather_bf16),
     "gather": Backend(_gather, lambda info: None),
-    "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, on_request="loads by tensor descriptors; only on request"),
-    "flex": Backend(_flex, _unsupported_reason_flex, on_request="torch's FlexAttention on the same layout; only on request"),
-    "reference": Backend(_reference, lambda info: None, on_request="builds the whole S x S map; only on request"),
+    "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, "loads by tensor descriptors; only on request"),
+    "flex": Backend(_flex, _unsupported_reason_flex, "torch's FlexAttention on the same layout; only on request"),
+    "reference": Backend(_reference, lambda info: None, "builds the full S x S attention matrix; only on request"),
 }

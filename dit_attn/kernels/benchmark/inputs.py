@@ -1,8 +1,8 @@
-"""What the kernels are measured on: three kinds of queries, keys and layouts.
+"""Inputs of kernel benchmarks: three kinds of queries, keys, values and layouts.
 
-Random blocks in equal numbers give the rate of a kernel and the worst use of the cache. Fields that vary slowly over a
-grid, with a temperature of their own in every head, give neighbouring queries common keys and rows different counts, as
-trained models do. Recorded calls are trained models.
+Random blocks in equal numbers show the peak rate of a kernel and the worst use of the cache. Fields that vary slowly
+over a grid, with a different temperature in every head, give adjacent queries common keys and rows different counts, as
+trained models do. Recorded calls come from trained models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.selection.select import block_probabilities, block_scores, select_blocks
 
 KINDS = ("random", "structured")
-WAVES = 64  # plane waves a structured field is made of
+WAVES = 64  # plane waves of a structured field
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Inputs:
     Attributes:
         kind: a name of ``KINDS``, or "captured".
         q, k, v: (B, S, H, D).
-        layouts: one a density.
+        layouts: one per density.
         block: tokens per block.
     """
 
@@ -56,12 +56,12 @@ class Inputs:
 def random_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, densities: Sequence[float], sharpness: float = 1.0
 ) -> Inputs:
-    """White noise; random blocks, equally many in every row.
+    """Draw white noise, with random blocks in equal numbers per row.
 
     Args:
         shape: sizes.
         dtype, device: of q, k, v.
-        densities: parts of the key blocks kept.
+        densities: fractions of key blocks per query block, one layout each.
         sharpness: standard deviation of the logits; errors grow with it.
     """
     torch.manual_seed(0)
@@ -77,9 +77,9 @@ def random_inputs(
 def structured_inputs(
     shape: Shape, dtype: torch.dtype, device: torch.device, densities: Sequence[float], sharpness: float = 1.0
 ) -> Inputs:
-    """Smooth fields over a grid that queries and keys share, with noise; heads from flat to sharp.
+    """Draw smooth fields over a grid that queries and keys share, with noise; heads from flat to sharp.
 
-    Args: as for :func:`random_inputs`; ``sharpness`` is that of the middle head.
+    Arguments are those of :func:`random_inputs`; ``sharpness`` is that of the middle head.
     """
     torch.manual_seed(0)
     place = _places(shape.seq, device)
@@ -96,45 +96,45 @@ def structured_inputs(
 def captured_inputs(
     path: Path, dtype: torch.dtype, device: torch.device, densities: Sequence[float], block: int
 ) -> Inputs:
-    """A recorded call: a .safetensors file with q, k and v (B, S, H, D), as ``dit-attn bench capture`` writes it.
+    """Load a recorded call: a .safetensors file with q, k and v (B, S, H, D), as ``dit-attn bench capture`` writes it.
 
     Args:
         path: the file.
-        dtype, device: what q, k, v are turned into.
-        densities: parts of the key blocks kept.
+        dtype, device: to convert q, k, v to.
+        densities: fractions of key blocks per query block, one layout each.
         block: tokens per block.
 
     Raises:
-        DitAttnError: the file is missing, or is not what is said above.
+        DitAttnError: the file is missing, or has other contents.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        held = load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DitAttnError(f"cannot read {path}: {error}; give a file that 'dit-attn bench capture' wrote") from error
-    wrong = [name for name in "qkv" if name not in held or held[name].ndim != 4]
+    wrong = [name for name in "qkv" if name not in tensors or tensors[name].ndim != 4]
     if wrong:
         raise DitAttnError(
             f"{path} has no (B, S, H, D) tensor {wrong[0]!r}; give a file that 'dit-attn bench capture' wrote"
         )
-    q, k, v = (held[name].to(device, dtype) for name in "qkv")
+    q, k, v = (tensors[name].to(device, dtype) for name in "qkv")
     if not q.shape == k.shape == v.shape:
-        shapes = ", ".join(f"{name} {tuple(held[name].shape)}" for name in "qkv")
-        raise DitAttnError(f"{path} holds no self-attention with equal heads: {shapes}; capture another layer")
+        shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in "qkv")
+        raise DitAttnError(f"{path} has no self-attention with equal heads: {shapes}; capture another layer")
     return Inputs("captured", q, k, v, _spread_layouts(q, k, block, densities), block)
 
 
 def counts_of(layout: BlockLayout) -> dict[str, float]:
-    """Key blocks per row: mean, 95th percentile, largest. Reads the device."""
+    """Return the key blocks per row: mean, 95th percentile, largest. Synchronises with an accelerator."""
     counts = layout.kv_num_blocks.flatten().float().sort().values
     rank = min(len(counts) - 1, math.ceil(0.95 * len(counts)) - 1)
     return {"mean": float(counts.mean()), "p95": float(counts[rank]), "max": float(counts[-1])}
 
 
 def _spread_layouts(q: torch.Tensor, k: torch.Tensor, block: int, densities: Sequence[float]) -> list[BlockLayout]:
-    """The blocks of the largest pooled probability over all heads and rows: rows get different counts."""
+    """Layouts of the blocks of largest pooled probability over all heads and rows: rows get different counts."""
     mass = block_probabilities(block_scores(q, k, block, block))
     best = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
     ranked = mass.flatten().sort(descending=True).values

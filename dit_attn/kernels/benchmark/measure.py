@@ -1,14 +1,13 @@
-"""How fast block-sparse attention is on this machine, beside the best dense call, interleaved in one run."""
+"""Speed of block-sparse attention on this machine compared with the best dense call, interleaved in one run."""
 
 from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +19,7 @@ from dit_attn.kernels.backends.reference import reference_attention
 from dit_attn.kernels.backends.registry import BACKENDS
 from dit_attn.kernels.benchmark.inputs import Inputs, counts_of
 from dit_attn.kernels.benchmark.third_party import THIRD_PARTY, prepare
+from dit_attn.kernels.benchmark.timing import Call, host_time, interleaved, kernel_timed, synchronize
 from dit_attn.kernels.functional import choose_backend, sparse_attention
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.selection.select import plan_blocks
@@ -32,33 +32,28 @@ SHAPES: dict[str, tuple[int, int, int]] = {  # tokens, heads, head size of one l
     "flux-2048": (16896, 24, 128),
     "flux-4096": (66048, 24, 128),
 }
-_CHECKED_ROWS = 256  # rows of the result held against the fp32 reference: no S x S map is built
-_FLUSHED = 256 << 20  # bytes written before every timed call on a GPU: more than its cache
-_FLUSHES = 8  # times they are written: long enough for the host to get ahead
-
-Call = Callable[[], Any]
-Timer = Callable[[Call, torch.device], float]
+_CHECKED_ROWS = 256  # rows of the result compared with the fp32 reference, so that no S x S matrix is built
 
 
 @dataclass(frozen=True)
 class Row:
-    """One density.
+    """The measurement at one density.
 
     Attributes:
-        density: executed tiles over all tiles.
+        density: computed tiles over all tiles.
         counts: key blocks per row: mean, 95th percentile, largest.
-        dense_ms, sparse_ms: shortest times in milliseconds.
+        dense_ms, sparse_ms: shortest times of the rounds, in milliseconds.
         dense_median_ms, sparse_median_ms: medians.
         selection_ms: shortest time of pooling, scoring and choosing the blocks.
-        host_ms: time the host takes to start a sparse call on a GPU; above ``sparse_ms``, the host is the limit.
-        speedup: dense over sparse, of the shortest times, selection left out.
-        speedup_with_selection: the same with selection counted.
-        efficiency: speed-up times density; 1 where skipped work costs nothing.
+        host_ms: milliseconds the host takes to launch a sparse call on a GPU; above ``sparse_ms`` it is the limit.
+        speedup: dense over sparse, of the shortest times, without selection.
+        speedup_with_selection: the same with selection.
+        efficiency: speed-up times density; 1 where skipped blocks cost nothing.
         error: relative L2 difference from the fp32 reference on the same blocks.
-        dense_error: the dense call's own, for scale.
-        backend: kernel that ran.
+        dense_error: that of the dense call, for scale.
+        backend: the backend of the sparse call.
         dense_backend: the fastest dense call.
-        tflops: 10^12 operations per second of the tiles that were computed.
+        tflops: 10^12 operations per second over the computed tiles.
         others: shortest times in milliseconds of other kernels on the same layout.
         other_errors: their relative L2 differences.
     """
@@ -83,17 +78,17 @@ class Row:
     other_errors: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, rounded to four digits."""
+        """Return JSON values, rounded to four significant digits."""
         return rounded(asdict(self))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
-        rows: one a density.
-        dense: shortest time in milliseconds of every dense call.
+        rows: one per density.
+        dense: shortest time of every dense call, in milliseconds.
         failed: why a competitor did not run, by name.
     """
 
@@ -103,20 +98,20 @@ class Report:
 
 
 def rounded(value: Any) -> Any:
-    """The same with every number of four digits."""
+    """Round every float of a nested dict to four significant digits."""
     if isinstance(value, dict):
         return {name: rounded(x) for name, x in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: Sequence[str] = ()) -> Report:
-    """Time dense, sparse and selection in turns. A competitor that cannot run costs its own figures only.
+    """Time dense attention, sparse attention and selection in turns. A competitor that fails affects no other figure.
 
     Args:
-        inputs: q, k, v and a layout a density.
-        repeats: rounds; every round runs every competitor once.
+        inputs: q, k, v and one layout per density.
+        repeats: rounds; every round times every competitor once.
         backend: of the sparse calls; ``None`` picks by capability.
-        against: other backends and libraries (``rivals.THIRD_PARTY``) to time on the same layouts.
+        against: other backends and libraries (``third_party.THIRD_PARTY``) to time on the same layouts.
 
     Raises:
         DitAttnError: an unknown name, or the backend under test cannot run.
@@ -133,7 +128,7 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
 
     with torch.no_grad():
         ours = [partial(sparse_attention, q, k, v, layout, backend=backend) for layout in layouts]
-        ours[0]()  # a backend that cannot run says so before anything is timed
+        ours[0]()  # a backend that cannot run raises before anything is timed
         dense = dense_calls(q, k, v)
         others = {name: calls for name in against if (calls := _competitor(name, inputs, failed))}
         found = interleaved(
@@ -143,8 +138,8 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
         spent = dict(zip(dense, found))
         selection, sparse = found[len(dense)], found[len(dense) + 1 :]
         dense_name = min(spent, key=lambda name: min(spent[name]))
-        full = BlockLayout.dense(q.shape[1], k.shape[1], inputs.block, inputs.block, q.device)
-        dense_error = _error(dense[dense_name](), q, k, v, full)
+        all_blocks = BlockLayout.dense(q.shape[1], k.shape[1], inputs.block, inputs.block, q.device)
+        dense_error = _error(dense[dense_name](), q, k, v, all_blocks)
         rows = []
         for i, layout in enumerate(layouts):
             places = {name: (j + 1) * len(layouts) + i for j, name in enumerate(others)}
@@ -164,7 +159,7 @@ def measure(inputs: Inputs, repeats: int, backend: str | None = None, against: S
 
 
 def _competitor(name: str, inputs: Inputs, failed: dict[str, str]) -> list[Call]:
-    """Its call on every layout; none, and the reason in ``failed``, when it cannot run one of them."""
+    """The call of a competitor on every layout; none, with the reason in ``failed``, if it cannot run one of them."""
     calls: list[Call] = []
     q, k, v = inputs.q, inputs.k, inputs.v
     try:
@@ -175,8 +170,8 @@ def _competitor(name: str, inputs: Inputs, failed: dict[str, str]) -> list[Call]
                 calls.append(prepare(name, q, k, v, layout))
             with _room_to_compile():
                 calls[-1]()
-            _wait(q.device)
-    except Exception as error:  # whatever another library raises must not cost our own figures
+            synchronize(q.device)
+    except Exception as error:  # an error of another library must not end the run
         lines = str(error).strip().splitlines()
         failed[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
         if q.device.type == "cuda":
@@ -186,7 +181,7 @@ def _competitor(name: str, inputs: Inputs, failed: dict[str, str]) -> list[Call]
 
 
 def _room_to_compile() -> Any:
-    """FlexAttention is compiled anew for a layout; past a number of times it would run as an S x S map."""
+    """FlexAttention recompiles for every layout; past the limit it would run unfused with an S x S matrix."""
     import torch._dynamo
 
     config = torch._dynamo.config
@@ -194,7 +189,11 @@ def _room_to_compile() -> Any:
 
 
 def dense_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Every dense attention of this machine that takes (B, S, H, D) q, k, v: torch's backends one by one, xFormers."""
+    """Return every dense attention that runs on this machine, by name: torch's backends one by one, xFormers.
+
+    Args:
+        q, k, v: (B, S, H, D).
+    """
     qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
 
     def torch_call(backend: SDPBackend | None) -> torch.Tensor:
@@ -226,71 +225,6 @@ def _runs(call: Callable[[], Any]) -> bool:
     return True
 
 
-# -- time --------------------------------------------------------------------------------------------------------------
-
-
-def timed(call: Call, device: torch.device) -> float:
-    """Milliseconds of one call by the clock on the wall, from an idle device to an idle device."""
-    _wait(device)
-    started = time.perf_counter()
-    call()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - started)
-
-
-def kernel_timed(call: Call, device: torch.device) -> float:
-    """Milliseconds a GPU spends on one call with an empty cache; on a CPU as :func:`timed`.
-
-    Writing the cache full also keeps the GPU busy while the host starts the call, so the host's time does not count.
-    """
-    if device.type != "cuda":
-        return timed(call, device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(_FLUSHES):
-        _scrap(device).zero_()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-@lru_cache(maxsize=1)
-def _scrap(device: torch.device) -> torch.Tensor:
-    return torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
-
-
-def host_time(call: Call, device: torch.device, repeats: int = 5) -> float | None:
-    """Milliseconds the host takes to start one call on a GPU, the shortest of a few; ``None`` on a CPU."""
-    times = []
-    if device.type != "cuda":
-        return None
-    for _ in range(repeats):
-        _wait(device)
-        started = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - started))
-    return min(times)
-
-
-def interleaved(
-    calls: Sequence[Call], repeats: int, device: torch.device, timer: Timer = timed
-) -> list[list[float]]:
-    """Milliseconds of every call in every round, after one round that is thrown away."""
-    times: list[list[float]] = [[] for _ in calls]
-    for round_number in range(repeats + 1):
-        for i, call in enumerate(calls):
-            milliseconds = timer(call, device)
-            if round_number:
-                times[i].append(milliseconds)
-    return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +238,7 @@ def _row(
     others: dict[str, float],
     other_errors: dict[str, float],
 ) -> Row:
-    """One density from the times of dense, selection and sparse, the errors and names of sparse and dense."""
+    """One row from the times of dense, selection and sparse, and the errors and names of sparse and dense."""
     dense, select, sparse = times
     best, ours, choosing = min(dense), min(sparse), min(select)
     batch, seq, heads, dim = inputs.q.shape
@@ -332,7 +266,7 @@ def _row(
 
 
 def _error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> float:
-    """Relative L2 difference from the fp32 reference over the first blocks of queries, a head at a time."""
+    """Relative L2 difference from the fp32 reference over the first blocks of queries, one head at a time."""
     blocks = max(1, _CHECKED_ROWS // layout.q_block)
     rows = min(blocks * layout.q_block, layout.q_len)
     part = replace(
@@ -341,11 +275,11 @@ def _error(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         kv_indices=layout.kv_indices[:, :, :blocks].contiguous(),
         kv_num_blocks=layout.kv_num_blocks[:, :, :blocks].contiguous(),
     )
-    apart = size = 0.0
+    difference = size = 0.0
     for h in range(q.shape[2]):
         mine = slice(h, h + 1)
         some, keys, values = (x[:, :, mine].float() for x in (q[:, :rows], k, v))
         expected, _ = reference_attention(some, keys, values, part.of_heads(mine))
-        apart += float((out[:, :rows, mine].float() - expected).norm()) ** 2
+        difference += float((out[:, :rows, mine].float() - expected).norm()) ** 2
         size += float(expected.norm()) ** 2
-    return (apart / size) ** 0.5
+    return (difference / size) ** 0.5

@@ -1,8 +1,8 @@
-"""Random queries, keys and values with the structure of pictures, for measurements that need no model.
+"""Random queries, keys and values with the structure of images, for measurements without a model.
 
-White noise is no test for a method that pools neighbouring tokens: there is nothing to pool. Here q, k and v are random
-fields that vary smoothly over a (T, H, W) grid, with some noise of each token's own. Queries and keys common a part, so
-attention lies near the token and at places that look alike; values common a part with the keys. Fields turn slowly from
+White noise is no test for a method that pools adjacent tokens: their mean carries nothing. Here q, k and v are random
+fields that vary smoothly over a (T, H, W) grid, with independent noise per token. Queries and keys share a part, so
+attention is high near the token and at similar positions; values share a part with the keys. Fields rotate slowly from
 step to step, as activations do in a run.
 """
 
@@ -19,15 +19,15 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Structure:
-    """One kind of random attention.
+    """The parameters of one kind of random attention.
 
     Attributes:
-        smooth: standard deviation of the blur along every axis, in tokens: about half the size of what is alike.
-        noise: variance of every token's own part, in [0, 1).
-        shared: part of a query's variance that is the key's field, and of a value's, in [0, 1].
+        smooth: standard deviation of the blur along every axis, in tokens: about half the size of similar regions.
+        noise: variance of the independent part of every token, in [0, 1).
+        shared: fraction of the variance of queries and values that comes from the field of the keys, in [0, 1].
         sharpness: standard deviation of the logits.
-        rope: whether rotary embedding of three axes is applied to q and k.
-        turn: radians by which the fields turn from one step to the next.
+        rope: whether three-axis RoPE is applied to q and k.
+        turn: rotation of the fields from one step to the next, in radians.
     """
 
     smooth: float = 2.0
@@ -52,17 +52,17 @@ STRUCTURES: dict[str, Structure] = {
 def structured_qkv(
     structure: Structure, grid: Grid, heads: int, dim: int, steps: int = 1, seed: int = 0
 ) -> list[Tensors]:
-    """q, k, v of every step of a run.
+    """Draw q, k, v of every step of a run.
 
     Args:
-        structure: what they are like.
+        structure: their parameters.
         grid: (T, H, W) tokens, row-major in the sequence.
-        heads, dim: of the layer; ``dim`` is even.
-        steps: of the run.
+        heads, dim: heads and head size of the layer; ``dim`` is even.
+        steps: number of steps.
         seed: the same seed gives the same run.
 
     Returns:
-        One (q, k, v) a step, each (1, S, H, D) fp32 with S = T H W.
+        One (q, k, v) per step, each (1, S, H, D) fp32 with S = T H W.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,7 +88,7 @@ def structured_qkv(
 
 
 def rotated(x: torch.Tensor, grid: Grid, base: float = 100.0) -> torch.Tensor:
-    """Rotary embedding of three axes: a third of the pairs of channels turns with each coordinate.
+    """Apply three-axis RoPE: a third of the channel pairs rotates with each coordinate.
 
     Args:
         x: (B, S, H, D) with S = T H W, row-major, D even.

@@ -1,7 +1,7 @@
-"""Other people's block-sparse kernels on our layouts, where they are installed: to compare with, never to depend on.
+"""Block-sparse kernels of other libraries on the same layouts, where they are installed: for comparison only.
 
-An adapter turns a layout into what the library wants, outside of what is timed, and returns a call that is timed whole:
-copies into the library's own tensor layout count, because a diffusers call would have to make them.
+An adapter converts a layout into the format of the library, which is not timed, and returns a call that is timed as a
+unit: copies into the library's tensor layout count, because a diffusers call would have to make them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ WORKSPACE = 256 << 20  # bytes; twice what FlashInfer recommends
 
 @dataclass(frozen=True)
 class ThirdPartyKernel:
-    """A library.
+    """The kernel of another library.
 
     Attributes:
-        module: what is imported.
+        module: name of the module to import.
         prepare: ``(q, k, v, layout) -> call``; q, k, v (B, S, H, D), the call returns (B, S, H, D).
-        note: what a reader of its times must know.
+        note: what to know about its times.
     """
 
     module: str
@@ -36,23 +36,23 @@ class ThirdPartyKernel:
 
 
 def prepare(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout) -> Call:
-    """The call of a rival on a layout.
+    """Prepare the call of another library's kernel on a layout.
 
     Raises:
-        DitAttnError: it is not installed, or cannot read this layout or these sizes.
+        DitAttnError: it is not installed, or does not support the layout or the sizes.
     """
-    rival = THIRD_PARTY[name]
-    if importlib.util.find_spec(rival.module) is None:
-        raise DitAttnError(f"{name} is not installed (no module {rival.module})")
+    library = THIRD_PARTY[name]
+    if importlib.util.find_spec(library.module) is None:
+        raise DitAttnError(f"{name} is not installed (no module {library.module}); see its installation guide")
     if q.device.type != "cuda":
-        raise DitAttnError(f"{name} runs on NVIDIA GPUs only")
+        raise DitAttnError(f"{name} runs on NVIDIA GPUs only; leave it out")
     if layout.elements is not None:
-        raise DitAttnError(f"{name} has no element masks")
-    return rival.prepare(q, k, v, layout)
+        raise DitAttnError(f"{name} supports no element masks; leave it out")
+    return library.prepare(q, k, v, layout)
 
 
 def expanded(layout: BlockLayout, batch: int, heads: int, q_block: int, kv_block: int) -> torch.Tensor:
-    """(B, H, nq, nk) bool block mask of a layout in smaller blocks.
+    """Return the block mask (B, H, nq, nk) bool of a layout in smaller blocks.
 
     Raises:
         DitAttnError: the sizes do not divide the layout's.
@@ -68,7 +68,7 @@ def expanded(layout: BlockLayout, batch: int, heads: int, q_block: int, kv_block
 
 
 def block_sizes(tokens: int, block: int, repeats: int, device: torch.device) -> torch.Tensor:
-    """(repeats, n) int32, the tokens of every block."""
+    """Return (repeats, n) int32, the tokens of every block."""
     sizes = torch.full((-(-tokens // block),), block, dtype=torch.int32, device=device)
     sizes[-1] = tokens - block * (len(sizes) - 1)
     return sizes.expand(repeats, -1).contiguous()
@@ -79,7 +79,7 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Block
     flashinfer = importlib.import_module("flashinfer")
     batch, seq, heads, dim = q.shape
     if k.shape[2] != heads:
-        raise DitAttnError("its heads of a group share one mask; this comparison has a mask per query head")
+        raise DitAttnError("grouped heads share one mask there; this comparison has one per query head")
     rows = batch * heads  # heads are independent, so a batch is more of them
     wrapper = flashinfer.VariableBlockSparseAttentionWrapper(
         torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)
@@ -120,6 +120,6 @@ def _sparge(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayo
 
 
 THIRD_PARTY = {
-    "flashinfer": ThirdPartyKernel("flashinfer", _flashinfer, "its plan is made on the host and not counted"),
+    "flashinfer": ThirdPartyKernel("flashinfer", _flashinfer, "its plan, made on the host, is not counted"),
     "spargeattn": ThirdPartyKernel("spas_sage_attn", _sparge, "quantised: int8 q k and fp8 p v, quantisation counted"),
 }

@@ -1,6 +1,7 @@
-"""Which configuration of the forward kernel is fastest on a GPU: every candidate, in turns, at one layer's sizes.
+"""Search for the fastest configuration of the forward kernel on a GPU, interleaved, at the sizes of one layer.
 
-``python -m dit_attn.kernels.benchmark.tune --output FILE`` writes times and executed TFLOP/s; ``forward_config`` has the choice.
+``python -m dit_attn.kernels.benchmark.tune --output FILE`` writes times and TFLOP/s; the choice made from them is in
+``backends/triton/attention.py``, ``forward_config``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from dit_attn.kernels.benchmark.measure import SHAPES, interleaved, kernel_timed
+from dit_attn.kernels.benchmark.measure import SHAPES
+from dit_attn.kernels.benchmark.timing import interleaved, kernel_timed
 from dit_attn.kernels.device import unsupported_reason_descriptors
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.selection.select import select_blocks
@@ -27,19 +29,17 @@ CANDIDATES = {  # rows, columns, warps, stages by head size
     64: ((128, 64, 8, 4), (128, 64, 4, 4), (128, 128, 8, 3), (128, 128, 4, 3), (64, 64, 4, 4)),
 }
 DENSITIES = (0.25, 0.1, 0.05)
-
-
-SMALL = (300, 2)  # tokens and heads that a trial of this module itself takes
+SMALL = (300, 2)  # tokens and heads of a trial run of this module
 
 
 def tune(shape: str, repeats: int = 20, device: str = "cuda", small: bool = False) -> list[dict[str, Any]]:
-    """One record per density, configuration and way to load, bf16, random blocks.
+    """Time every configuration, one record per density, configuration and kind of load; bf16, random blocks.
 
     Args:
-        shape: a name of ``bench.SHAPES``.
-        repeats: rounds; every round runs every configuration once.
+        shape: a name of ``measure.SHAPES``.
+        repeats: rounds; every round times every configuration once.
         device: where to run.
-        small: take ``SMALL`` instead of the real tokens and heads.
+        small: use ``SMALL`` tokens and heads.
     """
     from dit_attn.kernels.backends.triton.attention import Config, let_kernels_allocate, plan_forward
 
@@ -63,27 +63,27 @@ def tune(shape: str, repeats: int = 20, device: str = "cuda", small: bool = Fals
             launch = plan_forward(problem, NO_TERMS, out, lse, tma, config)
             try:
                 launch.run()
-            except Exception as error:  # too large for this GPU's shared memory: an error of Triton's own
+            except Exception as error:  # too large for the shared memory of this GPU: a Triton error
                 print(f"{config}, descriptors {tma}: {error}", file=sys.stderr)
                 continue
             launches[config, tma] = launch
         times = interleaved([launch.run for launch in launches.values()], repeats, place, kernel_timed)
         operations = 4 * heads * seq**2 * dim * layout.density
-        for (config, tma), spent in zip(launches, times):
-            best = min(spent)
+        for (config, tma), rounds in zip(launches, times):
+            best = min(rounds)
             speed = {"ms": best, "tflops": operations / best / 1e9}
             records.append({"shape": shape, "density": density, **asdict(config), "descriptors": tma, **speed})
     return records
 
 
 def main() -> int:
-    """Measure layers and write the records."""
+    """Run the search from the command line and write the records."""
     import triton
 
     parser = argparse.ArgumentParser(description="Time the forward kernel's configurations on this GPU.")
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["wan2.1-1.3b", "cogvideox-5b"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to try this module itself")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try this command")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     repeats = 1 if given.small else 20

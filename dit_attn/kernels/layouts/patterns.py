@@ -316,7 +316,7 @@ def from_lengths(lengths: torch.Tensor, total: int, *, q_block: int = 128, kv_bl
 
 def _check_ints(name: str, x: torch.Tensor) -> None:
     if x.dtype not in INTS:
-        raise DitAttnError(f"{name} must hold ints, got {dtype_name(x.dtype)}; cast it")
+        raise DitAttnError(f"{name} must be of an integer dtype, got {dtype_name(x.dtype)}; cast it")
     if x.dtype == torch.int64 and x.numel() and host_readable(x):
         low, high, limits = int(x.min()), int(x.max()), torch.iinfo(torch.int32)
         if low < limits.min or high > limits.max:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_attn.api import disable, observing
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout
-from dit_attn.kernels.benchmark import measure
+from dit_attn.kernels.benchmark import measure, timing
 from dit_attn.kernels.functional import choose_backend
 from dit_attn.pipelines.benchmark.frozen_step import (
     STEPS,
@@ -151,7 +151,7 @@ def rank_dense_kernels(call: AttentionCall, device: torch.device) -> list[str]:
         return []
     calls = measure.dense_calls(call.q, call.k, call.v)
     names = [name for name in _DENSE_KERNELS if name in calls]
-    times = dict(zip(names, measure.interleaved([calls[name] for name in names], 3, device)))
+    times = dict(zip(names, timing.interleaved([calls[name] for name in names], 3, device)))
     return sorted(names, key=lambda name: min(times[name]))
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.benchmark import measure
+from dit_attn.kernels.benchmark import timing
 from dit_attn.processors.methods.base import Method, Phase
 from dit_attn.processors.methods.sparse import SparseMethod
 
@@ -84,7 +84,7 @@ def make_competitor(label: str, methods: Sequence[Method]) -> Competitor:
 def time_call(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Return the wall-clock and processor seconds of one call; the latter are 0 on an accelerator."""
     before = time.process_time()
-    wall = measure.timed(call, device)
+    wall = timing.timed(call, device)
     return 1e-3 * wall, time.process_time() - before if device.type == "cpu" else 0.0
 
 

@@ -18,7 +18,6 @@ from dit_attn.kernels import (
     choose_backend,
     device,
     pooled_compensation,
-    problem,
     reference_attention,
     select_blocks,
     sparse_attention,
@@ -60,7 +59,7 @@ def test_gradients_of_every_input_equal_those_of_the_definition(
     monkeypatch: pytest.MonkeyPatch, reads_counts: bool
 ) -> None:
     if not reads_counts:  # as on an accelerator, where reading a count would stop it
-        monkeypatch.setattr(problem.Problem, "on_host", property(lambda self: False))
+        monkeypatch.setattr(Problem, "on_host", property(lambda self: False))
     tensors, layout, terms = problem(torch.float64, grad=True)
     found, expected = (gradients(tensors, layout, terms, name) for name in ("gather", "reference"))
     for a, b in zip(found, expected):
@@ -198,7 +197,7 @@ def test_the_result_does_not_depend_on_how_the_work_is_cut(
 ) -> None:
     tensors, layout, terms = problem(dtype)
     expected = reference_attention(*tensors, layout, **terms)
-    monkeypatch.setitem(device.BUDGETS, "cpu", device.Budget(chunk, group, group))
+    monkeypatch.setitem(device.CHUNK_SIZES, "cpu", device.ChunkSizes(chunk, group, group))
     found = sparse_attention(*tensors, layout, return_lse=True, backend="gather", **terms)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
@@ -210,7 +209,7 @@ def test_counts_need_not_be_read() -> None:
     (q, k, v), layout, terms = problem()
     expected = sparse_attention(q, k, v, layout, return_lse=True, **terms)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problem.Problem, "on_host", property(lambda self: False))
+        patch.setattr(Problem, "on_host", property(lambda self: False))
         for x in (k, v):
             x[:, :16] = float("nan")  # lists are padded with block 0
         without = BlockLayout.from_mask(layout.block_mask() & (torch.arange(6) > 0), 70, 90, 16, 16)

@@ -66,14 +66,14 @@ FORWARD: dict[str, Callable[[], Launch]] = {
 
 def test_a_change_of_density_changes_nothing_that_triton_compiles_for() -> None:
     launches = []
-    for cached in (1, 16):
+    for chosen in (1, 16):
         scores = torch.randn(1, HEADS, 17, 17)
-        layout = BlockLayout.from_topk(scores, cached, q_len=2100, kv_len=2100, q_block=128, kv_block=128)
+        layout = BlockLayout.from_topk(scores, chosen, q_len=2100, kv_len=2100, q_block=128, kv_block=128)
         p = problem(torch.bfloat16, 128, 2100, layout)
         comp = Terms(compensation=pooled_compensation(p.k, p.v, 16))
         stats = torch.empty(1, HEADS, 2100)
-        lists = triton_select._lists(p.q.transpose(1, 2)[:, :, :17], 17, None, cached, None, False)
-        choice = triton_select.plan_select(None, scores, None, cached, None, None, 1.0, lists)
+        lists = triton_select._lists(p.q.transpose(1, 2)[:, :, :17], 17, None, chosen, None, False)
+        choice = triton_select.plan_select(None, scores, None, chosen, None, None, 1.0, lists)
         gradients = plan_backward(p, p.q, stats, p.q, stats, p.q, p.q, p.q, None)
         launches.append([forward(p), forward(p, comp), *gradients, choice])
     for few, many in zip(*launches):

@@ -1,4 +1,4 @@
-"""Layouts and selection: what is kept, in which order of precedence, and that nothing is lost in the lists."""
+"""Layouts and selection: what is chosen, in which order of precedence, and that nothing is lost in the lists."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_top_p_keeps_the_fewest_blocks_that_reach_the_mass(nk: int, p: float, se
     scores = 3 * torch.randn(1, 1, 4, nk, generator=torch.Generator().manual_seed(seed))
     layout = select_blocks(scores, top_p=p, **sizes(4, nk))
     mass = scores.double().softmax(-1)
-    cached = (mass * layout.block_mask()).sum(-1)
-    assert (cached >= p - 1e-5).all()
+    chosen = (mass * layout.block_mask()).sum(-1)
+    assert (chosen >= p - 1e-5).all()
     ranked = mass.sort(-1, descending=True).values.cumsum(-1)
     fewer = (layout.kv_num_blocks.long() - 2).clamp(min=0)[..., None]
     assert ((ranked.gather(-1, fewer)[..., 0] < p + 1e-5) | (layout.kv_num_blocks == 1)).all()

@@ -27,16 +27,17 @@ BLOCKS = st.sampled_from((4, 5, 8, 16))
 
 
 def holds(layout: BlockLayout, pairs: torch.Tensor) -> None:
-    """The layout reads exactly ``pairs`` (.., Sq, Sk); partial blocks are those that are neither empty nor whole."""
+    """The layout has exactly ``pairs`` (.., Sq, Sk); partial blocks are those that are neither empty nor full."""
     layout.check()
-    assert torch.equal(layout.materialize(), pairs.expand(*layout.kv_num_blocks.shape[:2], -1, -1))
+    lead = layout.kv_num_blocks.shape[:2]
+    assert torch.equal(layout.materialize(), pairs.expand(*lead, -1, -1))
     queries, keys = -(-layout.q_len // layout.q_block), -(-layout.kv_len // layout.kv_block)
     for row in range(queries):
         for column in range(keys):
             tile = pairs[..., row * layout.q_block :, column * layout.kv_block :]
             tile = tile[..., : layout.q_block, : layout.kv_block].flatten(-2)
-            assert torch.equal(layout.block_mask()[..., row, column], tile.any(-1).expand(*layout.kv_num_blocks.shape[:2]))
-            assert torch.equal(layout.full_mask()[..., row, column], tile.all(-1).expand(*layout.kv_num_blocks.shape[:2]))
+            assert torch.equal(layout.block_mask()[..., row, column], tile.any(-1).expand(lead))
+            assert torch.equal(layout.full_mask()[..., row, column], tile.all(-1).expand(lead))
     assert layout.token_density == pytest.approx(float(pairs.double().mean()), abs=1e-12)
 
 
@@ -122,14 +123,14 @@ def test_static_layouts_are_made_once() -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_transposed_lists_name_the_same_blocks(name: str) -> None:
+def test_reverse_lists_have_the_same_blocks(name: str) -> None:
     layout = LAYOUTS[name]()
-    turned = layout.reverse_lists()
-    for full, count in ((True, turned.full_kv_num_blocks), (False, turned.q_num_blocks)):
+    lists = layout.reverse_lists()
+    for full, count in ((True, lists.full_q_num_blocks), (False, lists.q_num_blocks)):
         assert count is not None
         expected = layout.full_mask() if full else layout.block_mask()
-        listed = torch.arange(turned.q_indices.shape[-1]) < count[..., None]
-        index = torch.where(listed, turned.q_indices.long(), layout.nq)
+        listed = torch.arange(lists.q_indices.shape[-1]) < count[..., None]
+        index = torch.where(listed, lists.q_indices.long(), layout.nq)
         found = torch.zeros(*count.shape, layout.nq + 1, dtype=torch.bool).scatter(-1, index, True)[..., : layout.nq]
         assert torch.equal(found.mT, expected)
 

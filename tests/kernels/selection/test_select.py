@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels.layouts import block_layout
 from dit_attn.kernels.layouts.block_layout import selected_bits
+from dit_attn.kernels.selection import pooling, select
 from dit_attn.kernels.selection.dispatch import unsupported_reason_fused
 from dit_attn.kernels.selection.pooling import block_counts, pool_blocks, pool_stats
 from dit_attn.kernels.selection.select import (
     block_scores,
-    selected_mass,
     plan_blocks,
     plan_scores,
     select_blocks,
+    selected_mass,
     unpack_bits,
 )
 
@@ -47,10 +52,10 @@ def test_statistics_of_a_block_are_those_of_its_valid_tokens(
     assert torch.allclose(mean, pool_blocks(x, block, mask if masked else None), atol=1e-6)
 
 
-def test_a_long_sequence_is_pooled_in_pieces_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_sequence_is_pooled_in_chunks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     x, mask = random(1, 103, 2, 8).bfloat16(), random(1, 103) > 0
     expected = pool_stats(x, 8, mask)
-    monkeypatch.setattr("dit_attn.kernels.selection.pooling.CACHED", 1)
+    monkeypatch.setattr("dit_attn.kernels.selection.pooling.CPU_CHUNK", 1)
     pooled = pool_stats(x, 8, mask)
     assert torch.equal(pooled[0], expected[0]) and torch.equal(pooled[1], expected[1])
 
@@ -141,3 +146,46 @@ def test_bad_input_is_named_with_what_would_fit(changed: dict[str, object], mess
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(DitAttnError, match="3 heads, which is not a multiple of the 2 heads of k"):
         plan_blocks(random(1, 16, 3, 8), random(1, 16, 2, 8), q_block=8, kv_block=8, density=0.5)
+
+
+CHECKS = ("check_budget", "check_blocks", "check_choices", "check_tokens", "check_heads", "check_key_mask")
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (
+            lambda: plan_blocks(random(1, 40, 2, 8), random(1, 40, 2, 8), q_block=8, kv_block=8, density=0.4),
+            ["check_budget", "check_choices", "check_heads", "check_key_mask", "check_tokens", "check_tokens"],
+        ),
+        (
+            lambda: plan_scores(random(1, 2, 5, 5), top_p=0.5, q_len=40, kv_len=40, q_block=8, kv_block=8, stats=True),
+            ["check_blocks", "check_budget", "check_choices"],
+        ),
+        (
+            lambda: select_blocks(random(1, 2, 5, 5), density=0.4, q_len=40, kv_len=40, q_block=8, kv_block=8),
+            ["check_blocks", "check_budget", "check_choices"],
+        ),
+        (
+            lambda: block_scores(random(1, 40, 2, 8), random(1, 40, 2, 8), 8, 8),
+            ["check_heads", "check_key_mask", "check_tokens", "check_tokens"],
+        ),
+        (lambda: pool_blocks(random(1, 40, 2, 8), 8), ["check_key_mask", "check_tokens"]),
+    ],
+    ids=["plan_blocks", "plan_scores", "select_blocks", "block_scores", "pool_blocks"],
+)
+def test_a_public_function_checks_each_argument_once(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any], expected: list[str]
+) -> None:
+    """The two of ``check_tokens`` are for q and for k."""
+    ran: list[str] = []
+
+    def counted(name: str, check: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args, **kwargs: ran.append(name) or check(*args, **kwargs)
+
+    for module in (select, pooling, block_layout):
+        for name in CHECKS:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    call()
+    assert sorted(ran) == expected

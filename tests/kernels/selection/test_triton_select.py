@@ -33,7 +33,8 @@ def choice(blocks: int, full: bool, given: bool = False, device_budget: torch.Te
     top_p = 0.9 if full else None
     out = triton_select._lists(q, blocks, forced, 16, top_p, full)
     scores = torch.empty(1, 2, 64, blocks) if given else None
-    return triton_select.plan_select(None if given else (q, k, counts), scores, forced, 16, top_p, device_budget, 0.1, out)
+    pooled = None if given else (q, k, counts)
+    return triton_select.plan_select(pooled, scores, forced, 16, top_p, device_budget, 0.1, out)
 
 
 LAUNCHES = {

@@ -76,7 +76,7 @@ class TileMask:
     columns: torch.Tensor
 
     def hidden(self, layout: BlockLayout, tokens: int, tiles: torch.Tensor, first: int, width: int) -> torch.Tensor:
-        """Return (n, tokens, (width - first) * kv_block) bool, True for pairs of entries ``first:width`` to mask out."""
+        """Return (n, tokens, (width - first) * kv_block) bool, True for pairs of entries ``first:width`` to mask."""
         columns = self.columns[tiles, first:width]
         entries = torch.arange(first, width, device=columns.device) - self.full[tiles, None]
         blocks = (layout.q_block, layout.kv_block)
@@ -243,7 +243,7 @@ def _bias(
 
 
 def iter_query_tiles(problem: Problem, group: HeadGroup) -> Iterator[QueryTiles]:
-    """Iterate over the query tiles of a group: of all its heads at once if it has several key heads, else head by head."""
+    """Iterate over the query tiles of a group: of all heads at once if it has several key heads, else by head."""
     layout, ratio = problem.layout, problem.ratio
     full = layout.q_len // layout.q_block
     step = (group.g1 - group.g0) * ratio if group.g1 - group.g0 > 1 else 1

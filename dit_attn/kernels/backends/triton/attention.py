@@ -1,4 +1,4 @@
-"""Launching the Triton kernels: what a call needs is put together here, for a device or for a compiler alone."""
+"""Launches of the Triton attention kernels: configurations, grids and arguments, forward and backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes a kernel is compiled with: rows and columns of a step, warps, stages of the software pipeline."""
+    """Compile-time sizes of a kernel.
+
+    Attributes:
+        rows, columns: queries and keys per step.
+        warps: per program.
+        stages: of the software pipeline.
+    """
 
     rows: int
     columns: int
@@ -30,23 +36,23 @@ class Config:
     stages: int
 
 
-EDGE_COLUMNS = 16  # keys per step where masks are evaluated: they take registers
+EDGE_COLUMNS = 16  # keys per step where masks are evaluated, which takes registers
 
 
 def tile_of(block: int, largest: int = 128) -> int:
-    """The largest power of two that divides ``block``, at most ``largest``."""
+    """Return the largest power of two that divides ``block``, at most ``largest``."""
     return min(block & -block, largest)
 
 
 def panels(dim: int) -> tuple[int, int]:
-    """Head channels as powers of two: (64, 16) for 72, (64, 32) for 96, (128, 0) for 128."""
+    """Split head channels into two powers of two: (64, 16) for 72, (64, 32) for 96, (128, 0) for 128."""
     first = 1 << (dim.bit_length() - 1)
     rest = dim - first
     return (first, 0) if rest == 0 else (first, max(16, 1 << (rest - 1).bit_length()))
 
 
 def triton_forward(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass: o (B, Sq, H, D) in q's type, lse (B, H, Sq) fp32, natural logarithm."""
+    """Run the forward pass: o (B, Sq, H, D) in q's dtype, lse (B, H, Sq) fp32, natural logarithm."""
     problem = _unit_stride(problem)
     q = problem.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -65,7 +71,7 @@ def triton_backward(
     grad_lse: torch.Tensor,
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of q, k, v (in their types) and, when ``bias_grad``, of ``key_bias``; the same in every run."""
+    """Compute the gradients of q, k, v (in their dtypes) and, with ``bias_grad``, of ``key_bias``; deterministic."""
     problem = _unit_stride(problem)
     grad_out = grad_out.contiguous()  # may be expanded
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (problem.q, problem.k, problem.v))
@@ -93,7 +99,7 @@ def plan_forward(
     tma: bool = False,
     config: Config | None = None,
 ) -> Launch:
-    """The forward launch that fills ``out`` and ``lse``."""
+    """Prepare the forward launch that fills ``out`` and ``lse``."""
     q, layout = problem.q, problem.layout
     dim = q.shape[-1]
     first, second = panels(dim)
@@ -129,7 +135,7 @@ def plan_backward(
     dbias: torch.Tensor | None,
     capability: int | None = None,
 ) -> list[Launch]:
-    """The three launches that fill the gradients, in order; ``capability`` (90 for Hopper) by default of the device."""
+    """Prepare the three launches that fill the gradients, in order; ``capability`` is 90 for Hopper."""
     q, layout = problem.q, problem.layout
     dim, (first, second) = q.shape[-1], panels(q.shape[-1])
     for_q, for_k = backward_configs(problem, _capability(q.device) if capability is None else capability)
@@ -168,14 +174,14 @@ def plan_backward(
         for_q.warps,
         for_q.stages,
     )
-    turned, cut = layout.reverse_lists(), _cut(layout, for_k)
+    lists, cut = layout.reverse_lists(), _cut(layout, for_k)
     tiles = layout.nk * cut["KV_SPLIT"]
     own = {
         "dk": dk, "dv": dv, "dbias": dbias, **_strides(unit, dk=dk, dv=dv), "tiles": tiles, **cut,
         "BIAS_GRAD": dbias is not None,
-        "q_idx": turned.q_indices, "q_cnt": turned.q_num_blocks, "full_kv_num_blocks": turned.full_kv_num_blocks, "entries": turned.entry,
-        "qcap": turned.q_indices.shape[-1],
-        **_broadcast("i", turned.q_indices), **_broadcast("c", turned.q_num_blocks),
+        "q_indices": lists.q_indices, "q_num_blocks": lists.q_num_blocks,
+        "full_q_num_blocks": lists.full_q_num_blocks, "entries": lists.entry, "qcap": lists.q_indices.shape[-1],
+        **_broadcast("i", lists.q_indices), **_broadcast("c", lists.q_num_blocks),
     }  # fmt: skip
     programs = tiles * batch * problem.k.shape[2]
     keys = Launch(dkv_kernel, programs, {**shared, **own}, for_k.warps, for_k.stages)
@@ -183,14 +189,14 @@ def plan_backward(
 
 
 def _cut(layout: BlockLayout, config: Config) -> dict[str, int]:
-    """How the blocks of a layout are cut into tiles."""
+    """Arguments that cut the blocks of a layout into tiles."""
     bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
     cut = {"BM": bm, "BN": bn, "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn}
     return {**cut, "STAGES": config.stages}
 
 
 def forward_config(q: torch.Tensor, terms: Terms) -> Config:
-    """The configuration of the forward kernel for a call: what fits a program's shared memory without spills."""
+    """Return the forward configuration of a call: what fits the shared memory of a program without register spills."""
     if q.dtype == torch.float32:
         return Config(32, 16, 8, 2)
     comp = terms.compensation
@@ -200,13 +206,13 @@ def forward_config(q: torch.Tensor, terms: Terms) -> Config:
 
 
 def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]:
-    """The same for the gradients, of q and of k and v; ``capability`` is 90 for Hopper."""
+    """Return the backward configurations of a call, for q and for k and v; ``capability`` is 90 for Hopper."""
     dim = problem.q.shape[-1]
     if dim < 128 and capability < 90:
         small = Config(32, 32, 4 if dim <= 64 else 8, 2)
         return small, small
     masked = problem.layout.elements is not None or problem.key_mask is not None or problem.key_bias is not None
-    if masked:  # each holds its own side of a tile in registers; masks need some too
+    if masked:  # each keeps its own side of a tile in registers; masks need some too
         return Config(64, 32, 8, 2), Config(32, 64, 8, 2)
     return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
 
@@ -219,13 +225,13 @@ def _capability(device: torch.device) -> int:
 
 
 def _unit(*tensors: torch.Tensor) -> int:
-    """Elements that every stride is a multiple of: 16 bytes where possible, so that copies can be as wide."""
+    """Elements that divide every stride: 16 bytes where possible, so that copies can be that wide."""
     wide = 16 // tensors[0].element_size()
     return wide if all(x.stride(i) % wide == 0 for x in tensors for i in range(3)) else 1
 
 
 def _unit_stride(problem: Problem) -> Problem:
-    """The same call with channels side by side."""
+    """The same call with contiguous channels."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
     return replace(problem, q=q, k=k, v=v)
 
@@ -273,7 +279,7 @@ def _elements(layout: BlockLayout) -> dict[str, Any]:
     numbers = (0,) * NUMBERS if mask is None else mask.numbers()
     a, b = (None, None) if mask is None else mask.tensors()
     a, b = (None if x is None else x.contiguous() for x in (a, b))
-    spare = None if mask is None else layout.kv_num_blocks  # a pointer that is not read, where the kind has no table
+    spare = None if mask is None else layout.kv_num_blocks  # an unused pointer, where the kind has no table
     per_head = mask is not None and mask.kind == BitMask.kind
     return {
         "ELEMENTS": 0 if mask is None else mask.kind,
@@ -320,7 +326,7 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
 
 
 def let_kernels_allocate() -> None:
-    """Descriptors made inside a kernel need workspace: take it from torch."""
+    """Let Triton allocate through torch the workspace that descriptors created in a kernel need."""
     import triton
 
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))

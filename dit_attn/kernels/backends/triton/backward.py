@@ -1,4 +1,4 @@
-"""Gradients of block-sparse attention in Triton: dq over each query tile's list, dk and dv over the transposed lists.
+"""Gradients of block-sparse attention in Triton: dq over each query tile's list, dk and dv over the reverse lists.
 
 Every output element is written by exactly one program, so there are no atomics and the result is the same in every run.
 With ``p = exp(s - lse)`` and ``delta = rowsum(dO * O) - dlse``: ``ds = p * (dO v^T - delta)``, ``dq = scale * ds k``,
@@ -26,7 +26,7 @@ def delta_kernel(
     out, grad, grad_lse, delta, o_b, o_s, o_h, g_b, g_s, g_h, l_b, l_h, l_s, heads, q_len, tiles,
     BM: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, Sq) fp32 = rowsum(grad * out) - grad_lse."""
+    """Compute delta (B, H, Sq) fp32 = rowsum(grad * out) - grad_lse."""
     program = tl.program_id(0)
     rows = (program % tiles) * BM + tl.arange(0, BM)
     h = ((program // tiles) % heads).to(tl.int64)
@@ -40,7 +40,7 @@ def delta_kernel(
 
 @triton.jit
 def row_stats(lse, delta, base, rows, q_len):
-    """Base-2 log-sum (+inf where a row reads nothing or does not exist, so that p is 0) and delta of some rows."""
+    """Load base-2 LSE (+inf where a row has no key or does not exist, so that p is 0) and delta of some rows."""
     inside = rows < q_len
     logs = tl.load(lse + base + rows, mask=inside, other=float("inf"))
     logs = tl.where(logs == float("-inf"), float("inf"), logs)
@@ -65,7 +65,7 @@ def dq_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query tile."""
+    """Compute dq of one query tile."""
     program = tl.program_id(0)
     tile = program % tiles
     h = (program // tiles) % heads
@@ -180,7 +180,8 @@ def dq_kernel(
     ]
 )  # fmt: skip
 def dkv_kernel(
-    q, k, v, grad, dk, dv, dbias, lse, delta, q_indices, q_num_blocks, full_kv_num_blocks, entries, key_mask, key_bias, ma, mb, scale,
+    q, k, v, grad, dk, dv, dbias, lse, delta, q_indices, q_num_blocks, full_q_num_blocks, entries,
+    key_mask, key_bias, ma, mb, scale,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     i_b, i_h, c_b, c_h, km_b, kb_b, kb_h, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, qcap,
@@ -191,7 +192,7 @@ def dkv_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
     STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv (and dbias per query head) of one tile of keys: all query heads that share them, one after the other."""
+    """Compute dk, dv (and dbias per query head) of one tile of keys, over all query heads that share them in turn."""
     program = tl.program_id(0)
     tile = program % tiles
     key_heads = heads // ratio
@@ -223,7 +224,7 @@ def dkv_kernel(
         count = tl.load(q_num_blocks + state)
         full = count
         if ELEMENTS > 0:
-            full = tl.load(full_kv_num_blocks + state)
+            full = tl.load(full_q_num_blocks + state)
         bias = tl.zeros([BN], tl.float32)
         if KEY_BIAS:
             bias += tl.load(key_bias + b64 * kb_b + h64 * kb_h + keys, mask=keys < kv_len, other=0.0) * LOG2E

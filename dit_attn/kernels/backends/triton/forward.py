@@ -1,12 +1,12 @@
 """Block-sparse attention in Triton, forward: one program per query tile, one loop over the key blocks of its list.
 
-The loop is a dense flash-attention loop whose next key block comes from a list. Two things keep it at a dense kernel's
-pace. The list is read by inline PTX: an ordinary load inside the loop becomes a stage of its own in the compiler's
-software pipeline, which then drains the prefetch of keys and values at every step. And the blocks that need no mask
-run in a loop without any: ragged tails and element masks are left to a second, short loop.
+The loop is a dense FlashAttention loop whose next key block comes from a list. Two things make it as fast as a dense
+kernel per block. The list is loaded by inline PTX: an ordinary load inside the loop becomes a stage of its own in the
+compiler's software pipeline, which then drains the prefetch of keys and values at every step. And blocks that need no
+mask run in a loop without masks: ragged tails and element masks are left to a second, short loop.
 
-Numbers that follow from the density are not specialised: Triton would compile anew where one of them becomes 1 or
-stops being a multiple of 16. Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain
+Numbers that depend on the density are not specialized: Triton would recompile where one of them becomes 1 or stops
+being a multiple of 16. Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain
 variant does not pay for it. Logits are in base 2: ``p = exp2(s * scale * log2(e) - m)``.
 """
 
@@ -21,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def list_entry(pointer, INTERPRET: tl.constexpr):
-    """One int32 of a block list, kept out of the software pipeline (see the module's text)."""
+    """Load one int32 of a block list outside of the software pipeline (see the module docstring)."""
     if INTERPRET:
         return tl.load(pointer)
     return tl.inline_asm_elementwise(
@@ -31,7 +31,7 @@ def list_entry(pointer, INTERPRET: tl.constexpr):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """(M, K) x (K, N) with fp32 sums. ``UPCAST`` is for the interpreter, which cannot multiply bf16."""
+    """Multiply (M, K) x (K, N) with fp32 sums. ``UPCAST`` is for the interpreter, which cannot multiply bf16."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision=PRECISION)
@@ -41,7 +41,7 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 def rows_of(
     base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
 ):  # fmt: skip
-    """(R, WIDTH) channels ``FIRST ..`` of rows of a (S, DIM) tensor; 0 outside of it. ``CHECK`` guards the rows."""
+    """Load (R, WIDTH) channels ``FIRST ..`` of rows of a (S, DIM) tensor; 0 outside of it. ``CHECK`` masks rows."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     if CHECK:
@@ -63,7 +63,7 @@ def store_rows(base, rows, stride, limit, x, FIRST: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def axis_allowed(q, k, n, window, inward):
-    """Window rule along one axis of ``n`` positions: q (M, 1) or (M,), k broadcastable; bool."""
+    """Evaluate the window rule along one axis of ``n`` positions: q (M, 1) or (M,), k broadcastable; bool."""
     start = q - window // 2
     start = tl.where(inward != 0, tl.minimum(tl.maximum(start, 0), n - window), start)
     return (k >= start) & (k < start + window)
@@ -74,8 +74,8 @@ def element_allowed(
     q, k, ma, mb, bits_row, key_in_block, KIND: tl.constexpr,
     n0, n1, n2, n3, n4, n5, n6, n7, n8,
 ):  # fmt: skip
-    """Which pairs of q (M, 1) and k (1, N) token numbers an element mask allows; (M, N) bool. Kinds: ``masks.py``."""
-    if KIND == 1:  # window on a grid n0 x n1 x n2; tokens outside of the grid see and are seen
+    """Evaluate an element mask for q (M, 1) and k (1, N) token numbers; (M, N) bool. Kinds: ``element_masks.py``."""
+    if KIND == 1:  # window on a grid n0 x n1 x n2; tokens outside of the grid are not restricted
         qv = q - n6
         kv = k - n7
         cells = n0 * n1 * n2
@@ -97,7 +97,7 @@ def element_allowed(
 
 @triton.jit
 def bit_rows(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr):
-    """(M, 1) pointers to the words of queries ``in_block`` of query block ``row`` for one of its partial entries."""
+    """Return (M, 1) pointers to the words of queries ``in_block`` of query block ``row`` for a partial entry."""
     words = (KV_BLOCK + 31) // 32
     base = b * ma_b + h * ma_h + (row.to(tl.int64) * entries + entry) * (Q_BLOCK * words)
     return ma + base + in_block[:, None] * words
@@ -105,9 +105,9 @@ def bit_rows(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.co
 
 @triton.jit
 def softmax_step(s, m, l, EDGE: tl.constexpr):
-    """One online-softmax update of base-2 logits: (p, what to multiply earlier sums by, new maximum, new sum)."""
+    """Update an online softmax by base-2 logits: (p, factor of the earlier sums, new maximum, new sum)."""
     top = tl.maximum(m, tl.max(s, 1))
-    if EDGE:  # a row may have read nothing yet
+    if EDGE:  # a row may have had no key yet
         safe = tl.where(top == float("-inf"), 0.0, top)
     else:
         safe = top
@@ -118,7 +118,7 @@ def softmax_step(s, m, l, EDGE: tl.constexpr):
 
 @triton.jit
 def plain_step(s, c, m, l):
-    """The same for unscaled logits of which none is masked: scale and maximum in one multiply-add. Needs c > 0."""
+    """Update it by unscaled, unmasked logits: scale and maximum in one multiply-add. Needs c > 0."""
     top = tl.maximum(m, tl.max(s, 1) * c)
     p = tl.exp2(s * c - top[:, None])
     shrink = tl.exp2(m - top)
@@ -157,7 +157,7 @@ def forward_kernel(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one query tile. Pointers may be to anything where their flag is off; strides are in elements."""
+    """Compute o and lse of one query tile. A pointer is not used where its flag is off; strides are in elements."""
     program = tl.program_id(0)
     tile = program % tiles
     h = (program // tiles) % heads
@@ -166,7 +166,7 @@ def forward_kernel(
     rows = tile * BM + tl.arange(0, BM)
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     hk64 = (h // ratio).to(tl.int64)
-    # Strides come in units of 16 bytes where they are multiples of it, or copies could not be that wide.
+    # Strides come in units of 16 bytes where they are multiples of it, so that copies can be that wide.
     q_base = q + (b64 * q_b + h64 * q_h) * UNIT
     k_base = k + (b64 * k_b + hk64 * k_h) * UNIT
     v_base = v + (b64 * v_b + hk64 * v_h) * UNIT
@@ -205,7 +205,7 @@ def forward_kernel(
         tau = tl.load(blend + b64 * bl_b + h)
         count = tl.where(tau == 1.0, 0, count)  # such a head returns v itself
         full = tl.minimum(full, count)
-    plain = full  # entries of which every key is read: lists ascend, so the others are the last ones
+    plain = full  # entries without masked keys: lists ascend, so the others come last
     if KEY_LEN:
         plain = 0
         for first in range(0, full, 64):
@@ -217,7 +217,7 @@ def forward_kernel(
         plain = full - ((full > 0) & ((last + 1) * (BN * KV_SPLIT) > kv_len)).to(tl.int32)
 
     columns = tl.arange(0, BN)
-    # -- blocks that are read whole --
+    # -- full blocks --
     for step in tl.range(0, plain * KV_SPLIT, num_stages=STAGES):
         block = list_entry(list_base + tl.minimum(step // KV_SPLIT, kcap - 1), INTERPRET)
         start = block * (BN * KV_SPLIT) + (step % KV_SPLIT) * BN
@@ -308,23 +308,23 @@ def forward_kernel(
                 v2 = tl.where(exists[:, None], rows_of(v_base, keys, v_s, kv_len, D1, D2, DIM, True), 0.0)
                 acc2 = acc2 * shrink[:, None] + product(p.to(v2.dtype), v2, PRECISION, UPCAST)
 
-    # -- what the skipped blocks weigh: one virtual key for every few of their tokens, in the same softmax --
+    # -- pooled keys of the skipped blocks, in the same softmax --
     if COMP:
         ck_base = comp_k + (b64 * (heads // ratio) + hk64) * nv * DIM
         cv_base = comp_v + (b64 * (heads // ratio) + hk64) * nv * DIM
-        virtual = nv
+        pooled = nv
         if BLEND:
-            virtual = tl.where(tau == 1.0, 0, nv)
+            pooled = tl.where(tau == 1.0, 0, nv)
         if COMP_VAR:
             cw_base = comp_var + (b64 * (heads // ratio) + hk64) * nv * DIM
             before, after = 1.0, 0.5 * scale * scale
-            if q1.dtype == tl.float16:  # which ends at 65504: the squares of queries above 255 must be scaled first
+            if q1.dtype == tl.float16:  # its maximum is 65504: squares of queries above 255 are scaled first
                 before, after = after, before
             qq1 = (q1.to(tl.float32) * q1.to(tl.float32) * before).to(q1.dtype)
             if D2 > 0:
                 qq2 = (q2.to(tl.float32) * q2.to(tl.float32) * before).to(q2.dtype)
         chosen = comp_bits + b64 * bits_b + h64 * bits_h + row.to(tl.int64) * words
-        for first in tl.range(0, virtual, BV):
+        for first in tl.range(0, pooled, BV):
             places = first + tl.arange(0, BV)
             known = places < nv
             k1 = rows_of(ck_base, places, DIM, nv, 0, D1, DIM, True)
@@ -335,11 +335,11 @@ def forward_kernel(
             s = s * c
             if COMP_VAR:
                 w1 = rows_of(cw_base, places, DIM, nv, 0, D1, DIM, True)
-                spread = product(qq1, tl.trans(w1), PRECISION, UPCAST)
+                variance = product(qq1, tl.trans(w1), PRECISION, UPCAST)
                 if D2 > 0:
                     w2 = rows_of(cw_base, places, DIM, nv, D1, D2, DIM, True)
-                    spread += product(qq2, tl.trans(w2), PRECISION, UPCAST)
-                s += tl.minimum(spread * after, var_cap) * LOG2E
+                    variance += product(qq2, tl.trans(w2), PRECISION, UPCAST)
+                s += tl.minimum(variance * after, var_cap) * LOG2E
             s += tl.load(comp_bias + b64 * cb_b + h64 * cb_h + places, mask=known, other=0.0)[None, :] * LOG2E
             home = places // COMP_PER_BLOCK
             word = tl.load(chosen + home // 32, mask=known, other=-1)
@@ -354,13 +354,13 @@ def forward_kernel(
 
     # -- epilogue --
     empty = l == 0.0
-    log_sum = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+    row_lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
     stats = (b64 * heads + h64) * q_len + rows
-    tl.store(lse + stats, log_sum, mask=rows < q_len)
+    tl.store(lse + stats, row_lse, mask=rows < q_len)
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, l))
     if LSE_REF:  # divide by a given denominator instead of the row's own
         given = tl.load(lse_ref + stats, mask=rows < q_len, other=0.0)
-        factor *= tl.where(empty, 0.0, tl.exp(tl.minimum(log_sum - given, cap)))
+        factor *= tl.where(empty, 0.0, tl.exp(tl.minimum(row_lse - given, cap)))
     if ROW_SCALE:
         factor *= tl.load(row_scale + b64 * rs_b + h64 * rs_h + row)
     if BLEND:
