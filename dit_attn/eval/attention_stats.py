@@ -1,8 +1,7 @@
 """Statistics of attention from a few query rows: where the softmax mass of a row lies, what a block selection finds.
 
-Every function takes rows x keys, never queries x keys. Logits are fp32 or fp64, ``-inf`` where a key may not be read;
-a row that may read nothing gives NaN. Spans, grids and positions are plain numbers: nothing here knows a model or a
-method.
+Every function takes rows x keys, never queries x keys. Logits are fp32 or fp64, ``-inf`` at masked keys; a row whose
+keys are all masked gives NaN. Spans, grids and positions are plain numbers: nothing here knows a model or a method.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 
 MASS = 0.9
 BEST = (0.05, 0.1, 0.25)  # shares of the key blocks whose best mass is measured
-PICKED = (0.1, 0.25, 0.5)  # shares of the key blocks that a selection by block means keeps
+SELECTED = (0.1, 0.25, 0.5)  # shares of the key blocks that a selection by block means selects
 _SLACK = 1e-6  # of a sum in fp32
 
 
@@ -27,7 +26,7 @@ class Statistic:
     Attributes:
         title: a few words.
         unit: of the value.
-        reading: one sentence on how to read it.
+        reading: one sentence on how to interpret it.
         scale: ends of the color scale, ``None`` for those of the values.
     """
 
@@ -39,17 +38,17 @@ class Statistic:
 
 STATISTICS: dict[str, Statistic] = {
     "keys_90": Statistic(
-        "Density kept at mass 0.9",
+        "Density for mass 0.9",
         "share of the keys",
         "The smallest share of the keys that holds 90 % of a row's softmax mass: small means that few keys matter and "
         "sparse attention has much to gain; 0.9 is uniform attention.",
         (0.0, 1.0),
     ),
     "blocks_90": Statistic(
-        "Block density kept at mass 0.9",
+        "Block density for mass 0.9",
         "share of the key blocks",
-        "The same in whole key blocks, chosen for every row by its exact mass: a block-sparse method cannot keep 90 % "
-        "of the mass below this density; the gap to the map above is what blocks cost.",
+        "The same in full key blocks, chosen for every row by its exact mass: a block-sparse method cannot cover 90 % "
+        "of the mass below this density; the gap to the value above is what blocks cost.",
         (0.0, 1.0),
     ),
     **{
@@ -66,11 +65,11 @@ STATISTICS: dict[str, Statistic] = {
         f"recall_{share:.0%}".rstrip("%"): Statistic(
             f"Recall of block means at density {share:.0%}",
             "share of the mass",
-            f"What a top-k selection by the means of query and key blocks keeps of a row's mass at density "
-            f"{share:.0%}, as BlockSparse selects without kept or reordered tokens: dark layers lose most.",
+            f"What a top-k selection by the means of query and key blocks covers of a row's mass at density "
+            f"{share:.0%}, as BlockSparse selects without forced or reordered tokens: dark layers lose most.",
             (0.0, 1.0),
         )
-        for share in PICKED
+        for share in SELECTED
     },
     "entropy": Statistic(
         "Entropy",
@@ -81,23 +80,23 @@ STATISTICS: dict[str, Statistic] = {
     "dt": Statistic(
         "Distance in time",
         "frames",
-        "Expected |dt| between a row and what it reads in the clip, in latent frames: dark layers look at their own "
+        "Expected |dt| between a row and the keys it attends to, in latent frames: dark layers attend to their own "
         "frame and its neighbours.",
     ),
     "dh": Statistic(
         "Distance in height",
         "token rows",
-        "Expected |dh| between a row and what it reads in the picture or clip: dark layers look along their line.",
+        "Expected |dh| between a row and the keys it attends to: dark layers attend along their line.",
     ),
     "dw": Statistic(
         "Distance in width",
         "token columns",
-        "Expected |dw| between a row and what it reads in the picture or clip: dark layers look along their column.",
+        "Expected |dw| between a row and the keys it attends to: dark layers attend along their column.",
     ),
     "same_frame": Statistic(
         "Mass within the same frame",
-        "share of the mass in the clip",
-        "Of what a row reads in the clip, the share in its own frame: 1 is attention that ignores time.",
+        "share of the mass on the video",
+        "Of a row's mass on the video, the share in its own frame: 1 is attention that ignores time.",
         (0.0, 1.0),
     ),
     "lse": Statistic(
@@ -115,20 +114,20 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def span_statistic(span: str) -> Statistic:
-    """Meaning of ``mass.SPAN``."""
-    about = "what the prompt weighs in joint attention" if span.startswith("text") else "how much a row reads there"
+    """Return the meaning of ``mass.SPAN``."""
+    about = "what the prompt weighs in joint attention" if span.startswith("text") else "how much a row attends to it"
     return Statistic(
         f"Mass on {span}", "share of the mass", f"Share of a row's mass on the {span} tokens: {about}.", (0.0, 1.0)
     )
 
 
 def describe(name: str) -> Statistic:
-    """Meaning of a statistic by its name."""
+    """Return the meaning of a statistic by its name."""
     return span_statistic(name.removeprefix("mass.")) if name.startswith("mass.") else STATISTICS[name]
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Names in the order of :data:`STATISTICS`, the masses of spans after them."""
+    """Sort names as in :data:`STATISTICS`, the masses of spans after them."""
     given = list(names)
     return [name for name in STATISTICS if name in given] + sorted(name for name in given if name not in STATISTICS)
 
@@ -137,8 +136,10 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def sample_rows(start: int, stop: int, rows: int, seed: int) -> torch.Tensor:
-    """(R,) positions in [start, stop), sorted, at most ``rows``; the same for the same seed, and the global generator
-    is left alone."""
+    """Sample at most ``rows`` positions in [start, stop), sorted: (R,), the same for the same seed.
+
+    The global generator is not used.
+    """
     order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))
     return order[:rows].sort().values + start
 
@@ -146,7 +147,7 @@ def sample_rows(start: int, stop: int, rows: int, seed: int) -> torch.Tensor:
 def row_logits(
     q: torch.Tensor, k: torch.Tensor, scale: float | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, H, R, S) fp32 (fp64 for fp64 inputs) logits of sampled rows.
+    """Compute the logits of sampled rows: (B, H, R, S) fp32, fp64 for fp64 inputs.
 
     Args:
         q: (B, R, H, D), the sampled rows.
@@ -170,13 +171,13 @@ def row_logits(
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """(B, H, R) entropy in nats of the softmax of (B, H, R, S) logits."""
+    """Compute the entropy in nats, (B, H, R), of the softmax of (B, H, R, S) logits."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
 
 
 def share_for_mass(mass: torch.Tensor, count: torch.Tensor | int, target: float = MASS) -> torch.Tensor:
-    """Smallest share of the entries whose sum reaches ``target``.
+    """Compute the smallest share of the entries whose sum reaches ``target``.
 
     Args:
         mass: (..., N), at least 0, sums to 1.
@@ -190,33 +191,33 @@ def share_for_mass(mass: torch.Tensor, count: torch.Tensor | int, target: float 
 
 
 def block_mass(p: torch.Tensor, block: int) -> torch.Tensor:
-    """(..., ceil(S / block)) mass of the key blocks of (..., S); the last one may be short."""
+    """Sum (..., S) over key blocks: (..., ceil(S / block)); the last one may be short."""
     return F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
 
 
 def best_mass(mass: torch.Tensor, count: torch.Tensor | int, share: float) -> torch.Tensor:
-    """(...) mass of the ``ceil(share * count)`` largest of (..., N) blocks, ``count`` (...) of which exist."""
-    return picked_mass(mass, mass, count, share)
+    """Sum the ``ceil(share * count)`` largest of (..., N) blocks, ``count`` (...) of which exist: (...)."""
+    return selected_mass(mass, mass, count, share)
 
 
-def picked_mass(mass: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | int, share: float) -> torch.Tensor:
-    """(...) mass of the ``ceil(share * count)`` blocks with the best (..., N) scores: the recall of a selection."""
+def selected_mass(mass: torch.Tensor, scores: torch.Tensor, count: torch.Tensor | int, share: float) -> torch.Tensor:
+    """Sum the ``ceil(share * count)`` blocks with the best (..., N) scores, the recall of a selection: (...)."""
     order = scores.nan_to_num(-math.inf).argsort(-1, descending=True)
     running = mass.gather(-1, order).cumsum(-1)
-    kept = torch.as_tensor(count, device=mass.device).mul(share).sub(_SLACK).ceil().long().clamp(min=1)
-    return running.gather(-1, kept.expand(running.shape[:-1])[..., None] - 1)[..., 0]
+    taken = torch.as_tensor(count, device=mass.device).mul(share).sub(_SLACK).ceil().long().clamp(min=1)
+    return running.gather(-1, taken.expand(running.shape[:-1])[..., None] - 1)[..., 0]
 
 
-def mean_scores(q_blocks: torch.Tensor, k: torch.Tensor, block: int, readable: torch.Tensor) -> torch.Tensor:
-    """(B, H, R, ceil(S / block)) scores of key blocks by their mean key, as pooled selections form them.
+def mean_scores(q_blocks: torch.Tensor, k: torch.Tensor, block: int, allowed: torch.Tensor) -> torch.Tensor:
+    """Score key blocks by their mean key, as pooled selections do: (B, H, R, ceil(S / block)).
 
     Args:
         q_blocks: (B, R, H, D), the mean query of the block that each sampled row lies in.
         k: (B, S, Hk, D).
         block: keys per block.
-        readable: (B, S) bool; other keys are no part of a mean, and a block without any is never picked.
+        allowed: (B, S) bool; masked keys are no part of a mean, and a block without any other is never selected.
     """
-    weight = F.pad(readable.to(k.dtype), (0, -k.shape[1] % block)).unflatten(1, (-1, block))
+    weight = F.pad(allowed.to(k.dtype), (0, -k.shape[1] % block)).unflatten(1, (-1, block))
     padded = F.pad(k, (0, 0, 0, 0, 0, -k.shape[1] % block)).unflatten(1, (-1, block))
     means = torch.einsum("bnm,bnmkd->bnkd", weight, padded) / weight.sum(-1).clamp(min=1)[..., None, None]
     scores = row_logits(q_blocks, means)
@@ -224,7 +225,9 @@ def mean_scores(q_blocks: torch.Tensor, k: torch.Tensor, block: int, readable: t
 
 
 def locality(p: torch.Tensor, grid: Sequence[int], at: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Expected |dt|, |dh|, |dw| and mass within the same frame, given that the key lies in the grid; (B, H, R) each.
+    """Compute expected |dt|, |dh|, |dw| and mass within the same frame, given that the key lies in the grid.
+
+    Each is (B, H, R).
 
     Args:
         p: (B, H, R, T * H * W) mass of the keys of the grid, row-major; it need not sum to 1.
@@ -248,7 +251,7 @@ def locality(p: torch.Tensor, grid: Sequence[int], at: torch.Tensor) -> dict[str
 
 
 def uniform_distance(size: int) -> float:
-    """Expected distance of two independent uniform places among ``size``: (n^2 - 1) / (3 n)."""
+    """Compute the expected distance of two independent uniform positions among ``size``: (n^2 - 1) / (3 n)."""
     return (size * size - 1) / (3 * size)
 
 
@@ -259,12 +262,12 @@ def row_statistics(
     block: int = 64,
     scores: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Every statistic of a set of rows, mean over the rows that may read something: (B, H) each.
+    """Compute every statistic of a set of rows, mean over the rows with any unmasked key: (B, H) each.
 
     Args:
-        logits: (B, H, R, S), ``-inf`` where a key may not be read.
+        logits: (B, H, R, S), ``-inf`` at masked keys.
         spans: (name, start, stop) of the parts of the keys.
-        grid: (first key, (T, H, W), (R,) positions of the rows in it) of the picture or clip.
+        grid: (first key, (T, H, W), (R,) positions of the rows in it) of the visual tokens.
         block: keys per block.
         scores: (B, H, R, blocks) of a selection whose recall is wanted.
     """
@@ -281,8 +284,8 @@ def row_statistics(
         "lse": lse.masked_fill(lse == -math.inf, math.nan),
     }
     if scores is not None:
-        picks = {f"recall_{share:.0%}".rstrip("%"): share for share in PICKED}
-        found |= {name: picked_mass(by_block, scores, blocks, share) for name, share in picks.items()}
+        shares = {f"recall_{share:.0%}".rstrip("%"): share for share in SELECTED}
+        found |= {name: selected_mass(by_block, scores, blocks, share) for name, share in shares.items()}
     found |= {f"mass.{name}": p[..., start:stop].sum(-1) for name, start, stop in spans}
     if grid is not None:
         first, size, at = grid

@@ -18,7 +18,7 @@ import torch
 
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.models import step_inputs
-from dit_attn.models.step_inputs import Grid
+from dit_attn.models.step_inputs import CallShape, Grid
 
 _PIXELS = 16  # a token is 16 x 16 pixels in all of them: 8 of the autoencoder, 2 of the patch
 _FRAMES = 4  # frames a latent frame, after the first
@@ -45,18 +45,18 @@ class Architecture:
     config: dict[str, Any]
     pixels: tuple[int, int, int]
     text: int
-    inputs: Callable[[Architecture, Grid, dict[str, Any]], dict[str, Any]] = field(repr=False)
+    inputs: Callable[[CallShape], dict[str, Any]] = field(repr=False)
     wide: tuple[str, ...] = ()
     scaled: dict[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
-        """Layers with joint or self attention over the picture."""
+        """Number of layers with joint or self attention over the visual tokens."""
         return self.config["num_layers"] + self.config.get("num_single_layers", 0)
 
     @property
     def heads(self) -> int:
-        """Heads of a layer."""
+        """Number of heads of a layer."""
         return self.config["num_attention_heads"]
 
     @property
@@ -72,12 +72,12 @@ class Architecture:
 
     @property
     def stand_in(self) -> Any:
-        """What presets are looked up by: the class's name with the published ``config``."""
+        """Object by which presets are looked up: the class's name with the published ``config``."""
         published = next(row for row in ARCHITECTURES if row.name == self.name)
         return type(self.transformer, (SimpleNamespace,), {})(config=published.config)
 
     def sized(self, layers: int | None = None, heads: int | None = None) -> Architecture:
-        """The same with fewer (or more) layers and heads; width follows the heads, single layers follow the layers.
+        """Return the same with other numbers of layers and heads; width follows the heads, single layers the layers.
 
         Raises:
             DitAttnError: fewer layers than the architecture has kinds of them, or no head.
@@ -101,10 +101,10 @@ class Architecture:
         return replace(self, config=config, scaled=scaled)
 
     def at(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> Architecture:
-        """The same at another size in pixels.
+        """Return the same at another size in pixels.
 
         Raises:
-            DitAttnError: less than one token, or frames asked of an image model.
+            DitAttnError: less than one token, or frames for an image model.
         """
         if frames is not None and frames > 1 and self.pixels[0] == 1:
             raise DitAttnError(f"--frames {frames}: {self.name} makes images; leave it out")
@@ -114,14 +114,14 @@ class Architecture:
         return replace(self, pixels=(found[0], found[1], found[2]))
 
     def with_tokens(self, count: int) -> Architecture:
-        """The same with at least ``count`` visual tokens: frames and proportions are kept, the picture is scaled."""
+        """Return the same with at least ``count`` visual tokens: frames and proportions stay, the image is scaled."""
         frames, rows, columns = self.grid
         wanted = math.ceil(count / frames)
         height = max(1, round(rows * math.sqrt(wanted / (rows * columns))))
         return replace(self, pixels=(self.pixels[0], _PIXELS * height, _PIXELS * math.ceil(wanted / height)))
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
-        """The transformer with random weights, made in ``dtype`` on ``device`` itself: no copy elsewhere.
+        """Build the transformer with random weights, in ``dtype`` on ``device`` itself: no copy elsewhere.
 
         Raises:
             DitAttnError: it does not fit.
@@ -139,29 +139,29 @@ class Architecture:
         return model.to(device).eval().requires_grad_(False)  # position tables are made on the host
 
     def parameters(self) -> int:
-        """How many weights it has."""
+        """Count its weights."""
         with torch.device("meta"):
             return sum(weight.numel() for weight in self._class()(**self.config).parameters())
 
     def bytes_needed(self, dtype: torch.dtype, batch: int) -> int:
-        """Weights, and roughly what a step holds beside them."""
+        """Estimate the bytes of the weights and of the activations of a step."""
         tokens = math.prod(self.grid) + self.text
         step = _ACTIVATIONS * batch * tokens * self.heads * self.head_dim
         return dtype.itemsize * (self.parameters() + step)
 
-    def check_memory(self, device: torch.device, dtype: torch.dtype, batch: int, kept: int = 0) -> None:
-        """Refuse what cannot fit.
+    def check_memory(self, device: torch.device, dtype: torch.dtype, batch: int, cached: int = 0) -> None:
+        """Raise if it cannot fit.
 
         Args:
             device, dtype, batch: of the call.
-            kept: bytes that a method keeps from step to step.
+            cached: bytes that a method caches from step to step.
 
         Raises:
             DitAttnError: it needs more than is free.
         """
-        need, free = self.bytes_needed(dtype, batch) + kept, free_memory(device)
+        need, free = self.bytes_needed(dtype, batch) + cached, free_memory(device)
         if free is not None and need > free:
-            memory = f" ({kept / 2**30:.1f} GiB of it kept by the method)" if kept else ""
+            memory = f" ({cached / 2**30:.1f} GiB of it cached by the method)" if cached else ""
             raise DitAttnError(
                 f"{self.name} with {self.layers} layers, {self.heads} heads and {math.prod(self.grid):,} tokens needs "
                 f"about {need / 2**30:.1f} GiB{memory}, and {device} has {free / 2**30:.1f} GiB free; take fewer "
@@ -169,10 +169,10 @@ class Architecture:
             )
 
     def call(self, device: torch.device, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> dict[str, Any]:
-        """Arguments of one forward call in the middle of a run: latents, text, time."""
+        """Make the arguments of one forward call in the middle of a run: latents, text, time."""
         generator = torch.Generator(device).manual_seed(seed)
         with torch.device(device):
-            return self.inputs(self, self.grid, {"batch": batch, "dtype": dtype, "generator": generator})
+            return self.inputs(CallShape(self.grid, self.text, self.head_dim, batch, dtype, generator))
 
     def _class(self) -> Any:
         import diffusers
@@ -181,7 +181,7 @@ class Architecture:
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a known model.
+    """Return the architecture of a known model.
 
     Raises:
         DitAttnError: unknown name.
@@ -193,7 +193,7 @@ def architecture(name: str) -> Architecture:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, ``None`` where nothing tells."""
+    """Measure the free bytes of a device, ``None`` where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":

@@ -1,83 +1,105 @@
 """Arguments of one transformer call in the middle of a run, shaped like those a family's pipeline gives.
 
-Every function takes the architecture, the grid (T, H, W) of visual tokens, and ``batch``, ``dtype`` and ``generator``.
 Tensors are made on torch's default device.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from dit_attn.models.architectures import Architecture
 
 Grid = tuple[int, int, int]
 
 
-def _noise(options: dict[str, Any], *shape: int) -> torch.Tensor:
-    return torch.randn(options["batch"], *shape, dtype=options["dtype"], generator=options["generator"])
+@dataclass(frozen=True)
+class CallShape:
+    """What decides the arguments.
+
+    Attributes:
+        grid: (T, H, W) visual tokens.
+        text: text tokens, padding counted.
+        head_dim: size of a head.
+        batch: samples.
+        dtype: of the latents and the text.
+        generator: of the noise, on the device of the tensors.
+    """
+
+    grid: Grid
+    text: int
+    head_dim: int
+    batch: int
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        """Draw Gaussian noise of (batch, *shape)."""
+        return torch.randn(self.batch, *shape, dtype=self.dtype, generator=self.generator)
+
+    def full(self, value: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return (batch,) of one value."""
+        return torch.full((self.batch,), value, dtype=dtype)
 
 
-def wan(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    """(B, 16, T, 2H, 2W) latents and 512 vectors of a text encoder."""
-    t, h, w = grid
+def wan(call: CallShape) -> dict[str, Any]:
+    """Make (B, 16, T, 2H, 2W) latents and the vectors of a text encoder."""
+    t, h, w = call.grid
     return {
-        "hidden_states": _noise(options, 16, t, 2 * h, 2 * w),
-        "timestep": torch.full((options["batch"],), 500),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
+        "hidden_states": call.noise(16, t, 2 * h, 2 * w),
+        "timestep": call.full(500),
+        "encoder_hidden_states": call.noise(call.text, 4096),
     }
 
 
-def hunyuan_video(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    """The same with a prompt that fills half of its places, a pooled vector and the guidance scale."""
-    words = torch.arange(arch.text) < arch.text // 2  # a prompt fills half of its places
+def hunyuan_video(call: CallShape) -> dict[str, Any]:
+    """Make those of Wan with a prompt that fills half of its places, a pooled vector and the guidance scale."""
+    words = torch.arange(call.text) < call.text // 2  # a prompt fills half of its places
     return {
-        **wan(arch, grid, options),
-        "encoder_attention_mask": words.expand(options["batch"], -1).to(options["dtype"]),
-        "pooled_projections": _noise(options, 768),
-        "guidance": torch.full((options["batch"],), 6000.0, dtype=options["dtype"]),
+        **wan(call),
+        "encoder_attention_mask": words.expand(call.batch, -1).to(call.dtype),
+        "pooled_projections": call.noise(768),
+        "guidance": call.full(6000.0, call.dtype),
     }
 
 
-def cogvideox(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    """(B, T, 16, 2H, 2W) latents, text, and the rotary table the pipeline makes."""
+def cogvideox(call: CallShape) -> dict[str, Any]:
+    """Make (B, T, 16, 2H, 2W) latents, text, and the rotary table of the pipeline."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    t, h, w = grid
+    t, h, w = call.grid
     device = torch.get_default_device()
-    rope = get_3d_rotary_pos_embed(arch.head_dim, ((0, 0), (h, w)), (h, w), t, device=device)
+    rope = get_3d_rotary_pos_embed(call.head_dim, ((0, 0), (h, w)), (h, w), t, device=device)
     return {
-        "hidden_states": _noise(options, t, 16, 2 * h, 2 * w),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "timestep": torch.full((options["batch"],), 500),
+        "hidden_states": call.noise(t, 16, 2 * h, 2 * w),
+        "encoder_hidden_states": call.noise(call.text, 4096),
+        "timestep": call.full(500),
         "image_rotary_emb": rope,
     }
 
 
-def flux(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    """(B, H W, 64) packed latents, text, and the places of all tokens."""
-    _, h, w = grid
+def flux(call: CallShape) -> dict[str, Any]:
+    """Make (B, H W, 64) packed latents, text, and the positions of all tokens."""
+    _, h, w = call.grid
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(h).float(), torch.arange(w).float())
     return {
-        "hidden_states": _noise(options, h * w, 64),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "pooled_projections": _noise(options, 768),
-        "timestep": torch.full((options["batch"],), 0.5, dtype=options["dtype"]),
+        "hidden_states": call.noise(h * w, 64),
+        "encoder_hidden_states": call.noise(call.text, 4096),
+        "pooled_projections": call.noise(768),
+        "timestep": call.full(0.5, call.dtype),
         "img_ids": places,
-        "txt_ids": torch.zeros(arch.text, 3),
-        "guidance": torch.full((options["batch"],), 3.5, dtype=torch.float32),
+        "txt_ids": torch.zeros(call.text, 3),
+        "guidance": call.full(3.5, torch.float32),
     }
 
 
-def pixart(arch: Architecture, grid: Grid, options: dict[str, Any]) -> dict[str, Any]:
-    """(B, 4, 2H, 2W) latents and text."""
-    _, h, w = grid
+def pixart(call: CallShape) -> dict[str, Any]:
+    """Make (B, 4, 2H, 2W) latents and text."""
+    _, h, w = call.grid
     return {
-        "hidden_states": _noise(options, 4, 2 * h, 2 * w),
-        "encoder_hidden_states": _noise(options, arch.text, 4096),
-        "encoder_attention_mask": torch.ones(options["batch"], arch.text, dtype=options["dtype"]),
-        "timestep": torch.full((options["batch"],), 500),
+        "hidden_states": call.noise(4, 2 * h, 2 * w),
+        "encoder_hidden_states": call.noise(call.text, 4096),
+        "encoder_attention_mask": torch.ones(call.batch, call.text, dtype=call.dtype),
+        "timestep": call.full(500),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }

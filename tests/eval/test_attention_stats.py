@@ -126,7 +126,7 @@ def test_uniform_attention_gives_known_values() -> None:
 
 def test_attention_to_one_key_gives_known_values() -> None:
     logits = torch.full((1, 1, S, S), -1e4)
-    logits[..., torch.arange(S), torch.arange(S)] = 100.0  # every row reads itself
+    logits[..., torch.arange(S), torch.arange(S)] = 100.0  # every row attends to itself
     picks = torch.arange(TEXT, S)
     found = stats.row_statistics(logits[:, :, picks], SPANS, (TEXT, (T, H, W), picks - TEXT), BLOCK)
     wanted = dict.fromkeys(("entropy", "lse_spread", "mass.text", "dt", "dh", "dw"), 0.0)
@@ -138,19 +138,19 @@ def test_attention_to_one_key_gives_known_values() -> None:
 def test_the_recall_of_a_selection_is_the_mass_of_the_blocks_it_picks() -> None:
     mass, scores = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([9.0, 1.0, 7.0, 0.0])
     for share, recall in ((0.25, 0.1), (0.26, 0.4), (0.5, 0.4), (0.75, 0.6), (1.0, 1.0)):
-        assert float(stats.picked_mass(mass, scores, 4, share)) == pytest.approx(recall)
+        assert float(stats.selected_mass(mass, scores, 4, share)) == pytest.approx(recall)
     assert float(stats.best_mass(mass, 4, 0.5)) == pytest.approx(0.7)
 
 
 def test_scores_of_block_means_are_those_of_pooled_keys() -> None:
     q, k = inputs(2)
-    readable = key_mask()[:, 0, 0]
-    found = stats.mean_scores(q[:, :3], k, BLOCK, readable)
+    allowed = key_mask()[:, 0, 0]
+    found = stats.mean_scores(q[:, :3], k, BLOCK, allowed)
     for b in range(2):
         for h in range(4):
             for n in range(found.shape[-1]):
                 part = slice(n * BLOCK, (n + 1) * BLOCK)
-                keys = k[b, part, h // 2][readable[b, part]]
+                keys = k[b, part, h // 2][allowed[b, part]]
                 wanted = q[b, :3, h] @ keys.mean(0) / 8**0.5 if len(keys) else torch.full((3,), -math.inf).double()
                 torch.testing.assert_close(found[b, h, :, n], wanted)
 
@@ -160,8 +160,8 @@ def test_scores_of_block_means_are_those_of_pooled_keys() -> None:
 def test_no_selection_beats_the_best_blocks(seed: int, share: float, sharpness: float) -> None:
     torch.manual_seed(seed)
     mass, scores = (sharpness * torch.randn(3, 13)).softmax(-1), torch.randn(3, 13)
-    best, picked = stats.best_mass(mass, 13, share), stats.picked_mass(mass, scores, 13, share)
-    assert bool((best >= picked - 1e-6).all()) and bool((picked >= 0).all()) and bool((best <= 1 + 1e-6).all())
+    best, selected = stats.best_mass(mass, 13, share), stats.selected_mass(mass, scores, 13, share)
+    assert bool((best >= selected - 1e-6).all()) and bool((selected >= 0).all()) and bool((best <= 1 + 1e-6).all())
     enough = stats.share_for_mass(mass, 13)
     assert bool((stats.best_mass(mass, 13, 1.0) >= 0.9).all())
     for row in range(3):

@@ -115,8 +115,8 @@ def test_too_little_memory_is_said_before_anything_is_built(monkeypatch) -> None
     with pytest.raises(DitAttnError, match=r"about \d+\.\d GiB, and cpu has 8.0 GiB free"):
         row.check_memory(CPU, torch.bfloat16, 1)
     row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1)
-    with pytest.raises(DitAttnError, match=r"20\.0 GiB of it kept by the method"):
-        row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1, kept=20 * 2**30)
+    with pytest.raises(DitAttnError, match=r"20\.0 GiB of it cached by the method"):
+        row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1, cached=20 * 2**30)
     monkeypatch.setattr(architectures, "free_memory", lambda device: None)
     row.check_memory(CPU, torch.bfloat16, 1)  # nothing tells: try
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from dit_attn.eval.attention_stats import BEST, MASS, PICKED, Statistic, describe, ordered
+from dit_attn.eval.attention_stats import BEST, MASS, SELECTED, Statistic, describe, ordered
 from dit_attn.eval.report.heatmap import HeatMap, heat_map
 from dit_attn.eval.report.plot import Plot
 from dit_attn.eval.report.render import render
-from dit_attn.eval.report.table import Cell, Table
+from dit_attn.eval.report.table import Cell, Row, Table
 
 BRANCHES = {"cond": "with the prompt", "uncond": "without the prompt"}
 Tensors = dict[str, torch.Tensor]
@@ -92,8 +92,8 @@ def curve_words(meta: dict[str, Any]) -> str:
     """Say how to read the curve."""
     return (
         f"Softmax mass that a fraction of the {meta['block']}-token key blocks covers, mean over all rows, heads, "
-        "layers and steps. The higher line is the bound: every row takes its best blocks. The other is a selection by block "
-        "means, which a kernel can make. The gap between them is what a better selection could gain."
+        "layers and steps. The higher line is the bound: every row takes its best blocks. The other is a selection by "
+        "block means, which a kernel can make. The gap between them is what a better selection could gain."
     )
 
 
@@ -133,7 +133,7 @@ def table(meta: dict[str, Any], tensors: Tensors, names: list[str]) -> Table:
     """Build the table: mean by branch, and the layers where it is least and largest."""
     branches, layers = meta["axes"]["branch"], meta["axes"]["layer"]
     means = [BRANCHES.get(name, name) for name in branches] if len(branches) > 1 else ["mean"]
-    rows = []
+    rows: list[Row] = []
     for name in names:
         about, by_layer = describe(name), tensors[name].nanmean((0, 2, 3))
         even = uniform(meta, name)
@@ -164,7 +164,7 @@ def section(meta: dict[str, Any], name: str, tensor: torch.Tensor) -> dict[str, 
 def curve(tensors: Tensors) -> Plot:
     """Plot mass against density: the best blocks of every row, and a selection by block means."""
     found = {}
-    for kind, (shares, prefix) in {"best": (BEST, "best_"), "means": (PICKED, "recall_")}.items():
+    for kind, (shares, prefix) in {"best": (BEST, "best_"), "means": (SELECTED, "recall_")}.items():
         places = [(share, f"{prefix}{share:.0%}".rstrip("%")) for share in shares]
         points = [(share, _mean(tensors[name])) for share, name in places if name in tensors]
         if kind == "best" and "blocks_90" in tensors:

@@ -12,7 +12,7 @@ import numpy as np
 from dit_attn.eval.report.heatmap import HeatMap, heat_map
 from dit_attn.eval.report.plot import Plot
 from dit_attn.eval.report.render import render
-from dit_attn.eval.report.table import Cell, Table
+from dit_attn.eval.report.table import Cell, Row, Table
 
 SMALLEST = 128  # pixels of an image's height on the page; smaller ones are enlarged without smoothing
 
@@ -149,7 +149,7 @@ def check_section(name: str, checks: dict[str, Any], about: dict[str, Any]) -> d
 
 def checks_table(name: str, checks: dict[str, Any]) -> Table:
     """List the scores of all sets, with intervals."""
-    rows = [
+    rows: list[Row] = [
         [_label(label), len(one["heads"]), _cell(one["score"]), _cell(one["gain"], "+.4g")]
         for label, one in checks.items()
     ]

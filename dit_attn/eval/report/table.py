@@ -23,6 +23,9 @@ class Cell:
     dot: str = ""
 
 
+Row = Sequence[Cell | str | int]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -35,4 +38,4 @@ class Table:
 
     label: str
     head: Sequence[Cell | str]
-    rows: Sequence[Sequence[Cell | str | int]]
+    rows: Sequence[Row]

@@ -140,8 +140,9 @@ def test_maps_share_one_scale_and_say_every_number(tmp_path: Path) -> None:
     html = page(comparison(tmp_path), tmp_path).read_text()
     found = drawn_maps(html)
     names = [name.split(":")[0] for name, *_ in found]
-    assert names == ["Attention computed, sparse", "Attention computed, <b>odd & name</b>"] + [
-        "Error of the result, sparse", "Error of the result, <b>odd & name</b>"
+    assert names == [
+        "Attention computed, sparse", "Attention computed, <b>odd & name</b>",
+        "Error of the result, sparse", "Error of the result, <b>odd & name</b>",
     ]  # fmt: skip
     assert [values for _, values, *_ in found] == [
         [[1.0, 0.5, 0.5], [1.0, 0.5, None]], [[1.0, 0.25, 0.25], [1.0, 0.25, None]],

@@ -112,7 +112,7 @@ def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", map_)
     below = map_.size["height"] // 4  # the middle of the second step of the second layer
     ActionChains(browser).move_to_element_with_offset(map_, 0, below).click().perform()
-    title, value = "Density kept at mass 0.9, layer by step, with the prompt", float(tensors["keys_90"][0, 1, 1].mean())
+    title, value = "Density for mass 0.9, layer by step, with the prompt", float(tensors["keys_90"][0, 1, 1].mean())
     assert cell.text == f"{title}, blocks.<1>, step 2: {float(f'{value:.3g}'):g}"
     map_.send_keys(Keys.ARROW_RIGHT)
     assert cell.text.endswith("blocks.<1>, step 3: no value")
