@@ -26,10 +26,10 @@ _EXPORTS = {
     "BlockSparse": "dit_attn.processors.methods.block_sparse",
     "RectifiedSpaAttn": "dit_attn.processors.methods.rectified_spaattn",
     "ReTtention": "dit_attn.processors.methods.re_ttention",
-    "SoftPAG": "dit_attn.processors.methods.perturbed_guidance",
-    "SEG": "dit_attn.processors.methods.perturbed_guidance",
-    "SLG": "dit_attn.processors.methods.perturbed_guidance",
-    "STG": "dit_attn.processors.methods.perturbed_guidance",
+    "SoftPAG": "dit_attn.processors.methods.softpag",
+    "SEG": "dit_attn.processors.methods.seg",
+    "SLG": "dit_attn.processors.methods.slg",
+    "STG": "dit_attn.processors.methods.stg",
     "DitAttnError": "dit_attn.errors",
 }
 

@@ -1,1 +1,41 @@
-"""Attention methods for diffusion transformers, and how they get onto a stock diffusers pipeline."""
+"""Attention methods for diffusion transformers. Every method class is named here and loaded at first use.
+
+``core``: one attention call, one layer, the clock of a run, the executor; no host is known there. ``methods``: one
+file per method. ``guidance``: perturbations of attention and the heads they apply to. ``attach``: how methods get onto
+a stock diffusers pipeline and off it again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+_METHODS = {
+    "BlockSparse": "block_sparse",
+    "RectifiedSpaAttn": "rectified_spaattn",
+    "ReTtention": "re_ttention",
+    "SEG": "seg",
+    "SLG": "slg",
+    "STG": "stg",
+    "SoftPAG": "softpag",
+}
+
+if TYPE_CHECKING:
+    from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.re_ttention import ReTtention
+    from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+    from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.slg import SLG
+    from dit_attn.processors.methods.softpag import SoftPAG
+    from dit_attn.processors.methods.stg import STG
+
+__all__ = ["SEG", "SLG", "STG", "BlockSparse", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _METHODS:
+        import importlib
+
+        value = getattr(importlib.import_module(f"{__name__}.methods.{_METHODS[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -84,7 +84,7 @@ class GuidedMixin:
         session = dit_attn.enable(net, dit_attn.SoftPAG(heads=f"{layer}:0", u=0.6, scale=2.0))
         guided = self.call(net, args)
         assert session.guider is not None and session.guider.evaluations == 1
-        assert session.guider.saved_blocks == self._shared(session, layer, args)
+        assert session.guider.reused_blocks == self._shared(session, layer, args)
         for expected, found in zip(combined(plain, spoiled, 2.0), tensors(guided), strict=True):
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
         assert any(not torch.equal(a, b) for a, b in zip(tensors(plain), tensors(guided), strict=True))

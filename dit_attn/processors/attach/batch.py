@@ -1,4 +1,4 @@
-"""DOC"""
+"""Select rows of a batch in the arguments of a model call, and predictions in its output."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree  # its public wrapper came with torch 2.6 and takes no is_leaf
 
 from dit_attn.processors.attach.families import Axis
 
@@ -14,28 +15,26 @@ Leaf = torch.Tensor | list[torch.Tensor]  # (B, ...), or one tensor for every sa
 
 
 def take(value: Any, index: Sequence[int], rows: int, axis: int = 0) -> Any:
-    """The rows ``index`` of everything in ``value`` that has ``rows`` of them along ``axis``; the rest as it is.
+    """Return ``value`` with the rows ``index`` of everything that has ``rows`` of them along ``axis``.
 
     Args:
-        value: a tensor, a list with an entry per sample, or tuples, lists and dictionaries of them.
-        index: the wanted rows; one may be wanted twice.
+        value: a tensor, a list with an entry per sample, or nested containers of them.
+        index: the rows; one may be taken twice.
         rows: batch rows of the model call.
-        axis: where tensors have their batch.
+        axis: batch axis of the tensors.
     """
-    if isinstance(value, torch.Tensor):
-        if value.ndim > axis and value.shape[axis] == rows:
-            return value.index_select(axis, torch.tensor(list(index), device=value.device))
-        return value
-    if isinstance(value, list):
-        batched = all(isinstance(item, torch.Tensor) and item.ndim and item.shape[0] == rows for item in value)
-        if len(value) == rows and not batched:
-            return [value[row] for row in index]
-        return [take(item, index, rows, axis) for item in value]
-    if type(value) is tuple:
-        return tuple(take(item, index, rows, axis) for item in value)
-    if isinstance(value, dict):
-        return {name: take(item, index, rows, axis) for name, item in value.items()}
-    return value
+
+    def per_sample(item: Any) -> bool:
+        if not isinstance(item, list) or len(item) != rows:
+            return False
+        return not all(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows for x in item)
+
+    def taken(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:
+            return leaf.index_select(axis, torch.tensor(list(index), device=leaf.device))
+        return [leaf[row] for row in index] if isinstance(leaf, list) else leaf
+
+    return pytree.tree_map(taken, value, is_leaf=per_sample)
 
 
 def take_call(
@@ -46,14 +45,14 @@ def take_call(
     rows: int,
     axes: Mapping[str, Axis],
 ) -> dict[str, Any]:
-    """The arguments of a call for some rows of its batch, by name.
+    """Return the arguments of a call for some rows of its batch, by name.
 
     Args:
         model: the model, or one of its blocks, whose ``forward`` is called.
-        args, kwargs: the arguments of the whole batch.
-        index: the wanted rows.
-        rows: rows of the whole batch.
-        axes: where an argument has its batch, when not on its first axis; see ``Family.batch_axes``.
+        args, kwargs: the arguments of the full batch.
+        index: the rows.
+        rows: rows of the full batch.
+        axes: batch axis of an argument, when not the first; see ``Family.batch_axes``.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
 
@@ -69,23 +68,20 @@ def take_call(
 
 
 def leaves(output: Any) -> list[Leaf]:
-    """The predictions in a model output: tensors (B, ...), or lists with a tensor for every sample."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    if isinstance(output, list):
-        return [output] if output and isinstance(output[0], torch.Tensor) else []
-    items = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-    return [leaf for item in items for leaf in leaves(item)]
+    """Return the predictions in a model output: tensors (B, ...), or lists with a tensor for every sample."""
+    return [leaf for leaf in pytree.tree_leaves(output, is_leaf=_is_samples) if _is_prediction(leaf)]
 
 
-def rebuilt(output: Any, new: list[Leaf]) -> Any:
-    """``output`` with other predictions; ``new`` is used up."""
-    if isinstance(output, torch.Tensor) or (
-        isinstance(output, list) and output and isinstance(output[0], torch.Tensor)
-    ):
-        return new.pop(0)
-    if isinstance(output, dict):
-        return type(output)(**{name: rebuilt(item, new) for name, item in output.items()})
-    if isinstance(output, tuple):
-        return tuple(rebuilt(item, new) for item in output)
-    return output
+def replace_leaves(output: Any, new: Sequence[Leaf]) -> Any:
+    """Return ``output`` with other predictions, in the order of :func:`leaves`."""
+    flat, spec = pytree.tree_flatten(output, is_leaf=_is_samples)
+    rest = iter(new)
+    return pytree.tree_unflatten([next(rest) if _is_prediction(leaf) else leaf for leaf in flat], spec)
+
+
+def _is_samples(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], torch.Tensor)
+
+
+def _is_prediction(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) or _is_samples(leaf)

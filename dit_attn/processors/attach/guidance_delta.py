@@ -1,4 +1,4 @@
-"""A push ``c - p``: its parts, and the two places where it is added to predictions."""
+"""The guidance update ``c - p``, and the two places where it is added to predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from dit_attn.processors.guidance.perturbation import wide
 
 @dataclass
 class GuidanceDelta:
-    """``c - p`` of the last evaluated step, in float32 (float64 where the model is), and c itself."""
+    """Guidance update of the last evaluated step.
+
+    Attributes:
+        run: run of the clock.
+        step: step at which it was last used.
+        weight: w at that step.
+        delta: ``c - p``, in float32 (float64 where the model is).
+        cond: c.
+    """
 
     run: int
     step: int
@@ -25,15 +33,15 @@ class GuidanceDelta:
     cond: list[Leaf]
 
 
-class StepTap:
-    """Stands in for ``scheduler.step`` for one call and adds the push to the prediction the scheduler gets."""
+class StepHook:
+    """Replaces ``scheduler.step`` for one call and adds the guidance update to the prediction the scheduler gets."""
 
     def __init__(self, scheduler: Any, delta: Leaf) -> None:
         self.scheduler, self.delta = scheduler, delta
-        self.before = scheduler.__dict__.get("step")  # somebody else's, on this very object
+        self.before = scheduler.__dict__.get("step")  # set by other code on this very object
 
     def remove(self) -> None:
-        """Give the scheduler back what it had."""
+        """Restore the scheduler's own step."""
         if self.before is None:
             del self.scheduler.__dict__["step"]
         else:
@@ -42,21 +50,22 @@ class StepTap:
     def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         delta = torch.stack(self.delta) if isinstance(self.delta, list) else self.delta
-        pushed = wide(model_output) + _fitted(delta, model_output)
-        return self.scheduler.step(pushed.to(model_output.dtype), *args, **kwargs)
+        updated = wide(model_output) + _fitted(delta, model_output)
+        return self.scheduler.step(updated.to(model_output.dtype), *args, **kwargs)
 
 
 def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The push in the form the scheduler gets predictions in: without the learned variance, the frame axis of a
-    picture, the tokens of reference images.
+    """Return the update in the shape of the scheduler's predictions.
+
+    That is without the learned variance, the frame axis of an image, and the tokens of reference images.
 
     Raises:
-        DitAttnError: the two have nothing to do with each other.
+        DitAttnError: the shapes do not match.
     """
     if delta.ndim == like.ndim + 1:
         delta = delta.squeeze(2)
     if delta.ndim == like.ndim and like.shape[0] % delta.shape[0] == 0:
-        delta = torch.cat([delta] * (like.shape[0] // delta.shape[0]))  # Cosmos hands all branches on
+        delta = torch.cat([delta] * (like.shape[0] // delta.shape[0]))  # Cosmos passes all branches to the scheduler
         cut = delta[tuple(slice(0, size) for size in like.shape)]
         if cut.shape == like.shape:
             return cut
@@ -66,36 +75,36 @@ def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     )
 
 
-def added(output: Any, push: GuidanceDelta, weight: float, index: Sequence[int]) -> Any:
-    """``output`` with the push on the rows ``index``; branches stand one after the other, each with all samples."""
+def added(output: Any, update: GuidanceDelta, weight: float, index: Sequence[int]) -> Any:
+    """Return ``output`` with the update added to the rows ``index``; branch after branch, each with all samples."""
     new: list[Leaf] = []
-    for leaf, delta in zip(batch.leaves(output), push.delta, strict=True):
-        pushed = list(leaf) if isinstance(leaf, list) else leaf.clone()
+    for leaf, delta in zip(batch.leaves(output), update.delta, strict=True):
+        changed = list(leaf) if isinstance(leaf, list) else leaf.clone()
         for row in index:
-            pushed[row] = (wide(leaf[row]) + weight * delta[row % len(delta)]).to(leaf[row].dtype)
-        new.append(pushed)
-    return batch.rebuilt(output, new)
+            changed[row] = (wide(leaf[row]) + weight * delta[row % len(delta)]).to(leaf[row].dtype)
+        new.append(changed)
+    return batch.replace_leaves(output, new)
 
 
 def take_rows(leaf: Leaf, index: Sequence[int]) -> Leaf:
-    """Some rows of a prediction."""
+    """Return some rows of a prediction."""
     if isinstance(leaf, list):
         return [leaf[row] for row in index]
     return leaf if len(index) == leaf.shape[0] else leaf[list(index)]
 
 
 def each(function: Any, *parts: Leaf) -> Leaf:
-    """A function of predictions, sample by sample where they are lists of samples."""
+    """Apply a function to predictions, sample by sample where they are lists of samples."""
     if isinstance(parts[0], list):
         return [function(*items) for items in zip(*parts, strict=True)]
     return function(*parts)
 
 
 def scaled(leaf: Leaf, weight: float) -> Leaf:
-    """``weight`` times a prediction."""
+    """Return ``weight`` times a prediction."""
     return each(lambda x: x * weight, leaf)
 
 
 def flat(leaf: Leaf) -> torch.Tensor:
-    """A prediction as one vector, in the precision of a push."""
+    """Return a prediction as one vector, in the precision of an update."""
     return torch.cat([wide(x.flatten()) for x in leaf]) if isinstance(leaf, list) else wide(leaf.flatten())

@@ -1,11 +1,11 @@
-"""A second pass through a transformer over some rows of its batch, and the blocks it need not compute again."""
+"""Run a second pass through a transformer over some rows of its batch, and reuse the blocks it shares with the first."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,12 +16,13 @@ from dit_attn.processors.attach.families import Axis
 
 
 def block_order(model: torch.nn.Module, layers: Sequence[str]) -> list[str]:
-    """Module paths of the blocks around attention layers, in the order they run: ``blocks.3`` of ``blocks.3.attn1``.
+    """Return the module paths of the blocks around attention layers, in the order they run.
 
-    Whole stacks are listed, so that a block without an addressable layer is not forgotten.
+    ``blocks.3`` of ``blocks.3.attn1``. All blocks of a stack are listed, those without a listed layer too.
     """
     stacks = dict.fromkeys(_block_of(layer).rpartition(".")[0] for layer in layers)
-    return [f"{stack}.{i}" for stack in stacks for i in range(len(_stack(model, stack)))]
+    sizes = {stack: len(cast(Sized, model.get_submodule(stack))) for stack in stacks}
+    return [f"{stack}.{i}" for stack, size in sizes.items() for i in range(size)]
 
 
 def _block_of(layer: str) -> str:
@@ -32,62 +33,68 @@ def _block_of(layer: str) -> str:
 
 
 def first_block(blocks: Sequence[str], layers: Sequence[str], skipped: Sequence[str]) -> int:
-    """Position of the first block whose result differs when ``layers`` are perturbed and ``skipped`` left out."""
+    """Return the position of the first block whose result differs when ``layers`` are perturbed and ``skipped`` left out."""
     touched = {_block_of(layer) for layer in layers} | set(skipped)
     return next(i for i, block in enumerate(blocks) if block in touched)
 
 
-def _stack(model: torch.nn.Module, path: str) -> Any:
-    return model.get_submodule(path)
-
-
 class Prefix:
-    """The blocks before the first perturbed one: their work is taken over from the plain pass.
+    """The blocks before the first perturbed one: the perturbed pass reuses their work from the plain pass.
 
-    The plain pass shows what the first perturbed block is given; the second pass hands that block the same, and the
-    blocks before it return at once.
+    The plain pass records the input of the first perturbed block; the second pass gives that block the same input, and
+    the blocks before it return at once.
+
+    Args:
+        model: the transformer.
+        blocks: paths of the blocks to reuse, and last the first one to run again.
+        axes: see ``Family.batch_axes``.
     """
 
     def __init__(self, model: torch.nn.Module, blocks: Sequence[str], axes: Mapping[str, Axis]) -> None:
-        """``blocks``: paths of the blocks to save, and last the first one to run again; ``axes``: see
-        ``Family.batch_axes``."""
         self.axes = axes
         self.modules = [model.get_submodule(block) for block in blocks]
         self.handles: list[Any] = []
-        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.results: dict[str, Any] = {}
         self._stacks = [block.rpartition(".")[0] for block in blocks]
 
     @property
     def saved(self) -> int:
-        """Blocks that the second pass does not run."""
+        """Number of blocks that the second pass does not run."""
         return len(self.modules) - 1
 
-    def watch(self) -> None:
-        """Record in the next pass."""
-        self.forget()
-        self.handles.append(self.modules[-1].register_forward_pre_hook(self._see_input, with_kwargs=True))
+    def record(self) -> None:
+        """Record the next pass."""
+        self.clear()
+        self.handles.append(self.modules[-1].register_forward_pre_hook(self._record_input, with_kwargs=True))
         for i, stack in enumerate(self._stacks[:-1]):
             if stack not in self._stacks[:i]:
-                self.handles.append(self.modules[i].register_forward_hook(self._see_output(stack)))
+                self.handles.append(self.modules[i].register_forward_hook(self._record_output(stack)))
 
-    def forget(self) -> None:
-        """Drop what was recorded."""
+    def clear(self) -> None:
+        """Drop what was recorded, and the hooks that record."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.given, self.results = [], None, {}
+        self.handles, self.inputs, self.results = [], None, {}
 
     def replacements(
         self, index: Sequence[int], rows: int, other: Mapping[torch.nn.Module, Callable[..., Any]]
     ) -> dict[torch.nn.Module, Callable[..., Any]]:
-        """Forwards of the second pass over the rows ``index`` of ``rows``; what earlier blocks return only has the
-        right form, since the last one is handed what it was given before. ``other``: forwards that differ anyway."""
-        assert self.given is not None
-        whole = len(index) == rows
-        args, kwargs = self.given
-        if not whole:
+        """Return the forwards of the second pass over some rows.
+
+        The results of earlier blocks only need the right form: the last block gets its recorded input.
+
+        Args:
+            index: the rows of the second pass.
+            rows: rows of the plain pass.
+            other: forwards that differ anyway.
+        """
+        assert self.inputs is not None
+        full = len(index) == rows
+        args, kwargs = self.inputs
+        if not full:
             args, kwargs = (), take_call(self.modules[-1], args, kwargs, index, rows, self.axes)
-        results = {s: r if whole else take(r, index, rows) for s, r in self.results.items()}
+        results = {s: r if full else take(r, index, rows) for s, r in self.results.items()}
         found: dict[torch.nn.Module, Callable[..., Any]] = {}
         for module, stack in zip(self.modules[:-1], self._stacks):
             found[module] = lambda *_, result=results[stack], **__: result
@@ -96,33 +103,33 @@ class Prefix:
         found[last] = lambda *_, **__: run(*args, **kwargs)
         return found
 
-    def _see_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.given = (args, dict(kwargs))
+    def _record_input(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs = (args, dict(kwargs))
 
-    def _see_output(self, stack: str) -> Callable[..., None]:
-        def see(module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _record_output(self, stack: str) -> Callable[..., None]:
+        def record(module: torch.nn.Module, args: Any, output: Any) -> None:
             self.results[stack] = output
 
-        return see
+        return record
 
 
 @contextmanager
-def forwards(replaced: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards for some modules, for the length of a ``with`` block."""
+def replaced_forwards(replaced: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forwards of some modules for the length of a ``with`` block."""
     names = ("forward", "_compiled_call_impl")
-    kept = {module: {name: module.__dict__.pop(name, None) for name in names} for module in replaced}
+    before = {module: {name: module.__dict__.pop(name, None) for name in names} for module in replaced}
     for module, forward in replaced.items():
         module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        for module, before in kept.items():
+        for module, stock in before.items():
             del module.__dict__["forward"]
-            module.__dict__.update({name: value for name, value in before.items() if value is not None})
+            module.__dict__.update({name: value for name, value in stock.items() if value is not None})
 
 
-def passing(block: torch.nn.Module) -> Callable[..., Any]:
-    """A forward that hands a block's inputs on: the block is skipped, its residual streams go by.
+def skip_forward(block: torch.nn.Module) -> Callable[..., Any]:
+    """Return a forward that skips a block: it returns the residual streams it is given.
 
     Raises:
         DitAttnError: which input belongs to which output of the block is not known.

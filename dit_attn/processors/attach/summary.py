@@ -1,4 +1,4 @@
-"""What happened in the last run, layer by layer."""
+"""Summarize the last run, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LayerSummary:
         name: module path.
         calls: attention calls.
         sparse_calls: calls a method carried out.
-        density: mean executed share of the map over the engaged calls, ``None`` without one.
-        seconds: time in engaged calls (host time).
-        fallbacks: calls left to the stock path, by reason.
-        error: relative L2 error on sampled rows of the first engaged call (the largest, where densities change over
+        density: mean attention computed by the sparse calls, as a fraction of dense; ``None`` without one.
+        seconds: time in sparse calls (host time).
+        fallbacks: calls that took stock attention, by reason.
+        error: relative L2 error on sampled rows of the first sparse call (the largest, where densities change over
             the run); ``None`` where no ``max_error`` is set.
     """
 
@@ -41,30 +41,30 @@ class GuidanceSummary:
 
     Attributes:
         evaluations: perturbed passes.
-        steps: steps that were pushed.
-        shared: share of the blocks of these passes that was taken over from the plain ones.
-        parallel: what the push adds to the scale of classifier-free guidance, mean over the guided steps; ``None``
-            in runs without an unconditional branch.
-        sideways: the rest of the push, in units of ``|c - u|``; ``None`` likewise.
+        steps: guided steps.
+        reused: fraction of the blocks of these passes that was reused from the plain passes.
+        parallel: equivalent guidance scale: what the update adds to the scale of classifier-free guidance, mean over
+            the guided steps; ``None`` in runs without an unconditional branch.
+        orthogonal: orthogonal component of the update, in units of ``|c - u|``; ``None`` likewise.
         relative: ``|D| / |c|``, mean over the guided steps; ``None`` where no step was guided.
     """
 
     evaluations: int
     steps: int
-    shared: float
+    reused: float
     parallel: float | None
-    sideways: float | None
+    orthogonal: float | None
     relative: float | None
 
     def __str__(self) -> str:
         lines = [
-            f"{self.evaluations} perturbed passes, {_percent(self.shared)} of their blocks taken over, "
-            f"{self.steps} steps pushed"
+            f"{self.evaluations} perturbed passes, {_percent(self.reused)} of their blocks reused, "
+            f"{self.steps} guided steps"
         ]
-        if self.parallel is not None and self.sideways is not None:
-            lines.append(f"like a guidance scale {self.parallel:+.2f}, and {self.sideways:.2f} |c - u| sideways")
+        if self.parallel is not None and self.orthogonal is not None:
+            lines.append(f"equivalent guidance scale {self.parallel:+.2f}; orthogonal component {self.orthogonal:.2f} |c - u|")
         elif self.relative is not None:
-            lines.append(f"a push of {self.relative:.2f} |c| (no unconditional branch to compare with)")
+            lines.append(f"guidance update {self.relative:.2f} |c| (no unconditional branch to compare with)")
         return "\n".join(lines)
 
 
@@ -79,7 +79,7 @@ class Summary:
         steps: steps of the last run that were reached.
         layers: one entry per layer.
         guidance: what a guidance method did, ``None`` without one.
-        warnings: what a user should know of the run, e.g. guidance that was asked for and did not happen.
+        warnings: what a user should know of the run, e.g. guidance that was requested and did not happen.
     """
 
     families: tuple[str, ...]
@@ -102,61 +102,65 @@ class Summary:
 
     @property
     def density(self) -> float | None:
-        """Mean executed share of the attention map over the engaged calls, ``None`` without one."""
+        """Mean attention computed by the sparse calls, as a fraction of dense; ``None`` without one."""
         weights = [(layer.sparse_calls, layer.density) for layer in self.layers if layer.density is not None]
         count = sum(n for n, _ in weights)
         return sum(n * d for n, d in weights) / count if count else None
 
     @property
     def run_density(self) -> float | None:
-        """The same over all calls, declined ones counted as dense."""
+        """Attention computed over all calls, as a fraction of dense; fallbacks count as dense."""
         if not self.calls:
             return None
         return (self.sparse_calls * (self.density or 0.0) + (self.calls - self.sparse_calls)) / self.calls
 
     @property
     def worst_error(self) -> tuple[float, str] | None:
-        """The largest measured error and its layer, ``None`` when no method set ``max_error``."""
+        """Largest measured error and its layer, ``None`` when no method set ``max_error``."""
         found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
         return max(found) if found else None
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """Calls left to the stock path, by reason."""
+        """Calls that took stock attention, by reason."""
         total: Counter[str] = Counter()
         for layer in self.layers:
             total.update(layer.fallbacks)
         return dict(total.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, totals included."""
+        """Return JSON values, totals included."""
         totals = {"calls": self.calls, "sparse_calls": self.sparse_calls, "density": self.density}
         return {**asdict(self), **totals, "run_density": self.run_density, "fallbacks": self.fallbacks}
 
     def __str__(self) -> str:
-        engaged_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
+        sparse_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
         rows = [
             ("family", ", ".join(self.families)),
             ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
             ("runs", f"{self.runs} (last: {self.steps} steps)"),
         ]
-        reading = [
-            ("layers", f"{engaged_layers} of {len(self.layers)} engaged"),
-            ("attention calls", f"{self.sparse_calls} of {self.calls} engaged"),
-            ("density", f"{_percent(self.density)} where engaged, {_percent(self.run_density)} over the run"),
+        sparse = [
+            ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
+            ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
+            ("density", f"{_percent(self.density)} of dense in sparse calls, {_percent(self.run_density)} over the run"),
             ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
             *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
-            *(("fallbacks", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
+            *(("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
         ]
         if self.guidance is None or set(self.fallbacks) != {ONLY_GUIDANCE}:
-            rows += reading
+            rows += sparse
         rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{key:<16} {value}" for key, value in rows)
 
 
 def summarize(sessions: dict[str, Session]) -> Summary:
-    """The report of one pipeline's sessions, by component; with several, layer names begin with the component."""
+    """Summarize one pipeline's sessions.
+
+    Args:
+        sessions: by component; with several, layer names begin with the component.
+    """
     first = next(iter(sessions.values()))
     clock = first.clock
     prefixes = {name: f"{name}." if len(sessions) > 1 else "" for name in sessions}
@@ -176,12 +180,12 @@ def summarize(sessions: dict[str, Session]) -> Summary:
 
 
 def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
-    guides = [session.guider for session in sessions.values() if session.guider is not None and session.ran]
-    if not guides:
+    guiders = [session.guider for session in sessions.values() if session.guider is not None and session.ran]
+    if not guiders:
         return None
-    strengths = [guide.strength for guide in guides]
-    evaluations = sum(guide.evaluations for guide in guides)
-    blocks = sum(guide.evaluations * len(guide.blocks) for guide in guides)
+    strengths = [guider.strength for guider in guiders]
+    evaluations = sum(guider.evaluations for guider in guiders)
+    blocks = sum(guider.evaluations * len(guider.blocks) for guider in guiders)
 
     def mean(name: str) -> float | None:
         values = [value for strength in strengths for value in getattr(strength, name)]
@@ -190,15 +194,15 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
     return GuidanceSummary(
         evaluations=evaluations,
         steps=sum(strength.steps for strength in strengths),
-        shared=sum(guide.saved_blocks for guide in guides) / blocks if blocks else 0.0,
+        reused=sum(guider.reused_blocks for guider in guiders) / blocks if blocks else 0.0,
         parallel=mean("parallel"),
-        sideways=mean("sideways"),
+        orthogonal=mean("orthogonal"),
         relative=mean("relative"),
     )
 
 
 def _missing_guidance(session: Session) -> str | None:
-    """What to say of a run whose pipeline was given a guidance scale and never ran an unconditional branch."""
+    """Return the warning for a run that was given a guidance scale and never ran an unconditional branch, or ``None``."""
     if not session.clock.run or not session.ran or "uncond" in session.seen_branches:
         return None
     scale, name = session.guidance_scale(), session.cfg.argument
@@ -210,8 +214,8 @@ def _missing_guidance(session: Session) -> str | None:
         )
     if (session.pipeline_call.embedded or 0.0) > 1.0 and not embedded:
         return (
-            f"guidance_scale {session.pipeline_call.embedded:g} had no effect: this {type(session.model).__name__} takes no "
-            f"guidance as an input; leave it out{f', or give {name} and negative_prompt' if scale is not None else ''}"
+            f"guidance_scale {session.pipeline_call.embedded:g} had no effect: this {type(session.model).__name__} "
+            f"takes no guidance as an input; leave it out{f', or give {name} and negative_prompt' if scale is not None else ''}"
         )
     return None
 

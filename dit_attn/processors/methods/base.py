@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -207,7 +206,7 @@ def _plain(value: Any) -> Any:
 
 def _download(repo: str) -> Path:
     if repo.endswith(".json"):
-        raise DitAttnError(f"there is no settings file {repo}; check the path")
+        raise DitAttnError(f"there is no file {repo} with method settings; check the path")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

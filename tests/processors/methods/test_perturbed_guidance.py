@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dit_attn
-from dit_attn.pipelines.compare.match_strength import matched
+from dit_attn.pipelines.compare.match_strength import match_guidance_scale
 from dit_attn.processors.attach import attach, guider
 from dit_attn.processors.core import cfg
 from dit_attn.processors.methods.base import Method
@@ -116,7 +116,7 @@ STYLES = {
 def fake(monkeypatch: pytest.MonkeyPatch, method: Method, style: str, scale: Any, **more: Any) -> FakePipe:
     """A fake pipeline with a method on it; its family row is made up, all else is the real machinery."""
     pipe = FakePipe(style, scale, **more)
-    row = dataclasses.replace(attach.family_of(WanCase().model()), guidance=STYLES[style])
+    row = dataclasses.replace(attach.family_of(WanCase().model()), cfg=STYLES[style])
     monkeypatch.setattr(attach, "family_of", lambda model: row)
     monkeypatch.setattr(attach, "eligible_layers", lambda *_: ["blocks.0.attn1", "blocks.1.attn1"])
     monkeypatch.setattr(attach, "tap_of", lambda *_: "torch")
@@ -261,7 +261,7 @@ def test_the_meter_splits_the_push_along_and_across_that_of_cfg(
     found = dit_attn.summary(pipe).guidance
     assert found is not None
     assert found.parallel == pytest.approx(along, rel=1e-4)
-    assert found.sideways == pytest.approx(rest, rel=1e-4)
+    assert found.orthogonal == pytest.approx(rest, rel=1e-4)
     assert found.relative == pytest.approx(float(push.norm() / C.norm()), rel=1e-4)
     assert f"guidance scale {along:+.2f}" in str(dit_attn.summary(pipe))
 
@@ -279,9 +279,9 @@ def test_a_push_along_cfg_is_matched_by_the_scale_that_makes_the_same_run(monkey
     method = dit_attn.SoftPAG(heads="1", scale=2.0)
     pipe = fake(monkeypatch, method, "separate", 3.0)
     guided = pipe()[0]
-    found = matched(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0, 3.0])
+    found = match_guidance_scale(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0, 3.0])
     assert found.argument == "guidance_scale" and found.scale == pytest.approx(3.8, abs=1e-3)
-    assert found.sideways < 1e-3
+    assert found.orthogonal < 1e-3
     dit_attn.enable(pipe)
     torch.testing.assert_close(pipe(guidance_scale=found.scale)[0], guided, atol=5e-3, rtol=1e-3)
 
@@ -289,8 +289,8 @@ def test_a_push_along_cfg_is_matched_by_the_scale_that_makes_the_same_run(monkey
 def test_no_push_at_all_is_matched_by_the_run_s_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     method = dit_attn.SoftPAG(heads="1", scale=0.0)
     pipe = fake(monkeypatch, method, "separate", 3.0)
-    found = matched(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0])
-    assert (found.scale, found.parallel, found.sideways) == (3.0, 0.0, 0.0)
+    found = match_guidance_scale(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0])
+    assert (found.scale, found.parallel, found.orthogonal) == (3.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_push_of_a_quarter_of_the_steps_is_matched_by_a_quarter_of_it(monkeypa
     monkeypatch.setitem(globals(), "P", C - 0.4 * (C - U))
     method = dit_attn.SoftPAG(heads="1", scale=2.0, start=0.5, stop=0.75)
     pipe = fake(monkeypatch, method, "separate", 3.0)
-    found = matched(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0])
+    found = match_guidance_scale(pipe, [method], lambda changes, index: pipe(**changes) and None, [3.0])
     assert found.parallel == pytest.approx(0.2, abs=1e-3) and found.scale == pytest.approx(3.2, abs=1e-3)
 
 

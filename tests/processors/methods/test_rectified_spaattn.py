@@ -146,7 +146,7 @@ def test_pieces_rank_blocks_by_what_is_inside_them(select: str, text: str, maske
 def test_ranking_a_few_heads_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = call("last", masked=3)
     whole, _ = run(case, method(probe=4))
-    monkeypatch.setattr(rectified_spaattn, "AT_ONCE", 1)
+    monkeypatch.setattr(pooled_scores, "AT_ONCE", 1)
     apart, _ = run(case, method(probe=4))
     assert torch.equal(whole, apart)
 
@@ -183,8 +183,8 @@ def test_a_token_permutation_is_undone(order: str) -> None:
     tokens = TokenLayout(spans).resolve(7 + 240 + 16)
     assert tokens is not None
     plan = token_permutation(tokens, order, (2, 2, 2), torch.device("cpu"))
-    assert plan.rows is not None and plan.undo is not None and plan.keys is not None
-    assert torch.equal(plan.rows[plan.undo], torch.arange(256))
+    assert plan.rows is not None and plan.inverse is not None and plan.keys is not None
+    assert torch.equal(plan.rows[plan.inverse], torch.arange(256))
     assert torch.equal(plan.keys.sort().values, torch.arange(263))
     assert torch.equal(plan.keys[256:], torch.arange(7))
     assert int(plan.rows[:240].max()) == 239  # the clip's tokens stay together
