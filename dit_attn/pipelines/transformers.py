@@ -41,9 +41,7 @@ def count_passes(pipe: Any) -> Iterator[PassCount]:
         latents = kwargs.get("hidden_states", args[0] if args else None)
         count.samples += len(latents) if latents is not None else 1
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True) for model in transformers_of(pipe).values()
-    ]
+    handles = [model.register_forward_pre_hook(before, with_kwargs=True) for model in transformers_of(pipe).values()]
     try:
         yield count
     finally:

@@ -1,4 +1,4 @@
-"""What the tests of calibration share: an embedded pipeline at its smallest, and a play that counts its runs."""
+"""Helpers of the calibration tests: an embedded pipeline at its smallest, and a runner that counts its runs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ CALL = {**models.call_defaults("tiny-image"), "height": 64, "width": 64, "num_in
 
 
 def load() -> Any:
-    """The embedded image pipeline, quiet."""
+    """Load the embedded image pipeline without a progress bar."""
     pipe = models.load("tiny-image")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-class CountedPlay:
-    """Makes items of 256 tokens whose seed is their name's length, and counts them.
+class CountedRuns:
+    """Runs items of 256 tokens, with the length of the name as seed, and counts the runs.
 
     Attributes:
-        made: runs by item.
+        made: number of runs by item.
         stop_at: raise KeyboardInterrupt at this run.
     """
 

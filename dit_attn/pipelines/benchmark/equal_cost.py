@@ -234,7 +234,8 @@ def summarize_families(measured: dict[str, list[OperatorProbe]]) -> dict[str, An
         ``targets`` (see :func:`check_targets`), and ``best``: by cost the stateless ``family`` of smallest ``l2``, and
         ``default_over_it``, the error ratio of the default family to it.
     """
-    rows = [{"family": name, **operator_error.probe_row(probe)} for name, probes in measured.items() for probe in probes]
+    pairs = [(name, probe) for name, probes in measured.items() for probe in probes]
+    rows = [{"family": name, **operator_error.probe_row(probe)} for name, probe in pairs]
     costs = {
         key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in ("l2", "shift", "rms")
     }

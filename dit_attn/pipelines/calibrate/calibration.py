@@ -83,7 +83,7 @@ def calibrate(
         plan: what to measure, see :func:`~dit_attn.pipelines.calibrate.sensitivity.make_plan`.
         log: earlier measurements, and where new ones go; ``None`` keeps them in memory.
         check: names of further items to compare on.
-        cost: budget: attention computed, as a fraction of the dense run. Without a budget it is that of ``plan.method``.
+        cost: budget: attention computed, as a fraction of the dense run. Without a budget that of ``plan.method``.
         error: budget instead of ``cost``: expected relative error of the final latents.
         provenance: JSON values that are added to ``method.calibration``.
         on_progress: called with a line of text before every run.

@@ -39,7 +39,7 @@ FLOOR = 1e-14  # a squared error of zero has no logarithm
 MAX_ERROR = 10.0  # relative error of a result that is NaN, infinite or further off than that
 
 RunItem = Callable[[str], torch.Tensor]
-"""``run_item(name)`` runs the pipeline for the item of that name, with what is enabled, and returns its final latents."""
+"""``run_item(name)`` runs the pipeline for the item of that name, with what is enabled; returns its final latents."""
 
 
 @dataclass(frozen=True)
@@ -271,9 +271,7 @@ def _check_finite(latents: torch.Tensor, item: str) -> torch.Tensor:
     return latents
 
 
-def run_sparse(
-    pipe: Any, run_item: RunItem, item: str, method: SparseMethod, dense: torch.Tensor
-) -> dict[str, float]:
+def run_sparse(pipe: Any, run_item: RunItem, item: str, method: SparseMethod, dense: torch.Tensor) -> dict[str, float]:
     """Run an item with a method and return its ``error`` and ``cost``.
 
     Args:

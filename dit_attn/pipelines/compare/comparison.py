@@ -180,7 +180,7 @@ def run_round(
                 if variant.methods and report:
                     result.density, result.run_density = report.density, report.run_density
                     if report.guidance is not None:
-                        result.parallel, result.sideways = report.guidance.parallel, report.guidance.sideways
+                        result.parallel, result.sideways = report.guidance.parallel, report.guidance.orthogonal
                 result.file = save(variant, frames, result.seconds)
             if not variant.methods:
                 result.density, result.run_density = 1.0, 1.0

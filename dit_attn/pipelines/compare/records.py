@@ -47,7 +47,8 @@ class ItemResult:
         ssim: to the dense item.
         equal: whether the pixels equal those of the dense item.
         saturation: mean over the pixels of largest minus smallest channel, in [0, 1]; strong guidance raises it.
-        parallel, sideways: of the guidance update, see ``processors.attach.summary.GuidanceSummary``.
+        parallel, sideways: parallel and orthogonal component of the guidance update, see
+            :class:`~dit_attn.processors.attach.summary.GuidanceSummary`.
         temporal: temporal consistency of a video (``eval.fidelity.temporal_consistency``), ``None`` for images.
         attention_share: fraction of the floating-point operations of a dense step that attention takes at this size.
         verdict: whether the pixels show each attribute of the caption; ``None`` for prompts outside the shapes world.

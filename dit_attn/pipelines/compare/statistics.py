@@ -1,4 +1,4 @@
-"""Figures of a comparison: one place that calls the metrics, the verifiers and the bootstrap of ``dit_attn.eval``."""
+"""Score single items (PSNR, SSIM, captions, saturation) and average scores with bootstrap and jackknife intervals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BLOCKS = 50  # of the jackknife
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite when they are equal."""
+    """Return the peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite when they are equal."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return math.inf if error == 0 else 10.0 * math.log10(255.0**2 / error)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Structural similarity of two clips, mean over the frames; ``None`` where torchmetrics is not installed.
+    """Return the structural similarity, mean over the frames; ``None`` where torchmetrics is not installed.
 
     Args:
         a, b: (F, H, W, 3) uint8.
@@ -35,15 +35,18 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float | None:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     x, y = (torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255 for frames in (a, b))
-    found: Any = structural_similarity_index_measure(x, y, data_range=1.0)
-    return float(found)
+    value: Any = structural_similarity_index_measure(x, y, data_range=1.0)
+    return float(value)
 
 
 def pair_scores(dense: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """How far ``other`` is from ``dense``: ``psnr`` (dB, ``None`` where they are equal), ``ssim`` and ``equal``.
+    """Compare an output with the dense one of the same prompt and noise.
 
     Args:
-        dense, other: (F, H, W, 3) uint8, the same prompt and noise.
+        dense, other: (F, H, W, 3) uint8.
+
+    Returns:
+        ``psnr`` (dB, ``None`` where they are equal), ``ssim`` and ``equal``.
 
     Raises:
         DitAttnError: sizes differ.
@@ -58,12 +61,12 @@ def pair_scores(dense: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     return {"psnr": None if equal else decibels, "ssim": similar, "equal": equal}
 
 
-def verdict(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
-    """Which attributes of the prompt the pixels show; ``None`` when it is no caption of the world.
+def verify_caption(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
+    """Check which attributes of a caption the pixels show; ``None`` when it is no caption of the shapes world.
 
     Args:
-        frames: (F, H, W, 3) uint8; one frame is a picture.
-        prompt: the text it was made from.
+        frames: (F, H, W, 3) uint8; one frame is an image.
+        prompt: the caption.
     """
     from dit_attn.eval.shapes_world import verify, world
 
@@ -77,12 +80,15 @@ def verdict(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
 
 
 def saturation(frames: np.ndarray) -> float:
-    """Mean over the pixels of (F, H, W, 3) uint8 of the largest minus the smallest channel, in [0, 1]."""
+    """Return the mean over the pixels of (F, H, W, 3) uint8 of the largest minus the smallest channel, in [0, 1]."""
     return float((frames.max(-1).astype(np.float64) - frames.min(-1)).mean() / 255.0)
 
 
 def temporal(frames: np.ndarray) -> float | None:
-    """Temporal consistency of (F, H, W, 3) uint8 frames, ``None`` with fewer than three; see ``eval.errors``."""
+    """Return the temporal consistency of (F, H, W, 3) uint8 frames, ``None`` with fewer than three.
+
+    See :func:`dit_attn.eval.fidelity.temporal_consistency`.
+    """
     import torch
 
     from dit_attn.eval.fidelity import temporal_consistency
@@ -94,27 +100,27 @@ def temporal(frames: np.ndarray) -> float | None:
 
 
 def mean_figure(values: Sequence[float | bool | None], groups: Sequence[Any] | None = None) -> dict[str, Any] | None:
-    """Mean of the values that exist with its 95 % bootstrap interval (percentiles): ``value``, ``ci95``, ``n``.
+    """Return the mean of the values that are not ``None`` with its 95 % bootstrap interval (percentiles).
 
     Args:
-        values: one an item.
-        groups: what the items share, one an item: whole groups are resampled (cluster bootstrap), since several seeds
-            of one prompt are not independent. Without them every item is its own.
+        values: one per item.
+        groups: group of every item, such as its prompt. Groups are resampled (cluster bootstrap), since several seeds
+            of one prompt are not independent. Without groups every item is its own.
 
     Returns:
-        ``ci95`` is ``None`` with fewer than two groups; the whole is ``None`` without any value.
+        ``value``, ``ci95`` (``None`` with fewer than two groups) and ``n``; ``None`` without any value.
     """
     found = [i for i, value in enumerate(values) if value is not None]
     if not found:
         return None
-    kept = None if groups is None else [groups[i] for i in found]
-    return ratio_figure([float(values[i] or 0.0) for i in found], [1.0] * len(found), kept)
+    chosen = None if groups is None else [groups[i] for i in found]
+    return ratio_figure([float(values[i] or 0.0) for i in found], [1.0] * len(found), chosen)
 
 
 def ratio_figure(
     over: Sequence[float], under: Sequence[float], groups: Sequence[Any] | None = None
 ) -> dict[str, Any] | None:
-    """Ratio of two sums of paired values with its 95 % bootstrap interval over the pairs, as :func:`mean_figure`."""
+    """Return the ratio of two sums of paired values with its 95 % bootstrap interval; see :func:`mean_figure`."""
     if not len(over):
         return None
     names = list(range(len(over))) if groups is None else list(groups)
@@ -134,33 +140,34 @@ def ratio_figure(
 def difference_figure(
     a: Sequence[float | bool], b: Sequence[float | bool], groups: Sequence[Any] | None = None
 ) -> dict[str, Any] | None:
-    """Mean of ``a - b`` over pairs with its 95 % bootstrap interval, as :func:`mean_figure`."""
+    """Return the mean of ``a - b`` over pairs with its 95 % bootstrap interval; see :func:`mean_figure`."""
     return mean_figure([float(x) - float(y) for x, y in zip(a, b, strict=True)], groups)
 
 
 def jackknife(count: int, groups: Sequence[Any], statistic: Callable[[list[int]], float]) -> list[float] | None:
-    """95 % interval of a statistic that a bootstrap would shift (distances of sets grow when items are drawn twice).
+    """Return the 95 % jackknife interval of a statistic that a bootstrap would bias.
 
-    The groups are left out one after the other (in at most ``BLOCKS`` blocks); the spread of what remains gives the
-    standard error. Efron and Stein, The Jackknife Estimate of Variance (1981).
+    Distances of sets grow when items are drawn twice. Here groups are left out one after the other (in at most
+    ``BLOCKS`` blocks); the variance over what remains gives the standard error (Efron and Stein, The Jackknife Estimate
+    of Variance, 1981).
 
     Args:
-        count: items.
-        groups: what they share, one an item.
-        statistic: its value from the items of these positions.
+        count: number of items.
+        groups: group of every item, such as its prompt.
+        statistic: computes the value from the items at these positions.
 
     Returns:
-        ``None`` with fewer than two groups, or where a value of what remains does not exist.
+        ``[low, high]``; ``None`` with fewer than two groups, or fewer than two items outside a block.
     """
     names = list(dict.fromkeys(groups))
     blocks = min(len(names), BLOCKS)
     if blocks < 2:
         return None
     block = {name: place % blocks for place, name in enumerate(names)}
-    kept = [[i for i in range(count) if block[groups[i]] != out] for out in range(blocks)]
-    if min(map(len, kept)) < 2:
+    remaining = [[i for i in range(count) if block[groups[i]] != out] for out in range(blocks)]
+    if min(map(len, remaining)) < 2:
         return None
-    values = np.array([statistic(items) for items in kept])
+    values = np.array([statistic(items) for items in remaining])
     error = math.sqrt((blocks - 1) / blocks * float(((values - values.mean()) ** 2).sum()))
-    whole = statistic(list(range(count)))
-    return [whole - 1.96 * error, whole + 1.96 * error]
+    value = statistic(list(range(count)))
+    return [value - 1.96 * error, value + 1.96 * error]

@@ -21,9 +21,9 @@ def summary_row(results: Sequence[ItemResult], dense: Sequence[ItemResult]) -> d
         ``density`` of the sparse calls; ``attention_flops`` (attention computed over the run, as a fraction of dense);
         ``step_flops`` and ``ceiling`` (operations of the transformer as a fraction of dense, each item at its own size,
         and the speed-up that this would allow); ``psnr`` (of the items that differ), ``ssim``, ``equal`` (number of
-        items with the pixels of dense); ``saturation``; ``parallel`` and ``sideways`` of the guidance update;
-        ``temporal`` of videos; ``verifier``: accuracy of full prompts ``whole``, its difference to dense ``change``,
-        mean over attributes ``attributes``, and each attribute under ``by``.
+        items with the pixels of dense); ``saturation``; ``parallel`` and ``sideways`` (parallel and orthogonal
+        component of the guidance update); ``temporal`` of videos; ``verifier``: accuracy of full prompts ``whole``, its
+        difference to dense ``change``, mean over attributes ``attributes``, and each attribute under ``by``.
     """
     prompts = [result.prompt for result in results]
     pairs = [result for result in results if result.seconds is not None and result.dense_seconds is not None]

@@ -1,4 +1,4 @@
-"""What a search for heads found: a JSON file that ``enable(pipe, SoftPAG(heads="heads.json"))`` takes."""
+"""Store the result of a search for heads: a JSON file that ``enable(pipe, SoftPAG(heads="heads.json"))`` reads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.errors import DitAttnError
-from dit_attn.pipelines.head_search.evaluation import Arm, address
+from dit_attn.pipelines.head_search.evaluation import Arm, format_arm
 from dit_attn.processors.methods.softpag import SoftPAG
 
 FILE_NAME = "heads.json"
@@ -23,10 +24,10 @@ class HeadSet:
         transformer: class of its transformer.
         target, joint: of the perturbation, see :class:`SoftPAG`.
         heads: (layer, head, strength), in the order of the layers.
-        scale: w they were found at.
-        search: objective, strategy, pairs, evaluations and the like.
-        rounds: a round each: heads that joined, the score of every head measured, the score of the set.
-        checks: scores of the set beside others, by name; see :meth:`HeadHunter.search`.
+        scale: guidance scale w of the search.
+        search: objective, strategy, pairs, number of evaluations and the like.
+        rounds: per round the heads that joined and the score of every head measured.
+        checks: scores of the set and of the baselines, by name; see :meth:`HeadHunter.search`.
         layers: number of heads by layer.
     """
 
@@ -43,30 +44,37 @@ class HeadSet:
 
     @property
     def method(self) -> SoftPAG:
-        """The heads as a method, to ``enable``, save or push."""
+        """The heads as a method, to ``enable``, save or upload."""
         return SoftPAG(
-            heads=address(self.heads) if self.heads else "", scale=self.scale, target=self.target, joint=self.joint,
+            heads=format_arm(self.heads) if self.heads else "", scale=self.scale, target=self.target, joint=self.joint,
             found_on=self.transformer,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return {**asdict(self), "heads": [list(head) for head in self.heads]}
 
     def save(self, path: str | Path) -> Path:
-        """Write ``path`` (a file, or a folder that gets ``heads.json``); returns the file."""
+        """Write a file, atomically, and return its path.
+
+        Args:
+            path: the file, or a folder that gets ``heads.json``.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         place = Path(path).expanduser()
         place = place if place.suffix == ".json" else place / FILE_NAME
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        files.write_json(place, self.to_dict())
         return place
 
     @staticmethod
     def load(path: str | Path) -> HeadSet:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            DitAttnError: missing, no JSON, or no such file.
+            DitAttnError: it is missing, no JSON, or no result of a search.
         """
         place = Path(path).expanduser()
         place = place / FILE_NAME if place.is_dir() else place
@@ -80,9 +88,14 @@ class HeadSet:
             raise DitAttnError(f"{place} is no result of `dit-attn search` ({error}); search again") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the method and the whole result to a repository of the Hugging Face Hub; the commit's address.
+        """Upload the method and the full result to the Hugging Face Hub; ``enable(pipe, repo_id)`` uses it from there.
 
-        ``enable(pipe, repo_id)`` takes it from there.
+        Args:
+            repo_id: ``"org/name"``.
+            kwargs: further arguments of ``HfApi.upload_file``.
+
+        Returns:
+            Address of the commit.
         """
         from huggingface_hub import HfApi
 

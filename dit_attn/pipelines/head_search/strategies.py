@@ -1,7 +1,7 @@
-"""Ways to choose the next heads of a search: all of them fully (the paper), in rungs, or screened by one gradient.
+"""Choose the next heads of a search: score all of them (the paper), by successive halving, or screened by a gradient.
 
-A strategy gets the heads that are selected and those that are left, and gives a score to each head it has measured on
-all pairs; the best join the selection.
+A strategy gets the heads that are selected and those that are left, and returns the score of each head it has measured
+on all pairs; the best join the selection.
 """
 
 from __future__ import annotations
@@ -14,65 +14,22 @@ from typing import Any
 import numpy as np
 
 from dit_attn.errors import DitAttnError
-from dit_attn.pipelines.head_search.evaluation import Arm, Head, Trials
+from dit_attn.pipelines.head_search.config import SearchPlan
+from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Head
 
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # strengths that the tuning after a search tries
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried when strengths are tuned after a search
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How to search.
-
-    Attributes:
-        rounds: R.
-        per_round: k, heads that join in a round.
-        strategy: key of ``STRATEGIES``.
-        u: strength of a candidate.
-        pairs: M, pairs that candidates are scored on.
-        steps: of a candidate's run; ``None``: as the call says.
-        full_steps: what the call says, for the rungs; ``None`` where unknown: the rungs do not save steps then.
-        keep: a rung keeps one head of so many.
-        screen: share of the heads that the gradient lets through.
-    """
-
-    rounds: int = 3
-    per_round: int = 3
-    strategy: str = "greedy"
-    u: float = 1.0
-    pairs: int = 1
-    steps: int | None = None
-    full_steps: int | None = None
-    keep: float = 4.0
-    screen: float = 0.15
-
-    def check(self, trials: Trials) -> None:
-        """Raises: DitAttnError: more heads wanted than there are, or a number out of range."""
-        if self.strategy not in STRATEGIES:
-            raise DitAttnError(f"unknown strategy {self.strategy!r}; use one of {', '.join(STRATEGIES)}")
-        if min(self.rounds, self.per_round, self.pairs) < 1:
-            raise DitAttnError("rounds, heads a round and pairs must be at least 1")
-        if self.steps is not None and not 1 <= self.steps <= (self.full_steps or self.steps):
-            most = f" to {self.full_steps}, those of the run" if self.full_steps else " on"
-            raise DitAttnError(f"the steps of a candidate lie in 1{most}, got {self.steps}")
-        wanted, there = self.rounds * self.per_round, len(trials.heads)
-        if wanted > there:
-            raise DitAttnError(
-                f"{self.rounds} rounds of {self.per_round} heads are {wanted}, and the model has {there} heads; "
-                "give fewer rounds or fewer heads a round"
-            )
-        if not 0.0 < self.u <= 1.0:
-            raise DitAttnError(f"the strength u of candidates lies in (0, 1], got {self.u:g}")
-        if self.keep <= 1.0 or not 0.0 < self.screen <= 1.0:
-            raise DitAttnError("a rung keeps one head of more than 1, and the screen lets a share in (0, 1] through")
+Gradients = Callable[[Arm], dict[Head, float]]
+"""``gradients(arm)`` returns ``d score / d u`` of every head at the strengths of an arm."""
 
 
 @dataclass
 class Round:
-    """One round.
+    """Result of one round.
 
     Attributes:
         chosen: heads that joined, best first.
-        scores: mean score of every head measured on all pairs, beside the selection.
+        scores: mean score, together with the selection, of every head measured on all pairs.
         screened: what cheaper measurements said of the heads, by the name of the measurement.
     """
 
@@ -82,189 +39,217 @@ class Round:
 
 
 @dataclass
-class Scene:
-    """What a strategy works with.
+class RoundContext:
+    """What a strategy works with in one round.
 
     Attributes:
-        trials: scores arms.
-        plan: how to search.
-        selected: heads so far with their strengths.
+        evaluator: scores arms.
+        plan: how candidates are scored.
+        selected: selected heads with their strengths.
         pool: heads left, in the order of the layers.
-        slopes: ``slopes(arm) -> {head: d score / d u}`` by one backward pass; ``None`` where there is none.
-        screened: filled by the strategy.
+        gradients: ``None`` where the objective has none.
+        screened: filled by the strategy, see :class:`Round`.
     """
 
-    trials: Trials
-    plan: Plan
+    evaluator: Evaluator
+    plan: SearchPlan
     selected: Arm
     pool: list[Head]
-    slopes: Callable[[Arm], dict[Head, float]] | None = None
+    gradients: Gradients | None = None
     screened: dict[str, dict[Head, float]] = field(default_factory=dict)
 
-    def measured(self, pool: Sequence[Head], pairs: int, steps: int | None) -> dict[Head, float]:
-        """Mean score of every head beside the selection, on the first ``pairs`` pairs."""
-        arms = [(*self.selected, (layer, head, self.plan.u)) for layer, head in pool]
-        means = self.trials.mean(self.trials.scores(arms, range(pairs), steps))
+    def measure(self, pool: Sequence[Head], pairs: int, steps: int | None) -> dict[Head, float]:
+        """Return the mean score of every head together with the selection, on the first ``pairs`` pairs."""
+        arms = [(*self.selected, (layer, head, self.plan.config.u)) for layer, head in pool]
+        means = self.evaluator.means(self.evaluator.scores(arms, range(pairs), steps))
         return dict(zip(pool, (float(value) for value in means)))
 
 
-def undifferentiable(goal: str) -> DitAttnError:
-    """What to say of an objective that the gradient strategy cannot take."""
+def not_differentiable(objective: str) -> DitAttnError:
+    """Return the error for an objective that the gradient strategy does not support."""
     return DitAttnError(
         "the gradient strategy needs an objective that can be differentiated (clip-world, drawn-world, clip, style, "
-        f"pickscore, hpsv2, aesthetic) and {goal} cannot; use greedy or halving"
+        f"pickscore, hpsv2, aesthetic) and {objective} cannot; use greedy or halving"
     )
 
 
-def hunt(
-    trials: Trials, plan: Plan, slopes: Callable[[Arm], dict[Head, float]] | None = None,
-    say: Callable[[int, Round], None] = lambda number, found: None,
-) -> list[Round]:  # fmt: skip
-    """All rounds. What the store of the trials has is not made again, so that a stopped search goes on where it was.
+def run_rounds(
+    evaluator: Evaluator,
+    plan: SearchPlan,
+    gradients: Gradients | None = None,
+    on_round: Callable[[int, Round], None] = lambda number, result: None,
+) -> list[Round]:
+    """Run all rounds of a search. Scores that the evaluator's log has are not computed again.
 
     Args:
-        trials: scores arms.
-        plan: how.
-        slopes: see :class:`Scene`.
-        say: is told of every round.
+        evaluator: scores arms.
+        plan: how candidates are scored.
+        gradients: for the strategy ``gradient``.
+        on_round: called with the number, from 0, and the result of every round.
 
     Raises:
-        DitAttnError: a plan that does not fit, a strategy that cannot work here, or a round without a finite score.
+        DitAttnError: too few heads, a strategy that the objective does not support, or a round without a finite score.
     """
-    plan.check(trials)
-    if plan.strategy == "gradient" and slopes is None:
-        raise undifferentiable(trials.goal.name)
-    pool = trials.heads
-    chosen: Arm = ()
+    config = plan.config
+    plan.check_heads(len(evaluator.heads))
+    if config.strategy == "gradient" and gradients is None:
+        raise not_differentiable(evaluator.objective.name)
+    pool = evaluator.heads
+    selected: Arm = ()
     rounds: list[Round] = []
-    for number in range(plan.rounds):
-        scene = Scene(trials, plan, chosen, pool, slopes)
-        scores = STRATEGIES[plan.strategy](scene)
-        best = [head for head in top(scores, plan.per_round) if scores[head] > -math.inf]
+    for number in range(config.rounds):
+        context = RoundContext(evaluator, plan, selected, pool, gradients)
+        scores = STRATEGIES[config.strategy](context)
+        best = [head for head in best_heads(scores, config.per_round) if scores[head] > -math.inf]
         if not best:
             raise DitAttnError(
-                f"{trials.goal.name} gave no finite score to any head of round {number + 1}, so none can be chosen; "
-                "check the objective, or perturb less with a smaller u or scale"
+                f"{evaluator.objective.name} gave no finite score to any head of round {number + 1}, so none can be "
+                "chosen; check the objective, or perturb less with a smaller u or scale"
             )
-        rounds.append(Round(best, scores, scene.screened))
-        chosen = trials.ordered((*chosen, *((layer, head, plan.u) for layer, head in best)))
+        rounds.append(Round(best, scores, context.screened))
+        selected = evaluator.ordered((*selected, *((layer, head, config.u) for layer, head in best)))
         pool = [head for head in pool if head not in best]
-        say(number, rounds[-1])
+        on_round(number, rounds[-1])
     return rounds
 
 
-def top(scores: dict[Head, float], count: int) -> list[Head]:
-    """The best heads, best first; of equals the one that comes first."""
+def best_heads(scores: dict[Head, float], count: int) -> list[Head]:
+    """Return the ``count`` best heads, best first; of equal ones the one that comes first."""
     return sorted(scores, key=lambda head: -scores[head])[:count]
 
 
-def _greedy(scene: Scene) -> dict[Head, float]:
-    """Every head on every pair (HeadHunter, Ahn et al. 2025, algorithm 1)."""
-    return scene.measured(scene.pool, scene.plan.pairs, scene.plan.steps)
+def _greedy(context: RoundContext) -> dict[Head, float]:
+    """Every head on every pair (HeadHunter, Ahn et al. 2025, 2506.10978, algorithm 1)."""
+    return context.measure(context.pool, context.plan.pairs, context.plan.config.steps)
 
 
-def _halving(scene: Scene) -> dict[Head, float]:
-    """Successive halving (Jamieson and Talwalkar 2016): few pairs and steps for all, more for those that remain."""
-    plan, pool = scene.plan, scene.pool
+def _halving(context: RoundContext) -> dict[Head, float]:
+    """Successive halving (Jamieson and Talwalkar 2016, 1502.07943): few pairs and steps for all heads, more for those
+    that remain."""
+    plan, pool = context.plan, context.pool
     scores: dict[Head, float] = {}
-    for count, pairs, steps in rungs(len(pool), plan):
+    for count, pairs, steps in halving_rungs(len(pool), plan):
         pool = _first(scores, count, pool) if scores else pool
-        scores = scene.measured(pool, pairs, steps)
-        scene.screened[f"{pairs} pair{'' if pairs == 1 else 's'}, {steps or 'all'} steps"] = scores
-    scene.screened.popitem()
+        scores = context.measure(pool, pairs, steps)
+        context.screened[f"{pairs} pair{'' if pairs == 1 else 's'}, {steps or 'all'} steps"] = scores
+    context.screened.popitem()
     return scores
 
 
-def rungs(heads: int, plan: Plan) -> list[tuple[int, int, int | None]]:
-    """(heads, pairs, steps) of every rung; the last has all pairs and steps, and at least twice the heads wanted."""
+def halving_rungs(heads: int, plan: SearchPlan) -> list[tuple[int, int, int | None]]:
+    """Return (heads, pairs, steps) of every rung of successive halving.
+
+    The last rung has all pairs and steps, and at least twice the heads of a round.
+    """
     found: list[tuple[int, int, int | None]] = []
-    whole = plan.steps or plan.full_steps
-    last = min(heads, max(2 * plan.per_round, math.ceil(heads / plan.keep**2)))
+    keep, own_steps = plan.config.keep, plan.config.steps
+    most = own_steps or plan.full_steps
+    last = min(heads, max(plan.finalists, math.ceil(heads / keep**2)))
     counts = [heads]
     while counts[-1] > last:
-        counts.append(max(last, math.ceil(counts[-1] / plan.keep)))
+        counts.append(max(last, math.ceil(counts[-1] / keep)))
     for above, count in enumerate(counts):
-        share = plan.keep ** (above - len(counts) + 1)
-        steps = None if whole is None else max(min(4, whole), round(whole * max(share, 0.25)))
+        fraction = keep ** (above - len(counts) + 1)
+        steps = None if most is None else max(min(4, most), round(most * max(fraction, 0.25)))
         full = above == len(counts) - 1
-        found.append((count, max(1, round(plan.pairs * share)), plan.steps if full or steps == whole else steps))
+        found.append((count, max(1, round(plan.pairs * fraction)), own_steps if full or steps == most else steps))
     return found
 
 
-def _gradient(scene: Scene) -> dict[Head, float]:
-    """The heads whose first order promises most, each measured fully."""
-    assert scene.slopes is not None
-    slopes = scene.slopes(scene.selected)
-    slopes = {head: slopes[head] for head in scene.pool}
-    scene.screened["slope"] = slopes
-    count = min(len(scene.pool), max(2 * scene.plan.per_round, math.ceil(scene.plan.screen * len(scene.pool))))
-    return scene.measured(_first(slopes, count, scene.pool), scene.plan.pairs, scene.plan.steps)
+def _gradient(context: RoundContext) -> dict[Head, float]:
+    """The heads of largest gradient, each scored on all pairs."""
+    assert context.gradients is not None
+    gradients = context.gradients(context.selected)
+    gradients = {head: gradients[head] for head in context.pool}
+    context.screened["slope"] = gradients
+    count = _screened_count(len(context.pool), context.plan)
+    return context.measure(
+        _first(gradients, count, context.pool), context.plan.pairs, context.plan.config.steps
+    )  # fmt: skip
+
+
+def _screened_count(pool: int, plan: SearchPlan) -> int:
+    """Heads that are scored after the screening by gradient."""
+    return min(pool, max(plan.finalists, math.ceil(plan.config.screen * pool)))
 
 
 def _first(scores: dict[Head, float], count: int, pool: Sequence[Head]) -> list[Head]:
     """The ``count`` best, in the order of the pool."""
-    kept = set(top(scores, count))
-    return [head for head in pool if head in kept]
+    best = set(best_heads(scores, count))
+    return [head for head in pool if head in best]
 
 
-STRATEGIES: dict[str, Callable[[Scene], dict[Head, float]]] = {
+STRATEGIES: dict[str, Callable[[RoundContext], dict[Head, float]]] = {
     "greedy": _greedy,
     "halving": _halving,
     "gradient": _gradient,
 }
 
 
-def tuned(trials: Trials, arm: Arm, pairs: int, steps: int | None, sweeps: int = 1) -> tuple[Arm, list[dict[str, Any]]]:
-    """Strengths head by head: each is moved over ``GRID`` while the others stay, and keeps the best (0 drops it).
+def tune_strengths(
+    evaluator: Evaluator, arm: Arm, pairs: int, steps: int | None, sweeps: int = 1
+) -> tuple[Arm, list[dict[str, Any]]]:
+    """Tune the strengths head by head: try :data:`STRENGTHS` while the others stay, and take the best (0 drops a head).
+
+    Args:
+        evaluator: scores arms.
+        arm: heads with their strengths.
+        pairs: score on the first so many pairs.
+        steps: denoising steps; ``None`` for those of the call.
+        sweeps: passes over all heads.
 
     Returns:
-        The arm and what was tried: ``head``, ``u``, ``score``.
+        The tuned arm, and what was tried: ``head``, ``u`` and ``score`` each.
     """
-    best = float(trials.mean(trials.scores([arm], range(pairs), steps, "strengths"))[0])
+    best = float(evaluator.means(evaluator.scores([arm], range(pairs), steps, "strengths"))[0])
     tried: list[dict[str, Any]] = []
     for _ in range(sweeps):
         before = arm
         for layer, head, u in before:
-            options = [x for x in GRID if x != u]
-            arms = [trials.ordered((*arm, (layer, head, x))) for x in options]
-            kept = [(x, option) for x, option in zip(options, arms) if option]
-            means = trials.mean(trials.scores([option for _, option in kept], range(pairs), steps, "strengths"))
-            tried += [{"head": [layer, head], "u": x, "score": float(m)} for (x, _), m in zip(kept, means)]
+            values = [x for x in STRENGTHS if x != u]
+            arms = [evaluator.ordered((*arm, (layer, head, x))) for x in values]
+            options = [(x, option) for x, option in zip(values, arms) if option]
+            scores = evaluator.scores([option for _, option in options], range(pairs), steps, "strengths")
+            means = evaluator.means(scores)
+            tried += [{"head": [layer, head], "u": x, "score": float(m)} for (x, _), m in zip(options, means)]
             place = int(np.argmax(means)) if len(means) else 0
             if len(means) and means[place] > best:
-                best, arm = float(means[place]), kept[place][1]
+                best, arm = float(means[place]), options[place][1]
         if arm == before:
             break
     return arm, tried
 
 
-def expected(heads: int, plan: Plan) -> float:
-    """Share of the paper's image-steps that the candidates of a plan take: 1 for ``greedy`` at all steps."""
-    whole = plan.full_steps or 1
-    full = part = 0.0
-    for number in range(plan.rounds):
-        pool = heads - number * plan.per_round
-        full += pool * plan.pairs * whole
-        part += _cost(pool, plan, whole)
-    return part / full
+# -- cost of a search --------------------------------------------------------------------------------------------------
 
 
-def images(heads: int, plan: Plan) -> int:
-    """Images that the candidates of a plan take."""
-    return sum(
-        sum(count * pairs for count, pairs, _ in _ladder(heads - number * plan.per_round, plan))
-        for number in range(plan.rounds)
-    )
+def relative_cost(heads: int, plan: SearchPlan) -> float:
+    """Return the image-steps of the candidates as a fraction of those of ``greedy`` at all steps.
+
+    Args:
+        heads: number of heads of the model.
+        plan: how candidates are scored.
+    """
+    most = plan.full_steps or 1
+    greedy = ours = 0.0
+    for number in range(plan.config.rounds):
+        pool = heads - number * plan.config.per_round
+        greedy += pool * plan.pairs * most
+        rungs = _rungs(pool, plan)
+        ours += sum(count * pairs * (steps or plan.config.steps or most) for count, pairs, steps in rungs)
+    return ours / greedy
 
 
-def _cost(pool: int, plan: Plan, whole: int) -> float:
-    return sum(count * pairs * (steps or plan.steps or whole) for count, pairs, steps in _ladder(pool, plan))
+def count_images(heads: int, plan: SearchPlan) -> int:
+    """Return the number of images that the candidates take; arguments as in :func:`relative_cost`."""
+    pools = [heads - number * plan.config.per_round for number in range(plan.config.rounds)]
+    return sum(count * pairs for pool in pools for count, pairs, _ in _rungs(pool, plan))
 
 
-def _ladder(pool: int, plan: Plan) -> list[tuple[int, int, int | None]]:
-    """(heads, pairs, steps) of everything a round makes."""
-    if plan.strategy == "halving":
-        return rungs(pool, plan)
-    if plan.strategy == "gradient":
-        return [(min(pool, max(2 * plan.per_round, math.ceil(plan.screen * pool))), plan.pairs, plan.steps)]
-    return [(pool, plan.pairs, plan.steps)]
+def _rungs(pool: int, plan: SearchPlan) -> list[tuple[int, int, int | None]]:
+    """(heads, pairs, steps) of everything that a round scores."""
+    if plan.config.strategy == "halving":
+        return halving_rungs(pool, plan)
+    if plan.config.strategy == "gradient":
+        return [(_screened_count(pool, plan), plan.pairs, plan.config.steps)]
+    return [(pool, plan.pairs, plan.config.steps)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import dit_attn
 from dit_attn import models
 from dit_attn.pipelines.compare import attention_map
-from dit_attn.pipelines.compare.attention_map import Recorder
+from dit_attn.pipelines.compare.attention_map import AttentionRecorder
 from dit_attn.processors.core.call import AttentionCall
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.tokens import Span, Tokens
@@ -55,27 +55,27 @@ def square() -> torch.Tensor:
 def test_exact_rows_are_those_of_dense_attention(
     one: AttentionCall, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_map, "_AT_ONCE", at_once)  # one head at a time, and all at once
-    picks = attention_map.sample(one, 12)
+    monkeypatch.setattr(attention_map, "_MAX_ELEMENTS", at_once)  # one head at a time, and all at once
+    picks = attention_map.sample_visual_rows(one, 12)
     assert len(picks) == 12 and int(picks.min()) >= 8 and len(set(picks.tolist())) == 12
-    torch.testing.assert_close(attention_map.exact(one, picks), dense(one)[:, picks])
-    assert attention_map.error(one, dense(one)) == pytest.approx(0.0, abs=1e-5)
-    assert attention_map.error(one, 1.25 * dense(one)) == pytest.approx(0.25, rel=1e-4)
+    torch.testing.assert_close(attention_map.exact_rows(one, picks), dense(one)[:, picks])
+    assert attention_map.attention_error(one, dense(one)) == pytest.approx(0.0, abs=1e-5)
+    assert attention_map.attention_error(one, 1.25 * dense(one)) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_text_rows_do_not_count_and_what_has_no_exact_counterpart_is_none() -> None:
     out = dense(call())
     out[:, :8] = 99.0
-    assert attention_map.error(call(), out) == pytest.approx(0.0, abs=1e-5)
-    assert attention_map.error(call(causal=True), out) is None
-    assert attention_map.error(call(), out * float("nan")) is None
-    assert attention_map.error(call(tokens=None), dense(call())) == pytest.approx(0.0, abs=1e-5)
+    assert attention_map.attention_error(call(), out) == pytest.approx(0.0, abs=1e-5)
+    assert attention_map.attention_error(call(causal=True), out) is None
+    assert attention_map.attention_error(call(), out * float("nan")) is None
+    assert attention_map.attention_error(call(tokens=None), dense(call())) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_sampling_leaves_the_noise_of_the_run_alone() -> None:
     one = call()
     before = torch.get_rng_state()
-    attention_map.error(one, torch.zeros(2, 40, 4, 8))
+    attention_map.attention_error(one, torch.zeros(2, 40, 4, 8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -85,7 +85,7 @@ def recorded() -> tuple[dict[str, Any], Any]:
     pipe: Any = models.load("tiny-image")
     pipe.set_progress_bar_config(disable=True)
     arguments = {**models.call_defaults("tiny-image"), "num_inference_steps": 3, "height": 64, "width": 64}
-    recorder = Recorder()
+    recorder = AttentionRecorder()
     with dit_attn.enabled(pipe, HALF):
         with dit_attn.observing(pipe, recorder):
             pipe("a red circle", generator=torch.Generator().manual_seed(0), output_type="latent", **arguments)
@@ -107,18 +107,21 @@ def test_dense_steps_are_exact_and_sparse_ones_are_not(recorded: tuple[dict[str,
 
 def test_branches_of_a_step_are_averaged_and_a_step_without_calls_is_a_hole() -> None:
     class Stats:
-        sparse_calls, kept = 0, 0.0
+        sparse_calls, computed = 0, 0.0
 
     class Layer:
         name, stats = "a", Stats()
 
-    recorder, layer = Recorder(), Layer()
+    recorder, layer = AttentionRecorder(), Layer()
     one = call(layer=layer)
-    for step, kept in ((0, None), (0, 0.25), (2, 0.5)):  # the first stays dense
-        if kept is not None:
-            layer.stats.sparse_calls, layer.stats.computed = layer.stats.sparse_calls + 1, layer.stats.computed + kept
+    for step, computed in ((0, None), (0, 0.25), (2, 0.5)):  # the first stays dense
+        if computed is not None:
+            layer.stats.sparse_calls, layer.stats.computed = (
+                layer.stats.sparse_calls + 1,
+                layer.stats.computed + computed,
+            )
         one.clock.step = step
-        recorder(one, None, (1.1 if kept else 1.0) * dense(one))  # type: ignore[arg-type]
+        recorder(one, None, (1.1 if computed else 1.0) * dense(one))  # type: ignore[arg-type]
     maps = recorder.maps()
     assert maps["density"] == [[0.625, None, 0.5]]
     assert maps["error"][0] == [pytest.approx(0.05, rel=1e-3), None, pytest.approx(0.1, rel=1e-3)]

@@ -10,11 +10,9 @@ import pytest
 
 from dit_attn import BlockSparse, models
 from dit_attn.errors import DitAttnError
-from dit_attn.pipelines.compare import comparison as compare_module
-from dit_attn.pipelines.compare import statistics
-from dit_attn.pipelines.compare.comparison import as_frames, compare, play_round, with_dense
-from dit_attn.pipelines.compare.records import DENSE, Take, Variant
-from dit_attn.pipelines.compare.summary_row import headline_row
+from dit_attn.pipelines.compare import DENSE, ItemResult, Variant, compare, statistics
+from dit_attn.pipelines.compare.comparison import as_frames, attention_share, run_round, with_dense
+from dit_attn.pipelines.compare.summary_row import summary_row
 
 CAPTION = "a large red circle at the left on white"
 HALF = BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
@@ -51,13 +49,13 @@ def test_equal_outputs_score_no_decibels_but_are_counted() -> None:
 
 
 def test_every_item_is_made_by_everyone_dense_first_and_in_turns(result) -> None:
-    order = [(take.index, take.variant) for take in result.takes]
+    order = [(one.index, one.variant) for one in result.results]
     assert order == [(i, label) for i in (0, 1) for label in ("dense", "one", "half")]
-    assert all(take.error is None and take.seconds > 0 for take in result.takes)
+    assert all(one.error is None and one.seconds > 0 for one in result.results)
 
 
 def test_density_one_gives_the_pixels_of_dense_and_half_does_not(result) -> None:
-    dense, one, half = result.headline()
+    dense, one, half = result.summary_rows()
     assert (dense["equal"], one["equal"], half["equal"]) == (2, 2, 0)
     assert one["psnr"] is None and one["ssim"]["value"] == 1.0 and one["attention_flops"]["value"] == 1.0
     assert half["psnr"]["value"] > 10 and half["attention_flops"]["value"] == pytest.approx(0.5, abs=0.02)
@@ -66,15 +64,15 @@ def test_density_one_gives_the_pixels_of_dense_and_half_does_not(result) -> None
 
 
 def test_metrics_are_taken_from_the_frames_in_memory(result) -> None:
-    dense, one, half = (row["metrics"] for row in result.headline())
+    dense, one, half = (row["metrics"] for row in result.summary_rows())
     assert dense["fid-world"]["value"] is None and dense["clip-world"]["n"] == 2
     assert abs(one["fid-world"]["value"]) < 1e-6 < half["fid-world"]["value"]
     assert one["clip-world"] == dense["clip-world"]
 
 
 def test_only_captions_of_the_world_are_judged(result) -> None:
-    assert [take.verdict is None for take in result.takes] == [False] * 3 + [True] * 3
-    assert result.headline()[0]["verifier"]["whole"]["n"] == 1
+    assert [one.verdict is None for one in result.results] == [False] * 3 + [True] * 3
+    assert result.summary_rows()[0]["verifier"]["whole"]["n"] == 1
 
 
 def test_dense_runs_on_the_stock_pipeline_and_methods_are_off_afterwards(pipe, result) -> None:
@@ -84,12 +82,12 @@ def test_dense_runs_on_the_stock_pipeline_and_methods_are_off_afterwards(pipe, r
 
 
 def test_the_ratio_of_times_is_taken_within_rounds() -> None:
-    slow_machine = Take("a", 0, "x", 0, seconds=10.0, dense_seconds=20.0)
-    fast_machine = Take("a", 1, "", 0, seconds=1.0, dense_seconds=2.0)
-    row = headline_row([slow_machine, fast_machine], [])
+    slow_machine = ItemResult("a", 0, "x", 0, seconds=10.0, dense_seconds=20.0)
+    fast_machine = ItemResult("a", 1, "", 0, seconds=1.0, dense_seconds=2.0)
+    row = summary_row([slow_machine, fast_machine], [])
     assert row["speedup"]["value"] == pytest.approx(2.0)
     assert row["speedup"]["ci95"] == pytest.approx([2.0, 2.0])
-    assert headline_row([fast_machine], [])["speedup"]["ci95"] is None  # one item says nothing of the spread
+    assert summary_row([fast_machine], [])["speedup"]["ci95"] is None  # one item says nothing of the spread
 
 
 def test_bootstrap_intervals_cover_the_mean_of_known_data() -> None:
@@ -103,9 +101,9 @@ def test_bootstrap_intervals_cover_the_mean_of_known_data() -> None:
 
 def test_the_change_of_accuracy_is_taken_on_the_same_items() -> None:
     right, wrong = {"shape": True, "colour": True}, {"shape": True, "colour": False}
-    dense = [Take("dense", i, "", 0, verdict=right) for i in range(4)]
-    ours = [Take("a", i, "", 0, verdict=wrong if i == 0 else right) for i in range(4)]
-    found = headline_row(ours, dense)["verifier"]
+    dense = [ItemResult("dense", i, "", 0, verdict=right) for i in range(4)]
+    ours = [ItemResult("a", i, "", 0, verdict=wrong if i == 0 else right) for i in range(4)]
+    found = summary_row(ours, dense)["verifier"]
     assert found["whole"]["value"] == 0.75 and found["change"]["value"] == -0.25
     assert found["attributes"]["value"] == pytest.approx(7 / 8)
     assert found["by"]["colour"]["value"] == 0.75 and found["by"]["shape"]["value"] == 1.0
@@ -120,14 +118,14 @@ def test_a_failure_is_kept_with_its_reason_and_the_others_go_on(pipe) -> None:
             raise value
         return value
 
-    takes = list(play_round(pipe, Take("", 0, "x", 0), [DENSE, Variant("half", (HALF,))], make, lambda *_: None))
-    assert takes[0].error == "RuntimeError: kernel" and takes[1].error is None
-    assert takes[1].dense_seconds is None and takes[1].psnr is None  # nothing to compare with
+    results = list(run_round(pipe, ItemResult("", 0, "x", 0), [DENSE, Variant("half", (HALF,))], make, lambda *_: None))
+    assert results[0].error == "RuntimeError: kernel" and results[1].error is None
+    assert results[1].dense_seconds is None and results[1].psnr is None  # nothing to compare with
 
 
 def test_dense_is_added_once_and_names_are_unique() -> None:
     assert with_dense([Variant("a"), DENSE])[0] is DENSE and len(with_dense([DENSE])) == 1
-    with pytest.raises(DitAttnError, match="two competitors are called 'a'"):
+    with pytest.raises(DitAttnError, match="two variants are called 'a'"):
         with_dense([Variant("a"), Variant("a", (HALF,))])
 
 
@@ -138,4 +136,4 @@ def test_frames_are_read_from_pictures_and_clips() -> None:
 
 
 def test_an_unknown_model_has_no_share_of_attention() -> None:
-    assert compare_module.share_of_attention(SimpleNamespace(), {}) is None
+    assert attention_share(SimpleNamespace(), {}) is None

@@ -14,7 +14,8 @@ from dit_attn.errors import DitAttnError
 from dit_attn.eval.extractors import Networks
 from dit_attn.eval.shapes_world import world
 from dit_attn.pipelines.compare import metrics
-from dit_attn.pipelines.compare.records import Take
+from dit_attn.pipelines.compare.records import ItemResult
+from dit_attn.pipelines.compare.set_distances import frechet_distance, kernel_distance
 
 
 class Means(nn.Module):
@@ -27,17 +28,17 @@ class Means(nn.Module):
         return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) / 16
 
 
-def comparison(count: int, noise: float, size: int = 32, frames: int = 1) -> tuple[list[Take], Any]:
+def comparison(count: int, noise: float, size: int = 32, frames: int = 1) -> tuple[list[ItemResult], Any]:
     """Takes of dense and of ``a``, whose pixels are those of dense with noise; and how they are read."""
     scenes = [item for item in world.held_out_sample("image", count) if isinstance(item, world.Scene)]
     pictures = (world.render_scenes(scenes, size) * 255).round().permute(0, 2, 3, 1).numpy()
-    rng, store, takes = np.random.default_rng(0), {}, []
+    rng, store, results = np.random.default_rng(0), {}, []
     for index, scene in enumerate(scenes):
         for label, strength in (("dense", 0.0), ("a", noise)):
             clip = pictures[index][None].repeat(frames, 0) + strength * rng.normal(size=(frames, size, size, 3))
             store[label, index] = clip.clip(0, 255).astype(np.uint8)
-            takes.append(Take(label, index, world.caption(scene), index))
-    return takes, lambda take: store[take.variant, take.index]
+            results.append(ItemResult(label, index, world.caption(scene), index))
+    return results, lambda result: store[result.variant, result.index]
 
 
 @pytest.mark.parametrize("shape", [(60, 12), (8, 12), (13, 12)], ids=["many", "few", "about as many as features"])
@@ -58,14 +59,14 @@ def test_the_distances_are_those_of_torchmetrics(shape: tuple[int, int]) -> None
     metric = FrechetInceptionDistance(feature=Passed()).set_dtype(torch.float64)
     metric.update(a, real=True)
     metric.update(b, real=False)
-    assert metrics.frechet(a, b) == pytest.approx(float(metric.compute()), rel=1e-4)
-    assert metrics.kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)))
-    assert metrics.frechet(a, a) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(float(metric.compute()), rel=1e-4)
+    assert kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)))
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_world_metrics_need_nothing_and_fall_with_noise() -> None:
     names = ("fid-world", "kid-world", "clip-world")
-    little, much = (metrics.measure(names, *comparison(8, noise))["a"] for noise in (4.0, 60.0))
+    little, much = (metrics.measure_metrics(names, *comparison(8, noise))["a"] for noise in (4.0, 60.0))
     assert little["fid-world"]["value"] < much["fid-world"]["value"]
     assert little["kid-world"]["value"] < much["kid-world"]["value"]
     assert little["clip-world"]["value"] > much["clip-world"]["value"]
@@ -76,7 +77,7 @@ def test_the_world_metrics_need_nothing_and_fall_with_noise() -> None:
 
 
 def test_dense_has_the_scores_that_need_no_reference_only() -> None:
-    found = metrics.measure(("fid-world", "clip-world"), *comparison(4, 9.0))["dense"]
+    found = metrics.measure_metrics(("fid-world", "clip-world"), *comparison(4, 9.0))["dense"]
     assert found["fid-world"]["value"] is None and "compared with" in found["fid-world"]["why"]
     assert found["clip-world"]["value"] > 60
 
@@ -86,8 +87,8 @@ def test_network_features_are_read_once_for_all_metrics_and_clips_count_frames()
     calls = []
     network = Means()
     network.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
-    takes, read = comparison(4, 20.0, frames=3)
-    found = metrics.measure(("fid", "kid"), takes, read, Networks(features=network))["a"]
+    results, read = comparison(4, 20.0, frames=3)
+    found = metrics.measure_metrics(("fid", "kid"), results, read, Networks(features=network))["a"]
     assert sum(calls) == 4 * 2 * 3
     assert found["fid"]["images"] == 12 and found["fid"]["n"] == 4 and found["fid"]["label"].startswith("fid (means")
     assert found["fid"]["value"] > 0 and found["kid"]["better"] == "lower"
@@ -95,7 +96,7 @@ def test_network_features_are_read_once_for_all_metrics_and_clips_count_frames()
 
 def test_too_few_samples_and_small_pictures_give_a_reason_and_no_crash() -> None:
     pytest.importorskip("torchmetrics")
-    found = metrics.measure(("fid-world", "ms-ssim"), *comparison(1, 5.0))["a"]
+    found = metrics.measure_metrics(("fid-world", "ms-ssim"), *comparison(1, 5.0))["a"]
     assert found["fid-world"]["value"] is None
     assert found["fid-world"]["why"] == "fid-world needs at least 2 items made by both, there are 1"
     assert found["ms-ssim"]["value"] is None and "160 pixels" in found["ms-ssim"]["why"]
@@ -105,25 +106,25 @@ def test_pair_metrics_are_a_mean_over_items_with_an_interval() -> None:
     pytest.importorskip("torchmetrics")
     from dit_attn.eval.metrics import score
 
-    takes, read = comparison(2, 30.0, size=192)
-    found = metrics.measure(("ms-ssim",), takes, read)["a"]["ms-ssim"]
-    pictures = [torch.from_numpy(read(take)).permute(0, 3, 1, 2) for take in takes]
+    results, read = comparison(2, 30.0, size=192)
+    found = metrics.measure_metrics(("ms-ssim",), results, read)["a"]["ms-ssim"]
+    pictures = [torch.from_numpy(read(result)).permute(0, 3, 1, 2) for result in results]
     each = [score("ms-ssim", ours, dense).value for dense, ours in (pictures[:2], pictures[2:])]
     assert found["value"] == pytest.approx(sum(each) / 2) and found["ci95"] == pytest.approx(sorted(each))
 
 
 def test_failed_items_are_left_out_on_both_sides() -> None:
-    takes, read = comparison(4, 9.0)
-    takes[1].error = takes[2].error = "RuntimeError: no"  # a of item 0, dense of item 1
-    found = metrics.measure(("fid-world", "clip-world"), takes, read)["a"]
+    results, read = comparison(4, 9.0)
+    results[1].error = results[2].error = "RuntimeError: no"  # a of item 0, dense of item 1
+    found = metrics.measure_metrics(("fid-world", "clip-world"), results, read)["a"]
     assert found["fid-world"]["n"] == 2 and found["clip-world"]["n"] == 2
 
 
 def test_intervals_leave_out_whole_prompts() -> None:
-    takes, read = comparison(4, 9.0)
-    for take in takes:
-        take.prompt = takes[0].prompt
-    found = metrics.measure(("fid-world", "clip-world"), takes, read)["a"]
+    results, read = comparison(4, 9.0)
+    for result in results:
+        result.prompt = results[0].prompt
+    found = metrics.measure_metrics(("fid-world", "clip-world"), results, read)["a"]
     assert found["fid-world"]["ci95"] is None and found["clip-world"]["ci95"] is None
 
 
@@ -143,46 +144,48 @@ def test_a_network_that_is_not_there_is_known_before_anything_is_made(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(DitAttnError, match=parts):
-        metrics.check(names, networks)
+        metrics.check_metrics(names, networks)
 
 
 def test_weights_that_would_be_downloaded_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     options: tuple[dict[str, Any], str] = {"feature_extractor_weights_path": None}, "inception-v3"
-    monkeypatch.setattr("dit_attn.eval.extractors.inception_options", lambda networks: options)
+    monkeypatch.setattr("dit_attn.pipelines.compare.scorers.inception_options", lambda networks: options)
     with pytest.raises(DitAttnError, match=r"weights-inception.*--inception FILE.*fid-world"):
-        metrics.check(("kid",))
+        metrics.check_metrics(("kid",))
 
 
 def test_the_clip_score_reads_the_model_that_is_given() -> None:
     pytest.importorskip("torchmetrics")
     from dit_attn.eval.shapes_world.world_clip import FOLDER
 
-    found = metrics.measure(("clip", "clip-world"), *comparison(3, 10.0, size=64), Networks(clip=str(FOLDER)))["a"]
+    found = metrics.measure_metrics(("clip", "clip-world"), *comparison(3, 10.0, size=64), Networks(clip=str(FOLDER)))[
+        "a"
+    ]
     assert found["clip"]["value"] == pytest.approx(found["clip-world"]["value"], abs=0.5)
     assert str(FOLDER) in found["clip"]["label"]
 
 
 def test_defects_are_judged_by_the_world_for_dense_as_well() -> None:
-    takes, read = comparison(3, 0.0)
+    results, read = comparison(3, 0.0)
 
-    def stronger(take: Take) -> np.ndarray:
-        grey = read(take).mean(-1, keepdims=True)
-        gain = 1 if take.variant == "dense" else 2
-        return (grey + gain * (read(take) - grey)).clip(0, 255).round().astype(np.uint8)
+    def stronger(result: ItemResult) -> np.ndarray:
+        grey = read(result).mean(-1, keepdims=True)
+        gain = 1 if result.variant == "dense" else 2
+        return (grey + gain * (read(result) - grey)).clip(0, 255).round().astype(np.uint8)
 
-    found = metrics.measure(("saturation", "artifact-rate"), takes, stronger)
+    found = metrics.measure_metrics(("saturation", "artifact-rate"), results, stronger)
     assert found["dense"]["saturation"]["value"] == 0.0 and found["dense"]["artifact-rate"]["value"] == 0.0
     assert found["a"]["saturation"]["value"] > 0.5 and found["a"]["saturation"]["better"] == "lower"
     assert found["a"]["artifact-rate"]["n"] == 3 and "verifier" in found["a"]["artifact-rate"]["label"]
 
 
 def test_other_prompts_are_held_against_dense_and_have_no_artifact_rate() -> None:
-    takes, read = comparison(2, 0.0)
-    for take in takes:
-        take.prompt = "a cat"
-    found = metrics.measure(("saturation", "artifact-rate"), takes, read)
+    results, read = comparison(2, 0.0)
+    for result in results:
+        result.prompt = "a cat"
+    found = metrics.measure_metrics(("saturation", "artifact-rate"), results, read)
     assert found["a"]["saturation"]["value"] == 0.0 and found["a"]["saturation"]["n"] == 2
     assert found["dense"]["saturation"]["value"] is None and "compared with" in found["dense"]["saturation"]["why"]
     assert found["a"]["artifact-rate"]["value"] is None and "shapes world only" in found["a"]["artifact-rate"]["why"]

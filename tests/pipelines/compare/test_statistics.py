@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_attn.pipelines.compare import statistics
-from dit_attn.pipelines.compare.records import Take
-from dit_attn.pipelines.compare.summary_row import headline_row
+from dit_attn.pipelines.compare.records import ItemResult
+from dit_attn.pipelines.compare.summary_row import summary_row
 
 
 def width(figure: dict | None) -> float:
@@ -46,22 +46,24 @@ def test_ratios_and_differences_are_resampled_by_prompt_too() -> None:
 
 def test_every_interval_of_the_headline_is_by_prompt() -> None:
     verdict = {"shape": True}
-    takes = [
-        Take("a", i, "one", i, seconds=1.0 + i, dense_seconds=2.0, run_density=0.5, psnr=30.0 + i, verdict=verdict)
+    results = [
+        ItemResult(
+            "a", i, "one", i, seconds=1.0 + i, dense_seconds=2.0, run_density=0.5, psnr=30.0 + i, verdict=verdict
+        )
         for i in range(3)
     ]
-    row = headline_row(takes, takes)
+    row = summary_row(results, results)
     verifier = row["verifier"]
     figures = [row[key] for key in ("seconds", "speedup", "attention_flops", "psnr")]
     assert all(figure["ci95"] is None for figure in [*figures, verifier["whole"], verifier["change"]])
 
 
 def test_operations_of_a_step_are_taken_at_the_size_of_every_item() -> None:
-    small = Take("a", 0, "x", 0, run_density=0.5, attention_share=0.2)
-    large = Take("a", 1, "y", 0, run_density=0.5, attention_share=0.8)
-    row = headline_row([small, large], [])
+    small = ItemResult("a", 0, "x", 0, run_density=0.5, attention_share=0.2)
+    large = ItemResult("a", 1, "y", 0, run_density=0.5, attention_share=0.8)
+    row = summary_row([small, large], [])
     assert row["step_flops"] == pytest.approx((0.9 + 0.6) / 2) and row["ceiling"] == pytest.approx(1 / 0.75)
-    assert headline_row([Take("a", 0, "x", 0, run_density=0.5)], [])["step_flops"] is None
+    assert summary_row([ItemResult("a", 0, "x", 0, run_density=0.5)], [])["step_flops"] is None
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:

@@ -12,15 +12,14 @@ import torch
 
 import dit_attn
 from dit_attn import BlockSparse, DitAttnError, Method
-from dit_attn.pipelines.calibrate import calibrate as calibrating
-from dit_attn.pipelines.calibrate.calibrate import Calibration, calibrate, verdict
-from dit_attn.pipelines.calibrate.sensitivity import new_plan
-from dit_attn.pipelines.measurement_log import Store
+from dit_attn.pipelines.calibrate import Calibration, calibrate, make_plan
+from dit_attn.pipelines.calibrate.calibration import check_item, compare_checks
+from dit_attn.pipelines.measurement_log import MeasurementLog
 from tests._support import tiny_run
-from tests._support.tiny_run import LAYERS, STEPS, CountedPlay
+from tests._support.tiny_run import LAYERS, STEPS, CountedRuns
 
 METHOD = BlockSparse(density=0.25, q_block=32, kv_block=32, dense_steps=0.5, max_error=5.0)
-PLAN = new_plan(METHOD, parts=2, ladder=(0.5, 0.125), steps=STEPS)
+PLAN = make_plan(METHOD, parts=2, densities=(0.5, 0.125), steps=STEPS)
 RUNS = 1 + 1 + LAYERS + 2  # of one item: dense, all sparse, every layer, every part
 
 
@@ -30,12 +29,14 @@ def pipe() -> Any:
 
 
 @pytest.fixture(scope="module")
-def done(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, Path, CountedPlay]:
-    """One item calibrated on, two to check, from a store on the disk."""
-    path, play = tmp_path_factory.mktemp("calibrate") / "m.jsonl", CountedPlay(pipe)
-    about = {"model": "tiny-image"}
-    found = calibrate(pipe, play, ["red"], PLAN, Store(path, {}), check=["blue", "green"], about=about)
-    return found, path, play
+def done(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, Path, CountedRuns]:
+    """One item calibrated on, two to check, from a log on disk."""
+    path, runs = tmp_path_factory.mktemp("calibrate") / "m.jsonl", CountedRuns(pipe)
+    provenance = {"model": "tiny-image"}
+    found = calibrate(
+        pipe, runs, ["red"], PLAN, MeasurementLog(path, {}), check=["blue", "green"], provenance=provenance
+    )
+    return found, path, runs
 
 
 def test_without_a_budget_it_costs_no_more_than_one_density(done: Any) -> None:
@@ -47,8 +48,8 @@ def test_without_a_budget_it_costs_no_more_than_one_density(done: Any) -> None:
 
 
 def test_the_check_measures_the_costs_that_were_expected(done: Any) -> None:
-    found, _, play = done
-    assert play.made == {"red": RUNS, "blue": 3, "green": 3}
+    found, _, runs = done
+    assert runs.made == {"red": RUNS, "blue": 3, "green": 3}
     checked = found.checked
     for name in ("calibrated", "uniform"):
         assert checked[name]["cost"] == pytest.approx(found.expected[name]["cost"], abs=0.01)
@@ -68,22 +69,22 @@ def test_the_method_runs_and_keeps_its_other_settings(pipe: Any, done: Any, tmp_
     path = method.save_pretrained(tmp_path)
     assert Method.from_pretrained(path) == method
     with dit_attn.enabled(pipe, str(path)):
-        CountedPlay(pipe)("blue")
+        CountedRuns(pipe)("blue")
         cost = dit_attn.summary(pipe).run_density
     assert cost == pytest.approx(found.checked["calibrated"]["cost"], abs=0.01)
 
 
 def test_it_goes_on_where_it_was_and_finds_the_same(pipe: Any, done: Any, tmp_path: Path) -> None:
     found, path, _ = done
-    again = CountedPlay(pipe)
-    same = calibrate(pipe, again, ["red"], PLAN, Store(path, {}, resume=True), check=["blue", "green"])
+    again = CountedRuns(pipe)
+    same = calibrate(pipe, again, ["red"], PLAN, MeasurementLog(path, {}, resume=True), check=["blue", "green"])
     assert not again.made and same.method == found.method and same.checked == found.checked
 
-    cut, file = CountedPlay(pipe, stop_at=4), tmp_path / "m.jsonl"
+    cut, file = CountedRuns(pipe, stop_at=4), tmp_path / "m.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        calibrate(pipe, cut, ["red"], PLAN, Store(file, {}), check=["blue", "green"])
-    rest = CountedPlay(pipe)
-    same = calibrate(pipe, rest, ["red"], PLAN, Store(file, {}, resume=True), check=["blue", "green"])
+        calibrate(pipe, cut, ["red"], PLAN, MeasurementLog(file, {}), check=["blue", "green"])
+    rest = CountedRuns(pipe)
+    same = calibrate(pipe, rest, ["red"], PLAN, MeasurementLog(file, {}, resume=True), check=["blue", "green"])
     assert rest.made["red"] == RUNS - 4 + 1 and rest.made["blue"] == 3  # the dense run is needed once more
     assert same.method == found.method
     assert same.checked["ratio"]["value"] == pytest.approx(found.checked["ratio"]["value"], rel=1e-4)
@@ -92,39 +93,39 @@ def test_it_goes_on_where_it_was_and_finds_the_same(pipe: Any, done: Any, tmp_pa
 def test_another_budget_measures_nothing_new(pipe: Any, done: Any) -> None:
     path = done[1]
     for budget in ({"cost": 0.3}, {"cost": 0.9}, {"error": 1e-3}, {"error": 10.0}):
-        play = CountedPlay(pipe)
-        found = calibrate(pipe, play, ["red"], PLAN, Store(path, {}, resume=True), **budget)
-        assert not play.made and found.checked is None
+        runs = CountedRuns(pipe)
+        found = calibrate(pipe, runs, ["red"], PLAN, MeasurementLog(path, {}, resume=True), **budget)
+        assert not runs.made and found.checked is None
         for name, value in budget.items():
             assert found.expected["calibrated"][name] <= value + 1e-6
     assert (found.densities == found.densities.min()).all()  # an error that anything meets
 
 
 def test_two_budgets_or_one_that_cannot_be_met_are_refused(pipe: Any, done: Any) -> None:
-    store = Store(done[1], {}, resume=True)
+    log = MeasurementLog(done[1], {}, resume=True)
     with pytest.raises(DitAttnError, match="a cost or an error, not both"):
-        calibrate(pipe, CountedPlay(pipe), ["red"], PLAN, store, cost=0.3, error=0.1)
+        calibrate(pipe, CountedRuns(pipe), ["red"], PLAN, log, cost=0.3, error=0.1)
     with pytest.raises(DitAttnError, match=r"--cost 0\.01 is below"):
-        calibrate(pipe, CountedPlay(pipe), ["red"], PLAN, store, cost=0.01)
+        calibrate(pipe, CountedRuns(pipe), ["red"], PLAN, log, cost=0.01)
 
 
-def test_the_verdict_pairs_the_errors_of_every_item() -> None:
-    store = Store()
+def test_the_comparison_pairs_the_errors_of_every_item() -> None:
+    log = MeasurementLog()
     for i, (ours, theirs) in enumerate([(0.1, 0.2), (0.02, 0.04), (0.3, 0.6)]):
-        store.rows[f"check/{i}/a"] = {"error": ours, "cost": 0.2}
-        store.rows[f"check/{i}/b"] = {"error": theirs, "cost": 0.3}
-    found = verdict(store, ["0", "1", "2"], "a", "b")
+        log.rows[f"check/{i}/a"] = {"error": ours, "cost": 0.2}
+        log.rows[f"check/{i}/b"] = {"error": theirs, "cost": 0.3}
+    found = compare_checks(log, ["0", "1", "2"], "a", "b")
     assert found["ratio"]["value"] == pytest.approx(0.5) and found["ratio"]["ci95"] == pytest.approx([0.5, 0.5])
     assert found["a"]["error"]["value"] == pytest.approx(math.prod((0.1, 0.02, 0.3)) ** (1 / 3))
     assert (found["a"]["cost"], found["b"]["cost"]) == pytest.approx((0.2, 0.3))
 
 
 def test_a_check_is_taken_over_only_for_the_same_method(pipe: Any) -> None:
-    store, play = Store(), lambda item: torch.ones(1, 4, 8, 8)
+    log, runs = MeasurementLog(), lambda item: torch.ones(1, 4, 8, 8)
     other = BlockSparse(density=0.5, q_block=32, kv_block=32)
-    calibrating.check_item(pipe, play, "red", {"a": METHOD}, store, lambda line: None)
-    rows = dict(store.rows)
-    calibrating.check_item(pipe, play, "red", {"a": METHOD}, store, lambda line: None)
-    assert store.rows == rows
-    calibrating.check_item(pipe, play, "red", {"a": other}, store, lambda line: None)
-    assert len(store.rows) == len(rows) + 1
+    check_item(pipe, runs, "red", {"a": METHOD}, log, lambda line: None)
+    rows = dict(log.rows)
+    check_item(pipe, runs, "red", {"a": METHOD}, log, lambda line: None)
+    assert log.rows == rows
+    check_item(pipe, runs, "red", {"a": other}, log, lambda line: None)
+    assert len(log.rows) == len(rows) + 1
