@@ -285,9 +285,7 @@ def load_image(path: str, where: str) -> Any:
     except FileNotFoundError as error:
         raise DitAttnError(f"{where} {path}: there is no such file; check the path") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DitAttnError(
-            f"{where} {path} is not a readable image ({reason(error)}); save it again as PNG"
-        ) from error
+        raise DitAttnError(f"{where} {path} is not a readable image ({reason(error)}); save it again as PNG") from error
 
 
 def _sha256(path: str) -> str:

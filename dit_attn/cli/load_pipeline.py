@@ -106,7 +106,7 @@ def pick_dtype(name: str, source: Source, device: Any) -> Any:
 
 
 def parse_loras(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Parse ``--lora`` values: a path or org/name, or JSON (``lora_id``, ``lora_scale``, ``weight_name``, ``adapter_name``).
+    """Parse ``--lora``: a path, org/name, or JSON (``lora_id``, ``lora_scale``, ``weight_name``, ``adapter_name``).
 
     Raises:
         DitAttnError: malformed JSON, unknown key, missing folder, or peft is not installed.

@@ -33,6 +33,7 @@ class Flag:
         choices: allowed values.
         short: one-letter or alternative spellings, dashes included.
         metavar: placeholder in the help.
+        positional: given by its place on the command line, without its name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Flag:
     choices: tuple[str, ...] | None = None
     short: tuple[str, ...] = ()
     metavar: str | None = None
+    positional: bool = False
 
     @property
     def dest(self) -> str:
@@ -165,7 +167,8 @@ def merge(
     flags = [flag for group in groups.values() for flag in group]
     own = {flag.dest: flag for flag in flags}
     given = {name: value for name, value in vars(args).items() if name in own}
-    config = read_config(given["config"], [*SHARED, *flags]) if "config" in given else {}
+    file = given["config"] if own.get("config") in RUN and "config" in given else None
+    config = {} if file is None else read_config(file, [*SHARED, *flags])
     methods: dict[str, Any] = {name: config.pop(name) for name in ("method", "set") if name in config}
     if any(name in given for name in replaced):
         config = {name: value for name, value in config.items() if name not in replaced}
@@ -214,17 +217,19 @@ def _number(flag: Flag, value: Any, where: str) -> int | float:
         number = flag.kind(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise DitAttnError(f"{where} must be {what}, got {value!r}") from error
+    if not math.isfinite(number):
+        raise DitAttnError(f"{where} must be {what}, got {value!r}")
     low, high = flag.low, flag.high
-    if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
-        raise DitAttnError(f"{where} must be {what}, {_bounds(low, high)}, got {value!r}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise DitAttnError(f"{where} must be {_bounds(low, high)}, got {value!r}")
     return number
 
 
 def _bounds(low: float | None, high: float | None) -> str:
     least, most = (None if x is None else str(int(x)) if x == int(x) else f"{x:g}" for x in (low, high))
-    if least is None:
-        return "finite" if most is None else f"at most {most}"
-    return f"at least {least}" if most is None else f"between {least} and {most}"
+    if least is None or most is None:
+        return f"at most {most}" if least is None else f"at least {least}"
+    return f"between {least} and {most}"
 
 
 def _object(flag: Flag, value: Any, where: str) -> Any:

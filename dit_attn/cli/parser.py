@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,15 @@ from dit_attn.cli.options import SWITCHES, Flag, convert
 from dit_attn.errors import DitAttnError
 
 _ACTIONS: dict[Any, Any] = {bool: "store_true", "on-or-off": argparse.BooleanOptionalAction}
+# What several --method mean, for the help of commands that run one pipeline and of those that compare.
+TOGETHER = (
+    "method to enable, with its settings, or a file of settings, or org/name on the Hub; NAME:... + NAME:... enables "
+    "several together, and so does repeating it (default: none)"
+)
+VARIANTS = (
+    "variant to measure: a method with its settings, or a file of settings, or org/name on the Hub; NAME:... + "
+    "NAME:... enables several together; repeat for more variants"
+)
 _WIDTH = 100  # columns of help on a wide terminal
 
 
@@ -22,16 +32,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         width = min(shutil.get_terminal_size().columns, _WIDTH) - 1
         super().__init__(prog, max_help_position=28, width=width)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """Add one action; names of subcommands stand two columns further in than argparse reckons."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{', '.join(action.option_strings)} {value}"
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("examples:"):
             return super()._fill_text(text, width, indent)
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+        return "\n".join(indent + line for line in self._split_lines(text, width - len(indent)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        message = re.sub(r"^argument \S+: (?=--)", "", message)
+        message = re.sub(r"^argument \S+: (?=--|unknown )", "", message)
         raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
 
@@ -50,6 +69,9 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
     """Add a titled group of flags. Flags that are not given leave no trace in the namespace."""
     group = parser.add_argument_group(title, description or None)
     for flag in flags:
+        if flag.positional:
+            group.add_argument(flag.dest, metavar=flag.metavar, type=_reader(flag), help=flag.text)
+            continue
         names = sorted([f"--{flag.name}", *flag.short], key=lambda name: name.startswith("--"))
         extra: dict[str, Any] = {"dest": flag.dest, "help": flag.text, "default": argparse.SUPPRESS}
         if flag.kind in SWITCHES:
@@ -63,10 +85,22 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
         group.add_argument(*names, **{key: value for key, value in extra.items() if value is not None})
 
 
-def add_groups(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]], methods: str = "") -> None:
-    """Add every group; ``methods`` is the help of ``--method``, for commands that take methods."""
+def add_groups(
+    parser: argparse.ArgumentParser,
+    groups: Mapping[str, Sequence[Flag]],
+    methods: str = "",
+    descriptions: Mapping[str, str] | None = None,
+) -> None:
+    """Add every group.
+
+    Args:
+        parser: of the command.
+        groups: flags by title.
+        methods: help of ``--method``, for commands that take methods.
+        descriptions: what is said under the titles.
+    """
     for title, flags in groups.items():
-        add_flags(parser, title, flags)
+        add_flags(parser, title, flags, (descriptions or {}).get(title, ""))
         if title == "methods" and methods:
             _add_methods(parser, methods)
 
@@ -101,7 +135,7 @@ class _Word(argparse.Action):
 def _reader(flag: Flag) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return convert(flag, text, f"--{flag.name}")
+            return convert(flag, text, flag.name if flag.positional else f"--{flag.name}")
         except DitAttnError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,21 @@ def new_run(
     facts = {"device": _device_name(load.device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
     fps = fps or frames_per_second(source.pipeline, source.kind == "embedded")
     return Run(pipe, methods, folder, setup, facts, fps)
+
+
+def methods_enabled(run: Run) -> AbstractContextManager[Any]:
+    """The methods of a run for the length of a block; without methods the pipeline stays stock, untouched."""
+    return dit_attn.enabled(run.pipe, *run.methods) if run.methods else nullcontext()
+
+
+def describe_setup(run: Run) -> dict[str, str]:
+    """Return model, methods and folder as texts, for ``--dry-run``."""
+    setup = run.setup
+    return {
+        "model": f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {run.facts['device']})",
+        "methods": "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)",
+        "folder": str(run.folder),
+    }
 
 
 def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:

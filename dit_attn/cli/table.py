@@ -35,6 +35,7 @@ class Table:
             width: columns of the terminal; ``None``: as wide as it is, without colors. A table that is wider even with
                 its text folded is not cut: the terminal wraps its lines.
         """
+        from rich.cells import cell_len
         from rich.console import Console
         from rich.measure import Measurement
         from rich.table import Table as RichTable
@@ -42,11 +43,13 @@ class Table:
 
         titles = [title.removeprefix(">") for title in self.columns]
         made = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(titles), header_style="bold")
-        for column, title in zip(self.columns, titles):
-            made.add_column(Text(title), no_wrap=title not in self.folded, overflow="fold")
+        for index, (column, title) in enumerate(zip(self.columns, titles)):
+            foldable = title in self.folded
+            widest = max(map(cell_len, [title, *(row[index] for row in self.rows if index < len(row))]))
+            made.add_column(Text(title), no_wrap=not foldable, min_width=None if foldable else widest, overflow="fold")
             made.columns[-1].justify = "right" if column.startswith(">") else "left"
         for row in self.rows:
-            made.add_row(*(Text(str(cell)) for cell in row))
+            made.add_row(*map(Text, row))
         out = io.StringIO()
         console = Console(file=out, force_terminal=width is not None, width=width or _UNLIMITED, legacy_windows=False)
         if width is not None:

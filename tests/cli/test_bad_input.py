@@ -119,7 +119,7 @@ def test_a_missing_or_corrupt_picture_is_refused(cli, image_to_video_model, tmp_
     if content is not None:
         (tmp_path / "start.png").write_bytes(content)
     words = ("generate", "--model", image_to_video_model, *PROMPT, "--image", "start.png", "-o", "out")
-    cli(*words).refused("--image start.png", "no such file" if content is None else "not a readable picture")
+    cli(*words).refused("--image start.png", "no such file" if content is None else "not a readable image")
 
 
 def test_a_prompt_file_with_a_bad_line_is_refused_before_anything_is_made(cli, tmp_path):
@@ -220,7 +220,7 @@ def test_explain_refuses(cli, words, parts):
         (("--steps", "0"), ["--steps must be at least 1"]),
         (("--prompts", "-2"), ["--prompts must be at least 1"]),
         (("--device", "cuda:99"), ["cuda:99"]),
-        (("--picture", "/proc/nowhere/demo.png"), ["cannot write"]),
+        (("--sheet", "/proc/nowhere/demo.png"), ["cannot write"]),
         (("extra",), ["'extra'"]),
     ],
 )
@@ -235,7 +235,10 @@ def test_commands_without_arguments_refuse_them(cli, command):
 
 @pytest.mark.parametrize(
     ("words", "parts"),
-    [(("nothing",), ["'nothing'", "tiny-image"]), (("tiny-image", "--steps", "0"), ["--steps is 0"])],
+    [
+        (("nothing",), ["'nothing'", "tiny-image"]),
+        (("tiny-image", "--steps", "0"), ["--steps must be at least 1, got '0'"]),
+    ],
 )
 def test_train_refuses(cli, words, parts):
     cli("train", *words).refused(*parts)

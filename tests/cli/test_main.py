@@ -62,7 +62,7 @@ def test_loose_words_are_refused(cli):
 
 
 def test_a_missing_command_module_does_not_break_the_others(cli, monkeypatch):
-    monkeypatch.setitem(package.COMMANDS, "absent", "not there")
+    monkeypatch.setitem(package.COMMANDS, "absent", package.Command("absent", "not there"))
     cli("absent").refused("'absent'", "not part of this installation")
     assert cli("models", "--json").code == 0
 
@@ -92,7 +92,7 @@ def test_a_torchvision_that_cannot_be_imported_is_named_with_its_remedy(cli, mon
     with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
         score("ssim", torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(DitAttnError, match=r"nms does not exist.*torchmetrics loads it"):
-        metrics.check(["ms-ssim"], None)
+        metrics.check_metrics(["ms-ssim"], None)
 
 
 def test_ctrl_c_exits_with_130(cli, monkeypatch):

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dit_attn.cli.method_options import Wanted, resolve, typed, wanted_methods
+from dit_attn.cli.method_options import MethodSpec, method_specs
+from dit_attn.cli.options import Options
+from dit_attn.cli.resolve_methods import resolve, typed
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.methods.block_sparse import BlockSparse
 
@@ -17,7 +19,11 @@ TINY_IMAGE = type("PixArtTransformer2DModel", (SimpleNamespace,), {})(
 
 
 def build(*words, config=None, model=UNKNOWN, preset=None):
-    return resolve(wanted_methods(list(words), config or {}), model, preset)
+    return resolve(method_specs(Options({}, list(words), config or {})), model, preset)
+
+
+def specs(*words, config=None):
+    return method_specs(Options({}, list(words), config or {}))
 
 
 def test_a_slug_alone_has_the_defaults_of_the_method():
@@ -50,8 +56,8 @@ def test_set_may_stand_before_the_only_method_or_name_it():
 
 
 def test_set_belongs_to_the_method_before_it():
-    first, second = wanted_methods([("method", "a"), ("set", "x=1"), ("method", "b"), ("set", "x=2")], {})
-    assert (first, second) == (Wanted("a", {"x": "1"}), Wanted("b", {"x": "2"}))
+    first, second = specs(("method", "a"), ("set", "x=1"), ("method", "b"), ("set", "x=2"))
+    assert (first, second) == (MethodSpec("a", {"x": "1"}), MethodSpec("b", {"x": "2"}))
 
 
 @pytest.mark.parametrize(

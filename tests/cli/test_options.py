@@ -10,7 +10,7 @@ from dit_attn.cli import options
 from dit_attn.cli.options import Flag, convert, read_config
 from dit_attn.errors import DitAttnError
 
-ALL = [*options.MODEL, *options.PROMPT, *options.SIZE, *options.SAMPLING, *options.MACHINE, *options.OUTPUT, *options.METHOD]
+ALL = options.SHARED
 
 
 def test_every_flag_is_listed_once():
@@ -25,16 +25,31 @@ def test_text_and_yaml_give_the_same_number(value):
     assert convert(flag, str(value), "height") == convert(flag, value, "height") == value
 
 
-@pytest.mark.parametrize("value", ["x", "1.5", 1.5, True, None, "0", 0, "-3", [4], "nan", "inf"])
-def test_a_wrong_whole_number_is_refused(value):
-    with pytest.raises(DitAttnError, match="height must be a whole number"):
+@pytest.mark.parametrize("value", ["x", "1.5", 1.5, True, None, [4], "nan", "inf"])
+def test_what_is_no_whole_number_is_refused(value):
+    with pytest.raises(DitAttnError, match="height must be a whole number, got"):
         convert(Flag("height", "", int, low=1), value, "height")
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), "-1", "abc"])
-def test_a_wrong_number_is_refused(value):
-    with pytest.raises(DitAttnError, match="scale must be a number"):
+@pytest.mark.parametrize("value", ["0", 0, "-3"])
+def test_a_whole_number_out_of_range_is_refused_with_the_range(value):
+    with pytest.raises(DitAttnError, match=f"height must be at least 1, got {value!r}"):
+        convert(Flag("height", "", int, low=1), value, "height")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), "abc"])
+def test_what_is_no_number_is_refused(value):
+    with pytest.raises(DitAttnError, match="scale must be a number, got"):
         convert(Flag("scale", "", float, low=0.0), value, "scale")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value", "bounds"),
+    [(0.0, None, "-1", "at least 0"), (0.0, 1.0, "1.5", "between 0 and 1"), (None, 0.5, 2, "at most 0.5")],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(low, high, value, bounds):
+    with pytest.raises(DitAttnError, match=f"scale must be {bounds}, got {value!r}"):
+        convert(Flag("scale", "", float, low=low, high=high), value, "scale")
 
 
 def test_a_configuration_file_gives_typed_values(tmp_path):

@@ -1,25 +1,25 @@
-"""``dit-attn demo``: the embedded models, dense and block-sparse with the same seeds, as files and as one picture."""
+"""``dit-attn demo``: the embedded models, dense and block-sparse with the same seeds, as files and as one image."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_attn.errors import DitAttnError
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.table import Table, fields, show
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dit_attn.contact_sheet import Tile
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.outputs import Media
     from dit_attn.cli.runner import ItemResult, Run
-    from dit_attn.processors.methods.base import Method
+    from dit_attn.contact_sheet import Tile
 
 METHOD = "block-sparse"
 # None of these captions is in the training data of the embedded models.
@@ -44,10 +44,10 @@ class Pair:
     """One prompt, generated twice from the same noise.
 
     Attributes:
-        model, prompt, seed: what was asked for.
+        model, prompt, seed: what was generated.
         files: of the dense and the sparse run.
         seconds: of the two pipeline calls.
-        density: executed share of the attention map of the sparse run, dense steps included.
+        density: attention computed in the sparse run, as a share of dense, dense steps included.
         met: attributes of the caption that the output shows, of how many, for both.
     """
 
@@ -60,22 +60,65 @@ class Pair:
     met: tuple[tuple[int, int], tuple[int, int]]
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``demo`` and return its parser."""
-    parser = subparsers.add_parser(
-        "demo",
-        help="generate with the embedded models, dense and sparse, and make a picture of both",
-        description="Generate images and videos with the embedded models, each dense and block-sparse from the same "
-        "seed, print the summaries and the times, and make one picture of everything.",
+GROUPS = {
+    "output": (
+        flags.Flag("output", "folder of the files", default="outputs/demo", short=("-o",), metavar="DIR"),
+        flags.Flag("sheet", "also write the image of both sides here, e.g. docs/images/demo.png", metavar="FILE"),
+        flags.Flag("json", "print a JSON report instead of text", bool),
+    ),
+    "run": (
+        flags.Flag("prompts", "prompts per model", int, "all", low=1),
+        flags.Flag("steps", "denoising steps", int, "the models' own, 20", low=1),
+        *flags.only(flags.RUN, "device"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One command.
+
+    Attributes:
+        device: where it runs.
+        argv: the command line, for the records.
+        output: folder of the files.
+        sheet: second place of the image of both sides.
+        prompts: per model; ``None`` for all.
+        steps: denoising steps; ``None``: the models' own.
+        json: print JSON.
+    """
+
+    device: Any
+    argv: tuple[str, ...]
+    output: Path = Path("outputs/demo")
+    sheet: Path | None = None
+    prompts: int | None = None
+    steps: int | None = None
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> DemoConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: no such device.
+        """
+        from dit_attn.cli import load_pipeline
+
+        values = options.pick("prompts", "steps", "json")
+        values |= {name: Path(text).expanduser() for name, text in options.pick("output", "sheet").items()}
+        return cls(load_pipeline.pick_device(options.get("device", "auto")), options.argv, **values)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``demo``."""
+    parsers.describe(
+        parser,
+        "demo [options]",
+        "Generate images and videos with the embedded models, each dense and block-sparse from the same seed, print "
+        "the summaries and the times, and make one image of everything.",
     )
-    parser.add_argument("--output", "-o", default="outputs/demo", metavar="DIR", help="folder (default: outputs/demo)")
-    parser.add_argument("--picture", metavar="FILE", help="also write the picture here, e.g. docs/images/demo.png")
-    parser.add_argument("--prompts", type=int, metavar="N", help="prompts per model (default: all)")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the models' own, 20)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print a JSON report instead of text")
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,62 +130,59 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn import contact_sheet
     from dit_attn.cli import load_pipeline, outputs
 
-    for name in ("prompts", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise DitAttnError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    folder = Path(args.output).expanduser()
-    pictures = [folder / "demo.png", *([Path(args.picture).expanduser()] if args.picture else [])]
-    for path in pictures:
+    config = DemoConfig.from_options(flags.merge(args, GROUPS))
+    sheets = [config.output / "demo.png", *([config.sheet] if config.sheet else [])]
+    for path in sheets:
         outputs.prepare_folder(path.parent)
-    device = load_pipeline.pick_device(args.device)
     load_pipeline.quiet(show_progress=False)
     started = time.perf_counter()
     pairs: list[Pair] = []
     parts = []
     for model in PROMPTS:
-        found, tiles = _compare(model, args, folder, device)
+        found, tiles = _compare(model, config)
         pairs += found
         parts.append(_part(model, tiles))
-    for path in pictures:
+    for path in sheets:
         outputs.write_image(contact_sheet.stack(parts), path)
     seconds = round(time.perf_counter() - started, 1)
-    data = {"folder": str(folder), "pictures": [str(path) for path in pictures], "seconds": seconds}
+    data = {"folder": str(config.output), "sheets": [str(path) for path in sheets], "seconds": seconds}
     data["items"] = [asdict(pair) for pair in pairs]
-    outputs.write_json(data, folder / "demo.json")
-    _say(args, f"{_table(pairs)}\n\nfiles    {folder}\npicture  {pictures[-1]}\ntime     {seconds:.0f} s")
-    if args.json:
+    outputs.write_json(data, config.output / "demo.json")
+    if config.json:
         print(json.dumps(data, indent=1))
+    else:
+        show(_table(pairs), "", fields({"files": config.output, "image": sheets[-1], "time": f"{seconds:.0f} s"}))
     return 0
 
 
-def _compare(name: str, args: argparse.Namespace, folder: Path, device: Any) -> tuple[list[Pair], list[list[Tile]]]:
+def _compare(name: str, config: DemoConfig) -> tuple[list[Pair], list[list[Tile]]]:
     """Every prompt of a model dense and sparse, alternating, so that both see the same state of the machine."""
-    from dit_attn.cli import jobs, load_pipeline, method_options, model_source, runner
+    from dit_attn.cli import jobs, model_source, resolve_methods, runner
+    from dit_attn.cli.load_pipeline import LoadConfig, load_pipeline, pick_dtype
+    from dit_attn.cli.method_options import MethodSpec
 
-    model = model_source.describe(name)
-    options: dict[str, Any] = {"prompt": list(PROMPTS[name][: args.prompts]), "seed": SEED}
-    if args.steps:
-        options["steps"] = args.steps
-    work = jobs.make_jobs(options, model.defaults)
-    dtype = load_pipeline.pick_dtype("auto", model, device)
-    pipe = load_pipeline.load_pipeline(model, {}, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+    source = model_source.describe(name)
+    options: dict[str, Any] = {"prompt": list(PROMPTS[name][: config.prompts]), "seed": SEED}
+    if config.steps:
+        options["steps"] = config.steps
+    work = jobs.make_jobs(options, source.defaults)
+    load = LoadConfig(source, config.device, pick_dtype("auto", source, config.device))
+    pipe = load_pipeline(load)
     sides = []
-    for wanted in ([], [method_options.Wanted(METHOD)]):
-        chosen = method_options.resolve(wanted, model.transformer, None)
-        sides.append(
-            runner.new_run(pipe, model, chosen, options, dtype, device, folder / _folder(name, chosen), args.argv)
-        )
-        sides[-1].folder.mkdir(exist_ok=True)
+    for specs in ([], [MethodSpec(METHOD)]):
+        methods = resolve_methods.resolve(specs, source.transformer, None)
+        folder = config.output / f"{name}-{METHOD if methods else 'dense'}"
+        folder.mkdir(exist_ok=True)
+        sides.append(runner.new_run(load, methods, folder, config.argv, pipe=pipe))
     _warm_up(sides, work[0])
     pairs, tiles, summary = [], [], ""
     for job in work:
-        _say(args, f"{name}  {job.prompt}")
+        _print(config, f"{name}  {job.prompt}")
         made = [_make(side, job) for side in sides]
         summary = made[1][2]
         pairs.append(_pair(name, job, made))
         tiles.append([_tile(pairs[-1], index, media) for index, (_, media, _) in enumerate(made)])
-    _say(args, f"\n{summary}\n")
+    _print(config, f"\n{summary}\n")
     return pairs, tiles
 
 
@@ -151,17 +191,10 @@ def _make(side: Run, job: Job) -> tuple[ItemResult, Media, str]:
     import dit_attn
     from dit_attn.cli import runner
 
-    with _methods_on(side):
+    with runner.methods_enabled(side):
         media, seconds = runner.call_pipeline(side.pipe, job)
         summary = str(dit_attn.summary(side.pipe)) if side.methods else ""
         return runner.save_item(side, job, media, seconds), media, summary
-
-
-def _methods_on(side: Run) -> AbstractContextManager[Any]:
-    """The methods of a side for the length of a block; the dense side stays the stock pipeline, untouched."""
-    import dit_attn
-
-    return dit_attn.enabled(side.pipe, *side.methods) if side.methods else nullcontext()
 
 
 def _warm_up(sides: list[Run], job: Job) -> None:
@@ -169,7 +202,7 @@ def _warm_up(sides: list[Run], job: Job) -> None:
     from dit_attn.cli import runner
 
     for side in sides:
-        with _methods_on(side):
+        with runner.methods_enabled(side):
             runner.call_pipeline(side.pipe, replace(job, call={**job.call, "num_inference_steps": 2}))
 
 
@@ -210,7 +243,7 @@ def _tile(pair: Pair, side: int, media: Media) -> Tile:
 
 
 def _part(model: str, tiles: list[list[Tile]]) -> Image:
-    """The part of the picture about one model: images two prompts a row, videos one."""
+    """The part of the image about one model: images two prompts a row, videos one."""
     from dit_attn import contact_sheet
 
     wide = len(tiles) > 1 and len(tiles[0][0].frames) == 1
@@ -218,19 +251,16 @@ def _part(model: str, tiles: list[list[Tile]]) -> Image:
     return contact_sheet.grid(rows if wide else tiles, model, ("dense", METHOD) * (2 if wide else 1))
 
 
-def _table(pairs: list[Pair]) -> str:
-    lines = [f"{'model':<12}{'prompt':<52}{'dense':>8}{'sparse':>8}{'density':>9}{'attributes':>14}"]
+def _table(pairs: list[Pair]) -> Table:
+    rows = []
     for pair in pairs:
+        times = [f"{seconds:.1f} s" for seconds in pair.seconds]
         met = ", ".join(f"{right}/{total}" for right, total in pair.met)
-        times = "".join(f"{seconds:>6.1f} s" for seconds in pair.seconds)
-        lines.append(f"{pair.model:<12}{pair.prompt:<52}{times}{pair.density or 1.0:>9.2f}{met:>14}")
-    return "\n".join(lines)
+        rows.append((pair.model, pair.prompt, *times, f"{pair.density or 1.0:.2f}", met))
+    titles = ("model", "prompt", ">dense", ">sparse", ">density", ">attributes right")
+    return Table(titles, rows, folded=("prompt",))
 
 
-def _folder(model: str, chosen: tuple[Method, ...]) -> str:
-    return f"{model}-{METHOD if chosen else 'dense'}"
-
-
-def _say(args: argparse.Namespace, text: str) -> None:
-    if not args.json:
+def _print(config: DemoConfig, text: str) -> None:
+    if not config.json:
         print(text, flush=True)

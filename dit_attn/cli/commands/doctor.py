@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, reason
 
 # Library -> what it is for, and how to get it.
@@ -35,6 +38,7 @@ REQUIRED = (
     "pyyaml",
     "scipy",
     "tqdm",
+    "rich",
 )
 # Largest error against the fp64 reference that counts as right, by torch dtype.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
@@ -62,29 +66,35 @@ class KernelCheck:
     why: str | None = None
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``doctor`` and return its parser."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="check versions, devices and kernels",
-        description="Check versions, devices, memory, optional libraries, and the numbers every kernel backend gives.",
+GROUPS = {"output": flags.only(flags.OUTPUT, "json")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``doctor``."""
+    parsers.describe(
+        parser,
+        "doctor [--json]",
+        "Check versions, devices, memory, optional libraries, and the numbers every kernel backend gives.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings. Returns 0, or 1 when a kernel gives wrong numbers; a missing GPU is no fault."""
-    data = {
+    options = flags.merge(args, GROUPS)
+    checks = check_kernels()
+    data: dict[str, Any] = {
         "versions": _versions(),
         "devices": _devices(),
         "memory": _memory(),
         "optional": _optional(),
-        "kernels": [asdict(check) for check in check_kernels()],
+        "kernels": [asdict(check) for check in checks],
     }
-    print(json.dumps(data, indent=1) if args.json else _text(data))
-    return 1 if any(check["status"] == "wrong" for check in data["kernels"]) else 0  # type: ignore[index]
+    if options.get("json"):
+        print(json.dumps(data, indent=1))
+    else:
+        _show(data)
+    return 1 if any(check.status == "wrong" for check in checks) else 0
 
 
 def check_kernels(budget: float = BUDGET_SECONDS) -> list[KernelCheck]:
@@ -97,7 +107,7 @@ def check_kernels(budget: float = BUDGET_SECONDS) -> list[KernelCheck]:
     cases = [(torch.device("cpu"), torch.float32)]
     if torch.cuda.is_available():
         cases = [(torch.device("cuda"), torch.bfloat16), (torch.device("cuda"), torch.float16), *cases]
-    order = sorted(registry.BACKENDS, key=lambda backend: backend == "flex")  # it loads a compiler: the others come first
+    order = sorted(registry.BACKENDS, key=lambda backend: backend == "flex")  # last: it loads a compiler
     out = []
     for device, dtype in cases:
         for backend in order:
@@ -230,22 +240,35 @@ def _optional() -> list[dict[str, Any]]:
     ]
 
 
-def _text(data: dict[str, Any]) -> str:
-    lines = ["Versions"]
-    lines += [f"  {name:<14} {version or 'MISSING: reinstall dit-attn'}" for name, version in data["versions"].items()]
-    lines += ["", "Devices"]
+def _show(data: dict[str, Any]) -> None:
+    versions = [(name, version or "MISSING: reinstall dit-attn") for name, version in data["versions"].items()]
+    devices = []
     for device in data["devices"]:
         facts = [f"{value} {key}" for key, value in device.items() if key not in ("device", "name", "why")]
-        lines.append(
-            f"  {device['device']:<14} {device['name'] or 'none: ' + device['why']}  {', '.join(facts)}".rstrip()
-        )
-    lines += ["", "Memory"] + [f"  {key:<14} {value}" for key, value in data["memory"].items()]
-    lines += ["", "Kernels (against the fp64 reference)"]
+        devices.append((device["device"], device["name"] or f"none: {device['why']}", ", ".join(facts)))
+    memory = [(name.removesuffix("_gb").replace("_", " "), f"{gb} GB") for name, gb in data["memory"].items()]
+    kernels = []
     for check in data["kernels"]:
-        numbers = f"error {check['error']:.1e}, {1e3 * check['seconds']:.1f} ms" if check["error"] is not None else ""
-        tail = "; ".join(part for part in (numbers, check["why"]) if part)
-        lines.append(f"  {check['backend']:<14} {check['device']} {check['dtype']:<9} {check['status']:<12} {tail}")
-    lines += ["", "Optional libraries"]
-    for row in data["optional"]:
-        lines.append(f"  {row['library']:<14} {row['version'] or 'missing: ' + row['install']}  ({row['for']})")
-    return "\n".join(lines)
+        measured = check["error"] is not None
+        numbers = (f"{check['error']:.1e}", f"{1e3 * check['seconds']:.1f} ms") if measured else ("-", "-")
+        names = (check["backend"], check["device"], check["dtype"], check["status"])
+        kernels.append((*names, *numbers, check["why"] or ""))
+    optional = [
+        (row["library"], row["version"] or f"missing: {row['install']}", row["for"]) for row in data["optional"]
+    ]
+    show(
+        Table(("", ""), versions, title="Versions"),
+        "",
+        Table(("", "", ""), devices, title="Devices"),
+        "",
+        Table(("", ">"), memory, title="Memory"),
+        "",
+        Table(
+            ("backend", "device", "type", "status", ">error", ">time", "why not"),
+            kernels,
+            title="Kernels (against the fp64 reference)",
+            folded=("why not",),
+        ),
+        "",
+        Table(("", "", ""), optional, title="Optional libraries"),
+    )

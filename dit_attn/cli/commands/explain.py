@@ -4,30 +4,76 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.table import show
 
-_GROUPS = {
+if TYPE_CHECKING:
+    from dit_attn.cli.model_source import Source
+    from dit_attn.processors.methods.base import Method
+
+GROUPS = {
     "model": flags.MODEL,
+    "methods": flags.PRESET,
     "size": flags.SIZE,
-    "output": tuple(flag for flag in flags.OUTPUT if flag.name == "json"),
+    "output": flags.only(flags.OUTPUT, "json"),
+    "run": flags.only(flags.RUN, "config"),
 }
+_EXAMPLES = """examples:
+  dit-attn explain --model tiny-video --method block-sparse:density=0.25
+  dit-attn explain --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+      --height 480 --width 832 --num-frames 81 --method rectified-spaattn
+"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``explain`` and return its parser."""
-    parser = subparsers.add_parser(
-        "explain",
-        help="say what a method can gain on a model, before a run",
-        description="Tokens, attention's share of the operations, the ceiling of the speed-up, and what will decline. "
-        "Weights are neither downloaded nor loaded.",
+@dataclass(frozen=True)
+class ExplainConfig:
+    """One command, checked.
+
+    Attributes:
+        source: the model.
+        methods: what is explained.
+        height, width, num_frames: size in pixels and frames; ``None``: the model's own.
+        json: print JSON.
+    """
+
+    source: Source
+    methods: tuple[Method, ...]
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> ExplainConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: unknown model, method or setting.
+        """
+        from dit_attn.cli import load_pipeline, method_options, model_source, resolve_methods
+
+        specs = method_options.method_specs(options)
+        load_pipeline.quiet(show_progress=False)
+        source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
+        methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
+        size = {key: options.get(key, source.defaults.get(key)) for key in ("height", "width", "num_frames")}
+        return cls(source, methods, **size, **options.pick("json"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``explain``."""
+    parsers.describe(
+        parser,
+        "explain --model NAME [--method NAME] [options]",
+        "Print tokens, attention's share of the operations, the largest possible speed-up, and which calls will fall "
+        "back to stock attention. Weights are neither downloaded nor loaded.",
+        _EXAMPLES,
     )
-    for title, group in _GROUPS.items():
-        flags.add_flags(parser, title, group)
-    flags.add_method_flags(parser)
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS, parsers.TOGETHER)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,21 +82,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: unknown model, method or setting; a family without methods.
     """
-    from dit_attn.cli.commands.generate import merged_options
-
-    options, config = merged_options(args)
     import dit_attn
-    from dit_attn.cli import load_pipeline, method_options, model_source
+    from dit_attn.cli.model_source import skeleton
 
-    wanted = method_options.wanted_methods(getattr(args, "words", []), config)
-    load_pipeline.quiet(show_progress=False)
-    model = model_source.describe(options["model"], options.get("revision"))
-    chosen = method_options.resolve(wanted, model.transformer, options.get("preset"))
-    size = {key: options.get(key, model.defaults.get(key)) for key in ("height", "width", "num_frames")}
-    found = dit_attn.explain(model_source.skeleton(model), *chosen, **size)
-    if options.get("json"):
-        print(json.dumps({"model": model.name, **size, **found.to_dict()}, indent=1))
+    config = ExplainConfig.from_options(flags.merge(args, GROUPS))
+    size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
+    found = dit_attn.explain(skeleton(config.source), *config.methods, **size)
+    if config.json:
+        print(json.dumps({"model": config.source.name, **size, **found.to_dict()}, indent=1))
     else:
-        print(f"{'model':<14} {model.name} ({model.pipeline.__name__})")
-        print(found)
+        show(f"{'model':<14} {config.source.name} ({config.source.pipeline.__name__})", str(found))
     return 0

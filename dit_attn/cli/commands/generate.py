@@ -6,72 +6,102 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import on_terminal
+from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped
 
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
+    from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
     from dit_attn.cli.runner import Run
     from dit_attn.processors.methods.base import Method
 
-_GROUPS = {
-    "model": flags.MODEL,
+GROUPS = {
+    "model": (*flags.MODEL, *flags.WEIGHTS),
+    "methods": flags.PRESET,
     "prompts": flags.PROMPT,
     "size": flags.SIZE,
     "sampling": flags.SAMPLING,
-    "machine": flags.MACHINE,
     "output": flags.OUTPUT,
+    "run": flags.RUN,
 }
 _EXAMPLES = """examples:
-  dit-attn generate --model tiny-image --prompt "a large red circle at the left on white"
-  dit-attn generate --model tiny-video --prompt "a large blue square moving right fast on white" \\
-      --method block-sparse --set density=0.2
-  dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.jsonl --method block-sparse --resume
+  dit-attn generate --model tiny-image \\
+      --prompt "a large red circle at the left on white"
+  dit-attn generate --model tiny-video --method block-sparse:density=0.2 \\
+      --prompt "a large blue square moving right fast on white"
+  dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+      --prompts prompts.jsonl --method block-sparse --resume
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``generate`` and return its parser."""
-    parser = subparsers.add_parser(
-        "generate",
-        help="make images or videos from prompts",
-        description="Make images or videos from prompts with a stock diffusers pipeline.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for title, group in _GROUPS.items():
-        flags.add_flags(parser, title, group)
-    flags.add_method_flags(parser)
-    parser.set_defaults(run=run)
-    return parser
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One command, checked; no weights are loaded.
 
-
-def merged_options(
-    args: argparse.Namespace, more: Sequence[flags.Flag] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Flags over the configuration file: (options, the file's ``method`` and ``set``).
-
-    One file serves every command: flags that the command does not have are ignored, unknown ones are not. ``more`` are
-    flags that only the command itself has.
-
-    Raises:
-        DitAttnError: no model, or a bad configuration file.
+    Attributes:
+        load: the pipeline.
+        methods: enabled on it together.
+        jobs: the items.
+        folder: of the files.
+        argv: the command line, for the records.
+        fps: frames per second of videos; ``None``: those of the model.
+        contact_sheet: make ``sheet.png``.
+        resume: skip items that are there already.
+        dry_run, json: print the plan and stop; print JSON.
     """
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "argv", "words")}
-    known = [flag for group in (*_GROUPS.values(), flags.METHOD, more) for flag in group]
-    config = flags.read_config(given["config"], known) if "config" in given else {}
-    options = {**{key: value for key, value in config.items() if key not in ("method", "set")}, **given}
-    if ("prompt" in given) != ("prompts" in given):  # prompts of the command line replace those of the file
-        options.pop("prompts" if "prompt" in given else "prompt", None)
-    if "model" not in options:
-        raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones)")
-    return options, {key: config[key] for key in ("method", "set") if key in config}
+
+    load: LoadConfig
+    methods: tuple[Method, ...]
+    jobs: tuple[Job, ...]
+    folder: Path
+    argv: tuple[str, ...]
+    contact_sheet: bool
+    fps: int | None = None
+    resume: bool = False
+    dry_run: bool = False
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> GenerateConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: bad input.
+        """
+        from dit_attn.cli import jobs as job_files
+        from dit_attn.cli import method_options, outputs
+        from dit_attn.cli.load_pipeline import LoadConfig
+
+        specs = method_options.method_specs(options)
+        load = LoadConfig.from_options(options, show_progress=on_terminal())
+        methods = _methods(specs, load.source, options.get("preset"))
+        jobs = job_files.make_jobs(options.values, load.source.defaults)
+        job_files.check_calls(jobs, load.source.pipeline)
+        _check_without_weights(jobs, load.source)
+        folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
+        sheet = options.get("contact_sheet", len(jobs) > 1)
+        rest = options.pick("fps", "resume", "dry_run", "json")
+        return cls(load, methods, tuple(jobs), folder, options.argv, sheet, **rest)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``generate``."""
+    parsers.describe(
+        parser,
+        "generate --model NAME --prompt TEXT [--method NAME] [options]",
+        "Make images or videos from prompts with a stock diffusers pipeline.",
+        _EXAMPLES,
+    )
+    parsers.add_groups(parser, GROUPS, parsers.TOGETHER)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,62 +110,49 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
-    options, config = merged_options(args)
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import load_pipeline, method_options, model_source, outputs, runner
+    from dit_attn.cli import outputs, runner
 
-    wanted = method_options.wanted_methods(getattr(args, "words", []), config)
-    device = load_pipeline.pick_device(options.get("device", "auto"))
-    load_pipeline.check_machine(options, device)
-    load_pipeline.parse_loras(options.get("lora", []))
-    load_pipeline.quiet(sys.stderr.isatty())
-    model = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
-    load_pipeline.check_adapters(options, model)
-    chosen = _methods(wanted, model, options.get("preset"))
-    jobs = job_files.make_jobs(options, model.defaults)
-    job_files.check_calls(jobs, model.pipeline)
-    _check_without_weights(jobs, model)
-    dtype = load_pipeline.pick_dtype(options.get("dtype", "auto"), model, device)
-    folder = outputs.folder_of(options.get("output"), _default_folder(model, chosen))
-    live = runner.new_run(None, model, chosen, options, dtype, device, folder, args.argv)
-    if options.get("dry_run"):
-        return _print_plan(live, jobs, options.get("json", False))
-    outputs.prepare_folder(folder)
-    done = runner.find_finished(jobs, folder, live.setup) if options.get("resume") else {}
-    if len(done) < len(jobs):
-        _load(live, model, options, device, dtype)
-        job_files.check_inputs(jobs, live.pipe)
-    return _make(live, jobs, done, options)
+    config = GenerateConfig.from_options(flags.merge(args, GROUPS))
+    live = runner.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+    if config.dry_run:
+        return _print_plan(live, config)
+    outputs.prepare_folder(config.folder)
+    done = runner.find_finished(config.jobs, config.folder, live.setup) if config.resume else {}
+    if len(done) < len(config.jobs):
+        _load(live, config.load)
+        job_files.check_inputs(config.jobs, live.pipe)
+    return _make(live, config, done)
 
 
-def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, Any]) -> int:
+def _make(live: Run, config: GenerateConfig, done: dict[int, Path]) -> int:
     from dit_attn import contact_sheet
     from dit_attn.cli import outputs, runner
 
-    with_sheet = options.get("contact_sheet", len(jobs) > 1)
-    say = _silent if options.get("json") else print
+    jobs = config.jobs
+    on_item = _silent if config.json else print
     started = time.perf_counter()
     try:
-        runner.run_jobs(live, jobs, done, with_sheet, say)
+        runner.run_jobs(live, jobs, done, config.contact_sheet, on_item)
     except KeyboardInterrupt:
-        kept = sum(result.status != "failed" for result in live.results)
+        saved = sum(result.status != "failed" for result in live.results)
         print(
-            f"dit-attn: interrupted; {kept} of {len(jobs)} items are in {live.folder}; "
+            f"dit-attn: interrupted; {saved} of {len(jobs)} items are in {live.folder}; "
             "run the same command with --resume to go on",
             file=sys.stderr,
         )
         return 130
     unwritten = None
     try:
-        if with_sheet and live.tiles:
+        if config.contact_sheet and live.tiles:
             outputs.write_image(contact_sheet.flow(live.tiles, _heading(live)), live.folder / "sheet.png")
-            say(f"contact sheet: {live.folder / 'sheet.png'}")
+            on_item(f"contact sheet: {live.folder / 'sheet.png'}")
         result = runner.report(live, time.perf_counter() - started)
         outputs.write_json(result, live.folder / "run.json")
     except RunStopped as error:  # the items are whole all the same: say what became of them first
         unwritten = error
         result = runner.report(live, time.perf_counter() - started)
-    if options.get("json"):
+    if config.json:
         print(json.dumps(result, indent=1, default=str))
     elif live.methods and any(item.status == "done" for item in live.results):
         import dit_attn
@@ -152,70 +169,65 @@ def _make(live: Run, jobs: list[Job], done: dict[int, Path], options: dict[str, 
     return 1 if failed else 0
 
 
-def _check_without_weights(jobs: list[Job], model: Source) -> None:
+def _check_without_weights(jobs: list[Job], source: Source) -> None:
     """Sizes and the like, by the pipeline's own rules, before anything is downloaded or loaded."""
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import model_source
 
     try:
-        pipe = model_source.skeleton(model)
+        pipe = model_source.skeleton(source)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return  # loading says what is damaged
     job_files.check_inputs(jobs, pipe)
 
 
-def _methods(wanted: list[Any], model: Source, preset: str | None) -> tuple[Method, ...]:
-    from dit_attn.cli import method_options
+def _methods(specs: list[Any], source: Source, preset: str | None) -> tuple[Method, ...]:
+    from dit_attn.cli.resolve_methods import resolve
 
-    if wanted and model.transformer is None:
+    if specs and source.transformer is None:
         raise DitAttnError(
-            f"{model.pipeline.__name__} of {model.name} has no diffusion transformer, which methods need; "
+            f"{source.pipeline.__name__} of {source.name} has no diffusion transformer, which methods need; "
             "leave out --method"
         )
-    return method_options.resolve(wanted, model.transformer, preset)
+    return resolve(specs, source.transformer, preset)
 
 
-def _load(live: Run, model: Source, options: dict[str, Any], device: Any, dtype: Any) -> None:
-    """Give the run its pipeline, with the methods on it."""
+def _load(live: Run, load: LoadConfig) -> None:
+    """Give the run its pipeline, with the methods enabled."""
     import dit_attn
     from dit_attn.cli import load_pipeline
 
     started = time.perf_counter()
-    live.pipe = load_pipeline.load_pipeline(model, options, device, dtype)
+    live.pipe = load_pipeline.load_pipeline(load, bar=True)
     if live.methods:
         dit_attn.enable(live.pipe, *live.methods)
     else:
         with suppress(DitAttnError):  # a family that cannot be watched is generated with all the same
             dit_attn.watch(live.pipe)
             live.watched = True
-    load_pipeline.compile_pipeline(live.pipe, options.get("compile"))
-    live.facts["commit"] = load_pipeline.commit_of(model)
+    load_pipeline.compile_pipeline(live.pipe, load.compile)
+    live.facts["commit"] = load_pipeline.commit_of(load.source)
     live.facts["load_seconds"] = round(time.perf_counter() - started, 3)
 
 
-def _default_folder(model: Source, chosen: tuple[Method, ...]) -> Path:
+def _default_folder(source: Source, methods: tuple[Method, ...]) -> Path:
     """``outputs/MODEL-METHOD``: the same command finds its own outputs again."""
-    parts = [Path(model.path).name or "model", *([method.slug for method in chosen] or ["dense"])]
+    parts = [Path(source.path).name or "model", *([method.slug for method in methods] or ["dense"])]
     return Path("outputs") / "-".join(parts)
 
 
-def _print_plan(live: Run, jobs: list[Job], as_json: bool) -> int:
-    from dit_attn.cli import outputs
+def _print_plan(live: Run, config: GenerateConfig) -> int:
+    from dit_attn.cli import outputs, runner
 
-    items = [{"name": job.stem, "prompt": job.prompt, "seed": job.seed, "call": job.call} for job in jobs]
-    if as_json:
+    items: list[dict[str, Any]] = [
+        {"name": job.stem, "prompt": job.prompt, "seed": job.seed, "call": job.call} for job in config.jobs
+    ]
+    if config.json:
         print(json.dumps({"folder": str(live.folder), **live.setup, **live.facts, "items": items}, indent=1))
         return 0
-    setup = live.setup
-    rows = {
-        "model": f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {live.facts['device']})",
-        "methods": "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)",
-        "folder": str(live.folder),
-        "items": str(len(jobs)),
-    }
-    print("\n".join(f"{key:<10}{value}" for key, value in rows.items()))
-    for item in items:
-        print(f"  {item['name']}  {item['prompt']!r}  {outputs.to_json(item['call'])}")
+    planned = [(item["name"], repr(item["prompt"]), outputs.to_json(item["call"])) for item in items]
+    about = fields({**runner.describe_setup(live), "items": len(items)})
+    show(about, "", Table(("item", "prompt", "call"), planned, folded=("prompt",)))
     return 0
 
 

@@ -1,63 +1,123 @@
-"""``dit-attn inspect``: one run, watched: what its attention does, layer by head by step, as numbers and a page."""
+"""``dit-attn inspect``: measure what attention does in one run, by layer, head and step, as numbers and a page."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
-from dit_attn.errors import DitAttnError
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import on_terminal
+from dit_attn.cli.table import Table, fields, show
+from dit_attn.errors import DitAttnError, RunStopped, reason
 
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
+    from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
     from dit_attn.cli.runner import Run
-    from dit_attn.pipelines.inspect.inspect import Inspection
+    from dit_attn.pipelines.inspect.inspection import Inspection
+    from dit_attn.processors.methods.base import Method
 
 PAGE = "inspect.html"
 _OWN = (
-    flags.Flag("rows", "query rows looked at in every attention call (default: 64)", int, low=1, high=4096),
-    flags.Flag("block", "tokens per block (default: 64)", int, low=1, high=4096),
-    flags.Flag("rows-seed", "seed of the choice of rows (default: 0)", int, low=0, high=flags.MAX_SEED - 2**32),
-    flags.Flag("overhead", "also make the item without watching, for time and result (default: yes)", "on-or-off"),
+    flags.Flag("rows", "query rows measured in every attention call", int, "64", low=1, high=4096),
+    flags.Flag("block", "tokens per block", int, "64", low=1, high=4096),
+    flags.Flag("rows-seed", "seed of the choice of rows", int, "0", low=0, high=flags.MAX_SEED - 2**32),
+    flags.Flag("overhead", "also make the item without measuring, to compare time and result", "on-or-off", "on"),
 )
-_GROUPS = {
-    "model": flags.MODEL,
-    "prompt": flags.without(flags.PROMPT, "prompts"),
+GROUPS = {
+    "model": (*flags.MODEL, *flags.WEIGHTS),
+    "methods": flags.PRESET,
+    "prompts": flags.without(flags.PROMPT, "prompts"),
     "measurements": _OWN,
     "size": flags.SIZE,
     "sampling": flags.without(flags.SAMPLING, "num-images-per-prompt"),
-    "machine": flags.without(flags.MACHINE, "compile"),
-    "output": flags.without(flags.OUTPUT, "contact-sheet", "resume"),
+    "output": flags.without(flags.OUTPUT, "contact-sheet"),
+    "run": flags.without(flags.RUN, "compile", "resume"),
 }
 _EXAMPLES = """examples:
-  dit-attn inspect --model tiny-video --prompt "a large blue square moving right fast on white"
-  dit-attn inspect --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat" --rows 32 --no-overhead \\
-      --method block-sparse --set density=0.25 --output outputs/wan-inspect
+  dit-attn inspect --model tiny-video \\
+      --prompt "a large blue square moving right fast on white"
+  dit-attn inspect --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat" \\
+      --rows 32 --no-overhead --method block-sparse:density=0.25 \\
+      --output outputs/wan-inspect
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``inspect`` and return its parser."""
-    parser = subparsers.add_parser(
-        "inspect",
-        help="measure what attention does in a run, layer by head by step, and make a page of it",
-        description="Make one item while sampled query rows of every attention call are measured, and write "
-        f"inspect.safetensors, inspect.json and {PAGE}. The item is what it is without watching.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(frozen=True)
+class InspectConfig:
+    """One command, checked; no weights are loaded.
+
+    Attributes:
+        load: the pipeline.
+        methods: enabled on it together.
+        job: the one item.
+        folder: of the files.
+        argv: the command line, for the records.
+        fps: frames per second of a video; ``None``: those of the model.
+        rows: query rows measured in every attention call.
+        block: tokens per block.
+        rows_seed: of the choice of rows.
+        overhead: also run without measuring.
+        dry_run, json: print the plan and stop; print JSON.
+    """
+
+    load: LoadConfig
+    methods: tuple[Method, ...]
+    job: Job
+    folder: Path
+    argv: tuple[str, ...]
+    fps: int | None = None
+    rows: int = 64
+    block: int = 64
+    rows_seed: int = 0
+    overhead: bool = True
+    dry_run: bool = False
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> InspectConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: bad input.
+        """
+        from dit_attn.cli import jobs as job_files
+        from dit_attn.cli import method_options, outputs, resolve_methods
+        from dit_attn.cli.load_pipeline import LoadConfig
+
+        specs = method_options.method_specs(options)
+        load = LoadConfig.from_options(options, show_progress=on_terminal())
+        source = load.source
+        if source.transformer is None:
+            raise DitAttnError(
+                f"{source.pipeline.__name__} of {source.name} has no diffusion transformer, so there is nothing to "
+                "inspect"
+            )
+        methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
+        job = only_job(options, source)
+        job_files.check_calls([job], source.pipeline)
+        name = "-".join(["inspect", Path(source.path).name or "model", *(method.slug for method in methods)])
+        folder = outputs.folder_of(options.get("output"), Path("outputs") / name)
+        rest = options.pick("fps", "rows", "block", "rows_seed", "overhead", "dry_run", "json")
+        return cls(load, methods, job, folder, options.argv, **rest)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``inspect``."""
+    parsers.describe(
+        parser,
+        "inspect --model NAME --prompt TEXT [--method NAME] [options]",
+        "Make one item while sampled query rows of every attention call are measured, and write "
+        f"inspect.safetensors, inspect.json and {PAGE}. Measuring does not change the item.",
+        _EXAMPLES,
     )
-    for title, group in _GROUPS.items():
-        flags.add_flags(parser, title, group)
-    flags.add_method_flags(parser)
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS, parsers.TOGETHER)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,54 +127,34 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import load_pipeline, method_options, model_source, outputs, runner
-    from dit_attn.cli.commands import generate
+    from dit_attn.cli import load_pipeline, outputs, runner
 
-    options, config = generate.merged_options(args)
-    wanted = method_options.wanted_methods(getattr(args, "words", []), config)
-    device = load_pipeline.pick_device(options.get("device", "auto"))
-    load_pipeline.check_machine(options, device)
-    load_pipeline.parse_loras(options.get("lora", []))
-    load_pipeline.quiet(sys.stderr.isatty())
-    model = model_source.describe(options["model"], options.get("revision"))
-    if model.transformer is None:
-        raise DitAttnError(
-            f"{model.pipeline.__name__} of {model.name} has no diffusion transformer, so there is nothing to inspect"
-        )
-    chosen = method_options.resolve(wanted, model.transformer, options.get("preset"))
-    job = only_job(options, model)
-    job_files.check_calls([job], model.pipeline)
-    dtype = load_pipeline.pick_dtype(options.get("dtype", "auto"), model, device)
-    name = "-".join(["inspect", Path(model.path).name or "model", *(method.slug for method in chosen)])
-    folder = Path(options.get("output") or Path("outputs") / name).expanduser()
-    live = runner.new_run(None, model, chosen, options, dtype, device, folder, args.argv)
-    if options.get("dry_run"):
-        return _print_plan(live, job, options)
-    outputs.prepare_folder(folder)
-    live.pipe = load_pipeline.load_pipeline(model, options, device, dtype)
-    job_files.check_inputs([job], live.pipe)
-    return _make(live, job, options)
+    config = InspectConfig.from_options(flags.merge(args, GROUPS))
+    live = runner.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+    if config.dry_run:
+        return _print_plan(live, config)
+    outputs.prepare_folder(config.folder)
+    live.pipe = load_pipeline.load_pipeline(config.load, bar=True)
+    job_files.check_inputs([config.job], live.pipe)
+    return _make(live, config)
 
 
-def only_job(options: dict[str, Any], model: Source) -> Job:
-    """The one item of the command.
+def only_job(options: flags.Options, source: Source) -> Job:
+    """Make the one item of the command.
 
     Raises:
         DitAttnError: no prompt, or several.
     """
     from dit_attn.cli import jobs as job_files
 
-    if "prompts" in options or len(options.get("prompt", [])) > 1:
+    if len(options.get("prompt", [])) > 1:
         raise DitAttnError("inspect looks at one run; give one --prompt TEXT")
-    return job_files.make_jobs({**options, "num_images_per_prompt": 1}, model.defaults)[0]
+    return job_files.make_jobs(options.values, source.defaults)[0]
 
 
-def _make(live: Run, job: Job, options: dict[str, Any]) -> int:
-    from dit_attn.cli.options import reason
-    from dit_attn.errors import RunStopped
-
+def _make(live: Run, config: InspectConfig) -> int:
     try:
-        found = _watched(live, job, options)
+        found = _inspected(live, config)
     except KeyboardInterrupt:
         print("dit-attn: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -125,32 +165,32 @@ def _make(live: Run, job: Job, options: dict[str, Any]) -> int:
             raise
         print(f"dit-attn: the item failed: {type(error).__name__}: {reason(error)}", file=sys.stderr)
         return 1
-    if options.get("json"):
+    if config.json:
         print(json.dumps({"folder": str(live.folder), **found.meta, "means": means(found)}, indent=1, default=str))
     else:
-        print(table(found, live.folder))
+        _show(found, live.folder)
     return 0
 
 
-def _watched(live: Run, job: Job, options: dict[str, Any]) -> Inspection:
-    """Run with the methods on, measure, and write the item, the files and the page."""
+def _inspected(live: Run, config: InspectConfig) -> Inspection:
+    """Run with the methods enabled, measure, and write the item, the files and the page."""
     from dit_attn.cli import outputs, runner
     from dit_attn.eval.report.inspect_page import page
-    from dit_attn.pipelines.inspect import inspect
+    from dit_attn.pipelines.inspect.collector import Collector
+    from dit_attn.pipelines.inspect.inspection import inspect_run, layer_namer
 
-    seed, overhead = options.get("rows_seed", 0), options.get("overhead", True)
-    names = inspect.namer(live.pipe)
-    collector = inspect.Collector(options.get("rows", inspect.ROWS), options.get("block", inspect.BLOCK), seed, names)
+    job = config.job
+    collector = Collector(config.rows, config.block, config.rows_seed, layer_namer(live.pipe))
     made: list[tuple[outputs.Media, float]] = []
 
     def make() -> outputs.Media:
         made.append(runner.call_pipeline(live.pipe, job))
         return made[-1][0]
 
-    with _methods_on(live):
-        if overhead and "num_inference_steps" in job.call:  # the first call of a process pays for set-up
+    with runner.methods_enabled(live):
+        if config.overhead and "num_inference_steps" in job.call:  # the first call of a process pays for set-up
             runner.call_pipeline(live.pipe, replace(job, call={**job.call, "num_inference_steps": 1}))
-        found = inspect.watch(live.pipe, make, collector, overhead=overhead)
+        found = inspect_run(live.pipe, make, collector, overhead=config.overhead)
         item = runner.save_item(live, job, *made[-1])
     found.meta |= _facts(live, job, str(item.file))
     try:
@@ -159,12 +199,6 @@ def _watched(live: Run, job: Job, options: dict[str, Any]) -> Inspection:
         raise DitAttnError(f"cannot write to --output {live.folder} ({error.strerror}); choose another") from error
     outputs.write_text(page(found.meta, found.tensors), live.folder / PAGE)
     return found
-
-
-def _methods_on(live: Run) -> AbstractContextManager[Any]:
-    import dit_attn
-
-    return dit_attn.enabled(live.pipe, *live.methods) if live.methods else nullcontext()
 
 
 def _facts(live: Run, job: Job, file: str) -> dict[str, Any]:
@@ -185,52 +219,48 @@ def _facts(live: Run, job: Job, file: str) -> dict[str, Any]:
 
 
 def means(found: Inspection) -> dict[str, float]:
-    """Mean of every statistic."""
+    """Return the mean of every statistic."""
     return {name: float(f"{float(tensor.nanmean()):.6g}") for name, tensor in found.tensors.items()}
 
 
-def table(found: Inspection, folder: Path) -> str:
-    """Means of every statistic, overhead and files as text."""
+def _show(found: Inspection, folder: Path) -> None:
+    """Print the means of every statistic, the cost of measuring, and the files."""
     from dit_attn.eval.attention_stats import describe, ordered
     from dit_attn.eval.report.inspect_page import overhead
-    from dit_attn.pipelines.inspect.inspect import META, TENSORS
+    from dit_attn.pipelines.inspect.inspection import META, TENSORS
 
     branches: list[str] = found.meta["axes"]["branch"]
-    per: Callable[[Any, int], str] = lambda tensor, i: f"{float(tensor[i].nanmean()):.3g}"  # noqa: E731
-    rows = [("", *branches, "")]
+    rows = []
     for name in ordered(found.tensors):
         about, tensor = describe(name), found.tensors[name]
-        rows.append((about.title, *(per(tensor, i) for i in range(len(branches))), about.unit))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    files = {"page": PAGE, "tensors": TENSORS, "meaning": META}
-    shown = "\n".join(f"{word:<9}{folder / name}" for word, name in files.items())
-    return "\n".join([*lines, "", overhead(found.meta["timing"]), "", shown])
+        each = [f"{float(tensor[i].nanmean()):.3g}" for i in range(len(branches))]
+        rows.append((about.title, *each, about.unit))
+    statistics = Table(("statistic", *(f">{name}" for name in branches), "unit"), rows, folded=("statistic", "unit"))
+    files = fields({"page": folder / PAGE, "tensors": folder / TENSORS, "meaning": folder / META})
+    show(statistics, "", overhead(found.meta["timing"]), "", files)
 
 
-def _print_plan(live: Run, job: Job, options: dict[str, Any]) -> int:
-    from dit_attn.pipelines.inspect.inspect import BLOCK, ROWS
+def _print_plan(live: Run, config: InspectConfig) -> int:
+    from dit_attn.cli import runner
 
-    plan = {
-        "folder": str(live.folder),
-        **live.setup,
-        "item": {"prompt": job.prompt, "seed": job.seed, "call": job.call},
-        "rows": options.get("rows", ROWS),
-        "block": options.get("block", BLOCK),
-        "runs": 2 if options.get("overhead", True) else 1,
-        "command": live.facts["command"],
-    }
-    if options.get("json"):
+    job, runs = config.job, 2 if config.overhead else 1
+    if config.json:
+        plan = {
+            "folder": str(live.folder),
+            **live.setup,
+            "item": {"prompt": job.prompt, "seed": job.seed, "call": job.call},
+            "rows": config.rows,
+            "block": config.block,
+            "runs": runs,
+            "command": live.facts["command"],
+        }
         print(json.dumps(plan, indent=1, default=str))
         return 0
-    methods = "; ".join(json.dumps(method, default=str) for method in live.setup["methods"])
     lines = {
-        "model": f"{live.setup['model']} ({live.setup['pipeline']}, {live.setup['dtype']}, {live.facts['device']})",
-        "methods": methods or "none (stock attention)",
-        "folder": plan["folder"],
+        **runner.describe_setup(live),
         "item": f"{job.prompt!r}, seed {job.seed}, {json.dumps(job.call, default=str)}",
-        "rows": f"{plan['rows']} of every attention call, blocks of {plan['block']} tokens",
-        "runs": f"{plan['runs']}" + (" (plain, then watched)" if plan["runs"] == 2 else " (watched)"),
+        "rows": f"{config.rows} of every attention call, blocks of {config.block} tokens",
+        "runs": "2 (plain, then measured)" if config.overhead else "1 (measured)",
     }
-    print("\n".join(f"{key:<10}{value}" for key, value in lines.items()))
+    show(fields(lines))
     return 0

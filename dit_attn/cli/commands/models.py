@@ -1,4 +1,4 @@
-"""``dit-attn models``: the embedded models, and the families of real checkpoints that methods can be put on."""
+"""``dit-attn models``: the embedded models, and the families of checkpoints that methods can be enabled on."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import argparse
 import json
 from typing import Any
 
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.table import Table, show
+
 NOTE = (
     "Checkpoints of the Hugging Face Hub carry their own licences, some with limits on use or region: read the model's "
     "page before you use one. The embedded models share the licence of this package."
 )
+GROUPS = {"output": flags.only(flags.OUTPUT, "json")}
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``models`` and return its parser."""
-    parser = subparsers.add_parser(
-        "models",
-        help="list the embedded models and the supported families",
-        description="List the embedded models and the families of checkpoints that methods can be put on.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``models``."""
+    parsers.describe(
+        parser,
+        "models [--json]",
+        "List the embedded models and the families of checkpoints that methods can be enabled on.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,12 +32,16 @@ def run(args: argparse.Namespace) -> int:
     import dit_attn
     from dit_attn import models
 
+    options = flags.merge(args, GROUPS)
     data: dict[str, Any] = {
         "embedded": [_entry(entry) for entry in models.available().values()],
         "families": dit_attn.supported(),
         "note": NOTE,
     }
-    print(json.dumps(data, indent=1) if args.json else _text(data))
+    if options.get("json"):
+        print(json.dumps(data, indent=1))
+    else:
+        _show(data)
     return 0
 
 
@@ -53,20 +60,29 @@ def _entry(entry: Any) -> dict[str, Any]:
     }
 
 
-def _text(data: dict[str, Any]) -> str:
-    lines = ["Embedded models (--model NAME; nothing is downloaded):", ""]
-    for entry in data["embedded"]:
-        lines += [
-            f"  {entry['name']:<12} {entry['description']}",
-            f"  {'':<12} {entry['pipeline']}, {entry['tokens']:,} tokens, {entry['megabytes']} MB{_quality(entry)}",
-            f'  {"":<12} try: "{entry["example"]}"',
-        ]
-    lines += ["", "Families (--model org/name or a local diffusers folder):", ""]
-    width = max(len(name) for name in data["families"])
-    for name, row in data["families"].items():
-        what = f"no methods: {row['refused']}" if row["refused"] else ", ".join(row["methods"])
-        lines += [f"  {name:<{width}}  {row['models']}", f"  {'':<{width}}  {what}"]
-    return "\n".join([*lines, "", NOTE])
+def _show(data: dict[str, Any]) -> None:
+    embedded = Table(
+        ("name", "what it makes", "pipeline", ">tokens", ">size", "try"),
+        [
+            (
+                entry["name"], entry["description"] + _quality(entry), entry["pipeline"], f"{entry['tokens']:,}",
+                f"{entry['megabytes']} MB", f'"{entry["example"]}"',
+            )
+            for entry in data["embedded"]
+        ],
+        title="Embedded models (--model NAME; nothing is downloaded):\n",
+        folded=("what it makes", "try"),
+    )  # fmt: skip
+    families = Table(
+        ("family", "models", "methods"),
+        [
+            (name, row["models"], f"none: {row['refused']}" if row["refused"] else ", ".join(row["methods"]))
+            for name, row in data["families"].items()
+        ],
+        title="Families (--model org/name or a local diffusers folder):\n",
+        folded=("models", "methods"),
+    )
+    show(embedded, "", families, "", NOTE)
 
 
 def _quality(entry: dict[str, Any]) -> str:

@@ -1,12 +1,15 @@
-"""`dit-attn train NAME`: train an embedded model from nothing, on a CPU or a GPU, resumable at any moment."""
+"""``dit-attn train NAME``: train an embedded model from nothing, on a CPU or a GPU, resumable at any moment."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
 from dit_attn.errors import DitAttnError, unknown
 
 if TYPE_CHECKING:
@@ -16,32 +19,95 @@ if TYPE_CHECKING:
 PIPELINE_FOLDER = "pipeline"
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register `train` and return its parser."""
-    parser = subparsers.add_parser(
-        "train",
-        help="train an embedded model (tiny-image, tiny-video, tiny-joint, world-clip) from its recipe",
-        description="Train an embedded model from its recipe. The run can be stopped at any moment and resumed; the "
-        f"finished model is written to OUTPUT/{PIPELINE_FOLDER} as a diffusers folder.",
+GROUPS = {
+    "model": (
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint or world-clip", default="required", metavar="NAME",
+                   positional=True),
+    ),
+    "training": (
+        flags.Flag("steps", "optimizer steps; stages and learning rate stretch with it", int, "the recipe's", low=1),
+        flags.Flag("minutes", "stop after this many minutes, with a checkpoint to resume from", float, "no limit"),
+        flags.Flag("seed", "seed of weights and data; kept by --resume", int, "0", low=0),
+        flags.Flag("checkpoint-minutes", "minutes between checkpoints", float, "5"),
+    ),
+    "evaluation": (
+        flags.Flag("eval-every", "score held-out captions every N steps", int, "0, never", low=0),
+        flags.Flag("eval-count", "captions per such score", int, "32", low=1),
+        flags.Flag("final-count", "captions of the final score; 0 for none", int, "200", low=0),
+    ),
+    "output": (flags.Flag("output", "folder of the run", default="outputs/train-NAME", short=("-o",), metavar="DIR"),),
+    "run": (
+        flags.Flag("device", "auto, cpu, cuda or cuda:N", default="auto"),
+        flags.Flag("threads", "CPU threads of torch", int, "torch's own choice", low=1),
+        flags.Flag("resume", "continue from the checkpoint in --output", bool),
+    ),
+}  # fmt: skip
+_EXAMPLES = """examples:
+  dit-attn train tiny-image --minutes 30
+  dit-attn train tiny-image --resume
+"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training, checked.
+
+    Attributes:
+        name: of the model.
+        output: folder of the run.
+        steps: optimizer steps; ``None``: those of the recipe.
+        minutes: time limit; ``None`` for none.
+        checkpoint_minutes: between checkpoints.
+        seed: of weights and data.
+        eval_every: steps between scores, 0 for none.
+        eval_count, final_count: captions of such a score, and of the last one.
+        device: auto, cpu, cuda or cuda:N.
+        threads: of torch; ``None`` leaves them.
+        resume: continue from the checkpoint.
+    """
+
+    name: str
+    output: Path
+    steps: int | None = None
+    minutes: float | None = None
+    checkpoint_minutes: float = 5.0
+    seed: int = 0
+    eval_every: int = 0
+    eval_count: int = 32
+    final_count: int = 200
+    device: str = "auto"
+    threads: int | None = None
+    resume: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> TrainConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: an unknown model, or a time that is not above 0.
+        """
+        from dit_attn.models.recipe import RECIPES
+        from dit_attn.models.world_clip import NAME
+
+        for name in ("minutes", "checkpoint_minutes"):
+            if name in options and options[name] <= 0.0:
+                raise DitAttnError(f"--{name.replace('_', '-')} is {options[name]:g}, but must be more than 0")
+        if options["name"] not in (*RECIPES, NAME):
+            raise unknown("model", options["name"], (*RECIPES, NAME))
+        output = Path(options.get("output", Path("outputs") / f"train-{options['name']}")).expanduser()
+        return cls(**{**options.values, "output": output})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``train``."""
+    parsers.describe(
+        parser,
+        "train NAME [options]",
+        "Train an embedded model from its recipe. The run can be stopped at any moment and resumed; the finished model "
+        f"is written to OUTPUT/{PIPELINE_FOLDER} as a diffusers folder.",
+        _EXAMPLES,
     )
-    parser.add_argument("name", help="tiny-image, tiny-video, tiny-joint or world-clip")
-    parser.add_argument("--output", type=Path, help="folder of the run (default: outputs/train-NAME)")
-    parser.add_argument("--steps", type=int, help="length of the run; stages and learning rate stretch with it")
-    parser.add_argument("--minutes", type=float, help="stop after this many minutes, leaving a resumable checkpoint")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of weights and data (default: 0; kept by --resume)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in OUTPUT")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's own choice)")
-    parser.add_argument("--eval-every", type=int, default=0, help="score held-out captions every N steps (0: never)")
-    parser.add_argument("--eval-count", type=int, default=32, help="captions per such score (default: 32)")
-    parser.add_argument("--final-count", type=int, default=200, help="captions of the final score (0: none)")
-    parser.add_argument(
-        "--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints (default: 5)"
-    )
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,76 +116,58 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: an argument or the output folder does not fit.
     """
-    from dit_attn.models.recipe import RECIPES, recipe
+    config = TrainConfig.from_options(flags.merge(args, GROUPS))
+    from dit_attn.models.loop import fit
+    from dit_attn.models.recipe import recipe
     from dit_attn.models.world_clip import NAME
 
-    _check(args)
-    if args.name not in (*RECIPES, NAME):
-        raise unknown("model", args.name, (*RECIPES, NAME))
-    output = args.output or Path("outputs") / f"train-{args.name}"
-    if args.name == NAME:
-        return _train_clip(args, output)
-    chosen = recipe(args.name)
-    job = _start(args, chosen.with_steps(args.steps) if args.steps else chosen, output)
-    from dit_attn.models.loop import fit
-
+    if config.name == NAME:
+        return _train_clip(config)
+    chosen, output = recipe(config.name), config.output
+    job = _start(config, chosen.with_steps(config.steps) if config.steps else chosen)
     try:
         fit(
             job,
             output,
-            minutes=args.minutes,
-            checkpoint_minutes=args.checkpoint_minutes,
-            evaluate=lambda live: _score(live, args.eval_count)[0],
-            eval_every=args.eval_every,
+            minutes=config.minutes,
+            checkpoint_minutes=config.checkpoint_minutes,
+            evaluate=lambda live: _score(live, config.eval_count)[0],
+            eval_every=config.eval_every,
         )
     except KeyboardInterrupt:
-        print(f"stopped at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}", file=sys.stderr)
+        print(f"stopped at step {job.step} of {job.recipe.steps}; {_how_to_resume(config)}", file=sys.stderr)
         return 130
     if job.step < job.recipe.steps:
-        print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}")
+        print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(config)}")
         return 0
-    _finish(job, output, args.final_count)
+    _finish(job, output, config.final_count)
     return 0
 
 
-def _train_clip(args: argparse.Namespace, output: Path) -> int:
+def _train_clip(config: TrainConfig) -> int:
     """Train ``world-clip``. Returns 0, or 130 after Ctrl-C."""
-    from dataclasses import replace
-
     from dit_attn.models import world_clip
 
-    device = _prepared(args, output, world_clip.CHECKPOINT)
+    output = config.output
+    device = _prepared(config, world_clip.CHECKPOINT)
     recipe = world_clip.Recipe()
-    job = world_clip.Training(replace(recipe, steps=args.steps or recipe.steps), args.seed, device)
-    if args.resume:
-        job.restore(output)
+    job = world_clip.Training(replace(recipe, steps=config.steps or recipe.steps), config.seed, device)
+    if config.resume:
+        job.restore(config.output)
     try:
-        world_clip.fit(job, output, args.minutes, args.checkpoint_minutes)
+        world_clip.fit(job, output, config.minutes, config.checkpoint_minutes)
     except KeyboardInterrupt:
-        print(f"stopped at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}", file=sys.stderr)
+        print(f"stopped at step {job.step} of {job.recipe.steps}; {_how_to_resume(config)}", file=sys.stderr)
         return 130
     if job.step < job.recipe.steps:
-        print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(args, output)}")
+        print(f"time is up at step {job.step} of {job.recipe.steps}; {_how_to_resume(config)}")
         return 0
     found = world_clip.export(job, output / "model")["held_out"]
     print(
-        f"of {found['of']:.0f} held-out scenes, {found['image_to_caption']:.1%} of the pictures find their caption and "
-        f"{found['caption_to_image']:.1%} of the captions their picture\nmodel written to {output / 'model'}"
+        f"of {found['of']:.0f} held-out scenes, {found['image_to_caption']:.1%} of the images find their caption and "
+        f"{found['caption_to_image']:.1%} of the captions their image\nmodel written to {output / 'model'}"
     )
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse values that cannot work, each with the reason."""
-    lowest = {"steps": 1, "seed": 0, "threads": 1, "eval_every": 0, "eval_count": 1, "final_count": 0}
-    for name, least in lowest.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise DitAttnError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
-    for name in ("minutes", "checkpoint_minutes"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise DitAttnError(f"--{name.replace('_', '-')} is {value}, but must be more than 0")
 
 
 def _device(name: str) -> Any:
@@ -140,24 +188,25 @@ def _device(name: str) -> Any:
     return device
 
 
-def _start(args: argparse.Namespace, recipe: Recipe, output: Path) -> Run:
-    """A fresh run, or the one in `output` with `--resume`."""
+def _start(config: TrainConfig, recipe: Recipe) -> Run:
+    """Begin a run, or restore the one in the output folder with ``--resume``."""
     from dit_attn.models.loop import CHECKPOINT, Run
 
-    job = Run(recipe, args.seed, _prepared(args, output, CHECKPOINT))
-    if args.resume:
-        job.restore(output)
+    job = Run(recipe, config.seed, _prepared(config, CHECKPOINT))
+    if config.resume:
+        job.restore(config.output)
     return job
 
 
-def _prepared(args: argparse.Namespace, output: Path, checkpoint: str) -> Any:
-    """The device, once the folder is there; a folder that holds another run is refused."""
+def _prepared(config: TrainConfig, checkpoint: str) -> Any:
+    """Return the device, once the folder is there; a folder that holds another run is refused."""
     import torch
 
-    device = _device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if not args.resume and (output / checkpoint).exists():
+    output = config.output
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if not config.resume and (output / checkpoint).exists():
         raise DitAttnError(f"{output} already holds a run; add --resume to continue it or choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -193,6 +242,6 @@ def _finish(job: Run, output: Path, count: int) -> None:
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 
 
-def _how_to_resume(args: argparse.Namespace, output: Path) -> str:
-    steps = f" --steps {args.steps}" if args.steps else ""
-    return f"continue with `dit-attn train {args.name} --output {output}{steps} --resume`"
+def _how_to_resume(config: TrainConfig) -> str:
+    steps = f" --steps {config.steps}" if config.steps else ""
+    return f"continue with `dit-attn train {config.name} --output {config.output}{steps} --resume`"

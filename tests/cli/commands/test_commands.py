@@ -117,7 +117,7 @@ def test_doctor_reports_a_kernel_that_breaks_and_keeps_to_its_time(monkeypatch):
 
 
 def test_demo_makes_files_tables_and_a_picture_of_a_stock_side_and_a_sparse_side(cli, tmp_path):
-    outcome = cli("demo", "-o", "out", "--prompts", "1", "--steps", "1", "--picture", "docs/demo.png")
+    outcome = cli("demo", "-o", "out", "--prompts", "1", "--steps", "1", "--sheet", "docs/demo.png")
     assert outcome.code == 0, outcome.err
     data = json.loads((tmp_path / "out/demo.json").read_text())
     assert [item["model"] for item in data["items"]] == list(demo.PROMPTS)

@@ -56,7 +56,7 @@ def test_a_method_is_on_the_pipeline_and_in_the_sidecar(cli, tmp_path):
         *("--method", "block-sparse", "--set", "density=0.5", "--set", "dense_steps=1"),
     )
     assert outcome.code == 0, outcome.err
-    assert "6 of 12 engaged" in outcome.out
+    assert "sparse calls     6 of 12 attention calls" in outcome.out
     (sidecar,) = sidecars(tmp_path / "out")
     assert sidecar["methods"][0]["density"] == 0.5 and sidecar["methods"][0]["q_block"] == 32
     assert sidecar["summary"]["sparse_calls"] == 6

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dit_attn.cli import runner
-from dit_attn.pipelines.inspect.inspect import Inspection
+from dit_attn.pipelines.inspect.inspection import Inspection
 from tests.cli.conftest import FAST
 
 PROMPT = "a large red circle at the left on white"
@@ -32,8 +32,8 @@ def test_it_writes_the_item_the_numbers_and_the_page_and_says_what_watching_cost
     assert done.code == 0, done.err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"inspect.safetensors", "inspect.json", "inspect.html"} < names and len(names) == 5
-    assert "Watching cost" in done.out and "the same result bit for bit" in done.out
-    assert "Block density kept at mass 0.9" in done.out and "out/inspect.html" in done.out
+    assert "Measuring cost" in done.out and "the same result bit for bit" in done.out
+    assert "Block density for mass 0.9" in done.out and "out/inspect.html" in done.out
     found = Inspection.load(tmp_path / "out")
     meta = found.meta
     assert (meta["prompt"], meta["noise_seed"], meta["rows"], meta["model"]) == (PROMPT, 42, 16, "tiny-image")
@@ -71,7 +71,7 @@ def test_json_is_one_object_with_means_and_no_other_output(look: Any) -> None:
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(look: Any, tmp_path: Path) -> None:
     done = look("--dry-run")
-    assert done.code == 0 and "outputs/inspect-tiny-image" in done.out and "plain, then watched" in done.out
+    assert done.code == 0 and "outputs/inspect-tiny-image" in done.out and "plain, then measured" in done.out
     data = json.loads(look("--dry-run", "--json", "--no-overhead", "--rows", "8").out)
     assert (data["rows"], data["runs"], data["item"]["prompt"]) == (8, 1, PROMPT)
     assert list(tmp_path.iterdir()) == []

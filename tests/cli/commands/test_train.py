@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 
 import pytest
 
 from dit_attn.cli.commands import train
+from dit_attn.cli.parser import Parser
 from dit_attn.errors import DitAttnError
 from dit_attn.models import loop, nets
 from dit_attn.models import recipe as recipes
@@ -23,10 +23,9 @@ def small(monkeypatch):
 
 
 def _run(*words):
-    parser = argparse.ArgumentParser()
-    train.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["train", *map(str, words)])
-    return args.run(args)
+    parser = Parser(prog="dit-attn train")
+    train.add_arguments(parser)
+    return train.run(parser.parse_args([*map(str, words)]))
 
 
 def test_a_run_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
@@ -63,11 +62,11 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     ("words", "message"),
     [
         (["tiny-imag"], "Did you mean 'tiny-image'"),
-        (["tiny-image", "--steps", "0"], "--steps is 0"),
+        (["tiny-image", "--steps", "0"], "--steps must be at least 1, got '0'"),
         (["tiny-image", "--minutes", "-1"], "--minutes is -1"),
-        (["tiny-image", "--minutes", "nan"], "--minutes is nan"),
-        (["tiny-image", "--seed", "-1"], "--seed is -1"),
-        (["tiny-image", "--threads", "0"], "--threads is 0"),
+        (["tiny-image", "--minutes", "nan"], "--minutes must be a number, got 'nan'"),
+        (["tiny-image", "--seed", "-1"], "--seed must be at least 0, got '-1'"),
+        (["tiny-image", "--threads", "0"], "--threads must be at least 1, got '0'"),
         (["tiny-image", "--device", "tpu"], "--device 'tpu'"),
         (["tiny-image", "--device", "cuda:99"], "--device 'cuda:99'"),
         (["tiny-image", "--resume"], "nothing to resume"),

@@ -1,72 +1,94 @@
-"""``dit-attn bench capture``: keep one attention call of a trained model, to measure kernels on it."""
+"""``dit-attn bench capture``: save one attention call of a trained model, to measure kernels on it."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from dit_attn.cli import load_pipeline, model_source, outputs
+from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.load_pipeline import LoadConfig
+from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError
+from dit_attn.models.evaluate import current_commit
+from dit_attn.models.export import environment
+from dit_attn.pipelines.inspect.capture import capture_call
 
 SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
-_NOT_HERE = ("shape", "seq", "heads", "dim", "block", "density", "backend", "plot", "inputs", "config", "method")
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class CaptureConfig:
+    """One capture, checked; no weights are loaded.
+
+    Attributes:
+        load: the pipeline.
+        sizes: the flags of sizes and steps that were given.
+        output: the file.
+        threads: of torch; ``None`` leaves them.
+        json: print JSON.
+    """
+
+    load: LoadConfig
+    sizes: dict[str, int]
+    output: Path
+    threads: int | None = None
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: Options) -> CaptureConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: no file, an unknown model, a device that is not there.
+        """
+        output = options.get("output", "")
+        if not output.endswith(".safetensors"):
+            raise DitAttnError("bench capture needs --output FILE.safetensors: where q, k and v shall be saved")
+        source = model_source.describe(options.get("source", "tiny-image"))
+        device = load_pipeline.pick_device(options.get("device", "auto"))
+        dtype = load_pipeline.pick_dtype(options.get("dtype", ["auto"])[0], source, device)
+        load = LoadConfig(source, device, dtype)
+        return cls(load, options.pick(*SIZES), Path(output).expanduser(), **options.pick("threads", "json"))
+
+
+def run(options: Options) -> int:
     """Run a pipeline and write q, k and v of its middle layer at its middle step. Returns 0.
 
     Raises:
-        DitAttnError: an unknown model, a size out of range, a run without such a call, a file that cannot be written.
+        DitAttnError: bad input, a run without such a call, a file that cannot be written.
     """
-    from safetensors.torch import save_file
-
-    from dit_attn.cli import load_pipeline, model_source, outputs
-    from dit_attn.eval.shapes_world import world
-    from dit_attn.models.evaluate import current_commit
-    from dit_attn.models.export import environment
-    from dit_attn.pipelines.inspect.capture import captured
-
-    path = _check(args)
-    model = model_source.describe(args.source)
-    device = load_pipeline.pick_device(args.device)
+    config = CaptureConfig.from_options(options)
+    source, path = config.load.source, config.output
     outputs.prepare_folder(path.parent)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     load_pipeline.quiet(show_progress=False)
-    dtype = load_pipeline.pick_dtype(args.dtype[0] if args.dtype else "auto", model, device)
-    pipe = load_pipeline.load_pipeline(model, {}, device, dtype)
-    call = {**model.defaults, **{key: getattr(args, name) for name, key in SIZES.items() if getattr(args, name)}}
-    kind = "video" if "num_frames" in call else "image"
-    held, where = captured(pipe, world.caption(world.held_out_sample(kind, 1)[0]), call=call)
-    shape = tuple(held["q"].shape)
+    pipe = load_pipeline.load_pipeline(config.load)
+    call = {**source.defaults, **{SIZES[name]: value for name, value in config.sizes.items()}}
+    tensors, where = capture_call(pipe, held_out_captions(call, 1)[0], call=call)
+    shape = tuple(tensors["q"].shape)
     about: dict[str, Any] = {
-        "command": _command(args), "commit": current_commit(), "model": args.source, "call": call, **where,
+        "command": _command(config), "commit": current_commit(), "model": source.name, "call": call, **where,
         "shape": shape, "environment": environment(),
     }  # fmt: skip
-    held = {name: x.cpu().contiguous() for name, x in held.items()}
+    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
     with outputs.output_file(path) as temporary:
-        save_file(held, temporary, {"about": json.dumps(about, default=str)})
+        save_file(tensors, temporary, {"about": json.dumps(about, default=str)})
     text = f"{path.name}: q, k, v {shape} of layer {where['layer']} of {where['layers']}, step {where['step']} of "
-    print(json.dumps(about, default=str) if args.json else f"{text}{where['steps']}")
+    print(json.dumps(about, default=str) if config.json else f"{text}{where['steps']}")
     return 0
 
 
-def _check(args: argparse.Namespace) -> Path:
-    if args.output is None or not args.output.endswith(".safetensors"):
-        raise DitAttnError("bench capture needs --output FILE.safetensors: where q, k and v shall be kept")
-    for name in (*SIZES, "layers", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DitAttnError(f"--{name} must be at least 1, got {value}")
-    for name in _NOT_HERE:
-        if getattr(args, name) is not None:
-            raise DitAttnError(f"--{name} is not for bench capture; leave it out")
-    return Path(args.output).expanduser()
-
-
-def _command(args: argparse.Namespace) -> str:
+def _command(config: CaptureConfig) -> str:
     """The command that repeats it, without paths of this machine."""
-    name = Path(args.source).name if Path(args.source).exists() else args.source
-    words: list[Any] = ["dit-attn bench capture --source", name]
-    for name in SIZES:
-        words += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-    return " ".join(map(str, [*words, "--output", Path(args.output).name]))
+    name = config.load.source.name
+    words: list[Any] = ["dit-attn bench capture --source", Path(name).name if Path(name).exists() else name]
+    for flag, value in config.sizes.items():
+        words += [f"--{flag}", value]
+    return " ".join(map(str, [*words, "--output", config.output.name]))

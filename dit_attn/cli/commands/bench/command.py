@@ -1,201 +1,124 @@
-"""``dit-attn bench``: how fast the kernels are on this machine, beside the dense call they replace."""
+"""``dit-attn bench``: how fast kernels and methods are on this machine, next to the dense calls they replace."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
+import importlib
 
-from dit_attn.cli.commands.bench import capture as bench_capture
-from dit_attn.cli.commands.bench import model as bench_model
-from dit_attn.cli.commands.bench import operators as bench_operators
-from dit_attn.cli.commands.bench import plot as bench_plot
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
 from dit_attn.errors import DitAttnError, unknown
 
-DENSITIES = (0.5, 0.25, 0.125, 0.0625)
 DTYPES = ("float32", "bfloat16", "float16")
+CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma")
+GROUPS = {
+    "what": (
+        flags.Flag("what", "kernels, operators, model or capture", default="required", metavar="WHAT", positional=True),
+    ),
+    "kernels": (
+        flags.Flag("shape", "tokens, heads and head size of a layer of a known model"),
+        flags.Flag("seq", "tokens", int, "4096", low=1, metavar="S"),
+        flags.Flag("heads", "heads; of bench model too", int, "4", low=1, metavar="H"),
+        flags.Flag("dim", "size of a head", int, "128", low=1, metavar="D"),
+        flags.Flag("block", "tokens per block; of bench operators too", int, "128", low=1),
+        flags.Flag("density", "parts of the key blocks kept; of bench operators too", float,
+                   "0.5 0.25 0.125 0.0625", nargs="+", metavar="P"),
+        flags.Flag("backend", "kernel of the sparse calls", default="by capability"),
+        flags.Flag("against", "other kernels: flex, flashinfer, ...", nargs="+"),
+        flags.Flag("inputs", "random: noise, random blocks; structured: smooth fields, blocks by their scores, rows of "
+                   "different counts; or a file of bench capture", default="random", metavar="KIND"),
+        flags.Flag("sharpness", "spread of the logits", float, "1"),
+    ),
+    "operators": (
+        flags.Flag("source", "synthetic, tiny-image or tiny-video; of bench capture too, which takes any model",
+                   default="tiny-image"),
+        flags.Flag("prompts", "held-out prompts, or seeds", int, "6", low=1),
+        flags.Flag("steps", "denoising steps of a run; of bench capture too", int, "the model's; synthetic: 8", low=1),
+        flags.Flag("every", "measure one step of N", int, "5", low=1),
+        flags.Flag("grid", "T H W of synthetic fields", int, "16 16 16", nargs=3),
+        flags.Flag("family", "only these rows of the table", default="all, or none with --method", nargs="+"),
+    ),
+    "model": (
+        flags.Flag("config", f"the transformer: {', '.join(CONFIGS)}", default="none; model needs it"),
+        flags.Flag("random-weights", "given for clarity: there are no others here", bool, "on"),
+        flags.Flag("layers", "layers", int, "2 on a CPU, else the real number", low=1),
+        flags.Flag("tokens", "visual tokens, at least: scales the image", int, "4096 on a CPU, else the real number",
+                   low=1),
+        flags.Flag("height", "height in pixels; of bench capture too", int, "the model's", low=1, metavar="PX"),
+        flags.Flag("width", "width in pixels; of bench capture too", int, "the model's", low=1, metavar="PX"),
+        flags.Flag("frames", "frames of a video; of bench capture too", int, "the model's", low=1),
+        flags.Flag("full", "the real size on a CPU too", bool),
+    ),
+    "methods": flags.PRESET,
+    "output": (
+        flags.Flag("output", "write the JSON here; of bench capture: the .safetensors file", short=("-o",),
+                   metavar="FILE"),
+        flags.Flag("plot", "draw speed-up against density here (.png or .svg)", metavar="FILE"),
+        flags.Flag("json", "print JSON instead of a table", bool),
+    ),
+    "run": (
+        flags.Flag("device", "auto, cpu, cuda, cuda:N", default="auto"),
+        flags.Flag("dtype", "types; model takes one", default="float32 bfloat16; model: by device",
+                   choices=DTYPES, nargs="+", metavar="TYPE"),
+        flags.Flag("batch", "batch", int, "1", low=1),
+        flags.Flag("repeats", "rounds", int, "9", low=1),
+        flags.Flag("threads", "CPU threads", int, "torch's own choice", low=1),
+    ),
+}  # fmt: skip
+_ABOUT = {
+    "kernels": "Block-sparse attention next to torch's dense attention, taking turns in one run.",
+    "operators": "The error of every way to select blocks and to compensate, on the calls of dense runs.",
+    "model": "One step of a transformer at its real size, dense and with every --method. Weights are random: latency "
+    "does not depend on them, except for methods that choose how many keys to attend to by the data (top_p). On a CPU "
+    "the model is scaled down (2 layers, 2 heads, 4096 tokens) unless --full or sizes are given.",
+}
+_METHOD = f"{parsers.VARIANTS} (default: model: the three sparse methods; operators: the table's rows)"
+_EXAMPLES = """examples:
+  dit-attn bench kernels --shape wan2.1-1.3b --dtype bfloat16 --plot speed.png
+  dit-attn bench operators --source tiny-image --method block-sparse
+  dit-attn bench model --config wan2.1-1.3b --method block-sparse:density=0.2
+  dit-attn bench capture --source tiny-video --output call.safetensors
+"""
+_SHARED = ("what", "output", "json", "device", "threads")
+# What each of them takes besides.
+JOBS = {
+    "kernels": ("shape", "seq", "heads", "dim", "block", "density", "backend", "against", "inputs", "sharpness", "plot",
+                "dtype", "batch", "repeats"),
+    "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "words"),
+    "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",
+              "dtype", "batch", "repeats", "words"),
+    "capture": ("source", "steps", "height", "width", "frames", "dtype"),
+}  # fmt: skip
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``bench`` and return its parser."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="measure kernels and methods",
-        description="Measure block-sparse attention beside torch's dense attention, taking turns in one run. Figures "
-        "are for this machine and these sizes; on a busy machine they mean little.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``bench``."""
+    parsers.describe(
+        parser,
+        "bench WHAT [options]",
+        "Measure kernels, operators or a model's step, or capture an attention call to measure kernels on. Figures are "
+        "for this machine and these sizes; on a busy machine they mean little.",
+        _EXAMPLES,
     )
-    parser.add_argument("what", choices=("kernels", "operators", "model", "capture"), help="what to do")
-    parser.add_argument("--shape", metavar="NAME", help="tokens, heads and head size of a layer of a known model")
-    parser.add_argument("--seq", type=int, metavar="S", help="tokens (default: 4096)")
-    parser.add_argument("--heads", type=int, metavar="H", help="heads (default: 4)")
-    parser.add_argument("--dim", type=int, metavar="D", help="size of a head (default: 128)")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="batch (default: 1)")
-    parser.add_argument("--block", type=int, metavar="N", help="tokens per block (default: 128)")
-    parser.add_argument("--dtype", nargs="+", metavar="T", help=", ".join(DTYPES))
-    parser.add_argument("--density", type=float, nargs="+", metavar="P", help="parts of the key blocks kept")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="rounds (default: 9)")
-    parser.add_argument("--backend", metavar="NAME", help="kernel of the sparse calls (default: by capability)")
-    parser.add_argument("--against", nargs="+", default=[], metavar="NAME", help="other kernels: flex, flashinfer, ...")
-    parser.add_argument(
-        "--inputs",
-        metavar="KIND",
-        help="random (default): noise, random blocks; structured: smooth fields, blocks by their scores, rows of "
-        "different counts; or a file of bench capture",
-    )
-    parser.add_argument("--sharpness", type=float, default=1.0, metavar="X", help="spread of the logits (default: 1)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", "-o", metavar="FILE", help="write the JSON here")
-    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against density here (.png or .svg)")
-    bench_operators.add_arguments(parser)
-    bench_model.add_arguments(parser)
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS, _METHOD, _ABOUT)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print. Returns 0.
 
     Raises:
-        DitAttnError: a size out of range, an unknown type, a device that is not there, a file that cannot be written.
+        DitAttnError: a flag of something else, a size out of range, a device that is not there, a file that cannot be
+            written.
     """
-    if args.what == "operators":
-        return bench_operators.run(args)
-    if args.what == "model":
-        return bench_model.run(args)
-    if args.what == "capture":
-        return bench_capture.run(args)
-    import torch
-
-    from dit_attn.cli import load_pipeline, outputs
-    from dit_attn.kernels.benchmark import measure
-    from dit_attn.kernels.benchmark.third_party import THIRD_PARTY
-    from dit_attn.models.evaluate import current_commit
-    from dit_attn.models.export import environment
-
-    _complete(args, measure.SHAPES)
-    _check(args)
-    if args.plot:
-        bench_plot.check(Path(args.plot))
-    device = load_pipeline.pick_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    for file in filter(None, (args.output, args.plot)):
-        outputs.prepare_folder(Path(file).expanduser().parent)
-    found = {}
-    for name in args.dtype:
-        given = _inputs(args, getattr(torch, name), device)
-        found[name] = measure.measure(given, args.repeats, args.backend, args.against)
-        args.batch, args.seq, args.heads, args.dim = given.q.shape
-    timed = {name for report in found.values() for row in report.rows for name in row.others}
-    notes = {name: library.note for name, library in THIRD_PARTY.items() if name in timed}
-    record = {
-        "what": "dense and block-sparse attention in turns; shortest times; ratios are for this machine only",
-        "command": _command(args),
-        "commit": current_commit(),
-        "environment": environment(),
-        "device": str(device),
-        "shape": {"batch": args.batch, "seq": args.seq, "heads": args.heads, "dim": args.dim, "block": args.block},
-        "repeats": args.repeats,
-        "sharpness": args.sharpness,
-        "inputs": given.kind,
-        "rows": {name: [row.to_dict() for row in report.rows] for name, report in found.items()},
-        "dense": {name: measure.rounded(report.dense) for name, report in found.items()},
-        "failed": {name: report.failed for name, report in found.items()},
-        "notes": notes,
-    }
-    if args.output:
-        outputs.write_json(record, Path(args.output).expanduser())
-    if args.plot:
-        bench_plot.plot(record, Path(args.plot).expanduser())
-    print(json.dumps(record, indent=1) if args.json else _table(record))
-    return 0
-
-
-def _inputs(args: argparse.Namespace, dtype: Any, device: Any) -> Any:
-    """What is measured."""
-    from dit_attn.kernels.benchmark import inputs
-
-    if args.inputs not in inputs.KINDS:
-        return inputs.captured_inputs(Path(args.inputs).expanduser(), dtype, device, args.density, args.block)
-    make = inputs.random_inputs if args.inputs == "random" else inputs.structured_inputs
-    shape = inputs.Shape(args.batch, args.seq, args.heads, args.dim, args.block)
-    return make(shape, dtype, device, args.density, args.sharpness)
-
-
-def _complete(args: argparse.Namespace, shapes: dict[str, tuple[int, int, int]]) -> None:
-    """Fill in the sizes that were not given: from the named shape, or the defaults."""
-    args.inputs = args.inputs or "random"
-    if args.inputs.endswith(".safetensors"):
-        for name, default in (("shape", None), ("seq", None), ("heads", None), ("dim", None), ("batch", 1)):
-            if getattr(args, name) != default:
-                raise DitAttnError(f"--{name} is not for recorded --inputs, which have their own size; leave it out")
-    if args.shape is not None and args.shape not in shapes:
-        raise unknown("--shape", args.shape, shapes)
-    sizes = shapes[args.shape] if args.shape else (4096, 4, 128)
-    for name, size in zip(("seq", "heads", "dim"), sizes):
-        if getattr(args, name) is None:
-            setattr(args, name, size)
-    args.block = 128 if args.block is None else args.block
-    args.density = args.density or list(DENSITIES)
-    args.dtype = args.dtype or ["float32", "bfloat16"]
-
-
-def _check(args: argparse.Namespace) -> None:
-    others = argparse.ArgumentParser(add_help=False)  # flags of the other things to do, and their defaults
-    bench_operators.add_arguments(others)
-    bench_model.add_arguments(others)
-    for name, default in vars(others.parse_args([])).items():
-        if getattr(args, name) != default:
-            raise DitAttnError(f"--{name.replace('_', '-')} is not for bench kernels; leave it out")
-    for name in ("seq", "heads", "dim", "batch", "block", "repeats", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DitAttnError(f"--{name} must be at least 1, got {value}")
-    if not args.sharpness > 0.0:
-        raise DitAttnError(f"--sharpness must be above 0, got {args.sharpness}: it is the spread of the logits")
-    for value in args.density:
-        if not 0.0 < value <= 1.0:
-            raise DitAttnError(f"--density must be above 0 and at most 1, got {value}: it is the part of blocks kept")
-    for name in args.dtype:
-        if name not in DTYPES:
-            raise unknown("--dtype", name, DTYPES)
-    if args.inputs not in ("random", "structured") and not args.inputs.endswith(".safetensors"):
-        raise DitAttnError(f"--inputs is random, structured or a .safetensors file of bench capture, got {args.inputs}")
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command that repeats the measurement, without paths of this machine."""
-    words: list[Any] = ["dit-attn bench", args.what]
-    if args.inputs in ("random", "structured"):
-        words += ["--seq", args.seq, "--heads", args.heads, "--dim", args.dim, "--batch", args.batch]
-    words += ["--block", args.block, "--dtype", *args.dtype, "--density", *args.density]
-    words += ["--backend", args.backend] if args.backend else []
-    words += ["--against", *args.against] if args.against else []
-    words += [] if args.inputs == "random" else ["--inputs", Path(args.inputs).name]
-    words += ["--sharpness", args.sharpness] if args.sharpness != 1.0 else []
-    words += ["--repeats", args.repeats, *(["--threads", args.threads] if args.threads else [])]
-    return " ".join(map(str, words))
-
-
-def _table(record: dict[str, Any]) -> str:
-    shape, place = record["shape"], record["environment"]
-    lines = [
-        f"B {shape['batch']}, S {shape['seq']}, H {shape['heads']}, D {shape['dim']}, blocks of {shape['block']} on "
-        f"{record['device']}: {place['hardware']}, {place['threads']} threads, torch {place['torch']}",
-        f"{'type':<10}{'density':>8}{'dense':>11}{'sparse':>11}{'speed-up':>10}{'efficiency':>12}{'selection':>11}"
-        f"{'error':>10}{'(dense)':>10}{'TFLOP/s':>10}",
-    ]
-    for name, rows in record["rows"].items():
-        lines += [
-            f"{name:<10}{row['density']:>8.3f}{row['dense_ms']:>8.1f} ms{row['sparse_ms']:>8.1f} ms"
-            f"{row['speedup']:>9.2f}x{row['efficiency']:>12.2f}{row['selection_ms']:>8.2f} ms"
-            f"{row['error']:>10.1e}{row['dense_error']:>10.1e}{row['tflops']:>10.3g}"
-            + "".join(f"  {other} {ms:.1f} ms" for other, ms in row["others"].items())
-            for row in rows
-        ]
-        lines += [f"{name:<10}{rival}: not measured, {why}" for rival, why in record["failed"][name].items()]
-    lines += [f"{rival}: {note}" for rival, note in record["notes"].items()]
-    return "\n".join(lines)
+    options = flags.merge(args, GROUPS)
+    what = options["what"]
+    if what not in JOBS:
+        raise unknown("measurement", what, JOBS)
+    given = [*options.values, *(["words"] if options.words else [])]
+    for name in given:
+        if name not in (*_SHARED, *JOBS[what]):
+            flag = "method" if name == "words" else name.replace("_", "-")
+            settings = (what, name) == ("model", "density")
+            remedy = "write it as a setting, --method NAME:density=0.25" if settings else "leave it out"
+            raise DitAttnError(f"--{flag} is not for bench {what}; {remedy}")
+    return int(importlib.import_module(f"dit_attn.cli.commands.bench.{what}").run(options))

@@ -1,145 +1,206 @@
-"""``dit-attn bench operators``: how far every way to read and to compensate is from dense, call by call."""
+"""``dit-attn bench operators``: the error of every way to select blocks and to compensate, call by call."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dit_attn import models
+from dit_attn.cli import method_options, outputs, resolve_methods
+from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.method_options import MethodSpec
+from dit_attn.cli.options import Options
+from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.models.evaluate import current_commit
+from dit_attn.models.export import environment
+from dit_attn.pipelines.benchmark import equal_cost, operator_error
+from dit_attn.pipelines.benchmark.equal_cost import MethodFamily
+from dit_attn.processors.methods.base import Method, is_place
 
 SOURCES = ("synthetic", "tiny-image", "tiny-video")
 BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-video": 36}
-FLAGS = ("source", "prompts", "every", "grid", "steps", "family")
+_RUN = 50  # steps of a run, to see whether a method has several kinds of them
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``bench operators``."""
-    group = parser.add_argument_group("operators")
-    group.add_argument("--source", default="tiny-image", metavar="NAME", help=f"{', '.join(SOURCES)}")
-    group.add_argument("--prompts", type=int, default=6, metavar="N", help="held-out prompts, or seeds (default: 6)")
-    group.add_argument("--steps", type=int, metavar="N", help="steps of a run (default: the model's own; synthetic: 8)")
-    group.add_argument("--every", type=int, default=5, metavar="N", help="measure one step of N (default: 5)")
-    group.add_argument("--grid", type=int, nargs=3, default=(16, 16, 16), metavar="N", help="T H W of synthetic fields")
-    group.add_argument("--family", nargs="+", default=[], metavar="NAME", help="only these rows of the table")
+@dataclass(frozen=True)
+class OperatorBenchConfig:
+    """One measurement of operators, checked.
+
+    Attributes:
+        families: the rows of the table.
+        source: where the calls come from.
+        block: tokens per block.
+        density: of the rows.
+        family: the names that were given.
+        methods: the further methods, in the grammar of ``--method``.
+        prompts: held-out prompts, or seeds.
+        steps: of a run; ``None``: the model's own.
+        every: one step of so many is measured.
+        grid: (T, H, W) of synthetic fields.
+        threads: of torch; ``None`` leaves them.
+        output: file of the record.
+        json: print JSON.
+    """
+
+    families: tuple[MethodFamily, ...]
+    source: str
+    block: int
+    density: tuple[float, ...] = equal_cost.DENSITIES
+    family: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    prompts: int = 6
+    steps: int | None = None
+    every: int = 5
+    grid: tuple[int, int, int] = (16, 16, 16)
+    threads: int | None = None
+    output: Path | None = None
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: Options) -> OperatorBenchConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: an unknown source, family or method, a number out of range.
+        """
+        source = options.get("source", "tiny-image")
+        if source not in SOURCES:
+            raise unknown("--source", source, SOURCES)
+        grid = options.get("grid", (16, 16, 16))
+        if min(grid) < 1 or math.prod(grid) < 256:
+            raise DitAttnError(f"--grid must be three positive sizes with at least 256 tokens, got {tuple(grid)}")
+        for value in options.get("density", ()):
+            if not 0.0 < value < 1.0:
+                raise DitAttnError(f"--density must be above 0 and below 1, got {value}: at 1 every method is dense")
+        block = options.get("block", BLOCKS[source])
+        if not 8 <= block <= 1024:
+            raise DitAttnError(f"--block must be from 8 to 1024 tokens, got {block}")
+        variants, names = method_options.method_variants(options), tuple(options.get("family", ()))
+        families = equal_cost.select_families(names, block) if names or not variants else []
+        families += [_family(specs, block) for specs in variants]
+        values = options.pick("prompts", "steps", "every", "threads", "json")
+        values |= {"grid": tuple(grid), "family": names, "methods": tuple(map(method_options.label, variants))}
+        if "density" in options:
+            values["density"] = tuple(sorted(options["density"], reverse=True))
+        if "output" in options:
+            values["output"] = Path(options["output"]).expanduser()
+        return cls(tuple(families), source, block, **values)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Measure and print. Returns 0.
 
     Raises:
-        DitAttnError: an unknown source or family, a number out of range, a file that cannot be written.
+        DitAttnError: bad input, or a file that cannot be written.
     """
-    import torch
-
-    from dit_attn.cli import outputs
-    from dit_attn.models.evaluate import current_commit
-    from dit_attn.models.export import environment
-    from dit_attn.pipelines.benchmark import equal_cost, operator_error
-
-    block, densities = _check(args)
-    found = equal_cost.chosen(args.family, block)
-    if args.output:
-        outputs.prepare_folder(Path(args.output).expanduser().parent)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    probes = equal_cost.probes(found, densities or equal_cost.DENSITIES, block, args.every)
-    about = operator_error.measure(_source(args), args.prompts, [probe for rungs in probes.values() for probe in rungs])
+    config = OperatorBenchConfig.from_options(options)
+    if config.output:
+        outputs.prepare_folder(config.output.parent)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    probes = equal_cost.make_probes(config.families, config.density, config.block, config.every)
+    everyone = [probe for each in probes.values() for probe in each]
+    about = operator_error.measure_operators(_source(config), config.prompts, everyone)
     record = {
-        "what": "attention outputs of dense runs against every reader on the same q, k, v; runs stay dense",
-        "command": _command(args),
+        "what": "attention outputs of dense runs against every method on the same q, k, v; runs stay dense",
+        "command": _command(config),
         "commit": current_commit(),
         "environment": environment(),
-        "source": args.source,
-        "block": block,
-        "prompts": args.prompts,
+        "source": config.source,
+        "block": config.block,
+        "prompts": config.prompts,
         "intervals": f"95 % bootstrap; unit: {equal_cost.UNIT}",
         **about,
-        **equal_cost.summary(probes),
+        **equal_cost.summarize_families(probes),
     }
-    if args.output:
-        outputs.write_json(record, Path(args.output).expanduser())
-    print(json.dumps(record, indent=1, default=str) if args.json else table(record))
+    if config.output:
+        outputs.write_json(record, config.output)
+    if config.json:
+        print(json.dumps(record, indent=1, default=str))
+    else:
+        _show(record)
     return 0
 
 
-def _check(args: argparse.Namespace) -> tuple[int, list[float]]:
-    """Tokens per block and densities."""
-    if args.source not in SOURCES:
-        raise unknown("--source", args.source, SOURCES)
-    for name in ("prompts", "every", "steps", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise DitAttnError(f"--{name} must be at least 1, got {value}")
-    if min(args.grid) < 1 or math.prod(args.grid) < 256:
-        raise DitAttnError(f"--grid must be three positive sizes with at least 256 tokens, got {tuple(args.grid)}")
-    for value in args.density or ():
-        if not 0.0 < value < 1.0:
-            raise DitAttnError(f"--density must be above 0 and below 1, got {value}: at 1 every reader is dense")
-    block = args.block or BLOCKS[args.source]
-    if not 8 <= block <= 1024:
-        raise DitAttnError(f"--block must be from 8 to 1024 tokens, got {block}")
-    return block, sorted(args.density or (), reverse=True)
+def _family(specs: list[MethodSpec], block: int) -> MethodFamily:
+    """A row of the table for ``--method``, at any density; its other settings are the user's, or those of a file."""
+    label = method_options.label(specs)
+    if len(specs) != 1:
+        raise DitAttnError(f"--method {label}: bench operators measures one method per row; repeat --method")
+    (spec,) = specs
+    if "density" in spec.settings:
+        raise DitAttnError(f"--method {label}: every row is measured at all densities; give them with --density")
+
+    def make(density: float, size: int) -> Method:
+        own = {} if is_place(spec.name) else {"q_block": size, "kv_block": size, "dense_steps": 0}
+        settings = {"density": density, **own, **spec.settings}
+        (method,) = resolve_methods.resolve([MethodSpec(spec.name, settings)], None, "none")
+        return method.synchronized()
+
+    return MethodFamily(label, make, stateful=len(make(0.25, block).phases(_RUN)) > 1)
 
 
-def _source(args: argparse.Namespace) -> Any:
-    from dit_attn import models
-    from dit_attn.eval.shapes_world import world
-    from dit_attn.pipelines.benchmark import operator_error
-
-    if args.source == "synthetic":
-        return operator_error.synthetic_source(tuple(args.grid), steps=args.steps or 8)
-    pipe, call = models.load(args.source), models.call_defaults(args.source)
+def _source(config: OperatorBenchConfig) -> Any:
+    if config.source == "synthetic":
+        return operator_error.synthetic_source(config.grid, steps=config.steps or 8)
+    pipe, call = models.load(config.source), models.call_defaults(config.source)
     pipe.set_progress_bar_config(disable=True)
-    kind = "video" if "num_frames" in call else "image"
-    if args.steps:
-        call["num_inference_steps"] = args.steps
-    prompts = [world.caption(item) for item in world.held_out_sample(kind, args.prompts)]
-    return operator_error.pipeline_source(pipe, prompts, call=call)
+    if config.steps:
+        call["num_inference_steps"] = config.steps
+    return operator_error.pipeline_source(pipe, held_out_captions(call, config.prompts), call=call)
 
 
-def _command(args: argparse.Namespace) -> str:
+def _command(config: OperatorBenchConfig) -> str:
     """The command that repeats the measurement, without paths of this machine."""
-    words: list[Any] = ["dit-attn bench operators --source", args.source, "--prompts", args.prompts]
-    words += ["--every", args.every]
-    words += ["--grid", *args.grid] if args.source == "synthetic" else []
-    words += ["--steps", args.steps] if args.steps else []
-    words += ["--block", args.block] if args.block else []
-    words += ["--density", *args.density] if args.density else []
-    words += ["--family", *(f'"{name}"' for name in args.family)] if args.family else []
-    words += ["--threads", args.threads] if args.threads else []
+    words: list[Any] = ["dit-attn bench operators --source", config.source, "--prompts", config.prompts]
+    words += ["--every", config.every]
+    words += ["--grid", *config.grid] if config.source == "synthetic" else []
+    words += ["--steps", config.steps] if config.steps else []
+    words += ["--block", config.block] if config.block != BLOCKS[config.source] else []
+    words += ["--density", *config.density] if config.density != equal_cost.DENSITIES else []
+    words += ["--family", *(f'"{name}"' for name in config.family)] if config.family else []
+    for label in config.methods:
+        words += ["--method", f'"{label}"' if " " in label else label]
+    words += ["--threads", config.threads] if config.threads else []
     return " ".join(map(str, words))
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as text: every rung, errors at equal cost, and the targets."""
+def _show(record: dict[str, Any]) -> None:
+    """Print every row, errors at equal cost, and the targets."""
     place = record["environment"]
-    lines = [
-        f"{record['source']}: {record['prompts']} runs, {record['calls']} calls, blocks of {record['block']}; "
-        f"{place['hardware']}, {place['threads']} threads, torch {place['torch']}",
-        f"intervals: {record['intervals']}",
-        f"{'':<36}{'cost':>7}{'l2':>9}{'':>17}{'shift':>9}{'rms':>9}{'ms':>8}{'x dense':>9}",
-    ]
-    for row in record["rows"]:
-        lines.append(
-            f"{row['label']:<36}{row['cost']:>7.3f}{_figure(row['l2'])}{row['shift']['value']:>9.4f}"
-            f"{row['rms']['value']:>9.4f}{1e3 * row['seconds']:>8.1f}{row['seconds'] / record['dense_seconds']:>9.2f}"
+    rows = [
+        (
+            row["label"], f"{row['cost']:.3f}", _figure(row["l2"]), f"{row['shift']['value']:.4f}",
+            f"{row['rms']['value']:.4f}", f"{1e3 * row['seconds']:.1f}",
+            f"{row['seconds'] / record['dense_seconds']:.2f}",
         )
+        for row in record["rows"]
+    ]  # fmt: skip
+    lines = []
     for cost, found in record["equal_cost"]["rms"].items():
         best = list(found.items())[:5]
         lines.append(f"at cost {cost}, rms: " + "; ".join(f"{name} {figure['value']:.4f}" for name, figure in best))
     for target in record["targets"]:
-        ratios = ", ".join(f"{cost}: {_figure(figure).strip()}" for cost, figure in target["at"].items())
+        ratios = ", ".join(f"{cost}: {_figure(figure)}" for cost, figure in target["at"].items())
         verdict = "met" if target["met"] else "missed"
         lines.append(f"default over {target['against']}, {target['error']} <= {target['limit']} {verdict}: {ratios}")
-    return "\n".join(lines)
+    show(
+        f"{record['source']}: {record['prompts']} runs, {record['calls']} calls, blocks of {record['block']}; "
+        f"{place['hardware']}, {place['threads']} threads, torch {place['torch']}",
+        f"intervals: {record['intervals']}",
+        Table(("method", ">cost", ">l2 [95 %]", ">shift", ">rms", ">ms", ">x dense"), rows),
+        *lines,
+    )
 
 
 def _figure(figure: dict[str, Any] | None) -> str:
     if figure is None:
-        return f"{'-':>9}{'':>17}"
+        return "-"
     interval = figure["ci95"]
-    ends = "" if interval is None else f"[{interval[0]:.4f}, {interval[1]:.4f}]"
-    return f"{figure['value']:>9.4f}{ends:>17}"
+    return f"{figure['value']:.4f}" + ("" if interval is None else f" [{interval[0]:.4f}, {interval[1]:.4f}]")

@@ -1,66 +1,66 @@
-"""Layer by step maps of ``dit-attn compare``: one more run of the first item a method, watched and not timed."""
+"""Layer by step maps of ``dit-attn compare``: one more run of the first item by every method, not timed."""
 
 from __future__ import annotations
 
-import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_attn.api import observing
 from dit_attn.cli import outputs, runner
-from dit_attn.errors import RunStopped
+from dit_attn.cli.commands.compare.config import CompareConfig, job_of
+from dit_attn.cli.progress import progress_bar
+from dit_attn.errors import RunStopped, reason
 from dit_attn.pipelines.compare import comparison
-from dit_attn.pipelines.compare.attention_map import Recorder
+from dit_attn.pipelines.compare.attention_map import AttentionRecorder
+from dit_attn.pipelines.compare.records import Variant
 
-if TYPE_CHECKING:
-    from dit_attn.cli.commands.compare.config import Setting
-    from dit_attn.pipelines.compare.records import Variant
-
-FILE = "maps.json"  # in the folder of every competitor
+FILE = "maps.json"  # in the folder of every variant
 _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
 
 
-def find_maps(setting: Setting) -> dict[str, dict[str, Any]]:
-    """Maps of an earlier run of the same first job, by label."""
+def find_maps(config: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Find the maps of an earlier run of the same first job, by label."""
     found = {}
-    for variant in setting.variants:
-        run = setting.runs[variant.label]
+    for variant in config.variants:
+        run = config.runs[variant.label]
         data = outputs.read_sidecar(run.folder / FILE)
-        digest = setting.job_of(variant, setting.jobs[0]).digest(run.setup)
+        digest = job_of(variant, config.jobs[0]).digest(run.setup)
         if data.get("job_hash") == digest and isinstance(data.get("maps"), dict):
             found[variant.label] = data["maps"]
     return found
 
 
-def missing(setting: Setting, maps: dict[str, dict[str, Any]]) -> list[Variant]:
-    """Competitors with a method that thins attention out and that have no map yet."""
-    readers = [v for v in setting.variants if any(method.role != "guidance" for method in v.methods)]
-    return [variant for variant in readers if variant.label not in maps]
+def missing(config: CompareConfig, maps: dict[str, dict[str, Any]]) -> list[Variant]:
+    """Return the variants that make attention sparse and have no map yet."""
+    sparse = [v for v in config.variants if any(method.role != "guidance" for method in v.methods)]
+    return [variant for variant in sparse if variant.label not in maps]
 
 
-def make_maps(setting: Setting, pipe: Any, variants: list[Variant]) -> dict[str, dict[str, Any]]:
-    """Run the first job of every variant once more under watch; what fails says why under ``failed`` and is not kept.
+def make_maps(config: CompareConfig, pipe: Any, variants: list[Variant]) -> dict[str, dict[str, Any]]:
+    """Run the first job of every variant once more and record its attention; a failure is given under ``failed``.
 
     Raises:
         RunStopped: the disk is full.
     """
-    from tqdm import tqdm
-
     maps: dict[str, dict[str, Any]] = {}
-    quiet = not sys.stderr.isatty() or len(variants) < 2
-    for variant in tqdm(variants, desc="maps, not timed", unit="method", disable=quiet):
-        run, job = setting.runs[variant.label], setting.job_of(variant, setting.jobs[0])
-        recorder, started = Recorder(), time.perf_counter()
-        try:
-            with comparison.on(pipe, variant), observing(pipe, recorder):
-                runner.call_pipeline(pipe, job)
-        except RunStopped:
-            raise
-        except _FAILURES as failure:
-            lines = str(failure).strip().splitlines()
-            maps[variant.label] = {"failed": f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"}
-            continue
-        facts = {"prompt": job.prompt, "seed": job.seed, "seconds": round(time.perf_counter() - started, 3)}
-        maps[variant.label] = {**facts, **recorder.maps()}
-        outputs.write_json({"job_hash": job.digest(run.setup), "maps": maps[variant.label]}, run.folder / FILE)
+    with progress_bar(len(variants), "maps, not timed", "variant") as bar:
+        for variant in variants:
+            maps[variant.label] = _map_of(config, pipe, variant)
+            bar.update()
     return maps
+
+
+def _map_of(config: CompareConfig, pipe: Any, variant: Variant) -> dict[str, Any]:
+    run, job = config.runs[variant.label], job_of(variant, config.jobs[0])
+    recorder, started = AttentionRecorder(), time.perf_counter()
+    try:
+        with comparison.variant_enabled(pipe, variant), observing(pipe, recorder):
+            runner.call_pipeline(pipe, job)
+    except RunStopped:
+        raise
+    except _FAILURES as failure:
+        return {"failed": f"{type(failure).__name__}: {reason(failure) if str(failure) else 'no message'}"}
+    facts = {"prompt": job.prompt, "seed": job.seed, "seconds": round(time.perf_counter() - started, 3)}
+    found = {**facts, **recorder.maps()}
+    outputs.write_json({"job_hash": job.digest(run.setup), "maps": found}, run.folder / FILE)
+    return found

@@ -1,65 +1,58 @@
-"""``dit-attn compare --match-strength``: beside a guidance method, classifier-free guidance that pushes as far."""
+"""``dit-attn compare --match-strength``: for every guidance method, classifier-free guidance as strong."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
 
 from dit_attn.cli import outputs, runner
-from dit_attn.pipelines.compare.match_strength import Matched, guidance_argument, matched
+from dit_attn.cli.commands.compare.config import CompareConfig, job_of
+from dit_attn.pipelines.compare.match_strength import MatchedScale, guidance_argument, match_guidance_scale
 from dit_attn.pipelines.compare.records import Variant
-
-if TYPE_CHECKING:
-    from dit_attn.cli.commands.compare.config import Setting
 
 FILE = "matched.json"  # in the folder of the comparison
 ITEMS = 4  # that the strength is measured on
 
 
-def with_matched(setting: Setting, load: Callable[[Setting], Any]) -> tuple[Setting, Any]:
-    """The setting with one competitor more for every guidance method, and the pipeline if it had to be loaded.
+def with_matched(config: CompareConfig, load: Callable[[CompareConfig], Any]) -> tuple[CompareConfig, Any]:
+    """Add a variant of matched guidance for every guidance method; return the pipeline too, if it had to be loaded.
 
     Raises:
         DitAttnError: weights that cannot be loaded, a pipeline whose guidance scale is not known.
     """
-    from dit_attn.cli.commands.compare import config
-
-    guided = [v for v in setting.variants if any(method.role == "guidance" for method in v.methods)]
-    file = setting.folder / FILE
-    jobs = setting.jobs[:ITEMS]
-    known = outputs.read_sidecar(file) if setting.options.get("resume") else {}
+    guided = [v for v in config.variants if any(method.role == "guidance" for method in v.methods)]
+    file = config.folder / FILE
+    jobs = config.jobs[:ITEMS]
+    known = outputs.read_sidecar(file) if config.resume else {}
     pipe, extra = None, []
     for variant in guided:
-        key = f"{variant.label} {[setting.job_of(variant, j).digest(setting.runs[variant.label].setup) for j in jobs]}"
+        setup = config.runs[variant.label].setup
+        key = f"{variant.label} {[job_of(variant, job).digest(setup) for job in jobs]}"
         if key not in known:
-            pipe = load(setting) if pipe is None else pipe
-            known[key] = asdict(_measured(setting, pipe, variant))
+            pipe = load(config) if pipe is None else pipe
+            known[key] = asdict(_measured(config, pipe, variant))
             outputs.write_json(known, file)
         found = known[key]
         label = f"{found['argument']} {found['scale']:.2f}, as strong as {variant.label}"
         extra.append(Variant(label, (), ((found["argument"], found["scale"]),)))
-    everyone = (*setting.variants, *_distinct(extra, setting.variants))
-    more = config.new_setting(
-        setting.options, setting.model, setting.jobs, everyone, setting.device, setting.dtype, setting.folder,
-        setting.argv,
-    )  # fmt: skip
-    return more, pipe
+    everyone = (*config.variants, *_distinct(extra, config.variants))
+    return replace(config, variants=everyone), pipe
 
 
-def _measured(setting: Setting, pipe: Any, variant: Variant) -> Matched:
+def _measured(config: CompareConfig, pipe: Any, variant: Variant) -> MatchedScale:
     name = guidance_argument(pipe)
-    jobs = [setting.job_of(variant, job) for job in setting.jobs[:ITEMS]]
+    jobs = [job_of(variant, job) for job in config.jobs[:ITEMS]]
 
     def run(changes: dict[str, Any], index: int) -> None:
         job = jobs[index]
-        runner.call_pipeline(pipe, type(job)(job.index, job.prompt, job.seed, {**job.call, **changes}))
+        runner.call_pipeline(pipe, replace(job, call={**job.call, **changes}))
 
-    return matched(pipe, variant.methods, run, [job.call.get(name) for job in jobs])
+    return match_guidance_scale(pipe, variant.methods, run, [job.call.get(name) for job in jobs])
 
 
 def _distinct(extra: list[Variant], others: tuple[Variant, ...]) -> list[Variant]:
-    """Those whose call nobody else makes."""
+    """Return those whose call no other variant makes."""
     calls = {variant.call for variant in others if not variant.methods}
     found: list[Variant] = []
     for variant in extra:

@@ -1,8 +1,7 @@
-"""The work behind ``dit-attn compare``: making what is missing, remembering it in sidecars, writing the results."""
+"""The work behind ``dit-attn compare``: make what is missing, record it in sidecars, write the results."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,174 +12,163 @@ from dit_attn.cli import load_pipeline as load
 from dit_attn.cli import outputs, runner
 from dit_attn.cli.commands.compare import maps as compare_maps
 from dit_attn.cli.commands.compare import match as compare_match
-from dit_attn.cli.commands.compare.config import Setting
+from dit_attn.cli.commands.compare.config import CompareConfig, job_of
 from dit_attn.cli.jobs import Job
+from dit_attn.cli.progress import progress_bar
 from dit_attn.errors import RunStopped
-from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 from dit_attn.eval.report.compare_page import page
 from dit_attn.pipelines.compare import comparison as compare
 from dit_attn.pipelines.compare import metrics
 from dit_attn.pipelines.compare.comparison import Comparison
-from dit_attn.pipelines.compare.records import Take, Variant
+from dit_attn.pipelines.compare.records import ItemResult, Variant
 
-_WEIGHTS = ("inception", "lpips_weights")
-_TAKE = {spec.name for spec in fields(Take)}
+_FIELDS = {spec.name for spec in fields(ItemResult)}
 
 
-def plan(setting: Setting) -> dict[str, Any]:
-    """What would be made, as JSON values."""
+def plan(config: CompareConfig) -> dict[str, Any]:
+    """Return what would be made, as JSON values."""
     return {
-        "folder": str(setting.folder),
-        "command": setting.command,
+        "folder": str(config.folder),
+        "command": config.dense.facts["command"],
         "variants": [
             {"label": v.label, "methods": [m.to_dict() for m in v.methods], "call": dict(v.call)}
-            for v in setting.variants
+            for v in config.variants
         ],
-        "items": [{"name": j.stem, "prompt": j.prompt, "seed": j.seed, "call": j.call} for j in setting.jobs],
-        "setup": {key: value for key, value in setting.first.setup.items() if key != "methods"},
+        "items": [{"name": j.stem, "prompt": j.prompt, "seed": j.seed, "call": j.call} for j in config.jobs],
+        "setup": {key: value for key, value in config.dense.setup.items() if key != "methods"},
     }
 
 
-def run_all(setting: Setting) -> dict[str, Any]:
-    """Make what is missing and write ``results.json`` and ``report.html``; the results.
+def run_all(config: CompareConfig) -> dict[str, Any]:
+    """Make what is missing and write ``results.json`` and ``report.html``; return the results.
 
     Raises:
         DitAttnError: the folder cannot be written, weights that cannot be loaded.
         KeyboardInterrupt: every finished item is kept, no half file is left.
     """
-    outputs.prepare_folder(setting.folder)
-    resume, wants_maps = setting.options.get("resume"), setting.options.get("maps", True)
+    outputs.prepare_folder(config.folder)
+    resume, wants_maps = config.resume, config.maps
     pipe = None
-    if setting.options.get("match_strength"):
-        setting, pipe = compare_match.with_matched(setting, load_pipeline)
-    for run in setting.runs.values():
+    if config.match_strength:
+        config, pipe = compare_match.with_matched(config, load_pipeline)
+    for run in config.runs.values():
         outputs.prepare_folder(run.folder)
-    done = find_takes(setting) if resume else {}
-    maps = compare_maps.find_maps(setting) if resume and wants_maps else {}
-    unmapped = compare_maps.missing(setting, maps) if wants_maps else []
-    if pipe is None and (len(done) < len(setting.jobs) * len(setting.variants) or unmapped):
-        pipe = load_pipeline(setting)
+    done = find_results(config) if resume else {}
+    maps = compare_maps.find_maps(config) if resume and wants_maps else {}
+    unmapped = compare_maps.missing(config, maps) if wants_maps else []
+    if pipe is None and (len(done) < len(config.jobs) * len(config.variants) or unmapped):
+        pipe = load_pipeline(config)
     started = time.perf_counter()
-    comparison = Comparison(setting.variants, make_all(setting, pipe, done))
-    maps |= compare_maps.make_maps(setting, pipe, unmapped)
-    comparison.metrics = measure(setting, comparison.takes)
-    results = results_of(setting, comparison, time.perf_counter() - started)
-    results["maps"] = {v.label: maps[v.label] for v in setting.variants if v.label in maps}
-    outputs.write_json(results, setting.folder / "results.json")
-    outputs.write_text(page(results, setting.folder, setting.options.get("show", 24)), setting.folder / "report.html")
+    comparison = Comparison(config.variants, make_all(config, pipe, done))
+    maps |= compare_maps.make_maps(config, pipe, unmapped)
+    comparison.metrics = measure(config, comparison.results)
+    results = results_of(config, comparison, time.perf_counter() - started)
+    results["maps"] = {v.label: maps[v.label] for v in config.variants if v.label in maps}
+    outputs.write_json(results, config.folder / "results.json")
+    outputs.write_text(page(results, config.folder, config.shown), config.folder / "report.html")
     return results
 
 
-def load_pipeline(setting: Setting) -> Any:
-    """The pipeline, quiet, with the inputs of the jobs checked.
+def load_pipeline(config: CompareConfig) -> Any:
+    """Load the pipeline and check the inputs of the jobs with it.
 
     Raises:
         DitAttnError: weights that cannot be loaded, inputs it does not take.
     """
-    pipe = load.load_pipeline(setting.model, setting.options, setting.device, setting.dtype)
-    pipe.set_progress_bar_config(disable=True)
-    job_files.check_inputs(setting.jobs, pipe)
+    pipe = load.load_pipeline(config.load)
+    job_files.check_inputs(config.jobs, pipe)
     return pipe
 
 
-def networks(options: dict[str, Any]) -> Networks:
-    """Where the networks of the metrics are, by the flags."""
-    inception, lpips = (Path(options[key]).expanduser() if options.get(key) else None for key in _WEIGHTS)
-    return Networks(inception, options.get("clip", CLIP_DEFAULT), options.get("lpips", "alex"), lpips_weights=lpips)
+def measure(config: CompareConfig, items: list[ItemResult]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compute the metrics from the files in the folder, so that they come out the same after ``--resume``."""
+
+    def read(item: ItemResult) -> Any:
+        return outputs.read_media(config.folder / str(item.file)).frames
+
+    return metrics.measure_metrics(config.metrics, items, read, config.networks, config.load.device)
 
 
-def measure(setting: Setting, takes: list[Take]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The metrics, from the files in the folder, so that they come out the same after ``--resume``."""
-
-    def read(take: Take) -> Any:
-        return outputs.read_media(setting.folder / str(take.file)).frames
-
-    names = setting.options["metrics"]
-    return metrics.measure(names, takes, read, networks(setting.options), setting.device)
-
-
-def find_takes(setting: Setting) -> dict[tuple[str, int], Take]:
-    """Takes of an earlier run of the same jobs, by (label, index)."""
+def find_results(config: CompareConfig) -> dict[tuple[str, int], ItemResult]:
+    """Find the results of an earlier run of the same jobs, by (label, index)."""
     found = {}
-    for variant in setting.variants:
-        label, run = variant.label, setting.runs[variant.label]
-        jobs = [setting.job_of(variant, job) for job in setting.jobs]
+    for variant in config.variants:
+        label, run = variant.label, config.runs[variant.label]
+        jobs = [job_of(variant, job) for job in config.jobs]
         for index, path in runner.find_finished(jobs, run.folder, run.setup).items():
             data = outputs.read_sidecar(path.with_suffix(".json")).get("compare")
-            if isinstance(data, dict) and set(data) == _TAKE and data["index"] == index:
-                found[label, index] = Take(**{**data, "variant": label})
+            if isinstance(data, dict) and set(data) == _FIELDS and data["index"] == index:
+                found[label, index] = ItemResult(**{**data, "variant": label})
     return found
 
 
-def make_all(setting: Setting, pipe: Any, done: dict[tuple[str, int], Take]) -> list[Take]:
-    """Every take, in the order of the items. What is in ``done`` is not made again; dense is, to take times against."""
-    from tqdm import tqdm
-
-    todo = {job.index: [v for v in setting.variants if (v.label, job.index) not in done] for job in setting.jobs}
+def make_all(config: CompareConfig, pipe: Any, done: dict[tuple[str, int], ItemResult]) -> list[ItemResult]:
+    """Make every item by every variant, in the order of the items. What is in ``done`` is not made again; dense is,
+    for the times of the others."""
+    todo = {job.index: [v for v in config.variants if (v.label, job.index) not in done] for job in config.jobs}
     count = sum(len(missing) for missing in todo.values())
-    shares = attention_shares(setting, pipe) if count else {}
+    shares = attention_shares(config, pipe) if count else {}
     if count:
-        warm_up(setting, pipe)
-    takes: list[Take] = []
-    bar = tqdm(total=count, desc="compare", unit="item", disable=not sys.stderr.isatty() or count < 2)
-    with bar:
-        for job in setting.jobs:
+        warm_up(config, pipe)
+    results: list[ItemResult] = []
+    with progress_bar(count, "compare") as bar:
+        for job in config.jobs:
             missing = todo[job.index]
             made = {}
             if missing:
-                round_ = compare.with_dense(missing)
-                for take in play(setting, pipe, job, round_, done, shares[job.index]):
-                    made[take.variant] = take
-                    bar.update((take.variant, job.index) not in done)
-            takes += [done.get((v.label, job.index)) or made[v.label] for v in setting.variants]
-    return takes
+                variants = compare.with_dense(missing)
+                for item in run_round(config, pipe, job, variants, done, shares[job.index]):
+                    made[item.variant] = item
+                    bar.update((item.variant, job.index) not in done)
+            results += [done.get((v.label, job.index)) or made[v.label] for v in config.variants]
+    return results
 
 
-def play(
-    setting: Setting,
+def run_round(
+    config: CompareConfig,
     pipe: Any,
     job: Job,
-    round_: tuple[Variant, ...],
-    done: dict[tuple[str, int], Take],
+    variants: tuple[Variant, ...],
+    done: dict[tuple[str, int], ItemResult],
     share: float | None,
 ) -> Any:
-    """One round of a job; outputs and sidecars are saved as they come."""
+    """Run one job by every variant; outputs and sidecars are saved as they come."""
     media: dict[str, outputs.Media] = {}
 
     def make(variant: Variant) -> tuple[Any, float]:
-        found, seconds = runner.call_pipeline(pipe, setting.job_of(variant, job))
+        found, seconds = runner.call_pipeline(pipe, job_of(variant, job))
         media["last"] = found
         return found.frames, seconds
 
-    def keep(variant: Variant, frames: Any, seconds: float) -> str | None:
+    def save(variant: Variant, frames: Any, seconds: float) -> str | None:
         earlier = done.get((variant.label, job.index))
         if earlier is not None:
             return earlier.file
-        run = setting.runs[variant.label]
+        run = config.runs[variant.label]
         run.pipe = pipe
-        result = runner.save_item(run, setting.job_of(variant, job), media["last"], seconds)
-        return str(Path(str(result.file)).relative_to(setting.folder))
+        result = runner.save_item(run, job_of(variant, job), media["last"], seconds)
+        return str(Path(str(result.file)).relative_to(config.folder))
 
-    blank = Take("", job.index, job.prompt, job.seed, attention_share=share)
-    for take in compare.play_round(pipe, blank, round_, make, keep):
-        if take.file is not None and take.error is None and (take.variant, job.index) not in done:
-            remember(setting.folder / take.file, take)
-        yield take
+    blank = ItemResult("", job.index, job.prompt, job.seed, attention_share=share)
+    for item in compare.run_round(pipe, blank, variants, make, save):
+        if item.file is not None and item.error is None and (item.variant, job.index) not in done:
+            add_to_sidecar(config.folder / item.file, item)
+        yield item
 
 
-def remember(path: Path, take: Take) -> None:
-    """Add a take's figures to the sidecar of its file."""
+def add_to_sidecar(path: Path, item: ItemResult) -> None:
+    """Add the figures of an item to the sidecar of its file."""
     sidecar = path.with_suffix(".json")
-    outputs.write_json({**outputs.read_sidecar(sidecar), "compare": asdict(take)}, sidecar)
+    outputs.write_json({**outputs.read_sidecar(sidecar), "compare": asdict(item)}, sidecar)
 
 
-def warm_up(setting: Setting, pipe: Any) -> None:
-    """One short call of every competitor, which is not timed: the first call of a process pays for set-up."""
-    job = setting.jobs[0]
+def warm_up(config: CompareConfig, pipe: Any) -> None:
+    """Make one short call of every variant, which is not timed: the first call of a process pays for set-up."""
+    job = config.jobs[0]
     short = {"num_inference_steps": 1} if "num_inference_steps" in job.call else {}
-    for variant in setting.variants:
-        mine = setting.job_of(variant, job)
-        with compare.on(pipe, variant):
+    for variant in config.variants:
+        mine = job_of(variant, job)
+        with compare.variant_enabled(pipe, variant):
             try:
                 runner.call_pipeline(pipe, replace(mine, call={**mine.call, **short}))
             except RunStopped:
@@ -189,34 +177,34 @@ def warm_up(setting: Setting, pipe: Any) -> None:
                 continue  # it comes again with the item, and is reported there
 
 
-def attention_shares(setting: Setting, pipe: Any) -> dict[int, float | None]:
-    """Attention's part of the operations of a dense step of every job, by index; jobs may differ in size."""
-    sizes = {job.index: tuple(job.call.get(key) for key in ("height", "width", "num_frames")) for job in setting.jobs}
-    calls = {sizes[job.index]: job.call for job in setting.jobs}
-    shares = {size: compare.share_of_attention(pipe, call) for size, call in calls.items()}
+def attention_shares(config: CompareConfig, pipe: Any) -> dict[int, float | None]:
+    """Return attention's share of the operations of a dense step, by index of the job; jobs may differ in size."""
+    sizes = {job.index: tuple(job.call.get(key) for key in ("height", "width", "num_frames")) for job in config.jobs}
+    calls = {sizes[job.index]: job.call for job in config.jobs}
+    shares = {size: compare.attention_share(pipe, call) for size, call in calls.items()}
     return {index: shares[size] for index, size in sizes.items()}
 
 
-def results_of(setting: Setting, comparison: Comparison, seconds: float) -> dict[str, Any]:
-    """``results.json``: figures, takes, and everything needed to repeat them."""
+def results_of(config: CompareConfig, comparison: Comparison, seconds: float) -> dict[str, Any]:
+    """Return ``results.json``: figures, items, and everything needed to repeat them."""
     from dit_attn.models.evaluate import current_commit
     from dit_attn.models.export import environment
 
     return {
         "what": "the same prompts and noise, dense and with methods in turns; times are ratios within rounds; 95 % "
         "intervals from resampling prompts with all their seeds (distances of sets: from leaving prompts out)",
-        "command": setting.command,
+        "command": config.dense.facts["command"],
         "commit": current_commit(),
         "versions": runner.versions(),
         "environment": environment(),
-        "device": setting.first.facts["device"],
-        "model": {key: value for key, value in setting.first.setup.items() if key != "methods"},
-        "call": setting.jobs[0].call,
-        "items": len(setting.jobs),
-        "prompts": len({job.prompt for job in setting.jobs}),
-        "metrics": list(setting.options["metrics"]),
+        "device": config.dense.facts["device"],
+        "model": {key: value for key, value in config.dense.setup.items() if key != "methods"},
+        "call": config.jobs[0].call,
+        "items": len(config.jobs),
+        "prompts": len({job.prompt for job in config.jobs}),
+        "metrics": list(config.metrics),
         "seconds": round(seconds, 1),
         "attention_share": comparison.attention_share,
-        "headline": comparison.headline(),
-        "takes": [asdict(take) for take in comparison.takes],
+        "headline": comparison.summary_rows(),
+        "takes": [asdict(item) for item in comparison.results],
     }

@@ -1,47 +1,125 @@
-"""``dit-attn eval``: metrics of a folder of pictures or clips, against references or captions."""
+"""``dit-attn eval``: metrics of a folder of images or videos, against references or captions."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli.commands.eval.items import say_skipped
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.commands.eval.items import report_skipped
+from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, unknown
 
+GROUPS = {
+    "files": (
+        flags.Flag("folder", "images or videos", default="required", metavar="FOLDER", positional=True),
+        flags.Flag("reference", "folder to compare with; pairs are matched by file name", metavar="FOLDER"),
+        flags.Flag("captions", ".jsonl (file, prompt) or .txt (a line per file)",
+                   default="the JSON files that generate writes", metavar="FILE"),
+    ),
+    "metrics": (
+        flags.Flag("metric", "metrics; repeatable", default="all that need no network and fit", many=True,
+                   short=("--metrics",), metavar="NAME,NAME"),
+        flags.Flag("size", "bring everything to N x N pixels first", int, "as it is", low=1),
+        flags.Flag("inception", "weights of the Inception network", default="torchvision's cache", metavar="FILE"),
+        flags.Flag("clip", "folder or Hub name of a CLIP model", default="openai/clip-vit-large-patch14",
+                   metavar="MODEL"),
+        flags.Flag("lpips", "backbone of LPIPS: alex, vgg, squeeze", default="alex", metavar="NET"),
+        flags.Flag("lpips-weights", "torchvision's weights of that backbone", default="its cache", metavar="FILE"),
+    ),
+    "export": (
+        flags.Flag("export", "measure nothing; give the videos the names of another benchmark", choices=("vbench",)),
+        flags.Flag("vbench-info", "VBench_full_info.json: count what VBench's own prompts still lack", metavar="FILE"),
+    ),
+    "output": (
+        flags.Flag("output", "write the JSON here; with --export, the folder to fill", short=("-o",), metavar="PATH"),
+        flags.Flag("json", "print JSON instead of a table", bool),
+    ),
+    "run": (flags.Flag("device", "auto, cpu, cuda, cuda:N", default="auto"),),
+}  # fmt: skip
+_EXAMPLES = """examples:
+  dit-attn eval outputs/tiny-image-block-sparse \\
+      --reference outputs/tiny-image-dense
+  dit-attn eval outputs/wan --export vbench --output outputs/vbench
+"""
+_FILES = ("folder", "reference", "captions", "inception", "lpips_weights", "vbench_info", "output")
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Register ``eval`` and return its parser."""
-    parser = subparsers.add_parser(
-        "eval",
-        help="measure a folder of images or clips against references or captions",
-        description="Measure a folder. Pairs are matched by file name; captions come from --captions or from the JSON "
-        "files that generate writes. Files that cannot be read are named, left out, and make the exit code 1.",
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """One measurement of a folder, or one export.
+
+    Attributes:
+        folder: what is measured.
+        reference: what it is compared with.
+        captions: file of captions; ``None``: those of the JSON files.
+        metrics: names; none: those that fit.
+        size: bring everything to so many pixels; ``None`` leaves it.
+        inception, clip, lpips, lpips_weights: networks of the metrics.
+        export: ``"vbench"``, or ``None`` to measure.
+        vbench_info: prompts of VBench.
+        output: file of the record, or folder of the export.
+        device: name.
+        json: print JSON.
+    """
+
+    folder: Path
+    reference: Path | None = None
+    captions: Path | None = None
+    metrics: tuple[str, ...] = ()
+    size: int | None = None
+    inception: Path | None = None
+    clip: str | None = None
+    lpips: str = "alex"
+    lpips_weights: Path | None = None
+    export: str | None = None
+    vbench_info: Path | None = None
+    output: Path | None = None
+    device: str = "auto"
+    json: bool = False
+
+    @classmethod
+    def from_options(cls, options: flags.Options) -> EvalConfig:
+        """Check the flags.
+
+        Raises:
+            DitAttnError: an unknown metric, flags of measuring and of exporting together, an output that cannot be.
+        """
+        values = {**options.values, **{name: Path(text) for name, text in options.pick(*_FILES).items()}}
+        values["metrics"] = tuple(wanted(values.pop("metric", None)))
+        for name in ("inception", "lpips_weights", "vbench_info", "output"):
+            if name in values:
+                values[name] = values[name].expanduser()
+        config = cls(**values)
+        if config.export:
+            for name in ("reference", "metrics", "size", "inception", "clip"):
+                if getattr(config, name):
+                    flag = name.removesuffix("s")
+                    raise DitAttnError(f"--{flag} measures, --export does not; run them one after the other")
+        elif config.vbench_info is not None:
+            raise DitAttnError("--vbench-info belongs to --export vbench; add it, or leave --vbench-info out")
+        elif config.output is not None and config.output.is_dir():
+            raise DitAttnError(
+                f"--output {config.output} is a folder; give a file, e.g. {config.output / 'scores.json'}"
+            )
+        return config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``eval``."""
+    parsers.describe(
+        parser,
+        "eval FOLDER [--reference FOLDER] [options]",
+        "Measure a folder of images or videos. Files that cannot be read are named, left out, and make the exit "
+        "code 1.",
+        _EXAMPLES,
     )
-    parser.add_argument("folder", type=Path, help="pictures or clips")
-    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="what to compare with")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help=".jsonl (file, prompt) or .txt (a line per file)")
-    parser.add_argument(
-        "--metric", "--metrics", action="append", metavar="NAME,NAME", help="metrics; repeatable (default: what fits)"
-    )
-    parser.add_argument("--size", type=int, metavar="N", help="bring everything to N x N pixels first")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of the Inception network")
-    parser.add_argument("--clip", metavar="MODEL", help="folder or Hub name of a CLIP model")
-    parser.add_argument("--lpips", default="alex", metavar="NET", help="backbone of LPIPS: alex, vgg, squeeze")
-    parser.add_argument("--lpips-weights", type=Path, metavar="FILE", help="torchvision's weights of that backbone")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--export", choices=("vbench",), help="measure nothing; give the clips VBench's names instead")
-    parser.add_argument(
-        "--vbench-info", type=Path, metavar="FILE", help="VBench_full_info.json: count what its own prompts still lack"
-    )
-    parser.add_argument(
-        "--output", "-o", type=Path, metavar="PATH", help="write the JSON here; with --export, the folder to fill"
-    )
-    parser.set_defaults(run=run)
-    return parser
+    parsers.add_groups(parser, GROUPS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,58 +128,51 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: a folder, a metric or a network that is not there, too few samples, sizes that differ.
     """
-    if args.export:
+    config = EvalConfig.from_options(flags.merge(args, GROUPS))
+    if config.export:
         from dit_attn.cli.commands.eval import export_vbench
 
-        return export_vbench.run(args)
+        return export_vbench.run(config.folder, config.captions, config.output, config.vbench_info, config.json)
+    return _measure_all(config)
+
+
+def _measure_all(config: EvalConfig) -> int:
     from dit_attn.cli import load_pipeline, outputs
     from dit_attn.eval import folders
     from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 
-    _check(args)
-    device = load_pipeline.pick_device(args.device)
-    inception, lpips = (file and file.expanduser() for file in (args.inception, args.lpips_weights))
-    networks = Networks(inception, args.clip or CLIP_DEFAULT, args.lpips, lpips_weights=lpips)
-    folder = folders.read_folder(args.folder, args.captions)
-    reference = folders.read_folder(args.reference) if args.reference else None
+    if config.output:
+        outputs.prepare_folder(config.output.parent)
+    device = load_pipeline.pick_device(config.device)
+    networks = Networks(config.inception, config.clip or CLIP_DEFAULT, config.lpips, lpips_weights=config.lpips_weights)
+    folder = folders.read_folder(config.folder, config.captions)
+    reference = folders.read_folder(config.reference) if config.reference else None
     both = [folder] if reference is None else [folder, reference]
     skipped = [(str(one.path / name), why) for one in both for name, why in one.skipped]
-    say_skipped(skipped)
-    names = wanted(args.metric) or fitting(folder, reference)
-    scores = [finite(measure(name, folder, reference, args.size, networks, device)) for name in names]
+    report_skipped(skipped)
+    names = config.metrics or fitting(folder, reference)
+    scores = [finite(measure(name, folder, reference, config.size, networks, device)) for name in names]
     record = {
-        "folder": str(args.folder), "reference": str(args.reference) if args.reference else None, "size": args.size,
-        "files": len(folder.names), "scores": scores,
+        "folder": str(config.folder), "reference": str(config.reference) if config.reference else None,
+        "size": config.size, "files": len(folder.names), "scores": scores,
         "changed": [
             {"what": what, "files": [str(one.path / name) for name in files]}
             for one in both for what, files in sorted(one.changes.items())
         ],
         "skipped": [{"file": file, "why": why} for file, why in skipped],
-        "versions": {**_versions(), "resize": "bicubic, anti-aliased" if args.size else None},
+        "versions": {**_versions(), "resize": "bicubic, anti-aliased" if config.size else None},
     }  # fmt: skip
-    if args.output:
-        outputs.write_json(record, args.output.expanduser())
-    print(json.dumps(record, indent=1, allow_nan=False) if args.json else table(record))
+    if config.output:
+        outputs.write_json(record, config.output)
+    if config.json:
+        print(json.dumps(record, indent=1, allow_nan=False))
+    else:
+        _show(record)
     return 1 if skipped else 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read, and make the place of the output."""
-    from dit_attn.cli import outputs
-
-    if args.vbench_info is not None:
-        raise DitAttnError("--vbench-info belongs to --export vbench; add it, or leave --vbench-info out")
-    wanted(args.metric)
-    if args.size is not None and args.size < 1:
-        raise DitAttnError(f"--size must be at least 1, got {args.size}")
-    if args.output is not None:
-        if args.output.expanduser().is_dir():
-            raise DitAttnError(f"--output {args.output} is a folder; give a file, e.g. {args.output / 'scores.json'}")
-        outputs.prepare_folder(args.output.expanduser().parent)
-
-
 def wanted(given: list[str] | None) -> list[str]:
-    """Names of metrics from the flags, each once.
+    """Return names of metrics from the flags, each once.
 
     Raises:
         DitAttnError: an unknown one.
@@ -117,14 +188,14 @@ def wanted(given: list[str] | None) -> list[str]:
 
 
 def finite(found: dict[str, Any]) -> dict[str, Any]:
-    """A score that JSON can hold: infinity and NaN become no value, and a caution that says so."""
+    """Make a score that JSON can hold: infinity and NaN become no value, and a caution that says so."""
     if math.isfinite(found["value"]):
         return found
     return {**found, "value": None, "caution": found.get("caution") or f"no number came out: {found['value']}"}
 
 
 def fitting(folder: Any, reference: Any) -> list[str]:
-    """Metrics that need no network and for which everything is there.
+    """Return the metrics that need no network and for which everything is there.
 
     Raises:
         DitAttnError: there is none.
@@ -136,14 +207,14 @@ def fitting(folder: Any, reference: Any) -> list[str]:
     names += ["verifier"] if any(judged(folder)) else []
     if not names:
         raise DitAttnError(
-            "nothing can be measured without a reference of the same names, clips, or a network; give --reference "
+            "nothing can be measured without a reference of the same names, videos, or a network; give --reference "
             "FOLDER, or --metric fid, clip, ..."
         )
     return names
 
 
 def measure(name: str, folder: Any, reference: Any, size: int | None, networks: Any, device: Any) -> dict[str, Any]:
-    """One score as JSON values."""
+    """Compute one score, as JSON values."""
     from dit_attn.cli.commands.eval.items import ITEM_METRICS
     from dit_attn.eval import folders
     from dit_attn.eval.metrics import METRICS, score
@@ -189,24 +260,23 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchmetrics")}
 
 
-def table(record: dict[str, Any]) -> str:
-    """The scores as text."""
-    lines = [f"{record['files']} file{'s' * (record['files'] > 1)} of {record['folder']}"]
+def _show(record: dict[str, Any]) -> None:
+    rows, notes = [], []
     for found in record["scores"]:
-        better = found.get("better", "higher")
+        label = found["label"]
         value = "no value" if found["value"] is None else f"{found['value']:.4f}"
-        spread = f" +- {found['spread']:.4f}" if found.get("spread") is not None else ""
-        text = f"{found['label']:<24}{value:>12}{spread}  {better} is better, samples: {found['samples']}"
-        if found.get("reference"):
-            text += f" against {found['reference']}"
-        if found.get("ci95"):
-            text += f", 95 % {found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}"
-        lines.append(text)
-        lines += [f"  caution: {found['caution']}"] if found.get("caution") else []
-        lines += [f"  left out, only in one folder: {_some(found['unpaired'])}"] if found.get("unpaired") else []
-        lines += [f"  left out, {found['need']}: {_some(found['unjudged'])}"] if found.get("unjudged") else []
-    lines += [f"note: {one['what']}: {_some(one['files'])}" for one in record["changed"]]
-    return "\n".join(lines)
+        spread = f"{found['spread']:.4f}" if found.get("spread") is not None else ""
+        ci95 = f"{found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}" if found.get("ci95") else ""
+        against = str(found["reference"]) if found.get("reference") else ""
+        rows.append((label, value, spread, ci95, found.get("better", "higher"), str(found["samples"]), against))
+        notes += [f"{label}: caution: {found['caution']}"] if found.get("caution") else []
+        alone, unjudged = found.get("unpaired"), found.get("unjudged")
+        notes += [f"{label}: left out, only in one folder: {_some(alone)}"] if alone else []
+        notes += [f"{label}: left out, {found['need']}: {_some(unjudged)}"] if unjudged else []
+    notes += [f"note: {one['what']}: {_some(one['files'])}" for one in record["changed"]]
+    titles = ("metric", ">value", ">+-", ">95 %", "better", ">samples", "against")
+    count = record["files"]
+    show(f"{count} file{'s' * (count > 1)} of {record['folder']}", Table(titles, rows), *notes)
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -1,8 +1,7 @@
-"""``dit-attn eval FOLDER --export vbench``: the clips of a folder under the names VBench looks for, and its command."""
+"""``dit-attn eval FOLDER --export vbench``: videos of a folder under the names VBench looks for, and its command."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -14,23 +13,23 @@ from typing import Any
 
 from dit_attn import files
 from dit_attn.cli import outputs
-from dit_attn.cli.commands.eval.items import say_skipped
+from dit_attn.cli.commands.eval.items import report_skipped
+from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError
 from dit_attn.eval import folders, vbench
 from dit_attn.eval.media import VIDEO_SUFFIXES, Unreadable, check_video, decode
 
-FPS = 8  # of clips that do not say, as in VBench's own sampling code
-_MEASURING = ("reference", "metric", "size", "inception", "clip")
+FPS = 8  # of videos that do not say, as in VBench's own sampling code
 _RECORD = "export.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Clips that belong together: one folder of ``generate``, or one competitor of ``compare``.
+    """Videos that belong together: one folder of ``generate``, or one variant of ``compare``.
 
     Attributes:
         folder: where they are.
-        label: name of the competitor; empty for a folder of its own.
+        label: name of the variant; empty for a folder of its own.
         files: the files.
     """
 
@@ -39,43 +38,50 @@ class Source:
     files: list[Path]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(folder: Path, captions: Path | None, output: Path | None, info: Path | None, as_json: bool) -> int:
     """Fill the folder and print the command. Returns 0, or 1 when files could not be used.
 
+    Args:
+        folder: of the videos, or of folders of videos, as ``compare`` makes them.
+        captions: file of their prompts; ``None``: the JSON files next to them.
+        output: the folder to fill.
+        info: prompts of VBench, to count what is still missing.
+        as_json: print JSON.
+
     Raises:
-        DitAttnError: no folder to fill, no clips, a clip without prompt, or foreign files in the way.
+        DitAttnError: no folder to fill, no videos, a video without prompt, or foreign files in the way.
     """
-    for name in _MEASURING:
-        if getattr(args, name):
-            raise DitAttnError(f"--{name} measures, --export does not; run them one after the other")
-    if args.output is None:
+    if output is None:
         raise DitAttnError("--export needs --output FOLDER, the folder to fill")
-    out = args.output.expanduser().absolute()
-    asked = None if args.vbench_info is None else vbench.read_info(args.vbench_info.expanduser())
+    out = output.absolute()
+    prompts = None if info is None else vbench.read_info(info)
     if out.is_file():
-        raise DitAttnError(f"--output {args.output} is a file; give a folder")
-    sources = find_sources(args.folder, out)
-    if args.captions is not None and len(sources) > 1:
-        raise DitAttnError(f"{args.folder} holds {len(sources)} folders of clips; with --captions give one of them")
+        raise DitAttnError(f"--output {output} is a file; give a folder")
+    sources = find_sources(folder, out)
+    if captions is not None and len(sources) > 1:
+        raise DitAttnError(f"{folder} holds {len(sources)} folders of videos; with --captions give one of them")
     skipped: list[tuple[str, str]] = []
-    plans = [(source, _clips(source, args.captions, skipped)) for source in sources]
-    if not any(clips for _, clips in plans):
+    plans = [(source, _videos(source, captions, skipped)) for source in sources]
+    if not any(videos for _, videos in plans):
         file, why = skipped[0]
-        raise DitAttnError(f"no clip that VBench could measure in {args.folder}; {Path(file).name}: {why}")
-    say_skipped(skipped)
-    sets = [fill(source, clips, out / source.label, asked) for source, clips in plans if clips]
+        raise DitAttnError(f"no video that VBench could measure in {folder}; {Path(file).name}: {why}")
+    report_skipped(skipped)
+    sets = [fill(source, videos, out / source.label, prompts) for source, videos in plans if videos]
     record = {
         "export": "vbench",
-        "folder": str(args.folder),
+        "folder": str(folder),
         "sets": sets,
         "skipped": [{"file": file, "why": why} for file, why in skipped],
     }
-    print(json.dumps(record, indent=1) if args.json else table(record))
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        _show(record)
     return 1 if skipped else 0
 
 
 def find_sources(folder: Path, out: Path) -> list[Source]:
-    """The folder itself when it holds pictures or clips; else each of its folders that does, as ``compare`` makes them.
+    """The folder itself when it holds images or videos; else each of its folders that does, as ``compare`` makes them.
 
     Raises:
         DitAttnError: there is none.
@@ -83,18 +89,18 @@ def find_sources(folder: Path, out: Path) -> list[Source]:
     if folder.is_dir():
         inner = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.absolute() != out / "videos"]
         if not any(map(folders.is_media, folder.iterdir())):
-            found = [Source(sub, sub.name, folders.media_files(sub)) for sub in inner if _has_clips(sub)]
+            found = [Source(sub, sub.name, folders.media_files(sub)) for sub in inner if _has_videos(sub)]
             if found:
                 return found
     return [Source(folder, "", folders.media_files(folder))]
 
 
-def _has_clips(folder: Path) -> bool:
+def _has_videos(folder: Path) -> bool:
     return any(folders.is_media(file) and file.suffix.lower() in VIDEO_SUFFIXES for file in folder.iterdir())
 
 
-def _clips(source: Source, captions: Path | None, skipped: list[tuple[str, str]]) -> list[vbench.Video]:
-    """The clips that can be read; the rest goes to ``skipped``.
+def _videos(source: Source, captions: Path | None, skipped: list[tuple[str, str]]) -> list[vbench.Video]:
+    """Return the videos that can be read; the rest goes to ``skipped``.
 
     Raises:
         DitAttnError: one of them has no prompt.
@@ -125,7 +131,7 @@ def _check(file: Path) -> None:
     """Whether VBench can use a file, without keeping its frames.
 
     Raises:
-        Unreadable: broken, or a picture.
+        Unreadable: broken, or an image.
     """
     if file.suffix.lower() == vbench.ENDING:
         try:
@@ -133,14 +139,14 @@ def _check(file: Path) -> None:
         except ValueError as error:
             raise Unreadable(str(error)) from error
     elif len(decode(file).frames) < 2:
-        raise Unreadable("a picture; VBench measures clips")
+        raise Unreadable("an image; VBench measures videos")
 
 
-def fill(source: Source, clips: Sequence[vbench.Video], out: Path, asked: vbench.Prompts | None) -> dict[str, Any]:
-    """Make ``out/videos`` hold exactly these clips, and ``out/prompts.json`` their prompts.
+def fill(source: Source, found: Sequence[vbench.Video], out: Path, asked: vbench.Prompts | None) -> dict[str, Any]:
+    """Make ``out/videos`` hold exactly these videos, and ``out/prompts.json`` their prompts.
 
-    Files of an earlier export are kept where they still fit, replaced where their clip changed, and removed where it is
-    gone. Files that no export wrote are not touched.
+    Files of an earlier export are kept where they still fit, replaced where their video changed, and removed where it
+    is gone. Files that no export wrote are not touched.
 
     Raises:
         DitAttnError: files in ``out/videos`` that no export wrote; a folder that cannot be written.
@@ -150,12 +156,13 @@ def fill(source: Source, clips: Sequence[vbench.Video], out: Path, asked: vbench
     before = before if isinstance(before, dict) else {}
     _refuse_foreign(videos, before)
     outputs.prepare_folder(videos)
-    named = vbench.names(clips, _longest_name(videos), folds=(out / "VIDEOS").exists())
+    named = vbench.names(found, _longest_name(videos), folds=(out / "VIDEOS").exists())
     covered = None if asked is None else vbench.coverage({one.name for one in named}, asked)
     gone = [file for file in videos.iterdir() if file.name not in {one.name for one in named}]
     for file in gone:
         file.unlink()
-    made = {one.name: {"from": str(one.video.file.absolute()), "sha256": outputs.sha256(one.video.file)} for one in named}
+    origin = {one.name: one.video.file for one in named}
+    made = {name: {"from": str(file.absolute()), "sha256": outputs.sha256(file)} for name, file in origin.items()}
     prompts = {one.name: one.video.prompt for one in named}
     outputs.write_json({"videos": made}, out / _RECORD)
     ways = Counter(_place(one, videos / one.name, before.get(one.name), made[one.name]) for one in named)
@@ -199,7 +206,7 @@ def _longest_name(folder: Path) -> int:
 
 
 def _place(one: vbench.NamedVideo, target: Path, before: dict[str, Any] | None, made: dict[str, Any]) -> str:
-    """Put a clip at ``target``; how: one of ``WAYS``. ``made`` learns the hash of an encoded file."""
+    """Put a video at ``target``; how: one of ``WAYS``. ``made`` learns the hash of an encoded file."""
     file = one.video.file
     if target.exists() and before is not None and before.get("sha256") == made["sha256"]:
         found = outputs.sha256(target)
@@ -232,18 +239,18 @@ def _fps(file: Path) -> int:
     return max(1, round(rate)) if isinstance(rate, (int, float)) and rate else FPS
 
 
-def table(record: dict[str, Any]) -> str:
-    """What was done, and the commands, as text."""
-    lines = []
+def _show(record: dict[str, Any]) -> None:
+    parts: list[str | Table] = []
     for one in record["sets"]:
         ways = ", ".join(f"{one[way]} {way}" for way in (*WAYS, "removed") if one[way])
-        lines.append(f"{one['clips']} clips of {one['source']} in {one['videos']} ({ways})")
+        parts.append(f"{one['clips']} videos of {one['source']} in {one['videos']} ({ways})")
         if one["renamed"]:
             cut = len(one["renamed"])
-            lines.append(f"  {cut} have cut names (prompt too long, or with /): prompts.json has it whole")
-        for part in one["coverage"] or ():
-            lines.append(f"  {part['dimension']:<24}{part['clips']:>5} of {part['needed']} clips")
+            parts.append(f"  {cut} have cut names (prompt too long, or with /): prompts.json has the full prompts")
+        if one["coverage"]:
+            rows = [(part["dimension"], str(part["clips"]), str(part["needed"])) for part in one["coverage"]]
+            parts.append(Table(("dimension", ">videos", ">of"), rows))
         if one["coverage"] and "custom_input" in one["command"]:
-            lines.append("  no dimension of VBench's own prompts is complete, so they are measured as yours")
-    lines.append("Where VBench is installed (it is no part of dit-attn), run:")
-    return "\n".join(lines + [one["command"] for one in record["sets"]])
+            parts.append("  no dimension of VBench's own prompts is complete, so they are measured as yours")
+    commands = [one["command"] for one in record["sets"]]
+    show(*parts, "Where VBench is installed (it is no part of dit-attn), run:", *commands)

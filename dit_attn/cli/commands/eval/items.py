@@ -1,4 +1,4 @@
-"""Metrics of ``dit-attn eval`` that judge a file by itself: motion, and what the shapes world knows of its pictures."""
+"""Metrics of ``dit-attn eval`` that judge a file by itself: motion, and what the shapes world knows of its images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Figure = dict[str, Any]
 
 
 def temporal(folder: Any, reference: Any) -> Figure:
-    """Smoothness of motion in clips, 1 is steady, below 0 is flicker.
+    """Measure how smooth the motion of videos is: 1 is steady, below 0 is flicker.
 
     Raises:
         DitAttnError: a file has fewer than three frames.
@@ -22,17 +22,17 @@ def temporal(folder: Any, reference: Any) -> Figure:
     short = [n for n, frames in zip(folder.names, folder.frames) if len(frames) < 3]
     if short:
         count = f"{len(short)} of {len(folder.names)} files have fewer, first {short[0]}"
-        raise DitAttnError(f"temporal needs clips of at least 3 frames, {count}; leave them or the metric out")
+        raise DitAttnError(f"temporal needs videos of at least 3 frames, {count}; leave them or the metric out")
     values = [fidelity.temporal_consistency(frames) for frames in folder.frames]
     return _figure("temporal", values, better="higher")
 
 
 def judged(folder: Any) -> list[dict[str, bool] | None]:
     """Verdict of every file, ``None`` where the caption does not belong to the shapes world."""
-    from dit_attn.pipelines.compare.statistics import verdict
+    from dit_attn.pipelines.compare.statistics import verify_caption
 
     return [
-        None if caption is None else verdict(_pixels(frames), caption)
+        None if caption is None else verify_caption(_pixels(frames), caption)
         for frames, caption in zip(folder.frames, folder.captions)
     ]
 
@@ -45,7 +45,9 @@ def verifier(folder: Any, reference: Any) -> Figure:
     """
     verdicts = judged(folder)
     if not any(verdicts):
-        raise DitAttnError("verifier needs captions of the shapes world (dit_attn.eval.shapes_world.world); these are none")
+        raise DitAttnError(
+            "verifier needs captions of the shapes world (dit_attn.eval.shapes_world.world); these are none"
+        )
     found = [one for one in verdicts if one is not None]
     whole = _figure("prompt met", [all(one.values()) for one in found], better="higher")
     without = [name for name, one in zip(folder.names, verdicts) if one is None]
@@ -53,17 +55,17 @@ def verifier(folder: Any, reference: Any) -> Figure:
 
 
 def artifact_rate(folder: Any, reference: Any) -> Figure:
-    """Share of pictures (of a clip, of its frames) with colours, shapes or pixels that the shapes world does not have.
+    """Count images (of a video, its frames) with colors, shapes or pixels that the shapes world does not have.
 
     Raises:
         DitAttnError: all files have captions of something else.
     """
     from dit_attn.eval.shapes_world.artifacts import artifacts
-    from dit_attn.pipelines.compare.defects import of_world
+    from dit_attn.pipelines.compare.defects import is_world_caption
 
-    ours = [caption is None or of_world(caption) for caption in folder.captions]
+    ours = [caption is None or is_world_caption(caption) for caption in folder.captions]
     if not any(ours):
-        raise DitAttnError("artifact-rate knows pictures of the shapes world only; these captions are of none")
+        raise DitAttnError("artifact-rate knows images of the shapes world only; these captions are of none")
     seen = [[artifacts(frame) for frame in _pixels(frames)] for frames, our in zip(folder.frames, ours) if our]
     found = [{name: _mean([one[name] for one in frames]) for name in frames[0]} for frames in seen]
     values = [_mean([any(one.values()) for one in frames]) for frames in seen]
@@ -76,7 +78,7 @@ def saturation(folder: Any, reference: Any) -> Figure:
     """Share of over-saturated pixels among the coloured ones, mean over the files (``eval.artifacts.oversaturated``).
 
     A file whose caption is of the shapes world, and every file when there is no reference, is held against the world's
-    palette; the others against the picture of their name in the reference.
+    palette; the others against the image of their name in the reference.
 
     Raises:
         DitAttnError: files of another caption, and no reference that has one of their names.
@@ -86,7 +88,7 @@ def saturation(folder: Any, reference: Any) -> Figure:
     beside = {} if reference is None else dict(zip(reference.names, reference.frames))
     values, without, palette = [], [], 0
     for name, frames, caption in zip(folder.names, folder.frames, folder.captions):
-        by_palette = defects.of_world(caption) or (reference is None and caption is None)
+        by_palette = defects.is_world_caption(caption) or (reference is None and caption is None)
         if not by_palette and name not in beside:
             without.append(name)
             continue
@@ -135,7 +137,7 @@ def _unjudged(names: list[str], need: str) -> Figure:
     return {"unjudged": names, "need": need} if names else {}
 
 
-def say_skipped(skipped: list[tuple[str, str]]) -> None:
+def report_skipped(skipped: list[tuple[str, str]]) -> None:
     """Name on standard error what could not be read, with their number when it takes more than a glance to count."""
     for file, why in skipped:
         print(f"dit-attn: left out {file}: {why}", file=sys.stderr)

@@ -10,9 +10,8 @@ import pytest
 
 import dit_attn
 from dit_attn import Method, models
+from dit_attn.cli.captions import shuffled_captions
 from dit_attn.cli.commands.calibrate import run as calibrate_run
-from dit_attn.cli.commands.calibrate.command import captions
-from dit_attn.cli.model_source import describe
 from dit_attn.eval.shapes_world import world
 
 FILE = "dit_attn_method.json"
@@ -70,7 +69,7 @@ def test_it_writes_one_file_that_enable_and_generate_take_and_goes_on(calibrate:
 
 
 def test_ctrl_c_keeps_what_is_measured(calibrate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = calibrate_run.player
+    real = calibrate_run.item_runner
 
     def stopping(pipe: Any, jobs: Any) -> Any:
         made, play = [], real(pipe, jobs)
@@ -83,7 +82,7 @@ def test_ctrl_c_keeps_what_is_measured(calibrate: Any, monkeypatch: pytest.Monke
 
         return stop
 
-    monkeypatch.setattr(calibrate_run, "player", stopping)
+    monkeypatch.setattr(calibrate_run, "item_runner", stopping)
     done = calibrate("--output", "out")
     assert done.code == 130 and "interrupted; what is measured is in out" in done.err and "--resume" in done.err
     assert [row.get("key", "").split("/")[0] for row in rows(tmp_path / "out")] == ["", "local", "all"]
@@ -97,7 +96,7 @@ def test_a_failed_run_is_named_with_exit_code_1(calibrate: Any, monkeypatch: pyt
 
         return fail
 
-    monkeypatch.setattr(calibrate_run, "player", failing)
+    monkeypatch.setattr(calibrate_run, "item_runner", failing)
     done = calibrate("--output", "out")
     assert done.code == 1 and "a run failed: RuntimeError: no memory left; what is measured is in out" in done.err
 
@@ -105,15 +104,15 @@ def test_a_failed_run_is_named_with_exit_code_1(calibrate: Any, monkeypatch: pyt
 def test_a_dry_run_prints_the_plan_and_writes_nothing(calibrate: Any, tmp_path: Path) -> None:
     done = calibrate("--dry-run", "--held-out", "2", "--error", "0.1")
     assert done.code == 0 and "an error of 0.1" in done.out and "0.5, 0.25, 0.125" in done.out
-    assert done.out.count("  check ") == 2 and done.out.count("  calibrate ") == 1
+    assert done.out.count("\ncheck ") == 2 and done.out.count("\ncalibrate ") == 1
     data = json.loads(calibrate("--dry-run", "--json").out)
     assert (data["parts"], data["steps"], data["every"], data["checked_on"]) == (2, 2, 1, [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_calibrates_on_training_captions_and_checks_on_others(calibrate: Any) -> None:
-    model = describe("tiny-video")
-    train, held = captions(model, False, 6), captions(model, True, 6)
+    defaults = models.call_defaults("tiny-video")
+    train, held = (shuffled_captions(defaults, held_out, 6) for held_out in (False, True))
     assert not any(world.held_out(world.parse(text)) for text in train)
     assert all(world.held_out(world.parse(text)) for text in held)
     data = json.loads(calibrate("--dry-run", "--json", "--held-out", "3", "--seed", "5").out)

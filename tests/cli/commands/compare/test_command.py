@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dit_attn.cli import runner
-from dit_attn.cli.commands.compare import command
+from dit_attn.cli.commands.compare.config import wanted_metrics
 from dit_attn.eval.shapes_world import world
 
 CAPTION = "a large red circle at the left on white"
@@ -104,7 +104,7 @@ def test_a_map_that_fails_says_why_and_the_comparison_stands(first, tmp_path, mo
     def broken(self, call, request, out):
         raise RuntimeError("no memory\nfor this")
 
-    monkeypatch.setattr("dit_attn.pipelines.compare.attention_map.Recorder.__call__", broken)
+    monkeypatch.setattr("dit_attn.pipelines.compare.attention_map.AttentionRecorder.__call__", broken)
     outcome = first("--json")
     assert outcome.code == 0
     assert [one["failed"] for one in json.loads(outcome.out)["maps"].values()] == ["RuntimeError: no memory"]
@@ -170,9 +170,8 @@ def test_a_network_that_is_not_there_is_refused_before_anything_is_loaded(compar
 
 
 def test_other_models_get_no_metrics_unasked():
-    options = {"metrics": "clip-world, psnr,clip-world"}
-    assert command.wanted_metrics(options, embedded=False) == ("clip-world",)
-    assert command.wanted_metrics({}, embedded=False) == ()
+    assert wanted_metrics("clip-world, psnr,clip-world", embedded=False) == ("clip-world",)
+    assert wanted_metrics(None, embedded=False) == ()
 
 
 def test_resume_makes_nothing_that_is_there_and_only_what_is_missing(first, tmp_path, monkeypatch):
@@ -235,13 +234,6 @@ def test_a_configuration_file_may_name_the_competitors(compare, tmp_path):
     assert len(plan["variants"]) == 3 and plan["items"][0]["call"]["num_inference_steps"] == 3
 
 
-def test_a_method_text_is_split_at_settings_and_not_inside_lists():
-    (one,) = command.split_method("block-sparse:density=0.25,keep=text,diagonal,dense_steps=2")
-    assert one.settings == {"density": "0.25", "keep": "text,diagonal", "dense_steps": "2"}
-    two = command.split_method("block-sparse:density=1e-1 + other:a=1")
-    assert [item.name for item in two] == ["block-sparse", "other"] and two[0].settings == {"density": "1e-1"}
-
-
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -250,7 +242,7 @@ def test_a_method_text_is_split_at_settings_and_not_inside_lists():
         (("--method", "block-sparse:density"), ("KEY=VALUE",)),
         (("--method", "block-sparse:density=2"), ("density must be between",)),
         (("--method", ":density=2"), ("names no method",)),
-        ((*METHOD, *METHOD), ("two competitors",)),
+        ((*METHOD, *METHOD), ("two variants",)),
         ((*METHOD, "--method", "block-sparse:dense_steps=0,density=0.5"), ("the same settings",)),
         ((*METHOD, "--seeds", "a"), ("--seeds", "whole numbers")),
         ((*METHOD, "--seeds", "1,1"), ("twice",)),

@@ -41,7 +41,7 @@ def test_matched_strength_adds_the_scale_that_pushes_as_far(compare, tmp_path, m
     found = rows[GUIDED]
     assert found["sideways"]["value"] > 0
     assert matched["call"]["guidance_scale"] == pytest.approx(2.0 + found["parallel"]["value"], abs=0.002)
-    monkeypatch.setattr(compare_match, "matched", None)  # what was measured is not measured again
+    monkeypatch.setattr(compare_match, "match_guidance_scale", None)  # what was measured is not measured again
     again = headline(compare("--method", GUIDED, "--match-strength", "--resume", "--json"))
     assert set(again) == set(rows)
 

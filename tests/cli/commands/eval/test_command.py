@@ -102,7 +102,7 @@ def test_bad_input_is_one_line_and_exit_2(cli, folders):
     (folders / "words.txt").write_text("one\n")
     (folders / "words.jsonl").write_text('{"file": "a.png"}\n')
     cli("eval", "nowhere").refused("no folder nowhere")
-    cli("eval", "empty").refused("no picture or clip in empty")
+    cli("eval", "empty").refused("no image or video in empty")
     cli("eval", "made").refused("give --reference")
     cli("eval", "made", "--metric", "fidd").refused("unknown --metric 'fidd'")
     cli("eval", "made", "--metric", "psnr").refused("compares with reference images")
@@ -111,7 +111,7 @@ def test_bad_input_is_one_line_and_exit_2(cli, folders):
     cli("eval", "made", "--metric", "clip", "--captions", "words.txt").refused("1 captions for 3 files")
     cli("eval", "made", "--metric", "clip", "--captions", "words.jsonl").refused("line 1 is not")
     cli("eval", "made", "--metric", "temporal").refused("at least 3 frames, 3 of 3 files have fewer, first a")
-    cli("eval", "made", "--reference", "empty").refused("no picture or clip in empty")
+    cli("eval", "made", "--reference", "empty").refused("no image or video in empty")
 
 
 def test_saturation_and_artifacts_of_a_folder(cli, tmp_path):

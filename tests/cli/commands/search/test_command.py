@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dit_attn.pipelines.head_search import evaluation
+from dit_attn.pipelines.head_search import pipeline_runner
 from tests.cli.conftest import FAST
 
 QUICK = (*FAST, "--rounds", "1", "--per-round", "1", "--pairs", "2", "--controls", "0", "--objective", "verifier")
@@ -40,7 +40,7 @@ def test_it_writes_heads_and_a_page_and_goes_on_after_a_stop(
     search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (*QUICK, "--batch", "1", "--output", "out")
-    stock, calls = evaluation.PipelineMaker.__call__, []
+    stock, calls = pipeline_runner.PipelineRunner.__call__, []
 
     def counting(*args: Any) -> Any:
         calls.append(args[1])
@@ -48,7 +48,7 @@ def test_it_writes_heads_and_a_page_and_goes_on_after_a_stop(
             raise KeyboardInterrupt
         return stock(*args)
 
-    monkeypatch.setattr(evaluation.PipelineMaker, "__call__", counting)
+    monkeypatch.setattr(pipeline_runner.PipelineRunner, "__call__", counting)
     stopped = search(*words)
     assert stopped.code == 130 and "--resume" in stopped.err
     assert len((tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()) == 1 + 4
@@ -75,7 +75,7 @@ def test_layers_are_shown_beside_the_heads_in_the_table_and_on_the_page(search: 
     name = found["search"]["best_layer"]["name"]
     page = (tmp_path / "out" / "search.html").read_text()
     for layer in range(6):
-        assert f"\n  layer {layer} " in done.out and f'<th scope="row">layer {layer}</th>' in page
+        assert f"\nlayer {layer} " in done.out and f'<th scope="row">layer {layer}</th>' in page
     assert f"heads over {name}, best when searched: " in done.out and f"The whole {name}, the best layer" in page
     assert len(Pictures(page).pictures) == 3 and f"{name}: " in page  # none, heads, layer
 
