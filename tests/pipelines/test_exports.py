@@ -1,0 +1,48 @@
+"""Every job has one front door, and importing the package of jobs loads nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from dit_attn import pipelines
+
+JOBS = ("benchmark", "calibrate", "compare", "head_search", "inspect")
+
+
+def test_importing_the_jobs_loads_nothing_heavy() -> None:
+    code = "import sys, dit_attn.pipelines; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_of_the_package_is_that_of_its_job() -> None:
+    for name in pipelines.__all__:
+        assert name in dir(pipelines) and inspect.isclass(getattr(pipelines, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'Plan'"):
+        _ = pipelines.Plan
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_exports_what_a_user_calls(job: str) -> None:
+    package = importlib.import_module(f"dit_attn.pipelines.{job}")
+    assert package.__all__ == sorted(package.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
+    for name in package.__all__:
+        found = getattr(package, name)
+        assert not inspect.ismodule(found), name
+        if inspect.isclass(found) or inspect.isfunction(found):
+            assert inspect.getdoc(found), name
+
+
+@pytest.mark.parametrize("job", ("calibrate", "compare", "inspect"))
+def test_the_function_of_a_job_has_its_name_whatever_is_imported_first(job: str) -> None:
+    code = (
+        f"import importlib, pkgutil, dit_attn.pipelines.{job} as job\n"
+        "for module in pkgutil.iter_modules(job.__path__):\n"
+        "    importlib.import_module(f'{job.__name__}.{module.name}')\n"
+        f"assert callable(job.{job})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
