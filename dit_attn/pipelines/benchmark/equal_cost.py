@@ -55,16 +55,16 @@ def method_families(block: int) -> list[MethodFamily]:
             found.append(_rectified(f"{compensation} {order}", compensation=compensation, select="mass", order=order))
     full, half, quarter = pooled_key_sizes(block)
     for order in ("hilbert", "auto", "none"):
-        found.append(_rectified(f"merge {full} {order}", virtual_block=full, order=order))
+        found.append(_rectified(f"merge {full} {order}", pooled_block=full, order=order))
     for size in (half, quarter):
-        found.append(_rectified(f"merge {size} auto", virtual_block=size))
+        found.append(_rectified(f"merge {size} auto", pooled_block=size))
     found += [
-        _rectified(f"merge {full} auto by mass", virtual_block=full, select="mass"),
-        _rectified(f"merge {full} auto variance", virtual_block=full, variance=True),
-        _rectified(f"merge {half} auto variance", virtual_block=half, variance=True),
-        _rectified(f"merge {full} auto probe {half}", virtual_block=full, probe=half),
-        _rectified(f"merge {full} auto probe {quarter}", virtual_block=full, probe=quarter),
-        _rectified("merge in blocks of half", 0.5, virtual_block=half),
+        _rectified(f"merge {full} auto by mass", pooled_block=full, select="mass"),
+        _rectified(f"merge {full} auto variance", pooled_block=full, variance=True),
+        _rectified(f"merge {half} auto variance", pooled_block=half, variance=True),
+        _rectified(f"merge {full} auto probe {half}", pooled_block=full, probe=half),
+        _rectified(f"merge {full} auto probe {quarter}", pooled_block=full, probe=quarter),
+        _rectified("merge in blocks of half", 0.5, pooled_block=half),
         _rectified("none in blocks of half", 0.5, compensation="none", select="mass"),
     ]
     for mask in ("band", "window", "selected"):

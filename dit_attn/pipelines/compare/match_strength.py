@@ -100,5 +100,5 @@ def match_guidance_scale(
         parallel.append(guided * guidance.parallel)
         orthogonal.append(guided * guidance.orthogonal)
     along = sum(parallel) / len(own)
-    scale = rule.told_for(sum(own) / len(own) + along)
+    scale = rule.argument_for(sum(own) / len(own) + along)
     return MatchedScale(name, round(scale, 3), along, sum(orthogonal) / len(own))

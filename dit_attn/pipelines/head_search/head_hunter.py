@@ -221,7 +221,7 @@ def as_pair(pair: str | tuple[str, int] | Pair, seed: int) -> Pair:
 def guidance_call(pipe: Any, scale: float) -> dict[str, float]:
     """Return the argument that sets classifier-free guidance to the scale s; none for pipelines without it."""
     try:
-        return {guidance_argument(pipe): guidance_rule(pipe).told_for(scale)}
+        return {guidance_argument(pipe): guidance_rule(pipe).argument_for(scale)}
     except DitAttnError:
         return {}
 
