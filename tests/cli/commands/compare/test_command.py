@@ -151,7 +151,7 @@ def test_clips_get_steadiness_and_metrics_over_frames(cli, tmp_path):
     file = tmp_path / "out" / results["takes"][0]["file"]
     frames = json.loads(file.with_suffix(".json").read_text())["size"][0]
     assert half["metrics"]["fid-world"]["images"] == 2 * frames > 2 and half["metrics"]["fid-world"]["n"] == 2
-    assert "steadiness of motion" in (tmp_path / "out/report.html").read_text()
+    assert "temporal consistency" in (tmp_path / "out/report.html").read_text()
 
 
 def test_seeds_beside_seeds_of_the_prompts_file_are_refused(compare, tmp_path):

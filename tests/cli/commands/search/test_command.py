@@ -76,7 +76,7 @@ def test_layers_are_shown_beside_the_heads_in_the_table_and_on_the_page(search: 
     page = (tmp_path / "out" / "search.html").read_text()
     for layer in range(6):
         assert f"\nlayer {layer} " in done.out and f'<th scope="row">layer {layer}</th>' in page
-    assert f"heads over {name}, best when searched: " in done.out and f"The whole {name}, the best layer" in page
+    assert f"heads over {name}, best when searched: " in done.out and f"All heads of {name}, the best layer" in page
     assert len(Pictures(page).pictures) == 3 and f"{name}: " in page  # none, heads, layer
 
 
