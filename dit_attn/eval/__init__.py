@@ -1,1 +1,1 @@
-"""Evaluation: the verifiable world, metrics, reports and the benchmark harness."""
+"""Evaluation: image and video metrics, the verifiable shapes world, attention statistics and HTML reports."""

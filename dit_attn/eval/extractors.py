@@ -1,4 +1,4 @@
-"""The networks behind FID, CLIP score and LPIPS: from what the user gives or has, and never replaced in silence."""
+"""Load the networks behind FID, CLIP score and LPIPS, from given or cached files, without silent replacements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, reason
 
 CLIP_DEFAULT = "openai/clip-vit-large-patch14"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -46,7 +46,7 @@ class Networks:
 
 
 def inception_options(networks: Networks) -> tuple[dict[str, Any], str]:
-    """Arguments for torchmetrics' FID, KID and IS, and the label of the network.
+    """Return the arguments for torchmetrics' FID, KID and IS, and the label of the network.
 
     Raises:
         DitAttnError: torch-fidelity or its weights are missing; the message names the file and the offline metric.
@@ -66,7 +66,7 @@ def inception_options(networks: Networks) -> tuple[dict[str, Any], str]:
 
 
 def clip_pair(name: str) -> Callable[[], tuple[nn.Module, Any]]:
-    """What torchmetrics' CLIPScore asks for: a function that gives model and processor.
+    """Build the function that torchmetrics' CLIPScore takes: it returns model and processor.
 
     transformers 5 returns an output object where torchmetrics 1.9 expects the features themselves; the model that is
     returned here gives them.
@@ -95,11 +95,11 @@ class PooledClip(nn.Module):
         self.config = model.config
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(N, F) of pixel values."""
+        """Compute (N, F) of pixel values."""
         return _pooled(cast(Any, self.model).get_image_features(*args, **kwargs))
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(N, F) of token ids."""
+        """Compute (N, F) of token ids."""
         return _pooled(cast(Any, self.model).get_text_features(*args, **kwargs))
 
 
@@ -108,7 +108,7 @@ def _pooled(output: Any) -> torch.Tensor:
 
 
 def with_inception(build: Callable[..., Any], networks: Networks, **options: Any) -> tuple[Any, str]:
-    """A torchmetrics metric on the Inception network (or what stands in for it), and the label of the network.
+    """Build a torchmetrics metric on Inception, or on ``networks.features``; also the label of the network.
 
     Raises:
         DitAttnError: as :func:`inception_options`, or weights that cannot be fetched or read.
@@ -119,15 +119,15 @@ def with_inception(build: Callable[..., Any], networks: Networks, **options: Any
     except Exception as error:  # torch.load and urllib raise anything on a broken file or no network
         if networks.features is not None:
             raise
-        cause = f"{networks.inception} cannot be read" if networks.inception else f"{INCEPTION_FILE} cannot be had"
+        cause = f"{networks.inception} cannot be read" if networks.inception else f"{INCEPTION_FILE} is not available"
         raise DitAttnError(
-            f"FID, KID and IS need the Inception weights: {cause} ({_first_line(error)}); give --inception FILE with "
+            f"FID, KID and IS need the Inception weights: {cause} ({reason(error)[:200]}); give --inception FILE with "
             f"{INCEPTION_FILE} of torch-fidelity, or use fid-world and kid-world, which need nothing"
         ) from error
 
 
 def check_lpips(networks: Networks) -> None:
-    """Raise DitAttnError unless LPIPS can be built without a surprise download."""
+    """Raise DitAttnError unless LPIPS can be built without a download."""
     backbone = networks.lpips
     if backbone not in BACKBONE_FILES:
         raise DitAttnError(f"unknown LPIPS backbone {backbone!r}; use one of {', '.join(BACKBONE_FILES)}")
@@ -144,7 +144,7 @@ def check_lpips(networks: Networks) -> None:
 
 
 def lpips_metric(networks: Networks) -> Any:
-    """torchmetrics' LPIPS for images in [0, 1].
+    """Build torchmetrics' LPIPS for images in [0, 1].
 
     Raises:
         DitAttnError: as :func:`check_lpips`, or weights that are not those of the backbone.
@@ -158,7 +158,7 @@ def lpips_metric(networks: Networks) -> Any:
         except Exception as error:  # torch.load raises anything on a broken file
             file = networks.lpips_weights or "torch's hub cache"
             raise DitAttnError(
-                f"the LPIPS weights in {file} are not those of {networks.lpips} ({_first_line(error)}); give the file "
+                f"the LPIPS weights in {file} are not those of {networks.lpips} ({reason(error)[:200]}); give the file "
                 f"{BACKBONE_FILES[networks.lpips]}"
             ) from error
 
@@ -182,8 +182,3 @@ def _hub_with(file: Path | None, name: str) -> Iterator[None]:
             yield
         finally:
             torch.hub.set_dir(before)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Image metrics under one roof: torchmetrics does the computing, this says what each needs and what came out.
+"""Image metrics by torchmetrics, with what each needs and what judged.
 
 Images are uint8 (N, 3, H, W). Every score carries the number of samples and the label of the network that judged.
 """
@@ -31,7 +31,7 @@ class Score:
         spread: standard deviation over subsets or splits, where the metric has one.
         samples: images it was computed from.
         reference: images it was compared with, if any.
-        label: what judged, for the table: ``fid (inception-v3)``.
+        label: what judged, e.g. ``fid (inception-v3)``.
         better: ``"higher"`` or ``"lower"``.
         caution: what a reader must know, e.g. too few samples for a stable figure; ``None`` when nothing.
     """
@@ -77,7 +77,7 @@ def score(
     networks: Networks | None = None,
     device: torch.device | str = "cpu",
 ) -> Score:
-    """One metric of a set of images. In a distributed run every process gives its part and gets the score of all.
+    """Compute one metric of a set of images; in a distributed run every process gives its part and gets the full score.
 
     Args:
         metric: a name of ``METRICS``.

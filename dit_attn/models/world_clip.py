@@ -101,7 +101,7 @@ class Training:
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=4.6)
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint, atomically."""
