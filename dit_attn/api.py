@@ -1,4 +1,4 @@
-"""The public functions: one line puts a method on a stock pipeline, one line takes it off."""
+"""The public functions: enable methods on a stock pipeline in one line, disable them in one line."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both 
 
 
 def enable(target: Any, *wanted: str | Method) -> Session:
-    """Put methods on a pipeline or transformer. Nothing else about it changes.
+    """Enable methods on a pipeline or transformer. Nothing else about it changes.
 
     Enabling again replaces what was enabled before.
 
     Args:
         target: a diffusers pipeline, or its transformer.
         wanted: methods by slug (settings from the model's preset), as a saved file (``"path.json"``), its folder or
-            ``"org/name"`` on the Hub, or as :class:`Method` instances; none at all sockets the layers and leaves every
-            call on the stock path.
+            ``"org/name"`` on the Hub, or as :class:`Method` instances; without any, the layers are wrapped and
+            every call uses stock attention.
 
     Returns:
         The session (of the first transformer, when the pipeline has two).
 
     Raises:
-        DitAttnError: unknown method or family, methods that conflict, a layer that cannot be tapped. Nothing is
+        DitAttnError: unknown method or family, methods that conflict, a layer that cannot be wrapped. Nothing is
             changed then.
     """
     models = _transformers(target)
@@ -55,14 +55,14 @@ def enable(target: Any, *wanted: str | Method) -> Session:
 
 
 def disable(target: Any) -> None:
-    """Take every method off: bit-equal to never enabled. Calling it twice is fine."""
+    """Remove every method: bit-equal to never enabled. Calling it twice is fine."""
     for model in _transformers(target):
         attach.detach(model)
 
 
 @contextmanager
 def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
-    """:func:`enable` for the length of a ``with`` block; what was enabled before is put back at its end."""
+    """Enable methods for the length of a ``with`` block; what was enabled before is restored at its end."""
     before = attach.session_of(_transformers(target)[0])
     session = enable(target, *wanted)
     try:
@@ -76,9 +76,9 @@ def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
 
 
 def watch(pipe: Any) -> None:
-    """See the runs of a stock pipeline without a method or a socketed layer, until :func:`disable`.
+    """Record the runs of a stock pipeline, without a method or a wrapped layer, until :func:`disable`.
 
-    :func:`summary` then says of a run whether guidance that was asked for did not happen (``warnings``).
+    :func:`summary` then warns of guidance that was requested and did not happen (``warnings``).
 
     Raises:
         DitAttnError: unsupported family.
@@ -90,16 +90,16 @@ def watch(pipe: Any) -> None:
 
 @contextmanager
 def observing(target: Any, observer: Observer) -> Iterator[None]:
-    """Show every attention call of a pipeline or transformer to a function; nothing about the run changes.
+    """Call a function after every attention call of a pipeline or transformer; nothing about the run changes.
 
-    Sees what the enabled methods see, or the stock run where none is enabled. Enable first, then observe. Calls of a
-    sequence that is split over devices are not shown.
+    The observer gets the calls of the enabled methods, or of the stock run where none is enabled. Enable first, then
+    observe. Calls of a sequence that is split over devices are left out.
 
     Args:
         target: a pipeline, or a transformer.
         observer: ``observer(call, request, out)`` after every call: the call with q, k, v (B, S, H, D), its layer,
-            tokens and clock (an ``AttentionCall``); what the methods asked (``request.layout`` is ``None`` where the
-            stock path was taken); the result (B, S, H, Dv).
+            tokens and clock (an ``AttentionCall``); the request of the methods (``request.layout`` is ``None`` where
+            stock attention ran); the result (B, S, H, Dv).
 
     Raises:
         DitAttnError: unsupported family.
@@ -121,10 +121,10 @@ def observing(target: Any, observer: Observer) -> Iterator[None]:
 
 
 def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
-    """The attention processors of ``enable``, for ``transformer.set_attn_processor(...)``.
+    """Return the attention processors of ``enable``, for ``transformer.set_attn_processor(...)``.
 
-    The dictionary names every attention layer, as diffusers asks; layers no method may touch keep their stock
-    processor. ``disable`` takes ours off again.
+    The dictionary names every attention layer, as diffusers requires; layers that no method applies to keep their
+    stock processor. ``disable`` restores the others.
 
     Args:
         target: a transformer, or a pipeline with one.
@@ -149,7 +149,7 @@ def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
 
 
 def summary(target: Any) -> Summary:
-    """What the last run did: layers engaged, calls declined and why, density, time.
+    """Summarize the last run: sparse calls, fallbacks and why, density, time.
 
     Raises:
         DitAttnError: nothing is enabled on ``target``.
@@ -168,16 +168,16 @@ def explain(
     width: int | None = None,
     num_frames: int | None = None,
 ) -> Explanation:
-    """What to expect of a run before it is made: tokens, share of attention, ceiling of the speed-up, declined layers.
+    """Estimate a run before it is made: tokens, fraction of attention, upper bound of the speed-up, fallbacks.
 
     Args:
         target: a pipeline or transformer.
         wanted: methods, as for :func:`enable`.
         height, width: pixels; default: the pipeline's own.
-        num_frames: frames of a clip; default: the pipeline's own.
+        num_frames: frames of a video; default: the pipeline's own.
 
     Raises:
-        DitAttnError: unsupported family or method, settings this model does not fit, or a size that is none.
+        DitAttnError: unsupported family or method, settings that do not fit this model, or an invalid size.
     """
     models = _transformers(target)
     pipe = None if isinstance(target, torch.nn.Module) else target
@@ -185,7 +185,7 @@ def explain(
 
 
 def supported() -> dict[str, dict[str, Any]]:
-    """Families x methods: ``{family: {"models": ..., "methods": [slugs], "refused": reason or None}}``."""
+    """Return the families with their methods: ``{family: {"models": ..., "methods": [slugs], "refused": reason or None}}``."""
     slugs = sorted(methods())
     return {
         row.name: {
@@ -203,7 +203,7 @@ def _transformers(target: Any) -> list[torch.nn.Module]:
 
 
 def _components(target: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline by component name; a transformer alone is its own ``transformer``."""
+    """The transformers of a pipeline by component name; a bare transformer is its own ``transformer``."""
     if isinstance(target, torch.nn.Module):
         return {"transformer": attach.unwrap(target)}
     parts = {name: getattr(target, name, None) for name in _COMPONENTS}

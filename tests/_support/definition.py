@@ -1,4 +1,4 @@
-"""Attention with every optional term as the formulas say, in fp64 on whole maps: what all backends are held to."""
+"""Attention with every optional term by its formula, in fp64 with the full attention matrix."""
 
 from __future__ import annotations
 

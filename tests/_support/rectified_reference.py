@@ -97,12 +97,12 @@ def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor) -> tor
     column = torch.arange(len(setup.k)) // method.kv_block
     logits = setup.logits.masked_fill(~read[row][:, column], NONE)
     if method.compensation == "merge":
-        k, _, count = pools(setup.k, method.virtual, setup.exists)
-        v, _, _ = pools(setup.v, method.virtual, setup.exists)
-        owner = torch.arange(len(k)) * method.virtual // method.kv_block
+        k, _, count = pools(setup.k, method.tokens_per_pooled_key, setup.exists)
+        v, _, _ = pools(setup.v, method.tokens_per_pooled_key, setup.exists)
+        owner = torch.arange(len(k)) * method.tokens_per_pooled_key // method.kv_block
         virtual = setup.q @ k.T * setup.scale + count.log()
         if method.variance:
-            square, _, _ = pools(setup.k**2, method.virtual, setup.exists)
+            square, _, _ = pools(setup.k**2, method.tokens_per_pooled_key, setup.exists)
             spread = (square - k**2).clamp(min=0.0)
             virtual = virtual + (0.5 * setup.scale**2 * (setup.q**2 @ spread.T)).clamp(max=2.0)
         virtual = virtual.masked_fill(read[row][:, owner], NONE)

@@ -13,7 +13,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, reference_attention, sparse_attention
 from tests._support.kernel_cases import tight
 
-# Largest relative L2 error of the output and absolute error of the log-sum, by input type.
+# Largest relative L2 error of the output and absolute error of the log-sum-exp, by input type.
 TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (2e-6, 1e-5), torch.bfloat16: (8e-3, 3e-2)}
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,7 +28,7 @@ def random_layout(
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BlockLayout, **terms: Any):
-    """Output and log-sum of the definition, in fp64."""
+    """Output and log-sum-exp of the definition, in fp64."""
     return reference_attention(q.double(), k.double(), v.double(), layout, **terms)
 
 

@@ -131,7 +131,7 @@ def test_a_spread_of_keys_beyond_fp16_stays_finite() -> None:
     assert comp.variance is not None and bool(comp.variance.isfinite().all())
 
 
-def test_finer_virtual_keys_come_closer_to_the_dense_result() -> None:
+def test_finer_pooled_keys_come_closer_to_the_dense_result() -> None:
     rng = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 512, 2, 32, generator=rng).cumsum(1) * 0.2 for _ in range(2))
     v = torch.randn(1, 512, 2, 32, generator=rng).cumsum(1) * 0.2
@@ -142,7 +142,7 @@ def test_finer_virtual_keys_come_closer_to_the_dense_result() -> None:
         found = sparse_attention(q, k, v, layout, compensation=pooled_compensation(k, v, tokens))
         errors.append((found - dense).norm())  # type: ignore[operator]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-4 * errors[0]  # one virtual key per token is the token
+    assert errors[-1] < 1e-4 * errors[0]  # one pooled key per token is the token
 
 
 def test_heads_first_needs_no_copy_and_gives_the_same() -> None:

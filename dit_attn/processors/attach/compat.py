@@ -1,7 +1,7 @@
-"""The only file that touches private names of diffusers.
+"""Access private names of diffusers; no other file does.
 
-Everything here is guarded: when a release moves a name, the dispatch tap is reported as missing and processors that
-call torch's attention directly still work.
+Everything here is guarded: when a release moves a name, ``dispatch_attention_fn`` is reported as unsupported and
+processors that call torch's attention directly still work.
 """
 
 from __future__ import annotations
@@ -78,18 +78,20 @@ def copy_registry_entry(stock: type, derived: type) -> None:
 
 @contextmanager
 def without_shared_caches(model: torch.nn.Module) -> Iterator[None]:
-    """Step caches that keep one state for all branches of a step (PyramidAttentionBroadcast, FasterCache) stand aside:
-    they would answer with what another branch left, and leave the answer to the next one."""
+    """Disable step caches that share one state among the branches of a step (PyramidAttentionBroadcast, FasterCache).
+
+    They would return the result of another branch, and store this one's for the next.
+    """
     registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
     hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
     shared = [hook.fn_ref for hook in hooks if hook._is_stateful and "state" in vars(hook)]
-    kept = [reference.forward for reference in shared]
+    forwards = [reference.forward for reference in shared]
     for reference in shared:
         reference.forward = reference.original_forward
     try:
         yield
     finally:
-        for reference, forward in zip(shared, kept):
+        for reference, forward in zip(shared, forwards):
             reference.forward = forward
 
 
@@ -121,7 +123,7 @@ _STREAMS = {
 
 
 def block_streams(block: torch.nn.Module) -> tuple[str, ...] | None:
-    """Names of the inputs a transformer block hands on, in the order of its outputs; ``None`` where unknown."""
+    """Return the names of the inputs that a transformer block returns, in the order of its outputs; ``None`` if unknown."""
     kind = type(getattr(block, "block", block))  # HiDream wraps its blocks
     if kind.__name__ in _STREAMS:
         return _STREAMS[kind.__name__]
@@ -131,11 +133,11 @@ def block_streams(block: torch.nn.Module) -> tuple[str, ...] | None:
         entry = TransformerBlockRegistry.get(kind)
     except (ImportError, ValueError):
         return None
-    picture = getattr(entry, "hidden_states_argument_name", "hidden_states")
+    image = getattr(entry, "hidden_states_argument_name", "hidden_states")
     text = getattr(entry, "encoder_hidden_states_argument_name", "encoder_hidden_states")
     if entry.return_encoder_hidden_states_index is None:
-        return (picture,)
-    return (picture, text) if entry.return_hidden_states_index == 0 else (text, picture)
+        return (image,)
+    return (image, text) if entry.return_hidden_states_index == 0 else (text, image)
 
 
 def ulysses_mesh(parallel_config: Any) -> Any | None:

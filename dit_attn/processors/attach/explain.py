@@ -1,7 +1,7 @@
-"""What a method can gain on this model at this size, before a run is paid for.
+"""Estimate what a method can gain on a model at a size, before a run.
 
 The figures are arithmetic, not measurements: floating-point operations of the linear layers and of attention, and from
-them the ceiling of the speed-up (Amdahl) if skipped work cost nothing and everything else ran at the same rate.
+them the upper bound of the speed-up (Amdahl) if skipped work cost nothing and all other work ran at the same rate.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
 from dit_attn.processors.methods.presets import preset_for
 
-_TEXT_TOKENS = 512  # assumed length of the text part of a joint sequence
+_TEXT_TOKENS = 512  # assumed length of the text in a joint sequence
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Expectation for one transformer call and one run. Prints as a table; ``to_dict()`` gives JSON values.
+    """Estimate for one transformer call and one run. Prints as a table; ``to_dict()`` gives JSON values.
 
     Attributes:
         family: row of the family table.
         preset: preset that matches this very model, or ``None``.
         grid: (T, H, W) visual tokens.
         tokens: visual tokens of one sequence.
-        layers: attention layers that can be touched.
-        attention_share: attention's share of the floating-point operations of a step, in [0, 1].
-        density: mean share of the map that stays over a run, dense steps and layers included, ``None`` if data decide.
-        attention_speedup: ceiling for the attention part.
-        speedup: ceiling for the whole step (Amdahl).
-        declines: what will take the stock path, and why.
+        layers: number of attention layers that can be wrapped.
+        attention_share: attention's fraction of the floating-point operations of a step, in [0, 1].
+        density: mean attention computed over a run, as a fraction of dense, with dense steps and layers; ``None`` where
+            it depends on the data.
+        attention_speedup: upper bound for attention.
+        speedup: upper bound for the full step (Amdahl).
+        fallbacks: what will use stock attention, and why.
         methods: settings of the methods.
-        memory: bytes the methods keep from step to step, for one sample with classifier-free guidance.
+        memory: bytes the methods store from step to step, for one sample with classifier-free guidance.
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
-            pass is one sample through the transformer), and the ``work`` of them without the blocks that are taken over
-            or left out; ``None`` without one.
+            pass is one sample through the transformer), and their ``work`` without the blocks that are reused or skipped;
+            ``None`` without one.
     """
 
     family: str
@@ -55,13 +56,13 @@ class Explanation:
     density: float | None
     attention_speedup: float | None
     speedup: float | None
-    declines: tuple[str, ...]
+    fallbacks: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
     memory: int = 0
     guidance: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -72,22 +73,22 @@ class Explanation:
                 self.family + (f" (preset {self.preset})" if self.preset else " (no preset for this checkpoint)"),
             ),
             ("visual tokens", f"{self.tokens:,} = {t} x {h} x {w}"),
-            ("layers", f"{self.layers} attention layers can be touched"),
+            ("layers", f"{self.layers} attention layers can be wrapped"),
             ("attention", f"{100 * self.attention_share:.1f} % of the operations of a step"),
         ]
         if self.density is not None and self.speedup is not None:
             rows += [
-                ("density", f"{100 * self.density:.1f} % of the map over the run"),
+                ("density", f"{100 * self.density:.1f} % of dense attention over the run"),
                 (
-                    "ceiling",
+                    "upper bound",
                     f"{self.attention_speedup:.2f}x for attention, {self.speedup:.2f}x for the step (arithmetic)",
                 ),
             ]
         if self.memory:
-            rows.append(("memory", f"{_bytes(self.memory)} kept from step to step (one sample, both branches)"))
+            rows.append(("memory", f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"))
         if self.guidance is not None:
             rows.append(("guidance", _guidance_line(self.guidance)))
-        rows += [("declines", reason) for reason in self.declines]
+        rows += [("fallback", reason) for reason in self.fallbacks]
         return "\n".join(f"{key:<14} {value}" for key, value in rows)
 
 
@@ -99,7 +100,7 @@ def explain_run(
     width: int | None,
     num_frames: int | None,
 ) -> Explanation:
-    """Build the explanation; arguments as for :func:`dit_attn.explain`."""
+    """Estimate a run; arguments as for :func:`dit_attn.explain`."""
     family = family_of(model)
     for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -111,7 +112,7 @@ def explain_run(
         method.check_model(type(model).__name__, len(names))
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
-    density, declines = _expected_density(methods, len(names), tokens)
+    density, fallbacks = _expected_density(methods, len(names), tokens)
     preset = preset_for(model, pair=getattr(pipe, "transformer_2", None) is not None)
     return Explanation(
         family=family.name,
@@ -123,7 +124,7 @@ def explain_run(
         density=density,
         attention_speedup=1.0 / density if density else None,
         speedup=1.0 / (1.0 - part + part * density) if density else None,
-        declines=declines,
+        fallbacks=fallbacks,
         methods=tuple(method.to_dict() for method in methods),
         memory=_memory(model, methods, names, tokens),
         guidance=_guidance(model, methods),
@@ -133,11 +134,11 @@ def explain_run(
 def visual_grid(
     model: torch.nn.Module, pipe: Any, height: int | None, width: int | None, num_frames: int | None
 ) -> tuple[int, int, int]:
-    """(T, H, W) tokens of a picture or clip of the given size.
+    """Return the (T, H, W) tokens of an image or video of the given size.
 
     Args:
         model: the transformer.
-        pipe: the pipeline, whose autoencoder gives the compression; without one the usual 8 (and 4 in time) is assumed.
+        pipe: the pipeline, whose autoencoder gives the compression; without one 8 (and 4 in time) is assumed.
         height, width: pixels; default: the pipeline's own.
         num_frames: frames; default: the pipeline's own, 1 for images.
 
@@ -186,7 +187,7 @@ def _first(source: Any, names: tuple[str, ...], default: int) -> int:
 
 
 def _call_default(pipe: Any, name: str) -> int | None:
-    """The default of an argument of the pipeline's call, e.g. 480 for Wan's height."""
+    """Default of an argument of the pipeline's call, e.g. 480 for Wan's height."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get(name) if pipe is not None else None
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
 
@@ -210,7 +211,7 @@ def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens
 
 
 def _memory(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str], tokens: int) -> int:
-    """Bytes kept from step to step, for the two branches of one sample; no cache where a layer stays dense."""
+    """Bytes stored from step to step, for the two branches of one sample; dense layers store nothing."""
     element = next(model.parameters()).element_size()
     total = 0
     for method in methods:
@@ -229,18 +230,18 @@ def _guidance(model: torch.nn.Module, methods: tuple[Method, ...]) -> dict[str, 
     Raises:
         DitAttnError: it names a layer, head or block the model does not have.
     """
-    guide = attach.prepare(model, methods, Clock()).guider
-    if guide is None:
+    guider = attach.prepare(model, methods, Clock()).guider
+    if guider is None:
         return None
-    plan, method = guide.plan, guide.method
+    plan, method = guider.plan, guider.method
     guided = 0.0 if plan.empty or not method.scale else (method.stop - method.start) / method.interval
-    shared = 0 if plan.empty or not method.share_prefix or method.batched else guide.first_block
-    spared = {*guide.blocks[:shared], *plan.skipped}
+    reused = 0 if plan.empty or not method.share_prefix or method.batched else guider.first_block
+    left_out = {*guider.blocks[:reused], *plan.skipped}
     return {
         "heads": sum(len(heads) for heads in plan.strengths.values()),
         "blocks": len(plan.skipped) or len(plan.strengths),
         "passes": guided,
-        "work": guided * (1.0 - len(spared) / len(guide.blocks)),
+        "work": guided * (1.0 - len(left_out) / len(guider.blocks)),
     }
 
 
@@ -250,7 +251,7 @@ def _bytes(count: int) -> str:
 
 def _guidance_line(found: dict[str, float]) -> str:
     what = f"{found['heads']:.0f} heads in {found['blocks']:.0f} layers" if found["heads"] else (
-        f"{found['blocks']:.0f} blocks left out"
+        f"{found['blocks']:.0f} blocks skipped"
     )  # fmt: skip
     passes, work = found["passes"], found["work"]
     return (
@@ -260,23 +261,23 @@ def _guidance_line(found: dict[str, float]) -> str:
 
 
 def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> tuple[float | None, tuple[str, ...]]:
-    """Mean density over a run, and what declines. Dense steps as fractions count as such, absolute ones out of 50."""
-    declines = ["cross attention and text refiners: never touched"]
+    """Mean density over a run, and the fallbacks. Dense steps as fractions count as such, absolute ones out of 50."""
+    fallbacks = ["cross attention and text refiners: never wrapped"]
     if tokens < MIN_TOKENS:
-        return 1.0, (*declines, f"all calls: sequence under {MIN_TOKENS} tokens")
-    reader: Any = next((method for method in methods if method.role == "sparse"), None)
-    if reader is None:
-        return 1.0, tuple(declines)
+        return 1.0, (*fallbacks, f"all calls: sequence under {MIN_TOKENS} tokens")
+    sparse: Any = next((method for method in methods if method.role == "sparse"), None)
+    if sparse is None:
+        return 1.0, tuple(fallbacks)
     steps = 50
-    dense = resolve_count(reader.dense_steps, steps) + resolve_count(reader.dense_last_steps, steps)
+    dense = resolve_count(sparse.dense_steps, steps) + resolve_count(sparse.dense_last_steps, steps)
     if dense:
-        declines.append(f"{dense} of {steps} steps: dense by setting")
-    if reader.dense_layers:
-        declines.append(f"layers {', '.join(map(str, reader.dense_layers))}: dense by setting")
-    if reader.densities and 1.0 in reader.densities:
-        share_dense = reader.densities.count(1.0) / len(reader.densities)
-        declines.append(f"{100 * share_dense:.0f} % of the layers and parts of the run: density 1 by setting")
-    if reader.expected is None:
-        return None, (*declines, "density: decided by the data (top_p)")
-    part = (1 - min(dense, steps) / steps) * (1 - len(reader.dense_layers) / layers)
-    return part * reader.expected + (1 - part), tuple(declines)
+        fallbacks.append(f"{dense} of {steps} steps: dense by setting")
+    if sparse.dense_layers:
+        fallbacks.append(f"layers {', '.join(map(str, sparse.dense_layers))}: dense by setting")
+    if sparse.densities and 1.0 in sparse.densities:
+        dense_fraction = sparse.densities.count(1.0) / len(sparse.densities)
+        fallbacks.append(f"{100 * dense_fraction:.0f} % of the layers and parts of the run: density 1 by setting")
+    if sparse.expected is None:
+        return None, (*fallbacks, "density: decided by the data (top_p)")
+    part = (1 - min(dense, steps) / steps) * (1 - len(sparse.dense_layers) / layers)
+    return part * sparse.expected + (1 - part), tuple(fallbacks)

@@ -12,15 +12,15 @@ class CFGRule:
     Attributes:
         style: ``separate`` (one transformer call per branch) or ``batched`` (branches stacked in the batch).
         order: the branches, in call order (separate) or in batch order (batched).
-        longer: the batch order of runs with one branch more (guidance by reference images), ``()`` where none exist.
-        negated: whether the pipelines turn the sign of the prediction before the scheduler gets it.
+        longer: the batch order of runs with one more branch (guidance by reference images), ``()`` where none exist.
+        negated: whether the pipelines negate the prediction before the scheduler gets it.
         rescaled: whether they rescale the guided prediction by default, which is no affine rule.
-        rescaled_by: arguments of the pipeline's call that turn such a rescaling on.
-        scale: attribute of the pipeline that holds the scale of a call; ``""`` where none does.
-        argument: argument of the pipeline's call that is the scale, where it is kept nowhere.
+        rescaled_by: arguments of the pipeline's call that enable such a rescaling.
+        scale: attribute of the pipeline with the scale of a call; ``""`` where there is none.
+        argument: argument of the pipeline's call that is the scale, where no attribute stores it.
         scale_offset: what is added to it for the scale s of ``u + s (c - u)``.
-        off: the largest scale that the pipelines take for "without".
-        own: forward argument that marks a pass of a perturbed guidance of the pipeline's own, ``""`` where none does.
+        off: the largest scale that means no guidance.
+        own: forward argument that marks a perturbed pass of the pipeline's own guidance, ``""`` where there is none.
         bent_by: arguments of the pipeline's call that make a step another rule than ``u + s (c - u)`` with its scale.
     """
 
@@ -37,12 +37,12 @@ class CFGRule:
     own: str = ""
     bent_by: tuple[str, ...] = ()
 
-    def scale_of(self, told: float) -> float:
-        """The scale s of ``u + s (c - u)`` that a pipeline is told with ``told``; 1 is no guidance."""
-        return told + self.scale_offset if told > self.off else 1.0
+    def scale_of(self, argument: float) -> float:
+        """Return the scale s of ``u + s (c - u)`` for the value a pipeline is given; 1 is no guidance."""
+        return argument + self.scale_offset if argument > self.off else 1.0
 
-    def told_for(self, scale: float) -> float:
-        """What tells a pipeline the scale s, or the nearest one it can guide with."""
+    def argument_for(self, scale: float) -> float:
+        """Return the value to give a pipeline for the scale s, or for the nearest one it can guide with."""
         least = self.off + self.scale_offset
         if scale <= least:
             return self.off if scale - 1.0 <= least - scale else self.barely

@@ -1,6 +1,6 @@
-"""Which step of the run, and which branch of the guidance, a transformer call belongs to.
+"""Find the step of the run, and the branch of the guidance, that a transformer call belongs to.
 
-Nobody declares the number of steps. The clock reads, in this order: what the pipeline says through ``cache_context``,
+The number of steps is not declared. The clock uses, in this order: what the pipeline says through ``cache_context``,
 the pipeline's scheduler, and the ``timestep`` argument of the transformer, whose value changes exactly when a new step
 begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
 """
@@ -31,8 +31,8 @@ class Clock:
 
     Attributes:
         run: number of runs seen, from 1 (0 before the first call).
-        step: step in the run, from 0; a run may begin late in its schedule (a picture to start from).
-        total: number of steps of the run, ``None`` when nothing tells it.
+        step: step in the run, from 0; a run may begin late in its schedule (image to image).
+        total: number of steps of the run, ``None`` when unknown.
         call: transformer calls seen at this step, from 0.
         context: the name the pipeline gave to the call, or ``None``.
         timestep: value of the transformer's ``timestep`` argument.
@@ -52,7 +52,7 @@ class Clock:
     def tick(
         self,
         timestep: float,
-        guidance: CFGRule,
+        rule: CFGRule,
         *,
         grows: bool = False,
         scheduler: Any = None,
@@ -63,11 +63,11 @@ class Clock:
 
         Args:
             timestep: largest value of the transformer's ``timestep`` argument.
-            guidance: the family's guidance row (how many calls a step may have).
+            rule: the CFG rule of the family (how many calls a step may have).
             grows: whether this family's timesteps rise during a run (they fall in most).
             scheduler: the pipeline's scheduler, when the pipeline is known.
             context: the pipeline's cache context (name, and from diffusers 0.42 step and total), when it gives one.
-            length: steps of the run as the pipeline says, which may leave out the beginning of the schedule.
+            length: steps of the run by the pipeline, which may leave out the beginning of the schedule.
         """
         schedule = getattr(scheduler, "timesteps", None)
         if schedule is not self._schedule:
@@ -75,7 +75,7 @@ class Clock:
         known = getattr(context, "step_index", None)
         if known is None and scheduler is not None:
             known = self._from_scheduler(scheduler, schedule is self._schedule, timestep)
-        fresh = self._is_new_run(timestep, known, schedule, guidance, grows)
+        fresh = self._is_new_run(timestep, known, schedule, rule, grows)
         if fresh:
             self.run += 1
             self.step, self.call = 0, 0
@@ -95,24 +95,30 @@ class Clock:
         self.grows = grows
 
     def _from_scheduler(self, scheduler: Any, same: bool, timestep: float) -> int | None:
-        """The step of the run by the scheduler's index, ``None`` where it does not tell; ``same``: the schedule is."""
+        """Return the step of the run by the scheduler's index, ``None`` where unknown.
+
+        Args:
+            scheduler: the pipeline's scheduler.
+            same: whether its schedule is that of the last call.
+            timestep: see :meth:`tick`.
+        """
         index = getattr(scheduler, "step_index", None)
         if index is None:
             # No index yet means the first step, unless the run has moved on: then the pipeline steps copies of its
-            # scheduler (diffusion forcing has one for every frame) and the timesteps must tell.
+            # scheduler (diffusion forcing has one for every frame) and the timesteps decide.
             moved = same and (self.step > 0 or timestep != self.timestep)
             return 0 if hasattr(scheduler, "step_index") and not moved else None
-        if self._begin is None:  # the scheduler looked the first timestep up when it was first asked to step
+        if self._begin is None:  # the scheduler looked the first timestep up at its first step
             self._begin = index - 1 if same and self.step == 0 else 0
         return index - self._begin
 
-    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, guidance: CFGRule, grows: bool) -> bool:
+    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, rule: CFGRule, grows: bool) -> bool:
         if self.run == 0 or schedule is not self._schedule:
             return True
         if known is not None:
             return known < self.step
         went_back = timestep < self.timestep if grows else timestep > self.timestep
-        calls = len(guidance.order) if guidance.style == "separate" else 1
+        calls = len(rule.order) if rule.style == "separate" else 1
         return went_back or (timestep == self.timestep and self.call + 1 >= calls and self.total is None)
 
     @property
@@ -128,21 +134,21 @@ class Clock:
         time = min(max(self.timestep / (1.0 if self.timestep <= 1.0 else _TRAIN_TIMESTEPS), 0.0), 1.0)
         return time if self.grows else 1.0 - time
 
-    def branches(self, batch: int, guidance: CFGRule, stacked: int | None = None) -> tuple[str, ...]:
-        """Branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's guidance row.
+    def branches(self, batch: int, rule: CFGRule, stacked: int | None = None) -> tuple[str, ...]:
+        """Return the branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's CFG rule.
 
         Args:
             batch: rows of the call, B.
-            guidance: the family's guidance row.
+            rule: the CFG rule of the family.
             stacked: number of branches the run has, 1 without guidance; ``None`` when unknown.
         """
         named = _BRANCH_NAMES.get(self.context or "")
         if named:
             return (named,) * batch
-        if guidance.style == "separate":
-            order = guidance.order if stacked != 1 else ("cond",)
+        if rule.style == "separate":
+            order = rule.order if stacked != 1 else ("cond",)
             return (order[self.call % len(order)],) * batch
-        order = guidance.longer if stacked == len(guidance.longer) else guidance.order
+        order = rule.longer if stacked == len(rule.longer) else rule.order
         if stacked in (None, 1) or batch % len(order):
             return ("cond",) * batch
         return tuple(branch for branch in order for _ in range(batch // len(order)))

@@ -1,4 +1,4 @@
-"""Sequence parallelism: trade sequence shards for head shards, so that a method sees whole rows of its heads.
+"""Sequence parallelism (Ulysses): exchange sequence shards for head shards, so that methods get full sequences.
 
 Each of P ranks holds S / P tokens of all heads before the exchange and all S tokens of H / P heads after it.
 """
@@ -20,8 +20,8 @@ class Exchange:
 
     Attributes:
         mesh: the ranks.
-        order: (S,) int64: where the tokens of the model's sequence stand in the ranks' shards laid end to end, ``None``
-            when that is the same order.
+        order: (S,) int64, positions of the model's tokens in the concatenated shards of the ranks, ``None`` for the
+            identity.
     """
 
     mesh: Any
@@ -30,7 +30,7 @@ class Exchange:
     def scatter_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Local (B, S/P, H, D) to (B, S, H/P, D); a key mask that is local to the rank is gathered to full length."""
+        """Exchange local (B, S/P, H, D) for (B, S, H/P, D); a key mask that is local to the rank is gathered."""
         local = k.shape[1]
         q, k, v = (self._ordered(_to_heads(x, self.mesh), 1) for x in (q, k, v))
         if mask is not None and mask.shape[-1] == local:
@@ -40,7 +40,7 @@ class Exchange:
         return q, k, v, mask
 
     def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
-        """(B, S, H/P, D) back to the local (B, S/P, H, D)."""
+        """Exchange (B, S, H/P, D) for the local (B, S/P, H, D)."""
         if self.order is not None:
             out = out.index_select(1, self.order.argsort().to(out.device))
         return _to_tokens(out, self.mesh)
@@ -50,10 +50,15 @@ class Exchange:
 
 
 def exchange_for(mesh: Any, layout: TokenLayout | None, local: int) -> Exchange:
-    """The exchange of a call with ``local`` tokens on each of the P ranks.
+    """Return the exchange of a call.
 
-    Models split the text and the picture separately before they join them, so that the shards laid end to end read
-    text, picture, text, picture; a model whose sequence is the picture alone splits it as one.
+    Models shard the text and the image separately before they join them, so that the concatenated shards are text,
+    image, text, image; a model without text in its sequence shards it as one.
+
+    Args:
+        mesh: the ranks.
+        layout: parts of the sequence.
+        local: tokens on each of the P ranks.
 
     Raises:
         NotImplementedError: the layout is unknown, or a part does not split evenly.
@@ -69,20 +74,20 @@ def exchange_for(mesh: Any, layout: TokenLayout | None, local: int) -> Exchange:
 
 
 def split_parts(tokens: Tokens) -> list[int]:
-    """Lengths of the parts of a sequence that are sharded separately: text, and runs of everything else."""
+    """Return the lengths of the parts of a sequence that are sharded separately: text, and runs of everything else."""
     runs = groupby(tokens.spans, key=lambda span: span.kind == "text")
     return [sum(span.length or 0 for span in spans) for _, spans in runs]
 
 
 def sequence_order(parts: list[int], world: int) -> torch.Tensor:
-    """(S,) int64 positions of the joint sequence's tokens among ``world`` shards laid end to end."""
+    """Return (S,) int64 positions of the joint sequence's tokens in ``world`` concatenated shards."""
     local = sum(parts) // world
     starts = torch.arange(world)[:, None] * local
-    pieces, done = [], 0
+    chunks, done = [], 0
     for length in parts:
-        pieces.append((starts + done + torch.arange(length // world)).flatten())
+        chunks.append((starts + done + torch.arange(length // world)).flatten())
         done += length // world
-    return torch.cat(pieces)
+    return torch.cat(chunks)
 
 
 def _to_tokens(out: torch.Tensor, mesh: Any) -> torch.Tensor:
@@ -94,7 +99,7 @@ def _to_tokens(out: torch.Tensor, mesh: Any) -> torch.Tensor:
 
 
 def all_agree(here: bool, mesh: Any) -> bool:
-    """Whether ``here`` holds on every rank."""
+    """Return whether ``here`` is true on every rank."""
     votes = torch.tensor(int(here))
     if torch.distributed.get_backend(mesh.get_group()) == "nccl":
         votes = votes.cuda()

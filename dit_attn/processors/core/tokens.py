@@ -1,7 +1,7 @@
-"""Which tokens of an attention sequence are what: text, video, image, reference, audio.
+"""Describe the parts of an attention sequence: text, video, image, reference, audio.
 
 The order of the parts differs from family to family (text first or last, references before or after the image), so it
-is data, a tuple of spans, and never an ``if``.
+is data: a tuple of spans.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Span:
 
     Attributes:
         kind: ``text | video | image | reference | audio | time | padding``.
-        length: number of tokens; ``None`` means "whatever remains of the sequence" (at most one span of a layout).
+        length: number of tokens; ``None`` for the rest of the sequence (at most one span of a layout).
         grid: (T, H, W) token grid of a visual span, row-major, or ``None``.
         start: first token; set by :meth:`TokenLayout.resolve`.
     """
@@ -35,12 +35,12 @@ class Span:
 
     @property
     def visual(self) -> bool:
-        """Whether the tokens are picture content, the rows a sparse method may thin out."""
+        """Whether the tokens are image or video content, the rows a sparse method applies to."""
         return self.kind in VISUAL
 
 
 def visual_span(kind: str, grid: tuple[int, int, int]) -> Span:
-    """A span of ``T * H * W`` tokens on a (T, H, W) grid."""
+    """Return a span of ``T * H * W`` tokens on a (T, H, W) grid."""
     t, h, w = (int(size) for size in grid)
     return Span(kind, t * h * w, (t, h, w))
 
@@ -67,7 +67,7 @@ class Tokens:
 
     @property
     def grid(self) -> tuple[int, int, int] | None:
-        """(T, H, W) of the generated picture or clip (references do not count)."""
+        """(T, H, W) of the generated image or video (references do not count)."""
         return next((span.grid for span in self.spans if span.kind in ("video", "image")), None)
 
 
@@ -78,7 +78,7 @@ class TokenLayout:
     spans: tuple[Span, ...]
 
     def resolve(self, seq_len: int) -> Tokens | None:
-        """Positions of every span in a sequence of ``seq_len`` tokens; ``None`` when the parts cannot add up to it."""
+        """Return the spans with their positions in a sequence of ``seq_len`` tokens; ``None`` when they cannot add up."""
         fixed = sum(span.length for span in self.spans if span.length is not None)
         flexible = [span for span in self.spans if span.length is None]
         rest = seq_len - fixed

@@ -1,4 +1,4 @@
-"""Addresses of attention heads: how a user names them, and which layer and head of a transformer they mean.
+"""Parse addresses of attention heads and resolve them to layers and heads of a transformer.
 
 ``"blocks.3.attn1:0,4,7"`` are three heads of one layer; ``"3:0-7"`` and ``"L3H0"`` count the layers from 0;
 ``"blocks.3"`` alone is the whole layer, ``"blocks.2-5.attn1"`` four of them, ``"*:0"`` head 0 of every layer;
@@ -21,13 +21,13 @@ Strengths = dict[str, dict[int, float]]  # layer -> head -> strength
 _SHORT = re.compile(r"^L(\d+(?:-\d+)?)(?:H(\d+))?$")
 _RANGE = re.compile(r"^(\d+)-(\d+)$")
 _INSIDE = re.compile(r"\s*([:,@])\s*")  # blanks around these part no entries
-_MOST = 99_999  # the largest number that is read: a slip of the keyboard shall not fill the memory
+_MOST = 99_999  # largest number accepted: a typing error must not fill the memory
 _BETWEEN = re.compile(r"[;\s]+|,(?=[A-Za-z*])")
 _GRAMMAR = "write 'blocks.3.attn1:0,4,7', '3:0-7', 'L3H4@0.5' or a layer alone, entries separated by ';'"
 
 
 def canonical(heads: Any) -> str:
-    """One text for whatever way the heads were given; the empty text for none.
+    """Return one canonical text for heads given in any form; the empty text for none.
 
     Args:
         heads: such a text; the number of a layer; ``{(layer, head): strength}``; pairs or triples
@@ -35,7 +35,7 @@ def canonical(heads: Any) -> str:
             :meth:`HeadHunter.search` or of such a list.
 
     Raises:
-        DitAttnError: it cannot be read, or a strength is outside [0, 1].
+        DitAttnError: not an address of heads, or a strength is outside [0, 1].
     """
     if _is_file(heads):
         heads = _from_file(Path(heads))
@@ -47,12 +47,12 @@ def canonical(heads: Any) -> str:
         entries = [entry for entry in _BETWEEN.split(_INSIDE.sub(r"\1", heads)) if entry]
         return ";".join(_text(*_entry(entry)) for entry in entries)
     if not isinstance(heads, Iterable):
-        raise DitAttnError(f"heads {heads!r} cannot be read; {_GRAMMAR}")
+        raise DitAttnError(f"heads {heads!r} cannot be parsed; {_GRAMMAR}")
     return ";".join(_listed(item) for item in heads)
 
 
 def resolve(heads: str, layers: Mapping[str, int | None], strength: float) -> Strengths:
-    """What an address means on a transformer.
+    """Resolve an address on a transformer.
 
     Args:
         heads: canonical text.
@@ -77,12 +77,12 @@ def resolve(heads: str, layers: Mapping[str, int | None], strength: float) -> St
             if wanted is None and count is None:
                 raise DitAttnError(f"the number of heads of {name} is unknown; name them, e.g. '{name}:0-7'")
             found.setdefault(name, {}).update(dict.fromkeys(chosen, strength if u is None else u))
-    kept = {name: {h: u for h, u in sorted(found[name].items()) if u > 0} for name in names if name in found}
-    return {name: values for name, values in kept.items() if values}
+    perturbed = {name: {h: u for h, u in sorted(found[name].items()) if u > 0} for name in names if name in found}
+    return {name: values for name, values in perturbed.items() if values}
 
 
 def address(strengths: Mapping[str, Mapping[int, float]]) -> str:
-    """The canonical text of strengths by layer and head."""
+    """Return the canonical text of strengths by layer and head."""
     return ";".join(_text(layer, (head,), u) for layer, heads in strengths.items() for head, u in heads.items())
 
 
@@ -126,16 +126,16 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
         chosen = numbers(heads)
         u = float(strength) if strength else None
     except ValueError:
-        raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}") from None
+        raise DitAttnError(f"heads {text!r} cannot be parsed; {_GRAMMAR}") from None
     if not layer or (":" in where and not chosen) or ("@" in text and u is None):
-        raise DitAttnError(f"heads {text!r} cannot be read; {_GRAMMAR}")
+        raise DitAttnError(f"heads {text!r} cannot be parsed; {_GRAMMAR}")
     if u is not None and not 0.0 <= u <= 1.0:
         raise DitAttnError(f"a strength lies in [0, 1], got {u:g} in {text!r}; 0 leaves a head as it is, 1 replaces it")
     return layer, chosen or None, u
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """``"0,2-4"`` as 0, 2, 3, 4. Raises ``ValueError`` where it is no list of numbers and ranges."""
+    """Return the numbers of a list such as ``"0,2-4"``. Raises ``ValueError`` where it is no list of numbers and ranges."""
     bounds = [_bounds(part) for part in text.split(",") if part]
     return tuple(dict.fromkeys(n for low, high in bounds for n in range(low, high + 1)))
 
@@ -161,12 +161,12 @@ def _listed(item: Any) -> str:
         layer, head, strength = item if len(item) == 3 else (*item, None)
         text = _text(str(layer), None if head is None else (int(head),), None if strength is None else float(strength))
     except (TypeError, ValueError):
-        raise DitAttnError(f"head {item!r} cannot be read; {_GRAMMAR}") from None
+        raise DitAttnError(f"head {item!r} cannot be parsed; {_GRAMMAR}") from None
     return canonical(text)
 
 
 def origin(heads: Any) -> dict[str, Any]:
-    """What a file of heads says about where they were found: ``transformer``, ``joint``, ``target``; empty without.
+    """Return what a file of heads says of its search: ``transformer``, ``joint``, ``target``; empty without a file.
 
     Raises:
         DitAttnError: the file cannot be read.

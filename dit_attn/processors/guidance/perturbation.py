@@ -1,10 +1,10 @@
-"""Perturbed attention: what takes the place of a head's map in the perturbed pass of a guidance method.
+"""Perturb attention: replace the attention matrix of some heads in the perturbed pass of a guidance method.
 
-A map may be replaced by any row-stochastic one, and a blend of two maps is the blend of their outputs, so that no map
-is ever built: ``((1 - u) A + u R) V = (1 - u) A V + u R V``. With R = I the second part is V itself.
+The replacement R is row-stochastic, and a blend of two attention matrices is the blend of their outputs, so that no
+matrix is ever built: ``((1 - u) A + u R) V = (1 - u) A V + u R V``. With R = I the second part is V itself.
 
-Targets and their source: ``identity`` (PAG, Ahn et al. 2024; blended per head: SoftPAG, Ahn et al. 2025, eq. 7),
-``uniform`` (the mean of the values), ``mean-query`` and ``blurred-query`` (SEG, Hong 2024).
+Targets and their source: ``identity`` (PAG, arXiv 2403.17377; blended per head: SoftPAG, arXiv 2506.10978, eq. 7),
+``uniform`` (the mean of the values), ``mean-query`` and ``blurred-query`` (SEG, arXiv 2408.00760).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from dit_attn.processors.core.call import AttentionCall, Request
 
 TARGETS = ("identity", "uniform", "mean-query", "blurred-query")
 JOINTS = ("joint", "image-rows", "ii-logit-mask", "ii-mass-to-diagonal")
-INFINITE_SIGMA = 9999.0  # a blur wider than this is the mean over the whole picture
+INFINITE_SIGMA = 9999.0  # a blur wider than this is the mean over all visual tokens
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What happens to the layers of one perturbed pass.
+    """Perturbation of the layers in one perturbed pass.
 
     Attributes:
         strengths: strength by head of every perturbed layer, by the layer's name.
         target: one of ``TARGETS``.
-        joint: what the identity means on a joint sequence, one of ``JOINTS``.
-        sigma: width of the query blur in tokens, for ``blurred-query``.
-        skipped: blocks that are passed through, by module path.
+        joint: meaning of the identity on a joint sequence, one of ``JOINTS``.
+        sigma: standard deviation of the query blur in tokens, for ``blurred-query``.
+        skipped: blocks that are skipped, by module path.
     """
 
     strengths: dict[str, dict[int, float]]
@@ -56,12 +56,12 @@ class Perturbation:
         return self.target == "identity" and self.joint == "joint"
 
     def apply(self, call: AttentionCall, out: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """The perturbed result of an attention call.
+        """Return the perturbed result of an attention call.
 
         Args:
             call: the call; q, k, v (B, S, H, D).
             out: its plain result (B, S, H, Dv).
-            first: batch rows before this one stay as they are.
+            first: batch rows before this one are unchanged.
 
         Returns:
             (B, S, H, Dv); ``out`` itself where nothing changes.
@@ -72,7 +72,7 @@ class Perturbation:
         rows = _rows(call, self.joint)
         heads = torch.tensor(list(strengths), device=out.device)
         u = torch.tensor(list(strengths.values()), device=out.device, dtype=wide(out[:0]).dtype)[:, None]
-        target = _TARGETS[self.target](self, _Part(call, heads, first), rows)
+        target = _TARGETS[self.target](self, _Heads(call, heads, first), rows)
         here = (slice(first, None), slice(*rows), heads)
         changed = out.clone()  # the stock path may have returned a view of something shared
         changed[here] = torch.lerp(wide(out[here]), wide(target), u).to(out.dtype)
@@ -80,24 +80,24 @@ class Perturbation:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32, or in float64 where it is."""
+    """Return ``x`` in float32, or in float64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _rows(call: AttentionCall, joint: str) -> tuple[int, int]:
-    """First and last + 1 row that the perturbation reaches."""
+    """First and last + 1 row that is perturbed."""
     if joint == "joint":
         return 0, call.q.shape[1]
     if call.tokens is None or call.tokens.visual_range is None:
         raise DitAttnError(
-            f"joint={joint!r} needs to know which tokens of {call.layer.name} are the picture, and this input does not "
-            "tell; use joint='joint'"
+            f"joint={joint!r} needs the visual tokens of {call.layer.name}, which are unknown for this input; "
+            "use joint='joint'"
         )
     return call.tokens.visual_range
 
 
-class _Part:
-    """The chosen heads of an attention call, from one batch row on; each part is cut out when it is asked for."""
+class _Heads:
+    """The perturbed heads of an attention call, from one batch row on; each tensor is sliced at first use."""
 
     def __init__(self, call: AttentionCall, heads: torch.Tensor, first: int) -> None:
         self.call, self.heads, self.batch = call, heads, slice(first, None)
@@ -126,18 +126,18 @@ class _Part:
 
     @cached_property
     def keys(self) -> Request:
-        """The mask as keys that exist and as what is added to their logits.
+        """The mask as keys that exist and as a bias on their logits.
 
         Raises:
-            DitAttnError: it says nothing of single keys.
+            DitAttnError: it is no mask of single keys.
         """
         request = Request()
-        whole = {name: getattr(self.call, name)[self.batch] for name in ("q", "k", "v")}
-        call = replace(self.call, **whole, mask=self.mask)
+        sliced = {name: getattr(self.call, name)[self.batch] for name in ("q", "k", "v")}
+        call = replace(self.call, **sliced, mask=self.mask)
         reason = executor.read_mask(call, request)
         if reason is not None:
             raise DitAttnError(
-                f"this perturbation weighs single keys, and {call.layer.name} has a {reason}; use SoftPAG with "
+                f"this perturbation weights single keys, and {call.layer.name} has a {reason}; use SoftPAG with "
                 "target='identity' and joint='joint' or 'image-rows'"
             )
         return request
@@ -162,27 +162,27 @@ class _Part:
         return self.heads // (self.call.q.shape[2] // self.call.k.shape[2])
 
 
-def _identity(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
+def _identity(perturbation: Perturbation, part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
     return _JOINTS[perturbation.joint](part, rows)
 
 
-def _values(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
-    """Every row reads itself alone: the picture loses its view of the text, and in ``joint`` the text its of all."""
+def _values(part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """Every row attends to itself alone, image rows not to the text either."""
     return part.v[:, slice(*rows)]
 
 
-def _logit_mask(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
-    """A softmax over the row itself and all that is no picture: what diffusers' PAG pipeline for SD3 computes."""
+def _logit_mask(part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """A softmax over the row itself and all tokens that are not visual, as in diffusers' PAG pipeline for SD3."""
     own, others = _own_and_others(part, rows)
     logits = torch.cat([own, others], -1)
     nothing = logits.amax(-1, keepdim=True) == -math.inf
-    logits[..., :1].masked_fill_(nothing, 0.0)  # padding without text reads itself
+    logits[..., :1].masked_fill_(nothing, 0.0)  # padding without text attends to itself
     weights = torch.softmax(logits, -1)
     return _mixed(part, rows, weights[..., :1], weights[..., 1:])
 
 
-def _mass_to_diagonal(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
-    """The row's whole mass on the picture goes to itself; its weights on the text stay."""
+def _mass_to_diagonal(part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """The row's mass on the visual tokens moves to itself; its weights on the text stay."""
     _, others = _own_and_others(part, rows)
     q = part.q[:, slice(*rows)]
     bias = None if part.bias is None else part.bias.expand(-1, q.shape[2], -1)
@@ -191,8 +191,8 @@ def _mass_to_diagonal(part: _Part, rows: tuple[int, int]) -> torch.Tensor:
     return _mixed(part, rows, 1.0 - weights.sum(-1, keepdim=True), weights)
 
 
-def _own_and_others(part: _Part, rows: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, n, rows, 1) of every picture row with itself, and (B, n, rows, others) with all that is no picture."""
+def _own_and_others(part: _Heads, rows: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, n, rows, 1) of every visual row with itself, and (B, n, rows, others) with tokens that are not visual."""
     q, k = wide(part.q[:, slice(*rows)]), wide(part.k[:, slice(*rows)])
     own = (q * k).sum(-1).transpose(1, 2)[..., None] * part.scale
     if part.bias is not None:
@@ -201,14 +201,14 @@ def _own_and_others(part: _Part, rows: tuple[int, int]) -> tuple[torch.Tensor, t
     return own, torch.cat([part.logits(part.q[:, slice(*rows)], keys) for keys in (before, after)], -1)
 
 
-def _mixed(part: _Part, rows: tuple[int, int], own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(B, rows, n, Dv): the row's own value and the values of all that is no picture, weighted."""
+def _mixed(part: _Heads, rows: tuple[int, int], own: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(B, rows, n, Dv): the row's own value and the values of the tokens that are not visual, weighted."""
     values = wide(torch.cat([part.v[:, : rows[0]], part.v[:, rows[1] :]], 1))
     mixed = torch.einsum("bhqk,bkhd->bqhd", others, values)
     return mixed + own.transpose(1, 2) * wide(part.v[:, slice(*rows)])
 
 
-def _uniform(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
+def _uniform(perturbation: Perturbation, part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
     """The mean of the values of all keys that exist, for every row."""
     v = wide(part.v)
     if part.keys.key_mask is None:
@@ -219,21 +219,21 @@ def _uniform(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> 
     return mean.expand(-1, rows[1] - rows[0], -1, -1)
 
 
-def _mean_query(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
-    """One attention row, that of the mean query: what a blur of infinite width leaves."""
+def _mean_query(perturbation: Perturbation, part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """One attention row, that of the mean query: the limit of a blur of infinite width."""
     query = wide(part.q[:, slice(*rows)]).mean(1, keepdim=True)
     weights = torch.softmax(part.logits(query, slice(None)), -1)
     row = torch.einsum("bhqk,bkhd->bqhd", weights, wide(part.v))
     return row.expand(-1, rows[1] - rows[0], -1, -1)
 
 
-def _blurred_query(perturbation: Perturbation, part: _Part, rows: tuple[int, int]) -> torch.Tensor:
-    """Attention of queries that a Gaussian has blurred within their frame; rows outside the picture keep theirs."""
+def _blurred_query(perturbation: Perturbation, part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
+    """Attention of queries that a Gaussian has blurred within their frame; other rows are unchanged."""
     if perturbation.sigma > INFINITE_SIGMA:
         return _mean_query(perturbation, part, rows)
     tokens = part.call.tokens
     if tokens is None or not tokens.visual:
-        raise DitAttnError(f"the blur needs the grid of {part.call.layer.name}, which this input hides; use SoftPAG")
+        raise DitAttnError(f"the blur needs the grid of {part.call.layer.name}, which is unknown for this input; use SoftPAG")
     q = part.q.clone()
     for span in tokens.visual:
         assert span.grid is not None
@@ -250,12 +250,12 @@ def _blurred_query(perturbation: Perturbation, part: _Part, rows: tuple[int, int
 
 
 def blur(q: torch.Tensor, grid: tuple[int, int, int], sigma: float) -> torch.Tensor:
-    """Queries blurred by a Gaussian over height and width, frame by frame, with reflected borders.
+    """Blur queries by a Gaussian over height and width, frame by frame, with reflected borders.
 
     Args:
         q: (B, T * H * W, n, D).
         grid: (T, H, W).
-        sigma: standard deviation in tokens; 0 changes nothing.
+        sigma: standard deviation in tokens; 0 for no blur.
 
     Returns:
         (B, T * H * W, n, D) in q's type.
@@ -287,13 +287,13 @@ def _gaussian(sigma: float, size: int) -> torch.Tensor:
     return taps / taps.sum()
 
 
-_TARGETS: dict[str, Callable[[Perturbation, _Part, tuple[int, int]], torch.Tensor]] = {
+_TARGETS: dict[str, Callable[[Perturbation, _Heads, tuple[int, int]], torch.Tensor]] = {
     "identity": _identity,
     "uniform": _uniform,
     "mean-query": _mean_query,
     "blurred-query": _blurred_query,
 }
-_JOINTS: dict[str, Callable[[_Part, tuple[int, int]], torch.Tensor]] = {
+_JOINTS: dict[str, Callable[[_Heads, tuple[int, int]], torch.Tensor]] = {
     "joint": _values,
     "image-rows": _values,
     "ii-logit-mask": _logit_mask,

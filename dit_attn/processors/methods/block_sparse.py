@@ -1,7 +1,7 @@
-"""Plain block-sparse attention: every block of queries reads the key blocks with the largest pooled scores.
+"""Plain block-sparse attention: every query block attends to the key blocks with the largest pooled scores.
 
-The baseline that every other sparse method is measured against. Scores are mean-pooled queries times mean-pooled keys,
-per head; the best blocks are kept by count (``density``) or by probability mass (``top_p``).
+The baseline of every other sparse method. Scores are mean-pooled queries times mean-pooled keys, per head; the best
+blocks are chosen by count (``density``) or by probability mass (``top_p``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dit_attn.processors.methods.sparse import SparseMethod
 
 @dataclass(frozen=True)
 class BlockSparse(SparseMethod):
-    """Keep the best key blocks of every query block.
+    """Attend to the best key blocks of every query block.
 
     Give ``density`` or ``top_p``. Blocks and dense exceptions are settings of every :class:`SparseMethod`.
 
     Attributes:
-        density: fraction of key blocks each query block reads, in (0, 1]. 1 is bit-equal to the stock attention.
-        top_p: alternatively, keep the fewest blocks whose pooled softmax mass reaches this, in (0, 1].
-        keep: blocks that are always kept: ``text``, ``first-frame``, ``diagonal`` (inside the budget, first).
+        density: fraction of the key blocks each query block attends to, in (0, 1]. 1 is bit-equal to the stock attention.
+        top_p: alternatively, the fewest blocks whose pooled softmax mass reaches this, in (0, 1].
+        keep: blocks that are always computed: ``text``, ``first-frame``, ``diagonal`` (they count inside the budget).
 
     Raises:
         DitAttnError: a value out of range, or both or neither of density and top_p.
@@ -34,15 +34,15 @@ class BlockSparse(SparseMethod):
 
     slug: ClassVar[str] = "block-sparse"
 
-    density: float | None = setting(None, "fraction of key blocks kept", low=1e-6, high=1.0)
-    top_p: float | None = setting(None, "pooled softmax mass kept", low=1e-6, high=1.0)
+    density: float | None = setting(None, "fraction of key blocks attended to", low=1e-6, high=1.0)
+    top_p: float | None = setting(None, "pooled softmax mass attended to", low=1e-6, high=1.0)
     keep: tuple[str, ...] = setting(
-        ("text", "diagonal"), "blocks that are always kept", choices=("text", "first-frame", "diagonal")
+        ("text", "diagonal"), "blocks that are always attended to", choices=("text", "first-frame", "diagonal")
     )
 
     def __post_init__(self) -> None:
         if self.density is not None and self.top_p is not None:
-            raise DitAttnError("block-sparse takes density or top_p, not both: one says how many blocks are kept")
+            raise DitAttnError("block-sparse takes density or top_p, not both: one sets how many blocks are attended to")
         if self.density is None and self.top_p is None:
             object.__setattr__(self, "density", 0.25)
         super().__post_init__()
@@ -58,7 +58,7 @@ class BlockSparse(SparseMethod):
         return self.density
 
     def plan(self, call: AttentionCall, request: Request) -> None:
-        """Supply the layout of the visual rows."""
+        """Set the layout of the visual rows."""
         tokens = call.tokens
         assert tokens is not None
         request.layout = plan_blocks(

@@ -1,4 +1,4 @@
-"""Checking the fields of a method, once, where it is made: type, range and choices of every setting."""
+"""Check the settings of a dataclass once, where it is made: type, range and choices of every field."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_fields(method: Any) -> None:
-    """Bring every setting to its type (a list becomes a tuple) and refuse what does not fit.
+    """Convert every setting to its type (a list becomes a tuple) and refuse values that do not fit.
 
     Raises:
         DitAttnError: a value of another type, out of range, or not one of the choices.
@@ -36,13 +36,13 @@ def check_fields(method: Any) -> None:
 
 
 def union_of(hint: Any) -> tuple[Any, ...]:
-    """The types a hint allows, one where it is no union."""
+    """Return the types a hint allows, one where it is no union."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
 
 
 def describe(hint: Any) -> str:
-    """A type in words, for messages."""
+    """Describe a type in words, for messages."""
     return " or ".join(_describe_one(kind) for kind in union_of(hint))
 
 

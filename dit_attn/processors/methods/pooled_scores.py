@@ -11,18 +11,19 @@ from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.layouts.block_layout import ceil_div
 from dit_attn.processors.core.token_permute import PermutedTokens
 
-AT_ONCE = 2**28  # bytes of a map of pieces
+AT_ONCE = 2**28  # bytes of a matrix of chunk scores
 
 
 def ordered_scores(rows: PermutedTokens, q_block: int, kv_block: int, scale: float) -> torch.Tensor:
-    """Logarithm of the pooled weight of every key block: pictures by their means, every other token by itself.
+    """Return the logarithm of the pooled weight of every key block: visual blocks by their means, other tokens one by one.
 
-    Text tokens that stand side by side have little in common, and some are sinks: the mean of a block of them says
-    nothing. A block with such a token is the log-sum of its tokens; a block of picture tokens is its mean's logit plus
-    the logarithm of how many they are. A softmax over the row is the pooled map A of the paper (IPAR).
+    Neighboring text tokens have little in common, and some are sinks: the mean of a block of them means nothing. The
+    score of a block with such a token is the log-sum-exp (LSE) of its tokens; that of a visual block is its mean's
+    logit plus the logarithm of its token count. A softmax over the row is the pooled attention matrix A of Rectified
+    SpaAttn (arXiv 2511.19835, IPAR).
 
     Args:
-        rows: the call in read order.
+        rows: the permuted call.
         q_block, kv_block: tokens per block.
         scale: softmax scale.
 
@@ -52,7 +53,7 @@ def ordered_scores(rows: PermutedTokens, q_block: int, kv_block: int, scale: flo
 
 
 def heads_apart(rows: PermutedTokens, size: int) -> list[PermutedTokens]:
-    """The same rows a few heads at a time, so that a map of pieces of ``size`` tokens stays within :data:`AT_ONCE`."""
+    """Return the same rows a few heads at a time, so that scores of ``size`` tokens each stay within :data:`AT_ONCE`."""
     batch, q_len, heads, _ = rows.q.shape
     key_heads = rows.k.shape[2]
     each = 4 * batch * ceil_div(q_len, size) * ceil_div(rows.k.shape[1], size) * (heads // key_heads)

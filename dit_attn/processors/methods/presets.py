@@ -1,4 +1,4 @@
-"""Settings of a method for one particular model, with their provenance."""
+"""Presets: settings of the methods for particular checkpoints, with their provenance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Preset:
         name: file name without ending, e.g. ``"wan2.1-1.3b"``.
         transformer: class name of the transformer.
         config: configuration values that identify the checkpoint (all must match; empty matches the whole class).
-        pair: whether it is for pipelines that hand over from one transformer to another during the run (Wan 2.2 A14B),
+        pair: whether it is for pipelines that switch from one transformer to another during the run (Wan 2.2 A14B),
             whose transformers have the configuration of another model.
         methods: settings by slug; ``provenance`` says where they come from (``paper | measured | guess``).
     """
@@ -39,7 +39,7 @@ class Preset:
 
 @functools.cache
 def presets() -> tuple[Preset, ...]:
-    """Every preset, the most specific first."""
+    """Return every preset, the most specific first."""
     import yaml
 
     found = []
@@ -56,7 +56,7 @@ def presets() -> tuple[Preset, ...]:
 
 
 def preset_for(model: Any, name: str | None = None, pair: bool = False) -> Preset | None:
-    """The preset for a transformer, by name or by its class and configuration.
+    """Return the preset for a transformer, by name or by its class and configuration.
 
     Args:
         model: the transformer, or anything of its class name with its ``config``.
@@ -75,7 +75,7 @@ def preset_for(model: Any, name: str | None = None, pair: bool = False) -> Prese
 
 
 def method_for(slug: str, model: Any, pair: bool = False) -> Method:
-    """A method with the settings of the model's preset, or with its defaults when there is none.
+    """Return a method with the settings of the model's preset, or with its defaults when there is none.
 
     Args:
         slug: the method.

@@ -1,12 +1,12 @@
-"""Re-ttention: ultra-sparse attention whose rows are reshaped by the softmax history (arXiv 2505.22918).
+"""Re-ttention (arXiv 2505.22918): ultra-sparse attention whose rows are reshaped by the softmax history.
 
-A sparse softmax divides by too little. The share of the denominator that a fixed mask holds, rho, moves slowly from
-step to step even where the denominators themselves do not. So every few steps a *refresh* computes dense attention F
-and sparse attention W, and remembers for every row rho = exp(lse_W - lse_F) and what the unread keys gave,
-R = F - rho W. The steps between compute W alone and answer with ``rho_n W + R``.
+A sparse softmax divides by too little. The fraction of the denominator that a fixed mask covers, rho, changes slowly
+from step to step even where the denominators themselves do not. So every few steps a *refresh* computes dense attention
+F and sparse attention W, and stores for every row rho = exp(lse_W - lse_F) and the contribution of the skipped keys,
+R = F - rho W. The steps between compute W alone and return ``rho_n W + R``.
 
-rho_n is rho, or rises by a little every sparse step (``ramp``). The paper leaves R as it is, so that rows sum to more
-than 1; ``conserving`` lets R fall as rho rises. Everything is kept before the output projection.
+rho_n is rho, or rises a little every sparse step (``ramp``). The paper leaves R as it is, so that rows sum to more
+than 1; ``conserving`` lets R fall as rho rises. Everything is stored before the output projection.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True)
 class ReTtention(SparseMethod):
-    """Dense steps first, then periods of one refresh and a few steps that read a thin fixed mask.
+    """Run dense steps first, then periods of one refresh and a few steps with a thin fixed mask.
 
     Attributes:
-        density: share of the picture's keys that each of its rows reads on sparse steps, in (0, 1]; text is read whole.
-            1 is bit-equal to the stock attention.
+        density: fraction of the visual keys that each visual row attends to on sparse steps, in (0, 1]; text is always
+            attended to. 1 is bit-equal to stock attention.
         mask: ``band`` (the paper's: tokens near in row-major order of their frame, in all frames), ``window`` (the
-            blocks nearest on the grid, as many, a box that moves inward at the borders) or ``selected`` (blocks chosen
-            at the refresh, for each head, and kept for the period).
+            blocks nearest on the grid, a box that is shifted inward at the borders) or ``selected`` (blocks selected at
+            the refresh, for each head, and fixed for the period).
         window: (t, h, w), proportions of the box of ``window``; ``None`` for those of the grid.
         period: steps from one refresh to the next.
         ramp: how rho grows over the sparse steps of a period: ``none``, ``paper`` or ``conserving``.
-        ramp_rate: by how much a step (the paper's 0.04); the first sparse step takes rho as it is.
-        clamp: whether rho stops at 1.
-        stagger: whether the layers refresh at different steps of the period, so that no step pays for all of them.
-        cache: what R is kept in: ``model`` (the activations' type), ``bf16`` or ``fp8`` (one scale a row and head).
-        offload: keep R in main memory between its uses.
+        ramp_rate: growth of rho per step (the paper's 0.04); the first sparse step uses rho as it is.
+        clamp: whether rho is clamped to 1.
+        stagger: whether the layers refresh at different steps of the period, which spreads the cost over the steps.
+        cache: dtype of the stored R: ``model`` (that of the activations), ``bf16`` or ``fp8`` (one scale per row and head).
+        offload: store R in main memory between its uses.
 
     Raises:
         DitAttnError: a value out of range, or a window that is not three positive sizes.
@@ -64,17 +64,17 @@ class ReTtention(SparseMethod):
     slug: ClassVar[str] = "re-ttention"
     by_step: ClassVar[bool] = False
 
-    density: float = setting(0.0625, "share of the picture's keys read on sparse steps", low=1e-6, high=1.0)
+    density: float = setting(0.0625, "fraction of the visual keys attended to on sparse steps", low=1e-6, high=1.0)
     dense_steps: float | int = setting(0.25, "dense steps at the start (fraction or count)", low=0)
-    mask: str = setting("window", "which keys a sparse step reads", choices=tuple(MASKS))
+    mask: str = setting("window", "keys a sparse step attends to", choices=tuple(MASKS))
     window: tuple[int, ...] | None = setting(None, "proportions (t, h, w) of the box of the mask `window`")
     period: int = setting(5, "steps from one refresh to the next", low=1)
-    ramp: str = setting("none", "how the share of the mask grows within a period", choices=RAMPS)
-    ramp_rate: float = setting(0.04, "growth of that share a step", low=0.0, high=1.0)
-    clamp: bool = setting(True, "stop the share at 1")
+    ramp: str = setting("none", "how rho grows within a period", choices=RAMPS)
+    ramp_rate: float = setting(0.04, "growth of rho per step", low=0.0, high=1.0)
+    clamp: bool = setting(True, "clamp rho to 1")
     stagger: bool = setting(True, "refresh the layers at different steps of a period")
-    cache: str = setting("model", "what the residual is kept in", choices=tuple(DTYPES))
-    offload: bool = setting(False, "keep the residual in main memory")
+    cache: str = setting("model", "dtype of the stored residual", choices=tuple(DTYPES))
+    offload: bool = setting(False, "store the residual in main memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,7 @@ class ReTtention(SparseMethod):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the settings keep everything."""
+        """Whether the settings are dense attention."""
         return self.density >= 1.0
 
     @property
@@ -92,7 +92,7 @@ class ReTtention(SparseMethod):
         return (1.0 + self.period * self.density) / self.period
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
-        """Between a refresh and the next: rho in fp32, and R. Arguments as in the base class."""
+        """Return the bytes stored between a refresh and the next: rho in fp32, and R. Arguments as in the base class."""
         dtype = DTYPES[self.cache]
         each = element if dtype is None else dtype.itemsize
         scales = 4 * tokens * heads if self.cache == "fp8" else 0
@@ -115,7 +115,7 @@ class ReTtention(SparseMethod):
         return replace(self, stagger=False)
 
     def request(self, call: AttentionCall, request: Request) -> None:
-        """Refresh, or answer from the last refresh, or decline (dense step, dense layer)."""
+        """Refresh, or compute from the last refresh, or decline (dense step, dense layer)."""
         mine = self.at(call)
         if mine is not self:
             mine.request(call, request)
@@ -130,8 +130,8 @@ class ReTtention(SparseMethod):
             request.decline(reason or "dense step")
         else:
             request.max_error = self.max_error
-            self._answer(call, request, state)
-        if self._last(call):  # nobody will ask again
+            self._reshape(call, request, state)
+        if self._last(call):  # no later step needs it
             states.pop(key, None)
 
     # -- schedule ----------------------------------------------------------------------------------------------------
@@ -173,15 +173,15 @@ class ReTtention(SparseMethod):
         def visual() -> torch.Tensor:
             options: dict[str, Any] = {"scale": call.scale, "key_mask": rows.key_mask, "key_bias": rows.key_bias}
             exact, lse = dense_with_lse(rows.q, rows.k, rows.v, **options)
-            sparse, lse_read = self._sparse(call, rows, layout)
-            held = torch.exp((lse_read - lse).float()).clamp(max=1.0)  # (B, H, Sv)
-            rest = exact.float() - held.transpose(1, 2)[..., None] * sparse.float()
-            states[key] = State(call.clock.step, layout, held, self._stored(rest.to(exact.dtype)))
+            sparse, lse_sparse = self._sparse(call, rows, layout)
+            rho = torch.exp((lse_sparse - lse).float()).clamp(max=1.0)  # (B, H, Sv)
+            rest = exact.float() - rho.transpose(1, 2)[..., None] * sparse.float()
+            states[key] = State(call.clock.step, layout, rho, self._stored(rest.to(exact.dtype)))
             return rows.unpermute(exact)
 
         request.compute_visual = visual
 
-    def _answer(self, call: AttentionCall, request: Request, state: State) -> None:
+    def _reshape(self, call: AttentionCall, request: Request, state: State) -> None:
         rows = request.permute(call, MASKS[self.mask])
         request.visual_density = state.density
         growth = 0.0 if self.ramp == "none" else self.ramp_rate * state.used
@@ -189,19 +189,19 @@ class ReTtention(SparseMethod):
 
         def visual() -> torch.Tensor:
             sparse, _ = self._sparse(call, rows, state.layout)
-            held = state.held + growth
-            held = held.clamp(max=1.0) if self.clamp else held
+            rho = state.rho + growth
+            rho = rho.clamp(max=1.0) if self.clamp else rho
             rest = state.rest.load(sparse)
             if self.ramp == "conserving" and growth:
-                left = (1.0 - held) / (1.0 - state.held).clamp(min=1e-6)
+                left = (1.0 - rho) / (1.0 - state.rho).clamp(min=1e-6)
                 rest = rest * left.clamp(min=0.0).transpose(1, 2)[..., None].to(rest.dtype)
-            out = torch.addcmul(rest, held.transpose(1, 2)[..., None].to(sparse.dtype), sparse)
+            out = torch.addcmul(rest, rho.transpose(1, 2)[..., None].to(sparse.dtype), sparse)
             return rows.unpermute(out)
 
         request.compute_visual = visual
 
     def _sparse(self, call: AttentionCall, rows: PermutedTokens, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
-        """W (B, Sv, H, D) and its log-sums (B, H, Sv)."""
+        """W (B, Sv, H, D) and its LSE (B, H, Sv)."""
         found = sparse_attention(
             rows.q, rows.k, rows.v, layout, scale=call.scale,
             key_mask=rows.key_mask if rows.key_bias is None else None, key_bias=rows.key_bias, return_lse=True,
@@ -235,38 +235,38 @@ class ReTtention(SparseMethod):
 
 @dataclass
 class Stored:
-    """A residual R as it is kept.
+    """A stored residual R.
 
     Attributes:
         values: (B, Sv, H, D).
-        scale: (B, Sv, H, 1) fp32 to multiply by, or ``None``.
+        scale: (B, Sv, H, 1) fp32 factor, or ``None``.
     """
 
     values: torch.Tensor
     scale: torch.Tensor | None
 
     def load(self, like: torch.Tensor) -> torch.Tensor:
-        """(B, Sv, H, D) where ``like`` is and of its type."""
+        """Return (B, Sv, H, D) on the device and in the dtype of ``like``."""
         values = self.values.to(like.device).to(like.dtype)
         return values if self.scale is None else values * self.scale.to(like.dtype)
 
 
 @dataclass
 class State:
-    """What a refresh leaves for the steps after it, in read order.
+    """What a refresh stores for the steps after it, in the permuted order.
 
     Attributes:
-        step: when.
+        step: step of the refresh.
         layout: the mask.
-        held: (B, H, Sv) fp32, rho: share of the softmax that the mask holds.
-        rest: R, what the other keys gave.
-        used: sparse steps that were answered from it.
-        density: of the layout, read once.
+        rho: (B, H, Sv) fp32, fraction of the softmax denominator that the mask covers.
+        rest: R, the contribution of the skipped keys.
+        used: sparse steps computed from it.
+        density: of the layout, read from the device once.
     """
 
     step: int
     layout: BlockLayout
-    held: torch.Tensor
+    rho: torch.Tensor
     rest: Stored
     used: int = 0
     density: float = field(init=False)
@@ -280,27 +280,28 @@ class State:
 
 @cached
 def band_layout(tokens: Tokens, density: float, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
-    """The paper's mask in the order ``columns``; kept for the next call with the same arguments.
+    """Return the paper's mask in the order ``columns``; cached for the next call with the same arguments.
 
-    A visual token reads the tokens of its span that are at most half a band away in the row-major order of a frame, in
-    every frame, and all tokens of other spans. With all frames of a place side by side this is one run of keys.
+    A visual token attends to the tokens of its span that are at most half a band away in the row-major order of a
+    frame, in every frame, and to all tokens of other spans. With all frames of a position side by side this is one run
+    of keys.
 
     Args:
         tokens: the resolved sequence.
-        density: share of a frame's tokens in the band.
+        density: fraction of a frame's tokens in the band.
         q_block, kv_block: tokens per block.
-        device: where the lists shall be.
+        device: device of the layout.
     """
     order = token_permutation(tokens, MASKS["band"], None, torch.device("cpu"))
-    span, place, half = [], [], []
+    span, position, half = [], [], []
     for index, part in enumerate(order.parts):
         _, height, width = part.grid
         _, h, w = part.coordinates().unbind(-1)
-        place.append(h * width + w)
+        position.append(h * width + w)
         span.append(torch.full((len(part),), index))
         half.append(torch.full((len(part),), math.floor(height * width * density) // 2))
     rest = torch.full((tokens.seq_len - order.visual,), -1)
-    owner, at, reach = torch.cat([*span, rest]), torch.cat([*place, rest]), torch.cat([*half, rest])
+    owner, at, reach = torch.cat([*span, rest]), torch.cat([*position, rest]), torch.cat([*half, rest])
 
     def rule(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (owner[q] != owner[k]) | ((at[q] - at[k]).abs() <= reach[q])
@@ -317,47 +318,47 @@ def window_layout(
     kv_block: int,
     device: torch.device,
 ) -> BlockLayout:
-    """Every query block reads the key blocks that are nearest on the grid; kept for the next call.
+    """Return the layout of every query block with the key blocks nearest on the grid; cached for the next call.
 
-    Blocks along the curve are compact, so this is a box around the query block that moves inward at the borders, made
-    of whole tiles: what it executes is what it counts.
+    Blocks along the curve are compact, so this is a box around the query block that is shifted inward at the borders
+    and consists of full tiles: the computed density is the requested one.
 
     Args:
         tokens: the resolved sequence.
-        density: share of a span's blocks that is read; blocks of other spans and of text are all read.
+        density: fraction of a span's blocks that is attended to; blocks of other spans and of text always are.
         window: (t, h, w), the proportions of the box; ``None`` for those of the grid.
         q_block, kv_block: tokens per block.
-        device: where the lists shall be.
+        device: device of the layout.
     """
     order = token_permutation(tokens, MASKS["window"], None, torch.device("cpu"))
     nq, nk = ceil_div(order.visual, q_block), ceil_div(tokens.seq_len, kv_block)
-    read = torch.zeros(nq, nk, dtype=torch.bool)
+    selected = torch.zeros(nq, nk, dtype=torch.bool)
     start = 0
     for part in order.parts:
         stop = start + len(part)
         size = torch.tensor(window or part.grid, dtype=torch.float64)
         at = part.coordinates() / size
-        q, first_q = _centres(at, start, q_block)
-        k, first_k = _centres(at, start, kv_block)
+        q, first_q = _centers(at, start, q_block)
+        k, first_k = _centers(at, start, kv_block)
         far = torch.cdist(q, k, p=math.inf) + 1e-3 * torch.cdist(q, k)  # box first, ties by the straight distance
         nearest = far.topk(blocks_of_density(density, len(k)), largest=False).indices + first_k
         rows = torch.arange(len(q))[:, None] + first_q
-        read[rows, nearest] = True
-        whole = torch.ones(nk, dtype=torch.bool)  # what is not of this span only
-        whole[ceil_div(start, kv_block) : stop // kv_block] = False
+        selected[rows, nearest] = True
+        others = torch.ones(nk, dtype=torch.bool)  # blocks with tokens outside this span
+        others[ceil_div(start, kv_block) : stop // kv_block] = False
         if stop == tokens.seq_len:
-            whole[stop // kv_block :] = False
-        read[first_q : first_q + len(q)] |= whole
+            others[stop // kv_block :] = False
+        selected[first_q : first_q + len(q)] |= others
         start = stop
-    return BlockLayout.from_mask(read[None, None], order.visual, tokens.seq_len, q_block, kv_block).to(device)
+    return BlockLayout.from_mask(selected[None, None], order.visual, tokens.seq_len, q_block, kv_block).to(device)
 
 
-def _centres(at: torch.Tensor, start: int, block: int) -> tuple[torch.Tensor, int]:
-    """(n, 3) mean place of every block that holds tokens of a span, and the number of the first.
+def _centers(at: torch.Tensor, start: int, block: int) -> tuple[torch.Tensor, int]:
+    """(n, 3) mean position of every block with tokens of a span, and the index of the first block.
 
     Args:
-        at: (tokens, 3) places of the span's tokens.
-        start: place of the first of them in the sequence.
+        at: (tokens, 3) positions of the span's tokens.
+        start: index of the first of them in the sequence.
         block: tokens per block.
     """
     owner = (torch.arange(len(at)) + start) // block

@@ -1,15 +1,15 @@
-"""Rectified sparse attention: block-sparse attention that makes up for the keys it does not read.
+"""Rectified SpaAttn (arXiv 2511.19835): block-sparse attention that compensates for the keys it skips.
 
-A sparse softmax is wrong in two ways: the keys it reads get too much weight, because the rest is missing from the
-denominator, and what the rest would have added is missing from the sum. The compensations here:
+A sparse softmax is wrong in two ways: the selected keys get too much weight, because the skipped ones are missing from
+the denominator, and the contribution of the skipped ones is missing from the sum. The compensations:
 
-* ``paper`` and ``repo`` (Rectified SpaAttn, arXiv 2511.19835): pooled queries and keys give an estimate A of the whole
-  map, block by block, with every text token a column of its own and every block of video weighed by its tokens (IPAR).
-  The rows are scaled by the mass R that was read and the pooled values of skipped blocks are added with their mass.
-  A gate (GAPR) leaves out blocks whose pooled product is smaller than its own first-order error; their mass is dropped
-  (``paper``: rows sum to less than 1) or added to R (``repo``, as the authors' code does).
-* ``merge``: skipped blocks enter the same softmax as virtual keys, the means of a few keys with ``ln n`` added to the
-  logit. One denominator, nothing to rescale, and every row of a block weighs them by itself.
+* ``paper`` and ``repo``: pooled queries and keys give a block-wise estimate A of the attention matrix, with a column for
+  every text token and every video block weighted by its tokens (IPAR). The rows are scaled by the selected mass R, and
+  the pooled values of skipped blocks are added with their mass. A gate (GAPR) leaves out blocks whose pooled product is
+  smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added to R
+  (``repo``, as in the authors' code).
+* ``merge``: skipped blocks enter the same softmax as pooled keys, the means of a few keys with ``ln n`` added to the
+  logit. There is one denominator and no rescaling, and every row of a block weights them by itself.
 """
 
 from __future__ import annotations
@@ -39,47 +39,47 @@ ORDERS = ("auto", "hilbert", "tiles", "none")
 
 @dataclass(frozen=True)
 class RectifiedSpaAttn(SparseMethod):
-    """Read the best key blocks along a space-filling curve and compensate for the others.
+    """Attend to the best key blocks along a space-filling curve and compensate for the others.
 
     Attributes:
-        density: fraction of key blocks each query block reads, in (0, 1]; forced blocks count inside it. 1 is
-            bit-equal to the stock attention.
-        top_p: read further blocks until this much of the pooled softmax mass is read; ``None`` for density alone.
-        select: what blocks are ranked by: their pooled softmax ``mass``, or the ``error`` of not reading them, the mass
-            times the distance of the block's mean value to the row's output (``top_p`` is a share of it then).
-        probe: tokens per mean that blocks are ranked by; divides both blocks. The error of a block is then the root of
-            the squares over its pieces. ``None`` for whole blocks.
-        order: order of the picture's tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
+        density: fraction of the key blocks each query block attends to, in (0, 1]; forced blocks count inside it. 1 is
+            bit-equal to stock attention.
+        top_p: attend to further blocks until this pooled softmax mass is reached; ``None`` for density alone.
+        select: ranking of the blocks: by their pooled softmax ``mass``, or by the ``error`` of skipping them, the mass
+            times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
+        probe: tokens per mean in the ranking; divides both block sizes. The error of a block is then the root of the
+            sum of squares over its chunks. ``None`` for full blocks.
+        order: order of the visual tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
             ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
         tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
             there is none the default of 128 tokens.
-        keep: blocks always read besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
+        keep: blocks that are always attended to, besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
             (every block with a token of it).
-        budget: whether forced blocks count inside ``density`` or come on top (``extra``, as in the paper's code).
+        budget: whether forced blocks count inside ``density`` or are added to it (``extra``, as in the paper's code).
         compensation: ``merge``, ``paper``, ``repo`` or ``none``.
-        virtual_block: tokens per virtual key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
+        pooled_block: tokens per pooled key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
             48 tokens, else its largest divisor up to 32.
-        variance: add half the variance of the logits under a virtual key to its logit (second order; unproven).
+        variance: add half the variance of the logits behind a pooled key to its logit (second order; unproven).
         gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
 
     Raises:
-        DitAttnError: a value out of range, or a ``virtual_block`` that does not divide ``kv_block``.
+        DitAttnError: a value out of range, or a ``pooled_block`` that does not divide ``kv_block``.
     """
 
     slug: ClassVar[str] = "rectified-spaattn"
 
-    density: float = setting(0.25, "fraction of key blocks kept", low=1e-6, high=1.0)
-    top_p: float | None = setting(None, "also keep blocks up to this pooled softmax mass", low=1e-6, high=1.0)
-    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
+    density: float = setting(0.25, "fraction of key blocks attended to", low=1e-6, high=1.0)
+    top_p: float | None = setting(None, "also attend to blocks up to this pooled softmax mass", low=1e-6, high=1.0)
+    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping them", choices=("mass", "error"))
     probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
-    order: str = setting("auto", "order of the picture's tokens", choices=ORDERS)
+    order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
-        ("diagonal",), "blocks that are always kept", choices=("diagonal", "neighbours", "first-frame")
+        ("diagonal",), "blocks that are always attended to", choices=("diagonal", "neighbours", "first-frame")
     )
-    budget: str = setting("inside", "forced blocks count inside density, or come on top", choices=("inside", "extra"))
-    compensation: str = setting("merge", "what makes up for skipped blocks", choices=COMPENSATIONS)
-    virtual_block: int | None = setting(None, "tokens per virtual key of merge", low=1)
+    budget: str = setting("inside", "forced blocks count inside density, or are added to it", choices=("inside", "extra"))
+    compensation: str = setting("merge", "compensation for skipped blocks", choices=COMPENSATIONS)
+    pooled_block: int | None = setting(None, "tokens per pooled key of merge", low=1)
     variance: bool = setting(False, "second-order term of merge")
     gate: bool = setting(True, "leave out blocks whose pooled product is smaller than its error (paper, repo)")
 
@@ -87,9 +87,9 @@ class RectifiedSpaAttn(SparseMethod):
         super().__post_init__()
         if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):
             raise DitAttnError(f"{self.slug}.tile must be three positive sizes (t, h, w), got {self.tile}")
-        if self.virtual_block is not None and self.kv_block % self.virtual_block:
+        if self.pooled_block is not None and self.kv_block % self.pooled_block:
             raise DitAttnError(
-                f"{self.slug}.virtual_block must divide kv_block {self.kv_block}, got {self.virtual_block}"
+                f"{self.slug}.pooled_block must divide kv_block {self.kv_block}, got {self.pooled_block}"
             )
         if self.probe is not None and (self.q_block % self.probe or self.kv_block % self.probe):
             raise DitAttnError(
@@ -98,26 +98,26 @@ class RectifiedSpaAttn(SparseMethod):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the settings keep everything."""
+        """Whether the settings are dense attention."""
         return self.density >= 1.0 or (self.top_p or 0.0) >= 1.0
 
     @property
     def executed(self) -> float | None:
-        """Density and virtual keys, ``None`` with top_p."""
-        virtual = 1.0 / self.virtual if self.compensation == "merge" else 0.0
-        return None if self.top_p is not None else min(1.0, self.density + virtual)
+        """Density and pooled keys, ``None`` with top_p."""
+        pooled = 1.0 / self.tokens_per_pooled_key if self.compensation == "merge" else 0.0
+        return None if self.top_p is not None else min(1.0, self.density + pooled)
 
     @property
-    def virtual(self) -> int:
-        """Tokens per virtual key."""
-        if self.virtual_block is not None:
-            return self.virtual_block
+    def tokens_per_pooled_key(self) -> int:
+        """Tokens per pooled key."""
+        if self.pooled_block is not None:
+            return self.pooled_block
         if self.kv_block <= 48:
             return self.kv_block
         return next(size for size in range(32, 0, -1) if self.kv_block % size == 0)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
-        """Choose the blocks of the visual rows, and what makes up for the others."""
+        """Select the blocks of the visual rows, and set the compensation for the others."""
         assert call.tokens is not None
         request.permuted = rows = request.permute(call, *self.token_order(call.tokens))
         scale = call.softmax_scale
@@ -127,14 +127,14 @@ class RectifiedSpaAttn(SparseMethod):
         request.layout = layout
         if self.compensation == "merge":
             request.compensation = pooled_compensation(
-                rows.k, rows.v, self.virtual, key_mask=rows.key_mask, variance=self.variance
+                rows.k, rows.v, self.tokens_per_pooled_key, key_mask=rows.key_mask, variance=self.variance
             )
         elif self.compensation != "none":
             with torch.no_grad():
                 request.epilogue = self._rectified(scores, layout, rows)
 
     def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
-        """Name of the order for a sequence, and the box of ``tiles``."""
+        """Return the name of the token order for a sequence, and the box of ``tiles``."""
         if self.order not in ("auto", "tiles"):
             return self.order, None
         if self.tile is not None:
@@ -144,15 +144,15 @@ class RectifiedSpaAttn(SparseMethod):
         return ("hilbert", None) if self.order == "auto" and box is None else ("tiles", box)
 
     def _ranks(self, scores: torch.Tensor, rows: PermutedTokens, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) what blocks are ranked by, from their logits ``scores``; ``-inf`` where no key exists."""
+        """(B, H, nq, nk) ranking of the blocks, from their logits ``scores``; ``-inf`` where no key exists."""
         if self.probe is None:
             return scores if self.select == "mass" else scores + self._spread(scores, rows)
-        parts = [self._pieces(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
+        parts = [self._chunk_ranks(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
         ranks = torch.cat(parts, 1)
         return ranks.clamp(min=torch.finfo(ranks.dtype).tiny).log().masked_fill(scores == float("-inf"), float("-inf"))
 
-    def _pieces(self, rows: PermutedTokens, size: int, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) mass, or root of the squared errors, of every block from pieces of ``size`` tokens."""
+    def _chunk_ranks(self, rows: PermutedTokens, size: int, scale: float) -> torch.Tensor:
+        """(B, H, nq, nk) mass, or root of the squared errors, of every block from chunks of ``size`` tokens."""
         found = block_probabilities(ordered_scores(rows, size, size, scale))
         if self.select == "error":
             values = per_query_head(pool_blocks(rows.v, size, rows.key_mask), rows)
@@ -185,7 +185,7 @@ class RectifiedSpaAttn(SparseMethod):
     def _spread(self, scores: torch.Tensor, rows: PermutedTokens) -> torch.Tensor:
         """(B, H, nq, nk) log-distance of every block's mean value to the row's estimated output.
 
-        Leaving out or averaging a block moves the output by its mass times that distance, to first order.
+        Skipping or averaging a block changes the output by its mass times that distance, to first order.
         """
         values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
         with full_precision(scores.device):
@@ -196,14 +196,14 @@ class RectifiedSpaAttn(SparseMethod):
     def _rectified(self, scores: torch.Tensor, layout: BlockLayout, rows: PermutedTokens) -> Epilogue:
         """Row scale R (B, H, nq) and addition c (B, H, nq, D) of the paper."""
         mass = block_probabilities(scores)
-        read = layout.block_mask()
-        skipped = ~read & (scores > float("-inf"))
+        selected = layout.block_mask()
+        skipped = ~selected & (scores > float("-inf"))
         added = skipped & self._beneficial(rows) if self.gate else skipped
-        share = torch.where(added, mass, 0.0)
-        scale = torch.where(read, mass, 0.0).sum(-1) if self.compensation == "paper" else 1.0 - share.sum(-1)
+        added_mass = torch.where(added, mass, 0.0)
+        scale = torch.where(selected, mass, 0.0).sum(-1) if self.compensation == "paper" else 1.0 - added_mass.sum(-1)
         values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
-        with full_precision(share.device):
-            return Epilogue(row_scale=scale, add=share @ values)
+        with full_precision(added_mass.device):
+            return Epilogue(row_scale=scale, add=added_mass @ values)
 
     def _beneficial(self, rows: PermutedTokens) -> torch.Tensor:
         """(B, H, nq, nk) bool, the gate: ``|q.k| > |dq.k| + |q.dk|`` of block means and mean absolute deviations."""

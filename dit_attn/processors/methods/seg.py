@@ -1,4 +1,4 @@
-"""DOC"""
+"""SEG, smoothed-energy guidance (arXiv 2408.00760): guide away from attention with blurred queries."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuid
 
 @dataclass(frozen=True)
 class SEG(PerturbedGuidance):
-    """Smoothed-energy guidance (Hong 2024): attention of queries that a Gaussian has blurred within their frame.
+    """Guide away from attention whose queries a Gaussian has blurred within their frame.
 
     Args:
         heads: as for :class:`SoftPAG`.
-        sigma: width of the blur in tokens; above 9999 it is the mean over all frames of the picture.
+        u: strength of the perturbation, 0 (unchanged) to 1 (replaced).
+        sigma: standard deviation of the blur in tokens; above 9999 the blurred query is the mean over all frames.
     """
 
     slug: ClassVar[str] = "seg"
@@ -31,6 +32,6 @@ class SEG(PerturbedGuidance):
         super().__post_init__()
 
     def perturbation(self, layers: Layers, blocks: list[str]) -> Perturbation:
-        """See the base class."""
+        """Return the strengths of the heads, resolved on this transformer, and the blur."""
         strengths = heads.resolve(self.heads or middle_layer(layers), layers, self.u)
         return Perturbation(strengths, target="blurred-query", joint="image-rows", sigma=self.sigma)

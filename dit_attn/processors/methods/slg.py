@@ -1,4 +1,4 @@
-"""DOC"""
+"""SLG, skip-layer guidance: guide away from a pass without some blocks (Stability AI's SD3.5 reference, 2024)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuid
 
 @dataclass(frozen=True)
 class SLG(PerturbedGuidance):
-    """Skip-layer guidance: the perturbed pass leaves whole blocks out (settings of the SD3.5 reference).
+    """Guide away from a pass that skips blocks; the defaults are those of the SD3.5 reference.
 
     Args:
         layers: positions of the skipped blocks, e.g. ``"7-9"``; empty: the middle block.
@@ -21,7 +21,7 @@ class SLG(PerturbedGuidance):
 
     slug: ClassVar[str] = "slg"
 
-    scale: float = setting(2.8, "strength w of the push", low=0.0)
+    scale: float = setting(2.8, "guidance strength w", low=0.0)
     start: float = setting(0.01, "first guided step, as a fraction of the run", low=0.0, high=1.0)
     stop: float = setting(0.2, "last guided step + 1, as a fraction of the run", low=0.0, high=1.0)
     layers: str = setting("", "blocks to skip, e.g. '7-9'; empty: the middle one")
@@ -33,5 +33,5 @@ class SLG(PerturbedGuidance):
             raise DitAttnError("slg skips blocks for the perturbed rows alone, which one call cannot; drop batched")
 
     def perturbation(self, layers: Layers, blocks: list[str]) -> Perturbation:
-        """See the base class."""
+        """Return the blocks that are skipped."""
         return Perturbation({}, skipped=blocks_at(self.layers, blocks))

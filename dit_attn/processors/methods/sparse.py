@@ -1,4 +1,4 @@
-"""What all methods that decide which keys are read have in common: their blocks, and where they stay dense."""
+"""Base of the sparse methods: block sizes, and the steps and layers that stay dense."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dit_attn.processors.methods.base import Method, Phase, resolve_count, setti
 
 @dataclass(frozen=True)
 class SparseMethod(Method):
-    """A method that supplies the layout of the visual rows.
+    """Base of a method that decides which keys the visual rows attend to.
 
     Dense exceptions: ``dense_steps`` at the start of the run, ``dense_last_steps`` at its end, ``dense_layers`` by
     index (negative counts from the end); a float is a fraction, an int a count.
@@ -25,16 +25,16 @@ class SparseMethod(Method):
         dense_steps: steps at the start of the run that stay dense.
         dense_last_steps: steps at its end that stay dense.
         dense_layers: layers that stay dense.
-        max_error: largest relative L2 error of a layer's output, measured on sampled rows once a run (and density); a
+        max_error: largest relative L2 error of a layer's output, measured on sampled rows once per run (and density); a
             layer above it goes dense for the rest of the session. ``None`` measures nothing.
         densities: density of every layer in place of the one ``density``: the layers of the first part of the run,
-            then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions hold besides.
-        parts: equal parts of the run that ``densities`` speaks of.
-        calibration: where ``densities`` come from, as ``dit-attn calibrate`` wrote it: JSON values; ``transformer`` is
+            then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions apply too.
+        parts: number of equal parts of the run in ``densities``.
+        calibration: origin of ``densities``, written by ``dit-attn calibrate``: JSON values; ``transformer`` is
             the class they were measured on. Not compared.
 
     Raises:
-        DitAttnError: a value out of range; ``densities`` beside ``top_p``, of a method without a density, over parts
+        DitAttnError: a value out of range; ``densities`` together with ``top_p``, of a method without a density, over parts
             of the run where the method keeps its own schedule, or not as many for every part.
     """
 
@@ -67,9 +67,9 @@ class SparseMethod(Method):
         if "density" not in names:
             raise DitAttnError(f"{self.slug} has no density, so it takes no densities; leave them out")
         if getattr(self, "top_p", None) is not None:
-            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each says how many blocks are kept")
+            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each sets how many blocks are computed")
         if self.parts > 1 and not self.by_step:
-            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has its own schedule over steps")
+            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has a schedule of its own over steps")
         if not isinstance(table, tuple) or not table or len(table) % self.parts:
             raise DitAttnError(
                 f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
@@ -80,11 +80,11 @@ class SparseMethod(Method):
                 raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {value!r}")
 
     def check_model(self, transformer: str, layers: int) -> None:
-        """Refuse dense layers that do not exist, and densities that were made for another model.
+        """Refuse dense layers that do not exist, and densities that were measured on another model.
 
         Args:
             transformer: class name.
-            layers: attention layers that can be touched.
+            layers: number of attention layers that can be wrapped.
 
         Raises:
             DitAttnError: no such layer; another class than in ``calibration``, or another number of layers.
@@ -111,7 +111,7 @@ class SparseMethod(Method):
             )
 
     def at(self, call: AttentionCall) -> SparseMethod:
-        """The method with the one density that holds for ``call``; itself where ``densities`` are not set."""
+        """Return the method with the density of this call's layer and step; itself where ``densities`` are not set."""
         if self.densities is None:
             return self
         layers = len(self.densities) // self.parts
@@ -119,12 +119,13 @@ class SparseMethod(Method):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the settings keep everything."""
+        """Whether the settings are dense attention."""
         return False
 
     @property
     def executed(self) -> float | None:
-        """Share of the visual rows' map that a sparse call computes, virtual keys too; ``None`` when data decide."""
+        """Attention a sparse call computes for the visual rows, as a fraction of dense, with pooled keys; ``None`` when it
+        depends on the data."""
         return None
 
     @property
@@ -134,7 +135,7 @@ class SparseMethod(Method):
             return self.executed
         each = [_with_density(self, density) for density in self.densities]
         known = [1.0 if method.is_dense else method.executed for method in each]
-        return sum(share or 0.0 for share in known) / len(known)
+        return sum(fraction or 0.0 for fraction in known) / len(known)
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Plan the call, or decline it (dense step, dense layer, density 1)."""
@@ -160,11 +161,11 @@ class SparseMethod(Method):
         return resolve_count(self.dense_steps, steps), steps - resolve_count(self.dense_last_steps, steps)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
-        """Say in ``request`` how the visual rows of ``call`` are computed."""
+        """Set in ``request`` how the visual rows of ``call`` are computed."""
         raise NotImplementedError
 
     def exception(self, call: AttentionCall) -> str | None:
-        """Why this call stays dense, or ``None``."""
+        """Return the reason this call stays dense, or ``None``."""
         if self.is_dense:
             return "density 1"
         layers = call.layer_count
@@ -180,15 +181,15 @@ def _with_density(method: SparseMethod, density: float) -> SparseMethod:
 
 
 def part_of_run(clock: Clock, parts: int) -> int:
-    """Which of so many equal parts of the run the clock is in, from 0."""
+    """Return the index, from 0, of the part of the run the clock is in, of ``parts`` equal ones."""
     part = clock.step * parts // clock.total if clock.total else int(clock.progress * parts)
     return min(part, parts - 1)
 
 
 def dense_step(first: float | int, last: float | int, call: AttentionCall) -> str | None:
-    """``"dense step"`` when the call's step is one of the first or last steps that stay dense, else ``None``.
+    """Return ``"dense step"`` when the call's step is one of the first or last steps that stay dense, else ``None``.
 
-    With an unknown number of steps, fractions are taken of the noise range and counts at the end are ignored.
+    With an unknown number of steps, fractions refer to the noise range and counts at the end are ignored.
     """
     clock = call.clock
     if clock.total:

@@ -1,4 +1,4 @@
-"""DOC"""
+"""STG, spatiotemporal skip guidance (arXiv 2411.18664): guide away from a pass without some self-attention."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuid
 
 @dataclass(frozen=True)
 class STG(PerturbedGuidance):
-    """Spatiotemporal skip guidance (Hyung et al. 2024), made for clips.
+    """Guide away from a pass that skips self-attention or blocks; made for videos.
 
     Args:
         layers: positions of the blocks, e.g. ``"11"``; empty: the middle one.
-        mode: ``attention``: their self-attention becomes the identity; ``residual``: the blocks are left out.
+        mode: ``attention``: their self-attention becomes the identity; ``residual``: the blocks are skipped.
     """
 
     slug: ClassVar[str] = "stg"
 
-    scale: float = setting(1.0, "strength w of the push", low=0.0)
+    scale: float = setting(1.0, "guidance strength w", low=0.0)
     layers: str = setting("", "blocks to perturb, e.g. '11'; empty: the middle one")
-    mode: str = setting("attention", "what is left out", choices=("attention", "residual"))
+    mode: str = setting("attention", "what is skipped", choices=("attention", "residual"))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", block_numbers(self.layers))
@@ -34,7 +34,7 @@ class STG(PerturbedGuidance):
             raise DitAttnError("stg skips blocks for the perturbed rows alone, which one call cannot; drop batched")
 
     def perturbation(self, layers: Layers, blocks: list[str]) -> Perturbation:
-        """See the base class."""
+        """Return the layers whose attention is replaced, or the blocks that are skipped."""
         wanted = blocks_at(self.layers, blocks)
         if self.mode == "residual":
             return Perturbation({}, skipped=wanted)

@@ -46,7 +46,7 @@ def problem(dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[lis
 
 
 def gradients(tensors: list[torch.Tensor], layout: BlockLayout, terms: Given, backend: str) -> list[torch.Tensor]:
-    """Of q, k, v and the key bias, for fixed random gradients on the output and on the finite log-sums."""
+    """Of q, k, v and the key bias, for fixed random gradients on the output and on the finite log-sum-exps."""
     out, lse = sparse_attention(*tensors, layout, return_lse=True, backend=backend, **terms)
     rng = torch.Generator().manual_seed(6)
     on_out, on_lse = (torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in (out, lse))
@@ -225,7 +225,7 @@ def test_counts_need_not_be_read() -> None:
 
 
 def test_what_inference_mode_leaves_behind_serves_training() -> None:
-    """Working memory, static layouts and orders are kept from call to call; tensors of inference mode are read-only."""
+    """Working memory, static layouts and orders are cached; tensors of inference mode are read-only."""
     found: list[Any] = []
 
     def work() -> None:  # a thread of its own has no working memory yet
@@ -284,7 +284,7 @@ def test_a_dense_layout_goes_to_torchs_own_attention_and_is_equal_to_it() -> Non
 
 
 @pytest.mark.parametrize("asked", ({"return_lse": True}, {"key_mask": torch.ones(1, 40, dtype=torch.bool)}))
-def test_what_torch_cannot_do_is_done_by_gathering_and_the_reason_is_told(asked: Given) -> None:
+def test_what_torch_cannot_do_is_done_by_gathering_and_the_reason_is_given(asked: Given) -> None:
     q = torch.randn(1, 40, 4, 8)
     choice = choose_backend(q, BlockLayout.dense(40, 40, 16, 16), **asked)
     assert choice.backend == "gather" and set(choice.reasons) == set(BACKENDS) - {"gather"}

@@ -72,7 +72,7 @@ SHAPES = (
 GRADIENTS = ("grad", "grad+compensation+variance")
 GROWN = (*TERMS[::2], *GRADIENTS)
 GROWING = tuple((seq, 2, 64, "float32", terms, True) for terms in GROWN for seq in (4096, 16384))
-CHUNK = 2  # MB: logits of virtual keys and their square term
+CHUNK = 2  # MB: logits of pooled keys and their square term
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def peaks() -> dict[tuple[Any, ...], float]:
     # Large tensors go back to the system at once, so that what is measured is what is held and not holes in the heap.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=environment)
     return dict(zip(cases, json.loads(done.stdout)))
 
@@ -99,5 +99,5 @@ def test_a_call_adds_less_than_three_tenths_of_its_tensors(
 def test_selection_and_call_grow_linearly(
     peaks: dict[tuple[Any, ...], float], short: tuple[Any, ...], long: tuple[Any, ...]
 ) -> None:
-    o = 16384 * 2 * 64 * 4 / 2**20  # 8 MB; the map would be 2 GB
+    o = 16384 * 2 * 64 * 4 / 2**20  # 8 MB; the attention matrix would be 2 GB
     assert peaks[long] < 4 * peaks[short] + o  # four times the length, with room for the allocator

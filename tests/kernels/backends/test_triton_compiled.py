@@ -55,7 +55,7 @@ def windowed(dim: int) -> Launch:
 
 FORWARD: dict[str, Callable[[], Launch]] = {
     **{f"bf16 {dim}": lambda dim=dim: forward(problem(torch.bfloat16, dim)) for dim in (64, 72, 96, 128)},
-    "whole blocks only": lambda: forward(problem(torch.bfloat16, 128, 1024)),
+    "full blocks only": lambda: forward(problem(torch.bfloat16, 128, 1024)),
     "fp32 128": lambda: forward(problem(torch.float32, 128)),
     "window 128": lambda: windowed(128),
     "compensation 128": lambda: compensated(128),
@@ -105,7 +105,7 @@ def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) 
         assert "tcgen05.mma" in compiled.ptx
 
 
-@pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "whole blocks only"))
+@pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "full blocks only"))
 def test_hopper_keeps_its_prefetch_of_keys_and_values(name: str) -> None:
     compiled = compile_for(FORWARD[name](), 90)
     assert compiled.waits and max(compiled.waits) >= 2  # a wait that leaves copies in flight: the loop is not drained

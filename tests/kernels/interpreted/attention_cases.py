@@ -49,7 +49,7 @@ def test_every_head_size_and_type(dim: int, dtype: torch.dtype) -> None:
     out, lse = attend(p, NO_TERMS, "triton")
     expected = definition(p)
     agree((out,), expected[:1], TOLERANCE[dtype])
-    agree((lse,), expected[1:], 4e-6)  # the log-sum is fp32 whatever the type
+    agree((lse,), expected[1:], 4e-6)  # the log-sum-exp is fp32 whatever the type
 
 
 @pytest.mark.parametrize(("dim", "keys"), ((16, "mask"), (16, "bias"), (24, "both")))
@@ -68,7 +68,7 @@ def test_every_term_does_what_its_formula_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", (16, 32))
-def test_virtual_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> None:
+def test_pooled_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> None:
     p = call(torch.float16, 72)
     wider = replace(p, k=p.k.float(), v=p.v.float())
     terms = Terms(compensation=pooled_compensation(wider.k, wider.v, tokens, variance=True))
@@ -106,10 +106,10 @@ def test_element_masks_hide_exactly_what_they_say(name: str, keys: bool) -> None
 
 
 @pytest.mark.parametrize("name", ("none", "lengths", "compensation"))
-def test_nan_in_what_is_not_read_never_reaches_the_output(name: str) -> None:
+def test_nan_in_skipped_keys_never_reaches_the_output(name: str) -> None:
     p = call(key_mask=True)
     terms = TERMS[name](p)
-    blocks = p.layout.block_mask().any(2).any(1)  # (2, nk) read by some head
+    blocks = p.layout.block_mask().any(2).any(1)  # (2, nk) attended to by some head
     blocks[:, -1] = False
     layout = BlockLayout.from_mask(p.layout.block_mask() & blocks[:, None, None], 70, 90, 32, 32)
     token_read = blocks.repeat_interleave(32, 1)[:, :90] & p.key_mask

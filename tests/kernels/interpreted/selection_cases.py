@@ -147,12 +147,12 @@ def test_top_p_keeps_the_fewest_blocks_that_reach_the_mass(
     assert (mass.masked_fill(~selected_mass, 0.0).sum(-1) >= torch.where(mass.sum(-1) > 0, top_p - 1e-5, 0.0)).all()
 
 
-@pytest.mark.parametrize("p, kept", [(0.45, 5), (0.95, 10), (1.0, 10)])
-def test_equal_blocks_are_taken_from_the_front_as_far_as_the_mass_needs(p: float, selected_mass: int) -> None:
+@pytest.mark.parametrize("p, chosen", [(0.45, 5), (0.95, 10), (1.0, 10)])
+def test_equal_blocks_are_taken_from_the_front_as_far_as_the_mass_needs(p: float, chosen: int) -> None:
     layout = plan_scores(
         torch.zeros(1, 1, 2, 10), top_p=p, q_len=16, kv_len=80, q_block=8, kv_block=8, backend="triton"
     ).layout
-    assert layout.block_mask()[0, 0].tolist() == [[j < selected_mass for j in range(10)]] * 2
+    assert layout.block_mask()[0, 0].tolist() == [[j < chosen for j in range(10)]] * 2
 
 
 def test_ties_at_the_edge_of_the_budget_go_to_the_lower_index() -> None:
@@ -183,7 +183,7 @@ def test_a_row_without_a_key_chooses_nothing_and_keeps_no_mass() -> None:
         assert plan.selected_mass[0].eq(0).all() and plan.bits[0].eq(0).all()
 
 
-def test_forced_blocks_are_kept_past_the_budget_and_where_no_key_is() -> None:
+def test_forced_blocks_are_chosen_past_the_budget_and_where_no_key_is() -> None:
     scores = torch.arange(40.0).expand(1, 1, 2, 40).clone()
     scores[..., 3] = -INF
     forced = torch.zeros(1, 1, 2, 40, dtype=torch.bool)

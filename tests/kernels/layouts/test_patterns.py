@@ -49,7 +49,7 @@ def windows(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @EXAMPLES
 @given(windows(), BLOCKS, BLOCKS, st.sampled_from((0, 3, 9)), st.sampled_from((0, 5)), st.booleans())
-def test_a_window_reads_the_neighbours_and_the_text(
+def test_a_window_attends_to_the_neighbors_and_the_text(
     sizes: tuple[tuple[int, ...], tuple[int, ...]], q_block: int, kv_block: int, before: int, after: int, inward: bool
 ) -> None:
     grid, window = sizes
@@ -61,7 +61,7 @@ def test_a_window_reads_the_neighbours_and_the_text(
         start = start.clamp(0, n - size) if inward else start
         read &= (place >= start[:, None]) & (place < start[:, None] + size)
     if inward:
-        assert (read.sum(1) == math.prod(window)).all()  # every query reads equally many
+        assert (read.sum(1) == math.prod(window)).all()  # equally many keys for every query
     pairs = torch.ones(before + cells + after, before + cells + after, dtype=torch.bool)
     pairs[before : before + cells, before : before + cells] = read
     blocks = {"q_block": q_block, "kv_block": kv_block}
@@ -73,7 +73,7 @@ def test_a_window_reads_the_neighbours_and_the_text(
     st.integers(1, 60), st.integers(1, 60), st.integers(0, 20), st.integers(0, 20), st.sampled_from((0, 5, 13)),
     st.sampled_from((0, 7, -4)), BLOCKS, BLOCKS,
 )  # fmt: skip
-def test_a_band_reads_its_diagonal_and_its_sinks(
+def test_a_band_attends_to_its_diagonal_and_its_sinks(
     q_len: int, kv_len: int, before: int, after: int, sinks: int, shift: int, q_block: int, kv_block: int
 ) -> None:
     distance = torch.arange(kv_len) - torch.arange(q_len)[:, None] - shift
@@ -84,14 +84,16 @@ def test_a_band_reads_its_diagonal_and_its_sinks(
 
 @EXAMPLES
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 99), BLOCKS, BLOCKS)
-def test_packed_sequences_read_themselves_only(q_len: int, kv_len: int, seed: int, q_block: int, kv_block: int) -> None:
+def test_packed_sequences_attend_to_themselves_only(
+    q_len: int, kv_len: int, seed: int, q_block: int, kv_block: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     q_ids, k_ids = (torch.randint(0, 4, (2, n), generator=rng).sort(-1).values for n in (q_len, kv_len))
     layout = from_segments(q_ids, k_ids, q_block=q_block, kv_block=kv_block).check()
     assert torch.equal(layout.materialize()[:, 0], q_ids[:, :, None] == k_ids[:, None])
 
 
-def test_large_segment_numbers_are_told_apart() -> None:
+def test_large_segment_numbers_are_distinguished() -> None:
     ids = torch.tensor([[2**24] * 8 + [2**24 + 1] * 8 + [-(2**31)] * 3])  # fp32 does not hold the second
     pairs = ids[0][:, None] == ids[0]
     for kind in (torch.int32, torch.int64):

@@ -32,7 +32,7 @@ def steps(order: TokenOrder) -> torch.Tensor:
 
 
 def block_volume(order: TokenOrder, block: int = 128) -> float:
-    """Mean volume of the bounding box of a whole block."""
+    """Mean volume of the bounding box of a full block."""
     full = len(order) // block * block
     places = order.coordinates()[:full].view(-1, block, 3)
     return float((places.amax(1) - places.amin(1) + 1).prod(-1).double().mean())

@@ -16,7 +16,7 @@ from dit_attn.kernels.selection import triton_pool, triton_select
 from dit_attn.kernels.triton_launch import Launch
 from tests._support.compiled_kernels import SHARED_MEMORY, compile_for
 
-CASES = Path(__file__).parent / "interpreted" / "selection_cases.py"
+CASES = Path(__file__).parents[1] / "interpreted" / "selection_cases.py"
 
 
 def pooling(dim: int, block: int, full: bool) -> Launch:

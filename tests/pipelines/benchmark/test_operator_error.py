@@ -22,8 +22,8 @@ def measured() -> dict[str, OperatorProbe]:
     """Two runs of synthetic fields through a few methods."""
     probes = {
         "plain": OperatorProbe("plain", BlockSparse(density=0.25, **options())),
-        "merge": OperatorProbe("merge", RectifiedSpaAttn(density=0.25, virtual_block=8, **options())),
-        "thin": OperatorProbe("thin", RectifiedSpaAttn(density=0.07, virtual_block=8, **options())),
+        "merge": OperatorProbe("merge", RectifiedSpaAttn(density=0.25, pooled_block=8, **options())),
+        "thin": OperatorProbe("thin", RectifiedSpaAttn(density=0.07, pooled_block=8, **options())),
         "rest": OperatorProbe("rest", ReTtention(density=0.25, stagger=False, **options())),
         "rare": OperatorProbe("rare", BlockSparse(density=0.25, **options()), step_stride=3),
     }

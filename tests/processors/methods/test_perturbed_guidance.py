@@ -121,7 +121,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, method: Method, style: str, scale: Any
     monkeypatch.setattr(attach, "eligible_layers", lambda *_: ["blocks.0.attn1", "blocks.1.attn1"])
     monkeypatch.setattr(attach, "tap_of", lambda *_: "torch")
     monkeypatch.setattr(attach, "session_processors", lambda *_: {})
-    monkeypatch.setattr(attach, "heal", lambda *_: None)
+    monkeypatch.setattr(attach, "rewrap", lambda *_: None)
     for block in pipe.transformer.blocks:
         block.attn1.processor = None
     dit_attn.enable(pipe, method)
@@ -304,13 +304,13 @@ def test_no_push_at_all_is_matched_by_the_run_s_own_scale(monkeypatch: pytest.Mo
     ],
 )  # fmt: skip
 def test_scales_of_pipelines_that_add_one(rule: cfg.CFGRule, told: float, scale: float) -> None:
-    assert rule.scale_of(told) == scale and rule.told_for(scale) == told
+    assert rule.scale_of(told) == scale and rule.argument_for(scale) == told
     assert rule.scale_of(rule.barely) == pytest.approx(rule.off + rule.scale_offset, abs=1e-3)
 
 
 def test_a_scale_a_pipeline_cannot_guide_with_becomes_the_nearest_one() -> None:
     cosmos = cfg.CFGRule("separate", ("cond", "uncond"), scale_offset=1.0)
-    assert cosmos.told_for(1.2) == 1.0 and cosmos.told_for(1.8) == cosmos.barely
+    assert cosmos.argument_for(1.2) == 1.0 and cosmos.argument_for(1.8) == cosmos.barely
 
 
 def test_a_push_of_a_quarter_of_the_steps_is_matched_by_a_quarter_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

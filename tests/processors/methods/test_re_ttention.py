@@ -182,7 +182,7 @@ def test_a_smaller_cache_costs_little_and_is_as_large_as_said(cache: str, bound:
     assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
     assert float((a - b).norm() / a.norm()) <= bound
     state = next(iter(small.layer.state.values()))
-    tensors = [state.held, state.rest.values, *([state.rest.scale] if state.rest.scale is not None else [])]
+    tensors = [state.rho, state.rest.values, *([state.rest.scale] if state.rest.scale is not None else [])]
     held = sum(x.numel() * x.element_size() for x in tensors)
     assert held == 2 * small.settings.cache_bytes(320, 4, 16, 4)
 

@@ -18,7 +18,7 @@ from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import token_permutation
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
-from dit_attn.processors.methods import rectified_spaattn
+from dit_attn.processors.methods import pooled_scores
 from dit_attn.processors.methods.pooled_scores import ordered_scores
 from tests._support.compose import forward, same, tiny
 from tests._support.rectified_reference import Setup, pooled_map, rectified
@@ -79,8 +79,8 @@ SETTINGS = {
     "paper": {"compensation": "paper"},
     "repo": {"compensation": "repo"},
     "ungated": {"compensation": "repo", "gate": False},
-    "merge": {"virtual_block": 4},
-    "variance": {"virtual_block": 8, "variance": True},
+    "merge": {"pooled_block": 4},
+    "variance": {"pooled_block": 8, "variance": True},
     "top-p": {"top_p": 0.6, "select": "mass"},
     "extra": {"budget": "extra", "keep": ("neighbours", "first-frame"), "density": 0.1},
     "tiles": {"order": "tiles", "tile": (2, 2, 4)},
@@ -208,7 +208,7 @@ def block_constant(case: AttentionCall, settings: RectifiedSpaAttn) -> Attention
 @pytest.mark.parametrize("compensation", ["merge", "repo", "paper"])
 @pytest.mark.parametrize("text", ["", "last"])
 def test_blocks_of_equal_keys_are_recovered_exactly(compensation: str, text: str) -> None:
-    settings = method(compensation=compensation, virtual_block=16)
+    settings = method(compensation=compensation, pooled_block=16)
     case = block_constant(call(text), settings)
     out, _ = run(case, settings)
     plain, _ = run(case, method(compensation="none"))
@@ -258,7 +258,7 @@ def test_merge_beats_dropping_on_smooth_keys() -> None:
     exact = dense(case)
     error = {
         name: float((run(case, method(density=0.15, **settings))[0] - exact).norm() / exact.norm())
-        for name, settings in (("none", {"compensation": "none"}), ("merge", {"virtual_block": 4}))
+        for name, settings in (("none", {"compensation": "none"}), ("merge", {"pooled_block": 4}))
     }
     assert error["merge"] < 0.5 * error["none"]
 
@@ -268,8 +268,8 @@ def test_density_one_is_stock_and_bad_settings_are_named() -> None:
     before = forward(model, inputs)
     with dit_attn.enabled(model, method(density=1.0)):
         assert same(before, forward(model, inputs))
-    with pytest.raises(DitAttnError, match=r"virtual_block.*divide kv_block 16.*5"):
-        method(virtual_block=5)
+    with pytest.raises(DitAttnError, match=r"pooled_block.*divide kv_block 16.*5"):
+        method(pooled_block=5)
     with pytest.raises(DitAttnError, match=r"compensation.*'papr'"):
         method(compensation="papr")
     with pytest.raises(DitAttnError, match=r"tile.*three"):

@@ -152,4 +152,4 @@ def test_tables_that_make_no_sense_are_refused(make: Any, words: str) -> None:
 def test_explain_counts_the_table(pipe: Any) -> None:
     found = dit_attn.explain(pipe, BlockSparse(densities=(1.0, 0.5, 0.5, 0.25, 0.25, 0.5), **BLOCKS))
     assert found.density == pytest.approx(0.5)
-    assert any("density 1" in line for line in found.declines)
+    assert any("density 1" in line for line in found.fallbacks)

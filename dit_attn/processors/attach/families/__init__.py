@@ -1,8 +1,8 @@
-"""The table of model families: what the socket must know of a transformer, as data.
+"""The table of model families: attention layers, token layout and guidance of each transformer, as data.
 
-A row says which attention layers may be touched, which forward arguments tell the token layout, in which order the
-parts of the sequence come, and how the family's pipelines run guidance. ``docs/add_a_family.md`` shows how
-to write one.
+A row names the attention layers that can be wrapped, the forward arguments that determine the token layout, the order
+of the parts of the sequence, and how the family's pipelines do guidance. ``docs/extend/add_a_family.md`` shows how to
+write one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Family:
         name: short name, e.g. ``"wan"``.
         models: names users know, for the printed table.
         transformers: class names of the transformers (exact).
-        layers: shell patterns of the module paths whose self or joint attention may be touched.
+        layers: shell patterns of the module paths of self and joint attention layers that can be wrapped.
         forward_args: names of the transformer's forward arguments the layout needs (``timestep`` is always taken).
         layout: ``layout(config, values) -> TokenLayout``; the only code of a row.
         cfg: how its pipelines do classifier-free guidance.
-        timestep: name of the forward argument that carries the time.
+        timestep: name of the forward argument with the time step.
         time_grows: whether that argument rises during a run.
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
-        block_chain: whether a block sees nothing of earlier ones but what it is given (no long skips).
-        refused: why no method can be put on this family, or ``None``.
+        block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
+        refused: reason why no method can be enabled on this family, or ``None``.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Family:
 
 
 def families() -> tuple[Family, ...]:
-    """Every row, video families first."""
+    """Return every row, video families first."""
     tables = (importlib.import_module(f"{__name__}.{table}") for table in _TABLES)
     return tuple(row for table in tables for row in table.FAMILIES)
 
 
 def family_of(model: Any) -> Family:
-    """The row of a transformer, by the exact name of its class or of a base class.
+    """Return the row of a transformer, by the exact name of its class or of a base class.
 
     Raises:
         DitAttnError: no row, or a row that is refused; the message says why.
@@ -74,7 +74,7 @@ def family_of(model: Any) -> Family:
     if row is None:
         raise DitAttnError(
             f"{type(model).__name__} is not a supported transformer; supported families: "
-            f"{', '.join(sorted({row.name for row in rows.values()}))}. docs/add_a_family.md shows how to add one"
+            f"{', '.join(sorted({row.name for row in rows.values()}))}. docs/extend/add_a_family.md shows how to add one"
         )
     if row.refused:
         raise DitAttnError(f"{type(model).__name__} cannot take attention methods: {row.refused}")
