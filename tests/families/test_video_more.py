@@ -15,7 +15,6 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
-    AutoencoderKLWan,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
     EDMEulerScheduler,
@@ -34,8 +33,7 @@ from PIL import Image
 import dit_attn
 from tests.families.mixin import SPARSE, FamilyMixin
 from tests.families.outputs import same
-
-STATISTICS: dict[str, Any] = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}  # of the tiny Wan autoencoder
+from tests.families.test_video import wan_vae
 
 
 class VideoCase(FamilyMixin):
@@ -96,7 +94,7 @@ class TestWanAnimate(VideoCase):
         pipe = WanAnimatePipeline(
             tokenizer=None,
             text_encoder=None,
-            vae=AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **STATISTICS),
+            vae=wan_vae(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
             image_processor=CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False),
             image_encoder=CLIPVisionModel(vision).eval(),
@@ -104,14 +102,14 @@ class TestWanAnimate(VideoCase):
         )
         embeds = torch.randn(2, 1, 7, 16)
         return pipe, {
-            "image": Image.new("RGB", (160, 128), "red"),
-            "pose_video": [Image.new("RGB", (160, 128), "green")] * 9,
+            "image": Image.new("RGB", (80, 64), "red"),
+            "pose_video": [Image.new("RGB", (80, 64), "green")] * 9,
             "face_video": [Image.new("RGB", (16, 16), "blue")] * 9,
             "prompt_embeds": embeds[0],
             "negative_prompt_embeds": embeds[1],
             "guidance_scale": 3.0,
-            "height": 128,
-            "width": 160,
+            "height": 64,
+            "width": 80,
             "segment_frame_length": 9,
         }
 
