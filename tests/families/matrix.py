@@ -23,6 +23,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tests._support import torchvision
+
 ROOT = Path(__file__).resolve().parents[2]
 # diffusers release -> the transformers it was published against
 VERSIONS = {"0.36.0": "transformers>=4.51,<5", "0.38.0": "transformers>=4.51,<5", "0.42.1": "transformers>=5"}
@@ -36,6 +38,8 @@ def environment(folder: Path, diffusers: str, transformers: str) -> Path:
         [str(python), "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True
     ).stdout.strip()
     Path(own, "shared.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    if torchvision.FOLDER.is_dir():
+        Path(folder, torchvision.FOLDER.name).symlink_to(torchvision.FOLDER)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, f"diffusers=={diffusers}", transformers], check=True)
     return python

@@ -21,6 +21,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from packaging.version import Version
+from PIL import Image
 
 import dit_attn
 from tests.families import image_pipelines
@@ -128,6 +129,32 @@ class TestOmniGen(ImageCase):
         session = dit_attn.enable(net, SPARSE)
         self.call(net, arguments)
         assert session.branches(3) == ("cond", "uncond", "image")
+
+    def test_images_of_the_prompt_have_a_branch_of_their_own_in_whole_runs(self) -> None:
+        torch.manual_seed(0)
+        pipe, arguments = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        red, blue = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+        arguments |= {"prompt": "a square <img><|image_1|></img>", "img_guidance_scale": 1.6}
+
+        def run_with(image: Any) -> Any:
+            torch.manual_seed(0)  # the pipeline samples the latents of an image without its generator
+            return self._run(pipe, {**arguments, "input_images": [image]}, 2)
+
+        stock = run_with(red).output
+        dit_attn.enable(pipe)
+        run, other = run_with(red), run_with(blue)
+        assert torch.equal(run.output, stock)
+        assert {call.branches for call in run.calls} == {("cond", "uncond", "image")}
+        spans = run.calls[0].tokens.spans
+        assert tuple(span.kind for span in spans) == self.kinds and spans[-1].grid == self.grid
+        assert spans[0].length > 4 * 3  # the instruction holds the tokens of its image
+        first = [next(c for c in calls if c.site != calls[0].site) for calls in (run.calls, other.calls)]
+        moved = [not torch.equal(*(call.out[row] for call in first)) for row in range(3)]
+        assert moved == [True, False, True]  # the unconditional branch sees no image
+        dit_attn.enable(pipe, SPARSE)
+        assert not torch.equal(run_with(red).output, stock)
+        assert dit_attn.summary(pipe).engaged == dit_attn.summary(pipe).calls == 2 * 2
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
         return image_pipelines.omnigen(self.model().eval(), SIZE)

@@ -15,6 +15,7 @@ from dit_attn.eval import world
 from dit_attn.eval.extractors import Networks
 from dit_attn.pipelines import quality
 from dit_attn.pipelines.compare import Take
+from tests._support.random_weights import inception_weights, lpips_weights
 
 
 class Means(nn.Module):
@@ -73,6 +74,21 @@ def test_the_world_metrics_need_nothing_and_fall_with_noise() -> None:
     assert little["clip-world"]["label"] == "clip-world (world-clip)" and little["clip-world"]["n"] == 8
     low, high = much["fid-world"]["ci95"]
     assert low <= much["fid-world"]["value"] <= high and "8 images for 96 features" in much["fid-world"]["caution"]
+
+
+def test_lpips_and_the_inception_network_take_the_weights_that_are_given(tmp_path: Path) -> None:
+    networks = Networks(inception=inception_weights(tmp_path), lpips_weights=lpips_weights("alex", tmp_path))
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    takes, read = comparison(3, 30.0, size=64)
+    found = quality.measure(("fid", "kid", "lpips"), takes, read, networks)["a"]
+    features = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(networks.inception))
+    features.name = "the same"
+    expected = quality.measure(("kid",), takes, read, Networks(features=features))["a"]
+    assert found["kid"]["value"] == pytest.approx(expected["kid"]["value"], rel=1e-4)
+    assert "inception-v3" in found["kid"]["label"] and "inception-v3" in found["fid"]["label"]
+    assert found["fid"]["value"] > 0 and found["lpips"]["value"] > 0 and found["lpips"]["n"] == 3
+    assert "alex" in found["lpips"]["label"]
 
 
 def test_dense_has_the_scores_that_need_no_reference_only() -> None:
