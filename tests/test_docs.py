@@ -21,7 +21,7 @@ from dit_attn.processors.clock import BATCHED, SEPARATE, Guidance
 from dit_attn.processors.executor import AttentionCall, Request
 from dit_attn.processors.families import Family
 from dit_attn.processors.tokens import Span, TokenLayout, visual_span
-from tests.families.mixin import reference, requests
+from tests._support.recorded_calls import reference, requests
 from tests.processors.compose import forward, same, tiny
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dit_attn.processors.families import Family, families, family_of
 from dit_attn.processors.method import methods
-from tests.families.mixin import FamilyMixin
+from tests._support.family_mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"

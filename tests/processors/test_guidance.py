@@ -16,8 +16,8 @@ from dit_attn.pipelines.strength import matched
 from dit_attn.processors import attach, clock, inject
 from dit_attn.processors.guidance import SCHEDULES
 from dit_attn.processors.method import Method
-from tests.families.guided_runs import hooks
-from tests.families.test_video import TestWan as WanCase
+from tests._support.pipeline_runs import hooks
+from tests.families.test_wan import TestWan as WanCase
 
 C, U, P = (torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
 STEPS = 8

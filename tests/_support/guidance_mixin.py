@@ -1,4 +1,4 @@
-"""What guidance by a perturbed pass must do on every family; a part of :mod:`tests.families.mixin`."""
+"""What guidance by a perturbed pass must do on every family; a part of :mod:`tests._support.family_mixin`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 import dit_attn
 from dit_attn.processors import passes, socket
-from tests.families.outputs import same, tensors
+from tests._support.outputs import same, tensors
 
 
 def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: Any, u: float) -> torch.Tensor:

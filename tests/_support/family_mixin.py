@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +15,11 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors import attach, engage, executor, socket
+from dit_attn.processors import attach, executor, socket
 from dit_attn.processors.re_ttention import MASKS
-from dit_attn.processors.tokens import Tokens
-from tests.families.guided import GuidedMixin
-from tests.families.outputs import same
+from tests._support.guidance_mixin import GuidedMixin
+from tests._support.outputs import same
+from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests.processors.rectified_reference import rectified
 from tests.processors.reshaped_reference import read_pairs, reshaped
 
@@ -31,61 +28,6 @@ RECTIFIED = tuple(
     dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0, compensation=name)
     for name in ("merge", "repo", "paper")
 )
-
-
-@dataclass
-class Seen:
-    """One attention call as the tap saw it; tensors are (B, S, H, D)."""
-
-    site: str
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None
-    scale: float | None
-    tokens: Tokens | None
-    step: int
-    branches: tuple[str, ...]
-    out: torch.Tensor
-
-
-@contextmanager
-def watching() -> Iterator[list[Seen]]:
-    """Record every call that reaches a tap."""
-    seen: list[Seen] = []
-    stock = socket.answer
-
-    def record(site: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = stock(site, q, k, v, *args, **kwargs)
-        session = site.session
-        tokens = session.tokens(q.shape[1])
-        branches = session.branches(q.shape[0], site.rows[0])
-        seen.append(Seen(site.name, q, k, v, args[0], args[1], tokens, session.clock.step, branches, out))
-        return out
-
-    socket.answer = record
-    try:
-        yield seen
-    finally:
-        socket.answer = stock
-
-
-@contextmanager
-def requests() -> Iterator[list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]]]:
-    """Record every engaged call with its request and result."""
-    seen: list[tuple[executor.AttentionCall, executor.Request, torch.Tensor]] = []
-    stock = executor.run
-
-    def record(call: executor.AttentionCall, request: executor.Request, dense: Any) -> torch.Tensor:
-        out = stock(call, request, dense)
-        seen.append((call, request, out))
-        return out
-
-    engage.executor.run = record
-    try:
-        yield seen
-    finally:
-        engage.executor.run = stock
 
 
 def _real(value: Any) -> bool:
@@ -100,27 +42,6 @@ def _moved(value: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def reference(call: executor.AttentionCall, request: executor.Request) -> torch.Tensor:
-    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
-    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
-    start, stop = call.tokens.visual_range
-    q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
-    logits = q @ k.transpose(-1, -2) * scale
-    allowed = torch.ones_like(logits, dtype=torch.bool)
-    allowed[:, :, start:stop] = request.layout.materialize()
-    if call.mask is not None:
-        mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            logits = logits + mask.double()
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
 
 
 class FamilyMixin(GuidedMixin):
