@@ -55,6 +55,7 @@ class FamilyMixin(GuidedMixin):
         untouched: fragments of module paths that must keep their stock processor.
         probe: (t, y, x) of the token that is poked.
         refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
+        no_pipeline: why no whole run of a stock pipeline is tested.
         run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 
@@ -65,6 +66,7 @@ class FamilyMixin(GuidedMixin):
     untouched: tuple[str, ...] = ()
     probe: tuple[int, int, int] = (0, 3, 5)
     refined: bool = False
+    no_pipeline: str = ""
     run_order: tuple[str, ...] = ()
 
     def model(self) -> torch.nn.Module:
@@ -75,12 +77,21 @@ class FamilyMixin(GuidedMixin):
         """Keyword arguments of one forward call, drawn from torch's generator."""
         raise NotImplementedError
 
-    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
-        """A stock pipeline around :meth:`model`, and its call arguments with guidance on; ``None`` where none is made.
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        """A stock pipeline around :meth:`model`, and its call arguments with guidance on.
 
         ``num_inference_steps``, ``generator``, ``output_type`` and ``return_dict`` are added by the tests.
         """
-        return None
+        raise NotImplementedError
+
+    def made(self) -> tuple[Any, dict[str, Any]]:
+        """The same from a fixed seed and without progress bars; skips the test where no pipeline is run."""
+        if self.no_pipeline:
+            pytest.skip(self.no_pipeline)
+        torch.manual_seed(0)
+        pipe, kwargs = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, kwargs
 
     def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
         """Change the visual token at (t, y, x), in place. Default: 2 x 2 patches of (B, C, [T,] H, W) latents."""
@@ -228,12 +239,7 @@ class FamilyMixin(GuidedMixin):
         assert dit_attn.summary(net).calls == calls
 
     def test_clock_and_branches_over_whole_pipeline_runs(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
-        pipe.set_progress_bar_config(disable=True)
+        pipe, kwargs = self.made()
         session = dit_attn.enable(pipe, SPARSE)
         first = self._run(pipe, kwargs, 3)
         calls = self._first_layer(first.calls)
@@ -255,14 +261,9 @@ class FamilyMixin(GuidedMixin):
         assert same(first.output, third.output)
 
     def test_a_run_of_another_size_leaves_no_trace(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
+        pipe, kwargs = self.made()
         if kwargs.get("height") == kwargs.get("width"):
-            pytest.skip("the pipeline takes no size, or a square one")
-        pipe.set_progress_bar_config(disable=True)
+            pytest.skip("the picture is square here: turned round it is of the same size")
         turned = {**kwargs, "height": kwargs["width"], "width": kwargs["height"]}  # as many tokens, another grid
         dit_attn.enable(pipe, SPARSE)
         first, other, again = (self._run(pipe, arguments, 2) for arguments in (kwargs, turned, kwargs))
@@ -274,15 +275,10 @@ class FamilyMixin(GuidedMixin):
         assert same(other.output, self._run(pipe, turned, 2).output)
 
     def test_the_negative_prompt_moves_what_is_called_uncond_and_nothing_else(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
+        pipe, kwargs = self.made()
         other = {name: _moved(value) for name, value in kwargs.items() if name.startswith("negative_") and _real(value)}
         if not other:
             pytest.skip("the pipeline takes no embeddings of a negative prompt")
-        pipe.set_progress_bar_config(disable=True)
         for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the text
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 import dit_attn
@@ -124,12 +123,7 @@ class GuidedMixin:
             torch.testing.assert_close(found, c + (c - p), atol=1e-5, rtol=1e-4)
 
     def test_every_way_in_agrees_over_a_whole_run(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
-        pipe.set_progress_bar_config(disable=True)
+        pipe, kwargs = self.made()
         for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the attention
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -38,7 +38,7 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
     if row.refused:
         return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", *("" for _ in slugs)]
     orders = list(dict.fromkeys(", ".join(case.kinds) for case in cases))
-    whole = any(case.pipeline is not FamilyMixin.pipeline for case in cases)
+    whole = not all(case.no_pipeline for case in cases)
     return [
         f"`{row.name}`",
         row.models,

@@ -99,7 +99,8 @@ class TestCogVideoXPatchedTime(TestCogVideoX2b):
     probe = (1, 3, 5)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "patch_size_t": 2, "use_rotary_positional_embeddings": True}
+        size = {"sample_height": 28, "sample_width": 28}  # room for the picture turned round
+        return {**super().settings(), **size, "patch_size_t": 2, "use_rotary_positional_embeddings": True}
 
     def inputs(self) -> dict[str, Any]:
         return {
@@ -113,14 +114,16 @@ class TestCogVideoXPatchedTime(TestCogVideoX2b):
         t, y, x = at
         inputs["hidden_states"][:, 2 * t : 2 * t + 2, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] += 1.0
 
-    def pipeline(self) -> None:  # type: ignore[override]
-        return None  # the 2b style covers this pipeline
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe, arguments = super().pipeline()
+        return pipe, {**arguments, "width": 224, "num_frames": 13}
 
 
 class TestConsisId(TestCogVideoX2b):
     """CogVideoX with cross attention to face features between the blocks."""
 
     untouched = ("perceiver_cross_attention", "local_facial_extractor")
+    no_pipeline = "ConsisID's pipeline reads faces with OpenCV, which is not installed; its loop is CogVideoX's"
 
     def settings(self) -> dict[str, Any]:
         face = {"LFE_id_dim": 2, "LFE_vit_dim": 2, "LFE_dim_head": 8, "LFE_num_heads": 2, "LFE_num_id_token": 1}
@@ -133,6 +136,3 @@ class TestConsisId(TestCogVideoX2b):
 
     def inputs(self) -> dict[str, Any]:
         return {**super().inputs(), "id_cond": torch.ones(2, 2), "id_vit_hidden": [torch.ones(2, 2, 2)]}
-
-    def pipeline(self) -> None:  # type: ignore[override]
-        return None  # it wants OpenCV; its loop is CogVideoX's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 
 from tests._support.family_cases import HEIGHT, WIDTH, PackedCase, image_ids, tiny_vae
 
@@ -38,7 +38,7 @@ class TestFlux(PackedCase):
             "txt_ids": torch.zeros(10, 3),
         }
 
-    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
         pipe = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
             vae=tiny_vae(1),
@@ -73,5 +73,8 @@ class TestFluxKontext(TestFlux):
             "img_ids": torch.cat([image_ids(), reference]),
         }
 
-    def pipeline(self) -> None:
-        return None  # the Kontext pipeline needs an image and differs from Flux in the table of positions only
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        stock, arguments = super().pipeline()
+        pipe = FluxKontextPipeline(**stock.components)
+        image = {"image": torch.rand(1, 3, 96, 144), "_auto_resize": False, "max_area": 16 * HEIGHT * 16 * WIDTH}
+        return pipe, {**arguments, **image}

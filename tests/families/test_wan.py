@@ -13,6 +13,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 
@@ -88,12 +89,11 @@ class TestWanPerTokenTime(WanLike):
         return pipe, {**self.run_arguments(), "image": torch.rand(1, 3, 64, 80)}
 
 
-class TestChronoEdit(TestWan):
+class TestChronoEdit(WanLike):
+    no_pipeline = "ChronoEdit's pipeline differs from Wan's image-to-video in the temporal positions only"
+
     def model(self) -> torch.nn.Module:
         return ChronoEditTransformer3DModel(**WAN)
-
-    def pipeline(self) -> None:
-        return None  # the pipeline needs an image and differs from Wan's image-to-video in the temporal positions only
 
 
 class TestWanVace(WanLike):
@@ -103,6 +103,18 @@ class TestWanVace(WanLike):
     def inputs(self) -> dict[str, Any]:
         control = torch.randn(2, 8, 4, 16, 20)
         return {**super().inputs(), "control_hidden_states": control, "control_hidden_states_scale": torch.ones(1)}
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        # The control holds the latents of what is kept and of what is made new, and a mask of 4 x 4 pixels a latent.
+        transformer = WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=4 + 4 + 16)
+        pipe = WanVACEPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=wan_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=transformer.eval(),
+        )
+        return pipe, self.run_arguments()
 
 
 def two_transformer_pipeline() -> WanPipeline:
