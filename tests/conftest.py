@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests._support import torchvision
+
+torchvision.install()
+
 
 @pytest.fixture(autouse=True)
 def process_wide_backend() -> Iterator[None]:

@@ -22,7 +22,7 @@ from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from dit_attn.processors.methods import base as methods
 from tests._support.compose import forward, same, tiny
-from tests.families.mixin import reference, requests
+from tests._support.recorded_calls import reference, requests
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

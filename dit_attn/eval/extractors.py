@@ -18,6 +18,8 @@ from dit_attn.errors import DitAttnError, reason
 
 CLIP_DEFAULT = "openai/clip-vit-large-patch14"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+# Layer of the metrics that take no weights file themselves (FID does).
+_INCEPTION_LAYERS = {"KernelInceptionDistance": "2048", "InceptionScore": "logits_unbiased"}
 BACKBONE_FILES = {
     "alex": "alexnet-owt-7be5be79.pth",
     "vgg": "vgg16-397923af.pth",
@@ -115,6 +117,12 @@ def with_inception(build: Callable[..., Any], networks: Networks, **options: Any
     """
     found, judge = inception_options(networks)
     try:
+        layer = _INCEPTION_LAYERS.get(getattr(build, "__name__", ""))
+        if layer is not None and networks.features is None:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            file = found["feature_extractor_weights_path"]
+            found = {"feature": NoTrainInceptionV3("inception-v3-compat", [layer], file)}
         return build(**found, **options), judge
     except Exception as error:  # torch.load and urllib raise anything on a broken file or no network
         if networks.features is not None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dit_attn
-from tests.families.mixin import SPARSE, FamilyMixin
-from tests.families.outputs import same
+from tests._support.family_mixin import SPARSE, FamilyMixin
+from tests._support.outputs import same
 
 __all__ = ["SPARSE", "WARM", "case", "forward", "pipeline_run", "requires", "same", "tiny", "tiny_pipeline"]
 
@@ -18,12 +18,12 @@ __all__ = ["SPARSE", "WARM", "case", "forward", "pipeline_run", "requires", "sam
 WARM = dit_attn.BlockSparse(density=0.25, q_block=32, kv_block=32, dense_steps=1)
 
 _CASES = {
-    "wan": ("test_video", "TestWan"),
-    "ltx": ("test_video", "TestLtxVideo"),
-    "flux": ("test_image", "TestFlux"),
-    "pixart": ("test_image", "TestPixArt"),
-    "sd3": ("test_image", "TestSD3"),
-    "cogvideox": ("test_video_joint", "TestCogVideoX5b"),
+    "wan": ("test_wan", "TestWan"),
+    "ltx": ("test_ltx_video", "TestLtxVideo"),
+    "flux": ("test_flux", "TestFlux"),
+    "pixart": ("test_pixart", "TestPixArt"),
+    "sd3": ("test_sd3", "TestSD3"),
+    "cogvideox": ("test_cogvideox", "TestCogVideoX5b"),
 }
 
 

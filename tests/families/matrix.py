@@ -23,6 +23,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tests._support import torchvision
+
 ROOT = Path(__file__).resolve().parents[2]
 # diffusers release -> the transformers it was published against
 VERSIONS = {"0.36.0": "transformers>=4.51,<5", "0.38.0": "transformers>=4.51,<5", "0.42.1": "transformers>=5"}
@@ -36,6 +38,8 @@ def environment(folder: Path, diffusers: str, transformers: str) -> Path:
         [str(python), "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True
     ).stdout.strip()
     Path(own, "shared.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    if torchvision.FOLDER.is_dir():
+        Path(folder, torchvision.FOLDER.name).symlink_to(torchvision.FOLDER)
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*install, f"diffusers=={diffusers}", transformers], check=True)
     return python
@@ -44,7 +48,8 @@ def environment(folder: Path, diffusers: str, transformers: str) -> Path:
 def run_tests(python: Path, folder: Path, tests: str) -> dict[str, Any]:
     """Counts, failures and reasons of skips of one run of the family tests."""
     report = folder / "report.xml"
-    command = ["-m", "pytest", "-p", "tests.families.absent", "-p", "no:cacheprovider", tests, f"--junitxml={report}"]
+    plugins = ["-p", "tests._support.missing_classes", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", *plugins, tests, f"--junitxml={report}"]
     started = time.perf_counter()
     done = subprocess.run([str(python), *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
     seconds = round(time.perf_counter() - started, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dit_attn.processors.attach.families import Family, families, family_of
 from dit_attn.processors.methods import methods
-from tests.families.mixin import FamilyMixin
+from tests._support.family_mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -38,7 +38,7 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
     if row.refused:
         return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", *("" for _ in slugs)]
     orders = list(dict.fromkeys(", ".join(case.kinds) for case in cases))
-    whole = any(case.pipeline is not FamilyMixin.pipeline for case in cases)
+    whole = not all(case.no_pipeline for case in cases)
     return [
         f"`{row.name}`",
         row.models,

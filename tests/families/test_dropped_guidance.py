@@ -12,13 +12,17 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attention_processor, pipeline_call
-from tests.families import test_image, test_image_more, test_video, test_video_hunyuan
+from tests.families.test_flux import TestFlux as FluxCase
+from tests.families.test_framepack import TestFramepack as FramepackCase
+from tests.families.test_hunyuan_video import TestHunyuanVideo as HunyuanVideoCase
+from tests.families.test_qwen_image import TestQwenImage as QwenImageCase
+from tests.families.test_wan import TestWan as WanCase
 
 CASES = {
-    "flux": test_image.TestFlux,
-    "qwen-image": test_image_more.TestQwenImage,
-    "hunyuan-video": test_video_hunyuan.TestHunyuanVideo,
-    "framepack": test_video_hunyuan.TestFramepack,
+    "flux": FluxCase,
+    "qwen-image": QwenImageCase,
+    "hunyuan-video": HunyuanVideoCase,
+    "framepack": FramepackCase,
 }
 WAYS: dict[str, Callable[[Any], Any]] = {"watched": dit_attn.watch, "enabled": dit_attn.enable}
 NOTHING_NEGATIVE = "true_cfg_scale 3 had no effect: the pipeline ran no unconditional branch; give negative_prompt"
@@ -85,7 +89,7 @@ def test_an_embedded_scale_that_the_model_does_not_read_is_told() -> None:
     assert warnings(distilled, bare, true_cfg_scale=1.0, guidance_scale=7.0) == ()
 
 
-@pytest.mark.parametrize("case", [CASES["flux"], test_video.TestWan], ids=["flux", "wan"])
+@pytest.mark.parametrize("case", [CASES["flux"], WanCase], ids=["flux", "wan"])
 def test_watching_touches_no_layer_and_no_bit(case: Any) -> None:
     pipe, guided, _ = made(case)
     stock = run(pipe, guided)

@@ -17,30 +17,40 @@ import dit_attn
 from dit_attn.processors.attach import attach
 from dit_attn.processors.methods import methods
 from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
-from tests.families import test_image, test_image_more, test_video, test_video_joint, test_video_more
-from tests.families.guided_runs import alone, hooks, real, run, two, without_cfg
-from tests.families.outputs import same, tensors
-from tests.families.test_image import TestFlux as FluxCase
-from tests.families.test_image import TestPixArt as PixArtCase
-from tests.families.test_image import TestSD3 as SD3Case
-from tests.families.test_image_more import TestZImage as ZImageCase
-from tests.families.test_video import TestWan as WanCase
+from tests._support.outputs import same, tensors
+from tests._support.pipeline_runs import alone, hooks, real, run, two, without_cfg
+from tests.families.test_allegro import TestAllegro as AllegroCase
+from tests.families.test_auraflow import TestAuraFlow as AuraFlowCase
+from tests.families.test_chroma import TestChroma as ChromaCase
+from tests.families.test_cogvideox import TestCogVideoX2b as CogVideoX2bCase
+from tests.families.test_easyanimate import TestEasyAnimate as EasyAnimateCase
+from tests.families.test_flux import TestFlux as FluxCase
+from tests.families.test_hidream import TestHiDream as HiDreamCase
+from tests.families.test_hunyuan_dit import TestHunyuanDiT as HunyuanDiTCase
+from tests.families.test_ltx_2 import TestLtx2 as Ltx2Case
+from tests.families.test_ltx_video import TestLtxVideo as LtxVideoCase
+from tests.families.test_mochi import TestMochi as MochiCase
+from tests.families.test_omnigen import TestOmniGen as OmniGenCase
+from tests.families.test_pixart import TestPixArt as PixArtCase
+from tests.families.test_sd3 import TestSD3 as SD3Case
+from tests.families.test_wan import TestWan as WanCase
+from tests.families.test_z_image import TestZImage as ZImageCase
 
 BASE = dit_attn.SoftPAG(heads="1:0", scale=2.0)
 # Families whose pipelines put the branches of guidance into one batch.
 BATCHED = {
     "pixart": PixArtCase,
     "sd3": SD3Case,
-    "hidream": test_image_more.TestHiDream,
-    "hunyuan-dit": test_image_more.TestHunyuanDiT,
-    "auraflow": test_image_more.TestAuraFlow,
+    "hidream": HiDreamCase,
+    "hunyuan-dit": HunyuanDiTCase,
+    "auraflow": AuraFlowCase,
     "z-image": ZImageCase,
-    "ltx-video": test_video.TestLtxVideo,
-    "cogvideox": test_video_joint.TestCogVideoX2b,
-    "mochi": test_video_joint.TestMochi,
-    "easyanimate": test_video_joint.TestEasyAnimate,
-    "allegro": test_video_more.TestAllegro,
-    "ltx-2": test_video_more.TestLtx2,
+    "ltx-video": LtxVideoCase,
+    "cogvideox": CogVideoX2bCase,
+    "mochi": MochiCase,
+    "easyanimate": EasyAnimateCase,
+    "allegro": AllegroCase,
+    "ltx-2": Ltx2Case,
 }
 
 
@@ -64,7 +74,7 @@ def test_samples_of_the_same_noise_are_guided_each_by_itself(name: str, cfg: boo
 
 
 def test_three_samples_of_the_same_noise_are_no_three_branches() -> None:
-    pipe, kwargs = real(test_image_more.TestOmniGen)
+    pipe, kwargs = real(OmniGenCase)
     dit_attn.enable(pipe, BASE)
     single = run(pipe, kwargs, 1, (5,))
     found = run(pipe, {**kwargs, "prompt": [kwargs["prompt"]] * 3}, 1, (5, 5, 5))
@@ -99,7 +109,7 @@ def test_guidance_that_a_callback_turns_off_stays_off() -> None:
     torch.testing.assert_close(run(pipe, two(kwargs), 3, (5, 5), **more), single, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", [SD3Case, test_image.TestChroma], ids=["batched", "separate"])
+@pytest.mark.parametrize("case", [SD3Case, ChromaCase], ids=["batched", "separate"])
 def test_another_pipeline_around_the_same_transformer_tells_for_itself(case: Any) -> None:
     pipe, kwargs = real(case)
     dit_attn.enable(pipe, BASE)
@@ -152,7 +162,7 @@ def test_a_skip_pass_of_the_pipeline_itself_is_no_branch_to_perturb() -> None:
 
 
 def test_a_scale_that_is_set_behind_the_model_is_not_divided_by() -> None:
-    pipe, kwargs = real(test_video_joint.TestCogVideoX2b)
+    pipe, kwargs = real(CogVideoX2bCase)
     with pytest.raises(dit_attn.DitAttnError, match=r"use_dynamic_cfg.*use inject='shift'"):
         ways(pipe, two(kwargs), "cond", use_dynamic_cfg=True)
 
@@ -165,7 +175,7 @@ def test_guidance_below_one_is_guidance_where_the_pipeline_adds_one() -> None:
 
 @pytest.mark.parametrize(
     ("case", "rescaling"),
-    [(test_video.TestLtxVideo, {"guidance_rescale": 0.7}), (ZImageCase, {"cfg_normalization": True})],
+    [(LtxVideoCase, {"guidance_rescale": 0.7}), (ZImageCase, {"cfg_normalization": True})],
     ids=["ltx-video", "z-image"],
 )
 def test_a_rescaling_that_is_asked_for_is_pushed_behind(case: Any, rescaling: dict[str, Any]) -> None:
@@ -198,7 +208,7 @@ def test_a_pipeline_with_a_perturbed_branch_of_its_own_is_refused() -> None:
     ("case", "name"),
     [
         (FluxCase, "FluxImg2ImgPipeline"), (SD3Case, "StableDiffusion3Img2ImgPipeline"),
-        (WanCase, "WanVideoToVideoPipeline"), (test_video_joint.TestCogVideoX2b, "CogVideoXVideoToVideoPipeline"),
+        (WanCase, "WanVideoToVideoPipeline"), (CogVideoX2bCase, "CogVideoXVideoToVideoPipeline"),
     ],
 )  # fmt: skip
 def test_a_run_that_begins_late_in_its_schedule_is_counted_from_there(case: Any, name: str) -> None:

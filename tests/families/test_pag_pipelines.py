@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import dit_attn
-from tests.families.test_image import TestPixArt as PixArtCase
-from tests.families.test_image import TestSD3 as SD3Case
-from tests.families.test_image_more import TestHunyuanDiT as HunyuanDiTCase
+from tests.families.test_hunyuan_dit import TestHunyuanDiT as HunyuanDiTCase
+from tests.families.test_pixart import TestPixArt as PixArtCase
+from tests.families.test_sd3 import TestSD3 as SD3Case
 
 # (family, PAG pipeline, its layer, the same layer for us, what diffusers' processors of this family make of the map)
 PIPELINES = {

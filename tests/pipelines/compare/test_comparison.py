@@ -39,13 +39,13 @@ def test_psnr_of_known_errors() -> None:
 
 
 def test_equal_outputs_score_no_decibels_but_are_counted() -> None:
-    grey = np.full((1, 16, 16, 3), 90, np.uint8)
-    assert statistics.pair_scores(grey, grey) == {"psnr": None, "ssim": 1.0, "equal": True}
-    noisy = np.random.default_rng(0).integers(0, 255, grey.shape, dtype=np.uint8)
-    found = statistics.pair_scores(grey, noisy)
+    gray = np.full((1, 16, 16, 3), 90, np.uint8)
+    assert statistics.pair_scores(gray, gray) == {"psnr": None, "ssim": 1.0, "equal": True}
+    noisy = np.random.default_rng(0).integers(0, 255, gray.shape, dtype=np.uint8)
+    found = statistics.pair_scores(gray, noisy)
     assert found["psnr"] < 15 and found["ssim"] < 0.5 and not found["equal"]
     with pytest.raises(DitAttnError, match="one size"):
-        statistics.pair_scores(grey, noisy[:, :8])
+        statistics.pair_scores(gray, noisy[:, :8])
 
 
 def test_every_item_is_made_by_everyone_dense_first_and_in_turns(result) -> None:
@@ -100,13 +100,13 @@ def test_bootstrap_intervals_cover_the_mean_of_known_data() -> None:
 
 
 def test_the_change_of_accuracy_is_taken_on_the_same_items() -> None:
-    right, wrong = {"shape": True, "colour": True}, {"shape": True, "colour": False}
+    right, wrong = {"shape": True, "color": True}, {"shape": True, "color": False}
     dense = [ItemResult("dense", i, "", 0, verdict=right) for i in range(4)]
     ours = [ItemResult("a", i, "", 0, verdict=wrong if i == 0 else right) for i in range(4)]
     found = summary_row(ours, dense)["verifier"]
     assert found["whole"]["value"] == 0.75 and found["change"]["value"] == -0.25
     assert found["attributes"]["value"] == pytest.approx(7 / 8)
-    assert found["by"]["colour"]["value"] == 0.75 and found["by"]["shape"]["value"] == 1.0
+    assert found["by"]["color"]["value"] == 0.75 and found["by"]["shape"]["value"] == 1.0
 
 
 def test_a_failure_is_kept_with_its_reason_and_the_others_go_on(pipe) -> None:
@@ -131,8 +131,8 @@ def test_dense_is_added_once_and_names_are_unique() -> None:
 
 def test_frames_are_read_from_pictures_and_clips() -> None:
     assert as_frames(SimpleNamespace(images=np.ones((1, 4, 5, 3)))).shape == (1, 4, 5, 3)
-    clip = as_frames(SimpleNamespace(frames=np.full((1, 7, 4, 5, 3), 0.5), images=None))
-    assert clip.shape == (7, 4, 5, 3) and clip.max() == 128
+    video = as_frames(SimpleNamespace(frames=np.full((1, 7, 4, 5, 3), 0.5), images=None))
+    assert video.shape == (7, 4, 5, 3) and video.max() == 128
 
 
 def test_an_unknown_model_has_no_share_of_attention() -> None:

@@ -16,6 +16,7 @@ from dit_attn.eval.shapes_world import world
 from dit_attn.pipelines.compare import metrics
 from dit_attn.pipelines.compare.records import ItemResult
 from dit_attn.pipelines.compare.set_distances import frechet_distance, kernel_distance
+from tests._support.random_weights import inception_weights, lpips_weights
 
 
 class Means(nn.Module):
@@ -31,12 +32,12 @@ class Means(nn.Module):
 def comparison(count: int, noise: float, size: int = 32, frames: int = 1) -> tuple[list[ItemResult], Any]:
     """Takes of dense and of ``a``, whose pixels are those of dense with noise; and how they are read."""
     scenes = [item for item in world.held_out_sample("image", count) if isinstance(item, world.Scene)]
-    pictures = (world.render_scenes(scenes, size) * 255).round().permute(0, 2, 3, 1).numpy()
+    images = (world.render_scenes(scenes, size) * 255).round().permute(0, 2, 3, 1).numpy()
     rng, store, results = np.random.default_rng(0), {}, []
     for index, scene in enumerate(scenes):
         for label, strength in (("dense", 0.0), ("a", noise)):
-            clip = pictures[index][None].repeat(frames, 0) + strength * rng.normal(size=(frames, size, size, 3))
-            store[label, index] = clip.clip(0, 255).astype(np.uint8)
+            video = images[index][None].repeat(frames, 0) + strength * rng.normal(size=(frames, size, size, 3))
+            store[label, index] = video.clip(0, 255).astype(np.uint8)
             results.append(ItemResult(label, index, world.caption(scene), index))
     return results, lambda result: store[result.variant, result.index]
 
@@ -76,6 +77,21 @@ def test_the_world_metrics_need_nothing_and_fall_with_noise() -> None:
     assert low <= much["fid-world"]["value"] <= high and "8 images for 96 features" in much["fid-world"]["caution"]
 
 
+def test_lpips_and_the_inception_network_take_the_weights_that_are_given(tmp_path: Path) -> None:
+    networks = Networks(inception=inception_weights(tmp_path), lpips_weights=lpips_weights("alex", tmp_path))
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    results, read = comparison(3, 30.0, size=64)
+    found = metrics.measure_metrics(("fid", "kid", "lpips"), results, read, networks)["a"]
+    features = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(networks.inception))
+    features.name = "the same"
+    expected = metrics.measure_metrics(("kid",), results, read, Networks(features=features))["a"]
+    assert found["kid"]["value"] == pytest.approx(expected["kid"]["value"], rel=1e-4)
+    assert "inception-v3" in found["kid"]["label"] and "inception-v3" in found["fid"]["label"]
+    assert found["fid"]["value"] > 0 and found["lpips"]["value"] > 0 and found["lpips"]["n"] == 3
+    assert "alex" in found["lpips"]["label"]
+
+
 def test_dense_has_the_scores_that_need_no_reference_only() -> None:
     found = metrics.measure_metrics(("fid-world", "clip-world"), *comparison(4, 9.0))["dense"]
     assert found["fid-world"]["value"] is None and "compared with" in found["fid-world"]["why"]
@@ -108,8 +124,8 @@ def test_pair_metrics_are_a_mean_over_items_with_an_interval() -> None:
 
     results, read = comparison(2, 30.0, size=192)
     found = metrics.measure_metrics(("ms-ssim",), results, read)["a"]["ms-ssim"]
-    pictures = [torch.from_numpy(read(result)).permute(0, 3, 1, 2) for result in results]
-    each = [score("ms-ssim", ours, dense).value for dense, ours in (pictures[:2], pictures[2:])]
+    images = [torch.from_numpy(read(result)).permute(0, 3, 1, 2) for result in results]
+    each = [score("ms-ssim", ours, dense).value for dense, ours in (images[:2], images[2:])]
     assert found["value"] == pytest.approx(sum(each) / 2) and found["ci95"] == pytest.approx(sorted(each))
 
 
@@ -171,9 +187,9 @@ def test_defects_are_judged_by_the_world_for_dense_as_well() -> None:
     results, read = comparison(3, 0.0)
 
     def stronger(result: ItemResult) -> np.ndarray:
-        grey = read(result).mean(-1, keepdims=True)
+        gray = read(result).mean(-1, keepdims=True)
         gain = 1 if result.variant == "dense" else 2
-        return (grey + gain * (read(result) - grey)).clip(0, 255).round().astype(np.uint8)
+        return (gray + gain * (read(result) - gray)).clip(0, 255).round().astype(np.uint8)
 
     found = metrics.measure_metrics(("saturation", "artifact-rate"), results, stronger)
     assert found["dense"]["saturation"]["value"] == 0.0 and found["dense"]["artifact-rate"]["value"] == 0.0

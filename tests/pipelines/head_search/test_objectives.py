@@ -19,14 +19,14 @@ def drawn() -> np.ndarray:
     from dit_attn.eval.shapes_world import world
 
     picture = world.render_scenes([world.parse(CAPTION)], 64)  # type: ignore[list-item]
-    return (picture.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return (image.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("name", ["clip-world", "drawn-world", "verifier", "verifier-whole", "style"])
 def test_objectives_prefer_what_the_caption_says(name: str) -> None:
     objective = make_objective(name, ScorerOptions(clip="clip-world", style="a picture"))
-    grey = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
-    right, wrong = score_images(objective, [drawn(), grey], [CAPTION, CAPTION])
+    gray = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
+    right, wrong = score_images(objective, [drawn(), gray], [CAPTION, CAPTION])
     assert right is not None and wrong is not None and right > wrong
 
 
@@ -34,7 +34,7 @@ def test_drawn_world_has_slopes_and_is_zero_for_the_drawn_caption() -> None:
     objective = make_objective("drawn-world")
     assert objective.pixels is not None and objective.score([drawn()], [CAPTION])[0] == pytest.approx(0.0, abs=1e-5)
     picture = torch.full((1, 1, 3, 64, 64), 0.5, requires_grad=True)
-    objective.pixels(picture, [CAPTION]).sum().backward()  # type: ignore[no-untyped-call]
+    objective.pixels(image, [CAPTION]).sum().backward()  # type: ignore[no-untyped-call]
     assert picture.grad is not None and picture.grad.abs().max() > 0
     with pytest.raises(DitAttnError, match="drawn-world draws its prompts"):
         objective.score([drawn()], ["a cat"])
@@ -42,9 +42,9 @@ def test_drawn_world_has_slopes_and_is_zero_for_the_drawn_caption() -> None:
 
 def test_fid_world_scores_a_set() -> None:
     objective = make_objective("fid-world")
-    grey = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
+    gray = np.full((1, 64, 64, 3), 128, dtype=np.uint8)
     own = score_images(objective, [drawn(), drawn()], [CAPTION, CAPTION])
-    other = score_images(objective, [grey, grey], [CAPTION, CAPTION])
+    other = score_images(objective, [gray, gray], [CAPTION, CAPTION])
     assert len(own) == 1 and own[0] == pytest.approx(0.0, abs=1e-6) and other[0] is not None and other[0] < -1
 
 

@@ -64,14 +64,14 @@ def test_a_call_is_measured_with_its_mask_scale_and_heads(
     spans = (("text", 0, TEXT), ("video", TEXT, S))
     for name, value in stats.row_statistics(logits, spans, (TEXT, GRID, picks - TEXT), block).items():
         torch.testing.assert_close(found[name].double(), value, atol=2e-5, rtol=2e-5, msg=name)
-    kept = (logits.softmax(-1) * recalled(one, k, picks, block, 0.5)).sum(-1).mean(-1)
+    attended = (logits.softmax(-1) * recalled(one, k, picks, block, 0.5)).sum(-1).mean(-1)
     if one.mask is None:
-        torch.testing.assert_close(found["recall_50"].double(), kept, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(found["recall_50"].double(), attended, atol=2e-5, rtol=2e-5)
 
 
 def recalled(one: AttentionCall, k: torch.Tensor, picks: torch.Tensor, block: int, share: float) -> torch.Tensor:
     """(B, H, R, S) keys in the best ``share`` of the blocks by means, row by row."""
-    kept = torch.zeros(2, 4, len(picks), S)
+    attended = torch.zeros(2, 4, len(picks), S)
     for b in range(2):
         for h in range(4):
             for i, row in enumerate(picks.tolist()):
@@ -80,8 +80,8 @@ def recalled(one: AttentionCall, k: torch.Tensor, picks: torch.Tensor, block: in
                 score = torch.stack([query @ k[b, j : j + block, h].mean(0) for j in range(0, S, block)])
                 best = score.topk(-(-len(score) * int(10 * share) // 10)).indices
                 for j in best.tolist():
-                    kept[b, h, i, j * block : (j + 1) * block] = 1.0
-    return kept
+                    attended[b, h, i, j * block : (j + 1) * block] = 1.0
+    return attended
 
 
 def test_no_tensor_of_queries_by_keys_is_made() -> None:

@@ -25,14 +25,14 @@ def arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=("wan", "flux", "pixart", "cogvideox", "sd3"))
-def watched(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], Inspection]:
+def inspected(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], Inspection]:
     """A tiny random pipeline, its arguments and an inspection of a run."""
     pipe, kwargs = tiny_pipeline(request.param)
     return pipe, kwargs, inspect(pipe, arguments(kwargs), rows=16, block=16)
 
 
-def test_the_result_is_that_of_a_run_without_watching(watched: tuple[Any, dict[str, Any], Inspection]) -> None:
-    pipe, kwargs, found = watched
+def test_the_result_is_that_of_a_run_without_measuring(inspected: tuple[Any, dict[str, Any], Inspection]) -> None:
+    pipe, kwargs, found = inspected
     assert torch.equal(found.output[0], pipeline_run(pipe, kwargs, STEPS, seed=5))
     timing = found.meta["timing"]
     assert timing["unchanged"] is True
@@ -41,8 +41,8 @@ def test_the_result_is_that_of_a_run_without_watching(watched: tuple[Any, dict[s
     assert session_of(pipe.transformer) is None
 
 
-def test_every_layer_head_and_step_has_every_statistic(watched: tuple[Any, dict[str, Any], Inspection]) -> None:
-    _, _, found = watched
+def test_every_layer_head_and_step_has_every_statistic(inspected: tuple[Any, dict[str, Any], Inspection]) -> None:
+    _, _, found = inspected
     axes = found.meta["axes"]
     shape = [len(axes[axis]) for axis in AXES]
     assert shape[2] == STEPS and axes["step"] == ["step 1", "step 2"] and len(set(axes["layer"])) == shape[1]
@@ -54,16 +54,16 @@ def test_every_layer_head_and_step_has_every_statistic(watched: tuple[Any, dict[
         assert low - 1e-5 <= float(tensor.min()) and float(tensor.max()) <= high + 1e-5, name
 
 
-def test_masses_of_the_spans_sum_to_one_and_text_is_named(watched: tuple[Any, dict[str, Any], Inspection]) -> None:
-    pipe, _, found = watched
+def test_masses_of_the_spans_sum_to_one_and_text_is_named(inspected: tuple[Any, dict[str, Any], Inspection]) -> None:
+    pipe, _, found = inspected
     masses = [tensor for name, tensor in found.tensors.items() if name.startswith("mass.")]
     torch.testing.assert_close(sum(masses), torch.ones_like(masses[0]), atol=1e-4, rtol=0)
     joint = type(pipe.transformer).__name__ in ("FluxTransformer2DModel", "SD3Transformer2DModel")
     assert "mass.text" in found.tensors or not joint
 
 
-def test_recall_lies_between_uniform_and_the_best_blocks(watched: tuple[Any, dict[str, Any], Inspection]) -> None:
-    _, _, found = watched
+def test_recall_lies_between_uniform_and_the_best_blocks(inspected: tuple[Any, dict[str, Any], Inspection]) -> None:
+    _, _, found = inspected
     for share in ("10", "25"):
         assert bool((found.tensors[f"recall_{share}"] <= found.tensors[f"best_{share}"] + 1e-5).all())
 
@@ -92,8 +92,8 @@ def test_the_same_seed_looks_at_the_same_rows_and_a_run_under_a_method_is_the_me
     assert not torch.equal(first.tensors["lse"][:, -1], sparse.tensors["lse"][:, -1])
 
 
-def test_saved_and_loaded_it_is_the_same(watched: tuple[Any, dict[str, Any], Inspection], tmp_path: Path) -> None:
-    _, _, found = watched
+def test_saved_and_loaded_it_is_the_same(inspected: tuple[Any, dict[str, Any], Inspection], tmp_path: Path) -> None:
+    _, _, found = inspected
     tensors, meta = found.save(tmp_path / "a" / "b")
     assert sorted(path.name for path in meta.parent.iterdir()) == [meta.name, tensors.name]
     back = Inspection.load(tmp_path / "a" / "b")
@@ -102,8 +102,10 @@ def test_saved_and_loaded_it_is_the_same(watched: tuple[Any, dict[str, Any], Ins
     assert all(torch.equal(tensor, back.tensors[name]) for name, tensor in found.tensors.items())
 
 
-def test_damaged_files_are_refused_in_one_line(watched: tuple[Any, dict[str, Any], Inspection], tmp_path: Path) -> None:
-    _, _, found = watched
+def test_damaged_files_are_refused_in_one_line(
+    inspected: tuple[Any, dict[str, Any], Inspection], tmp_path: Path
+) -> None:
+    _, _, found = inspected
     with pytest.raises(DitAttnError, match=r"holds no inspection.*inspect\.json"):
         Inspection.load(tmp_path)
     tensors, meta = found.save(tmp_path)

@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
-from tests.families.mixin import SPARSE
-from tests.families.outputs import same
-from tests.families.test_image import TestFlux as FluxCase
-from tests.families.test_image import TestPixArt as PixArtCase
-from tests.families.test_video import TestWan as WanCase
+from tests._support.family_mixin import SPARSE
+from tests._support.outputs import same
+from tests.families.test_flux import TestFlux as FluxCase
+from tests.families.test_pixart import TestPixArt as PixArtCase
+from tests.families.test_wan import TestWan as WanCase
 
 
 def build(case: Any) -> tuple[Any, dict[str, Any]]:

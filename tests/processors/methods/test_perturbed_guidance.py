@@ -17,8 +17,8 @@ from dit_attn.processors.attach import attach, guider
 from dit_attn.processors.core import cfg
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.perturbed_guidance import SCHEDULES
-from tests.families.guided_runs import hooks
-from tests.families.test_video import TestWan as WanCase
+from tests._support.pipeline_runs import hooks
+from tests.families.test_wan import TestWan as WanCase
 
 C, U, P = (torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2, 3))
 STEPS = 8

@@ -124,6 +124,7 @@ FAMILIES = (
         layers=("blocks.*.attn1",),
         forward_args=("hidden_states",),
         layout=_order("video"),
+        batch_axes={"control_hidden_states_scale": None},  # VACE: one number per control layer
     ),
     Family(
         name="wan-animate",

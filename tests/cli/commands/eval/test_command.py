@@ -11,6 +11,7 @@ from PIL import Image
 from dit_attn.eval.folders import read_folder
 from dit_attn.eval.media import read_frames
 from dit_attn.eval.shapes_world import world
+from tests._support.random_weights import lpips_weights
 
 pytest.importorskip("torchmetrics")
 
@@ -41,6 +42,19 @@ def test_pairs_are_matched_by_name_and_scored(cli, folders):
     (folders / "made" / "b.png").rename(folders / "made" / "c.png")
     outcome = cli("eval", "made", "--reference", "true")
     assert outcome.code == 0 and "left out, only in one folder: b, c" in outcome.out
+
+
+def test_lpips_takes_its_backbone_and_its_weights_from_the_command_line(cli, folders):
+    for folder in ("made", "true"):
+        for file in (folders / folder).iterdir():
+            Image.open(file).resize((64, 64)).save(file)
+    weights = str(lpips_weights("squeeze", folders))
+    words = ("eval", "made", "--reference", "true", "--metrics", "lpips")
+    outcome = cli(*words, "--lpips", "squeeze", "--lpips-weights", weights, "--json")
+    assert outcome.code == 0, outcome.err
+    (lpips,) = json.loads(outcome.out)["scores"]
+    assert lpips["label"] == "lpips (squeeze)" and lpips["samples"] == 3 and 0 < lpips["value"] < 1
+    cli(*words, "--lpips-weights", weights).refused("not those of alex", "alexnet-owt")
 
 
 def test_broken_files_are_named_left_out_and_counted(cli, folders):

@@ -1,6 +1,6 @@
 """A pytest plugin for older diffusers: a class this version lacks skips the tests that build it, with the reason.
 
-``python -m pytest -p tests.families.absent tests/families``
+``python -m pytest -p tests._support.missing_classes tests/families``
 """
 
 from __future__ import annotations

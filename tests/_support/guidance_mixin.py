@@ -1,4 +1,4 @@
-"""What guidance by a perturbed pass must do on every family; a part of :mod:`tests.families.mixin`."""
+"""What guidance by a perturbed pass must do on every family; a part of :mod:`tests._support.family_mixin`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 import dit_attn
 from dit_attn.processors.attach import attention_processor, perturbed_pass
 from dit_attn.processors.core.call import SDPAArgs
-from tests.families.outputs import same, tensors
+from tests._support.outputs import same, tensors
 
 
 def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: Any, u: float) -> torch.Tensor:
@@ -126,12 +125,7 @@ class GuidedMixin:
             torch.testing.assert_close(found, c + (c - p), atol=1e-5, rtol=1e-4)
 
     def test_every_way_in_agrees_over_a_whole_run(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
-        pipe.set_progress_bar_config(disable=True)
+        pipe, kwargs = self.made()
         for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the attention
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -21,9 +21,7 @@ def real(case: Any) -> tuple[Any, dict[str, Any]]:
     return pipe, kwargs
 
 
-def run(
-    pipe: Any, kwargs: dict[str, Any], steps: int = 3, seeds: tuple[int, ...] = (0,), **more: Any
-) -> torch.Tensor:
+def run(pipe: Any, kwargs: dict[str, Any], steps: int = 3, seeds: tuple[int, ...] = (0,), **more: Any) -> torch.Tensor:
     """Latents of a run; one seed for every sample."""
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,74 +16,19 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
-from dit_attn.processors.core import call, dispatch, executor
-from dit_attn.processors.core.tokens import Tokens
+from dit_attn.processors.core import call
 from dit_attn.processors.methods.re_ttention import MASKS
+from tests._support.guidance_mixin import GuidedMixin
+from tests._support.outputs import same
+from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
-from tests.families.guided import GuidedMixin
-from tests.families.outputs import same
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
 RECTIFIED = tuple(
     dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0, compensation=name)
     for name in ("merge", "repo", "paper")
 )
-
-
-@dataclass
-class Seen:
-    """One attention call as the tap saw it; tensors are (B, S, H, D)."""
-
-    layer: str
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None
-    scale: float | None
-    tokens: Tokens | None
-    step: int
-    branches: tuple[str, ...]
-    out: torch.Tensor
-
-
-@contextmanager
-def watching() -> Iterator[list[Seen]]:
-    """Record every call that reaches a tap."""
-    seen: list[Seen] = []
-    stock = attention_processor.dispatch_attention
-
-    def record(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
-        out = stock(run, layer, args, stock_call)
-        tokens = run.tokens(args.q.shape[1])
-        branches = run.branches(args.q.shape[0], layer.rows[0])
-        row = (args.q, args.k, args.v, args.mask, args.scale, tokens, run.clock.step, branches, out)
-        seen.append(Seen(layer.name, *row))
-        return out
-
-    attention_processor.dispatch_attention = record
-    try:
-        yield seen
-    finally:
-        attention_processor.dispatch_attention = stock
-
-
-@contextmanager
-def requests() -> Iterator[list[tuple[call.AttentionCall, call.Request, torch.Tensor]]]:
-    """Record every engaged call with its request and result."""
-    seen: list[tuple[call.AttentionCall, call.Request, torch.Tensor]] = []
-    stock = executor.run
-
-    def record(call: call.AttentionCall, request: call.Request, dense: Any) -> torch.Tensor:
-        out = stock(call, request, dense)
-        seen.append((call, request, out))
-        return out
-
-    dispatch.executor.run = record
-    try:
-        yield seen
-    finally:
-        dispatch.executor.run = stock
 
 
 def _real(value: Any) -> bool:
@@ -103,27 +45,6 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def reference(call: call.AttentionCall, request: call.Request) -> torch.Tensor:
-    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
-    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
-    start, stop = call.tokens.visual_range
-    q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
-    logits = q @ k.transpose(-1, -2) * scale
-    allowed = torch.ones_like(logits, dtype=torch.bool)
-    allowed[:, :, start:stop] = request.layout.materialize()
-    if call.mask is not None:
-        mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
-        if mask.dtype == torch.bool:
-            allowed = allowed & mask
-        else:
-            logits = logits + mask.double()
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
-
-
 class FamilyMixin(GuidedMixin):
     """Inherit, then say how the model and its inputs are made.
 
@@ -135,6 +56,7 @@ class FamilyMixin(GuidedMixin):
         untouched: fragments of module paths that must keep their stock processor.
         probe: (t, y, x) of the token that is poked.
         refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
+        no_pipeline: why no whole run of a stock pipeline is tested.
         run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 
@@ -145,6 +67,7 @@ class FamilyMixin(GuidedMixin):
     untouched: tuple[str, ...] = ()
     probe: tuple[int, int, int] = (0, 3, 5)
     refined: bool = False
+    no_pipeline: str = ""
     run_order: tuple[str, ...] = ()
 
     def model(self) -> torch.nn.Module:
@@ -155,12 +78,21 @@ class FamilyMixin(GuidedMixin):
         """Keyword arguments of one forward call, drawn from torch's generator."""
         raise NotImplementedError
 
-    def pipeline(self) -> tuple[Any, dict[str, Any]] | None:
-        """A stock pipeline around :meth:`model`, and its call arguments with guidance on; ``None`` where none is made.
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        """A stock pipeline around :meth:`model`, and its call arguments with guidance on.
 
         ``num_inference_steps``, ``generator``, ``output_type`` and ``return_dict`` are added by the tests.
         """
-        return None
+        raise NotImplementedError
+
+    def made(self) -> tuple[Any, dict[str, Any]]:
+        """The same from a fixed seed and without progress bars; skips the test where no pipeline is run."""
+        if self.no_pipeline:
+            pytest.skip(self.no_pipeline)
+        torch.manual_seed(0)
+        pipe, kwargs = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, kwargs
 
     def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
         """Change the visual token at (t, y, x), in place. Default: 2 x 2 patches of (B, C, [T,] H, W) latents."""
@@ -308,12 +240,7 @@ class FamilyMixin(GuidedMixin):
         assert dit_attn.summary(net).calls == calls
 
     def test_clock_and_branches_over_whole_pipeline_runs(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
-        pipe.set_progress_bar_config(disable=True)
+        pipe, kwargs = self.made()
         session = dit_attn.enable(pipe, SPARSE)
         first = self._run(pipe, kwargs, 3)
         calls = self._first_layer(first.calls)
@@ -335,14 +262,9 @@ class FamilyMixin(GuidedMixin):
         assert same(first.output, third.output)
 
     def test_a_run_of_another_size_leaves_no_trace(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
+        pipe, kwargs = self.made()
         if kwargs.get("height") == kwargs.get("width"):
-            pytest.skip("the pipeline takes no size, or a square one")
-        pipe.set_progress_bar_config(disable=True)
+            pytest.skip("the picture is square here: turned round it is of the same size")
         turned = {**kwargs, "height": kwargs["width"], "width": kwargs["height"]}  # as many tokens, another grid
         dit_attn.enable(pipe, SPARSE)
         first, other, again = (self._run(pipe, arguments, 2) for arguments in (kwargs, turned, kwargs))
@@ -354,15 +276,10 @@ class FamilyMixin(GuidedMixin):
         assert same(other.output, self._run(pipe, turned, 2).output)
 
     def test_the_negative_prompt_moves_what_is_called_uncond_and_nothing_else(self) -> None:
-        torch.manual_seed(0)
-        made = self.pipeline()
-        if made is None:
-            pytest.skip("no stock pipeline is assembled for this family")
-        pipe, kwargs = made
+        pipe, kwargs = self.made()
         other = {name: _moved(value) for name, value in kwargs.items() if name.startswith("negative_") and _real(value)}
         if not other:
             pytest.skip("the pipeline takes no embeddings of a negative prompt")
-        pipe.set_progress_bar_config(disable=True)
         for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the text
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

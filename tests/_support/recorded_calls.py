@@ -1,0 +1,90 @@
+"""Attention calls of a model as the tests see them: at every tap, and with the request and result of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_attn.processors.attach import attention_processor
+from dit_attn.processors.core import call, dispatch, executor
+from dit_attn.processors.core.tokens import Tokens
+
+
+@dataclass
+class Seen:
+    """One attention call as the tap saw it; tensors are (B, S, H, D)."""
+
+    layer: str
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+    tokens: Tokens | None
+    step: int
+    branches: tuple[str, ...]
+    out: torch.Tensor
+
+
+@contextmanager
+def watching() -> Iterator[list[Seen]]:
+    """Record every call that reaches a tap."""
+    seen: list[Seen] = []
+    stock = attention_processor.dispatch_attention
+
+    def record(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
+        out = stock(run, layer, args, stock_call)
+        tokens = run.tokens(args.q.shape[1])
+        branches = run.branches(args.q.shape[0], layer.rows[0])
+        given = (args.q, args.k, args.v, args.mask, args.scale)
+        seen.append(Seen(layer.name, *given, tokens, run.clock.step, branches, out))
+        return out
+
+    attention_processor.dispatch_attention = record
+    try:
+        yield seen
+    finally:
+        attention_processor.dispatch_attention = stock
+
+
+@contextmanager
+def requests() -> Iterator[list[tuple[call.AttentionCall, call.Request, torch.Tensor]]]:
+    """Record every engaged call with its request and result."""
+    seen: list[tuple[call.AttentionCall, call.Request, torch.Tensor]] = []
+    stock = executor.run
+
+    def record(call: call.AttentionCall, request: call.Request, dense: Any) -> torch.Tensor:
+        out = stock(call, request, dense)
+        seen.append((call, request, out))
+        return out
+
+    dispatch.executor.run = record
+    try:
+        yield seen
+    finally:
+        dispatch.executor.run = stock
+
+
+def reference(call: call.AttentionCall, request: call.Request) -> torch.Tensor:
+    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
+    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
+    start, stop = call.tokens.visual_range
+    q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
+    logits = q @ k.transpose(-1, -2) * scale
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    allowed[:, :, start:stop] = request.layout.materialize()
+    if call.mask is not None:
+        mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
+        if mask.dtype == torch.bool:
+            allowed = allowed & mask
+        else:
+            logits = logits + mask.double()
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
