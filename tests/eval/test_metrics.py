@@ -1,4 +1,4 @@
-"""Metrics say what they should on pictures whose answer is known, and what they need when it is missing."""
+"""Metrics say what they should on images whose answer is known, and what they need when it is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_attn.eval.extractors import Networks
 from dit_attn.eval.metrics import METRICS, score
 
 
-def pictures(n: int, size: int = 48, seed: int = 0) -> torch.Tensor:
+def random_images(n: int, size: int = 48, seed: int = 0) -> torch.Tensor:
     """Smooth random color fields."""
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 6, 6, generator=rng)
@@ -49,20 +49,20 @@ WITH_COLORS = Networks(features=Colors())
 
 @pytest.mark.parametrize("metric", ("psnr", "ssim", "ms-ssim"))
 def test_pair_metrics_fall_with_noise(metric: str) -> None:
-    images = pictures(3, 176)
+    images = random_images(3, 176)
     values = [score(metric, noisy(images, sigma), images).value for sigma in (0.02, 0.05, 0.2)]
     assert values == sorted(values, reverse=True) and METRICS[metric].better == "higher"
     assert score(metric, images, images).value > values[0]
 
 
 def test_psnr_is_the_mean_over_images_of_the_formula() -> None:
-    images, others = pictures(4), noisy(pictures(4), 0.1)
+    images, others = random_images(4), noisy(random_images(4), 0.1)
     error = ((images.double() - others.double()) / 255).square().flatten(1).mean(1)
     assert score("psnr", others, images).value == pytest.approx(float((-10 * torch.log10(error)).mean()), rel=1e-6)
 
 
 def test_fid_agrees_with_an_independent_matrix_square_root() -> None:
-    real, made = pictures(40, seed=1), noisy(pictures(30, seed=2), 0.1)
+    real, made = random_images(40, seed=1), noisy(random_images(30, seed=2), 0.1)
     a, b = (Colors()(x).numpy() for x in (real, made))
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     root = linalg.sqrtm(covariances[0] @ covariances[1]).real
@@ -73,12 +73,12 @@ def test_fid_agrees_with_an_independent_matrix_square_root() -> None:
 
 
 def test_distances_of_sets_grow_with_damage_and_know_their_own_noise() -> None:
-    real, more = pictures(120, seed=1), pictures(120, seed=2)
+    real, more = random_images(120, seed=1), random_images(120, seed=2)
     for metric in ("fid", "kid"):
         floor = score(metric, more, real, networks=WITH_COLORS).value
         damaged = [score(metric, noisy(more, s), real, networks=WITH_COLORS).value for s in (0.1, 0.2, 0.4)]
         assert damaged == sorted(damaged) and damaged[0] > floor
-    few = score("fid", pictures(4), pictures(5), networks=WITH_COLORS)
+    few = score("fid", random_images(4), random_images(5), networks=WITH_COLORS)
     assert few.caution is not None and "4 samples for 6 features" in few.caution
 
 
@@ -125,7 +125,7 @@ def tiny_clip(tmp_path_factory: Any) -> Path:
 def test_clip_score_is_the_cosine_of_a_real_clip_model(tiny_clip: Path) -> None:
     from transformers import CLIPModel, CLIPProcessor
 
-    images, captions = pictures(3), ["a red cat", "blue", "two green dogs"]
+    images, captions = random_images(3), ["a red cat", "blue", "two green dogs"]
     found = score("clip", images, captions=captions, networks=Networks(clip=str(tiny_clip)))
     model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
     inputs = processor(text=captions, images=list(images), return_tensors="pt", padding=True)
@@ -145,7 +145,7 @@ def part_of_two(rank: int, place: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     part = slice(0, 9) if rank == 0 else slice(9, None)  # unequal, as a last batch is
-    made, real = noisy(pictures(24, seed=2), 0.1)[part], pictures(24, seed=1)[part]
+    made, real = noisy(random_images(24, seed=2), 0.1)[part], random_images(24, seed=1)[part]
     captions = ["a large red circle at the left on white"] * len(made)
     found = {name: score(name, made, real, captions, WITH_COLORS) for name in EVERYWHERE}
     if rank == 0:
@@ -156,7 +156,7 @@ def part_of_two(rank: int, place: str, folder: str) -> None:
 def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(part_of_two, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
     found = json.loads((tmp_path / "scores.json").read_text())
-    made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
+    made, real = noisy(random_images(24, seed=2), 0.1), random_images(24, seed=1)
     captions = ["a large red circle at the left on white"] * len(made)
     assert set(found) == set(EVERYWHERE)
     for name, one in found.items():
@@ -166,7 +166,7 @@ def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
 
 
 def test_a_score_does_not_depend_on_batches_or_on_the_state_of_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = noisy(pictures(24, seed=2), 0.1), pictures(24, seed=1)
+    made, real = noisy(random_images(24, seed=2), 0.1), random_images(24, seed=1)
     captions = ["a large red circle at the left on white"] * len(made)
     names = (*EVERYWHERE, "is")
     whole = {name: score(name, made, real, captions, WITH_COLORS).value for name in names}
@@ -180,11 +180,11 @@ def test_a_score_does_not_depend_on_batches_or_on_the_state_of_the_generator(mon
 
 
 def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
-    images = pictures(2)
+    images = random_images(2)
     for metric, options, words in (
         ("fidd", {}, "unknown metric 'fidd'"),
         ("psnr", {}, "compares with reference images"),
-        ("psnr", {"reference": pictures(3)}, "one by one"),
+        ("psnr", {"reference": random_images(3)}, "one by one"),
         ("ssim", {"reference": images.float()}, "must be uint8"),
         ("ms-ssim", {"reference": images}, "larger than 160 pixels"),
         ("clip", {}, "a caption for each of 2 images, none were"),
@@ -201,7 +201,7 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
 def test_fid_without_its_network_points_to_the_offline_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(DitAttnError, match="pip install torch-fidelity; without network access use fid-world"):
-        score("fid", pictures(2), pictures(2))
+        score("fid", random_images(2), random_images(2))
 
 
 def test_inception_weights_that_cannot_be_read_or_fetched_name_the_file(

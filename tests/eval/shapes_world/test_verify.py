@@ -81,7 +81,7 @@ def test_wrong_count_is_reported():
     assert not verify_image(world.render_scenes([trio], 128)[0], pair)["count"]
 
 
-CLIP = world.VideoScene("square", "blue", "large", "right", "fast", "black")
+VIDEO = world.VideoScene("square", "blue", "large", "right", "fast", "black")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ CLIP = world.VideoScene("square", "blue", "large", "right", "fast", "black")
     ],
 )
 def test_one_wrong_attribute_of_a_video_is_reported(change, wrong):
-    frames = world.render_videos([replace(CLIP, **change)], 9, 48)[0]
-    assert {name for name, right in verify_video(frames, CLIP).items() if not right} == wrong
+    frames = world.render_videos([replace(VIDEO, **change)], 9, 48)[0]
+    assert {name for name, right in verify_video(frames, VIDEO).items() if not right} == wrong
 
 
 def test_all_image_types_give_the_same_verdict():
