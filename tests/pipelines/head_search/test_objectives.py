@@ -18,7 +18,7 @@ CAPTION = "a large red circle at the left on white"
 def drawn() -> np.ndarray:
     from dit_attn.eval.shapes_world import world
 
-    picture = world.render_scenes([world.parse(CAPTION)], 64)  # type: ignore[list-item]
+    image = world.render_scenes([world.parse(CAPTION)], 64)  # type: ignore[list-item]
     return (image.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
@@ -33,9 +33,9 @@ def test_objectives_prefer_what_the_caption_says(name: str) -> None:
 def test_drawn_world_has_slopes_and_is_zero_for_the_drawn_caption() -> None:
     objective = make_objective("drawn-world")
     assert objective.pixels is not None and objective.score([drawn()], [CAPTION])[0] == pytest.approx(0.0, abs=1e-5)
-    picture = torch.full((1, 1, 3, 64, 64), 0.5, requires_grad=True)
+    image = torch.full((1, 1, 3, 64, 64), 0.5, requires_grad=True)
     objective.pixels(image, [CAPTION]).sum().backward()  # type: ignore[no-untyped-call]
-    assert picture.grad is not None and picture.grad.abs().max() > 0
+    assert image.grad is not None and image.grad.abs().max() > 0
     with pytest.raises(DitAttnError, match="drawn-world draws its prompts"):
         objective.score([drawn()], ["a cat"])
 
