@@ -1,10 +1,13 @@
-"""The package's shape: imports run downhill, importing is light, the four root links lead into the package."""
+"""The package's shape: imports run downhill without circles, importing is light, root links lead into the package."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,64 +15,133 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_attn"
 
-# What each part may import of the package; the parts stand in order, downhill.
-TOOLS = {"errors", "files", "hub", "contact_sheet"}  # single files that every part may use
+# What each part may import of the package, besides itself; the parts stand in order, downhill. The longest name counts.
+_BASE = {"dit_attn.errors", "dit_attn.files", "dit_attn.hub", "dit_attn.contact_sheet", "dit_attn"}
+_KERNELS = _BASE | {"dit_attn.kernels"}
+_CORE = _KERNELS | {"dit_attn.processors", "dit_attn.processors.core"}
+_GUIDANCE = _CORE | {"dit_attn.processors.guidance"}
+_METHODS = _GUIDANCE | {"dit_attn.processors.methods"}
+_ATTACH = _METHODS | {"dit_attn.processors.attach"}
+_API = _ATTACH | {"dit_attn.api"}
+_PIPELINES = _API | {"dit_attn.pipelines", "dit_attn.eval", "dit_attn.models"}
 ALLOWED = {
-    "cli": {"cli", "pipelines", "api", "processors", "kernels", "eval", "models", "dit_attn", *TOOLS},
-    "pipelines": {"pipelines", "api", "processors", "kernels", "eval", "models", "dit_attn", *TOOLS},
-    "api": {"processors", "kernels", *TOOLS},
-    "processors": {"processors", "kernels", *TOOLS},
-    "kernels": {"kernels", *TOOLS},
-    "eval": {"eval", *TOOLS},
-    "models": {"models", "eval", *TOOLS},
-    "files": {"errors"},
-    "hub": set(),
-    "contact_sheet": set(),
-    "errors": set(),
+    "dit_attn.cli": _PIPELINES | {"dit_attn.cli"},
+    "dit_attn.pipelines": _PIPELINES,
+    "dit_attn.api": _API,
+    "dit_attn.processors.attach": _ATTACH,
+    "dit_attn.processors.methods": _METHODS,
+    "dit_attn.processors.guidance": _GUIDANCE,
+    "dit_attn.processors.core": _CORE,
+    "dit_attn.processors": _METHODS,
+    "dit_attn.kernels": _KERNELS,
+    "dit_attn.eval": _BASE | {"dit_attn.eval"},
+    "dit_attn.models": _BASE | {"dit_attn.eval", "dit_attn.models"},
+    "dit_attn.contact_sheet": {"dit_attn.errors", "dit_attn.files"},
+    "dit_attn.files": {"dit_attn.errors"},
+    "dit_attn.hub": {"dit_attn.errors"},
+    "dit_attn.errors": set(),
 }
+NO_DIFFUSERS = ("kernels", "processors/core", "processors/methods", "processors/guidance")
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Second components of every ``dit_attn.X`` a file imports; ``"dit_attn"`` for the package itself."""
-    found = set()
+@cache
+def modules() -> dict[str, Path]:
+    """Every file of the package by its module name."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, wherever the statement stands: lazily and for types too."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            whole = node.module == "dit_attn"
-            names = [f"{node.module}.{alias.name}" if whole else node.module for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "dit_attn":
-                known = len(parts) > 1 and parts[1] in ALLOWED
-                found.add(parts[1] if known else "dit_attn")
-    return found
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_of(name: str) -> str | None:
+    """The file of the package that a full name lies in."""
+    while name and name not in modules():
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def part_of(module: str) -> str:
+    return max((part for part in (*ALLOWED, "dit_attn") if f"{module}.".startswith(f"{part}.")), key=len)
+
+
+@cache
+def edges() -> dict[str, set[str]]:
+    """The files of the package that each file imports."""
+    found = {name: {module_of(target) for target in imports(path)} for name, path in modules().items()}
+    return {name: {target for target in targets if target and target != name} for name, targets in found.items()}
 
 
 @pytest.mark.parametrize("part", sorted(ALLOWED))
 def test_imports_run_downhill(part: str) -> None:
-    folder = PACKAGE / part
-    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
+    files = [name for name in modules() if part_of(name) == part]
     assert files
-    uphill = {str(path.relative_to(ROOT)): imported_parts(path) - ALLOWED[part] for path in files}
-    assert not {path: parts for path, parts in uphill.items() if parts}
+    uphill = [(a, b) for a in files for b in edges()[a] if part_of(b) not in {*ALLOWED[part], part}]
+    assert not uphill
 
 
-def test_kernels_know_no_diffusers() -> None:
-    for path in (PACKAGE / "kernels").rglob("*.py"):
-        assert "diffusers" not in {
-            alias.name.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
+def test_no_files_import_each_other_in_a_circle() -> None:
+    try:
+        TopologicalSorter(edges()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("folder", NO_DIFFUSERS)
+def test_the_mathematics_knows_no_diffusers(folder: str) -> None:
+    users = {path.name for path in (PACKAGE / folder).rglob("*.py") for name in imports(path) if "diffusers" in name}
+    assert not users
 
 
 def test_private_diffusers_names_are_touched_in_one_file_only() -> None:
     private = ("_AttentionBackendRegistry", "AttentionProcessorRegistry", "AttentionBackendName")
     users = {p.name for p in PACKAGE.rglob("*.py") if any(name in p.read_text() for name in private)}
     assert users == {"compat.py"}
+
+
+def test_a_method_is_named_in_its_own_file_only() -> None:
+    """``isinstance`` of a method class is a question for the method: phases, role, cache."""
+    from dit_attn.processors.methods import methods
+
+    names = {cls.__name__ for cls in methods().values()} | {"SparseMethod", "PerturbedGuidance"}
+    asked = []
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                kinds = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+                asked += [f"{path}:{node.lineno}"] if kinds & names else []
+    assert not asked
+
+
+def test_every_method_is_on_the_front_pages() -> None:
+    import dit_attn
+    from dit_attn import processors
+    from dit_attn.processors.methods import methods
+
+    shipped = {cls.__name__ for cls in methods().values() if cls.__module__.startswith("dit_attn.")}
+    assert shipped <= set(processors.__all__) and shipped <= set(dit_attn.__all__)
+    assert all(getattr(processors, name) is getattr(dit_attn, name) for name in shipped)
+
+
+def test_every_test_folder_mirrors_a_folder_of_the_package() -> None:
+    """``families`` stands at the top, since its files are of all parts; ``interpreted`` holds cases of a subprocess."""
+    own = {"_support", "families", "packaging"}
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [str(f) for f in folders if f.parts and f.parts[0] not in own and not (PACKAGE / f).is_dir()]
+
+
+def test_core_and_attach_have_a_test_file_beside_each_file() -> None:
+    for part in ("core", "attach"):
+        files = {path.stem for path in (PACKAGE / "processors" / part).glob("*.py")} - {"__init__"}
+        tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests/processors" / part).glob("test_*.py")}
+        assert files <= tested, files - tested
 
 
 def test_importing_the_package_is_quick_and_loads_nothing_heavy() -> None:

@@ -74,7 +74,9 @@ def _dispatch(words: list[str]) -> int:
         epilog="`dit-attn COMMAND --help` lists the flags of a command. Any command takes --debug: show the traceback.",
     )
     parser.add_argument("--version", action="version", version=f"dit-attn {__version__}", help="print the version")
-    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, prog="dit-attn"
+    )
     chosen = next((word for word in words if not word.startswith("-")), None)
     if chosen is not None and chosen not in COMMANDS:
         raise unknown("command", chosen, COMMANDS)

@@ -70,7 +70,7 @@ def parse_method(text: str) -> Variant:
 
 
 def method_variants(options: Options) -> list[Variant]:
-    """The methods that were asked for, one variant per ``--method``.
+    """Return the methods of the command line or the configuration file, one variant per ``--method``.
 
     ``--method`` replaces the methods of the configuration file; ``--set`` changes the method before it, or the only
     one.
@@ -96,7 +96,7 @@ def method_variants(options: Options) -> list[Variant]:
 
 
 def method_specs(options: Options) -> list[MethodSpec]:
-    """The methods that were asked for, for a command that enables all of them together.
+    """Return the same methods as one list, for a command that enables all of them together.
 
     Raises:
         DitAttnError: as :func:`method_variants`; arguments of the call among them.
@@ -111,7 +111,7 @@ def method_specs(options: Options) -> list[MethodSpec]:
 
 
 def label(variant: Variant) -> str:
-    """The variant in the grammar of ``--method``, whichever way it was written."""
+    """Write the variant in the grammar of ``--method``, whichever way it was written."""
     return " + ".join(map(str, variant))
 
 

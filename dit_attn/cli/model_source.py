@@ -1,4 +1,4 @@
-"""What a model is, read from its configuration files alone: a whole command is checked before weights are loaded."""
+"""What a model is, read from its configuration files alone: a command is checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def fingerprint(place: Path) -> str:
 
 
 def go_offline_where_there_is_no_hub() -> bool:
-    """Whether the Hub is out of reach; then the cache alone is asked, instead of retrying for minutes."""
+    """Return whether the Hub is out of reach; then only the cache is used, instead of retrying for minutes."""
     from huggingface_hub import constants
 
     from dit_attn import hub

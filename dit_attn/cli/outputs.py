@@ -64,14 +64,14 @@ def media_of(result: Any) -> Media:
     return Media(np.stack([_array(part) for part in parts]), video)
 
 
-def _array(picture: Any) -> np.ndarray:
+def _array(image: Any) -> np.ndarray:
     """(H, W, 3) uint8 from PIL, numpy (H, W, C) in [0, 1], or torch (C, H, W) in [0, 1]."""
     import numpy as np
     import torch
 
-    if isinstance(picture, torch.Tensor):
-        picture = picture.detach().float().cpu().permute(1, 2, 0).numpy()
-    values = np.asarray(picture)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().float().cpu().permute(1, 2, 0).numpy()
+    values = np.asarray(image)
     if values.dtype != np.uint8:
         bad = ~np.isfinite(values)
         if bad.any():
@@ -251,5 +251,5 @@ def read_media(path: Path) -> Media:
 
     if path.suffix == ".mp4":
         return Media(np.stack(list(iio.imiter(path, plugin="FFMPEG"))), True)
-    with Image.open(path) as picture:
-        return Media(np.asarray(picture.convert("RGB"))[None], False)
+    with Image.open(path) as image:
+        return Media(np.asarray(image.convert("RGB"))[None], False)

@@ -1,135 +1,22 @@
-"""Running the jobs of one command: one after the other, each saved as soon as it is there."""
+"""Run the jobs of one command: one after the other, each saved as soon as it is there."""
 
 from __future__ import annotations
 
-import platform
-import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dit_attn
 from dit_attn import contact_sheet
-from dit_attn.cli import model_source, outputs
+from dit_attn.cli import outputs
 from dit_attn.cli.jobs import Job, load_image
-from dit_attn.cli.load_pipeline import LoadConfig, parse_loras
 from dit_attn.cli.outputs import Media
 from dit_attn.cli.progress import progress_bar
+from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.errors import DitAttnError, RunStopped, reason
-
-if TYPE_CHECKING:
-    from dit_attn.processors.methods.base import Method
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
-# Frames per second the model was trained on, by the beginning of its pipeline's name.
-_FPS = {"Wan": 16, "SkyReels": 24, "Hunyuan": 24, "LTX": 24, "Mochi": 30, "Allegro": 15, "Cosmos": 24, "Kandinsky5": 24}
-
-
-@dataclass(frozen=True)
-class ItemResult:
-    """What became of one job.
-
-    Attributes:
-        index, prompt, seed: of the job.
-        status: ``"done"``, ``"skipped"`` (there already) or ``"failed"``.
-        file: path of the output, ``None`` when it failed.
-        seconds: time of the pipeline call, ``None`` when it was not made.
-        density: attention computed over the run, as a share of dense, dense steps included; ``None`` without a method.
-        error: one line, for a failed item.
-        warnings: what was requested of the pipeline and did not happen, one line each.
-    """
-
-    index: int
-    prompt: str
-    seed: int
-    status: str
-    file: str | None = None
-    seconds: float | None = None
-    density: float | None = None
-    error: str | None = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass
-class Run:
-    """Everything the items of one command share.
-
-    Attributes:
-        pipe: the pipeline, methods enabled.
-        methods: what is enabled on it.
-        watched: whether ``dit_attn.summary`` works on it.
-        folder: where outputs go.
-        setup: what decides the outputs besides the jobs (model, methods, precision ...); part of every job's hash.
-        facts: what goes into every sidecar besides (command, versions, device).
-        fps: frames per second of videos.
-        results: filled as the run goes.
-        tiles: cells of the contact sheet, when there will be one.
-    """
-
-    pipe: Any
-    methods: tuple[Method, ...]
-    folder: Path
-    setup: dict[str, Any]
-    facts: dict[str, Any]
-    fps: int
-    watched: bool = False
-    results: list[ItemResult] = field(default_factory=list)
-    tiles: list[contact_sheet.Tile] = field(default_factory=list)
-
-
-def new_run(
-    load: LoadConfig,
-    methods: tuple[Method, ...],
-    folder: Path,
-    argv: Sequence[str],
-    fps: int | None = None,
-    pipe: Any = None,
-) -> Run:
-    """Make a run without results.
-
-    Args:
-        load: the pipeline, which need not be loaded yet.
-        methods: what is enabled on it.
-        folder: where outputs go.
-        argv: the command line, for the sidecars.
-        fps: frames per second of videos; ``None``: those of the model.
-        pipe: the pipeline, if it is loaded.
-    """
-    source = load.source
-    setup = {
-        "model": source.name,
-        "revision": source.revision,
-        "fingerprint": source.fingerprint,
-        "pipeline": source.pipeline.__name__,
-        "methods": [method.to_dict() for method in methods],
-        "dtype": str(load.dtype).removeprefix("torch."),
-        "variant": load.variant,
-        "lora": [{**spec, "fingerprint": _fingerprint(spec["lora_id"])} for spec in parse_loras(load.lora)],
-        "attention_backend": load.attention_backend,
-    }
-    facts = {"device": _device_name(load.device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
-    fps = fps or frames_per_second(source.pipeline, source.kind == "embedded")
-    return Run(pipe, methods, folder, setup, facts, fps)
-
-
-def methods_enabled(run: Run) -> AbstractContextManager[Any]:
-    """The methods of a run for the length of a block; without methods the pipeline stays stock, untouched."""
-    return dit_attn.enabled(run.pipe, *run.methods) if run.methods else nullcontext()
-
-
-def describe_setup(run: Run) -> dict[str, str]:
-    """Return model, methods and folder as texts, for ``--dry-run``."""
-    setup = run.setup
-    return {
-        "model": f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {run.facts['device']})",
-        "methods": "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)",
-        "folder": str(run.folder),
-    }
 
 
 def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
@@ -213,25 +100,6 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
     return outputs.media_of(result), time.perf_counter() - started
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides an output."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"dit_attn": dit_attn.__version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def frames_per_second(pipeline: type, embedded: bool) -> int:
-    """Return the rate a video of this pipeline class is saved with when the user gives none."""
-    name = pipeline.__name__
-    return 6 if embedded else next((fps for start, fps in _FPS.items() if name.startswith(start)), 8)
-
-
 def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
     head = (job.index, job.prompt, job.seed)
     try:
@@ -286,17 +154,6 @@ def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media 
     return result, outputs.read_media(path) if with_sheet else None
 
 
-def _fingerprint(adapter: str) -> str | None:
-    place = Path(adapter).expanduser()
-    return model_source.fingerprint(place) if place.exists() else None
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
 def _note(result: ItemResult) -> str:
     density = f"  density {result.density:.2f}" if result.density is not None else ""
     return f"seed {result.seed}" + (f"  {result.seconds:.1f} s" if result.seconds is not None else "") + density
@@ -315,16 +172,3 @@ def _hint(why: str, error: BaseException) -> str:
 def _synchronize(torch: Any) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def report(run: Run, seconds: float) -> dict[str, Any]:
-    """Return the full run as JSON values: ``run.json`` and ``--json``."""
-    counts = {status: sum(r.status == status for r in run.results) for status in ("done", "skipped", "failed")}
-    return {
-        "folder": str(run.folder),
-        **counts,
-        "seconds": round(seconds, 3),
-        **run.setup,
-        **run.facts,
-        "items": [asdict(result) for result in run.results],
-    }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
 _KEY_WIDTH = 8  # of the first column of :func:`fields`, at least
+_GAP = 2  # between columns
+_NARROW = 12  # a folded column becomes no narrower
 _UNLIMITED = 100_000  # columns: wide enough that nothing wraps
 
 
@@ -29,35 +32,49 @@ class Table:
     folded: Sequence[str] = ()
 
     def text(self, width: int | None = None) -> str:
-        """The table as text.
+        """Return the table as text.
 
         Args:
-            width: columns of the terminal; ``None``: as wide as it is, without colors. A table that is wider even with
-                its text folded is not cut: the terminal wraps its lines.
+            width: columns of the terminal; ``None``: as wide as it is, without colors. Where it does not fit, titles
+                take several lines and folded columns become narrow; what is still wider is not cut, the terminal wraps
+                it.
         """
-        from rich.cells import cell_len
         from rich.console import Console
-        from rich.measure import Measurement
         from rich.table import Table as RichTable
         from rich.text import Text
 
         titles = [title.removeprefix(">") for title in self.columns]
-        made = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(titles), header_style="bold")
-        for index, (column, title) in enumerate(zip(self.columns, titles)):
-            foldable = title in self.folded
-            widest = max(map(cell_len, [title, *(row[index] for row in self.rows if index < len(row))]))
-            made.add_column(Text(title), no_wrap=not foldable, min_width=None if foldable else widest, overflow="fold")
+        widest = self._widest(titles)
+        if width is not None and sum(widest) + _GAP * (len(widest) - 1) > width:
+            titles = [re.sub(r" (?!%)", "\n", title) for title in titles]
+            widest = self._widest(titles)
+        made = RichTable(
+            box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=any(titles), header_style="bold"
+        )
+        least = []
+        for column, title, wide in zip(self.columns, titles, widest):
+            foldable = column in self.folded
+            least.append(min(wide, _NARROW) if foldable else wide)
+            made.add_column(Text(title), no_wrap=not foldable, min_width=least[-1], overflow="fold")
             made.columns[-1].justify = "right" if column.startswith(">") else "left"
         for row in self.rows:
             made.add_row(*map(Text, row))
         out = io.StringIO()
-        console = Console(file=out, force_terminal=width is not None, width=width or _UNLIMITED, legacy_windows=False)
+        console = Console(file=out, force_terminal=width is not None, width=_UNLIMITED, legacy_windows=False)
         if width is not None:
-            room = console.options.update(max_width=_UNLIMITED)
-            console.width = max(width, Measurement.get(console, room, made).minimum)
+            console.width = max(width, sum(least) + _GAP * len(least))
         console.print(made)
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
         return "\n".join([self.title] * bool(self.title) + lines)
+
+    def _widest(self, titles: Sequence[str]) -> list[int]:
+        """Columns of the terminal that every column needs for its title and its cells."""
+        from rich.cells import cell_len
+
+        return [
+            max(map(cell_len, [*title.split("\n"), *(row[index] for row in self.rows if index < len(row))]))
+            for index, title in enumerate(titles)
+        ]
 
 
 def fields(rows: Mapping[str, object] | Iterable[tuple[str, object]]) -> Table:

@@ -12,13 +12,13 @@ from dit_attn.errors import DitAttnError
 from dit_attn.eval.extractors import BACKBONE_FILES, Networks, lpips_metric, with_inception
 from dit_attn.eval.metrics import score
 from tests._support.random_weights import BACKBONES, inception_weights, lpips_weights
-from tests.eval.test_metrics import noisy, pictures
+from tests.eval.test_metrics import noisy, random_images
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_lpips_grows_with_damage_on_every_backbone(backbone: str, tmp_path: Path) -> None:
     networks = Networks(lpips=backbone, lpips_weights=lpips_weights(backbone, tmp_path))
-    metric, images = lpips_metric(networks), pictures(2, 64)
+    metric, images = lpips_metric(networks), random_images(2, 64)
     same, little, much = (float(metric(noisy(images, sigma) / 255, images / 255)) for sigma in (0.0, 0.05, 0.4))
     assert same == 0.0 < little < much
 
@@ -29,7 +29,7 @@ def test_lpips_is_the_weighted_distance_of_normalised_features(tmp_path: Path) -
     from torchvision.models import alexnet
 
     networks = Networks(lpips_weights=file)
-    images, others = pictures(2, 64), noisy(pictures(2, 64), 0.2)
+    images, others = random_images(2, 64), noisy(random_images(2, 64), 0.2)
     weights = torch.load(file)
     features = alexnet(weights=None).features
     features.load_state_dict({name: weights[f"features.{name}"] for name in features.state_dict()})
@@ -66,14 +66,14 @@ def test_the_inception_network_has_the_weights_that_are_given(tmp_path: Path) ->
     metric, judge = with_inception(FrechetInceptionDistance, Networks(inception=file))
     weights = torch.load(file)
     assert all(torch.equal(value, weights[name]) for name, value in metric.inception.state_dict().items())
-    same, other = (metric.inception(images) for images in (pictures(2), noisy(pictures(2), 0.2)))
+    same, other = (metric.inception(images) for images in (random_images(2), noisy(random_images(2), 0.2)))
     assert judge == "inception-v3" and same.shape == (2, 2048)
     assert (same - other).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("metric", ("kid", "is"))
 def test_scores_by_the_inception_network(metric: str, tmp_path: Path) -> None:
-    images, reference = noisy(pictures(3), 0.2), pictures(3, seed=1) if metric == "kid" else None
+    images, reference = noisy(random_images(3), 0.2), random_images(3, seed=1) if metric == "kid" else None
     found = score(metric, images, reference, networks=Networks(inception=inception_weights(tmp_path)))
     assert found.label == f"{metric} (inception-v3)"
     assert found.value > 0 if metric == "kid" else 1 <= found.value <= 3

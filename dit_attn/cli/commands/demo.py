@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.outputs import Media
-    from dit_attn.cli.runner import ItemResult, Run
+    from dit_attn.cli.run_record import ItemResult, Run
     from dit_attn.contact_sheet import Tile
 
 METHOD = "block-sparse"
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(name: str, config: DemoConfig) -> tuple[list[Pair], list[list[Tile]]]:
     """Every prompt of a model dense and sparse, alternating, so that both see the same state of the machine."""
-    from dit_attn.cli import jobs, model_source, resolve_methods, runner
+    from dit_attn.cli import jobs, model_source, resolve_methods, run_record
     from dit_attn.cli.load_pipeline import LoadConfig, load_pipeline, pick_dtype
     from dit_attn.cli.method_options import MethodSpec
 
@@ -173,7 +173,7 @@ def _compare(name: str, config: DemoConfig) -> tuple[list[Pair], list[list[Tile]
         methods = resolve_methods.resolve(specs, source.transformer, None)
         folder = config.output / f"{name}-{METHOD if methods else 'dense'}"
         folder.mkdir(exist_ok=True)
-        sides.append(runner.new_run(load, methods, folder, config.argv, pipe=pipe))
+        sides.append(run_record.new_run(load, methods, folder, config.argv, pipe=pipe))
     _warm_up(sides, work[0])
     pairs, tiles, summary = [], [], ""
     for job in work:
@@ -189,9 +189,9 @@ def _compare(name: str, config: DemoConfig) -> tuple[list[Pair], list[list[Tile]
 def _make(side: Run, job: Job) -> tuple[ItemResult, Media, str]:
     """One item with the side's methods on for its length only; the last is the printed summary."""
     import dit_attn
-    from dit_attn.cli import runner
+    from dit_attn.cli import run_record, runner
 
-    with runner.methods_enabled(side):
+    with run_record.methods_enabled(side):
         media, seconds = runner.call_pipeline(side.pipe, job)
         summary = str(dit_attn.summary(side.pipe)) if side.methods else ""
         return runner.save_item(side, job, media, seconds), media, summary
@@ -199,10 +199,10 @@ def _make(side: Run, job: Job) -> tuple[ItemResult, Media, str]:
 
 def _warm_up(sides: list[Run], job: Job) -> None:
     """Two steps of each side: the first call of a process pays for what is initialised late."""
-    from dit_attn.cli import runner
+    from dit_attn.cli import run_record, runner
 
     for side in sides:
-        with runner.methods_enabled(side):
+        with run_record.methods_enabled(side):
             runner.call_pipeline(side.pipe, replace(job, call={**job.call, "num_inference_steps": 2}))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
-    from dit_attn.cli.runner import Run
+    from dit_attn.cli.run_record import Run
     from dit_attn.processors.methods.base import Method
 
 GROUPS = {
@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import outputs, runner
+    from dit_attn.cli import outputs, run_record, runner
 
     config = GenerateConfig.from_options(flags.merge(args, GROUPS))
-    live = runner.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+    live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:
         return _print_plan(live, config)
     outputs.prepare_folder(config.folder)
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(live: Run, config: GenerateConfig, done: dict[int, Path]) -> int:
     from dit_attn import contact_sheet
-    from dit_attn.cli import outputs, runner
+    from dit_attn.cli import outputs, run_record, runner
 
     jobs = config.jobs
     on_item = _silent if config.json else print
@@ -147,11 +147,11 @@ def _make(live: Run, config: GenerateConfig, done: dict[int, Path]) -> int:
         if config.contact_sheet and live.tiles:
             outputs.write_image(contact_sheet.flow(live.tiles, _heading(live)), live.folder / "sheet.png")
             on_item(f"contact sheet: {live.folder / 'sheet.png'}")
-        result = runner.report(live, time.perf_counter() - started)
+        result = run_record.report(live, time.perf_counter() - started)
         outputs.write_json(result, live.folder / "run.json")
-    except RunStopped as error:  # the items are whole all the same: say what became of them first
+    except RunStopped as error:  # the items are complete all the same: report them first
         unwritten = error
-        result = runner.report(live, time.perf_counter() - started)
+        result = run_record.report(live, time.perf_counter() - started)
     if config.json:
         print(json.dumps(result, indent=1, default=str))
     elif live.methods and any(item.status == "done" for item in live.results):
@@ -217,7 +217,7 @@ def _default_folder(source: Source, methods: tuple[Method, ...]) -> Path:
 
 
 def _print_plan(live: Run, config: GenerateConfig) -> int:
-    from dit_attn.cli import outputs, runner
+    from dit_attn.cli import outputs, run_record
 
     items: list[dict[str, Any]] = [
         {"name": job.stem, "prompt": job.prompt, "seed": job.seed, "call": job.call} for job in config.jobs
@@ -226,7 +226,7 @@ def _print_plan(live: Run, config: GenerateConfig) -> int:
         print(json.dumps({"folder": str(live.folder), **live.setup, **live.facts, "items": items}, indent=1))
         return 0
     planned = [(item["name"], repr(item["prompt"]), outputs.to_json(item["call"])) for item in items]
-    about = fields({**runner.describe_setup(live), "items": len(items)})
+    about = fields({**run_record.describe_setup(live), "items": len(items)})
     show(about, "", Table(("item", "prompt", "call"), planned, folded=("prompt",)))
     return 0
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
-    from dit_attn.cli.runner import Run
+    from dit_attn.cli.run_record import Run
     from dit_attn.pipelines.inspect.inspection import Inspection
     from dit_attn.processors.methods.base import Method
 
@@ -127,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import load_pipeline, outputs, runner
+    from dit_attn.cli import load_pipeline, outputs, run_record
 
     config = InspectConfig.from_options(flags.merge(args, GROUPS))
-    live = runner.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+    live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:
         return _print_plan(live, config)
     outputs.prepare_folder(config.folder)
@@ -174,7 +174,7 @@ def _make(live: Run, config: InspectConfig) -> int:
 
 def _inspected(live: Run, config: InspectConfig) -> Inspection:
     """Run with the methods enabled, measure, and write the item, the files and the page."""
-    from dit_attn.cli import outputs, runner
+    from dit_attn.cli import outputs, run_record, runner
     from dit_attn.eval.report.inspect_page import page
     from dit_attn.pipelines.inspect.collector import Collector
     from dit_attn.pipelines.inspect.inspection import inspect_run, layer_namer
@@ -187,7 +187,7 @@ def _inspected(live: Run, config: InspectConfig) -> Inspection:
         made.append(runner.call_pipeline(live.pipe, job))
         return made[-1][0]
 
-    with runner.methods_enabled(live):
+    with run_record.methods_enabled(live):
         if config.overhead and "num_inference_steps" in job.call:  # the first call of a process pays for set-up
             runner.call_pipeline(live.pipe, replace(job, call={**job.call, "num_inference_steps": 1}))
         found = inspect_run(live.pipe, make, collector, overhead=config.overhead)
@@ -241,7 +241,7 @@ def _show(found: Inspection, folder: Path) -> None:
 
 
 def _print_plan(live: Run, config: InspectConfig) -> int:
-    from dit_attn.cli import runner
+    from dit_attn.cli import run_record
 
     job, runs = config.job, 2 if config.overhead else 1
     if config.json:
@@ -257,7 +257,7 @@ def _print_plan(live: Run, config: InspectConfig) -> int:
         print(json.dumps(plan, indent=1, default=str))
         return 0
     lines = {
-        **runner.describe_setup(live),
+        **run_record.describe_setup(live),
         "item": f"{job.prompt!r}, seed {job.seed}, {json.dumps(job.call, default=str)}",
         "rows": f"{config.rows} of every attention call, blocks of {config.block} tokens",
         "runs": "2 (plain, then measured)" if config.overhead else "1 (measured)",

@@ -27,7 +27,7 @@ GROUPS = {
     "training": (
         flags.Flag("steps", "optimizer steps; stages and learning rate stretch with it", int, "the recipe's", low=1),
         flags.Flag("minutes", "stop after this many minutes, with a checkpoint to resume from", float, "no limit"),
-        flags.Flag("seed", "seed of weights and data; kept by --resume", int, "0", low=0),
+        flags.Flag("seed", "seed of weights and data; fixed by --resume", int, "0", low=0),
         flags.Flag("checkpoint-minutes", "minutes between checkpoints", float, "5"),
     ),
     "evaluation": (

@@ -1,1 +1,1 @@
-"""`dit-attn bench`: measure kernels, whole models and attention operators."""
+"""`dit-attn bench`: measure kernels, full models and attention operators."""

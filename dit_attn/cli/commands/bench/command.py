@@ -21,7 +21,7 @@ GROUPS = {
         flags.Flag("heads", "heads; of bench model too", int, "4", low=1, metavar="H"),
         flags.Flag("dim", "size of a head", int, "128", low=1, metavar="D"),
         flags.Flag("block", "tokens per block; of bench operators too", int, "128", low=1),
-        flags.Flag("density", "parts of the key blocks kept; of bench operators too", float,
+        flags.Flag("density", "parts of the key blocks computed; of bench operators too", float,
                    "0.5 0.25 0.125 0.0625", nargs="+", metavar="P"),
         flags.Flag("backend", "kernel of the sparse calls", default="by capability"),
         flags.Flag("against", "other kernels: flex, flashinfer, ...", nargs="+"),
@@ -80,7 +80,7 @@ _EXAMPLES = """examples:
   dit-attn bench capture --source tiny-video --output call.safetensors
 """
 _SHARED = ("what", "output", "json", "device", "threads")
-# What each of them takes besides.
+# What each of them takes in addition.
 JOBS = {
     "kernels": ("shape", "seq", "heads", "dim", "block", "density", "backend", "against", "inputs", "sharpness", "plot",
                 "dtype", "batch", "repeats"),

@@ -30,7 +30,7 @@ class KernelBenchConfig:
         device: where it runs.
         shape: batch, tokens, heads, head size and block; those of recorded inputs are in their file.
         dtype: names of the types.
-        density: parts of the key blocks kept.
+        density: parts of the key blocks computed.
         backend: kernel of the sparse calls; ``None``: by capability.
         against: other kernels.
         inputs: ``"random"``, ``"structured"`` or a file of ``bench capture``.
@@ -80,7 +80,7 @@ class KernelBenchConfig:
         for value in options.get("density", ()):
             if not 0.0 < value <= 1.0:
                 raise DitAttnError(
-                    f"--density must be above 0 and at most 1, got {value}: it is the part of blocks kept"
+                    f"--density must be above 0 and at most 1, got {value}: it is the part of blocks computed"
                 )
         known = measure.SHAPES[options["shape"]] if "shape" in options else (4096, 4, 128)
         seq, heads, dim = (options.get(name, size) for name, size in zip(("seq", "heads", "dim"), known))

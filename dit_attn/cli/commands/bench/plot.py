@@ -1,4 +1,4 @@
-"""The picture of a kernel measurement: speed-up against density."""
+"""The plot of a kernel measurement: speed-up against density."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from dit_attn.errors import DitAttnError
 
 
 def check(path: Path) -> None:
-    """Raises DitAttnError where nothing could be drawn: said before anything is measured."""
+    """Check that the plot can be drawn, before anything is measured.
+
+    Raises:
+        DitAttnError: no matplotlib, or another kind of file.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise DitAttnError("--plot needs matplotlib; install it with: pip install 'dit-attn[eval]'")
     if path.suffix not in (".png", ".svg"):

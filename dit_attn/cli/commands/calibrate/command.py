@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_plan(config: CalibrateConfig) -> None:
-    from dit_attn.cli import runner
+    from dit_attn.cli import run_record
     from dit_attn.cli.commands.calibrate import run as calibrate_run
 
     data = calibrate_run.description(config)
@@ -113,7 +113,7 @@ def _print_plan(config: CalibrateConfig) -> None:
         print(json.dumps(data, indent=1, default=str))
         return
     about = {
-        **runner.describe_setup(config.new_run()),
+        **run_record.describe_setup(config.new_run()),
         "budget": config.budget,
         "parts": f"{data['parts']} of {data['steps'] or '?'} steps, layers measured every {data['every']} steps",
         "densities": ", ".join(f"{value:g}" for value in data["ladder"]),

@@ -1,4 +1,4 @@
-"""What ``dit-attn calibrate`` is asked to do, checked before weights are loaded."""
+"""The configuration of ``dit-attn calibrate``, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options, outputs, resolve_methods, runner
+from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import shuffled_captions
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
@@ -92,9 +92,9 @@ class CalibrateConfig:
             return f"an error of {self.error:g}"
         return f"a cost of {self.cost:g}" if self.cost is not None else "the cost of one density for all"
 
-    def new_run(self) -> runner.Run:
+    def new_run(self) -> run_record.Run:
         """Make the setup and facts of the run, for the records."""
-        return runner.new_run(self.load, (self.plan.method,), self.folder, self.argv)
+        return run_record.new_run(self.load, (self.plan.method,), self.folder, self.argv)
 
 
 def steps_of(jobs: Sequence[Job], pipeline: Any) -> int | None:

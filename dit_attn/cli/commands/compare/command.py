@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_plan(config: CompareConfig) -> None:
-    from dit_attn.cli import runner
+    from dit_attn.cli import run_record
 
-    setup = {key: value for key, value in runner.describe_setup(config.dense).items() if key != "methods"}
+    setup = {key: value for key, value in run_record.describe_setup(config.dense).items() if key != "methods"}
     items = f"{len(config.jobs)}, each made {len(config.variants)} times"
     planned = [(job.stem, repr(job.prompt)) for job in config.jobs]
     show(
@@ -143,7 +143,7 @@ def summary_table(results: dict[str, Any]) -> Table:
                 *(_figure(row["metrics"].get(name), COLUMNS[name].digits) for name in metrics),
             )
         )
-    return Table((*columns, *(f">{name}" for name in metrics)), rows)
+    return Table((*columns, *(f">{name}" for name in metrics)), rows, folded=("variant",))
 
 
 def _figure(

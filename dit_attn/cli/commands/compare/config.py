@@ -1,4 +1,4 @@
-"""What ``dit-attn compare`` is asked to do, checked before weights are loaded."""
+"""The configuration of ``dit-attn compare``, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options, outputs, resolve_methods, runner
+from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import held_out_captions
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
 from dit_attn.cli.options import MAX_SEED, Options
-from dit_attn.cli.runner import Run
+from dit_attn.cli.run_record import Run
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 from dit_attn.pipelines.compare import comparison
@@ -108,7 +108,7 @@ class CompareConfig:
             name = job_files.slug(variant.label, 80)
             names[name] += 1
             place = self.folder / (name if names[name] == 1 else f"{name}-{names[name]}")
-            runs[variant.label] = runner.new_run(self.load, variant.methods, place, self.argv, self.fps)
+            runs[variant.label] = run_record.new_run(self.load, variant.methods, place, self.argv, self.fps)
         return runs
 
     @property

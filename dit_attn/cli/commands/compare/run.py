@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import load_pipeline as load
-from dit_attn.cli import outputs, runner
+from dit_attn.cli import outputs, run_record, runner
 from dit_attn.cli.commands.compare import maps as compare_maps
 from dit_attn.cli.commands.compare import match as compare_match
 from dit_attn.cli.commands.compare.config import CompareConfig, job_of
@@ -44,7 +44,7 @@ def run_all(config: CompareConfig) -> dict[str, Any]:
 
     Raises:
         DitAttnError: the folder cannot be written, weights that cannot be loaded.
-        KeyboardInterrupt: every finished item is kept, no half file is left.
+        KeyboardInterrupt: every finished item is saved, no half file is left.
     """
     outputs.prepare_folder(config.folder)
     resume, wants_maps = config.resume, config.maps
@@ -195,7 +195,7 @@ def results_of(config: CompareConfig, comparison: Comparison, seconds: float) ->
         "intervals from resampling prompts with all their seeds (distances of sets: from leaving prompts out)",
         "command": config.dense.facts["command"],
         "commit": current_commit(),
-        "versions": runner.versions(),
+        "versions": run_record.versions(),
         "environment": environment(),
         "device": config.dense.facts["device"],
         "model": {key: value for key, value in config.dense.setup.items() if key != "methods"},

@@ -142,10 +142,10 @@ def _check(file: Path) -> None:
         raise Unreadable("an image; VBench measures videos")
 
 
-def fill(source: Source, found: Sequence[vbench.Video], out: Path, asked: vbench.Prompts | None) -> dict[str, Any]:
+def fill(source: Source, found: Sequence[vbench.Video], out: Path, official: vbench.Prompts | None) -> dict[str, Any]:
     """Make ``out/videos`` hold exactly these videos, and ``out/prompts.json`` their prompts.
 
-    Files of an earlier export are kept where they still fit, replaced where their video changed, and removed where it
+    Files of an earlier export stay where they still fit, replaced where their video changed, and removed where it
     is gone. Files that no export wrote are not touched.
 
     Raises:
@@ -157,7 +157,7 @@ def fill(source: Source, found: Sequence[vbench.Video], out: Path, asked: vbench
     _refuse_foreign(videos, before)
     outputs.prepare_folder(videos)
     named = vbench.names(found, _longest_name(videos), folds=(out / "VIDEOS").exists())
-    covered = None if asked is None else vbench.coverage({one.name for one in named}, asked)
+    covered = None if official is None else vbench.coverage({one.name for one in named}, official)
     gone = [file for file in videos.iterdir() if file.name not in {one.name for one in named}]
     for file in gone:
         file.unlink()

@@ -49,9 +49,9 @@ def verifier(folder: Any, reference: Any) -> Figure:
             "verifier needs captions of the shapes world (dit_attn.eval.shapes_world.world); these are none"
         )
     found = [one for one in verdicts if one is not None]
-    whole = _figure("prompt met", [all(one.values()) for one in found], better="higher")
+    figure = _figure("prompt met", [all(one.values()) for one in found], better="higher")
     without = [name for name, one in zip(folder.names, verdicts) if one is None]
-    return {**whole, "by": _by(found), **_unjudged(without, "no caption to judge by")}
+    return {**figure, "by": _by(found), **_unjudged(without, "no caption to judge by")}
 
 
 def artifact_rate(folder: Any, reference: Any) -> Figure:
@@ -66,18 +66,18 @@ def artifact_rate(folder: Any, reference: Any) -> Figure:
     ours = [caption is None or is_world_caption(caption) for caption in folder.captions]
     if not any(ours):
         raise DitAttnError("artifact-rate knows images of the shapes world only; these captions are of none")
-    seen = [[artifacts(frame) for frame in _pixels(frames)] for frames, our in zip(folder.frames, ours) if our]
-    found = [{name: _mean([one[name] for one in frames]) for name in frames[0]} for frames in seen]
-    values = [_mean([any(one.values()) for one in frames]) for frames in seen]
+    judged_frames = [[artifacts(frame) for frame in _pixels(frames)] for frames, our in zip(folder.frames, ours) if our]
+    found = [{name: _mean([one[name] for one in frames]) for name in frames[0]} for frames in judged_frames]
+    values = [_mean([any(one.values()) for one in frames]) for frames in judged_frames]
     without = [name for name, our in zip(folder.names, ours) if not our]
     label = "artifact-rate (verifier of the shapes world)"
     return {**_figure(label, values), "by": _by(found), **_unjudged(without, "captions of no world")}
 
 
 def saturation(folder: Any, reference: Any) -> Figure:
-    """Share of over-saturated pixels among the coloured ones, mean over the files (``eval.artifacts.oversaturated``).
+    """Share of over-saturated pixels among the colored ones, mean over the files (``eval.artifacts.oversaturated``).
 
-    A file whose caption is of the shapes world, and every file when there is no reference, is held against the world's
+    A file whose caption is of the shapes world, and every file when there is no reference, is compared with the world's
     palette; the others against the image of their name in the reference.
 
     Raises:
@@ -85,15 +85,15 @@ def saturation(folder: Any, reference: Any) -> Figure:
     """
     from dit_attn.pipelines.compare import defects
 
-    beside = {} if reference is None else dict(zip(reference.names, reference.frames))
+    references = {} if reference is None else dict(zip(reference.names, reference.frames))
     values, without, palette = [], [], 0
     for name, frames, caption in zip(folder.names, folder.frames, folder.captions):
         by_palette = defects.is_world_caption(caption) or (reference is None and caption is None)
-        if not by_palette and name not in beside:
+        if not by_palette and name not in references:
             without.append(name)
             continue
         palette += by_palette
-        values.append(defects.saturation(_pixels(frames), None if by_palette else _pixels(beside[name]), caption))
+        values.append(defects.saturation(_pixels(frames), None if by_palette else _pixels(references[name]), caption))
     if not values:
         raise DitAttnError(
             "saturation needs captions of the shapes world, or a --reference with files of the same names; these "

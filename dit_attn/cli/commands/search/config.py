@@ -1,4 +1,4 @@
-"""What ``dit-attn search`` is asked to do, checked before weights are loaded."""
+"""The configuration of ``dit-attn search``, checked before weights are loaded."""
 
 from __future__ import annotations
 

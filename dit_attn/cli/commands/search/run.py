@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_attn.cli import load_pipeline, outputs, runner
+from dit_attn.cli import load_pipeline, outputs, run_record
 from dit_attn.cli.commands.search.config import HeadSearchConfig
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.table import Table, fields, show
@@ -32,12 +32,12 @@ def run_all(config: HeadSearchConfig) -> HeadSet | None:
 
     Raises:
         DitAttnError: the folder cannot be written, weights that cannot be loaded, an objective that cannot score.
-        KeyboardInterrupt: every score is kept.
+        KeyboardInterrupt: every score is saved.
     """
     device, worker = join_workers(config.load.device, config.device_given)
     config = replace(config, load=replace(config.load, device=device))
     outputs.prepare_folder(config.folder)
-    live = runner.new_run(config.load, (), config.folder, config.argv)
+    live = run_record.new_run(config.load, (), config.folder, config.argv)
     objective = make_objective(config.objective, scorer_options(config))
     if config.search.strategy == "gradient" and objective.pixels is None:
         raise not_differentiable(objective.name)
@@ -100,7 +100,7 @@ def join_workers(device: Any, device_given: bool) -> tuple[Any, WorkerShare]:
     return device, WorkerShare(state.process_index, state.num_processes, gather_object)
 
 
-def open_log(config: HeadSearchConfig, live: runner.Run, worker: WorkerShare) -> MeasurementLog:
+def open_log(config: HeadSearchConfig, live: run_record.Run, worker: WorkerShare) -> MeasurementLog:
     """Open the scores of earlier runs: every process writes a file of its own and knows the scores of all of them."""
     search, resume = config.search, config.resume
     guidance = {name: getattr(search, name) for name in ("scale", "target", "joint", "guidance_scale")}
@@ -185,7 +185,7 @@ def grid(hunter: HeadHunter, found: HeadSet) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(config: HeadSearchConfig, live: runner.Run, seconds: float, worker: WorkerShare) -> dict[str, Any]:
+def _facts(config: HeadSearchConfig, live: run_record.Run, seconds: float, worker: WorkerShare) -> dict[str, Any]:
     """What ran, for the file."""
     from dit_attn.models.evaluate import current_commit
     from dit_attn.models.export import environment
