@@ -185,7 +185,11 @@ def explain(
 
 
 def supported() -> dict[str, dict[str, Any]]:
-    """Return the families with their methods: ``{family: {"models": ..., "methods": [slugs], "refused": reason or None}}``."""
+    """Return the families with their methods.
+
+    Returns:
+        ``{family: {"models": ..., "transformers": [...], "methods": [slugs], "refused": reason or None}}``.
+    """
     slugs = sorted(methods())
     return {
         row.name: {

@@ -144,7 +144,8 @@ class FamilyMixin(GuidedMixin):
 
     def test_only_the_declared_layers_are_socketed(self, net: Any) -> None:
         dit_attn.enable(net)
-        ours = [name for name, m in net.named_modules() if attention_processor.is_wrapped(getattr(m, "processor", None))]
+        processors = {name: getattr(module, "processor", None) for name, module in net.named_modules()}
+        ours = [name for name, processor in processors.items() if attention_processor.is_wrapped(processor)]
         assert len(ours) == self.sockets
         assert not [name for name in ours if any(part in name for part in self.untouched)]
 

@@ -119,7 +119,8 @@ class GuidedMixin:
         given = seen[0]
         dit_attn.disable(net)
         plain = tensors(self.call(net, args))
-        with perturbed_pass.replaced_forwards({block: lambda *_, **__: perturbed_pass.skip_forward(block)(*given[0], **given[1])}):
+        skip = perturbed_pass.skip_forward(block)
+        with perturbed_pass.replaced_forwards({block: lambda *_, **__: skip(*given[0], **given[1])}):
             skipped = tensors(self.call(net, args))
         for found, c, p in zip(guided, plain, skipped, strict=True):
             torch.testing.assert_close(found, c + (c - p), atol=1e-5, rtol=1e-4)

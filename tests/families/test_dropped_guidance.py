@@ -94,7 +94,8 @@ def test_watching_touches_no_layer_and_no_bit(case: Any) -> None:
     pipe, guided, _ = made(case)
     stock = run(pipe, guided)
     dit_attn.watch(pipe)
-    assert not any(attention_processor.is_wrapped(getattr(module, "processor", None)) for module in pipe.transformer.modules())
+    processors = [getattr(module, "processor", None) for module in pipe.transformer.modules()]
+    assert not any(map(attention_processor.is_wrapped, processors))
     assert torch.equal(run(pipe, guided), stock) and dit_attn.summary(pipe).steps == 2
     dit_attn.disable(pipe)
     assert torch.equal(run(pipe, guided), stock)
@@ -107,7 +108,8 @@ def test_a_watched_pipeline_is_watched_again_after_a_method() -> None:
     dit_attn.watch(pipe)
     with dit_attn.enabled(pipe, dit_attn.SoftPAG(heads="0:0")):
         pass
-    assert not any(attention_processor.is_wrapped(getattr(module, "processor", None)) for module in pipe.transformer.modules())
+    processors = [getattr(module, "processor", None) for module in pipe.transformer.modules()]
+    assert not any(map(attention_processor.is_wrapped, processors))
     assert warnings(pipe, bare)[0].startswith(NOTHING_NEGATIVE)
 
 

@@ -13,7 +13,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.benchmark import timing
 from dit_attn.processors.methods.base import Method, Phase
-from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.sparse import SparseMethod, as_sparse
 
 STEPS = 50  # denoising steps of the run that the frozen step is taken from
 Progress = Callable[[str], None]
@@ -68,10 +68,10 @@ def make_competitor(label: str, methods: Sequence[Method]) -> Competitor:
     Raises:
         DitAttnError: another kind of method, several, or one that is dense by its density or at every step.
     """
-    if len(methods) != 1 or not isinstance(methods[0], SparseMethod):
+    method = as_sparse(methods[0]) if len(methods) == 1 else None
+    if method is None:
         slugs = " + ".join(method.slug for method in methods) or "nothing"
         raise DitAttnError(f"--method {label}: {slugs} is not one sparse method; give exactly one")
-    method = methods[0]
     if method.is_dense:
         raise DitAttnError(f"--method {label} keeps everything: dense attention is always measured; lower density")
     method = cast(SparseMethod, method.synchronized())  # all layers refresh at one step, and none at the next

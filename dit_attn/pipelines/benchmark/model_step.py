@@ -97,9 +97,9 @@ def _rows(
         figures = step_row(steps[key], steps[None], attention_share)
         rows.append({**settings, "phase": phase.name, "step": phase.step, **figures, "attention": attention})
     if len(rows) == 2:
-        period: int = getattr(one.method, "period")  # noqa: B009 - methods with two kinds of steps alternate by it
+        period = sum(phase.count for phase in one.phases)
         first, later = (steps[one.label, phase.name] for phase in one.phases)
-        figures = step_row(first.mixed(later, 1.0 - 1.0 / period), steps[None], attention_share)
+        figures = step_row(first.mixed(later, one.phases[1].count / period), steps[None], attention_share)
         rows.append({**settings, "phase": f"mean of {period} steps", "step": None, **figures, "attention": None})
     return rows
 

@@ -31,7 +31,7 @@ from dit_attn.processors.attach.attach import session_of
 from dit_attn.processors.attach.summary import summarize
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
-from dit_attn.processors.methods.sparse import SparseMethod, part_of_run
+from dit_attn.processors.methods.sparse import SparseMethod, as_sparse, part_of_run
 
 DENSITIES = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.0625)
 PARTS = 10
@@ -100,7 +100,7 @@ def make_plan(
     Raises:
         DitAttnError: the method has no density to calibrate, or a number is out of range.
     """
-    if not isinstance(method, SparseMethod) or getattr(method, "density", None) is None:
+    if as_sparse(method) is None or getattr(method, "density", None) is None:
         raise DitAttnError(
             f"{getattr(method, 'slug', method)} has no density to calibrate; give one sparse method with a density "
             "(and no top_p)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceH
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.methods.base import Method
-from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
+from dit_attn.processors.methods.perturbed_guidance import as_guidance
 
 
 def unwrap(model: Any) -> Any:
@@ -78,15 +78,16 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
         session.add_layer(name)
     for method in methods:
         method.check_model(type(model).__name__, len(names))
-        if method.role == "guidance":
-            session.guider = PerturbedGuider(cast(PerturbedGuidance, method), session)
+        if (guidance := as_guidance(method)) is not None:
+            session.guider = PerturbedGuider(guidance, session)
     return session
 
 
 def session_processors(session: Session) -> dict[str, Any]:
     """Return the wrapped processor of every layer, by module path."""
     model = session.model
-    return {layer.name: wrap_processor(model.get_submodule(layer.name).processor, session, layer) for layer in session.layers}
+    stock = {layer: model.get_submodule(layer.name).processor for layer in session.layers}
+    return {layer.name: wrap_processor(processor, session, layer) for layer, processor in stock.items()}
 
 
 def install_hooks(session: Session) -> None:

@@ -123,7 +123,7 @@ _STREAMS = {
 
 
 def block_streams(block: torch.nn.Module) -> tuple[str, ...] | None:
-    """Return the names of the inputs that a transformer block returns, in the order of its outputs; ``None`` if unknown."""
+    """Return the names of the inputs that a block returns, in the order of its outputs; ``None`` if unknown."""
     kind = type(getattr(block, "block", block))  # HiDream wraps its blocks
     if kind.__name__ in _STREAMS:
         return _STREAMS[kind.__name__]
@@ -144,7 +144,8 @@ def ulysses_mesh(parallel_config: Any) -> Any | None:
     """Return the device mesh of a Ulysses-parallel run, or ``None`` when the run is not parallel.
 
     Raises:
-        NotImplementedError: for ring attention, whose ranks never hold a full row of the attention matrix, and for uneven shards.
+        NotImplementedError: ring attention, whose ranks never hold a full row of the attention matrix, or uneven
+            shards.
     """
     config = getattr(parallel_config, "context_parallel_config", None)
     if config is None:

@@ -43,8 +43,8 @@ class Explanation:
         methods: settings of the methods.
         memory: bytes the methods store from step to step, for one sample with classifier-free guidance.
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
-            pass is one sample through the transformer), and their ``work`` without the blocks that are reused or skipped;
-            ``None`` without one.
+            pass is one sample through the transformer), and their ``work`` without the blocks that are reused or
+            skipped; ``None`` without one.
     """
 
     family: str

@@ -320,8 +320,8 @@ def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:
         return 1.0
     if session.pipeline_call.bent_by:
         raise DitAttnError(
-            f"inject='cond' divides by the guidance scale, and with {session.pipeline_call.bent_by} a step has another one "
-            f"than {type(session.pipe).__name__} says; use inject='shift'"
+            f"inject='cond' divides by the guidance scale, and with {session.pipeline_call.bent_by} a step has "
+            f"another one than {type(session.pipe).__name__} says; use inject='shift'"
         )
     if scale is None:
         raise DitAttnError(

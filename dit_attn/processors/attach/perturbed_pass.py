@@ -1,4 +1,4 @@
-"""Run a second pass through a transformer over some rows of its batch, and reuse the blocks it shares with the first."""
+"""Run a second pass through a transformer over some batch rows, and reuse the blocks it shares with the first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _block_of(layer: str) -> str:
 
 
 def first_block(blocks: Sequence[str], layers: Sequence[str], skipped: Sequence[str]) -> int:
-    """Return the position of the first block whose result differs when ``layers`` are perturbed and ``skipped`` left out."""
+    """Return the position of the first block that differs when ``layers`` are perturbed and ``skipped`` left out."""
     touched = {_block_of(layer) for layer in layers} | set(skipped)
     return next(i for i, block in enumerate(blocks) if block in touched)
 

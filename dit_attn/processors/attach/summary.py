@@ -62,7 +62,9 @@ class GuidanceSummary:
             f"{self.steps} guided steps"
         ]
         if self.parallel is not None and self.orthogonal is not None:
-            lines.append(f"equivalent guidance scale {self.parallel:+.2f}; orthogonal component {self.orthogonal:.2f} |c - u|")
+            lines.append(
+                f"equivalent guidance scale {self.parallel:+.2f}; orthogonal component {self.orthogonal:.2f} |c - u|"
+            )
         elif self.relative is not None:
             lines.append(f"guidance update {self.relative:.2f} |c| (no unconditional branch to compare with)")
         return "\n".join(lines)
@@ -143,7 +145,7 @@ class Summary:
         sparse = [
             ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
             ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
-            ("density", f"{_percent(self.density)} of dense in sparse calls, {_percent(self.run_density)} over the run"),
+            ("density", f"{_percent(self.density)} in sparse calls, {_percent(self.run_density)} over the run"),
             ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
             *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
             *(("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
@@ -202,7 +204,7 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
 
 
 def _missing_guidance(session: Session) -> str | None:
-    """Return the warning for a run that was given a guidance scale and never ran an unconditional branch, or ``None``."""
+    """Return the warning for a run with a guidance scale and without an unconditional branch, or ``None``."""
     if not session.clock.run or not session.ran or "uncond" in session.seen_branches:
         return None
     scale, name = session.guidance_scale(), session.cfg.argument
@@ -213,9 +215,10 @@ def _missing_guidance(session: Session) -> str | None:
             f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
         )
     if (session.pipeline_call.embedded or 0.0) > 1.0 and not embedded:
+        other = f", or give {name} and negative_prompt" if scale is not None else ""
         return (
             f"guidance_scale {session.pipeline_call.embedded:g} had no effect: this {type(session.model).__name__} "
-            f"takes no guidance as an input; leave it out{f', or give {name} and negative_prompt' if scale is not None else ''}"
+            f"takes no guidance as an input; leave it out{other}"
         )
     return None
 

@@ -103,7 +103,7 @@ class TransformerRun(RunState):
             self.set_layout(None, f"layout of {self.family.name}: {type(error).__name__}: {error}")
 
     def guidance_scale(self) -> float | None:
-        """Return the scale s of ``u + s (c - u)`` of the pipeline's call, 1 for none, ``None`` where it does not say."""
+        """Return the scale s of ``u + s (c - u)`` in the pipeline's call, 1 for none, ``None`` where unknown."""
         name = self.cfg.scale
         if name and getattr(self.pipe, "transformer_2", None) is self.model:
             name = f"{name}_2"

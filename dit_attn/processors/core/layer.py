@@ -16,7 +16,7 @@ _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
 def new_handle(number: int) -> torch.Tensor:
-    """Return a 0-d int64 CPU tensor that names an object inside compiled graphs, where tensors are not guarded by value."""
+    """Return a 0-d int64 CPU tensor that names an object in compiled graphs, which do not guard tensors by value."""
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 

@@ -69,7 +69,7 @@ class RunState:
         self.layout, self.layout_error, self._tokens = layout, error, {}
 
     def tokens(self, seq_len: int) -> Tokens | None:
-        """Return the parts of a sequence of ``seq_len`` tokens in the current call, ``None`` when they do not add up."""
+        """Return the parts of a sequence of ``seq_len`` tokens, ``None`` when they are unknown or do not add up."""
         if self.layout is None:
             return None
         if seq_len not in self._tokens:

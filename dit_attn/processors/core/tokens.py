@@ -78,7 +78,7 @@ class TokenLayout:
     spans: tuple[Span, ...]
 
     def resolve(self, seq_len: int) -> Tokens | None:
-        """Return the spans with their positions in a sequence of ``seq_len`` tokens; ``None`` when they cannot add up."""
+        """Return the spans with their positions in ``seq_len`` tokens; ``None`` when they cannot add up."""
         fixed = sum(span.length for span in self.spans if span.length is not None)
         flexible = [span for span in self.spans if span.length is None]
         rest = seq_len - fixed

@@ -135,7 +135,11 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers of a list such as ``"0,2-4"``. Raises ``ValueError`` where it is no list of numbers and ranges."""
+    """Return the numbers of a list such as ``"0,2-4"``.
+
+    Raises:
+        ValueError: no list of numbers and ranges.
+    """
     bounds = [_bounds(part) for part in text.split(",") if part]
     return tuple(dict.fromkeys(n for low, high in bounds for n in range(low, high + 1)))
 

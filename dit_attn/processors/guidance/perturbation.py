@@ -192,7 +192,7 @@ def _mass_to_diagonal(part: _Heads, rows: tuple[int, int]) -> torch.Tensor:
 
 
 def _own_and_others(part: _Heads, rows: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, n, rows, 1) of every visual row with itself, and (B, n, rows, others) with tokens that are not visual."""
+    """Logits (B, n, rows, 1) of every visual row with itself, and (B, n, rows, others) with all other tokens."""
     q, k = wide(part.q[:, slice(*rows)]), wide(part.k[:, slice(*rows)])
     own = (q * k).sum(-1).transpose(1, 2)[..., None] * part.scale
     if part.bias is not None:
@@ -233,7 +233,8 @@ def _blurred_query(perturbation: Perturbation, part: _Heads, rows: tuple[int, in
         return _mean_query(perturbation, part, rows)
     tokens = part.call.tokens
     if tokens is None or not tokens.visual:
-        raise DitAttnError(f"the blur needs the grid of {part.call.layer.name}, which is unknown for this input; use SoftPAG")
+        name = part.call.layer.name
+        raise DitAttnError(f"the blur needs the grid of {name}, which is unknown for this input; use SoftPAG")
     q = part.q.clone()
     for span in tokens.visual:
         assert span.grid is not None

@@ -48,10 +48,12 @@ class Phase:
     Attributes:
         name: e.g. ``"refresh"`` or ``"sparse"``.
         step: a step of the run, from 0, that shows it.
+        count: steps of this kind in one period of the method.
     """
 
     name: str
     step: int
+    count: int = 1
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class BlockSparse(SparseMethod):
     Give ``density`` or ``top_p``. Blocks and dense exceptions are settings of every :class:`SparseMethod`.
 
     Attributes:
-        density: fraction of the key blocks each query block attends to, in (0, 1]. 1 is bit-equal to the stock attention.
+        density: fraction of the key blocks each query block attends to, in (0, 1]. 1 is bit-equal to stock attention.
         top_p: alternatively, the fewest blocks whose pooled softmax mass reaches this, in (0, 1].
         keep: blocks that are always computed: ``text``, ``first-frame``, ``diagonal`` (they count inside the budget).
 
@@ -42,7 +42,7 @@ class BlockSparse(SparseMethod):
 
     def __post_init__(self) -> None:
         if self.density is not None and self.top_p is not None:
-            raise DitAttnError("block-sparse takes density or top_p, not both: one sets how many blocks are attended to")
+            raise DitAttnError("block-sparse takes density or top_p, not both: each sets the number of blocks")
         if self.density is None and self.top_p is None:
             object.__setattr__(self, "density", 0.25)
         super().__post_init__()

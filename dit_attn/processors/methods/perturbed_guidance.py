@@ -36,8 +36,8 @@ class PerturbedGuidance(Method):
         start, stop: first and last + 1 guided step, as fractions of the run.
         interval: steps from one perturbed pass to the next; the update is reused in between.
         schedule: how the scale falls over the guided steps.
-        inject: where the guidance update is added: to every branch of the step (``shift``: exact for every guidance rule whose
-            coefficients add up to 1), to the conditional one alone, divided by the guidance scale (``cond``), or to the
+        inject: where the guidance update is added: to every branch of the step (``shift``: exact for every guidance
+            rule whose coefficients add up to 1), to the conditional one alone, divided by the guidance scale (``cond``), or to the
             guided prediction as the scheduler gets it (``step``). ``auto`` is ``step`` for pipelines that rescale the
             guided prediction, ``shift`` for the others.
         batched: one call with more rows instead of a second call; no block is reused then.
@@ -87,6 +87,11 @@ class PerturbedGuidance(Method):
         return self.scale * SCHEDULES[self.schedule]((progress - self.start) / (self.stop - self.start))
 
 
+def as_guidance(method: Method) -> PerturbedGuidance | None:
+    """Return ``method`` as a guidance method, ``None`` where it is of another kind."""
+    return method if isinstance(method, PerturbedGuidance) else None
+
+
 def middle_layer(layers: Layers) -> str:
     """Return the name of the layer in the middle."""
     return list(layers)[len(layers) // 2]
@@ -102,7 +107,7 @@ def block_numbers(layers: Any) -> str:
     try:
         found = heads.numbers(",".join(str(item) for item in items).replace(" ", ""))
     except ValueError:
-        raise DitAttnError(f"layers {layers!r} is no list of positions; write positions such as '7' or '7-9,12'") from None
+        raise DitAttnError(f"layers {layers!r} is no list of positions; write e.g. '7' or '7-9,12'") from None
     return ",".join(map(str, found))
 
 

@@ -15,7 +15,7 @@ AT_ONCE = 2**28  # bytes of a matrix of chunk scores
 
 
 def ordered_scores(rows: PermutedTokens, q_block: int, kv_block: int, scale: float) -> torch.Tensor:
-    """Return the logarithm of the pooled weight of every key block: visual blocks by their means, other tokens one by one.
+    """Return the logarithm of the pooled weight of every key block: visual blocks by means, other tokens one by one.
 
     Neighboring text tokens have little in common, and some are sinks: the mean of a block of them means nothing. The
     score of a block with such a token is the log-sum-exp (LSE) of its tokens; that of a visual block is its mean's
@@ -53,7 +53,7 @@ def ordered_scores(rows: PermutedTokens, q_block: int, kv_block: int, scale: flo
 
 
 def heads_apart(rows: PermutedTokens, size: int) -> list[PermutedTokens]:
-    """Return the same rows a few heads at a time, so that scores of ``size`` tokens each stay within :data:`AT_ONCE`."""
+    """Return the same rows a few heads at a time, so that scores of ``size`` tokens stay within :data:`AT_ONCE`."""
     batch, q_len, heads, _ = rows.q.shape
     key_heads = rows.k.shape[2]
     each = 4 * batch * ceil_div(q_len, size) * ceil_div(rows.k.shape[1], size) * (heads // key_heads)

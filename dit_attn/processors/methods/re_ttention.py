@@ -54,7 +54,7 @@ class ReTtention(SparseMethod):
         ramp_rate: growth of rho per step (the paper's 0.04); the first sparse step uses rho as it is.
         clamp: whether rho is clamped to 1.
         stagger: whether the layers refresh at different steps of the period, which spreads the cost over the steps.
-        cache: dtype of the stored R: ``model`` (that of the activations), ``bf16`` or ``fp8`` (one scale per row and head).
+        cache: dtype of the stored R: ``model`` (that of the activations), ``bf16`` or ``fp8`` (a scale per row and head).
         offload: store R in main memory between its uses.
 
     Raises:
@@ -92,7 +92,7 @@ class ReTtention(SparseMethod):
         return (1.0 + self.period * self.density) / self.period
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
-        """Return the bytes stored between a refresh and the next: rho in fp32, and R. Arguments as in the base class."""
+        """Return the bytes stored from a refresh to the next: rho in fp32, and R. Arguments as in the base class."""
         dtype = DTYPES[self.cache]
         each = element if dtype is None else dtype.itemsize
         scales = 4 * tokens * heads if self.cache == "fp8" else 0
@@ -108,7 +108,7 @@ class ReTtention(SparseMethod):
         first, last = self.sparse_range(steps)
         if last - first < 2:
             return ()
-        return tuple(Phase(name, first + i) for i, name in enumerate(("refresh", "sparse")[: self.period]))
+        return (Phase("refresh", first), Phase("sparse", first + 1, self.period - 1))[: self.period]
 
     def synchronized(self) -> ReTtention:
         """Return the method with ``stagger`` off: all layers refresh at the same steps."""
@@ -200,7 +200,9 @@ class ReTtention(SparseMethod):
 
         request.compute_visual = visual
 
-    def _sparse(self, call: AttentionCall, rows: PermutedTokens, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sparse(
+        self, call: AttentionCall, rows: PermutedTokens, layout: BlockLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """W (B, Sv, H, D) and its LSE (B, H, Sv)."""
         found = sparse_attention(
             rows.q, rows.k, rows.v, layout, scale=call.scale,

@@ -3,8 +3,8 @@
 A sparse softmax is wrong in two ways: the selected keys get too much weight, because the skipped ones are missing from
 the denominator, and the contribution of the skipped ones is missing from the sum. The compensations:
 
-* ``paper`` and ``repo``: pooled queries and keys give a block-wise estimate A of the attention matrix, with a column for
-  every text token and every video block weighted by its tokens (IPAR). The rows are scaled by the selected mass R, and
+* ``paper`` and ``repo``: pooled queries and keys give a block-wise estimate A of the attention matrix, with a column
+  for every text token and every video block weighted by its tokens (IPAR). The rows are scaled by the selected mass R, and
   the pooled values of skipped blocks are added with their mass. A gate (GAPR) leaves out blocks whose pooled product is
   smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added to R
   (``repo``, as in the authors' code).
@@ -53,8 +53,8 @@ class RectifiedSpaAttn(SparseMethod):
             ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
         tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
             there is none the default of 128 tokens.
-        keep: blocks that are always attended to, besides text: ``diagonal``, ``neighbours`` (every block that touches), ``first-frame``
-            (every block with a token of it).
+        keep: blocks that are always attended to, besides text: ``diagonal``, ``neighbours`` (every block that touches),
+            ``first-frame`` (every block with a token of it).
         budget: whether forced blocks count inside ``density`` or are added to it (``extra``, as in the paper's code).
         compensation: ``merge``, ``paper``, ``repo`` or ``none``.
         pooled_block: tokens per pooled key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
@@ -70,14 +70,14 @@ class RectifiedSpaAttn(SparseMethod):
 
     density: float = setting(0.25, "fraction of key blocks attended to", low=1e-6, high=1.0)
     top_p: float | None = setting(None, "also attend to blocks up to this pooled softmax mass", low=1e-6, high=1.0)
-    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping them", choices=("mass", "error"))
+    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
     probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
     order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
         ("diagonal",), "blocks that are always attended to", choices=("diagonal", "neighbours", "first-frame")
     )
-    budget: str = setting("inside", "forced blocks count inside density, or are added to it", choices=("inside", "extra"))
+    budget: str = setting("inside", "forced blocks count inside density or are added", choices=("inside", "extra"))
     compensation: str = setting("merge", "compensation for skipped blocks", choices=COMPENSATIONS)
     pooled_block: int | None = setting(None, "tokens per pooled key of merge", low=1)
     variance: bool = setting(False, "second-order term of merge")

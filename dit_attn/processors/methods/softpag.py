@@ -20,7 +20,7 @@ class SoftPAG(PerturbedGuidance):
         heads: perturbed heads, in any form of :mod:`dit_attn.processors.guidance.heads`: ``"blocks.3.attn1:0,4,7"``,
             ``"3:0-7"``, ``{(3, 0): 0.5}``, a file of ``dit-attn search``. Empty: every head of the middle layer.
         u: strength of the heads without one of their own, 0 (unchanged) to 1 (replaced, as in PAG).
-        target: R, the replacement for the attention matrix: ``identity``, ``uniform``, ``mean-query`` or ``blurred-query``.
+        target: R, the replacement for the attention matrix: ``identity``, ``uniform`` or ``mean-query``.
         joint: meaning of the identity where image and text share a sequence. ``joint``: every row attends to itself
             alone, text too (the paper). ``image-rows``: image rows only. ``ii-logit-mask``: image rows attend to
             themselves and the text, in one softmax (diffusers' PAG pipeline for SD3). ``ii-mass-to-diagonal``: an image

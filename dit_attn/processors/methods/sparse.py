@@ -34,8 +34,8 @@ class SparseMethod(Method):
             the class they were measured on. Not compared.
 
     Raises:
-        DitAttnError: a value out of range; ``densities`` together with ``top_p``, of a method without a density, over parts
-            of the run where the method keeps its own schedule, or not as many for every part.
+        DitAttnError: a value out of range; ``densities`` together with ``top_p``, of a method without a density, over
+            parts of the run where the method has its own schedule, or not as many for every part.
     """
 
     role: ClassVar[str] = "sparse"
@@ -67,9 +67,9 @@ class SparseMethod(Method):
         if "density" not in names:
             raise DitAttnError(f"{self.slug} has no density, so it takes no densities; leave them out")
         if getattr(self, "top_p", None) is not None:
-            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each sets how many blocks are computed")
+            raise DitAttnError(f"{self.slug} takes densities or top_p, not both: each sets the number of blocks")
         if self.parts > 1 and not self.by_step:
-            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has a schedule of its own over steps")
+            raise DitAttnError(f"{self.slug}.parts must be 1, got {self.parts}: it has its own schedule over steps")
         if not isinstance(table, tuple) or not table or len(table) % self.parts:
             raise DitAttnError(
                 f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
@@ -124,8 +124,7 @@ class SparseMethod(Method):
 
     @property
     def executed(self) -> float | None:
-        """Attention a sparse call computes for the visual rows, as a fraction of dense, with pooled keys; ``None`` when it
-        depends on the data."""
+        """Attention a sparse call computes for the visual rows, as a fraction of dense; ``None`` when the data decide."""
         return None
 
     @property
@@ -174,6 +173,11 @@ class SparseMethod(Method):
         return dense_step(self.dense_steps, self.dense_last_steps, call)
 
 
+def as_sparse(method: Method) -> SparseMethod | None:
+    """Return ``method`` as a sparse method, ``None`` where it is of another kind."""
+    return method if isinstance(method, SparseMethod) else None
+
+
 @lru_cache(maxsize=4096)
 def _with_density(method: SparseMethod, density: float) -> SparseMethod:
     changes: dict[str, Any] = {"density": density, "densities": None, "parts": 1, "calibration": None}
@@ -193,7 +197,8 @@ def dense_step(first: float | int, last: float | int, call: AttentionCall) -> st
     """
     clock = call.clock
     if clock.total:
-        if clock.step < resolve_count(first, clock.total) or clock.step >= clock.total - resolve_count(last, clock.total):
+        start, stop = resolve_count(first, clock.total), clock.total - resolve_count(last, clock.total)
+        if not start <= clock.step < stop:
             return "dense step"
         return None
     early = clock.progress < first if isinstance(first, float) else clock.step < first

@@ -16,7 +16,8 @@ NEW, LEGACY = ("wan", "flux"), ("cogvideox", "sd3", "pixart")
 def kinds(model: Any) -> dict[str, type]:
     """Stock class of every processor."""
     processors = {n: m.processor for n, m in model.named_modules() if hasattr(m, "processor")}
-    return {n: type(p.__dict__["_dit_stock"]) if attention_processor.is_wrapped(p) else type(p) for n, p in processors.items()}
+    wrapped = attention_processor.is_wrapped
+    return {n: type(p.__dict__["_dit_stock"]) if wrapped(p) else type(p) for n, p in processors.items()}
 
 
 @pytest.mark.parametrize("name", NEW + LEGACY)

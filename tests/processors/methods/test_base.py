@@ -142,7 +142,7 @@ def test_unknown_method_and_setting_name_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_shares_are_fractions_or_counts() -> None:
-    assert [resolve_count(0.1, 20), resolve_count(3, 20), resolve_count(1.0, 20), resolve_count(30, 20)] == [2, 3, 20, 20]
+    assert [resolve_count(amount, 20) for amount in (0.1, 3, 1.0, 30)] == [2, 3, 20, 20]
 
 
 def test_every_preset_holds_valid_settings_and_their_provenance() -> None:

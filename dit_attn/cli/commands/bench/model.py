@@ -25,7 +25,7 @@ from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
 from dit_attn.pipelines.benchmark.frozen_step import Competitor, make_competitor
 from dit_attn.processors.methods.base import Method, is_place
-from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.sparse import as_sparse
 
 ON_CPU = {"layers": 2, "heads": 2, "tokens": 4096}  # what a CPU gets without sizes and --full
 METHODS = ("block-sparse", "rectified-spaattn", "re-ttention")
@@ -186,9 +186,10 @@ def _cached(competitors: tuple[Competitor, ...], arch: Architecture, element: in
 
 def _in_every_layer(spec: MethodSpec, method: Method) -> Method:
     """The method without the dense layers of a preset; those of the user's settings and files stay."""
-    if not isinstance(method, SparseMethod) or "dense_layers" in spec.settings or is_place(spec.name):
+    sparse = as_sparse(method)
+    if sparse is None or "dense_layers" in spec.settings or is_place(spec.name):
         return method
-    return dataclasses.replace(method, dense_layers=())
+    return dataclasses.replace(sparse, dense_layers=())
 
 
 def _about(arch: Architecture, published: Architecture, model: Any) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def family_of(model: Any) -> Family:
     if row is None:
         raise DitAttnError(
             f"{type(model).__name__} is not a supported transformer; supported families: "
-            f"{', '.join(sorted({row.name for row in rows.values()}))}. docs/extend/add_a_family.md shows how to add one"
+            f"{', '.join(sorted({row.name for row in rows.values()}))}. "
+            "docs/extend/add_a_family.md shows how to add one"
         )
     if row.refused:
         raise DitAttnError(f"{type(model).__name__} cannot take attention methods: {row.refused}")
