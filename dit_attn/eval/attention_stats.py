@@ -81,7 +81,7 @@ STATISTICS: dict[str, Statistic] = {
         "Distance in time",
         "frames",
         "Expected |dt| between a row and the keys it attends to, in latent frames: dark layers attend to their own "
-        "frame and its neighbours.",
+        "frame and its neighbors.",
     ),
     "dh": Statistic(
         "Distance in height",

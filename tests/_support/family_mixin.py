@@ -179,10 +179,10 @@ class FamilyMixin(GuidedMixin):
         with requests() as seen:
             sparse = self.call(net, args)
         assert len(seen) == self.sockets
-        for call, request, out in seen:
+        for seen_call, request, out in seen:
             assert request.layout is not None and request.layout.density < 0.9
-            rows = self._valid_rows(call)
-            torch.testing.assert_close(out.double()[rows], reference(call, request)[rows], atol=2e-5, rtol=1e-4)
+            rows = self._valid_rows(seen_call)
+            torch.testing.assert_close(out.double()[rows], reference(seen_call, request)[rows], atol=2e-5, rtol=1e-4)
         assert not same(dense, sparse)
         summary = dit_attn.summary(net)
         assert summary.sparse_calls == self.sockets and summary.density is not None and summary.density < 1.0

@@ -43,7 +43,7 @@ class TokenPermutation:
         """Return the blocks that every selection must contain.
 
         Args:
-            keep: any of ``diagonal``, ``neighbours`` (the 26 of each token, and itself) and ``first-frame``; blocks
+            keep: any of ``diagonal``, ``neighbors`` (the 26 of each token, and itself) and ``first-frame``; blocks
                 with a token that is not visual are always forced.
             seq_len: tokens of the sequence.
             q_block, kv_block: tokens per block.
@@ -55,7 +55,7 @@ class TokenPermutation:
         starts = torch.arange(ceil_div(seq_len, kv_block), device=device) * kv_block
         not_visual = (starts + kv_block).clamp(max=seq_len) > self.visual
         forced = not_visual.expand(nq, -1).clone()
-        if "neighbours" in keep:
+        if "neighbors" in keep:
             forced[:, : ceil_div(self.visual, kv_block)] |= block_neighbors(
                 *self.parts, block=q_block, kv_block=kv_block
             )

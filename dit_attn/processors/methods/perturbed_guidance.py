@@ -37,9 +37,9 @@ class PerturbedGuidance(Method):
         interval: steps from one perturbed pass to the next; the update is reused in between.
         schedule: how the scale falls over the guided steps.
         inject: where the guidance update is added: to every branch of the step (``shift``: exact for every guidance
-            rule whose coefficients add up to 1), to the conditional one alone, divided by the guidance scale (``cond``), or to the
-            guided prediction as the scheduler gets it (``step``). ``auto`` is ``step`` for pipelines that rescale the
-            guided prediction, ``shift`` for the others.
+            rule whose coefficients add up to 1), to the conditional one alone, divided by the guidance scale
+            (``cond``), or to the guided prediction as the scheduler gets it (``step``). ``auto`` is ``step`` for
+            pipelines that rescale the guided prediction, ``shift`` for the others.
         batched: one call with more rows instead of a second call; no block is reused then.
         share_prefix: reuse the blocks before the first perturbed one from the plain pass.
     """

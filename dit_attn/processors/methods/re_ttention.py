@@ -54,7 +54,7 @@ class ReTtention(SparseMethod):
         ramp_rate: growth of rho per step (the paper's 0.04); the first sparse step uses rho as it is.
         clamp: whether rho is clamped to 1.
         stagger: whether the layers refresh at different steps of the period, which spreads the cost over the steps.
-        cache: dtype of the stored R: ``model`` (that of the activations), ``bf16`` or ``fp8`` (a scale per row and head).
+        cache: dtype of the stored R: ``model`` (that of activations), ``bf16`` or ``fp8`` (a scale per row and head).
         offload: store R in main memory between its uses.
 
     Raises:

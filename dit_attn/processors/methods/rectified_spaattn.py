@@ -4,10 +4,10 @@ A sparse softmax is wrong in two ways: the selected keys get too much weight, be
 the denominator, and the contribution of the skipped ones is missing from the sum. The compensations:
 
 * ``paper`` and ``repo``: pooled queries and keys give a block-wise estimate A of the attention matrix, with a column
-  for every text token and every video block weighted by its tokens (IPAR). The rows are scaled by the selected mass R, and
-  the pooled values of skipped blocks are added with their mass. A gate (GAPR) leaves out blocks whose pooled product is
-  smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added to R
-  (``repo``, as in the authors' code).
+  for every text token and every video block weighted by its tokens (IPAR). The rows are scaled by the selected mass R,
+  and the pooled values of skipped blocks are added with their mass. A gate (GAPR) leaves out blocks whose pooled
+  product is smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added
+  to R (``repo``, as in the authors' code).
 * ``merge``: skipped blocks enter the same softmax as pooled keys, the means of a few keys with ``ln n`` added to the
   logit. There is one denominator and no rescaling, and every row of a block weights them by itself.
 """
@@ -53,7 +53,7 @@ class RectifiedSpaAttn(SparseMethod):
             ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
         tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
             there is none the default of 128 tokens.
-        keep: blocks that are always attended to, besides text: ``diagonal``, ``neighbours`` (every block that touches),
+        keep: blocks that are always attended to, besides text: ``diagonal``, ``neighbors`` (every block that touches),
             ``first-frame`` (every block with a token of it).
         budget: whether forced blocks count inside ``density`` or are added to it (``extra``, as in the paper's code).
         compensation: ``merge``, ``paper``, ``repo`` or ``none``.
@@ -75,7 +75,7 @@ class RectifiedSpaAttn(SparseMethod):
     order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
-        ("diagonal",), "blocks that are always attended to", choices=("diagonal", "neighbours", "first-frame")
+        ("diagonal",), "blocks that are always attended to", choices=("diagonal", "neighbors", "first-frame")
     )
     budget: str = setting("inside", "forced blocks count inside density or are added", choices=("inside", "extra"))
     compensation: str = setting("merge", "compensation for skipped blocks", choices=COMPENSATIONS)

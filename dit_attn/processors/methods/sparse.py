@@ -124,7 +124,7 @@ class SparseMethod(Method):
 
     @property
     def executed(self) -> float | None:
-        """Attention a sparse call computes for the visual rows, as a fraction of dense; ``None`` when the data decide."""
+        """Attention a sparse call computes for the visual rows, as a fraction of dense; ``None`` if unknown."""
         return None
 
     @property

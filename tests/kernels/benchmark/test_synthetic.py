@@ -24,7 +24,7 @@ def test_logits_have_the_spread_that_was_asked_for() -> None:
     assert float(logits.std()) == pytest.approx(3.0, rel=0.1)
 
 
-def test_neighbours_are_alike_and_strangers_are_not() -> None:
+def test_neighbors_are_alike_and_strangers_are_not() -> None:
     _, k, _ = structured_qkv(Structure(smooth=2.0, noise=0.1), (1, 24, 24), 1, 64, seed=1)[0]
     keys = torch.nn.functional.normalize(k[0, :, 0], dim=-1).unflatten(0, (24, 24))
     near = (keys[:, 1:] * keys[:, :-1]).sum(-1).mean()

@@ -113,7 +113,7 @@ def replaced(call: AttentionCall, plan: Perturbation) -> torch.Tensor:
 
 
 def blurred_by_hand(q: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Every token of a frame as a weighted sum of its neighbours, mirrored at the borders; no convolution."""
+    """Every token of a frame as a weighted sum of its neighbors, mirrored at the borders; no convolution."""
     t, h, w = GRID
     frames = q.reshape(q.shape[0], t, h, w, *q.shape[2:])
     for axis, size in ((2, h), (3, w)):

@@ -85,7 +85,7 @@ def test_rectified_presets_have_the_papers_schedule(
     method = method_for("rectified-spaattn", checkpoint(transformer, published), pair=pair)
     assert isinstance(method, RectifiedSpaAttn)
     assert (method.density, method.dense_steps, method.dense_layers) == (density, dense_steps, dense_layers)
-    assert method.keep == ("neighbours",) and method.budget == "extra" and method.q_block == method.kv_block == 128
+    assert method.keep == ("neighbors",) and method.budget == "extra" and method.q_block == method.kv_block == 128
 
 
 @pytest.mark.parametrize("name, dense_steps", [("pixart-sigma", 5), ("hunyuan-dit", 10), ("cogvideox-2b", 15)])

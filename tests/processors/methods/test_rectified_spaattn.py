@@ -82,7 +82,7 @@ SETTINGS = {
     "merge": {"pooled_block": 4},
     "variance": {"pooled_block": 8, "variance": True},
     "top-p": {"top_p": 0.6, "select": "mass"},
-    "extra": {"budget": "extra", "keep": ("neighbours", "first-frame"), "density": 0.1},
+    "extra": {"budget": "extra", "keep": ("neighbors", "first-frame"), "density": 0.1},
     "tiles": {"order": "tiles", "tile": (2, 2, 4)},
     "boxes": {"order": "tiles"},
     "curve": {"order": "hilbert"},
@@ -166,7 +166,7 @@ def test_only_a_forced_or_well_scored_block_is_read_and_the_budget_holds() -> No
     assert int(mask.sum(-1).max()) == math.ceil(0.5 * mask.shape[-1])
 
 
-def test_neighbours_of_two_block_sizes_and_two_grids_match_brute_force() -> None:
+def test_neighbors_of_two_block_sizes_and_two_grids_match_brute_force() -> None:
     orders = (token_order("hilbert", (3, 4, 5)), token_order("hilbert", (1, 4, 4)))
     found = block_neighbors(*orders, block=8, kv_block=6)
     places = torch.cat([order.coordinates() + 100 * i for i, order in enumerate(orders)])

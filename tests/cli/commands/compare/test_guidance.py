@@ -64,7 +64,7 @@ def test_an_argument_the_pipeline_does_not_take_is_refused(compare):
         (("softpag", "heads=99"), "no layer 99"),
         (("softpag", "heads=3:9"), "has no head 9: its heads are 0 to 1"),
         (("softpag", "heads=transformer_blocks.3.attn2:0"), "cross attention"),
-        (("softpag", "heads=3:-1"), "cannot be read"),
+        (("softpag", "heads=3:-1"), "cannot be parsed"),
         (("softpag", "heads=nothing.json"), "nothing.json cannot be read"),
         (("softpag", "u=-0.5"), "softpag.u must be between 0.0 and 1.0"),
         (("softpag", "scale=-1"), "softpag.scale must be at least 0.0"),
@@ -89,7 +89,7 @@ def test_explain_says_evaluations_and_cost_of_a_step(cli):
     assert "1 heads in 1 layers; evaluations per step: 2.00 alone, 3.00 with CFG" in outcome.out
     assert "blocks run: x1.50 alone, x1.25 with CFG" in outcome.out  # 3 of 6 blocks are taken over
     skipped = cli("explain", "--model", "tiny-image", "--method", "stg", "--set", "mode=residual", "--set", "layers=3")
-    assert "1 blocks left out" in skipped.out and "x1.33 alone" in skipped.out  # and the fourth is not run
+    assert "1 blocks skipped" in skipped.out and "x1.33 alone" in skipped.out  # and the fourth is not run
 
 
 def test_guidance_that_the_pipeline_drops_is_told_of(cli, flux_model):
