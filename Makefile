@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: lint types unit
 
 lint: $(STAMP)
-	$(BIN)/ruff check dit_attn tests
+	$(BIN)/ruff check dit_attn tests docs $(wildcard examples)
 
 types: $(STAMP)
 	$(BIN)/mypy

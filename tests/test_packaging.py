@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dit_attn
-from dit_attn.processors.method import methods
+from dit_attn.processors.methods import methods
 from tests.packaging import check
 
 if sys.version_info >= (3, 11):
