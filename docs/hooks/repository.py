@@ -1,7 +1,7 @@
 """Bring files of the repository into the site: linked records, and parts of Markdown files outside of docs/.
 
-A page links to ``../benchmarks/x.json``, which works in the repository; the site gets that file under the same path, so that
-a link to a record that does not exist fails a strict build like any other.
+A page links to ``../benchmarks/x.json``, which works in the repository; the site gets that file under the same path, so
+that a link to a record that does not exist fails a strict build like any other.
 """
 
 from __future__ import annotations
