@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import dit_attn
 from dit_attn import cli, kernels, models
@@ -221,3 +223,40 @@ def test_the_backend_of_the_page_says_what_it_cannot_do(masked_sdpa: str) -> Non
 def test_every_command_is_in_the_table_of_commands() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \|", (DOCS / "cli.md").read_text(), re.MULTILINE)
     assert not [name for name in COMMANDS if name not in rows]
+
+
+# -- the site ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("link", "problem"),
+    [
+        ("../benchmarks/record.json", ""),
+        ("other.md#part", ""),
+        ("../benchmarks/absent.json", "the target is not found"),
+        ("absent.md", "the target is not found"),
+        ("other.md#absent", "does not contain an anchor"),
+    ],
+)
+def test_a_link_to_a_record_works_and_a_broken_one_fails_the_build(tmp_path: Path, link: str, problem: str) -> None:
+    pytest.importorskip("mkdocs", reason="the docs group is not installed")
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
+    config = {"site_name": "x", "theme": "mkdocs", "plugins": [], "validation": config["validation"]}
+    config["hooks"] = [str(DOCS / "hooks" / "repository.py")]
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+    for name, text in {
+        "docs/index.md": f"[a]({link}) [b](other.md)",
+        "docs/other.md": "# Other\n\n## Part",
+        "benchmarks/record.json": "{}",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    build = re.search(r"mkdocs (build .*--strict)", (ROOT / "Makefile").read_text())
+    assert build is not None and "--quiet" not in build.group(1)  # which would silence what strict counts
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *build.group(1).split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode != 0) == bool(problem) and problem in done.stderr
+    if link.endswith("record.json"):
+        assert (tmp_path / "site" / "benchmarks" / "record.json").read_text() == "{}"
+        assert 'href="benchmarks/record.json"' in (tmp_path / "site" / "index.html").read_text()

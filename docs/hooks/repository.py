@@ -1,4 +1,4 @@
-"""Bring files of the repository into the site: linked records, and parts of Markdown files outside of docs/.
+"""Bring files of the repository into the site: linked records, parts of Markdown files outside of docs/, docstrings.
 
 A page links to ``../benchmarks/x.json``, which works in the repository; the site gets that file under the same path, so
 that a link to a record that does not exist fails a strict build like any other.
@@ -14,6 +14,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
+_ROLE = re.compile(r":(?:class|func|data|meth|mod):<code>(~?)([\w.]+)</code>")
 _INCLUDE = re.compile(r"^<!-- include: (\S+)(?: (\S+))? -->$", re.MULTILINE)
 
 
@@ -44,6 +45,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return text.strip()
 
     return _INCLUDE.sub(include, _LINK.sub(link, markdown))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Show the Sphinx roles of docstrings as code; with a tilde the last part of the name, as Sphinx does."""
+    return _ROLE.sub(lambda m: f"<code>{m[2].rpartition('.')[2] if m[1] else m[2]}</code>", html)
 
 
 def _outside(page: Path, link: str, docs: Path) -> str | None:
