@@ -59,7 +59,10 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "call_defaults", lambda name: {**stock(name), "num_inference_steps": 2})
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(runs(b) for b in code_blocks(page, "python"))], ids=str)
+RUNNABLE = [page for page in PAGES if any(runs(found) for found in code_blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     page: Path, few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
