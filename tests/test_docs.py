@@ -147,7 +147,7 @@ def first_frame(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
     module = types.ModuleType("dit_attn.processors.methods.first_frame")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(block("extend/method.md", '"""Every block').compiled(), module.__dict__)
+    exec(block("extend/add_a_method.md", '"""Every block').compiled(), module.__dict__)
     return module.FirstFrame  # type: ignore[attr-defined]
 
 
@@ -175,7 +175,7 @@ def test_the_method_of_the_page_is_known_by_its_slug_and_checks_its_settings(fir
 def test_the_family_of_the_page_is_a_row(monkeypatch: Any) -> None:
     names = {"Family": Family, "TokenLayout": TokenLayout, "Span": Span, "visual_span": visual_span}
     names |= {"SEPARATE": SEPARATE, "BATCHED": BATCHED, "CFGRule": CFGRule}
-    code = block("extend/family.md", "def _my_model").text.replace("\nFamily(", "\nrow = Family(")
+    code = block("extend/add_a_family.md", "def _my_model").text.replace("\nFamily(", "\nrow = Family(")
     exec(compile(code, "family.md", "exec"), names)
     row: Any = names["row"]
     layout = row.layout(SimpleNamespace(patch_size=2), {"hidden_states": torch.empty(1, 4, 3, 8, 10)})
@@ -184,7 +184,7 @@ def test_the_family_of_the_page_is_a_row(monkeypatch: Any) -> None:
 
 
 def test_every_field_of_a_family_and_part_of_a_request_is_on_its_page() -> None:
-    family, method = ((DOCS / "extend" / name).read_text() for name in ("family.md", "method.md"))
+    family, method = ((DOCS / "extend" / name).read_text() for name in ("add_a_family.md", "add_a_method.md"))
     assert not [field.name for field in dataclasses.fields(Family) if f"{field.name}=" not in family]
     internal = {"causal", "declined", "max_error"}
     for kind, name in ((AttentionCall, "call"), (Request, "request")):
@@ -198,7 +198,7 @@ def masked_sdpa(monkeypatch: pytest.MonkeyPatch) -> str:
     """The backend of the page, registered for one test only; its name."""
     monkeypatch.setattr(registry, "BACKENDS", before := dict(registry.BACKENDS))
     monkeypatch.setattr(kernels.functional, "BACKENDS", before)
-    exec(block("extend/backend.md", '"""Run a layout').compiled(), {"__name__": "masked_sdpa"})
+    exec(block("extend/add_a_backend.md", '"""Run a layout').compiled(), {"__name__": "masked_sdpa"})
     return "masked-sdpa"
 
 
@@ -221,6 +221,12 @@ def test_the_backend_of_the_page_says_what_it_cannot_do(masked_sdpa: str) -> Non
     assert "masked-sdpa: builds an S x S mask; only on request" in str(kernels.choose_backend(q, layout))
     with pytest.raises(dit_attn.DitAttnError, match="backend 'masked-sdpa' cannot run this call: it has no LSE output"):
         kernels.sparse_attention(q, q, q, layout, backend=masked_sdpa, return_lse=True)
+
+
+def test_the_package_names_pages_that_exist() -> None:
+    sources = sorted((ROOT / "dit_attn").rglob("*.py"))
+    named = {name for path in sources for name in re.findall(r"\bdocs/[\w/]+\.(?:md|png)", path.read_text())}
+    assert named and not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_every_command_is_in_the_table_of_commands() -> None:
