@@ -1,16 +1,18 @@
 # make demo   generate an image and a clip with the embedded models, dense and sparse, and show what happened
 # make test   lint, types and tests
+# make docs   build the docs site into outputs/site; fails on a broken link
+# make package   build wheel and sdist, install the wheel into a fresh environment, and run it there
 # Each makes its own virtual environment (.venv) when there is none. PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit test-matrix families clean
+.PHONY: demo test lint types unit docs docs-serve package test-matrix clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,eval,triton]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,eval,triton]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -19,13 +21,22 @@ demo: $(STAMP)
 test: lint types unit
 
 lint: $(STAMP)
-	$(BIN)/ruff check dit_attn tests
+	$(BIN)/ruff check dit_attn tests docs $(wildcard examples)
 
 types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir outputs/site
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+package: $(STAMP)
+	$(BIN)/python -m tests.packaging.check
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m tests.families.matrix --output benchmarks/matrix.json
