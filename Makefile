@@ -13,6 +13,9 @@ STAMP := $(VENV)/.installed
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,eval,triton]"
+	# Beside a CPU torch the wheel of torchvision does not import; the tests load its Python parts from a folder of its own.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/test-packages torchvision==0.28.0 torch-fidelity==0.4.0
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -49,7 +49,7 @@ def parse_method(text: str) -> Variant:
     """Read ``block-sparse:density=0.25,keep=text,diagonal + other`` as methods with settings.
 
     A comma separates settings where ``KEY=`` follows it; elsewhere it belongs to a list. Nothing is split inside quotes
-    and brackets; quotes around a value are taken off.
+    and brackets; quotes around a value are removed.
 
     Raises:
         DitAttnError: no name, a setting that is not KEY=VALUE, or a quote without an end.

@@ -32,7 +32,7 @@ def oversaturated(frames: np.ndarray, dense: np.ndarray | None = None) -> float:
     Args:
         frames: (F, H, W, 3) uint8.
         dense: what to compare with where the world's palette does not apply: no pixel may be stronger than the
-            strongest 0.1 % of ``dense`` by ``MARGIN``, and the share that ``dense`` itself has is taken off (so that
+            strongest 0.1 % of ``dense`` by ``MARGIN``, and the share that ``dense`` itself has is subtracted (so that
             the result is 0 for ``dense`` itself, and may be negative where it is clipped).
     """
     strength = _chroma(frames)

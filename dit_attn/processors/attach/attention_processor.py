@@ -93,7 +93,7 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
 
 
 def is_wrapped(processor: Any) -> bool:
-    """Whether ``processor`` is one of ours."""
+    """Return whether ``processor`` is a wrapped one."""
     return getattr(type(processor), "_dit_tap", None) is not None
 
 

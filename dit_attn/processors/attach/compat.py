@@ -55,7 +55,7 @@ def register_backend(function: Callable[..., torch.Tensor]) -> Any:
 def dispatch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, backend: Any, parallel_config: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """The stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
+    """Call the stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     if "parallel_config" in inspect.signature(dispatch_attention_fn).parameters:

@@ -153,7 +153,7 @@ class _Heads:
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
     def logits(self, q: torch.Tensor, keys: slice) -> torch.Tensor:
-        """(B, n, rows, keys) of queries (B, rows, n, D) and some keys, the model's mask in."""
+        """Return the logits (B, n, rows, keys) of queries (B, rows, n, D) and some keys, with the model's mask."""
         scores = torch.einsum("bqhd,bkhd->bhqk", wide(q), wide(self.k[:, keys])) * self.scale
         return scores if self.bias is None else scores + self.bias[:, :, None, keys]
 

@@ -187,7 +187,7 @@ class Method:
 
 
 def is_place(name: str) -> bool:
-    """Whether a text names saved settings (a file, a folder, ``org/name``) rather than a slug."""
+    """Return whether a text names saved settings (a file, a folder, ``org/name``) rather than a slug."""
     return "/" in name or name.endswith(".json") or Path(name).is_dir()
 
 

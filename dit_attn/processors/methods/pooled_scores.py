@@ -74,5 +74,5 @@ def heads_apart(rows: PermutedTokens, size: int) -> list[PermutedTokens]:
 
 
 def per_query_head(x: torch.Tensor, rows: PermutedTokens) -> torch.Tensor:
-    """(B, Hk, ...) repeated to (B, H, ...)."""
+    """Repeat (B, Hk, ...) to (B, H, ...)."""
     return x.repeat_interleave(rows.q.shape[2] // rows.k.shape[2], 1)

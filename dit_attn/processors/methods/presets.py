@@ -31,7 +31,7 @@ class Preset:
     pair: bool = False
 
     def matches(self, model: Any, pair: bool = False) -> bool:
-        """Whether this preset was made for ``model``, one of two transformers of a pipeline or the only one."""
+        """Return whether this preset is for ``model``, one of two transformers of a pipeline or the only one."""
         if type(model).__name__ != self.transformer or (self.pair and not pair):
             return False
         return all(model.config.get(key) == value for key, value in self.config.items())

@@ -34,10 +34,10 @@ def _order(*order: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
 
 
 def image_spans(ids: torch.Tensor) -> tuple[Span, ...]:
-    """Spans of an ``img_ids`` table.
+    """Return the spans of an ``img_ids`` table.
 
     Args:
-        ids: (S, n) or (B, S, n); columns kind, y, x. Kind 0 is the picture, every other kind one reference image.
+        ids: (S, n) or (B, S, n); columns kind, y, x. Kind 0 is the image, every other kind one reference image.
     """
     if ids.ndim == 3:
         ids = ids[0]
@@ -56,14 +56,14 @@ def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _qwen(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """img_shapes: per sample a list of (T, H, W), the picture first; the sequence is [text, image, reference, ...]."""
+    """img_shapes: per sample a list of (T, H, W), the generated image first; the sequence is [text, image, ...]."""
     first, *others = values["img_shapes"]
     shapes = [first] if isinstance(first, tuple) else first
     if any((other if isinstance(other, list) else [other]) != shapes for other in others if isinstance(first, list)):
         raise ValueError("samples of different sizes in one batch")
-    picture, *references = shapes
+    image, *references = shapes
     return TokenLayout(
-        (TEXT, visual_span("image", picture), *(visual_span("reference", shape) for shape in references))
+        (TEXT, visual_span("image", image), *(visual_span("reference", shape) for shape in references))
     )
 
 
@@ -94,7 +94,7 @@ def _hidream(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _z_image(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """x: list of (C, T, H, W) latents; the sequence is [image, padding, text]. Lists of references are declined."""
+    """x: list of (C, T, H, W) latents; the sequence is [image, padding, text]. No lists of references."""
     latents = values["x"]
     if isinstance(latents[0], list):
         raise ValueError("reference images in the Z-Image sequence")

@@ -26,7 +26,7 @@ def _patches(config: Any) -> tuple[int, int, int]:
 
 
 def grid_of(config: Any, values: dict[str, Any], axes: tuple[int, int, int] = (2, 3, 4)) -> tuple[int, int, int]:
-    """(T, H, W) tokens of 5-D latents ``hidden_states``; ``axes`` are its frame, height and width axes."""
+    """Return the (T, H, W) tokens of 5-D latents ``hidden_states``; ``axes`` are its frame, height and width axes."""
     latents, patch = values["hidden_states"], _patches(config)
     t, h, w = (latents.shape[axis] // step for axis, step in zip(axes, patch))
     return (t, h, w)
@@ -49,7 +49,7 @@ def _named_span(config: Any, values: dict[str, Any]) -> Span:
 
 
 def coordinate_spans(coords: torch.Tensor, *, references: bool) -> tuple[Span, ...]:
-    """Spans of packed latents whose grid is told by coordinates alone.
+    """Return the spans of packed latents whose grid follows from coordinates alone.
 
     Time rises from frame to frame inside the video; frames that condition it stand before it and end where time drops.
 
@@ -89,14 +89,14 @@ def _ltx(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _ltx_2(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """Key frames and reference clips are appended to the video; pipelines with tiles name no grid."""
+    """Key frames and reference videos are appended to the video; pipelines with tiles name no grid."""
     if values["num_frames"] is None:
         return TokenLayout(coordinate_spans(values["video_coords"], references=False))
     return TokenLayout((_named_span(config, values), Span("reference", None)))
 
 
 def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """5-D latents whose first frame is the picture of the character; the video follows it."""
+    """5-D latents whose first frame is the image of the character; the video follows it."""
     t, h, w = grid_of(config, values)
     return TokenLayout((visual_span("reference", (1, h, w)), visual_span("video", (t - 1, h, w))))
 
@@ -195,7 +195,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         forward_args=("num_frames", "height", "width", "video_coords"),
         layout=_ltx_2,
-        cfg=replace(BATCHED, scale=""),  # picture and sound have scales of their own
+        cfg=replace(BATCHED, scale=""),  # image and sound have scales of their own
     ),
     Family(
         name="mochi",
