@@ -1,4 +1,4 @@
-"""Rules of classifier-free guidance: from the argument of a pipeline's call to the scale of ``u + s (c - u)`` and back."""
+"""Rules of classifier-free guidance: between the argument of a pipeline and the scale s of ``u + s (c - u)``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numeric guard: poison and errors above the bound send a layer dense, whenever in a session they come."""
+"""Dispatch of one attention call: methods or stock attention and why, the numeric guard, and observers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import dit_attn
 from dit_attn import BlockSparse, models
+from dit_attn.kernels import Compensation
+from dit_attn.processors.attach.attach import session_of
 from dit_attn.processors.core import dispatch, executor
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.guidance.perturbation import Perturbation
+from tests._support.compose import forward, tiny
+from tests._support.core_calls import GRID, JOINT, TEXT, VISUAL, Dispatched, host_run, random_args, stock_attention
+from tests._support.recorded_calls import reference
 
 BLOCKS: dict[str, Any] = {"q_block": 32, "kv_block": 32, "dense_steps": 0}
 CALL = {**models.call_defaults("tiny-image"), "height": 64, "width": 64, "num_inference_steps": 2}
+
+
+# -- the numeric guard ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +94,167 @@ def test_an_error_that_is_not_a_number_is_above_every_bound(pipe: Any, monkeypat
         with pytest.warns(UserWarning, match="error nan is above"):
             assert torch.equal(latents(pipe), stock)
         assert dit_attn.summary(pipe).sparse_calls == 0
+
+
+# -- observers --------------------------------------------------------------------------------------------------------
+
+
+def test_an_observer_sees_every_call_and_changes_nothing() -> None:
+    model, inputs = tiny("wan")
+    before = forward(model, inputs)
+    seen: list[tuple[str, tuple[int, ...], bool]] = []
+    with dit_attn.observing(
+        model, lambda call, request, out: seen.append((call.layer.name, tuple(out.shape), request.layout is None))
+    ):
+        during = forward(model, inputs)
+    assert torch.equal(before, during)
+    assert session_of(model) is None
+    assert len({name for name, *_ in seen}) == len(seen) > 0
+    assert all(stock for *_, stock in seen)
+
+
+def test_an_observer_sees_the_layout_a_method_asked_for_and_what_it_gave() -> None:
+    model, inputs = tiny("wan")
+    method = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
+    seen = {}
+    with (
+        dit_attn.enabled(model, method),
+        dit_attn.observing(model, lambda call, request, out: seen.update({call.layer.name: (request.layout, out)})),
+    ):
+        forward(model, inputs)
+        session = session_of(model)
+        assert session is not None and session.observers
+    layout, out = next((layout, out) for layout, out in seen.values() if layout is not None)
+    assert layout.density < 0.75
+    assert torch.isfinite(out).all()
+    assert session.observers == []
+
+
+# -- a host that is not diffusers -------------------------------------------------------------------------------------
+
+SPARSE = BlockSparse(density=0.3, **BLOCKS)
+LAST = torch.arange(2) == 1
+KEY_MASK = ~(LAST[:, None] & (torch.arange(TEXT + VISUAL) < 6)[None])  # six text keys of the second row do not exist
+
+
+@pytest.mark.parametrize("mask", [None, KEY_MASK, KEY_MASK[:, None, None], torch.randn(2, 4, 1, TEXT + VISUAL)],
+                         ids=["no mask", "keys", "boolean", "additive"])  # fmt: skip
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_a_call_of_a_bare_run_state_is_the_softmax_over_its_layout(
+    mask: torch.Tensor | None, scale: float | None
+) -> None:
+    run, layer = host_run([SPARSE])
+    done = Dispatched(run, layer, random_args(mask=mask, scale=scale))
+    assert done.call is not None and done.request.layout is not None and done.stock_calls == 0
+    assert 0.2 < done.request.layout.density < 0.6
+    torch.testing.assert_close(done.out.double(), reference(done.call, done.request), atol=3e-6, rtol=1e-5)
+    assert (layer.stats.calls, layer.stats.sparse_calls, layer.stats.fallbacks) == (1, 1, {})
+    share = VISUAL / (TEXT + VISUAL)
+    assert layer.stats.computed == pytest.approx(share * done.request.layout.density + 1 - share)
+
+
+def test_density_one_is_bit_equal_to_stock_and_counted_as_a_fallback() -> None:
+    run, layer = host_run([BlockSparse(density=1.0, **BLOCKS)])
+    args = random_args()
+    done = Dispatched(run, layer, args)
+    assert torch.equal(done.out, stock_attention(args))
+    assert done.request.layout is None and layer.stats.fallbacks == {"density 1": 1} and not layer.stats.sparse_calls
+
+
+class ValueOnly(TorchFunctionMode):
+    """A mode of other code around the attention call."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+VIDEO = TokenLayout((visual_span("video", GRID),))
+APART = TokenLayout((visual_span("image", (1, 12, 12)), Span("text", 20), visual_span("image", (1, 12, 12))))
+FALLBACKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no method enabled": ({"methods": []}, {}),
+    dispatch.ONLY_GUIDANCE: ({"methods": [dit_attn.SoftPAG()]}, {}),
+    "cross attention": ({}, {"keys": 77}),
+    "causal attention": ({}, {"causal": True}),
+    "unknown token layout for 307 tokens": ({"layout": VIDEO}, {"seq_len": 307}),
+    "visual tokens are not consecutive": ({"layout": APART}, {}),
+    "sequence under 256 tokens": ({"layout": TokenLayout((visual_span("image", (1, 10, 10)),))}, {"seq_len": 100}),
+    "square attention mask": ({}, {"mask": torch.ones(1, 1, 308, 308, dtype=torch.bool)}),
+    "attention mask of shape (2, 3, 1, 308)": ({}, {"mask": torch.ones(2, 3, 1, 308, dtype=torch.bool)}),
+    "BlockMask attention mask": ({}, {"mask": type("BlockMask", (), {"ndim": 0})()}),
+    "attention dropout": ({}, {"dropout": 0.1}),
+    "ring attention": ({}, {"unsupported": "ring attention"}),
+    "dense step": ({"methods": [BlockSparse(density=0.3, q_block=32, kv_block=32, dense_steps=1)]}, {}),
+}
+
+
+@pytest.mark.parametrize("reason", FALLBACKS)
+def test_a_call_that_no_method_carries_out_takes_the_stock_result_and_counts_the_reason(reason: str) -> None:
+    made, given_args = FALLBACKS[reason]
+    run, layer = host_run(**{"methods": [SPARSE], **made})
+    args, result = random_args(**given_args), torch.full((1,), 7.0)
+    for count in (1, 2):
+        assert dispatch.dispatch_attention(run, layer, args, lambda: result) is result
+        assert layer.stats.fallbacks == {reason: count} and layer.stats.sparse_calls == 0
+
+
+def test_a_layout_that_could_not_be_found_and_a_function_mode_leave_calls_to_stock() -> None:
+    run, layer = host_run([SPARSE])
+    run.set_layout(None, "layout of wan: KeyError: 'grid'")
+    assert Dispatched(run, layer, random_args()).stock_calls == 1
+    run.set_layout(JOINT)
+    with ValueOnly():
+        assert Dispatched(run, layer, random_args()).stock_calls == 1
+    with torch.device("cpu"):  # torch's own mode changes nothing
+        assert Dispatched(run, layer, random_args()).stock_calls == 0
+    assert list(layer.stats.fallbacks) == [
+        "layout of wan: KeyError: 'grid'", "ValueOnly is active around the attention call"
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_fails_disables_its_layer_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, layer = host_run([SPARSE])
+    other, args = run.add_layer("blocks.1"), random_args()
+
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise RuntimeError("no image for this device\nand more")
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=r"blocks\.0 goes back to dense attention"):
+        patch.setattr(executor, "sparse_attention", broken)
+        done = Dispatched(run, layer, args)
+    assert torch.equal(done.out, stock_attention(args)) and done.request.layout is None
+    assert layer.disabled == "kernel failed: RuntimeError: no image for this device"
+    assert Dispatched(run, layer, args).stock_calls == 1 and layer.stats.fallbacks == {layer.disabled: 2}
+    assert Dispatched(run, other, args).stock_calls == 0
+
+
+def test_a_perturbed_pass_changes_the_rows_behind_the_plain_ones() -> None:
+    plain = Dispatched(*host_run([SPARSE]), random_args())
+    run, layer = host_run([SPARSE], rows=1)
+    run.append_perturbed(Perturbation({"blocks.0": {1: 1.0}}), 1)
+    found = Dispatched(run, layer, random_args())
+    assert found.call is not None and found.call.branches == ("cond", "perturbed")
+    assert torch.equal(found.out[0], plain.out[0]) and torch.equal(found.out[1, :, 0], plain.out[1, :, 0])
+    assert torch.equal(found.out[1, :, 1], random_args().v[1, :, 0])  # the identity returns the values
+    wide = Perturbation({"blocks.0": {1: 1.0}}, target="uniform")
+    with run.perturbing(wide, 2), pytest.raises(dit_attn.DitAttnError, match="split over devices"):
+        Dispatched(run, layer, random_args(unsupported="ring attention"))
+
+
+def test_observers_do_not_see_a_sequence_that_is_split() -> None:
+    run, layer = host_run([SPARSE])
+    assert Dispatched(run, layer, random_args(unsupported="ring attention")).call is None
+    assert Dispatched(run, layer, random_args()).call is not None
+
+
+@pytest.mark.parametrize("visual_density", [0.25, 0.5])
+def test_what_is_computed_counts_text_rows_and_pooled_keys(visual_density: float) -> None:
+    args = random_args()
+    run, layer = host_run([SPARSE])
+    call = AttentionCall(args.q, args.k, args.v, None, None, False, layer, run.tokens(308), run.clock)
+    request = Request(compute_visual=lambda: args.q, visual_density=visual_density)
+    share = VISUAL / (TEXT + VISUAL)
+    assert dispatch.computed_fraction(call, request) == pytest.approx(share * visual_density + 1 - share)
+    pooled = torch.zeros(2, 2, 9, 16)
+    request.compensation = Compensation(pooled, pooled, torch.zeros(1, 1, 9), 32)
+    more = share * (visual_density + 9 / 308) + 1 - share
+    assert dispatch.computed_fraction(call, request) == pytest.approx(more)
