@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 _KEY_WIDTH = 8  # of the first column of :func:`fields`, at least
@@ -30,6 +30,12 @@ class Table:
     rows: Sequence[Sequence[str]] = field(default_factory=list)
     title: str = ""
     folded: Sequence[str] = ()
+
+    def without_empty(self) -> Table:
+        """Return the table without the columns that no row has anything in."""
+        used = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows if i < len(row))]
+        rows = [[row[i] for i in used if i < len(row)] for row in self.rows]
+        return replace(self, columns=[self.columns[i] for i in used], rows=rows)
 
     def text(self, width: int | None = None) -> str:
         """Return the table as text.

@@ -57,6 +57,11 @@ def test_without_titles_there_is_no_line_for_them():
     assert Table(("", ""), [("a", "b")]).text() == "a  b"
 
 
+def test_columns_that_no_row_uses_can_be_left_out():
+    table = Table(("a", ">b", "c"), [("1", "", "3"), ("4", "")]).without_empty()
+    assert table.text().splitlines() == ["a  c", "1  3", "4"]
+
+
 def test_fields_are_names_and_values_that_never_wrap(monkeypatch):
     long = "/a/" + "long/" * 60 + "path with spaces"
     monkeypatch.setenv("COLUMNS", "40")

@@ -185,7 +185,8 @@ def _show(record: dict[str, Any]) -> None:
     lines = []
     for cost, found in record["equal_cost"]["rms"].items():
         best = list(found.items())[:5]
-        lines.append(f"at cost {cost}, rms: " + "; ".join(f"{name} {figure['value']:.4f}" for name, figure in best))
+        if best:
+            lines.append(f"at cost {cost}, rms: " + "; ".join(f"{name} {figure['value']:.4f}" for name, figure in best))
     for target in record["targets"]:
         ratios = ", ".join(f"{cost}: {_figure(figure)}" for cost, figure in target["at"].items())
         verdict = "met" if target["met"] else "missed"

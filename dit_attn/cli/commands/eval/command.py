@@ -276,7 +276,7 @@ def _show(record: dict[str, Any]) -> None:
     notes += [f"note: {one['what']}: {_some(one['files'])}" for one in record["changed"]]
     titles = ("metric", ">value", ">+-", ">95 %", "better", ">samples", "against")
     count = record["files"]
-    show(f"{count} file{'s' * (count > 1)} of {record['folder']}", Table(titles, rows), *notes)
+    show(f"{count} file{'s' * (count > 1)} of {record['folder']}", Table(titles, rows).without_empty(), *notes)
 
 
 def _some(names: list[str], most: int = 5) -> str:
