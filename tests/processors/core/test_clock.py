@@ -109,3 +109,33 @@ def test_unguided_separate_calls_are_conditional() -> None:
     clock.tick(900.0, SEPARATE)
     clock.tick(500.0, SEPARATE)
     assert clock.branches(1, SEPARATE, 1) == ("cond",)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "grows", "progress"),
+    [(750.0, False, 0.25), (0.75, False, 0.25), (0.25, True, 0.25), (1200.0, False, 0.0), (-3.0, False, 1.0)],
+)
+def test_progress_without_a_number_of_steps_is_the_noise_that_is_gone(
+    timestep: float, grows: bool, progress: float
+) -> None:
+    clock = Clock()
+    assert clock.progress == 0.0
+    clock.tick(timestep, SEPARATE, grows=grows)
+    assert clock.progress == pytest.approx(progress)
+
+
+def test_progress_of_a_known_number_of_steps_is_counted_in_steps() -> None:
+    clock, schedule = Clock(), scheduler([900.0, 899.0, 898.0, 1.0])
+    seen = []
+    for timestep in schedule.timesteps:
+        clock.tick(timestep, BATCHED, scheduler=schedule)
+        seen.append(clock.progress)
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_calls_of_a_step_are_counted_and_names_of_the_pipeline_are_translated() -> None:
+    clock, calls = Clock(), []
+    for name in ("pred_cond", "pred_uncond", "uncond_stg", "uncond_modality", "other"):
+        clock.tick(900.0, SEPARATE, scheduler=None, context=SimpleNamespace(name=name, step_index=0))
+        calls.append((clock.call, clock.branches(1, SEPARATE)[0]))
+    assert calls == [(0, "cond"), (1, "uncond"), (2, "perturbed"), (3, "perturbed"), (4, "cond")]

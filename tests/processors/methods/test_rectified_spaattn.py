@@ -177,19 +177,6 @@ def test_neighbors_of_two_block_sizes_and_two_grids_match_brute_force() -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("order", ["hilbert", "tiles"])
-def test_a_token_permutation_is_undone(order: str) -> None:
-    spans = (Span("text", 7), visual_span("video", GRID), visual_span("reference", (1, 4, 4)))
-    tokens = TokenLayout(spans).resolve(7 + 240 + 16)
-    assert tokens is not None
-    plan = token_permutation(tokens, order, (2, 2, 2), torch.device("cpu"))
-    assert plan.rows is not None and plan.inverse is not None and plan.keys is not None
-    assert torch.equal(plan.rows[plan.inverse], torch.arange(256))
-    assert torch.equal(plan.keys.sort().values, torch.arange(263))
-    assert torch.equal(plan.keys[256:], torch.arange(7))
-    assert int(plan.rows[:240].max()) == 239  # the clip's tokens stay together
-
-
 def block_constant(case: AttentionCall, settings: RectifiedSpaAttn) -> AttentionCall:
     """The same call with keys and queries that do not vary within a block."""
     assert case.tokens is not None

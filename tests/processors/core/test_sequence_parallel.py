@@ -1,0 +1,199 @@
+"""Ulysses on ranks that are threads: what is sharded, what every rank holds after the exchange, and the way back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_attn import BlockSparse
+from dit_attn.processors.core import sequence_parallel
+from dit_attn.processors.core.dispatch import dispatch_attention
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from tests._support.core_calls import Dispatched, host_run, random_args, stock_attention
+
+JOINT = TokenLayout((Span("text", None), visual_span("image", (1, 4, 6))))
+
+
+class Ranks:
+    """Threads in the place of processes: the collectives that the exchange uses, with a barrier between them."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.barrier = threading.Barrier(world, timeout=20)
+        self.posted: list[Any] = [None] * world
+
+    def run(self, work: Callable[[Any], Any]) -> list[Any]:
+        """Results of ``work(mesh)`` on every rank."""
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(self.world) as pool:
+            for name in ("all_to_all_single", "all_gather", "all_reduce", "get_backend"):
+                patch.setattr(torch.distributed, name, getattr(self, name))
+            return [job.result() for job in [pool.submit(work, Mesh(self, rank)) for rank in range(self.world)]]
+
+    def all_to_all_single(self, out: torch.Tensor, x: torch.Tensor, group: Mesh) -> None:
+        """Part r of every rank goes to rank r."""
+        out.copy_(torch.cat([part.chunk(self.world)[group.rank] for part in self._exchanged(group, x)]))
+
+    def all_gather(self, parts: list[torch.Tensor], x: torch.Tensor, group: Mesh) -> None:
+        """Every rank gets the tensors of all."""
+        for part, found in zip(parts, self._exchanged(group, x), strict=True):
+            part.copy_(found)
+
+    def all_reduce(self, x: torch.Tensor, op: Any, group: Mesh) -> None:
+        """The smallest of all."""
+        assert op == torch.distributed.ReduceOp.MIN
+        x.copy_(torch.stack(self._exchanged(group, x)).amin(0))
+
+    def get_backend(self, group: Mesh) -> str:
+        """Tensors stay on the CPU."""
+        return "gloo"
+
+    def _exchanged(self, group: Mesh, x: torch.Tensor) -> list[torch.Tensor]:
+        self.posted[group.rank] = x.clone()
+        self.barrier.wait()
+        found = list(self.posted)
+        self.barrier.wait()
+        return found
+
+
+class Mesh:
+    """One rank's view of the ranks; its own process group."""
+
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank = ranks, rank
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.ranks.world
+
+    def get_group(self) -> Mesh:
+        """The group the collectives get."""
+        return self
+
+
+class Size:
+    """A mesh that is only asked for its size."""
+
+    def __init__(self, world: int) -> None:
+        self.size = lambda: world
+
+
+def sharded(x: torch.Tensor, parts: list[int], world: int, rank: int) -> torch.Tensor:
+    """The shard of a rank as a joint model makes it: a chunk of the text, then a chunk of the image."""
+    return torch.cat([part.chunk(world, 1)[rank] for part in x.split(parts, 1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("spans", "parts"),
+    [
+        ((visual_span("video", (2, 2, 3)),), [12]),
+        ((Span("text", None), visual_span("image", (1, 2, 3))), [4, 6]),
+        ((Span("text", None), visual_span("image", (1, 2, 3)), visual_span("reference", (1, 1, 2))), [4, 8]),
+        ((visual_span("video", (2, 2, 3)), Span("text", None)), [12, 4]),
+    ],
+)
+def test_shards_are_put_back_into_the_order_of_the_sequence(spans: tuple[Span, ...], parts: list[int]) -> None:
+    tokens = TokenLayout(spans).resolve(sum(parts))
+    assert tokens is not None and sequence_parallel.split_parts(tokens) == parts
+    pieces = torch.arange(sum(parts)).split(parts)
+    shards = torch.cat([piece.chunk(2)[i] for i in range(2) for piece in pieces])
+    assert torch.equal(shards[sequence_parallel.sequence_order(parts, 2)], torch.arange(sum(parts)))
+
+
+@given(world=st.integers(1, 5), parts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_the_order_finds_every_token_in_the_shards_of_any_number_of_ranks(world: int, parts: list[int]) -> None:
+    parts = [length * world for length in parts]
+    tokens = torch.arange(sum(parts))[None]
+    shards = torch.cat([sharded(tokens, parts, world, rank) for rank in range(world)], 1)
+    assert torch.equal(shards[0][sequence_parallel.sequence_order(parts, world)], tokens[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(world=st.integers(1, 3), heads=st.integers(1, 2), joint=st.booleans(), masked=st.booleans())
+def test_every_rank_holds_all_tokens_of_its_heads_and_gets_its_shard_back(
+    world: int, heads: int, joint: bool, masked: bool
+) -> None:
+    parts = [6, 24] if joint else [24]
+    layout = JOINT if joint else TokenLayout((visual_span("image", (1, 4, 6)),))
+    q, k, v = torch.randn(3, 2, sum(parts), heads * world, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(sum(parts))[None].expand(2, -1) if masked else None
+
+    def work(mesh: Mesh) -> Any:
+        local = [sharded(x, parts, world, mesh.rank) for x in (q, k, v)]
+        key_mask = None if mask is None else sharded(mask, parts, world, mesh.rank)
+        exchange = sequence_parallel.exchange_for(mesh, layout, local[0].shape[1])
+        assert (exchange.order is None) == (not joint)
+        *found, found_mask = exchange.scatter_heads(*local, key_mask)  # type: ignore[arg-type]
+        mine = slice(mesh.rank * heads, (mesh.rank + 1) * heads)
+        assert all(torch.equal(x, full[:, :, mine]) for x, full in zip(found, (q, k, v), strict=True))
+        assert (found_mask is None) if mask is None else torch.equal(found_mask, mask)
+        assert torch.equal(exchange.gather_heads(found[0]), local[0])
+        return mesh.rank
+
+    assert Ranks(world).run(work) == list(range(world))
+
+
+def test_a_mask_of_the_full_sequence_is_not_gathered() -> None:
+    mask = torch.ones(1, 1, 1, 24, dtype=torch.bool)
+
+    def work(mesh: Mesh) -> bool:
+        x = torch.zeros(1, 12, 2, 4)
+        return sequence_parallel.Exchange(mesh).scatter_heads(x, x, x, mask)[3] is mask
+
+    assert Ranks(2).run(work) == [True, True]
+
+
+def test_layouts_that_are_unknown_or_do_not_split_evenly_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="unknown token layout for 12 tokens on each of 2 ranks"):
+        sequence_parallel.exchange_for(Size(2), None, 12)
+    with pytest.raises(NotImplementedError, match="unknown token layout"):
+        sequence_parallel.exchange_for(Size(2), TokenLayout((visual_span("image", (1, 4, 6)),)), 13)
+    uneven = TokenLayout((Span("text", 5), visual_span("image", (1, 5, 5))))
+    with pytest.raises(NotImplementedError, match=r"parts of \[5, 25\] tokens do not split evenly over 2 ranks"):
+        sequence_parallel.exchange_for(Size(2), uneven, 15)
+
+
+@pytest.mark.parametrize(("votes", "agree"), [((True, True, True), True), ((True, False, True), False)])
+def test_ranks_agree_only_where_all_do(votes: tuple[bool, ...], agree: bool) -> None:
+    assert Ranks(3).run(lambda mesh: sequence_parallel.all_agree(votes[mesh.rank], mesh)) == [agree] * 3
+
+
+@pytest.mark.filterwarnings("ignore:dit_attn. blocks.0 goes back to dense attention")
+@pytest.mark.parametrize("value", [1.0, float("nan")], ids=["finite", "poisoned on one rank"])
+def test_a_dispatched_call_of_two_ranks_is_that_of_one(value: float) -> None:
+    """Both ranks go dense together where one of them finds a NaN."""
+    method = BlockSparse(density=0.3, q_block=32, kv_block=32, dense_steps=0)
+    full = random_args()
+    parts = [20, 288]
+    alone = Dispatched(*host_run([method]), full)
+    if value != value:
+        full.v[:, 40, 1] = value  # a visual token, of the heads of rank 1
+
+    def work(mesh: Mesh) -> tuple[torch.Tensor, Any]:
+        run, layer = host_run([method])
+        q, k, v = (sharded(x, parts, 2, mesh.rank) for x in (full.q, full.k, full.v))
+        stock = sharded(torch.zeros_like(full.q), parts, 2, mesh.rank)
+        args = replace(full, q=q, k=k, v=v, mesh=mesh)
+        return dispatch_attention(run, layer, args, lambda: stock), layer
+
+    found = Ranks(2).run(work)
+    if value == value:
+        for rank, (out, layer) in enumerate(found):
+            torch.testing.assert_close(out, sharded(alone.out, parts, 2, rank), atol=1e-5, rtol=1e-4)
+            assert layer.stats.sparse_calls == 1
+    else:
+        assert all(not out.any() and layer.disabled == "kernel gave NaN or infinity" for out, layer in found)
+
+
+def test_cross_attention_of_a_split_sequence_is_left_to_stock_before_any_exchange() -> None:
+    run, layer = host_run([BlockSparse(density=0.3, q_block=32, kv_block=32, dense_steps=0)])
+    args = random_args(keys=77, mesh=Size(2))
+    assert torch.equal(Dispatched(run, layer, args).out, stock_attention(args))
+    assert layer.stats.fallbacks == {"cross attention": 1}
