@@ -19,6 +19,7 @@ import yaml
 import dit_attn
 from dit_attn import cli, kernels, models
 from dit_attn.cli import COMMANDS
+from dit_attn.cli.parser import Parser
 from dit_attn.kernels.backends import registry
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.core.call import AttentionCall, Request
@@ -102,6 +103,27 @@ def test_every_command_line_is_one_that_the_parser_takes(found: CodeBlock, monke
     for words in commands(found):
         assert cli.main(words) == 0, words
     assert len(taken) == len(commands(found))
+
+
+def known_flags(parser: Any) -> set[str]:
+    """Every flag of a parser and of its subcommands."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action.choices, dict):
+            found.update(*(known_flags(choice) for choice in action.choices.values()))
+    return found
+
+
+def test_every_flag_that_a_page_names_exists() -> None:
+    known = {"--debug", "--tiny", "--num-processes"}  # of every command, of examples/, of accelerate
+    for name in COMMANDS:
+        parser = Parser(prog=name)
+        cli._module(name).add_arguments(parser)
+        known |= known_flags(parser)
+    pages = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
+    named = {(page.name, flag) for page in pages for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text())}
+    assert not [pair for pair in sorted(named) if pair[1] not in known]
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
