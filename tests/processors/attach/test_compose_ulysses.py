@@ -1,4 +1,4 @@
-"""Sequence parallelism: two gloo processes give what one gives; ring attention is left to the stock path."""
+"""Sequence parallelism: two gloo processes give what one gives."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import os
 import socket
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import compat
-from dit_attn.processors.core import sequence_parallel
-from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.compose import SPARSE, forward, requires, tiny
 
 NAMES = ("wan", "flux")
@@ -104,31 +100,3 @@ def test_the_compensating_readers_see_the_whole_sequence(name: str, parallel: di
     forward(model, args)
     single = forward(model, args, timestep=args["timestep"] * 0.5)
     torch.testing.assert_close(parallel[f"{name} reshaped"], single, atol=1e-5, rtol=1e-4)
-
-
-def test_ring_and_uneven_shards_are_declined_with_the_reason() -> None:
-    for settings, words in (
-        ({"ring_degree": 2, "ulysses_degree": 1}, "ring attention"),
-        ({"ring_degree": 1, "ulysses_degree": 2, "ulysses_anything": True}, "uneven"),
-    ):
-        config = SimpleNamespace(context_parallel_config=SimpleNamespace(**settings, _ulysses_mesh=None))
-        with pytest.raises(NotImplementedError, match=words):
-            compat.ulysses_mesh(config)
-    assert compat.ulysses_mesh(SimpleNamespace(context_parallel_config=None)) is None
-
-
-@pytest.mark.parametrize(
-    ("spans", "parts"),
-    [
-        ((visual_span("video", (2, 2, 3)),), [12]),
-        ((Span("text", None), visual_span("image", (1, 2, 3))), [4, 6]),
-        ((Span("text", None), visual_span("image", (1, 2, 3)), visual_span("reference", (1, 1, 2))), [4, 8]),
-        ((visual_span("video", (2, 2, 3)), Span("text", None)), [12, 4]),
-    ],
-)
-def test_shards_are_put_back_into_the_order_of_the_sequence(spans: tuple[Span, ...], parts: list[int]) -> None:
-    tokens = TokenLayout(spans).resolve(sum(parts))
-    assert tokens is not None and sequence_parallel.split_parts(tokens) == parts
-    pieces = torch.arange(sum(parts)).split(parts)
-    shards = torch.cat([piece.chunk(2)[i] for i in range(2) for piece in pieces])
-    assert torch.equal(shards[sequence_parallel.sequence_order(parts, 2)], torch.arange(sum(parts)))

@@ -1,0 +1,139 @@
+"""Guidance arguments of a running pipeline call, read from the stack of the call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dit_attn.processors.attach.pipeline_call import PipelineCall, read_pipeline_call, running_call
+from dit_attn.processors.core.cfg import SEPARATE
+
+RULE = replace(SEPARATE, rescaled_by=("guidance_rescale",), bent_by=("use_dynamic_cfg", "skip_guidance_layers"))
+DISTILLED = replace(RULE, argument="true_cfg_scale")
+
+
+class Pipe:
+    """A pipeline that reads its own call from inside."""
+
+    def __call__(
+        self,
+        prompt: Any = None,
+        guidance_scale: float | None = 3.5,
+        true_cfg_scale: float | None = 1.0,
+        negative_prompt: Any = None,
+        negative_prompt_embeds: Any = None,
+        negative_prompt_attention_mask: Any = None,
+        num_images_per_prompt: int | None = 1,
+        guidance_rescale: float = 0.0,
+        use_dynamic_cfg: bool = False,
+        skip_guidance_layers: Any = None,
+        read: Callable[[Any], Any] = running_call,
+    ) -> Any:
+        later = "a local variable"  # noqa: F841
+        return self.denoise(read)
+
+    def denoise(self, read: Callable[[Any], Any]) -> Any:
+        """What the pipeline's transformer would find."""
+        return read(self)
+
+
+def read_by(rule: Any, **given: Any) -> PipelineCall:
+    """The call with some arguments, as the transformer of the pipeline reads it."""
+    found: PipelineCall = Pipe()(read=lambda pipe: read_pipeline_call(pipe, rule), **given)
+    return found
+
+
+def test_without_a_running_call_nothing_is_known() -> None:
+    assert read_pipeline_call(None, RULE) == read_pipeline_call(Pipe(), RULE) == PipelineCall()
+
+
+def test_arguments_are_found_by_name_without_the_local_variables() -> None:
+    found = Pipe()("a circle", guidance_scale=7.0)
+    assert (found["prompt"], found["guidance_scale"], found["num_images_per_prompt"]) == ("a circle", 7.0, 1)
+    assert "later" not in found and "self" not in found
+
+
+def test_the_call_of_another_pipeline_object_is_not_taken() -> None:
+    other = Pipe()
+    assert Pipe()(read=lambda pipe: running_call(other)) == {}
+
+
+def test_a_decorated_call_and_a_call_of_the_base_class_are_found() -> None:
+    def decorated(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return call
+
+    class Wrapped(Pipe):
+        """The call of the base class with another default."""
+
+        @decorated
+        def __call__(self, guidance_scale: float = 5.0, *, strength: float = 0.5, **rest: Any) -> Any:
+            return super().__call__(guidance_scale=9.0, **rest)
+
+    found = Wrapped()(guidance_scale=6.0)
+    assert (found["guidance_scale"], found["strength"], found["prompt"]) == (
+        6.0,
+        0.5,
+        None,
+    )  # what the user gave counts
+
+
+def test_scale_and_negative_prompts_of_a_call() -> None:
+    call = read_by(RULE, negative_prompt=" ", guidance_scale=4)
+    assert call.running and call.scale == 4.0 and isinstance(call.scale, float) and call.embedded is None
+    assert call.given == ("negative_prompt",)
+    assert call.missing == ("negative_prompt_embeds", "negative_prompt_attention_mask")
+    assert read_by(RULE, guidance_scale=None).scale is None
+
+
+def test_a_distilled_model_has_a_scale_of_its_own() -> None:
+    assert read_by(DISTILLED, true_cfg_scale=2.0).scale == 2.0
+    assert read_by(DISTILLED).embedded is None  # the default
+    assert read_by(DISTILLED, guidance_scale=7).embedded == 7.0
+    assert read_by(DISTILLED, guidance_scale=None).embedded is None
+
+
+@pytest.mark.parametrize(
+    ("given", "samples"),
+    [
+        ({}, None),
+        ({"prompt": "a circle"}, 1),
+        ({"prompt": ["a", "b"], "num_images_per_prompt": 3}, 6),
+        ({"prompt": ["a", "b"], "num_images_per_prompt": None}, 2),
+    ],
+)
+def test_samples_are_those_of_the_prompts(given: dict[str, Any], samples: int | None) -> None:
+    assert read_by(RULE, **given).samples == samples
+
+
+def test_arguments_that_change_the_rule_are_noticed() -> None:
+    assert (read_by(RULE).rescaled, read_by(RULE).bent_by) == (False, "")
+    assert read_by(RULE, guidance_rescale=0.7).rescaled and not read_by(SEPARATE, guidance_rescale=0.7).rescaled
+    assert read_by(RULE, skip_guidance_layers=[1]).bent_by == "skip_guidance_layers"
+    assert read_by(RULE, skip_guidance_layers=[1], use_dynamic_cfg=True).bent_by == "use_dynamic_cfg"
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({}, 'give negative_prompt (" " will do)'),
+        (
+            {"negative_prompt_embeds": 1},
+            "negative_prompt_embeds alone is not enough, give negative_prompt_attention_mask",
+        ),
+        ({"negative_prompt": " "}, "although negative_prompt was given; this pipeline guides in another way"),
+        (
+            {"negative_prompt_embeds": 1, "negative_prompt_attention_mask": 1},
+            "although negative_prompt_embeds, negative_prompt_attention_mask was given",
+        ),
+    ],
+)
+def test_the_remedy_names_what_is_missing(given: dict[str, Any], remedy: str) -> None:
+    assert remedy in read_by(DISTILLED, true_cfg_scale=3.0, **given).remedy
