@@ -73,7 +73,12 @@ def test_all_blocks_of_a_stack_are_listed_in_the_order_they_run() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "skipped", "first"),
-    [(["joint.1.attn"], [], 1), (["single.1.attn", "joint.2.attn"], [], 2), (["single.1.a"], ["joint.0"], 0), ([], ["single.0"], 3)],
+    [
+        (["joint.1.attn"], [], 1),
+        (["single.1.attn", "joint.2.attn"], [], 2),
+        (["single.1.attn"], ["joint.0"], 0),
+        ([], ["single.0"], 3),
+    ],
 )  # fmt: skip
 def test_the_first_block_that_differs(layers: list[str], skipped: list[str], first: int) -> None:
     assert perturbed_pass.first_block(BLOCKS, layers, skipped) == first
