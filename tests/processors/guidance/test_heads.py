@@ -102,7 +102,7 @@ def test_text_lists_and_dictionaries_agree_in_any_order(items: list[tuple[str, i
     ids=repr,
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_the_grammar(written: Any) -> None:
-    with pytest.raises(dit_attn.DitAttnError, match="cannot be read"):
+    with pytest.raises(dit_attn.DitAttnError, match="cannot be parsed"):
         heads.canonical(written)
 
 
