@@ -7,6 +7,7 @@ to 1, so an update that is added to all branches of a step passes through any of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class PerturbedGuider:
         self.handle: Any = None  # of the hook behind the transformer
         self.prefix: Prefix | None = None
         self.begin_run()
+
+    def copy_for(self, session: TransformerRun) -> PerturbedGuider:
+        """Return the guider of a copied transformer, whose blocks need not be there yet."""
+        guider = copy.copy(self)
+        guider.session, guider.handle, guider.prefix = session, None, None
+        guider.begin_run()
+        return guider
 
     def begin_run(self) -> None:
         """Drop the state of the last run, which may have been interrupted in the middle of a step."""

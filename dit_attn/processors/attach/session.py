@@ -45,7 +45,7 @@ class Session(TransformerRun):
         for layer in self.layers:
             session.add_layer(layer.name)
         if self.guider is not None:
-            session.guider = PerturbedGuider(self.guider.method, session)
+            session.guider = self.guider.copy_for(session)
         return session
 
     def __repr__(self) -> str:

@@ -13,6 +13,8 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attach, hooks
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.run_state import RunState
 from tests._support import fake_pipeline
 from tests._support.fake_pipeline import fake
 
@@ -77,25 +79,15 @@ def test_processors_are_looked_after_before_the_session_is_told_and_the_guider_m
 
 
 def test_a_compiled_transformer_shows_its_arguments_through_one_operator() -> None:
-    class Handled(Session):
-        """A session that compiled graphs can name."""
-
-        handle: torch.Tensor
-
-    model = Transformer()
-    session: Any = Handled(model)
-    from dit_attn.processors.core.layer import new_handle, next_id
-    from dit_attn.processors.core.run_state import _RUNS
-
-    number = next_id()
-    session.handle = new_handle(number)
-    _RUNS[number] = session
+    session = RunState([], Clock())
+    shown: list[dict[str, Any]] = []
+    session.on_forward = shown.append  # type: ignore[attr-defined]
     torch.ops.dit_attn.on_forward(
         session.handle,
         [torch.tensor([3.0]), torch.zeros(2)],
         "timestep\nframes=5\nhidden_states\nname='a=b'\nnone=None",
     )
-    (values,) = session.shown
+    (values,) = shown
     assert (values["frames"], values["name"], values["none"]) == (5, "a=b", None)
     assert torch.equal(values["timestep"], torch.tensor([3.0])) and values["hidden_states"].shape == (2,)
 

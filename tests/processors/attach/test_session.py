@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach.attach import prepare
+from dit_attn.processors.attach.attach import prepare, session_of
 from dit_attn.processors.attach.families import families
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
-from tests._support.compose import tiny
+from tests._support.compose import forward, tiny
 
 WAN = next(row for row in families() if row.name == "wan")
 METHODS = (dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32), dit_attn.SoftPAG(heads="1:0"))
@@ -64,5 +64,22 @@ def test_a_copy_has_layers_clock_and_guider_of_its_own() -> None:
 
 
 def test_a_session_is_not_copied_without_its_transformer() -> None:
+    model = torch.nn.Linear(1, 1)
     with pytest.raises(TypeError, match="deepcopy the transformer instead"):
-        copy.deepcopy(Session(torch.nn.Linear(1, 1), WAN, (), Clock()))
+        copy.deepcopy(Session(model, WAN, (), Clock()))
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_copy_of_a_guided_transformer_is_guided_alone(share_prefix: bool) -> None:
+    model, args = tiny("wan")
+    session = dit_attn.enable(model, dit_attn.SoftPAG(heads="1:0", share_prefix=share_prefix))
+    clone = copy.deepcopy(model)
+    expected = forward(model, args)
+    other = session_of(clone)
+    assert other is not None and other.guider is not None and other.guider.evaluations == 0
+    assert torch.equal(forward(clone, args), expected) and other.guider.evaluations == 1
+    assert session.guider is not None and session.guider.evaluations == 1
+    dit_attn.disable(clone)
+    assert not torch.equal(forward(clone, args), expected)
+    session.reset()
+    assert torch.equal(forward(model, args), expected)
