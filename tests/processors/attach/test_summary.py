@@ -1,0 +1,210 @@
+"""The summary of a run: totals over its layers, its text, its JSON values, and warnings of dropped guidance."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn.processors.attach.families import families
+from dit_attn.processors.attach.pipeline_call import PipelineCall
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.summary import GuidanceSummary, LayerSummary, Summary, summarize
+from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
+from tests._support.fake_pipeline import fake
+
+LAYERS = (
+    LayerSummary("blocks.0", 4, 3, 0.25, 0.5, {"dense step": 1}, 0.02),
+    LayerSummary("blocks.1", 4, 1, 0.45, 0.25, {"dense step": 1, "cross attention": 2}, 0.07),
+    LayerSummary("blocks.2", 2, 0, None, 0.0, {"dense layer": 2}),
+)
+METHODS: tuple[dict[str, Any], ...] = ({"method": "block-sparse", "density": 0.3, "top_p": None},)
+GUIDANCE = GuidanceSummary(evaluations=4, steps=8, reused=0.25, parallel=0.17, orthogonal=1.07, relative=0.3)
+
+
+def report(**changes: Any) -> Summary:
+    """A report of three layers."""
+    given: dict[str, Any] = {
+        "families": ("wan",), "methods": METHODS, "runs": 2, "steps": 5, "layers": LAYERS, **changes,
+    }  # fmt: skip
+    return Summary(**given)
+
+
+# -- totals -----------------------------------------------------------------------------------------------------------
+
+
+def test_totals_weigh_every_layer_by_its_calls() -> None:
+    found = report()
+    assert (found.calls, found.sparse_calls) == (10, 4)
+    assert found.density == pytest.approx((3 * 0.25 + 0.45) / 4)
+    assert found.run_density == pytest.approx((3 * 0.25 + 0.45 + 6) / 10)
+    assert list(found.fallbacks.items()) == [("dense step", 2), ("cross attention", 2), ("dense layer", 2)]
+    assert found.worst_error == (0.07, "blocks.1")
+
+
+def test_a_run_without_calls_has_no_densities() -> None:
+    found = report(layers=(LayerSummary("blocks.0", 0, 0, None, 0.0, {}),))
+    assert found.density is found.run_density is found.worst_error is None and found.fallbacks == {}
+    assert "- in sparse calls, - over the run" in str(found)
+    dense = report(layers=LAYERS[2:])
+    assert dense.density is None and dense.run_density == 1.0
+
+
+def test_json_values_hold_the_fields_and_the_totals() -> None:
+    found = report(guidance=GUIDANCE, warnings=("careful",))
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["layers"][1] == {
+        "name": "blocks.1", "calls": 4, "sparse_calls": 1, "density": 0.45, "seconds": 0.25,
+        "fallbacks": {"dense step": 1, "cross attention": 2}, "error": 0.07,
+    }  # fmt: skip
+    assert data["guidance"]["parallel"] == 0.17 and data["warnings"] == ["careful"]
+    for name in ("calls", "sparse_calls", "density", "run_density", "fallbacks"):
+        assert data[name] == getattr(found, name)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def lines(found: Summary) -> dict[str, list[str]]:
+    """The rows of the text by their first column."""
+    rows: dict[str, list[str]] = {}
+    for line in str(found).splitlines():
+        rows.setdefault(line[:16].strip(), []).append(line[17:])
+    return rows
+
+
+def test_the_text_says_what_ran_and_what_did_not() -> None:
+    rows = lines(report(families=("wan", "wan"), warnings=("careful",)))
+    assert rows == {
+        "family": ["wan, wan"],
+        "methods": ["block-sparse(density=0.3)"],
+        "runs": ["2 (last: 5 steps)"],
+        "layers": ["2 of 3 sparse"],
+        "sparse calls": ["4 of 10 attention calls"],
+        "density": ["30.0 % in sparse calls, 72.0 % over the run"],
+        "time in method": ["0.75 s"],
+        "worst error": ["0.07 of the norm, blocks.1"],
+        "fallback": ["2 x dense step", "2 x cross attention", "2 x dense layer"],
+        "warning": ["careful"],
+    }
+    assert lines(report(methods=()))["methods"] == ["none"]
+
+
+def test_the_text_of_a_run_with_guidance_alone_leaves_the_sparse_rows_out() -> None:
+    alone = (LayerSummary("blocks.0", 4, 0, None, 0.0, {ONLY_GUIDANCE: 4}),)
+    rows = lines(report(guidance=GUIDANCE, layers=alone))
+    assert set(rows) == {"family", "methods", "runs", "guidance"}
+    assert rows["guidance"] == [
+        "4 perturbed passes, 25.0 % of their blocks reused, 8 guided steps",
+        "equivalent guidance scale +0.17; orthogonal component 1.07 |c - u|",
+    ]
+    assert {"layers", "fallback", "guidance"} <= set(lines(report(guidance=GUIDANCE)))
+
+
+def test_guidance_without_an_unconditional_branch_is_compared_with_the_prediction() -> None:
+    text = str(GuidanceSummary(4, 8, 0.25, None, None, 0.3))
+    assert "guidance update 0.30 |c| (no unconditional branch to compare with)" in text
+    assert len(str(GuidanceSummary(0, 0, 0.0, None, None, None)).splitlines()) == 1
+
+
+# -- of sessions ------------------------------------------------------------------------------------------------------
+
+WAN = next(row for row in families() if row.name == "wan")
+FLUX = next(row for row in families() if row.name == "flux")
+
+
+class Pipe(SimpleNamespace):
+    """Attributes of a pipeline; sessions refer to it weakly."""
+
+
+def session(model: torch.nn.Module, clock: Clock, family: Any = WAN, pipe: Any = None) -> Session:
+    """A session of two layers that ran, with a method."""
+    model.config = getattr(model, "config", SimpleNamespace())
+    made = Session(model, family, (dit_attn.BlockSparse(density=0.3),), clock, pipe)
+    for name in ("blocks.0.attn1", "blocks.1.attn1"):
+        made.add_layer(name)
+    clock.run, clock.step, made._seen_run = 3, 4, 3
+    return made
+
+
+def test_statistics_of_the_layers_become_a_report() -> None:
+    model = torch.nn.Module()
+    found = session(model, Clock())
+    stats = found.layers[0].stats
+    stats.calls, stats.sparse_calls, stats.seconds, stats.error = 5, 4, 0.5, 0.01
+    stats.computed = torch.tensor(1.0)  # as on an accelerator
+    stats.fallbacks["dense step"] = 1
+    summary = summarize({"transformer": found})
+    assert summary.layers[0] == LayerSummary("blocks.0.attn1", 5, 4, 0.25, 0.5, {"dense step": 1}, 0.01)
+    assert summary.layers[1] == LayerSummary("blocks.1.attn1", 0, 0, None, 0.0, {})
+    assert (summary.families, summary.runs, summary.steps, summary.guidance) == (("wan",), 3, 5, None)
+    assert summary.methods == (dit_attn.BlockSparse(density=0.3).to_dict(),)
+    stats.fallbacks["dense step"] = 9
+    assert summary.fallbacks == {"dense step": 1}  # a report does not change with the next run
+
+
+def test_two_transformers_are_told_apart_and_one_that_did_not_run_counts_nothing() -> None:
+    models, clock = [torch.nn.Module(), torch.nn.Module()], Clock()
+    first, second = (session(model, clock) for model in models)
+    for part in (first, second):
+        part.layers[0].stats.calls = 5
+    second._seen_run = 2
+    summary = summarize({"transformer": first, "transformer_2": second})
+    assert [layer.name for layer in summary.layers] == [
+        "transformer.blocks.0.attn1", "transformer.blocks.1.attn1",
+        "transformer_2.blocks.0.attn1", "transformer_2.blocks.1.attn1",
+    ]  # fmt: skip
+    assert summary.calls == 5
+
+
+def test_before_the_first_run_there_are_no_steps() -> None:
+    model = torch.nn.Module()
+    found = session(model, Clock())
+    found.clock.run = found.clock.step = found._seen_run = 0
+    assert (summarize({"transformer": found}).runs, summarize({"transformer": found}).steps) == (0, 0)
+
+
+# -- guidance that was dropped ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "embeds", "seen", "call", "warning"),
+    [
+        (WAN, 3.0, False, {"cond"}, {}, "guidance_scale 3 had no effect"),
+        (WAN, 3.0, False, {"cond", "uncond"}, {}, None),
+        (WAN, 1.0, False, {"cond"}, {}, None),
+        (WAN, None, False, {"cond"}, {}, None),
+        (WAN, 3.0, True, {"cond"}, {}, None),  # the scale is an input of the model
+        (FLUX, None, False, {"cond"}, {"scale": 3.0}, "true_cfg_scale 3 had no effect"),
+        (FLUX, None, False, {"cond"}, {"scale": 1.0}, None),
+        (FLUX, None, False, {"cond"}, {"scale": 1.0, "embedded": 7.0}, "guidance_scale 7 had no effect"),
+        (FLUX, None, True, {"cond"}, {"scale": 1.0, "embedded": 7.0}, None),
+    ],
+)
+def test_a_scale_above_one_without_an_unconditional_branch_is_warned_of(
+    family: Any, scale: float | None, embeds: bool, seen: set[str], call: dict[str, Any], warning: str | None
+) -> None:
+    model, pipe = torch.nn.Module(), Pipe(_guidance_scale=scale)
+    model.config = SimpleNamespace(guidance_embeds=embeds)
+    found = session(model, Clock(), family, pipe)
+    found.seen_branches, found.pipeline_call = seen, PipelineCall(running=True, **call)
+    warnings = summarize({"transformer": found, "transformer_2": found}).warnings
+    assert len(warnings) == (warning is not None)  # once for both transformers
+    assert warning is None or warnings[0].startswith(warning)
+    found._seen_run = 2
+    assert summarize({"transformer": found}).warnings == ()
+
+
+def test_guidance_that_was_asked_for_and_did_not_happen_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
+    pipe()
+    assert dit_attn.summary(pipe).warnings == ()
+    pipe.guides = False  # as a pipeline that was given no negative prompt
+    pipe()
+    (warning,) = dit_attn.summary(pipe).warnings
+    assert "guidance_scale 3 had no effect" in warning and warning in str(dit_attn.summary(pipe))
