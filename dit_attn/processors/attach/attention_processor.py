@@ -112,6 +112,7 @@ def unwrap_processor(processor: Any) -> Any:
 def _derive(stock: type, tap: str) -> type:
     wrapped = _with_slot(stock.__call__) if tap == "dispatch" else _with_mode(stock.__call__)
     body: dict[str, Any] = {
+        "__new__": lambda _, *args, **kwargs: stock(*args, **kwargs),  # `processor.__class__()`: IP-Adapter loaders
         "__call__": wrapped,
         "__deepcopy__": _deepcopy,
         "__reduce__": _reduce,

@@ -208,17 +208,28 @@ def test_masks_of_a_torch_processor_reach_the_method_and_other_functions_are_lef
     assert layer.stats.calls == 1
 
 
-def test_a_processor_created_again_from_the_class_of_a_wrapped_one_is_stock_until_it_is_wrapped() -> None:
-    """Fusing replaces processors by new ones of their own class (``processor.__class__()``)."""
+def test_a_processor_created_again_from_its_class_is_stock_until_the_next_call_wraps_it() -> None:
+    """Loaders of IP-Adapters replace all processors, many by ``processor.__class__()``."""
     model, args = tiny("wan")
+    plain = forward(model, args)
     session = dit_attn.enable(model, SPARSE)
     sparse = forward(model, args)
     layer: Any = model.get_submodule(session.layers[0].name)
-    stock = unwrap_processor(layer.processor)
-    layer.processor = stock.__class__()
+    before = layer.processor
+    model.set_attn_processor({name: value.__class__() for name, value in model.attn_processors.items()})  # type: ignore
+    assert type(layer.processor) is WanAttnProcessor
     session.reset()
     assert torch.equal(forward(model, args), sparse)
-    assert is_wrapped(layer.processor) and unwrap_processor(layer.processor) is not stock
+    assert is_wrapped(layer.processor) and layer.processor is not before
+    dit_attn.disable(model)
+    assert type(layer.processor) is WanAttnProcessor and torch.equal(forward(model, args), plain)
+
+
+def test_arguments_of_a_new_processor_reach_the_stock_class() -> None:
+    made = type(wrapped(TorchProcessor())[0])(scale=0.9)
+    assert type(made) is TorchProcessor and made.scale == 0.9
+    module = type(wrapped(FluxIPAdapterAttnProcessor(8, 8))[0])(8, 16)
+    assert type(module) is FluxIPAdapterAttnProcessor and module.hidden_size == 8
 
 
 def test_the_backend_outside_a_wrapped_layer_is_refused() -> None:
