@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dit_attn
 from dit_attn.pipelines.compare.match_strength import match_guidance_scale
-from dit_attn.processors.attach import guider
+from dit_attn.processors.attach import attach, guider
 from dit_attn.processors.methods.perturbed_guidance import SCHEDULES
 from tests._support import fake_pipeline
 from tests._support.fake_pipeline import STEPS, C, P, U, expected, fake
@@ -187,3 +187,66 @@ def test_a_learned_variance_does_not_count() -> None:
     x = torch.randn(2, 8, 3, 5)
     assert torch.equal(guider.PerturbedGuider._predicted(guide, x), x[:, :4].flatten())  # type: ignore[arg-type]
     assert torch.equal(guider.PerturbedGuider._predicted(guide, x[:, :4]), x[:, :4].flatten())  # type: ignore[arg-type]
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "count"),
+    [({"heads": 4}, 4), ({"num_heads": 3}, 3), ({"n_heads": 2}, 2), ({"heads": None, "num_heads": 3}, 3), ({}, None)],
+)
+def test_the_number_of_heads_has_three_names(layer: dict[str, Any], count: int | None) -> None:
+    assert guider.head_count(SimpleNamespace(**layer)) == count
+
+
+def test_a_pipeline_that_perturbs_a_branch_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
+    pipe.do_perturbed_attention_guidance = True
+    with pytest.raises(dit_attn.DitAttnError, match="FakePipe runs a perturbed branch of its own; call it with"):
+        pipe()
+
+
+def test_an_update_at_the_step_needs_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
+    dit_attn.enable(pipe.transformer, dit_attn.SoftPAG(heads="1", inject="step"))
+    with pytest.raises(dit_attn.DitAttnError, match="enable the method on it, not on its transformer"):
+        pipe()
+
+
+@pytest.mark.parametrize(
+    ("guided_by", "added_at"),
+    [(None, "shift"), ("ClassifierFreeGuidance", "shift"), ("AdaptiveProjectedGuidance", "step")],
+)
+def test_the_update_is_added_behind_rules_of_guidance_that_are_not_affine(
+    monkeypatch: pytest.MonkeyPatch, guided_by: str | None, added_at: str
+) -> None:
+    pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
+    pipe.guider = None if guided_by is None else type(guided_by, (), {})()
+    predicted = pipe._predict(pipe.scheduler.timesteps[0], 3.0)
+    shifted = not torch.allclose(predicted, expected("separate", 3.0), atol=1e-4)
+    assert shifted == (added_at == "shift")
+    assert (type(vars(pipe.scheduler).get("step")).__name__ == "StepHook") == (added_at == "step")
+
+
+def test_a_new_run_forgets_the_update_of_one_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1", inject="step", start=0.5), "separate", 3.0)
+    later = pipe()
+    pipe._predict(pipe.scheduler.timesteps[0], 3.0)
+    half = len(pipe.scheduler.timesteps) // 2
+    pipe.scheduler.step_index = half
+    pipe._predict(pipe.scheduler.timesteps[half], 3.0)  # and no step follows
+    assert type(vars(pipe.scheduler)["step"]).__name__ == "StepHook"
+    again = pipe()
+    assert all(torch.equal(a, b) for a, b in zip(again, later, strict=True)) and "step" not in vars(pipe.scheduler)
+
+
+def test_copies_of_a_guider_share_the_plan_and_nothing_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
+    pipe()
+    session = attach.session_of(pipe.transformer)
+    assert session is not None and session.guider is not None
+    copied = session.guider.copy_for(session)
+    assert copied.plan is session.guider.plan and copied.blocks == ["blocks.0", "blocks.1"]
+    assert (copied.evaluations, copied.update, copied.handle, copied.strength.steps) == (0, None, None, 0)
+    assert session.guider.evaluations == STEPS and session.guider.update is not None
