@@ -100,7 +100,7 @@ def test_predictions_are_found_and_replaced_in_place_of_the_old_ones(output: Any
 
 
 def test_what_is_no_prediction_stays_in_the_output() -> None:
-    found = batch.replace_leaves({"video": X, "name": "x", "none": None}, [X + 1])
+    found = batch.replace_leaves({"name": "x", "video": X, "none": None}, [X + 1])
     assert found["name"] == "x" and found["none"] is None and torch.equal(found["video"], X + 1)
     output = batch.replace_leaves(Transformer2DModelOutput(sample=X), [X + 1])
     assert output[0] is output.sample and torch.equal(output.sample, X + 1)

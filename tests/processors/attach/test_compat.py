@@ -64,6 +64,19 @@ def test_stock_calls_go_to_the_backend_of_the_user(backend: str | None) -> None:
     torch.testing.assert_close(found, stock_attention(replace(args, scale=0.3)), atol=1e-6, rtol=1e-5)
 
 
+def test_the_backend_of_the_user_is_really_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, member = random_args(8), AttentionBackendName("_native_math")
+
+    def marked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **more: Any) -> torch.Tensor:
+        return torch.full_like(query, 7.0)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, member, marked)
+    assert (compat.dispatch(args.q, args.k, args.v, backend=member, parallel_config=None) == 7.0).all()
+    assert not (
+        compat.dispatch(args.q, args.k, args.v, backend=None, parallel_config=None, enable_gqa=True) == 7.0
+    ).any()
+
+
 # -- registries -------------------------------------------------------------------------------------------------------
 
 

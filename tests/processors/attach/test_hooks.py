@@ -158,6 +158,7 @@ def test_hooks_of_a_copied_transformer_belong_to_its_own_session(monkeypatch: py
         assert other.context.name == "cond" and session.context is None and clone.given[0] == "cond"
     attach.detach(clone)
     assert not clone._forward_pre_hooks and not clone._forward_hooks and "cache_context" not in vars(clone)
+    assert not clone._forward_hooks_with_kwargs and not clone._forward_pre_hooks_with_kwargs
     found_hooks(model)
 
 

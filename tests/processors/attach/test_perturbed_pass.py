@@ -131,6 +131,8 @@ def test_a_second_pass_with_reused_blocks_is_the_full_pass_over_its_rows(first: 
     assert prefix.saved == first
     found = prefix.replacements(index, 4, {})
     prefix.clear()
+    reused = found[model.get_submodule(BLOCKS[0])]()
+    assert len(reused[0]) == len(reused[1]) == len(index)  # code between the blocks gets results of the right form
     with perturbed_pass.replaced_forwards(found):
         again = model(X[index], TEXT[index])
     assert torch.equal(again, plain[index])
