@@ -342,7 +342,7 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
     assert type(pipe.scheduler).step is scheduler_step
 
 
-@pytest.mark.parametrize("reader", sorted(slug for slug, cls in methods().items() if cls.role == "reader"))
+@pytest.mark.parametrize("reader", sorted(slug for slug, cls in methods().items() if cls.role == "sparse"))
 @pytest.mark.parametrize("case", [WanCase, SD3Case], ids=["separate", "batched"])
 def test_a_reader_sees_the_plain_passes_as_without_guidance(case: Any, reader: str) -> None:
     """The perturbed pass leaves no trace in what a reader remembers: with a push of nothing, all bits agree."""
