@@ -3,7 +3,8 @@
 For query n of query block i and key m::
 
     x_nm  = scale * q_n . k_m + key_bias_m + bias.q_n . bias.k_m                n attends to m
-    x~_nj = scale * q_n . kbar_j + log_weight_j (+ variance term)               pooled key j of a block that i skips
+    x~_nj = scale * q_n . kbar_j + log_weight_j + bias.q_n . bias_j (+ variance) pooled key j of a block that i skips
+    (a bias of at most BARRED is -inf: no weight, and a row with no other key is empty)
     lse_n = logsumexp over both;  Y_n = sum_m exp(x_nm - lse_n) v_m + sum_j exp(x~_nj - lse_n) vbar_j
     o_n   = (1 - blend_h) * (row_scale_i * Y_n * exp(min(lse_n - lse_ref_n, cap)) + add_i) + blend_h * v_n
 
@@ -21,14 +22,20 @@ from dit_attn.kernels.checks import check_key_mask, check_sizes, check_tokens
 from dit_attn.kernels.selection.pooling import block_counts, block_mean_squares, block_means
 
 
+BARRED = -1e4
+"""A low-rank bias of at most this is ``-inf``: the query does not attend to the key."""
+BAR = -1e8
+"""Factor that bars: it stays below :data:`BARRED` times the 1/1024 that a mean of a thousand factors may make of 1."""
+
+
 @dataclass(frozen=True)
 class LogitBias:
     """A low-rank bias of the logits, ``bias.q @ bias.k^T``; exact in any fused kernel.
 
     Attributes:
-        q: (B|1, H|1, Sq, R), R <= 16.
-        k: (B|1, H|1, Sk, R), natural logarithm. Use a large negative number rather than ``-inf``: 0 times ``-inf`` is
-            NaN.
+        q: (B|1, H|1, Sq, R).
+        k: (B|1, H|1, Sk, R), natural logarithm. Factors are finite, as 0 times ``-inf`` is NaN: bar a query from a key
+            by :data:`BAR` in one factor and 1 in the other.
     """
 
     q: torch.Tensor
@@ -47,6 +54,8 @@ class Compensation:
         variance: (B, Hk, nv, D) per-channel variance of the keys, for the second-order term
             ``0.5 scale^2 sum_c q_c^2 variance_c``; ``None`` leaves it out.
         cap: upper bound of that term.
+        bias: (B|1, H|1, nv, R) factor of the call's :class:`LogitBias` for the pooled keys, see :func:`pooled_bias`;
+            ``None`` leaves them without a bias.
     """
 
     k: torch.Tensor
@@ -55,6 +64,7 @@ class Compensation:
     tokens: int
     variance: torch.Tensor | None = None
     cap: float = 2.0
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,3 +151,21 @@ def pooled_compensation(
         largest = min(torch.finfo(x.dtype).max for x in (square, k))
         per_channel = (square - mean.square()).clamp(0.0, largest).to(k.dtype)
     return Compensation(mean.to(k.dtype), block_means(v, tokens, key_mask).to(v.dtype), log_weight, tokens, per_channel)
+
+
+def pooled_bias(k: torch.Tensor, tokens: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Pool the key factor of a :class:`LogitBias` for pooled keys: the mean over the keys of each that exist.
+
+    To first order the bias of a pooled key is that of its keys, as its logit is. A query that is barred from one of
+    the keys is barred from the pooled key, which would pass on its value.
+
+    Args:
+        k: (B|1, H|1, Sk, R).
+        tokens: keys per pooled key, at most 1024.
+        key_mask: (B, Sk) bool, keys that exist.
+
+    Returns:
+        (B|1, H|1, nv, R).
+    """
+    k = k if key_mask is None else k.expand(key_mask.shape[0], -1, -1, -1)
+    return block_means(k.transpose(1, 2), tokens, key_mask)

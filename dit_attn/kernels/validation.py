@@ -157,10 +157,10 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
     if lengths is not None:
         _fits("key_lengths", lengths, ("B",), sizes)
     if bias is not None:
-        if bias.q.shape[-1:] != bias.k.shape[-1:] or not 1 <= bias.q.shape[-1] <= 16:
+        if bias.q.shape[-1:] != bias.k.shape[-1:] or bias.q.shape[-1] < 1:
             raise DitAttnError(
-                f"bias.q {tuple(bias.q.shape)} and bias.k {tuple(bias.k.shape)} must share their last size, 1 to 16; "
-                "merge columns"
+                f"bias.q {tuple(bias.q.shape)} and bias.k {tuple(bias.k.shape)} must share their last size, at "
+                "least 1; pad the shorter factor with zeros"
             )
         sizes["R"] = bias.q.shape[-1]
         _fits("bias.q", bias.q, ("B|1", "H|1", "Sq", "R"), sizes)
@@ -179,6 +179,10 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
             if x is not None:
                 _fits(f"compensation.{name}", x, ("B", "Hk", "nv", "D"), sizes)
         _fits("compensation.log_weight", comp.log_weight, ("B|1", "H|1", "nv"), sizes)
+        if comp.bias is not None:
+            if bias is None:
+                raise DitAttnError("compensation.bias is the pooled keys' factor of a bias, and none is given; add it")
+            _fits("compensation.bias", comp.bias, ("B|1", "H|1", "nv", "R"), sizes)
     if end is not None:
         shapes = {
             "row_scale": ("B|1", "H|1", "nq"), "lse_ref": ("B", "H", "Sq"), "add": ("B|1", "H|1", "nq", "D"),

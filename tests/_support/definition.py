@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import NO_TERMS, Terms
+from dit_attn.kernels.terms import BARRED, NO_TERMS, Terms
 
 
 def wide(x: Any) -> Any:
@@ -30,9 +30,10 @@ def definition(problem: Problem, terms: Terms = NO_TERMS) -> tuple[torch.Tensor,
     x = problem.scale * q @ k.mT
     if problem.key_bias is not None:
         x = x + wide(problem.key_bias)[:, :, None]
-    if terms.bias is not None:
-        x = x + terms.bias.q @ terms.bias.k.mT
     attended = layout.materialize().expand(x.shape)
+    if terms.bias is not None:
+        low_rank = terms.bias.q @ terms.bias.k.mT
+        x, attended = x + low_rank, attended & (low_rank > BARRED)
     if problem.key_mask is not None:
         attended = attended & problem.key_mask[:, None, None]
     if terms.key_lengths is not None:
@@ -48,6 +49,10 @@ def definition(problem: Problem, terms: Terms = NO_TERMS) -> tuple[torch.Tensor,
         block_of = torch.arange(ck.shape[2]) * comp.tokens // layout.kv_block
         chosen = layout.block_mask()[..., block_of]
         chosen = chosen[:, :, torch.arange(q.shape[2]) // layout.q_block]
+        if comp.bias is not None:
+            assert terms.bias is not None
+            low_rank = terms.bias.q @ comp.bias.mT
+            y, chosen = y + low_rank, chosen | (low_rank <= BARRED)
         x = torch.cat([x, y.masked_fill(chosen, float("-inf"))], -1)
         v = torch.cat([v, cv], 2)
     lse = torch.logsumexp(x, -1)

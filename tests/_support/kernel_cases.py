@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from dit_attn.kernels.backends.gather import tiling
 from dit_attn.kernels.layouts import flex_mask, patterns
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
+from dit_attn.kernels.terms import BAR, NO_TERMS, Epilogue, LogitBias, Terms, pooled_bias, pooled_compensation
 
 Q_LEN, KV_LEN, HEADS, KEY_HEADS = 70, 90, 4, 2
 
@@ -95,10 +96,24 @@ def _bias(p: Problem) -> Terms:
     return Terms(bias=LogitBias(torch.randn(1, 4, 70, 3, generator=rng), torch.randn(2, 1, 90, 3, generator=rng)))
 
 
+def _barred(p: Problem) -> Terms:
+    """A bias and its pooled keys; some rows are barred from some keys, some from all."""
+    bias = _bias(p).bias
+    assert bias is not None
+    rows, keys = torch.zeros(1, 4, 70, 2), torch.zeros(2, 1, 90, 2)
+    rows[:, :, 15:50, 0] = rows[:, 1:, 40:44, 1] = BAR
+    keys[0, :, 21:64, 0] = keys[..., 1] = 1.0
+    bias = LogitBias(torch.cat([bias.q, rows], -1), torch.cat([bias.k, keys], -1))
+    comp = pooled_compensation(p.k, p.v, 8, key_mask=p.key_mask)
+    return Terms(bias=bias, compensation=replace(comp, bias=pooled_bias(bias.k, 8, p.key_mask)))
+
+
 TERMS: dict[str, Callable[[Problem], Terms]] = {
     "none": lambda p: NO_TERMS,
     "lengths": lambda p: Terms(key_lengths=torch.tensor([90, 37], dtype=torch.int32)),
     "bias": _bias,
+    "barred keys": lambda p: Terms(bias=_barred(p).bias),
+    "barred pooled keys": _barred,
     "compensation": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 8)),
     "variance": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=True)),
     "row scale": lambda p: _epilogue(p, row_scale=1),

@@ -16,7 +16,7 @@ from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspa
 from dit_attn.kernels.device import chunk_sizes
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.problem import NEG_INF, Problem
-from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
+from dit_attn.kernels.terms import BARRED, Compensation, Epilogue, LogitBias, Terms
 
 Attend = Callable[[Problem], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -33,6 +33,9 @@ def with_terms(problem: Problem, terms: Terms, attend: Attend) -> tuple[torch.Te
         plain = _widened(plain, terms.bias)
     out, lse = attend(plain)
     assert lse is not None
+    if terms.bias is not None:
+        barred = lse <= BARRED
+        out, lse = out.masked_fill(_by_row(barred), 0.0), lse.masked_fill(barred, NEG_INF)
     out, lse = _completed(problem, terms, out, lse)
     return out.to(problem.q.dtype), lse
 
@@ -47,6 +50,10 @@ def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple
         plain = replace(plain, low_rank=(terms.bias.q, terms.bias.k))
     out, lse = attend(plain)
     assert lse is not None
+    if terms.bias is not None:
+        barred = lse <= BARRED
+        out.masked_fill_(_by_row(barred), 0.0)
+        lse.masked_fill_(barred, NEG_INF)
     comp, end, layout = terms.compensation, terms.epilogue, problem.layout
     if comp is None and end is None:
         return out, lse
@@ -58,7 +65,7 @@ def with_terms_in_place(problem: Problem, terms: Terms, attend: Attend) -> tuple
     for low in range(0, problem.k.shape[2], size):
         some, few, heads = _heads_of(problem, terms, slice(low, min(low + size, problem.k.shape[2])))
         if few.compensation is not None:
-            _merge_in_place(some, few.compensation, out[:, :, heads], lse[:, heads], step)
+            _merge_in_place(some, few, out[:, :, heads], lse[:, heads], step)
         for first in range(0, layout.nq, step) if end is not None else ():
             chunk, ends = rows_of(some, few, first, first + step)
             rows = slice(first * layout.q_block, first * layout.q_block + chunk.q.shape[1])
@@ -77,7 +84,7 @@ def _completed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add pooled keys and the epilogue to the result of the selected keys."""
     if terms.compensation is not None:
-        out, lse = _merged(problem, terms.compensation, out, lse)
+        out, lse = _merged(problem, terms, out, lse)
     if terms.epilogue is not None:
         out, lse = _finished(problem, terms.epilogue, out, lse), _masked_lse(lse, terms.epilogue)
     return out, lse
@@ -131,7 +138,7 @@ def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
     if comp is not None:
         comp = replace(
             comp, k=comp.k[:, keys], v=comp.v[:, keys], log_weight=_of(comp.log_weight, heads),
-            variance=None if comp.variance is None else comp.variance[:, keys],
+            variance=None if comp.variance is None else comp.variance[:, keys], bias=_of(comp.bias, heads),
         )  # fmt: skip
     if end is not None:
         end = replace(
@@ -154,7 +161,7 @@ def _mask_of(lengths: torch.Tensor, problem: Problem) -> torch.Tensor:
 
 def _widened(problem: Problem, bias: LogitBias) -> Problem:
     """The same logits with the bias as extra channels of q and k, in fp32 because bf16 would round the bias."""
-    q, k, scale = problem.q, problem.k, problem.scale
+    q, k = problem.q, problem.k
     if problem.ratio > 1:  # the bias is per query head
         k = k.repeat_interleave(problem.ratio, 2)
     v = problem.v.repeat_interleave(problem.ratio, 2) if problem.ratio > 1 else problem.v
@@ -163,9 +170,14 @@ def _widened(problem: Problem, bias: LogitBias) -> Problem:
     def columns(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return x.transpose(1, 2).to(dtype).expand(like.shape[0], -1, like.shape[2], -1)
 
-    q = torch.cat([q.to(dtype), columns(bias.q, q) / scale], -1)
+    q = torch.cat([q.to(dtype) * problem.scale, columns(bias.q, q)], -1)
     k = torch.cat([k.to(dtype), columns(bias.k, k)], -1)
-    return replace(problem, q=q, k=k, v=v.to(dtype))
+    return replace(problem, q=q, k=k, v=v.to(dtype), scale=1.0)
+
+
+def _by_row(rows: torch.Tensor) -> torch.Tensor:
+    """(B, H, Sq) as (B, Sq, H, 1)."""
+    return rows.transpose(1, 2)[..., None]
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,7 @@ class _PooledKeys:
         keys, values, variance: (B, H, nv, D) keys, values and variances in the dtype of the LSE.
         attended: (B|1, H|1, nq, nk) bool, key blocks that are attended to, whose pooled keys are masked.
         weight: (B|1, H|1, 1, nv).
+        bias: factors (B|1, H|1, Sq, R) and (B|1, H|1, nv, R) of a low-rank bias, or ``None``.
     """
 
     problem: Problem
@@ -186,13 +199,18 @@ class _PooledKeys:
     variance: torch.Tensor | None
     attended: torch.Tensor
     weight: torch.Tensor
+    bias: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
-    def of(cls, problem: Problem, comp: Compensation, wide: torch.dtype) -> _PooledKeys:
+    def of(cls, problem: Problem, terms: Terms, wide: torch.dtype) -> _PooledKeys:
+        comp, bias = terms.compensation, None
+        assert comp is not None
+        if terms.bias is not None and comp.bias is not None:
+            bias = (terms.bias.q.to(wide), comp.bias.to(wide))
         keys, values = (_repeated(x.to(wide), problem.ratio) for x in (comp.k, comp.v))
         variance = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
         weight = comp.log_weight[:, :, None].to(wide)
-        return cls(problem, comp, keys, values, variance, problem.layout.block_mask(), weight)
+        return cls(problem, comp, keys, values, variance, problem.layout.block_mask(), weight, bias)
 
     def logits(self, q: torch.Tensor, blocks: slice, workspace: Workspace | None = None) -> torch.Tensor:
         """Compute logits (B, H, rows, nv) for queries (B, rows, H, D) of some blocks, ``-inf`` for masked keys.
@@ -205,6 +223,10 @@ class _PooledKeys:
         if self.variance is not None:
             term = _product(0.5 * scaled.square(), self.variance, "k", workspace)
             s = _plus(s, term.clamp(max=cap) if term.requires_grad else term.clamp_(max=cap))
+        if self.bias is not None:
+            first = blocks.start * layout.q_block
+            term = self.bias[0][:, :, first : first + q.shape[1]] @ self.bias[1].mT
+            s = _plus(s, term.masked_fill(term <= BARRED, NEG_INF))
         added = self.weight.masked_fill(_of_pooled(self.attended[:, :, blocks], layout, self.comp), NEG_INF)
         if s.shape[2] % layout.q_block == 0:
             return _plus(s.unflatten(2, (-1, layout.q_block)), added[:, :, :, None]).flatten(2, 3)
@@ -212,14 +234,14 @@ class _PooledKeys:
 
 
 def _merged(
-    problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor
+    problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge selected keys (out, lse) and pooled keys into one softmax, some query blocks at a time.
 
     Where gradients may be requested, the logits of each chunk are recomputed for them instead of stored.
     """
-    pooled, layout = _PooledKeys.of(problem, comp, lse.dtype), problem.layout
-    each = 4 * comp.k.shape[2] * lse.shape[0] * lse.shape[1] * layout.q_block
+    pooled, layout = _PooledKeys.of(problem, terms, lse.dtype), problem.layout
+    each = 4 * pooled.comp.k.shape[2] * lse.shape[0] * lse.shape[1] * layout.q_block
     step = max(1, chunk_sizes(out.device).pooled // max(each, 1))
     rows = step * layout.q_block
     recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -239,15 +261,17 @@ def _merged_rows(
     pooled: _PooledKeys, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s, own = pooled.logits(q, blocks), lse[..., None]
-    total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
-    safe = total.masked_fill(total == NEG_INF, 0.0)
+    both = torch.cat([s, own], -1)
+    empty = both.amax(-1, keepdim=True) == NEG_INF  # the gradient of their log-sum-exp would be NaN
+    safe = torch.logsumexp(both.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, 0.0)
+    total = safe.masked_fill(empty, NEG_INF)
     fraction = torch.exp(own - safe).transpose(1, 2)
     return out * fraction + (torch.exp(s - safe) @ pooled.values).transpose(1, 2), total[..., 0]
 
 
-def _merge_in_place(problem: Problem, comp: Compensation, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
+def _merge_in_place(problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
     """Merge them in place into out (B, Sq, H, D) and lse (B, H, Sq), ``step`` query blocks at a time."""
-    pooled, layout = _PooledKeys.of(problem, comp, lse.dtype), problem.layout
+    pooled, layout = _PooledKeys.of(problem, terms, lse.dtype), problem.layout
     with borrow_workspace() as workspace:
         for first in range(0, layout.nq, step):
             rows = slice(first * layout.q_block, min((first + step) * layout.q_block, layout.q_len))

@@ -76,7 +76,7 @@ _BIAS = 9  # index of key_bias among them
 _COMMON = _CALL + ", str backend"
 _TERMS = (
     "Tensor? key_lengths, Tensor? bias_q, Tensor? bias_k, Tensor? comp_k, Tensor? comp_v, Tensor? comp_weight, "
-    "Tensor? comp_variance, Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, int comp_tokens, "
+    "Tensor? comp_variance, Tensor? comp_bias, Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, int comp_tokens, "
     "float comp_cap, float lse_cap, int value_shift"
 )
 
@@ -99,7 +99,7 @@ def flat_terms(terms: Terms) -> tuple[Any, ...]:
     return (
         terms.key_lengths,
         *((None, None) if bias is None else (bias.q, bias.k)),
-        *((None,) * 4 if comp is None else (comp.k, comp.v, comp.log_weight, comp.variance)),
+        *((None,) * 5 if comp is None else (comp.k, comp.v, comp.log_weight, comp.variance, comp.bias)),
         end.row_scale, end.lse_ref, end.add, end.blend,
         1 if comp is None else comp.tokens, 0.0 if comp is None else comp.cap, end.cap, end.value_shift,
     )  # fmt: skip
@@ -129,9 +129,10 @@ def _problem(
 
 
 def _terms(*args: Any) -> Terms:
-    key_lengths, bias_q, bias_k, ck, cv, cw, cvar, row_scale, lse_ref, add, blend, tokens, ccap, cap, shift = args
+    key_lengths, bias_q, bias_k, ck, cv, cw, cvar, cbias, row_scale, lse_ref, add, blend, *numbers = args
+    tokens, ccap, cap, shift = numbers
     bias = None if bias_q is None else LogitBias(bias_q, bias_k)
-    comp = None if ck is None else Compensation(ck, cv, cw, tokens, cvar, ccap)
+    comp = None if ck is None else Compensation(ck, cv, cw, tokens, cvar, ccap, cbias)
     given = any(x is not None for x in (row_scale, lse_ref, add, blend))
     return Terms(key_lengths, bias, comp, Epilogue(row_scale, lse_ref, cap, add, blend, shift) if given else None)
 

@@ -33,6 +33,8 @@ from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
 
+TRITON_RANK = 16  # columns of a low-rank bias in one product
+
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -48,6 +50,7 @@ class CallInfo:
         lse: whether the log-sum-exp is requested.
         keys_altered: whether a key mask or a key bias is given.
         terms: whether any optional term is given.
+        rank: columns of the low-rank bias, 0 without one.
         grad: whether gradients are requested.
     """
 
@@ -59,6 +62,7 @@ class CallInfo:
     lse: bool = False
     keys_altered: bool = False
     terms: bool = False
+    rank: int = 0
     grad: bool = False
 
 
@@ -99,7 +103,7 @@ def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
     altered = problem.key_mask is not None or problem.key_bias is not None
     return CallInfo(
         q.device, q.dtype, q.shape[-1], problem.v.shape[-1], problem.layout, return_lse, altered, bool(terms),
-        _wants_grad(problem, terms),
+        0 if terms.bias is None else terms.bias.q.shape[-1], _wants_grad(problem, terms),
     )  # fmt: skip
 
 
@@ -180,6 +184,8 @@ def _unsupported_reason_triton(info: CallInfo) -> str | None:
         return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
     if not 16 <= info.head_dim <= 128:
         return f"head size {info.head_dim} is not within 16 to 128"
+    if info.rank > TRITON_RANK:
+        return f"a bias of {info.rank} columns; the kernels take {TRITON_RANK}"
     for name, block in (("q_block", info.layout.q_block), ("kv_block", info.layout.kv_block)):
         if block % 16:
             return f"{name} {block} is not a multiple of 16"

@@ -53,7 +53,7 @@ def test_every_head_size_and_type(dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("dim", "keys"), ((16, "mask"), (16, "bias"), (24, "both")))
-@pytest.mark.parametrize("name", ("none", "lengths", "variance", "everything"))
+@pytest.mark.parametrize("name", ("none", "lengths", "variance", "barred pooled keys", "everything"))
 def test_masks_and_biases_of_keys_join_every_term(name: str, keys: str, dim: int) -> None:
     p = call(dim=dim, key_mask=keys != "bias", key_bias=keys != "mask")
     terms = TERMS[name](p)

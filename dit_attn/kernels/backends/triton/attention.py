@@ -307,7 +307,9 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
         x = None if comp is None else getattr(comp, name)
         x = None if x is None else x.to(problem.q.dtype).contiguous()  # products are of equal types
         named["comp_var" if name == "variance" else f"comp_{name}"] = x
+    rank = None if comp is None or comp.bias is None else comp.bias.to(torch.float32).contiguous()
     named |= {
+        "comp_rank": rank, "COMP_RANK": rank is not None, **_broadcast("cr", rank),
         "comp_bias": weight, **_broadcast("cb", weight), "nv": 0 if comp is None else comp.k.shape[2],
         "comp_bits": bits, **_broadcast("bits", bits), "words": 0 if bits is None else bits.shape[-1],
     }  # fmt: skip

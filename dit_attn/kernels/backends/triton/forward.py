@@ -54,6 +54,13 @@ def rows_of(
 
 
 @triton.jit
+def low_rank(extra_q, extra_k):
+    """Compute a low-rank bias (M, N) in base 2; ``-inf`` where it bars, at most ``terms.BARRED``."""
+    bias = tl.dot(extra_q, tl.trans(extra_k), input_precision="tf32x3")
+    return tl.where(bias <= -1e4, float("-inf"), bias * LOG2E)
+
+
+@triton.jit
 def store_rows(base, rows, stride, limit, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
     """Write (R, WIDTH) into channels ``FIRST ..`` of a (S, DIM) tensor."""
     columns = FIRST + tl.arange(0, WIDTH)
@@ -136,14 +143,14 @@ def forward_kernel(
     q, k, v, o, lse,
     kv_indices, kv_num_blocks, full_kv_num_blocks,
     key_len, key_mask, key_bias, bias_q, bias_k,
-    comp_k, comp_v, comp_bias, comp_var, comp_bits,
+    comp_k, comp_v, comp_bias, comp_var, comp_rank, comp_bits,
     row_scale, row_add, lse_ref, blend,
     ma, mb,
     scale, cap, var_cap,
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, o_b, o_s, o_h,
     i_b, i_h, c_b, c_h,
     km_b, kb_b, kb_h, bq_b, bq_h, bk_b, bk_h,
-    cb_b, cb_h, bits_b, bits_h,
+    cb_b, cb_h, cr_b, cr_h, bits_b, bits_h,
     rs_b, rs_h, ra_b, ra_h, bl_b, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, kcap, nv, words, value_shift,
     n0, n1, n2, n3, n4, n5, n6, n7, n8,
@@ -152,7 +159,7 @@ def forward_kernel(
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     RAGGED: tl.constexpr, ELEMENTS: tl.constexpr, KEY_LEN: tl.constexpr, KEY_MASK: tl.constexpr,
     KEY_BIAS: tl.constexpr, RANK: tl.constexpr,
-    COMP: tl.constexpr, COMP_PER_BLOCK: tl.constexpr, COMP_VAR: tl.constexpr,
+    COMP: tl.constexpr, COMP_PER_BLOCK: tl.constexpr, COMP_VAR: tl.constexpr, COMP_RANK: tl.constexpr,
     ROW_SCALE: tl.constexpr, ROW_ADD: tl.constexpr, LSE_REF: tl.constexpr, BLEND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
@@ -237,7 +244,7 @@ def forward_kernel(
                     bias_k + b64 * bk_b + h64 * bk_h + keys[:, None].to(tl.int64) * RANK + ranks[None, :],
                     mask=ranks[None, :] < RANK, other=0.0,
                 )  # fmt: skip
-                s += tl.dot(extra_q, tl.trans(extra_k), input_precision="tf32x3") * LOG2E
+                s += low_rank(extra_q, extra_k)
             if KEY_BIAS:
                 s += tl.load(key_bias + b64 * kb_b + h64 * kb_h + keys)[None, :] * LOG2E
             if KEY_MASK:
@@ -297,7 +304,7 @@ def forward_kernel(
                     bias_k + b64 * bk_b + h64 * bk_h + keys[:, None].to(tl.int64) * RANK + ranks[None, :],
                     mask=(keys[:, None] < kv_len) & (ranks[None, :] < RANK), other=0.0,
                 )  # fmt: skip
-                s += tl.dot(extra_q, tl.trans(extra_k), input_precision="tf32x3") * LOG2E
+                s += low_rank(extra_q, extra_k)
             if KEY_BIAS:
                 s += tl.load(key_bias + b64 * kb_b + h64 * kb_h + keys, mask=keys < kv_len, other=0.0)[None, :] * LOG2E
             s = tl.where(attended, s, float("-inf"))
@@ -340,6 +347,12 @@ def forward_kernel(
                     w2 = rows_of(cw_base, places, DIM, nv, D1, D2, DIM, True)
                     variance += product(qq2, tl.trans(w2), PRECISION, UPCAST)
                 s += tl.minimum(variance * after, var_cap) * LOG2E
+            if COMP_RANK:
+                extra_k = tl.load(
+                    comp_rank + b64 * cr_b + h64 * cr_h + places[:, None].to(tl.int64) * RANK + ranks[None, :],
+                    mask=known[:, None] & (ranks[None, :] < RANK), other=0.0,
+                )  # fmt: skip
+                s += low_rank(extra_q, extra_k)
             s += tl.load(comp_bias + b64 * cb_b + h64 * cb_h + places, mask=known, other=0.0)[None, :] * LOG2E
             home = places // COMP_PER_BLOCK
             word = tl.load(chosen + home // 32, mask=known, other=-1)
