@@ -20,6 +20,7 @@ from dit_attn.processors.core import call
 from dit_attn.processors.methods.re_ttention import MASKS
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
+from tests._support.span_biases import SpanBiases, bias_matrix
 from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
@@ -186,6 +187,24 @@ class FamilyMixin(GuidedMixin):
         assert not same(dense, sparse)
         summary = dit_attn.summary(net)
         assert summary.sparse_calls == self.sockets and summary.density is not None and summary.density < 1.0
+
+    @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+    def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, SpanBiases(), *[SPARSE] * sparse)
+        with requests() as seen:
+            biased = self.call(net, args)
+        assert len(seen) == self.sockets
+        for seen_call, request, out in seen:
+            assert (request.layout is not None) is sparse
+            rows = self._valid_rows(seen_call)
+            expected = reference(seen_call, request, bias_matrix(seen_call))
+            torch.testing.assert_close(out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
+        assert not same(stock, biased)
+        layers = [layer.stats for layer in attach.session_of(net).layers]
+        assert sum(stats.biased_calls for stats in layers) == self.sockets
+        dit_attn.enable(net, SpanBiases(0.0))
+        assert same(stock, self.call(net, args))
 
     @pytest.mark.parametrize("settings", RECTIFIED, ids=lambda settings: settings.compensation)
     def test_rectified_run_equals_its_equations(self, net: Any, args: Any, settings: dit_attn.RectifiedSpaAttn) -> None:

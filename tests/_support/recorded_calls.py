@@ -69,17 +69,24 @@ def requests() -> Iterator[list[tuple[call.AttentionCall, call.Request, torch.Te
         dispatch.executor.run = stock
 
 
-def reference(call: call.AttentionCall, request: call.Request) -> torch.Tensor:
-    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked."""
-    assert request.layout is not None and call.tokens is not None and call.tokens.visual_range is not None
-    start, stop = call.tokens.visual_range
+def reference(call: call.AttentionCall, request: call.Request, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked.
+
+    Args:
+        call, request: the call and its request; without a layout all rows are dense.
+        bias: (B|1, H|1, S, S), added to the logits.
+    """
     q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
     logits = q @ k.transpose(-1, -2) * scale
     allowed = torch.ones_like(logits, dtype=torch.bool)
-    allowed[:, :, start:stop] = request.layout.materialize()
+    if request.layout is not None:
+        assert call.tokens is not None and call.tokens.visual_range is not None
+        allowed[:, :, slice(*call.tokens.visual_range)] = request.layout.materialize()
+    if bias is not None:
+        logits = logits + bias.double()
     if call.mask is not None:
         mask = call.mask[:, None, None, :] if call.mask.ndim == 2 else call.mask
         if mask.dtype == torch.bool:

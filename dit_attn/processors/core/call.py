@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dit_attn.kernels import BlockLayout, Compensation, Epilogue
+from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias
 from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
 from dit_attn.processors.core.tokens import Tokens
 
@@ -100,7 +101,9 @@ class Request:
     """What the enabled methods ask for one call; an empty request means stock attention.
 
     Attributes:
-        layout: key blocks that the visual rows attend to (queries: visual rows, keys: the full sequence).
+        layout: key blocks that the visual rows attend to (queries: visual rows, keys: the full sequence); ``None`` for
+            all.
+        biases: low-rank biases of the logits, see :meth:`add_bias` and :meth:`add_span_bias`.
         declined: reasons of the methods that leave this call to stock attention.
         key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
         key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
@@ -116,6 +119,7 @@ class Request:
     """
 
     layout: BlockLayout | None = None
+    biases: list[RowBias] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
@@ -130,11 +134,56 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is requested."""
-        return self.layout is None and self.compute_visual is None
+        return not (self.sparse or self.biases)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the visual rows are computed by a layout, or by the method itself."""
+        return self.layout is not None or self.compute_visual is not None
 
     def decline(self, reason: str) -> None:
-        """Leave the call to stock attention; the reason is counted."""
+        """Leave the call to dense attention; the reason is counted."""
         self.declined.append(reason)
+
+    def go_dense(self) -> None:
+        """Drop what was requested for the visual rows, except biases."""
+        self.layout = self.compute_visual = self.permuted = self.compensation = self.epilogue = None
+
+    def add_bias(self, call: AttentionCall, rows: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
+        """Add ``rows @ keys^T`` to the logits of some rows; zero factors add nothing and change nothing.
+
+        Args:
+            call: the attention call.
+            rows: (B|1, H|1, n, r) finite factor of n consecutive rows, visual or not.
+            keys: (B|1, H|1 or Hk, S, r) finite factor of all keys, natural logarithm. A product of at most -1e4 is
+                ``-inf``.
+            first: the first of the n rows in the sequence.
+
+        Raises:
+            DitAttnError: a factor does not fit the call.
+        """
+        bias = factor_bias(call.q, call.k, rows, keys, first)
+        self.biases += [] if bias is None else [bias]
+
+    def add_span_bias(self, call: AttentionCall, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> None:
+        """Add a constant to the logits of some rows and some keys; 0, no row or no key changes nothing.
+
+        Args:
+            call: the attention call.
+            rows, keys: tokens of the sequence: a slice, or (S,) or (B, S) bool.
+            value: added, natural logarithm: ``log(c)`` multiplies the weight by c before the softmax is normalized,
+                ``-inf`` bars the rows from the keys. A number, or (B|1, H|1). A row that is barred from every key gives
+                0.
+
+        Raises:
+            DitAttnError: the value is NaN or ``inf``, or something does not fit the call.
+        """
+        bias = span_bias(call.q, rows, keys, value)
+        self.biases += [] if bias is None else [bias]
+
+    def bias(self, rows: slice) -> LogitBias | None:
+        """Return the sum of the biases for some rows (start and stop given), ``None`` where none reaches them."""
+        return merged_bias(self.biases, rows.start, rows.stop)
 
     def permute(self, call: AttentionCall, order: str, tile: Grid | None = None) -> PermutedTokens:
         """Return the tensors of ``call`` in another token order.
@@ -156,6 +205,10 @@ class CallMethod(Protocol):
     @property
     def role(self) -> str:
         """``"sparse"``, ``"guidance"`` or ``""``."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Shortest sequence that the method is worth."""
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Add this method's part to ``request``, or decline."""

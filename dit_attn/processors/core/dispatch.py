@@ -79,10 +79,17 @@ def _dispatch(
     reason = _collect_requests(run, call, request)
     if reason is not None:
         return _fallback(layer, reason, stock)
-    out = _execute(call, request, args.mesh)
-    if layer.disabled is not None:
-        request.layout = request.compute_visual = None
-        return _fallback(layer, layer.disabled, stock)
+    if request.sparse:
+        out = _execute(call, request, args.mesh)
+        if layer.disabled is not None:
+            request.go_dense()
+            request.declined = [layer.disabled]
+            if request.empty:
+                return _fallback(layer, layer.disabled, stock)
+    if not request.sparse:  # dense, with a bias
+        out = executor.run(call, request, executor.dense_rows(call))
+        layer.stats.fallbacks.update(request.declined[:1])
+    layer.stats.biased_calls += bool(request.biases)
     layer.stats.seconds += time.perf_counter() - started
     return out if exchange is None else exchange.gather_heads(out)
 
@@ -93,7 +100,7 @@ def _unsupported_reason(run: RunState, layer: Layer, args: SDPAArgs) -> str | No
         return "no method enabled"
     if all(method.role == "guidance" for method in run.methods):
         return ONLY_GUIDANCE
-    if layer.disabled:
+    if layer.disabled and all(method.role for method in run.methods):
         return layer.disabled
     if run.layout_error:
         return run.layout_error
@@ -126,12 +133,25 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs) -> AttentionCall:
 
 
 def _collect_requests(run: RunState, call: AttentionCall, request: Request) -> str | None:
-    """Let the methods fill the request; return the reason when the call stays with stock attention."""
-    reason = executor.unsupported_reason(call) or executor.read_mask(call, request)
+    """Let the methods fill the request; return the reason when the call stays with stock attention.
+
+    Sparse methods come last: they know the biases of the others.
+    """
+    reason = executor.unsupported_reason_call(call)
     if reason is not None:
         return reason
-    for method in run.methods:
-        method.request(call, request)
+    no_layout = call.layer.disabled or executor.unsupported_reason_layout(call)
+    for method in sorted(run.methods, key=lambda method: method.role == "sparse"):
+        reason = executor.too_short(call, method.min_tokens)
+        if method.role == "sparse":
+            reason = no_layout or reason or executor.read_mask(call, request)
+        if reason is None:
+            method.request(call, request)
+        else:
+            request.decline(reason)
+    if request.compute_visual is not None and request.bias(call.visual) is not None:
+        request.go_dense()
+        request.decline("it computes its rows itself, without the logit bias of another method")
     if request.empty:
         return request.declined[0] if request.declined else "nothing requested"
     return None

@@ -1,35 +1,52 @@
 """Carry out the request of an intercepted attention call: methods describe it, the executor computes it.
 
 The visual rows of the sequence go through ``kernels.sparse_attention`` over all keys; every other row (text, time,
-audio) is computed densely, so joint models keep their text exact. Nothing here builds an S x S matrix.
+audio) is computed densely, so joint models keep their text exact. Without a layout all rows are dense. Logit biases
+apply to every row they are requested for. Nothing here builds an S x S matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels import sparse_attention
+from dit_attn.kernels import LogitBias, sparse_attention
+from dit_attn.kernels.dense import biased_attention
+from dit_attn.kernels.terms import pooled_bias
 from dit_attn.processors.core.call import AttentionCall, Request
 
 MIN_TOKENS = 256  # below this a dense call is faster on every backend measured so far
 
 
 def unsupported_reason(call: AttentionCall) -> str | None:
-    """Return the reason this call must use stock attention, or ``None``; found before any method is asked."""
+    """Return the reason no sparse method that is for speed may compute this call, or ``None``."""
+    return unsupported_reason_call(call) or unsupported_reason_layout(call) or too_short(call, MIN_TOKENS)
+
+
+def unsupported_reason_call(call: AttentionCall) -> str | None:
+    """Return the reason this call must use stock attention whatever is requested, or ``None``."""
     if call.q.shape[1] != call.k.shape[1]:
         return "cross attention"
     if call.tokens is None:
         return f"unknown token layout for {call.q.shape[1]} tokens"
-    if call.causal:
-        return "causal attention"
-    if call.tokens.visual_range is None:
-        return "visual tokens are not consecutive"
-    if call.q.shape[1] < MIN_TOKENS:
-        return f"sequence under {MIN_TOKENS} tokens"
-    return None
+    if call.mask is not None and call.mask.ndim not in (2, 4):
+        return f"attention mask of shape {tuple(call.mask.shape)}"
+    return "causal attention" if call.causal else None
+
+
+def unsupported_reason_layout(call: AttentionCall) -> str | None:
+    """Return the reason a supported call can have no block layout, or ``None``."""
+    assert call.tokens is not None
+    return "visual tokens are not consecutive" if call.tokens.visual_range is None else None
+
+
+def too_short(call: AttentionCall, tokens: int) -> str | None:
+    """Return the reason a call is too short for a method that needs ``tokens`` tokens, or ``None``."""
+    return f"sequence under {tokens} tokens" if call.q.shape[1] < tokens else None
 
 
 def read_mask(call: AttentionCall, request: Request) -> str | None:
@@ -72,12 +89,16 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     Args:
         call: the attention call.
         request: the merged request; ``layout.q_len`` is the number of visual rows, ``layout.kv_len`` is S.
-        dense: exact attention for the remaining rows, ``dense(q_rows, k, v, mask_rows) -> (B, rows, H, Dv)``.
+        dense: exact attention for the remaining rows, ``dense(q_rows, k, v, mask_rows) -> (B, rows, H, Dv)``, with
+            their bias as a fifth argument where there is one.
 
     Returns:
         (B, S, H, Dv).
     """
-    seq_len, rows = call.q.shape[1], call.visual
+    seq_len = call.q.shape[1]
+    if not request.sparse:
+        return _dense_parts(call, request, dense)
+    rows = call.visual
     visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)
     if (rows.start, rows.stop) == (0, seq_len):
         return visual
@@ -85,8 +106,25 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     out[:, rows] = visual
     for low, high in ((0, rows.start), (rows.stop, seq_len)):
         if low < high:
-            out[:, low:high] = dense(call.q[:, low:high], call.k, call.v, _mask_rows(call.mask, low, high))
+            out[:, low:high] = _dense_part(call, request, dense, low, high)
     return out
+
+
+def _dense_parts(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """(B, S, H, Dv), all rows dense; those that no bias reaches are computed without one."""
+    seq_len = call.q.shape[1]
+    edges = sorted({0, seq_len, *(edge for bias in request.biases for edge in (bias.first, bias.last))})
+    parts = [_dense_part(call, request, dense, low, high) for low, high in pairwise(edges)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _dense_part(
+    call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor], low: int, high: int
+) -> torch.Tensor:
+    """(B, high - low, H, Dv), some rows dense, with their bias."""
+    bias = request.bias(slice(low, high))
+    given = (call.q[:, low:high], call.k, call.v, _mask_rows(call.mask, low, high))
+    return dense(*given) if bias is None else dense(*given, bias)
 
 
 def _visual_rows(call: AttentionCall, request: Request) -> torch.Tensor:
@@ -95,10 +133,15 @@ def _visual_rows(call: AttentionCall, request: Request) -> torch.Tensor:
     permuted = request.permuted
     q, k, v = (call.q[:, call.visual], call.k, call.v) if permuted is None else (permuted.q, permuted.k, permuted.v)
     source = request if permuted is None else permuted
-    mask, bias = source.key_mask, source.key_bias
+    mask, key_bias = source.key_mask, source.key_bias
+    bias, pooled = request.bias(call.visual), request.compensation
+    if bias is not None:
+        bias = bias if permuted is None else permuted.order.permute_bias(bias)
+        if pooled is not None:
+            pooled = replace(pooled, bias=pooled_bias(bias.k, pooled.tokens, mask))
     out = sparse_attention(
-        q, k, v, request.layout, scale=call.scale, key_mask=mask if bias is None else None, key_bias=bias,
-        compensation=request.compensation, epilogue=request.epilogue,
+        q, k, v, request.layout, scale=call.scale, key_mask=mask if key_bias is None else None, key_bias=key_bias,
+        bias=bias, compensation=pooled, epilogue=request.epilogue,
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)  # no LSE is requested
     return out if permuted is None else permuted.unpermute(out)
@@ -120,14 +163,21 @@ def sampled_error(call: AttentionCall, request: Request, out: torch.Tensor, coun
         mask = request.key_bias[:, :, None].to(call.q.dtype)
     elif request.key_mask is not None:
         mask = request.key_mask[:, None, None]
-    exact = dense_rows(call)(call.q[:, sample], call.k, call.v, mask).float()
+    bias = request.bias(rows)
+    if bias is not None:
+        bias = LogitBias(bias.q[:, :, :: sample.step], bias.k)
+    exact = dense_rows(call)(call.q[:, sample], call.k, call.v, mask, bias).float()
     return float((out[:, sample].float() - exact).norm() / exact.norm().clamp(min=1e-30))
 
 
 def dense_rows(call: AttentionCall) -> Callable[..., torch.Tensor]:
     """Return exact attention for a few rows of ``call`` by torch's fused kernel; (B, S, H, D) in and out."""
 
-    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def dense(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, bias: LogitBias | None = None
+    ) -> torch.Tensor:
+        if bias is not None:
+            return biased_attention(q, k, v, bias, scale=call.scale, mask=mask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale, **gqa).transpose(1, 2)

@@ -28,6 +28,7 @@ class LayerStats:
         calls: attention calls that reached the layer.
         sparse_calls: calls that a method carried out.
         fallbacks: calls that took stock attention, by reason.
+        biased_calls: calls with a logit bias, sparse or dense.
         computed: sum over the sparse calls of the attention computed, as a fraction of dense (all rows, all keys).
         seconds: time spent in sparse calls (host time; on an accelerator it is the time to enqueue them).
         error: relative L2 error measured on sampled rows of the first sparse call, the largest where densities change
@@ -37,6 +38,7 @@ class LayerStats:
 
     calls: int = 0
     sparse_calls: int = 0
+    biased_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     computed: float | torch.Tensor = 0.0
     seconds: float = 0.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dit_attn.kernels import LogitBias
 from dit_attn.kernels.layouts.block_layout import ceil_div
 from dit_attn.kernels.layouts.cache import cached
 from dit_attn.kernels.layouts.token_order import TokenOrder, block_neighbors, token_order
@@ -38,6 +39,11 @@ class TokenPermutation:
     keys: torch.Tensor | None
     visual: int
     first_frame: torch.Tensor
+
+    def permute_bias(self, bias: LogitBias) -> LogitBias:
+        """Return a bias of the visual rows in this order."""
+        q = bias.q if self.rows is None else bias.q.index_select(2, self.rows)
+        return LogitBias(q, bias.k if self.keys is None else bias.k.index_select(2, self.keys))
 
     def forced(self, keep: tuple[str, ...], seq_len: int, q_block: int, kv_block: int) -> torch.Tensor:
         """Return the blocks that every selection must contain.

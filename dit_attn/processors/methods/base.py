@@ -64,11 +64,13 @@ class Method:
         slug: name used by ``enable(pipe, slug)`` and on the command line.
         role: methods of one role conflict. ``"sparse"``: decides which keys are attended to; ``"guidance"``: uses the
             perturbed pass of a step.
+        min_tokens: shortest sequence that the method is worth: 0, except where its point is speed.
         cache_on_host: whether what :meth:`cache_bytes` counts lies in main memory.
     """
 
     slug: ClassVar[str] = ""
     role: ClassVar[str] = ""
+    min_tokens: ClassVar[int] = 0
 
     @property
     def cache_on_host(self) -> bool:

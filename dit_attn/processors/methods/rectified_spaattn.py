@@ -119,6 +119,9 @@ class RectifiedSpaAttn(SparseMethod):
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Select the blocks of the visual rows, and set the compensation for the others."""
         assert call.tokens is not None
+        if self.compensation in ("paper", "repo") and request.bias(call.visual) is not None:
+            request.decline(f"compensation {self.compensation!r} does not know the logit bias of another method")
+            return
         request.permuted = rows = request.permute(call, *self.token_order(call.tokens))
         scale = call.softmax_scale
         with torch.no_grad():

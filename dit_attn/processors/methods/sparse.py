@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, Phase, resolve_count, setting
 
 
@@ -39,6 +40,7 @@ class SparseMethod(Method):
     """
 
     role: ClassVar[str] = "sparse"
+    min_tokens: ClassVar[int] = MIN_TOKENS
     by_step: ClassVar[bool] = True
     """Whether the density may change from part to part of a run."""
 
