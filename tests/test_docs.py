@@ -173,6 +173,33 @@ def first_frame(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module.FirstFrame  # type: ignore[attr-defined]
 
 
+@pytest.fixture
+def lift_text(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The other class of the page, likewise."""
+    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
+    module = types.ModuleType("dit_attn.processors.methods.lift_text")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(block("extend/add_a_method.md", '"""Image rows attend').compiled(), module.__dict__)
+    return module.LiftText  # type: ignore[attr-defined]
+
+
+def test_the_bias_of_the_page_is_its_formula(lift_text: Any) -> None:
+    model, args = tiny("cogvideox")
+    dit_attn.enable(model, lift_text(factor=4.0, apart=True))
+    with requests() as seen:
+        forward(model, args)
+    assert len(seen) == len(dit_attn.summary(model).layers)
+    for call, request, result in seen:
+        text = next(span for span in call.tokens.spans if span.kind == "text")
+        first, width = call.visual.start, call.tokens.grid[2]
+        bias = torch.zeros(1, 1, call.q.shape[1], call.q.shape[1])
+        bias[:, :, call.visual, text.start : text.stop] = torch.tensor(4.0).log()
+        bias[:, :, text.start : text.stop, first : first + width] = -torch.inf
+        torch.testing.assert_close(result.double(), reference(call, request, bias), atol=2e-5, rtol=1e-4)
+    stock = dit_attn.enable(model, lift_text(factor=1.0))
+    assert same(forward(model, args), forward(model, args)) and stock.layers[0].stats.fallbacks
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_the_method_of_the_page_runs_and_equals_its_mask(first_frame: Any, name: str) -> None:
     model, args = tiny(name)

@@ -121,11 +121,12 @@ def biased_attention(
         mask = F.pad(mask.expand(*mask.shape[:-1], k.shape[2]), (0, 1), value=mask.dtype == torch.bool)
     gqa = {"enable_gqa": True} if keys.shape[1] != heads else {}
     fused = q.device.type == "cpu" or width <= WIDEST
-    chunks = []
-    for first in range(0, q.shape[2], q.shape[2] if fused else UNFUSED_ROWS):
+    chunks, count = [], q.shape[2]
+    for first in range(0, count, count if fused else UNFUSED_ROWS):
         some = slice(first, None if fused else first + UNFUSED_ROWS)
         part = mask if mask is None or mask.shape[-2] == 1 else mask[..., some, :]
-        chunks.append(F.scaled_dot_product_attention(rows[:, :, some], keys, values, attn_mask=part, scale=scale, **gqa))
+        q = rows[:, :, some]
+        chunks.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=part, scale=scale, **gqa))
     return torch.cat(chunks, 2)[..., :value_dim].transpose(1, 2)
 
 

@@ -21,7 +21,6 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels.checks import check_key_mask, check_sizes, check_tokens
 from dit_attn.kernels.selection.pooling import block_counts, block_mean_squares, block_means
 
-
 BARRED = -1e4
 """A low-rank bias of at most this is ``-inf``: the query does not attend to the key."""
 BAR = -1e8

@@ -20,10 +20,10 @@ from dit_attn.processors.core import call
 from dit_attn.processors.methods.re_ttention import MASKS
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
-from tests._support.span_biases import SpanBiases, bias_matrix
 from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
+from tests._support.span_biases import SpanBiases, bias_matrix
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
 RECTIFIED = tuple(

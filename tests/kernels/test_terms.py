@@ -193,7 +193,9 @@ BAD = {
     },
     "at least 1": {"bias": LogitBias(torch.zeros(1, 1, 70, 0), torch.zeros(1, 1, 90, 0))},
     "compensation.bias is the pooled keys' factor of a bias, and none is given": {
-        "compensation": Compensation(*(torch.zeros(2, 2, 12, 16),) * 2, torch.zeros(1, 1, 12), 8, bias=torch.zeros(1, 1, 12, 2))
+        "compensation": Compensation(
+            *(torch.zeros(2, 2, 12, 16),) * 2, torch.zeros(1, 1, 12), 8, bias=torch.zeros(1, 1, 12, 2)
+        )
     },
     "bias.k must be": {"bias": LogitBias(torch.zeros(1, 1, 70, 2), torch.zeros(1, 1, 70, 2))},
     "must divide": {"compensation": Compensation(*(torch.zeros(2, 2, 4, 16),) * 2, torch.zeros(1, 1, 4), 24)},

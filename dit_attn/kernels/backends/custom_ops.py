@@ -76,8 +76,8 @@ _BIAS = 9  # index of key_bias among them
 _COMMON = _CALL + ", str backend"
 _TERMS = (
     "Tensor? key_lengths, Tensor? bias_q, Tensor? bias_k, Tensor? comp_k, Tensor? comp_v, Tensor? comp_weight, "
-    "Tensor? comp_variance, Tensor? comp_bias, Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, int comp_tokens, "
-    "float comp_cap, float lse_cap, int value_shift"
+    "Tensor? comp_variance, Tensor? comp_bias, Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, "
+    "int comp_tokens, float comp_cap, float lse_cap, int value_shift"
 )
 
 

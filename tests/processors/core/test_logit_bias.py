@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import dit_attn
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Epilogue, pooled_compensation
+from dit_attn.kernels.dense import _channels
 from dit_attn.kernels.terms import BARRED
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
@@ -35,7 +36,8 @@ def attention_call(key_heads: int = 2, mask: Any = None, dtype: torch.dtype = to
     """Two samples of text, video and text."""
     args = random_args(SEQ, key_heads=key_heads)
     q, k, v = (x.to(dtype) for x in (args.q, args.k, args.v))
-    return AttentionCall(q, k, v, mask, 0.4, False, Layer("blocks.0", 0), LAYOUT.resolve(SEQ), Clock(), mask_rule="visual-row")
+    layer, tokens = Layer("blocks.0", 0), LAYOUT.resolve(SEQ)
+    return AttentionCall(q, k, v, mask, 0.4, False, layer, tokens, Clock(), mask_rule="visual-row")
 
 
 def with_layout(call: AttentionCall, order: str | None = None) -> Request:
@@ -57,8 +59,8 @@ def run(call: AttentionCall, request: Request) -> torch.Tensor:
 def square(rows: torch.Tensor, keys: torch.Tensor, value: torch.Tensor | float) -> torch.Tensor:
     """(B, H, S, S): the value where row and key are chosen, from (B, S) bool and (B|1, H|1) or a number."""
     both = (rows[:, None, :, None] & keys[:, None, None, :]).expand(2, 4, -1, -1)
-    amount = torch.as_tensor(value, dtype=torch.float64).reshape(-1, *([1] * 3)) if not isinstance(value, torch.Tensor) else value[..., None, None].double()
-    return torch.where(both, amount, 0.0)
+    amount = value if isinstance(value, torch.Tensor) else torch.full((1, 1), value)
+    return torch.where(both, amount[..., None, None].double(), 0.0)
 
 
 def expected(call: AttentionCall, request: Request, bias: torch.Tensor) -> torch.Tensor:
@@ -170,14 +172,13 @@ def test_in_other_types_the_bias_is_as_exact_as_the_output(dtype: torch.dtype, t
 
 
 def test_the_channels_of_a_16_bit_bias_add_up_to_it() -> None:
-    from dit_attn.kernels.dense import _channels
-
     rng = torch.Generator().manual_seed(0)
     rows, keys = torch.randn(1, 1, 50, 2, generator=rng), torch.randn(1, 1, 60, 2, generator=rng)
     for dtype in (torch.bfloat16, torch.float16):
         parts = _channels(rows, keys, dtype)
         assert parts[0].dtype == parts[1].dtype == dtype
-        torch.testing.assert_close(parts[0].double() @ parts[1].double().mT, rows.double() @ keys.double().mT, atol=3e-6, rtol=0)
+        found, truth = (a.double() @ b.double().mT for a, b in (parts, (rows, keys)))
+        torch.testing.assert_close(found, truth, atol=3e-6, rtol=0)
 
 
 @pytest.mark.parametrize("order", ["hilbert", "none"])
