@@ -30,7 +30,8 @@ class RunState:
         layout: parts of the sequence of the current input, ``None`` before the first call.
         layout_error: reason why they are unknown, or ``None``.
         observers: called after every attention call with the call, its request (``layout`` is ``None`` where no sparse
-            method applied, ``biases`` is empty where no bias did) and the result (B, S, H, Dv); see :func:`dit_attn.observing`.
+            method applied, ``biases`` is empty where no bias did) and the result (B, S, H, Dv); see
+            :func:`dit_attn.observing`.
         perturbed: what the current pass perturbs, ``None`` in plain passes.
         first_perturbed: first batch row that is perturbed in it.
         handle: names the run inside compiled graphs.
