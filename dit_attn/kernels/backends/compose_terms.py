@@ -239,9 +239,11 @@ def _merged_rows(
     pooled: _PooledKeys, blocks: slice, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     s, own = pooled.logits(q, blocks), lse[..., None]
-    total = torch.logsumexp(torch.cat([s, own], -1), -1, keepdim=True)
-    safe = total.masked_fill(total == NEG_INF, 0.0)
+    every = torch.cat([s, own], -1)
+    empty = (every == NEG_INF).all(-1, keepdim=True)  # the gradient of a log-sum-exp of nothing is NaN
+    safe = torch.logsumexp(every.masked_fill(empty, 0.0), -1, keepdim=True)
     fraction = torch.exp(own - safe).transpose(1, 2)
+    total = safe.masked_fill(empty, NEG_INF)
     return out * fraction + (torch.exp(s - safe) @ pooled.values).transpose(1, 2), total[..., 0]
 
 
