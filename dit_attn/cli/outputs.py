@@ -157,10 +157,14 @@ def report_unrecoverable(path: Path) -> Iterator[None]:
 def write_media(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
     """Save an image (with ``text`` as PNG chunks) or a video."""
     with output_file(path) as temporary:
-        if media.video:
-            _write_video(media, temporary, fps)
-        else:
-            _write_png(media, temporary, text)
+        _encode(media, temporary, fps, text)
+
+
+def _encode(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
+    if media.video:
+        _write_video(media, path, fps)
+    else:
+        _write_png(media, path, text)
 
 
 def _write_png(media: Media, path: Path, text: dict[str, str]) -> None:
@@ -264,7 +268,8 @@ def save(media: Media, folder: Path, stem: str, digest: str, fps: int, text: dic
     """
     temporary = folder / f"{files.TEMPORARY}{uuid.uuid4().hex[:8]}{media.ending}"
     try:
-        write_media(media, temporary, fps, text)
+        with report_unrecoverable(folder / f"{stem}{media.ending}"):
+            _encode(media, temporary, fps, text)
         with report_unrecoverable(folder / stem), files.locked(folder):
             path = folder / f"{place(folder, stem, digest)}{media.ending}"
             write_json(facts(path.name, sha256(temporary)), path.with_suffix(".json"))

@@ -219,7 +219,10 @@ def read_weights(file: Path) -> dict[str, Any]:
             return dict(load_file(file))
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises anything
-        raise DitAttnError(f"{file} is no file of weights alone ({reason(error)[:200]}); nothing was run") from error
+        raise DitAttnError(
+            f"{file} is no file of weights alone: it is broken, or holds code ({type(error).__name__}); save a state "
+            "dict, or safetensors"
+        ) from error
     if not isinstance(state, dict):
         raise DitAttnError(f"{file} holds a {type(state).__name__} and no state dict; save model.state_dict()")
     return state
