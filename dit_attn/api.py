@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,14 +44,22 @@ def enable(target: Any, *wanted: str | Method) -> Session:
         DitAttnError: unknown method or family, methods that conflict, a layer that cannot be wrapped. Nothing is
             changed then.
     """
-    models = _transformers(target)
-    chosen = _resolve(models, wanted)
-    clock = Clock()
-    pipe = None if isinstance(target, torch.nn.Module) else target
-    for model in models:
-        attach.prepare(model, chosen, clock, pipe)  # every check, before anything is changed
+    models, chosen, clock, pipe = _checked(target, wanted)  # before anything is changed
     sessions = [attach.attach(model, chosen, clock, pipe) for model in models]
     return sessions[0]
+
+
+def check(target: Any, *wanted: str | Method) -> None:
+    """Raise what :func:`enable` would raise, and change nothing. The weights may be on the meta device.
+
+    Args:
+        target: a pipeline or transformer.
+        wanted: methods, as for :func:`enable`.
+
+    Raises:
+        DitAttnError: as for :func:`enable`.
+    """
+    _checked(target, wanted)
 
 
 def disable(target: Any) -> None:
@@ -202,6 +210,18 @@ def supported() -> dict[str, dict[str, Any]]:
     }
 
 
+def _checked(
+    target: Any, wanted: tuple[str | Method, ...]
+) -> tuple[list[torch.nn.Module], tuple[Method, ...], Clock, Any]:
+    """The transformers, the methods, their clock and the pipeline of a call that passes every check."""
+    models = _transformers(target)
+    chosen, clock = _resolve(models, wanted), Clock()
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    for model in models:
+        attach.prepare(model, chosen, clock, pipe)
+    return models, chosen, clock, pipe
+
+
 def _transformers(target: Any) -> list[torch.nn.Module]:
     return list(_components(target).values())
 
@@ -234,6 +254,12 @@ def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) ->
             raise DitAttnError(
                 f"a method is a slug, a saved file or a Method instance, got {item!r}; slugs: {', '.join(methods())}"
             )
+    check_conflicts(chosen)
+    return tuple(chosen)
+
+
+def check_conflicts(chosen: Iterable[Method]) -> None:
+    """Raise ``DitAttnError`` where two methods cannot be enabled together, whatever the model."""
     taken: dict[str, str] = {}
     for method in chosen:
         if method.role and method.role in taken:
@@ -242,4 +268,3 @@ def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) ->
                 "enable one of them"
             )
         taken[method.role] = method.slug
-    return tuple(chosen)

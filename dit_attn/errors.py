@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
+
+_LONGEST = 100  # characters of one value in a message
 
 
 class DitAttnError(ValueError):
@@ -38,7 +41,33 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return cut(lines[0], 3 * _LONGEST) if lines else type(error).__name__
+
+
+def shorten(value: object) -> str:
+    """Return ``repr(value)``, cut short where it is long; nested values are never written out in full."""
+    try:
+        return cut(_REPR.repr(value), _LONGEST)
+    except Exception:  # a number of more digits than Python writes, a broken __repr__
+        return f"a value of type {type(value).__name__}"
+
+
+def cut(text: str, longest: int) -> str:
+    """Return the text, with ``...`` in the place of its middle where it is longer than ``longest`` characters."""
+    if len(text) <= longest:
+        return text
+    head = 2 * longest // 3
+    return f"{text[:head]}...{text[len(text) - (longest - 3 - head) :]}"
+
+
+def _short_repr() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 3, _LONGEST, 40, _LONGEST
+    short.maxdict = short.maxlist = short.maxtuple = 6
+    return short
+
+
+_REPR = _short_repr()
 
 
 def unknown(kind: str, value: object, allowed: Iterable[object], remedy: str = "") -> DitAttnError:
@@ -53,6 +82,7 @@ def unknown(kind: str, value: object, allowed: Iterable[object], remedy: str = "
     import difflib
 
     names = [str(name) for name in allowed]
-    close = difflib.get_close_matches(str(value), names, n=1)
+    close = difflib.get_close_matches(value[:_LONGEST] if isinstance(value, str) else shorten(value), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return DitAttnError(f"unknown {kind} {value!r}.{hint} Allowed: {', '.join(names)}.{' ' + remedy if remedy else ''}")
+    allowed_names = f"Allowed: {', '.join(names)}.{' ' + remedy if remedy else ''}"
+    return DitAttnError(f"unknown {kind} {shorten(value)}.{hint} {allowed_names}")

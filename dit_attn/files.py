@@ -1,20 +1,32 @@
-"""Atomic writes: a file is written completely or not at all, and a failed write is one line that says what to do."""
+"""Files and texts of a user: atomic writes, locks, paths, JSON and YAML; what fails is one line with what to do."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 import uuid
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dit_attn.errors import DitAttnError, reason
+from dit_attn.errors import DitAttnError, cut, reason, shorten
+
+try:
+    import fcntl
+except ImportError:  # Windows: without locks, one process at a time is up to the user
+    fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".partial-"
 """First characters of every temporary name; a killed process may leave such files behind."""
+LOCK = ".lock-"
+"""First characters of the name of a lock file, which exists while its lock is held."""
+_LARGEST = 200_000  # values of one JSON or YAML text, aliases written out
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
@@ -60,6 +72,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append ``text`` as UTF-8 to a file that is there.
+
+    Raises:
+        OSError: it is not there or cannot be written, or it is a link.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | _NO_FOLLOW), "a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data``, atomically."""
     with atomic_path(path) as temporary:
@@ -84,3 +106,177 @@ def report_os_error(action: str, remedy: str, kind: type[DitAttnError] = DitAttn
         yield
     except OSError as error:
         raise kind(f"cannot {action} ({reason(error)}); {remedy}") from error
+
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, name: str = "folder") -> Iterator[None]:
+    """Hold the lock ``name`` of a folder for the length of the block; other processes wait for it.
+
+    The system frees it when the process ends, however it ends. Where the file system has no locks there is none.
+    """
+    held = _lock(folder / f"{LOCK}{name}", wait=True)
+    try:
+        yield
+    finally:
+        if held is not None:
+            _unlock(folder / f"{LOCK}{name}", held)
+
+
+def claim(owner: Any, folder: Path, name: str, what: str) -> None:
+    """Take the lock ``name`` of a folder for this process, for as long as ``owner`` lives.
+
+    Args:
+        owner: any object; several of one process may share a lock.
+        folder, name: the lock.
+        what: what the process that has it does, for the message.
+
+    Raises:
+        DitAttnError: another process has it.
+    """
+    path = folder.resolve() / f"{LOCK}{name}"
+    if path not in _CLAIMED:
+        try:
+            _CLAIMED[path] = [_lock(path, wait=False), 0]
+        except BlockingIOError as error:
+            raise DitAttnError(
+                f"another process is {what} in {folder}; wait until it ends, or give another --output"
+            ) from error
+    _CLAIMED[path][1] += 1
+    weakref.finalize(owner, _release, path)
+
+
+_CLAIMED: dict[Path, list[Any]] = {}  # descriptor, owners
+
+
+def _release(path: Path) -> None:
+    _CLAIMED[path][1] -= 1
+    if not _CLAIMED[path][1] and (held := _CLAIMED.pop(path)[0]) is not None:
+        _unlock(path, held)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock, ``None`` where there are no locks."""
+    if fcntl is None:
+        return None
+    while True:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            os.close(held)
+            if isinstance(error, BlockingIOError):
+                raise
+            path.unlink(missing_ok=True)
+            return None
+        if _is_at(path, held):
+            return held
+        os.close(held)  # the process that had it has removed the file since
+
+
+def _is_at(path: Path, held: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(held), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _unlock(path: Path, held: int) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    os.close(held)
+
+
+# -- what a user gives -------------------------------------------------------------------------------------------------
+
+
+def user_path(text: str | Path, what: str) -> Path:
+    """Return a path as the user means it, ``~`` expanded.
+
+    Args:
+        text: the path.
+        what: where it was given, for messages, e.g. ``"--output"``.
+
+    Raises:
+        DitAttnError: an unknown home, a name longer than the system's, or a zero byte.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError as error:
+        raise DitAttnError(f"{what} {shorten(str(text))}: there is no such home folder; write the path out") from error
+    except (OSError, ValueError) as error:
+        raise DitAttnError(f"{what} {shorten(str(text))} is no path ({reason(error)}); check it") from error
+    if "\0" in str(path):  # newer Pythons are silent about this and about long names
+        raise DitAttnError(f"{what} {shorten(str(text))} is no path (it has a zero byte); check it")
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise DitAttnError(f"{what} {shorten(str(text))} is no path (File name too long); check it")
+    return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or a number with too many digits; the message is one short line.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason}") from None
+    except ValueError:  # of the interpreter's limit for whole numbers
+        raise ValueError("a number has too many digits") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML (or JSON) without tags of its own.
+
+    Raises:
+        ValueError: not YAML, nested too deeply, a value out of range, or aliases that refer to themselves or expand to
+            more values than memory holds; the message is a short clause, with the line number where it is known.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(text)
+        count = _count(data, {})
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = cut(str(getattr(error, "problem", None) or error), 200)
+        raise ValueError(f"{f'line {mark.line + 1}' if mark else 'it'} is not YAML ({problem})") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a date in month 13, 5000 digits
+        raise ValueError(f"a value is out of range ({reason(error)})") from None
+    if count > _LARGEST:
+        raise ValueError(f"its aliases expand to more than {_LARGEST:,} values")
+    return data
+
+
+def _count(data: Any, known: dict[int, int]) -> int:
+    """Values in nested lists and mappings, shared ones as often as they occur."""
+    if not isinstance(data, (list, dict)):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = _LARGEST + 1  # of an alias to what it is in
+        parts = data if isinstance(data, list) else data.values()
+        known[id(data)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(data)]
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file that a folder of ours holds.
+
+    Raises:
+        OSError: there is none, or it is a link, a pipe or a device.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,111 @@ def test_a_failure_of_the_file_system_is_one_line_with_the_remedy(tmp_path: Path
     full = files.report_os_error("write it", "free disk space", RunStopped)
     with pytest.raises(RunStopped, match=r"cannot write it \(No space left on device\); free disk space"), full:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_lock_is_free_again_when_its_process_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib, signal
+from dit_attn import files
+class Owner: pass
+owner = Owner()
+files.claim(owner, pathlib.Path({str(tmp_path)!r}), "log", "measuring")
+print("ready", flush=True)
+input()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None and child.stdout.readline() == "ready\n"
+
+    class Owner:
+        pass
+
+    owner, other = Owner(), Owner()
+    with pytest.raises(DitAttnError, match=r"another process is measuring in .*; wait until it ends, or give another"):
+        files.claim(owner, tmp_path, "log", "measuring")
+    child.communicate("\n", timeout=60)
+    files.claim(owner, tmp_path, "log", "measuring")
+    files.claim(other, tmp_path, "log", "measuring")  # the same process
+    assert names(tmp_path) == [".lock-log"]
+    del owner
+    assert names(tmp_path) == [".lock-log"]
+    del other
+    assert names(tmp_path) == []
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".lock-folder").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError), files.locked(tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_text_is_not_appended_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "log").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError):
+        files.append_text(tmp_path / "log", "more")
+    with pytest.raises(OSError):
+        files.read_regular(tmp_path / "log")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_regular(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"seed": ' + "9" * 5000 + "}", "too many digits"),
+        (b"\xff\xfe\xfd", "not UTF-8"),
+        ("{half", "Expecting property name"),
+    ],
+    ids=["deep", "digits", "bytes", "half"],
+)
+def test_json_that_cannot_be_parsed_is_one_short_line(text: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        files.parse_json(text)
+    assert len(str(caught.value)) < 200
+
+
+def bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (bomb(9), "aliases expand to more than"),
+        ("a: &a [*a]", "aliases expand to more than"),
+        ("[" * 50_000, "nested too deeply"),
+        ("a: [1", "line 1 is not YAML"),
+        ("a: 2020-13-45", "out of range"),
+        ("a: " + "9" * 5000, "out of range"),
+        ("!!python/object:os.system x", "line 1 is not YAML"),
+    ],
+    ids=["bomb", "itself", "deep", "half", "date", "digits", "tag"],
+)
+def test_yaml_that_cannot_be_parsed_is_one_short_line(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        files.parse_yaml(text)
+    assert len(str(caught.value)) < 300
+
+
+def test_yaml_and_aliases_of_a_usual_size_are_read() -> None:
+    assert files.parse_yaml("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+@pytest.mark.parametrize(
+    "text, words", [("~nosuch/x", "no such home"), ("x" * 300, "File name too long"), ("a\0b", "no path")]
+)
+def test_a_path_that_cannot_be_is_named_with_its_flag(text: str, words: str) -> None:
+    with pytest.raises(DitAttnError, match=f"--output .*{words}") as caught:
+        files.user_path(text, "--output")
+    assert len(str(caught.value)) < 300 and files.user_path("~", "--output") == Path.home()

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from dit_attn import __version__
 from dit_attn.cli.parser import Parser
-from dit_attn.errors import DitAttnError, import_problem, unknown
+from dit_attn.cli.workers import process_rank
+from dit_attn.errors import DitAttnError, cut, import_problem, shorten, unknown
 
 
 class Command(NamedTuple):
@@ -21,14 +22,16 @@ class Command(NamedTuple):
     Attributes:
         module: under ``dit_attn.cli.commands``; it has ``add_arguments(parser)`` and ``run(args) -> exit code``.
         help: the line of ``dit-attn --help``.
+        shares: whether several processes (``torchrun``, ``accelerate launch``) share its work.
     """
 
     module: str
     help: str
+    shares: bool = False
 
 
 COMMANDS = {
-    "generate": Command("generate", "make images or videos from prompts, with or without methods"),
+    "generate": Command("generate", "make images or videos from prompts, with or without methods", True),
     "models": Command("models", "list the embedded models and the supported families"),
     "explain": Command("explain", "say what a method can gain on a model, before a run"),
     "doctor": Command("doctor", "check versions, devices and kernels"),
@@ -37,10 +40,11 @@ COMMANDS = {
     "compare": Command("compare.command", "measure methods next to dense on your prompts, and make a page of it"),
     "inspect": Command("inspect", "measure what attention does in a run, by layer, head and step, with a page"),
     "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
-    "search": Command("search.command", "find the attention heads whose perturbation raises an objective"),
+    "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
 }
+_LONGEST = 1500  # characters of an error line
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problem is not None:
             return _fail(str(problem), BAD_INPUT, debug)
         name = type(error).__name__
-        return _fail(f"unexpected {name}: {error}; run again with --debug for the traceback", SOME_FAILED, debug)
+        message = f"unexpected {name}: {error}; run again with --debug for the traceback"
+        return _fail(message, SOME_FAILED, debug)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -93,12 +98,21 @@ def _dispatch(words: list[str]) -> int:
     if rest and rest[0].startswith("-"):
         close = difflib.get_close_matches(rest[0].partition("=")[0], flags, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise DitAttnError(f"unknown flag {rest[0]!r}.{hint} `dit-attn {chosen} --help` lists them")
+        raise DitAttnError(f"unknown flag {shorten(rest[0])}.{hint} `dit-attn {chosen} --help` lists them")
     if rest:
         raise DitAttnError(
-            f"dit-attn {chosen} does not know what to do with {rest[0]!r}; texts with spaces need quotes"
+            f"dit-attn {chosen} does not know what to do with {shorten(rest[0])}; texts with spaces need quotes"
         )
     args.argv = words
+    rank, size = process_rank()
+    if size > 1 and not COMMANDS[args.command].shares:
+        if rank:  # the first process says it
+            return BAD_INPUT
+        sharing = ", ".join(name for name, row in COMMANDS.items() if row.shares)
+        raise DitAttnError(
+            f"dit-attn {args.command} runs in one process, and {size} were started; start it without torchrun or "
+            f"accelerate launch (commands that share their work: {sharing})"
+        )
     return int(_module(args.command).run(args))
 
 
@@ -118,5 +132,5 @@ def _fail(message: str, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"dit-attn: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dit-attn: error: {cut(' '.join(message.split()), _LONGEST)}", file=sys.stderr)
     return code

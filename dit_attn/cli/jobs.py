@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.cli.options import MAX_SEED, PROMPT, SAMPLING, SIZE, Flag, convert
-from dit_attn.errors import DitAttnError, reason, unknown
+from dit_attn.errors import DitAttnError, reason, shorten, unknown
 
 # What a line of a prompt file may set, besides the prompt: the flags of these names.
 LINE_FLAGS = {
@@ -101,7 +102,7 @@ def make_jobs(options: Mapping[str, Any], defaults: dict[str, Any]) -> list[Job]
     for line, where in lines:
         if not line["prompt"].strip():
             raise DitAttnError(f"{where}: the prompt is empty; write what to generate")
-        _refuse_zero_bytes({**shared, **line}, where)
+        _refuse_broken_text({**shared, **line}, where)
         for copy in range(copies):
             index = len(jobs)
             seed = line["seed"] + copy if "seed" in line else options.get("seed", 42) + index
@@ -111,24 +112,41 @@ def make_jobs(options: Mapping[str, Any], defaults: dict[str, Any]) -> list[Job]
     return jobs
 
 
-def _refuse_zero_bytes(settings: dict[str, Any], where: str) -> None:
-    wrong = next((key for key, value in settings.items() if isinstance(value, str) and "\0" in value), None)
-    if wrong is not None:
-        raise DitAttnError(f"{where}: {wrong} has a zero byte in it; take it out (is the file UTF-16?)")
+def _refuse_broken_text(settings: dict[str, Any], where: str) -> None:
+    texts = {key: value for key, value in settings.items() if isinstance(value, str)}
+    for key, value in texts.items():
+        if "\0" in value:
+            raise DitAttnError(f"{where}: {key} has a zero byte in it; take it out (is the file UTF-16?)")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise DitAttnError(f"{where}: {key} is not UTF-8 text; give it in UTF-8")
 
 
 def _call(settings: dict[str, Any], shared: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    extra = {**shared.get("pipeline_kwargs", {}), **settings.get("pipeline_kwargs", {})}
-    numbers = {_CALL_NAMES.get(name, name): flag for name, flag in LINE_FLAGS.items() if flag.kind in (int, float)}
-    for name, value in extra.items():
-        if name in numbers and value is not None:
-            extra[name] = convert(numbers[name], value, f"{name} in --pipeline-kwargs")
+    given = {**shared.get("pipeline_kwargs", {}), **settings.get("pipeline_kwargs", {})}
+    extra = typed_arguments(given, "--pipeline-kwargs")
     named = {
         _CALL_NAMES.get(key, key): value
         for key, value in settings.items()
         if key not in ("prompt", "seed", "pipeline_kwargs")
     }
     return {**defaults, **named, **extra}
+
+
+def typed_arguments(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of a pipeline call, typed and within range where a flag of the same meaning is.
+
+    Args:
+        given: arguments by the pipeline's names.
+        where: where they were given, for messages.
+
+    Raises:
+        DitAttnError: one does not fit.
+    """
+    numbers = {_CALL_NAMES.get(name, name): flag for name, flag in LINE_FLAGS.items() if flag.kind in (int, float)}
+    return {
+        name: convert(numbers[name], value, f"{name} in {where}") if name in numbers and value is not None else value
+        for name, value in given.items()
+    }
 
 
 def read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -165,11 +183,13 @@ def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
+            data = files.parse_json(line)
+        except ValueError as error:
             raise DitAttnError(f"{path}, line {number} is not JSON ({error}); one object a line") from error
         if not isinstance(data, dict):
-            raise DitAttnError(f'{path}, line {number} must be an object such as {{"prompt": "..."}}, got {data!r}')
+            raise DitAttnError(
+                f'{path}, line {number} must be an object such as {{"prompt": "..."}}, got {shorten(data)}'
+            )
         yield number, data
 
 
@@ -177,7 +197,9 @@ def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         if reader.fieldnames is not None and "prompt" not in reader.fieldnames:
-            raise DitAttnError(f"{path}, line 1 must name the columns, one of them prompt; got {reader.fieldnames}")
+            raise DitAttnError(
+                f"{path}, line 1 must name the columns, one of them prompt; got {shorten(reader.fieldnames)}"
+            )
         twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise DitAttnError(f"{path}, line 1 names the column {twice[0]!r} twice; keep one of them")
@@ -264,7 +286,7 @@ def check_inputs(jobs: Sequence[Job], pipe: Any) -> None:
             check(**known)
         except ValueError as error:
             raise DitAttnError(
-                f"{type(pipe).__name__} refuses {job.where} ({job.prompt!r}): {reason(error)}"
+                f"{type(pipe).__name__} refuses {job.where} ({shorten(job.prompt)}): {reason(error)}"
             ) from error
         except (TypeError, AttributeError):
             continue  # its check takes what only its call can work out, or a part that is not loaded yet
@@ -278,8 +300,9 @@ def load_image(path: str, where: str) -> Any:
     """
     from PIL import Image, UnidentifiedImageError
 
+    place = files.user_path(path, where)
     try:
-        with Image.open(Path(path).expanduser()) as image:
+        with Image.open(place) as image:
             image.load()
             return image.convert("RGB")
     except FileNotFoundError as error:

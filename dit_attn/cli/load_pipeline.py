@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.cli.model_source import Source, describe, go_offline_where_there_is_no_hub
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import on_terminal
-from dit_attn.errors import DitAttnError, reason, unknown
+from dit_attn.errors import DitAttnError, reason, shorten, unknown
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -84,14 +85,14 @@ def pick_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise DitAttnError(f"unknown --device {name!r}; use auto, cpu, cuda, cuda:N or mps") from error
+        raise DitAttnError(f"unknown --device {shorten(name)}; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         why = _no_cuda() if not torch.cuda.is_available() else f"this machine has {torch.cuda.device_count()}"
         raise DitAttnError(f"--device {name}: no such GPU ({why}); use --device cpu, or see `dit-attn doctor`")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DitAttnError("--device mps: no Apple GPU here; use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise DitAttnError(f"--device {name!r} is not supported; use auto, cpu, cuda, cuda:N or mps")
+        raise DitAttnError(f"--device {shorten(name)} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -119,18 +120,18 @@ def parse_loras(texts: Sequence[str]) -> list[dict[str, Any]]:
         data: Any = {"lora_id": text}
         if text.lstrip().startswith("{"):
             try:
-                data = json.loads(text)
-            except json.JSONDecodeError as error:
+                data = files.parse_json(text)
+            except ValueError as error:
                 raise DitAttnError(f'--lora is not JSON ({error}); write \'{{"lora_id": "org/name"}}\'') from error
         for key in data:
             if key not in keys:
                 raise unknown("key of --lora", key, keys)
         if not isinstance(data.get("lora_id"), str):
-            raise DitAttnError(f"--lora {text!r} has no lora_id; give the adapter's path or org/name")
+            raise DitAttnError(f"--lora {shorten(text)} has no lora_id; give the adapter's path or org/name")
         scale = data.get("lora_scale", 1.0)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise DitAttnError(f"--lora lora_scale must be a number, got {scale!r}")
-        path = Path(data["lora_id"]).expanduser()
+            raise DitAttnError(f"--lora lora_scale must be a number, got {shorten(scale)}")
+        path = files.user_path(data["lora_id"], "--lora")
         if not path.exists() and (data["lora_id"].count("/") != 1 or path.suffix == ".safetensors"):
             raise DitAttnError(f"--lora {data['lora_id']}: there is no such file or folder, and it is not org/name")
         out.append({"adapter_name": f"lora_{position}", "weight_name": None, **data, "lora_scale": float(scale)})
@@ -211,7 +212,6 @@ def commit_of(source: Source) -> str | None:
 
 def _read(config: LoadConfig) -> Any:
     import torch
-    from safetensors import SafetensorError
 
     source = config.source
     if source.kind == "embedded":
@@ -227,7 +227,7 @@ def _read(config: LoadConfig) -> Any:
         raise DitAttnError(f"{source.name} does not fit in memory; try --dtype bf16 or --cpu-offload model") from error
     except ImportError as error:
         raise DitAttnError(f"{source.name} needs a library that is not installed ({reason(error)})") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # what diffusers raises for damaged files is any exception
         raise DitAttnError(
             f"{source.name} cannot be loaded ({reason(error)}); check that its files are complete and that --variant "
             "and --revision exist"
@@ -263,7 +263,7 @@ def _backend(pipe: Any, name: str) -> None:
     try:
         model.set_attention_backend(name)
     except (ValueError, ImportError, RuntimeError, NotImplementedError, KeyError) as error:
-        raise DitAttnError(f"--attention-backend {name!r} cannot be used ({reason(error)})") from error
+        raise DitAttnError(f"--attention-backend {shorten(name)} cannot be used ({reason(error)})") from error
 
 
 def _place(pipe: Any, offload: str | None, device: Any) -> None:
@@ -278,6 +278,10 @@ def _place(pipe: Any, offload: str | None, device: Any) -> None:
             pipe.to(device)
     except torch.OutOfMemoryError as error:
         raise DitAttnError(f"the model does not fit on {device}; try --cpu-offload model or --dtype bf16") from error
+    except NotImplementedError as error:  # parts of another class than their weights stay without any
+        raise DitAttnError(
+            f"{type(pipe).__name__} has parts without weights ({reason(error)}); check model_index.json and the weights"
+        ) from error
 
 
 def _no_cuda() -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, shorten, unknown
 
 if TYPE_CHECKING:
     from dit_attn.cli.options import Options
@@ -59,11 +59,15 @@ def parse_method(text: str) -> Variant:
         name, rest = _name_and_rest(part.strip())
         spec = MethodSpec(_bare(name.strip()))
         if not spec.name:
-            raise DitAttnError(f"--method {text!r} names no method; write for instance block-sparse:density=0.25")
+            raise DitAttnError(
+                f"--method {shorten(text)} names no method; write for instance block-sparse:density=0.25"
+            )
         for piece in _split(rest, _COMMA) if rest is not None else []:
             key, sign, value = piece.partition("=")
             if not sign or not key.strip():
-                raise DitAttnError(f"--method {text!r}: {piece!r} is not KEY=VALUE; write {spec.name}:density=0.25")
+                raise DitAttnError(
+                    f"--method {shorten(text)}: {shorten(piece)} is not KEY=VALUE; write {spec.name}:density=0.25"
+                )
             spec.settings[key.strip()] = _bare(value.strip())
         specs.append(spec)
     return specs
@@ -89,7 +93,7 @@ def method_variants(options: Options) -> list[Variant]:
             continue
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise DitAttnError(f"--set {text!r} is not KEY=VALUE; write for instance --set density=0.25")
+            raise DitAttnError(f"--set {shorten(text)} is not KEY=VALUE; write for instance --set density=0.25")
         before = variants[position] if named and position >= 0 else None
         _set(variants, before, key.strip(), _bare(value.strip()), f"--set {text}")
     return variants
@@ -153,7 +157,7 @@ def _split(text: str, separator: re.Pattern[str]) -> Iterator[str]:
             continue
         place += 1
     if quote:
-        raise DitAttnError(f"--method {text!r}: the quote {quote} has no end")
+        raise DitAttnError(f"--method {shorten(text)}: the quote {quote} has no end")
     yield text[start:]
 
 
@@ -201,12 +205,12 @@ def _config_variant(item: Any) -> Variant:
         return [MethodSpec(str(name), _mapping(settings, f"method.{name}")) for name, settings in item.items()]
     if isinstance(item, str):
         return parse_method(item)
-    raise DitAttnError(f"method in the configuration file must be a name or settings, got {item!r}")
+    raise DitAttnError(f"method in the configuration file must be a name or settings, got {shorten(item)}")
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise DitAttnError(f"{where} in the configuration file must hold `key: value` lines, got {value!r}")
+        raise DitAttnError(f"{where} in the configuration file must hold `key: value` lines, got {shorten(value)}")
     return dict(value)

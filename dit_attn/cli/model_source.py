@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dit_attn.errors import DitAttnError, reason, unknown
+from dit_attn import files
+from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
 
@@ -41,6 +44,11 @@ class Source:
     fingerprint: str
     components: dict[str, Any] = field(repr=False)
 
+    @cached_property
+    def without_weights(self) -> Any:
+        """The pipeline without weights, see :func:`skeleton`."""
+        return skeleton(self)
+
 
 def describe(name: str, revision: str | None = None, variant: str | None = None) -> Source:
     """Find a model and read its configuration.
@@ -55,7 +63,9 @@ def describe(name: str, revision: str | None = None, variant: str | None = None)
     """
     kind, path, defaults = _locate(name, revision)
     if variant and kind == "embedded":
-        raise DitAttnError(f"--variant {variant!r}: {name} is embedded and has one kind of weights; leave it out")
+        raise DitAttnError(
+            f"--variant {shorten(variant)}: {name} is embedded and has one kind of weights; leave it out"
+        )
     index = _model_index(name, kind, path, revision)
     transformer = _transformer(path, revision, index)
     return Source(
@@ -80,7 +90,7 @@ def skeleton(source: Source) -> Any:
 
     parts: dict[str, Any] = {}
     for name in inspect.signature(source.pipeline.__init__).parameters:
-        library, kind = (source.components.get(name) or [None, None])[:2] if name != "self" else (None, None)
+        library, kind = component(source.components, name) if name != "self" else (None, None)
         cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
         if name.startswith(("transformer", "vae")) and cls is not None:
             config = cls.load_config(source.path, subfolder=name, revision=source.revision)
@@ -115,19 +125,21 @@ def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
     entries = models.available()
     if name in entries:
         if revision:
-            raise DitAttnError(f"--revision {revision!r} is for models of the Hub; {name} is embedded: leave it out")
+            raise DitAttnError(
+                f"--revision {shorten(revision)} is for models of the Hub; {name} is embedded: leave it out"
+            )
         return "embedded", str(entries[name].folder), models.call_defaults(name)
     if not name:
         raise DitAttnError("--model is empty; give an embedded model, a local folder, or org/name")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # pathlib raises for names that no file can have
         return "folder", str(folder), _trained_defaults(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise DitAttnError(f"--model {name} is a file; give the folder that holds model_index.json")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
         return "hub", name, {}
     if "/" in name or name.startswith((".", "~")):
-        raise DitAttnError(f"--model {name}: there is no such folder; check the path")
+        raise DitAttnError(f"--model {cut(name, 100)}: there is no such folder; check the path")
     raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
 
 
@@ -136,7 +148,7 @@ def _trained_defaults(folder: Path) -> dict[str, Any]:
     from dit_attn import models
 
     try:
-        name = json.loads((folder / "training.json").read_text())["name"]
+        name = files.parse_json((folder / "training.json").read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # any other pipeline
     return models.call_defaults(name) if name in models.available() else {}
@@ -154,13 +166,13 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
     except (OSError, ValueError) as error:
         if offline:
             raise DitAttnError(
-                f"{name!r} is not in the local cache and the Hugging Face Hub cannot be reached; check the network (or "
-                "HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
+                f"{shorten(name)} is not in the local cache and the Hugging Face Hub cannot be reached; check the "
+                "network (or HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
             ) from error
         if kind == "hub":
             raise DitAttnError(
-                f"cannot get {name!r} from the Hugging Face Hub ({reason(error)}); check the name, --revision and the "
-                "network, or give a local folder. It is no embedded model and no folder here"
+                f"cannot get {shorten(name)} from the Hugging Face Hub ({reason(error)}); check the name, --revision "
+                "and the network, or give a local folder. It is no embedded model and no folder here"
             ) from error
         raise DitAttnError(f"model_index.json in {path} cannot be read ({reason(error)}); download it again") from error
 
@@ -168,9 +180,12 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
 def _pipeline_class(name: str, index: dict[str, Any]) -> Any:
     import diffusers
 
-    wanted = str(index.get("_class_name"))
-    cls = getattr(diffusers, wanted, None)
-    if cls is None:
+    wanted = cut(str(index.get("_class_name")), 100)
+    try:
+        cls = getattr(diffusers, wanted, None)
+    except Exception as error:  # diffusers imports it now, and with it what it needs
+        raise DitAttnError(f"{name} needs the pipeline {wanted}, which cannot be imported ({reason(error)})") from error
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise DitAttnError(
             f"{name} needs the pipeline {wanted}, which diffusers {diffusers.__version__} does not have; "
             "update diffusers with `pip install -U diffusers`"
@@ -178,10 +193,26 @@ def _pipeline_class(name: str, index: dict[str, Any]) -> Any:
     return cls
 
 
+def component(index: dict[str, Any], name: str) -> tuple[str | None, str | None]:
+    """Library and class of a part of a pipeline, by its ``model_index.json``; ``None`` for a part that is left out.
+
+    Raises:
+        DitAttnError: the entry of a model's part is no such pair.
+    """
+    value = index.get(name)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(x is None or isinstance(x, str) for x in value):
+        return value[0], value[1]
+    if value is not None and name.startswith(("transformer", "vae")):
+        raise DitAttnError(
+            f"model_index.json: {name} must be a pair of library and class, got {shorten(value)}; download it again"
+        )
+    return None, None
+
+
 def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
     import diffusers
 
-    library, kind = (index.get("transformer") or [None, None])[:2]
+    library, kind = component(index, "transformer")
     cls = getattr(diffusers, str(kind), None) if library == "diffusers" else None
     if cls is None:
         return None
@@ -192,7 +223,7 @@ def _transformer(path: str, revision: str | None, index: dict[str, Any]) -> Any:
             f"transformer/config.json of {path} cannot be read ({reason(error)}); download the model again"
         ) from error
     stand_in = type(str(kind), (SimpleNamespace,), {})
-    return stand_in(config=dict(config), pair=(index.get("transformer_2") or [None])[0] is not None)
+    return stand_in(config=dict(config), pair=component(index, "transformer_2")[0] is not None)
 
 
 def fingerprint(place: Path) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from dit_attn.errors import DitAttnError, reason, unknown
+from dit_attn import files
+from dit_attn.errors import DitAttnError, reason, shorten, unknown
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 MAX_SEED = 2**63 - 1
+PATHS = ("FILE", "DIR", "FOLDER", "PATH")  # metavars of flags that name a place
 SWITCHES = (bool, "on-or-off")  # kinds of flags without a value
 
 
@@ -198,14 +198,16 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
         return _object(flag, value, where)
     if flag.kind in SWITCHES:
         if not isinstance(value, bool):
-            raise DitAttnError(f"{where} must be true or false, got {value!r}")
+            raise DitAttnError(f"{where} must be true or false, got {shorten(value)}")
         return value
     if flag.kind in (int, float):
         return _number(flag, value, where)
     if not isinstance(value, str):
-        raise DitAttnError(f"{where} must be text, got {value!r}")
+        raise DitAttnError(f"{where} must be text, got {shorten(value)}")
     if flag.choices and value not in flag.choices:
         raise unknown(where, value, flag.choices)
+    if flag.metavar in PATHS and value:
+        files.user_path(value, where)
     return value
 
 
@@ -215,13 +217,14 @@ def _number(flag: Flag, value: Any, where: str) -> int | float:
         if isinstance(value, bool) or (flag.kind is int and isinstance(value, float) and value != int(value)):
             raise ValueError
         number = flag.kind(value)
+        finite = math.isfinite(number)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DitAttnError(f"{where} must be {what}, got {value!r}") from error
-    if not math.isfinite(number):
-        raise DitAttnError(f"{where} must be {what}, got {value!r}")
+        raise DitAttnError(f"{where} must be {what}, got {shorten(value)}") from error
+    if not finite:
+        raise DitAttnError(f"{where} must be {what}, got {shorten(value)}")
     low, high = flag.low, flag.high
     if (low is not None and number < low) or (high is not None and number > high):
-        raise DitAttnError(f"{where} must be {_bounds(low, high)}, got {value!r}")
+        raise DitAttnError(f"{where} must be {_bounds(low, high)}, got {shorten(value)}")
     return number
 
 
@@ -237,11 +240,11 @@ def _object(flag: Flag, value: Any, where: str) -> Any:
         return {} if value else None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = files.parse_json(value)
+        except ValueError as error:
             raise DitAttnError(f"{where} is not JSON ({error}); write an object such as '{{\"key\": 1}}'") from error
     if not isinstance(value, dict):
-        raise DitAttnError(f"{where} must be a JSON object such as '{{\"key\": 1}}', got {value!r}")
+        raise DitAttnError(f"{where} must be a JSON object such as '{{\"key\": 1}}', got {shorten(value)}")
     return value
 
 
@@ -251,16 +254,14 @@ def read_config(path: str, flags: Sequence[Flag]) -> dict[str, Any]:
     Raises:
         DitAttnError: missing or malformed file, unknown key, value of the wrong type.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = files.user_path(path, "--config").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DitAttnError(f"cannot read --config {path} ({reason(error)}); check the path") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise DitAttnError(f"--config {path}{line} is not YAML ({getattr(error, 'problem', None) or error})") from error
+    try:
+        data = files.parse_yaml(text)
+    except ValueError as error:
+        raise DitAttnError(f"--config {path}: {error}; correct the file") from error
     if not isinstance(data, dict):
         raise DitAttnError(f"--config {path} must hold `flag: value` lines, got {type(data).__name__}")
     known = {flag.dest: flag for flag in flags if flag.dest != "config"}

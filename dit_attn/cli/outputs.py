@@ -10,9 +10,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,10 @@ from dit_attn.errors import DitAttnError, RunStopped, reason
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+
+ENDINGS = (".png", ".mp4")
+Facts = Callable[[str, str], dict[str, Any]]  # the content of a sidecar, by the output's name and SHA-256
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def folder_of(given: str | None, default: Path) -> Path:
     """
     if given is not None and not given.strip():
         raise DitAttnError(f"--output is empty; give a folder, or leave it out for {default}")
-    return (default if given is None else Path(given)).expanduser()
+    return default if given is None else files.user_path(given, "--output")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -128,9 +132,19 @@ def output_file(path: Path) -> Iterator[Path]:
     Raises:
         RunStopped: the disk is full or not writable.
     """
+    with report_unrecoverable(path), files.atomic_path(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def report_unrecoverable(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` that would meet the next item too into ``RunStopped``.
+
+    Raises:
+        RunStopped: the disk is full or not writable.
+    """
     try:
-        with files.atomic_path(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         if error.errno in _UNRECOVERABLE:
             raise RunStopped(
@@ -143,10 +157,14 @@ def output_file(path: Path) -> Iterator[Path]:
 def write_media(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
     """Save an image (with ``text`` as PNG chunks) or a video."""
     with output_file(path) as temporary:
-        if media.video:
-            _write_video(media, temporary, fps)
-        else:
-            _write_png(media, temporary, text)
+        _encode(media, temporary, fps, text)
+
+
+def _encode(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
+    if media.video:
+        _write_video(media, path, fps)
+    else:
+        _write_png(media, path, text)
 
 
 def _write_png(media: Media, path: Path, text: dict[str, str]) -> None:
@@ -213,9 +231,9 @@ def to_json(data: Any) -> str:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """A sidecar, or an empty dict when there is none or it cannot be read."""
+    """A sidecar, or an empty dict when there is none, it cannot be read, or it is a link."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = files.parse_json(files.read_regular(path))
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
@@ -224,18 +242,90 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 def place(folder: Path, stem: str, digest: str) -> str:
     """``stem``, or ``stem`` with a piece of the job's hash when another job's output already has that name."""
     other = read_sidecar(folder / f"{stem}.json").get("job_hash")
-    taken = other is None and any((folder / f"{stem}{ending}").exists() for ending in (".png", ".mp4"))
+    taken = other is None and any(os.path.lexists(folder / f"{stem}{ending}") for ending in ENDINGS)
     return f"{stem}_{digest[:8]}" if taken or other not in (None, digest) else stem
 
 
-def finished(folder: Path, stem: str, digest: str) -> Path | None:
-    """The output of a job that is done: its sidecar has the job's hash, and the file is the one that was written."""
+def save(media: Media, folder: Path, stem: str, digest: str, fps: int, text: dict[str, str], facts: Facts) -> Path:
+    """Save an output and its sidecar as one unit, under a name that no other job has.
+
+    The output is encoded under a temporary name. Under the lock of the folder, so that no other process chooses the
+    same name, the sidecar appears first and the output last: a process that is killed between the two leaves no output
+    without a sidecar, and the next run makes the item under the same name.
+
+    Args:
+        media: the output.
+        folder, stem, digest: place, preferred name and hash of the job.
+        fps: frames per second of a video.
+        text: chunks of a PNG.
+        facts: content of the sidecar, by name and SHA-256 of the output.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunStopped: the disk is full or not writable.
+    """
+    temporary = folder / f"{files.TEMPORARY}{uuid.uuid4().hex[:8]}{media.ending}"
+    try:
+        with report_unrecoverable(folder / f"{stem}{media.ending}"):
+            _encode(media, temporary, fps, text)
+        with report_unrecoverable(folder / stem), files.locked(folder):
+            path = folder / f"{place(folder, stem, digest)}{media.ending}"
+            write_json(facts(path.name, sha256(temporary)), path.with_suffix(".json"))
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An output that is there, and what its sidecar says of it.
+
+    Attributes:
+        path: the file.
+        seconds: time of the pipeline call.
+        density: attention computed over the run; ``None`` without a method.
+        warnings: one line each.
+        sidecar: all of it.
+    """
+
+    path: Path
+    seconds: float | None
+    density: float | None
+    warnings: tuple[str, ...]
+    sidecar: dict[str, Any] = field(repr=False)
+
+
+def finished(folder: Path, stem: str, digest: str) -> Finished | None:
+    """Find the output of a job that is done.
+
+    Its sidecar has the job's hash and values of the right types, and the file of that very name is the one that was
+    written. Anything else is made again.
+    """
     sidecar = read_sidecar(folder / f"{stem}.json")
-    name = sidecar.get("file")
-    if sidecar.get("job_hash") != digest or not isinstance(name, str):
+    name, seconds, warnings = sidecar.get("file"), sidecar.get("seconds"), sidecar.get("warnings", [])
+    summary = sidecar.get("summary") or {}
+    density = summary.get("run_density") if isinstance(summary, dict) else summary
+    if sidecar.get("job_hash") != digest or name not in [f"{stem}{ending}" for ending in ENDINGS]:
         return None
-    path = folder / name
-    return path if path.is_file() and sha256(path) == sidecar.get("sha256") else None
+    if not all(value is None or is_number(value) for value in (seconds, density)):
+        return None
+    if not isinstance(warnings, list) or not all(isinstance(line, str) for line in warnings):
+        return None
+    try:
+        data = files.read_regular(folder / str(name))
+    except OSError:
+        return None
+    if hashlib.sha256(data).hexdigest() != sidecar.get("sha256"):
+        return None
+    return Finished(folder / str(name), seconds, density, tuple(warnings), sidecar)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def sha256(path: Path) -> str:

@@ -64,6 +64,11 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument \S+: (?=--|unknown )", "", message)
         raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            return self._get_value(action, "--")  # `--flag=--`: argparse takes it for the end of the flags
+        return super()._get_values(action, arg_strings)
+
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag], description: str = "") -> None:
     """Add a titled group of flags. Flags that are not given leave no trace in the namespace."""

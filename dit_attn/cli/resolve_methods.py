@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_attn.cli.method_options import MethodSpec
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, shorten, unknown
 
 if typing.TYPE_CHECKING:
     from dit_attn.processors.methods.base import Method
@@ -85,10 +85,10 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     for kind in sorted(kinds, key=_strictness):
         try:
             return _as(value, kind)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     quotes = "; put it in quotes: YAML reads 3, and 3:7 too, as a number" if str in kinds else ""
-    raise DitAttnError(f"{where} must be {describe(hint)}, got {value!r}{quotes}")
+    raise DitAttnError(f"{where} must be {describe(hint)}, got {shorten(value)}{quotes}")
 
 
 def _as(value: Any, kind: Any) -> Any:

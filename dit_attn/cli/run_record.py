@@ -61,7 +61,7 @@ class Run:
         facts: what goes into every sidecar besides (command, versions, device).
         fps: frames per second of videos.
         results: filled as the run goes.
-        tiles: cells of the contact sheet, when there will be one.
+        tiles: cells of the contact sheet by index of the job, when there will be one.
     """
 
     pipe: Any
@@ -72,7 +72,7 @@ class Run:
     fps: int
     watched: bool = False
     results: list[ItemResult] = field(default_factory=list)
-    tiles: list[contact_sheet.Tile] = field(default_factory=list)
+    tiles: dict[int, contact_sheet.Tile] = field(default_factory=dict)
 
 
 def new_run(

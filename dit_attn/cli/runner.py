@@ -13,34 +13,40 @@ import dit_attn
 from dit_attn import contact_sheet
 from dit_attn.cli import outputs
 from dit_attn.cli.jobs import Job, load_image
-from dit_attn.cli.outputs import Media
+from dit_attn.cli.outputs import Finished, Media
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.errors import DitAttnError, RunStopped, reason
 
 
-def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Path]:
+def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Finished]:
     """Find outputs that are there already, by job index."""
     found = {}
     for job in jobs:
         digest = job.digest(setup)
-        path = outputs.finished(folder, outputs.place(folder, job.stem, digest), digest)
-        if path is not None:
-            found[job.index] = path
+        one = outputs.finished(folder, outputs.place(folder, job.stem, digest), digest)
+        if one is not None:
+            found[job.index] = one
     return found
 
 
 def run_jobs(
-    run: Run, jobs: Sequence[Job], done: dict[int, Path], with_sheet: bool, on_item: Callable[[str], None]
+    run: Run,
+    jobs: Sequence[Job],
+    done: dict[int, Finished],
+    with_sheet: bool,
+    on_item: Callable[[str], None],
+    total: int,
 ) -> list[ItemResult]:
     """Make every job's output. A failed item does not stop the others.
 
     Args:
         run: what the items share.
-        jobs: all jobs, in order.
+        jobs: those of this process, in order.
         done: outputs to skip, by job index.
         with_sheet: collect cells for the contact sheet.
         on_item: callback(line), after every item.
+        total: items of all processes.
 
     Raises:
         DitAttnError: outputs cannot be written (full disk); what is finished stays.
@@ -54,9 +60,9 @@ def run_jobs(
                 result, media = _attempt(run, job)
             run.results.append(result)
             if with_sheet and media is not None:
-                run.tiles.append(contact_sheet.tile(media.frames, job.prompt, _note(result)))
+                run.tiles[job.index] = contact_sheet.tile(media.frames, job.prompt, _note(result))
             bar.clear()
-            on_item(describe_item(result, len(jobs)))
+            on_item(describe_item(result, total))
             bar.update()
     return run.results
 
@@ -120,38 +126,36 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
 def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
     """Write the output and its sidecar; the methods must still be enabled, for their summary."""
     digest = job.digest(run.setup)
-    stem = outputs.place(run.folder, job.stem, digest)
-    path = run.folder / f"{stem}{media.ending}"
     found = dit_attn.summary(run.pipe) if run.methods or run.watched else None
     summary = found if run.methods else None
     warnings = found.warnings if found else ()
     settings = {"prompt": job.prompt, "seed": job.seed, "call": job.call, **run.setup}
-    outputs.write_media(media, path, run.fps, {"prompt": job.prompt, "dit_attn": outputs.to_json(settings)})
-    sidecar = {
-        "file": path.name,
-        "sha256": outputs.sha256(path),
-        "job_hash": digest,
-        "kind": "video" if media.video else "image",
-        "size": list(media.frames.shape[:3] if media.video else media.frames.shape[1:3]),
-        "fps": run.fps if media.video else None,
-        **settings,
-        **run.facts,
-        "seconds": round(seconds, 4),
-        "summary": summary.to_dict() if summary else None,
-        "warnings": list(warnings),
-    }
-    outputs.write_json(sidecar, run.folder / f"{stem}.json")
+
+    def sidecar(name: str, sha256: str) -> dict[str, Any]:
+        return {
+            "file": name,
+            "sha256": sha256,
+            "job_hash": digest,
+            "kind": "video" if media.video else "image",
+            "size": list(media.frames.shape[:3] if media.video else media.frames.shape[1:3]),
+            "fps": run.fps if media.video else None,
+            **settings,
+            **run.facts,
+            "seconds": round(seconds, 4),
+            "summary": summary.to_dict() if summary else None,
+            "warnings": list(warnings),
+        }
+
+    text = {"prompt": job.prompt, "dit_attn": outputs.to_json(settings)}
+    path = outputs.save(media, run.folder, job.stem, digest, run.fps, text, sidecar)
     density = summary.run_density if summary else None
     done = (job.index, job.prompt, job.seed, "done", str(path), round(seconds, 4), density)
     return ItemResult(*done, warnings=warnings)
 
 
-def _skipped(job: Job, path: Path, with_sheet: bool) -> tuple[ItemResult, Media | None]:
-    sidecar = outputs.read_sidecar(path.with_suffix(".json"))
-    density = (sidecar.get("summary") or {}).get("run_density")
-    head = (job.index, job.prompt, job.seed, "skipped", str(path), sidecar.get("seconds"), density)
-    result = ItemResult(*head, warnings=tuple(sidecar.get("warnings", ())))
-    return result, outputs.read_media(path) if with_sheet else None
+def _skipped(job: Job, done: Finished, with_sheet: bool) -> tuple[ItemResult, Media | None]:
+    head = (job.index, job.prompt, job.seed, "skipped", str(done.path), done.seconds, done.density)
+    return ItemResult(*head, warnings=done.warnings), outputs.read_media(done.path) if with_sheet else None
 
 
 def _note(result: ItemResult) -> str:

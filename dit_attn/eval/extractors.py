@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ def inception_options(networks: Networks) -> tuple[dict[str, Any], str]:
             "FID, KID and IS need the Inception network of torch-fidelity: pip install torch-fidelity; without network "
             "access use fid-world and kid-world, which need nothing"
         )
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    cached = _cached(INCEPTION_FILE)
     if networks.inception is not None and not networks.inception.is_file():
         raise DitAttnError(f"no Inception weights at {networks.inception}; give the file {INCEPTION_FILE}")
     given = networks.inception or (cached if cached.is_file() else None)
@@ -116,17 +115,18 @@ def with_inception(build: Callable[..., Any], networks: Networks, **options: Any
         DitAttnError: as :func:`inception_options`, or weights that cannot be fetched or read.
     """
     found, judge = inception_options(networks)
+    if networks.features is not None:
+        return build(**found, **options), judge
     try:
         layer = _INCEPTION_LAYERS.get(getattr(build, "__name__", ""))
-        if layer is not None and networks.features is None:
-            from torchmetrics.image.fid import NoTrainInceptionV3
+        with _as_data(found["feature_extractor_weights_path"]) as file:
+            found = {"feature_extractor_weights_path": file}
+            if layer is not None:
+                from torchmetrics.image.fid import NoTrainInceptionV3
 
-            file = found["feature_extractor_weights_path"]
-            found = {"feature": NoTrainInceptionV3("inception-v3-compat", [layer], file)}
-        return build(**found, **options), judge
-    except Exception as error:  # torch.load and urllib raise anything on a broken file or no network
-        if networks.features is not None:
-            raise
+                found = {"feature": NoTrainInceptionV3("inception-v3-compat", [layer], file)}
+            return build(**found, **options), judge
+    except Exception as error:  # of reading a broken file; urllib raises anything without a network
         cause = f"{networks.inception} cannot be read" if networks.inception else f"{INCEPTION_FILE} is not available"
         raise DitAttnError(
             f"FID, KID and IS need the Inception weights: {cause} ({reason(error)[:200]}); give --inception FILE with "
@@ -143,7 +143,7 @@ def check_lpips(networks: Networks) -> None:
         raise DitAttnError(f"no LPIPS weights at {networks.lpips_weights}; give the file {BACKBONE_FILES[backbone]}")
     if importlib.util.find_spec("torchvision") is None:
         raise DitAttnError("LPIPS needs torchvision: pip install torchvision; PSNR and SSIM need nothing")
-    file = networks.lpips_weights or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE_FILES[backbone]
+    file = networks.lpips_weights or _cached(BACKBONE_FILES[backbone])
     if not file.is_file():
         raise DitAttnError(
             f"LPIPS needs the weights of its backbone at {file}; fetch {BACKBONE_FILES[backbone]} from "
@@ -160,33 +160,69 @@ def lpips_metric(networks: Networks) -> Any:
     check_lpips(networks)
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    with _hub_with(networks.lpips_weights, BACKBONE_FILES[networks.lpips]):
-        try:
+    file = networks.lpips_weights or _cached(BACKBONE_FILES[networks.lpips])
+    try:
+        with _hub_with(file, BACKBONE_FILES[networks.lpips]):
             return LearnedPerceptualImagePatchSimilarity(cast(Any, networks.lpips), normalize=True)
-        except Exception as error:  # torch.load raises anything on a broken file
-            file = networks.lpips_weights or "torch's hub cache"
-            raise DitAttnError(
-                f"the LPIPS weights in {file} are not those of {networks.lpips} ({reason(error)[:200]}); give the file "
-                f"{BACKBONE_FILES[networks.lpips]}"
-            ) from error
+    except Exception as error:  # of reading a broken file, or of weights that do not fit the network
+        raise DitAttnError(
+            f"the LPIPS weights in {file} are not those of {networks.lpips} ({reason(error)[:200]}); give the file "
+            f"{BACKBONE_FILES[networks.lpips]}"
+        ) from error
+
+
+def _cached(name: str) -> Path:
+    """A file of torch's hub cache, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 @contextmanager
-def _hub_with(file: Path | None, name: str) -> Iterator[None]:
-    """torch's hub cache as one that holds ``file`` under the name torchvision asks for: it takes no path."""
-    if file is None:
-        yield
-        return
+def _hub_with(file: Path, name: str) -> Iterator[None]:
+    """torch's hub cache as one that holds ``file``, read as data, under the name that torchvision asks for.
+
+    torchvision loads what it finds there with ``weights_only=False``, which runs the code of a prepared file.
+    """
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "checkpoints", name)
         place.parent.mkdir()
-        try:
-            place.symlink_to(file.absolute())
-        except OSError:  # a system without links
-            shutil.copyfile(file, place)
+        torch.save(read_weights(file), place)
         torch.hub.set_dir(folder)
         try:
             yield
         finally:
             torch.hub.set_dir(before)
+
+
+@contextmanager
+def _as_data(file: str | None) -> Iterator[str | None]:
+    """A copy of a weights file that holds its tensors and nothing else, for libraries that unpickle what they load."""
+    if file is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, Path(file).with_suffix(".pth").name)
+        torch.save(read_weights(Path(file)), copy)
+        yield str(copy)
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """Read a weights file from outside as data: safetensors, or a state dict without code in it.
+
+    Raises:
+        DitAttnError: it holds anything else than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(file))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises anything
+        raise DitAttnError(
+            f"{file} is no file of weights alone: it is broken, or holds code ({type(error).__name__}); save a state "
+            "dict, or safetensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise DitAttnError(f"{file} holds a {type(state).__name__} and no state dict; save model.state_dict()")
+    return state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dit_attn import files
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decode
 
@@ -156,8 +156,8 @@ def sidecar_prompt(file: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = files.parse_json(files.read_regular(path))
+    except (OSError, ValueError) as error:
         raise Unreadable(f"not a readable JSON file ({error})") from error
     prompt = data.get("prompt") if isinstance(data, dict) else None
     return prompt if isinstance(prompt, str) and prompt.strip() else None
@@ -202,7 +202,7 @@ def _plain(name: str) -> str:
 
 def _entry(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
-        entry = json.loads(line)
+        entry = files.parse_json(line)
         file, prompt = entry["file"], entry["prompt"]
         if not isinstance(file, str) or not isinstance(prompt, str) or not prompt.strip():
             raise ValueError

@@ -12,13 +12,13 @@ the JSON file has its full text: VBench's own prompts are never cut, they have a
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dit_attn import files
 from dit_attn.errors import DitAttnError
 
 ENDING = ".mp4"
@@ -146,7 +146,7 @@ def read_info(path: Path) -> Prompts:
         DitAttnError: the file cannot be read, or is another one.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = files.parse_json(path.read_bytes())
         return [(str(entry["prompt_en"]), [str(name) for name in entry["dimension"]]) for entry in entries]
     except OSError as error:
         raise DitAttnError(f"cannot read --vbench-info {path} ({error.strerror}); check the path") from error

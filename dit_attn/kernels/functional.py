@@ -40,7 +40,7 @@ def sparse_attention(
         k: (B, Sk, Hk, D); ``H % Hk == 0`` (query head h attends to key head ``h // (H / Hk)``).
         v: (B, Sk, Hk, Dv).
         layout: key blocks of every query block; its batch and head sizes are 1 or B and H.
-        scale: softmax scale, at least 0, default ``D ** -0.5``.
+        scale: softmax scale, 0 (uniform attention) or 1e-30 to 1e30, default ``D ** -0.5``.
         key_mask: (B, Sk) bool, keys that exist.
         key_bias: (B|1, H|1, Sk), added to the logits, natural logarithm.
         key_lengths: (B,) int32, how many keys of each sample exist, counted from the first; cheaper than a mask.
@@ -73,7 +73,10 @@ def sparse_attention(
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
     terms = Terms(key_lengths, bias, compensation, epilogue)
     check_call(q, k, v, layout, key_mask, key_bias, terms)
-    problem = Problem(q, k, v, layout, q.shape[-1] ** -0.5 if scale is None else scale, key_mask, key_bias)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale == 0.0:  # kernels may divide by it, and BLAS leaves the output of a product with alpha 0 unwritten
+        q, scale = q * 0.0, 1.0
+    problem = Problem(q, k, v, layout, scale, key_mask, key_bias)
     name = resolve(backend, call_info(problem, terms, return_lse))
     out, lse = BACKENDS[name].run(problem, terms, return_lse)
     check_result(name, problem, terms, out)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_attn.errors import DitAttnError
-from dit_attn.kernels.checks import check_heads, check_key_mask, check_tokens, dtype_name
+from dit_attn.errors import DitAttnError, shorten
+from dit_attn.kernels.checks import INTS, check_heads, check_key_mask, check_tokens, dtype_name, is_whole
+from dit_attn.kernels.device import host_readable
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div
 from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms
 
@@ -20,9 +21,15 @@ KINDS: dict[str, type] = {
     "q": torch.Tensor, "k": torch.Tensor, "v": torch.Tensor, "layout": BlockLayout, "key_mask": torch.Tensor,
     "key_bias": torch.Tensor, "key_lengths": torch.Tensor, "bias": LogitBias, "compensation": Compensation,
     "epilogue": Epilogue, "bias.q": torch.Tensor, "bias.k": torch.Tensor, "compensation.k": torch.Tensor,
-    "compensation.v": torch.Tensor, "compensation.log_weight": torch.Tensor,
+    "compensation.v": torch.Tensor, "compensation.log_weight": torch.Tensor, "compensation.variance": torch.Tensor,
+    "epilogue.row_scale": torch.Tensor, "epilogue.lse_ref": torch.Tensor, "epilogue.add": torch.Tensor,
+    "epilogue.blend": torch.Tensor,
 }  # fmt: skip
-OPTIONAL = ("key_mask", "key_bias", "key_lengths", "bias", "compensation", "epilogue")
+OPTIONAL = (
+    "key_mask", "key_bias", "key_lengths", "bias", "compensation", "epilogue", "compensation.variance",
+    "epilogue.row_scale", "epilogue.lse_ref", "epilogue.add", "epilogue.blend",
+)  # fmt: skip
+SCALES = (1e-30, 1e30)  # outside, fp32 logits lose every digit or overflow
 
 
 def check_kinds(**given: Any) -> None:
@@ -42,14 +49,21 @@ def check_kinds(**given: Any) -> None:
 
 
 def check_scale(scale: float | None) -> None:
-    """Check that the scale is ``None`` or a finite number of at least 0.
+    """Check that the scale is ``None``, 0, or a number within ``SCALES``.
 
     Raises:
         DitAttnError: it is not.
     """
-    if scale is not None and not (isinstance(scale, (int, float, np.floating)) and 0.0 <= scale < math.inf):
+    if scale is None:
+        return
+    if not (_is_number(scale) and 0.0 <= scale < math.inf):
         raise DitAttnError(
-            f"scale must be a finite number of at least 0, got {scale!r}; to turn the sign of the logits, negate q"
+            f"scale must be a finite number of at least 0, got {shorten(scale)}; to turn the sign of the logits, "
+            "negate q"
+        )
+    if scale != 0.0 and not SCALES[0] <= scale <= SCALES[1]:
+        raise DitAttnError(
+            f"scale must be 0, or between {SCALES[0]:g} and {SCALES[1]:g}, got {shorten(scale)}; scale q or k instead"
         )
 
 
@@ -77,6 +91,8 @@ def check_call(
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.layout is not torch.strided or x.is_nested:
+            raise DitAttnError(f"{name} must be a dense (strided) tensor, got {x.layout}; call .to_dense() first")
         if x.dtype not in DTYPES:
             types = ", ".join(map(dtype_name, DTYPES))
             raise DitAttnError(f"{name} has dtype {dtype_name(x.dtype)}; cast it to one of {types}")
@@ -151,7 +167,7 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
     for name, x in _tensors(terms):
         if x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
-        if x.is_floating_point() != (name != "key_lengths") or x.dtype == torch.bool:
+        if not (x.dtype in INTS if name == "key_lengths" else x.is_floating_point()):
             kind = "an integer" if name == "key_lengths" else "a floating-point"
             raise DitAttnError(f"{name} must be of {kind} dtype, got {dtype_name(x.dtype)}; cast it")
     if lengths is not None:
@@ -166,9 +182,10 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
         _fits("bias.q", bias.q, ("B|1", "H|1", "Sq", "R"), sizes)
         _fits("bias.k", bias.k, ("B|1", "H|1", "Sk", "R"), sizes)
     if comp is not None:
-        if comp.tokens < 1 or layout.kv_block % comp.tokens:
+        _number("compensation.cap", comp.cap)
+        if not is_whole(comp.tokens, 1) or layout.kv_block % comp.tokens:
             raise DitAttnError(
-                f"compensation.tokens must divide the layout's kv_block {layout.kv_block}, got {comp.tokens}; "
+                f"compensation.tokens must divide the layout's kv_block {layout.kv_block}, got {shorten(comp.tokens)}; "
                 "pool again with a divisor"
             )
         if v.shape[-1] != q.shape[-1]:
@@ -184,6 +201,7 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
                 raise DitAttnError("compensation.bias is the pooled keys' factor of a bias, and none is given; add it")
             _fits("compensation.bias", comp.bias, ("B|1", "H|1", "nv", "R"), sizes)
     if end is not None:
+        _number("epilogue.cap", end.cap)
         shapes = {
             "row_scale": ("B|1", "H|1", "nq"), "lse_ref": ("B", "H", "Sq"), "add": ("B|1", "H|1", "nq", "D"),
             "blend": ("B|1", "H"),
@@ -192,11 +210,23 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
             x = getattr(end, name)
             if x is not None:
                 _fits(f"epilogue.{name}", x, shape, sizes)
-        if end.blend is not None and not 0 <= end.value_shift <= k.shape[1] - q.shape[1]:
+        if end.blend is not None and host_readable(end.blend) and not ((end.blend >= 0) & (end.blend <= 1)).all():
+            raise DitAttnError("epilogue.blend must be in [0, 1], the weight of the query's own value; clamp it")
+        shift = end.value_shift
+        if end.blend is not None and not (is_whole(shift, 0) and shift <= k.shape[1] - q.shape[1]):
             raise DitAttnError(
-                f"epilogue.value_shift {end.value_shift} leaves no own value for some of {q.shape[1]} queries among "
+                f"epilogue.value_shift {shorten(shift)} leaves no own value for some of {q.shape[1]} queries among "
                 f"{k.shape[1]} keys; it is for self attention, give the first query's place among the keys"
             )
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+
+
+def _number(name: str, x: Any) -> None:
+    if not (_is_number(x) and x > -math.inf):  # NaN is not either
+        raise DitAttnError(f"{name} must be a number, got {shorten(x)}; give a float, math.inf for no bound")
 
 
 def _tensors(terms: Terms) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from dit_attn.errors import DitAttnError, RunStopped, reason
 
 
 class MeasurementLog:
-    """Measurements by key, appended to a file one by one.
+    """Measurements by key, appended to a file one by one. One process at a time has the file.
 
     Args:
         path: JSON-lines file; its first line is the setup. ``None`` keeps the measurements in memory.
@@ -26,7 +26,7 @@ class MeasurementLog:
         rows: value of every measurement by key, JSON values.
 
     Raises:
-        DitAttnError: the file has another setup, or cannot be read or written.
+        DitAttnError: the file has another setup, is a link, is in use by another process, or cannot be read or written.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class MeasurementLog:
         if path is None:
             return
         try:
-            if not resume and path.is_file():
+            files.claim(self, path.parent, path.name, "measuring")
+            if not resume and (path.is_file() or path.is_symlink()):
                 os.replace(path, path.with_name(f"{path.name}.bak"))
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            lines = files.read_regular(path).decode("utf-8").splitlines() if os.path.lexists(path) else []
             rows = [row for line in lines if (row := _parse_line(line)) is not None]
             if rows and rows[0].get("setup") != head:
                 raise DitAttnError(
@@ -72,8 +73,7 @@ class MeasurementLog:
         """
         try:
             if self.path is not None:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "value": value}) + "\n")
+                files.append_text(self.path, json.dumps({"key": key, "value": value}) + "\n")
         except OSError as error:
             raise RunStopped(
                 f"cannot write {self.path} ({reason(error)}); finished measurements are saved: free disk space, then "
@@ -86,7 +86,7 @@ class MeasurementLog:
 def _parse_line(line: str) -> dict[str, Any] | None:
     """One entry of a log; ``None`` for a line that was cut off."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = files.parse_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -152,7 +152,7 @@ def test_an_output_that_is_a_file_is_refused_and_kept(cli, tmp_path):
 def test_an_output_that_cannot_be_made_is_refused(cli, tmp_path):
     (tmp_path / "file").write_text("x")
     cli("generate", *MODEL, *PROMPT, "-o", "file/inside").refused("cannot write", "file/inside")
-    cli("generate", *MODEL, *PROMPT, "-o", "a\0b").refused("cannot write")
+    cli("generate", *MODEL, *PROMPT, "-o", "a\0b").refused("--output", "zero byte")
     cli("generate", *MODEL, *PROMPT, "-o", "").refused("--output is empty", "outputs/tiny-image-dense")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -131,13 +134,120 @@ def test_another_jobs_output_keeps_its_name(tmp_path):
     assert outputs.place(tmp_path, "b", "3" * 64) == "b_33333333"
 
 
+def saved(folder, stem="a", digest="h" * 64, seed=0):
+    facts = {"job_hash": digest, "seconds": 1.5, "summary": {"run_density": 0.5}, "warnings": ["w"]}
+    sidecar = lambda name, sha256: {**facts, "file": name, "sha256": sha256}  # noqa: E731
+    return outputs.save(Media(picture(seed)[None], False), folder, stem, digest, 8, {}, sidecar)
+
+
 def test_an_output_is_finished_only_if_it_is_the_file_that_was_written(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"picture")
-    digest = outputs.sha256(tmp_path / "a.png")
-    outputs.write_json({"job_hash": "h", "file": "a.png", "sha256": digest}, tmp_path / "a.json")
-    assert outputs.finished(tmp_path, "a", "h") == tmp_path / "a.png"
+    path, digest = saved(tmp_path), "h" * 64
+    found = outputs.finished(tmp_path, "a", digest)
+    assert path == tmp_path / "a.png" and found is not None
+    assert (found.path, found.seconds, found.density, found.warnings) == (path, 1.5, 0.5, ("w",))
     assert outputs.finished(tmp_path, "a", "other") is None
-    (tmp_path / "a.png").write_bytes(b"pict")
-    assert outputs.finished(tmp_path, "a", "h") is None
+    path.write_bytes(b"pict")
+    assert outputs.finished(tmp_path, "a", digest) is None
     (tmp_path / "a.json").write_text("{half")
-    assert outputs.finished(tmp_path, "a", "h") is None
+    assert outputs.finished(tmp_path, "a", digest) is None
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"seconds": "x"},
+        {"seconds": float("nan")},
+        {"seconds": True},
+        {"warnings": 5},
+        {"warnings": [5]},
+        {"summary": [1]},
+        {"summary": {"run_density": "x"}},
+        {"file": "../a.png"},
+        {"file": "b.png"},
+        {"file": ["a.png"]},
+        {"sha256": None},
+    ],
+    ids=str,
+)
+def test_an_edited_sidecar_is_not_finished(tmp_path, edit):
+    saved(tmp_path)
+    saved(tmp_path, "b")
+    (tmp_path.parent / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    sidecar = outputs.read_sidecar(tmp_path / "a.json")
+    outputs.write_json({**sidecar, **edit}, tmp_path / "a.json")
+    assert outputs.finished(tmp_path, "a", "h" * 64) is None
+
+
+def test_a_sidecar_that_is_nested_deeply_is_none(tmp_path):
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    assert outputs.read_sidecar(tmp_path / "a.json") == {}
+
+
+def test_links_are_neither_read_nor_written_through(tmp_path):
+    folder, outside = tmp_path / "out", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    saved(outside)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    for name in before:
+        (folder / name).symlink_to(outside / name)
+    assert outputs.read_sidecar(folder / "a.json") == {}
+    assert outputs.finished(folder, "a", "h" * 64) is None
+    assert saved(folder, seed=1).name == "a_hhhhhhhh.png"  # somebody's link keeps its name
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+    (folder / "a.json").unlink()
+    shutil.copyfile(outside / "a.json", folder / "a.json")  # our sidecar, and a link where its image was
+    assert outputs.finished(folder, "a", "h" * 64) is None
+    assert not saved(folder, seed=1).is_symlink()
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+@pytest.mark.parametrize("ending", [".json", ".png"])
+def test_a_kill_leaves_no_output_without_a_sidecar(tmp_path, monkeypatch, ending):
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def killed(old, new):
+        replace(old, new)
+        if str(new).endswith(ending):
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        saved(tmp_path)
+    monkeypatch.setattr(os, "replace", replace)
+    there = (tmp_path / "a.png").exists()
+    assert there == (outputs.finished(tmp_path, "a", "h" * 64) is not None)
+    assert saved(tmp_path) == tmp_path / "a.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+def test_two_processes_never_take_one_name(tmp_path):
+    code = f"""
+import sys, time, pathlib
+from tests.cli.test_outputs import saved
+from dit_attn.cli import outputs
+folder, mine = pathlib.Path({str(tmp_path)!r}), sys.argv[1]
+place = outputs.place
+def slow(*args):
+    stem = place(*args)
+    time.sleep(0.05)
+    return stem
+outputs.place = slow
+(folder / (".ready-" + mine)).touch()
+while len(list(folder.glob(".ready-*"))) < 2:
+    time.sleep(0.005)
+for i in range(5):
+    saved(folder, f"item{{i}}", mine * 64, int(mine))
+"""
+    several = [subprocess.Popen([sys.executable, "-c", code, digit]) for digit in "12"]
+    assert [one.wait(timeout=300) for one in several] == [0, 0]
+    for i in range(5):
+        names = {outputs.place(tmp_path, f"item{i}", digit * 64) for digit in "12"}
+        found = [outputs.finished(tmp_path, outputs.place(tmp_path, f"item{i}", d * 64), d * 64) for d in "12"]
+        assert len(names) == 2 and all(found)
+        for seed, one in zip((1, 2), found):
+            np.testing.assert_array_equal(outputs.read_media(one.path).frames[0], picture(seed))
+    assert not list(tmp_path.glob(".lock-*"))

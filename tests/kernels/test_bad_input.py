@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,8 @@ SIZES = {"q_len": 20, "kv_len": 20, "q_block": 8, "kv_block": 8}
 LAYOUT = BlockLayout.from_mask(torch.eye(3, dtype=torch.bool)[None, None], **SIZES)
 SCORES = torch.randn(1, 1, 3, 3)
 NO, ALL = torch.zeros(1, 1, 3, 3, dtype=torch.bool), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+NAN, ONE = float("nan"), torch.ones(1, 2)
+POOLED = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.zeros(1, 1, 5)
 ONE_BIT = BitMask(torch.zeros(1, 1, 3, 1, 8, 1, dtype=torch.int32))
 
 
@@ -74,6 +77,23 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (attend(scale=-1.0), "scale must be a finite number of at least 0, got -1.0"),
     (attend(scale=float("nan")), "scale must be a finite number"),
     (attend(scale="1"), "scale must be a finite number of at least 0, got '1'"),
+    (attend(scale=True), "scale must be a finite number of at least 0, got True"),
+    (attend(scale=1e308), "scale must be 0, or between 1e-30 and 1e+30, got 1e+308"),
+    (attend(scale=10**400), "scale must be 0, or between 1e-30 and 1e+30"),
+    (attend(scale=1e-320), "scale must be 0, or between 1e-30 and 1e+30"),
+    (attend(q=Q.to_sparse()), "q must be a dense (strided) tensor"),
+    (attend(key_lengths=torch.tensor([3 + 0j])), "key_lengths must be of an integer dtype, got complex64"),
+    (attend(compensation=Compensation(*POOLED, None)), "compensation.tokens must divide"),  # type: ignore[arg-type]
+    (attend(compensation=Compensation(*POOLED, 2.0)), "compensation.tokens must divide"),  # type: ignore[arg-type]
+    (attend(compensation=Compensation(*POOLED, 4, 1.0)), "compensation.variance must be a Tensor"),  # type: ignore
+    (attend(compensation=Compensation(*POOLED, 4, cap=NAN)), "compensation.cap must be a number, got nan"),
+    (attend(epilogue=Epilogue(np.ones((1, 1, 3)))), "epilogue.row_scale must be a Tensor, got ndarray"),  # type: ignore
+    (attend(epilogue=Epilogue(cap=None)), "epilogue.cap must be a number, got None"),  # type: ignore[arg-type]
+    (attend(epilogue=Epilogue(cap=NAN)), "epilogue.cap must be a number, got nan"),
+    (attend(epilogue=Epilogue(blend=ONE, value_shift=None)), "epilogue.value_shift None"),  # type: ignore[arg-type]
+    (attend(epilogue=Epilogue(blend=ONE, value_shift=0.5)), "epilogue.value_shift 0.5"),  # type: ignore[arg-type]
+    (attend(epilogue=Epilogue(blend=2 * ONE)), "epilogue.blend must be in [0, 1]"),
+    (attend(epilogue=Epilogue(blend=NAN * ONE)), "epilogue.blend must be in [0, 1]"),
     (attend(q=Q[..., :0], k=K[..., :0]), "q has heads of size 0"),
     (attend(v=V[..., :0]), "v has heads of size 0"),
     (attend(q=Q[:, :, :0]), "q has 0 heads"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,48 @@ def test_lines_that_are_no_measurements_are_left_out(tmp_path: Path) -> None:
     with place.open("a") as file:
         file.write('{"key": "two"}\n{"key": [1], "value": 3}\n[]\n{"half')
     assert MeasurementLog(place, {"a": 1}, resume=True).rows == {"one": [1.0, 2.0, 1]}
+
+
+def test_two_processes_do_not_mix_their_measurements(tmp_path: Path) -> None:
+    place = tmp_path / "log.jsonl"
+    code = (
+        "import pathlib, sys; from dit_attn.pipelines.measurement_log import MeasurementLog;"
+        f"log = MeasurementLog(pathlib.Path({str(place)!r}), {{'a': 1}}); log.add('one', 1);"
+        "print('ready', flush=True); input()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None and child.stdout.readline() == "ready\n"
+    before = place.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(DitAttnError, match="another process is measuring"):
+            MeasurementLog(place, {"a": 2}, resume)
+    assert place.read_bytes() == before
+    child.communicate("\n", timeout=60)
+    assert MeasurementLog(place, {"a": 1}, resume=True).rows == {"one": 1}
+
+
+def test_links_are_neither_read_nor_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.jsonl"
+    MeasurementLog(victim, {"a": 1}).add("one", 1)
+    before, folder = victim.read_bytes(), tmp_path / "out"
+    folder.mkdir()
+    for name in ("log.jsonl", "log.jsonl.bak", ".partial-log.jsonl"):
+        (folder / name).symlink_to(victim)
+    with pytest.raises(DitAttnError, match=r"cannot write .*log\.jsonl"):
+        MeasurementLog(folder / "log.jsonl", {"a": 1}, resume=True)
+    log = MeasurementLog(folder / "log.jsonl", {"a": 1})
+    log.add("two", 2)
+    assert victim.read_bytes() == before and log.rows == {"two": 2}
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").symlink_to(victim)
+    with pytest.raises(RunStopped, match="--resume"):
+        log.add("three", 3)
+    assert victim.read_bytes() == before
+
+
+def test_lines_at_the_edge_are_measured_again(tmp_path: Path) -> None:
+    place = tmp_path / "log.jsonl"
+    MeasurementLog(place, {"a": 1}).add("one", 1)
+    with place.open("a") as file:
+        file.write("[" * 100_000 + "\n" + '{"key": "two", "value": ' + "9" * 5000 + "}\n")
+    assert MeasurementLog(place, {"a": 1}, resume=True).rows == {"one": 1}

@@ -83,11 +83,10 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: unknown model, method or setting; a family without methods.
     """
     import dit_attn
-    from dit_attn.cli.model_source import skeleton
 
     config = ExplainConfig.from_options(flags.merge(args, GROUPS))
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
-    found = dit_attn.explain(skeleton(config.source), *config.methods, **size)
+    found = dit_attn.explain(config.source.without_weights, *config.methods, **size)
     if config.json:
         print(json.dumps({"model": config.source.name, **size, **found.to_dict()}, indent=1))
     else:

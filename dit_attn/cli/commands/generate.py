@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
+    from dit_attn.cli.outputs import Finished
     from dit_attn.cli.run_record import Run
+    from dit_attn.pipelines.worker_share import WorkerShare
     from dit_attn.processors.methods.base import Method
 
 GROUPS = {
@@ -57,6 +59,7 @@ class GenerateConfig:
         contact_sheet: make ``sheet.png``.
         resume: skip items that are there already.
         dry_run, json: print the plan and stop; print JSON.
+        device_given: whether ``--device`` was; else every process takes a GPU of its own.
     """
 
     load: LoadConfig
@@ -69,6 +72,7 @@ class GenerateConfig:
     resume: bool = False
     dry_run: bool = False
     json: bool = False
+    device_given: bool = False
 
     @classmethod
     def from_options(cls, options: flags.Options) -> GenerateConfig:
@@ -79,17 +83,17 @@ class GenerateConfig:
         """
         from dit_attn.cli import jobs as job_files
         from dit_attn.cli import method_options, outputs
+        from dit_attn.cli.check_run import check_run
         from dit_attn.cli.load_pipeline import LoadConfig
 
         specs = method_options.method_specs(options)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
         jobs = job_files.make_jobs(options.values, load.source.defaults)
-        job_files.check_calls(jobs, load.source.pipeline)
-        _check_without_weights(jobs, load.source)
+        check_run(load.source, jobs, methods)
         folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
         sheet = options.get("contact_sheet", len(jobs) > 1)
-        rest = options.pick("fps", "resume", "dry_run", "json")
+        rest = {"device_given": "device" in options, **options.pick("fps", "resume", "dry_run", "json")}
         return cls(load, methods, tuple(jobs), folder, options.argv, sheet, **rest)
 
 
@@ -107,33 +111,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, load once, make every item. Returns 0, 1 when items failed, 130 after Ctrl-C.
 
+    Several processes, of ``torchrun`` or ``accelerate launch``, share the items; the first one writes the report.
+
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import outputs, run_record, runner
+    from dit_attn.cli import outputs, run_record, runner, workers
 
     config = GenerateConfig.from_options(flags.merge(args, GROUPS))
-    live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:
-        return _print_plan(live, config)
+        live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+        return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0
+    device, worker = workers.join_workers(config.load.device, config.device_given)
+    config = replace(config, load=replace(config.load, device=device))
+    live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     outputs.prepare_folder(config.folder)
-    done = runner.find_finished(config.jobs, config.folder, live.setup) if config.resume else {}
-    if len(done) < len(config.jobs):
+    jobs = worker.part(config.jobs)
+    done = runner.find_finished(jobs, config.folder, live.setup) if config.resume else {}
+    if len(done) < len(jobs):
         _load(live, config.load)
-        job_files.check_inputs(config.jobs, live.pipe)
-    return _make(live, config, done)
+        job_files.check_inputs(jobs, live.pipe)
+    return _make(live, config, jobs, done, worker)
 
 
-def _make(live: Run, config: GenerateConfig, done: dict[int, Path]) -> int:
-    from dit_attn import contact_sheet
-    from dit_attn.cli import outputs, run_record, runner
+def _make(live: Run, config: GenerateConfig, jobs: list[Job], done: dict[int, Finished], worker: WorkerShare) -> int:
+    from dit_attn.cli import runner
 
-    jobs = config.jobs
-    on_item = _silent if config.json else print
+    total = len(config.jobs)
     started = time.perf_counter()
     try:
-        runner.run_jobs(live, jobs, done, config.contact_sheet, on_item)
+        runner.run_jobs(live, jobs, done, config.contact_sheet, _silent if config.json else print, total)
     except KeyboardInterrupt:
         saved = sum(result.status != "failed" for result in live.results)
         print(
@@ -142,43 +150,45 @@ def _make(live: Run, config: GenerateConfig, done: dict[int, Path]) -> int:
             file=sys.stderr,
         )
         return 130
-    unwritten = None
-    try:
-        if config.contact_sheet and live.tiles:
-            outputs.write_image(contact_sheet.flow(live.tiles, _heading(live)), live.folder / "sheet.png")
-            on_item(f"contact sheet: {live.folder / 'sheet.png'}")
-        result = run_record.report(live, time.perf_counter() - started)
-        outputs.write_json(result, live.folder / "run.json")
-    except RunStopped as error:  # the items are complete all the same: report them first
-        unwritten = error
-        result = run_record.report(live, time.perf_counter() - started)
-    if config.json:
-        print(json.dumps(result, indent=1, default=str))
-    elif live.methods and any(item.status == "done" for item in live.results):
-        import dit_attn
-
-        print(dit_attn.summary(live.pipe))
-    runner.warn((text for item in live.results for text in item.warnings), len(jobs))
+    made_here = any(item.status == "done" for item in live.results)
+    live.results = sorted(worker.gather(live.results), key=lambda result: result.index)
+    live.tiles = dict(sorted(worker.gather(list(live.tiles.items()))))
     failed = [item for item in live.results if item.status == "failed"]
-    if failed:
-        print(f"dit-attn: {len(failed)} of {len(jobs)} items failed:", file=sys.stderr)
-        for item in failed:
-            print(f"  {runner.describe_item(item, len(jobs))}", file=sys.stderr)
-    if unwritten is not None:
-        raise unwritten
+    if worker.rank == 0:
+        _report(live, config, time.perf_counter() - started, made_here)
     return 1 if failed else 0
 
 
-def _check_without_weights(jobs: list[Job], source: Source) -> None:
-    """Sizes and the like, by the pipeline's own rules, before anything is downloaded or loaded."""
-    from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import model_source
+def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) -> None:
+    """Write the contact sheet and ``run.json``, and print what became of the items of all processes."""
+    from dit_attn import contact_sheet
+    from dit_attn.cli import outputs, run_record, runner
 
+    total, unwritten = len(config.jobs), None
+    result = run_record.report(live, seconds)
     try:
-        pipe = model_source.skeleton(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        return  # loading says what is damaged
-    job_files.check_inputs(jobs, pipe)
+        if config.contact_sheet and live.tiles:
+            outputs.write_image(
+                contact_sheet.flow(list(live.tiles.values()), _heading(live)), live.folder / "sheet.png"
+            )
+            (_silent if config.json else print)(f"contact sheet: {live.folder / 'sheet.png'}")
+        outputs.write_json(result, live.folder / "run.json")
+    except RunStopped as error:  # the items are complete all the same: report them first
+        unwritten = error
+    if config.json:
+        print(json.dumps(result, indent=1, default=str))
+    elif live.methods and made_here:
+        import dit_attn
+
+        print(dit_attn.summary(live.pipe))
+    runner.warn((text for item in live.results for text in item.warnings), total)
+    failed = [item for item in live.results if item.status == "failed"]
+    if failed:
+        print(f"dit-attn: {len(failed)} of {total} items failed:", file=sys.stderr)
+        for item in failed:
+            print(f"  {runner.describe_item(item, total)}", file=sys.stderr)
+    if unwritten is not None:
+        raise unwritten
 
 
 def _methods(specs: list[Any], source: Source, preset: str | None) -> tuple[Method, ...]:

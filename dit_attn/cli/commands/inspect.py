@@ -87,8 +87,8 @@ class InspectConfig:
         Raises:
             DitAttnError: bad input.
         """
-        from dit_attn.cli import jobs as job_files
         from dit_attn.cli import method_options, outputs, resolve_methods
+        from dit_attn.cli.check_run import check_run
         from dit_attn.cli.load_pipeline import LoadConfig
 
         specs = method_options.method_specs(options)
@@ -101,7 +101,7 @@ class InspectConfig:
             )
         methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
         job = only_job(options, source)
-        job_files.check_calls([job], source.pipeline)
+        check_run(source, [job], methods)
         name = "-".join(["inspect", Path(source.path).name or "model", *(method.slug for method in methods)])
         folder = outputs.folder_of(options.get("output"), Path("outputs") / name)
         rest = options.pick("fps", "rows", "block", "rows_seed", "overhead", "dry_run", "json")

@@ -264,8 +264,8 @@ def _merged_rows(
     both = torch.cat([s, own], -1)
     empty = both.amax(-1, keepdim=True) == NEG_INF  # the gradient of their log-sum-exp would be NaN
     safe = torch.logsumexp(both.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, 0.0)
-    total = safe.masked_fill(empty, NEG_INF)
     fraction = torch.exp(own - safe).transpose(1, 2)
+    total = safe.masked_fill(empty, NEG_INF)
     return out * fraction + (torch.exp(s - safe) @ pooled.values).transpose(1, 2), total[..., 0]
 
 

@@ -38,15 +38,27 @@ def reference_attention(
     allowed = layout.materialize().to(q.device)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
-    # A key that no row attends to may be NaN: 0 * NaN must reach neither output nor gradient.
-    unattended = ~allowed.expand(q.shape[0], q.shape[2], -1, -1).any(-2)[..., None]
-    kt, vt = kt.masked_fill(unattended, 0.0), vt.masked_fill(unattended, 0.0)
-    logits = qt @ kt.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if key_bias is not None:
-        logits = logits + key_bias[:, :, None, :].to(dtype)
+    allowed = allowed.expand(q.shape[0], q.shape[2], -1, -1)
+    bias = None if key_bias is None else key_bias[:, :, None, :].to(dtype)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    blocks = zip(qt.split(layout.q_block, 2), allowed.split(layout.q_block, 2))
+    parts = [_rows(rows, kt, vt, mask, factor, bias) for rows, mask in blocks]
+    return torch.cat([o for o, _ in parts], 2).transpose(1, 2).to(q.dtype), torch.cat([lse for _, lse in parts], 2)
+
+
+def _rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o (B, H, rows, Dv) and lse (B, H, rows) of one query block."""
+    # A key that none of these rows attends to may be NaN: 0 * NaN must reach neither output nor gradient.
+    unattended = ~allowed.any(-2)[..., None]
+    k, v = k.masked_fill(unattended, 0.0), v.masked_fill(unattended, 0.0)
+    logits = q @ k.transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits + bias
     logits = logits.masked_fill(~allowed, float("-inf"))
     empty = (logits == float("-inf")).all(-1, keepdim=True)
     logits = logits.masked_fill(empty, 0.0)
     lse = torch.logsumexp(logits, -1).masked_fill(empty[..., 0], float("-inf"))
     weights = torch.softmax(logits, -1).masked_fill(empty, 0.0)
-    return (weights @ vt).transpose(1, 2).to(q.dtype), lse
+    return weights @ v, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,3 +78,28 @@ class ItemResult:
     verdict: dict[str, bool] | None = None
     error: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, data: Any) -> ItemResult | None:
+        """Return the result that ``asdict`` wrote; ``None`` where a field is missing or of another type."""
+        hints = typing.get_type_hints(cls)
+        if not isinstance(data, dict) or set(data) != set(hints):
+            return None
+        if not all(fits(data[name], hint) for name, hint in hints.items()):
+            return None
+        return cls(**data)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value of a JSON file is of a type: a union, list, dict or plain type; numbers must be finite."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, kind) for kind in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
+    if isinstance(value, bool) or hint not in (int, float):
+        return isinstance(value, hint)
+    number = isinstance(value, int) or (hint is float and isinstance(value, float))
+    return number and abs(value) < 1e300  # NaN is not either

@@ -12,6 +12,7 @@ import numpy as np
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.head_search.objective import Objective, score_images
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.worker_share import WorkerShare
 from dit_attn.processors.guidance import heads
 
 Head = tuple[str, int]
@@ -35,20 +36,6 @@ class Pair:
 
     prompt: str
     seed: int
-
-
-@dataclass
-class WorkerShare:
-    """The part of the work that one of several processes does.
-
-    Attributes:
-        rank, size: number of this process, from 0, and of how many.
-        gather: joins the lists of all processes and returns the result to each of them.
-    """
-
-    rank: int = 0
-    size: int = 1
-    gather: Callable[[list[Any]], list[Any]] = lambda items: items
 
 
 class Evaluator:

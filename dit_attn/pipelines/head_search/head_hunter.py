@@ -21,7 +21,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.compare import statistics
 from dit_attn.pipelines.compare.match_strength import guidance_argument, guidance_rule
 from dit_attn.pipelines.head_search.config import SearchConfig, SearchPlan
-from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Pair, WorkerShare
+from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Pair
 from dit_attn.pipelines.head_search.gradient import HeadGradients
 from dit_attn.pipelines.head_search.head_set import HeadSet
 from dit_attn.pipelines.head_search.objective import ScorerOptions
@@ -29,6 +29,7 @@ from dit_attn.pipelines.head_search.objectives import make_objective
 from dit_attn.pipelines.head_search.pipeline_runner import PipelineRunner, searchable_layers
 from dit_attn.pipelines.head_search.strategies import Round, run_rounds, tune_strengths
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.worker_share import WorkerShare
 from dit_attn.processors.methods.softpag import SoftPAG
 
 PURPOSES = {

@@ -79,7 +79,7 @@ class HeadSet:
         place = Path(path).expanduser()
         place = place / FILE_NAME if place.is_dir() else place
         try:
-            data = json.loads(place.read_text(encoding="utf-8"))
+            data = files.parse_json(place.read_bytes())
             arm = tuple((str(layer), int(head), float(u)) for layer, head, u in data.pop("heads"))
             return HeadSet(heads=arm, **data)
         except OSError as error:

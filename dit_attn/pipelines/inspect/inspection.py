@@ -14,7 +14,6 @@ time, and one number is stored per statistic, layer, head, step and branch.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,7 +77,7 @@ class Inspection:
 
         place = Path(folder).expanduser()
         try:
-            meta = json.loads((place / META).read_text(encoding="utf-8"))
+            meta = files.parse_json((place / META).read_bytes())
             tensors = load_file(place / TENSORS)
         except (OSError, ValueError, SafetensorError) as error:
             raise DitAttnError(

@@ -8,14 +8,14 @@ before a name: ``"L14H7@0.5, L0H3"``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dit_attn.errors import DitAttnError
+from dit_attn import files
+from dit_attn.errors import DitAttnError, shorten
 
 Strengths = dict[str, dict[int, float]]  # layer -> head -> strength
 _SHORT = re.compile(r"^L(\d+(?:-\d+)?)(?:H(\d+))?$")
@@ -47,7 +47,7 @@ def canonical(heads: Any) -> str:
         entries = [entry for entry in _BETWEEN.split(_INSIDE.sub(r"\1", heads)) if entry]
         return ";".join(_text(*_entry(entry)) for entry in entries)
     if not isinstance(heads, Iterable):
-        raise DitAttnError(f"heads {heads!r} cannot be parsed; {_GRAMMAR}")
+        raise DitAttnError(f"heads {shorten(heads)} cannot be parsed; {_GRAMMAR}")
     return ";".join(_listed(item) for item in heads)
 
 
@@ -126,9 +126,9 @@ def _entry(text: str) -> tuple[str, tuple[int, ...] | None, float | None]:
         chosen = numbers(heads)
         u = float(strength) if strength else None
     except ValueError:
-        raise DitAttnError(f"heads {text!r} cannot be parsed; {_GRAMMAR}") from None
+        raise DitAttnError(f"heads {shorten(text)} cannot be parsed; {_GRAMMAR}") from None
     if not layer or (":" in where and not chosen) or ("@" in text and u is None):
-        raise DitAttnError(f"heads {text!r} cannot be parsed; {_GRAMMAR}")
+        raise DitAttnError(f"heads {shorten(text)} cannot be parsed; {_GRAMMAR}")
     if u is not None and not 0.0 <= u <= 1.0:
         raise DitAttnError(f"a strength lies in [0, 1], got {u:g} in {text!r}; 0 leaves a head as it is, 1 replaces it")
     return layer, chosen or None, u
@@ -165,7 +165,7 @@ def _listed(item: Any) -> str:
         layer, head, strength = item if len(item) == 3 else (*item, None)
         text = _text(str(layer), None if head is None else (int(head),), None if strength is None else float(strength))
     except (TypeError, ValueError):
-        raise DitAttnError(f"head {item!r} cannot be parsed; {_GRAMMAR}") from None
+        raise DitAttnError(f"head {shorten(item)} cannot be parsed; {_GRAMMAR}") from None
     return canonical(text)
 
 
@@ -196,9 +196,9 @@ def _from_file(path: Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    path = path.expanduser()
+    path = files.user_path(path, "heads")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.parse_json(path.read_bytes())
     except OSError as error:
         raise DitAttnError(f"the head list {path} cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:

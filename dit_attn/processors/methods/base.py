@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dit_attn import files
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, cut, shorten, unknown
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.methods.fields import check_fields
 
@@ -162,7 +163,7 @@ class Method:
         Raises:
             DitAttnError: nothing readable there.
         """
-        path = Path(source).expanduser()
+        path = files.user_path(source, "method")
         if path.is_dir():
             path = path / FILE_NAME
             if not path.is_file():
@@ -170,8 +171,8 @@ class Method:
         if not path.is_file():
             path = _download(str(source))
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON, or of the text's encoding
+            data = files.parse_json(path.read_bytes())
+        except ValueError as error:
             raise DitAttnError(f"{path} is not JSON ({error}); save it again with save_pretrained") from error
         try:
             return Method.from_dict(data)
@@ -190,7 +191,7 @@ class Method:
 
 def is_place(name: str) -> bool:
     """Return whether a text names saved settings (a file, a folder, ``org/name``) rather than a slug."""
-    return "/" in name or name.endswith(".json") or Path(name).is_dir()
+    return "/" in name or name.endswith(".json") or os.path.isdir(name)
 
 
 def method_class(slug: object) -> type[Method]:
@@ -210,7 +211,7 @@ def _plain(value: Any) -> Any:
 
 def _download(repo: str) -> Path:
     if repo.endswith(".json"):
-        raise DitAttnError(f"there is no file {repo} with method settings; check the path")
+        raise DitAttnError(f"there is no file {cut(repo, 100)} with method settings; check the path")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -220,6 +221,6 @@ def _download(repo: str) -> Path:
         return Path(hf_hub_download(repo, FILE_NAME, local_files_only=hub.is_offline()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DitAttnError(
-            f"no method settings at {repo!r}: there is no such folder, and no reachable Hub repository with them "
-            f"({type(error).__name__}); check the path or the repository's name"
+            f"no method settings at {shorten(repo)}: there is no such folder, and no reachable Hub repository with "
+            f"them ({type(error).__name__}); check the path or the repository's name"
         ) from error

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, shorten, unknown
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
 
@@ -28,7 +28,9 @@ def check_fields(method: Any) -> None:
             fitted = _fit(value, hints[spec.name])
         except ValueError as error:
             kinds = describe(hints[spec.name])
-            raise DitAttnError(f"{name} must be {kinds}{_bounds(spec, ' ')}, got {value!r}: {_help(spec)}") from error
+            raise DitAttnError(
+                f"{name} must be {kinds}{_bounds(spec, ' ')}, got {shorten(value)}: {_help(spec)}"
+            ) from error
         if fitted is not value:
             object.__setattr__(method, spec.name, fitted)
         if fitted is not None:
@@ -74,7 +76,11 @@ def _fit_one(value: Any, kind: Any) -> Any:
     if kind is int and whole:
         return value if isinstance(value, int) else int(value)
     if kind is float and (whole or isinstance(value, numbers.Real)) and not isinstance(value, bool):
-        return value if isinstance(value, (int, float)) else float(value)
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise ValueError from error
+        return value if isinstance(value, (int, float)) else number
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         if isinstance(value, str) and inner is str:
@@ -100,10 +106,10 @@ def _check_range(name: str, spec: dataclasses.Field[Any], value: Any, hint: Any)
         if wrong:
             raise unknown(f"value of {name}", wrong[0], choices)
     if (low is not None and not value >= low) or (high is not None and not value <= high):
-        raise DitAttnError(f"{name} must be{_bounds(spec, ' ')}, got {value!r}: {_help(spec)}")
+        raise DitAttnError(f"{name} must be{_bounds(spec, ' ')}, got {shorten(value)}: {_help(spec)}")
     if {int, float} <= set(union_of(hint)) and isinstance(value, float) and not value <= 1.0:
         raise DitAttnError(
-            f"{name} must be a fraction up to 1.0 or a whole number, got {value!r}: {_help(spec)}; "
+            f"{name} must be a fraction up to 1.0 or a whole number, got {shorten(value)}: {_help(spec)}; "
             f"write {int(value) if value < 1e9 else 1} for a count"
         )
 

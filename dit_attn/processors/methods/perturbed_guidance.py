@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.guidance import heads
 from dit_attn.processors.guidance.perturbation import Perturbation
@@ -107,7 +107,7 @@ def block_numbers(layers: Any) -> str:
     try:
         found = heads.numbers(",".join(str(item) for item in items).replace(" ", ""))
     except ValueError:
-        raise DitAttnError(f"layers {layers!r} is no list of positions; write e.g. '7' or '7-9,12'") from None
+        raise DitAttnError(f"layers {shorten(layers)} is no list of positions; write e.g. '7' or '7-9,12'") from None
     return ",".join(map(str, found))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
@@ -75,11 +75,11 @@ class SparseMethod(Method):
         if not isinstance(table, tuple) or not table or len(table) % self.parts:
             raise DitAttnError(
                 f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
-                f"{table!r}"
+                f"{shorten(table)}"
             )
         for value in table:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-                raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {value!r}")
+                raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {shorten(value)}")
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse dense layers that do not exist, and densities that were measured on another model.

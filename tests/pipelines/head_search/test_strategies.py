@@ -164,7 +164,7 @@ def test_every_strategy_of_the_settings_is_implemented() -> None:
 
 CHILD = """
 import json, torch
-from dit_attn.cli.commands.search.run import join_workers
+from dit_attn.cli.workers import join_workers
 from dit_attn.pipelines.head_search.strategies import run_rounds
 from tests._support.planted_heads import PlantedRunner, plan, planted, random_worths
 _, worker = join_workers(torch.device("cpu"), False)

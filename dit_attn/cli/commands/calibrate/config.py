@@ -12,6 +12,7 @@ from typing import Any
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import shuffled_captions
+from dit_attn.cli.check_run import check_run
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
@@ -77,7 +78,7 @@ class CalibrateConfig:
                 f"calibrate takes one method, got {len(methods)}; give --method NAME, e.g. rectified-spaattn"
             )
         items, check = make_items(options, source)
-        job_files.check_calls([*items, *check], source.pipeline)
+        check_run(source, [*items, *check], methods)
         steps = steps_of([*items, *check], source.pipeline)
         plan = make_plan(methods[0], options.get("parts"), _densities(options), options.get("every"), steps)
         name = f"calibrate-{Path(source.path).name or 'model'}-{plan.method.slug}"

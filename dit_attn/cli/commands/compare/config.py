@@ -8,15 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.check_run import check_run
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
 from dit_attn.cli.options import MAX_SEED, Options
 from dit_attn.cli.run_record import Run
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, cut, shorten, unknown
 from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 from dit_attn.pipelines.compare import comparison
 from dit_attn.pipelines.compare.metrics import METRICS, WORLD, check_metrics
@@ -91,7 +93,7 @@ class CompareConfig:
             raise DitAttnError("--match-strength matches guidance methods, and none is compared; add --method softpag")
         jobs = _jobs(options, source)
         for variant in variants:
-            job_files.check_calls([job_of(variant, job) for job in jobs], source.pipeline)
+            check_run(source, [job_of(variant, job) for job in jobs], variant.methods)
         networks = _networks(options)
         check_metrics(metrics, networks)
         folder = outputs.folder_of(options.get("output"), Path("outputs") / f"compare-{Path(source.path).name}")
@@ -131,11 +133,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise DitAttnError(f"--seeds must be whole numbers with commas between, such as 0,1, got {text!r}") from error
+        raise DitAttnError(
+            f"--seeds must be whole numbers with commas between, such as 0,1, got {shorten(text)}"
+        ) from error
     if any(not 0 <= seed <= MAX_SEED for seed in seeds):
-        raise DitAttnError(f"--seeds must be between 0 and {MAX_SEED}, got {text!r}")
+        raise DitAttnError(f"--seeds must be between 0 and {MAX_SEED}, got {shorten(text)}")
     if len(set(seeds)) < len(seeds):
-        raise DitAttnError(f"--seeds names a seed twice: {text!r}; every seed makes one item a prompt")
+        raise DitAttnError(f"--seeds names a seed twice: {shorten(text)}; every seed makes one item a prompt")
     return seeds
 
 
@@ -172,22 +176,20 @@ def _variants(specs: list[method_options.Variant], source: Source, preset: str |
         )
     variants = []
     for group in specs:
-        call = {
-            key: _value(value)
-            for spec in group if spec.name == method_options.CALL
-            for key, value in spec.settings.items()
-        }  # fmt: skip
+        given = [item for spec in group if spec.name == method_options.CALL for item in spec.settings.items()]
+        call = job_files.typed_arguments({key: _value(key, value) for key, value in given}, method_options.CALL)
         methods = [spec for spec in group if spec.name != method_options.CALL]
         found = resolve_methods.resolve(methods, source.transformer, preset)
         variants.append(Variant(method_options.label(group), found, tuple(call.items())))
     return variants
 
 
-def _value(value: Any) -> Any:
+def _value(key: str, value: Any) -> Any:
     """A number, a truth value or a text, as YAML reads it."""
-    import yaml
-
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        return files.parse_yaml(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DitAttnError(f"call:{key}={cut(value, 60)}: {error}; put a text in quotes") from error
 
 
 def _jobs(options: Options, source: Source) -> list[Job]:

@@ -12,9 +12,14 @@ from dit_attn.cli.progress import progress_bar
 from dit_attn.errors import RunStopped, reason
 from dit_attn.pipelines.compare import comparison
 from dit_attn.pipelines.compare.attention_map import AttentionRecorder
-from dit_attn.pipelines.compare.records import Variant
+from dit_attn.pipelines.compare.records import Variant, fits
 
 FILE = "maps.json"  # in the folder of every variant
+_TABLE = list[list[float | None]]
+_TYPES: dict[str, Any] = {
+    "prompt": str, "seed": int, "seconds": float, "layers": list[str], "steps": int, "rows": int, "density": _TABLE,
+    "error": _TABLE,
+}  # fmt: skip
 _FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
 
 
@@ -25,9 +30,17 @@ def find_maps(config: CompareConfig) -> dict[str, dict[str, Any]]:
         run = config.runs[variant.label]
         data = outputs.read_sidecar(run.folder / FILE)
         digest = job_of(variant, config.jobs[0]).digest(run.setup)
-        if data.get("job_hash") == digest and isinstance(data.get("maps"), dict):
+        if data.get("job_hash") == digest and _is_map(data.get("maps")):
             found[variant.label] = data["maps"]
     return found
+
+
+def _is_map(data: Any) -> bool:
+    """Tell whether this is what :func:`make_maps` writes; an edited file is made again."""
+    if not isinstance(data, dict) or not all(name in data and fits(data[name], kind) for name, kind in _TYPES.items()):
+        return False
+    widths = [data["steps"]] * len(data["layers"])
+    return all([len(row) for row in data[kind]] == widths for kind in ("density", "error"))
 
 
 def missing(config: CompareConfig, maps: dict[str, dict[str, Any]]) -> list[Variant]:

@@ -9,7 +9,7 @@ from typing import Any
 from dit_attn.cli import outputs, runner
 from dit_attn.cli.commands.compare.config import CompareConfig, job_of
 from dit_attn.pipelines.compare.match_strength import MatchedScale, guidance_argument, match_guidance_scale
-from dit_attn.pipelines.compare.records import Variant
+from dit_attn.pipelines.compare.records import Variant, fits
 
 FILE = "matched.json"  # in the folder of the comparison
 ITEMS = 4  # that the strength is measured on
@@ -29,7 +29,7 @@ def with_matched(config: CompareConfig, load: Callable[[CompareConfig], Any]) ->
     for variant in guided:
         setup = config.runs[variant.label].setup
         key = f"{variant.label} {[job_of(variant, job).digest(setup) for job in jobs]}"
-        if key not in known:
+        if not _is_match(known.get(key)):
             pipe = load(config) if pipe is None else pipe
             known[key] = asdict(_measured(config, pipe, variant))
             outputs.write_json(known, file)
@@ -38,6 +38,11 @@ def with_matched(config: CompareConfig, load: Callable[[CompareConfig], Any]) ->
         extra.append(Variant(label, (), ((found["argument"], found["scale"]),)))
     everyone = (*config.variants, *_distinct(extra, config.variants))
     return replace(config, variants=everyone), pipe
+
+
+def _is_match(data: Any) -> bool:
+    """Tell whether this is what was measured; an edited file is measured again."""
+    return isinstance(data, dict) and fits(data.get("argument"), str) and fits(data.get("scale"), float)
 
 
 def _measured(config: CompareConfig, pipe: Any, variant: Variant) -> MatchedScale:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import load_pipeline as load
 from dit_attn.cli import outputs, run_record, runner
@@ -21,8 +22,6 @@ from dit_attn.pipelines.compare import comparison as compare
 from dit_attn.pipelines.compare import metrics
 from dit_attn.pipelines.compare.comparison import Comparison
 from dit_attn.pipelines.compare.records import ItemResult, Variant
-
-_FIELDS = {spec.name for spec in fields(ItemResult)}
 
 
 def plan(config: CompareConfig) -> dict[str, Any]:
@@ -47,6 +46,7 @@ def run_all(config: CompareConfig) -> dict[str, Any]:
         KeyboardInterrupt: every finished item is saved, no half file is left.
     """
     outputs.prepare_folder(config.folder)
+    files.claim(config, config.folder, "compare", "comparing")  # the caller has it to the end
     resume, wants_maps = config.resume, config.maps
     pipe = None
     if config.match_strength:
@@ -95,10 +95,12 @@ def find_results(config: CompareConfig) -> dict[tuple[str, int], ItemResult]:
     for variant in config.variants:
         label, run = variant.label, config.runs[variant.label]
         jobs = [job_of(variant, job) for job in config.jobs]
-        for index, path in runner.find_finished(jobs, run.folder, run.setup).items():
-            data = outputs.read_sidecar(path.with_suffix(".json")).get("compare")
-            if isinstance(data, dict) and set(data) == _FIELDS and data["index"] == index:
-                found[label, index] = ItemResult(**{**data, "variant": label})
+        for index, one in runner.find_finished(jobs, run.folder, run.setup).items():
+            result = ItemResult.from_json(one.sidecar.get("compare"))
+            if result is not None and result.index == index and result.error is None:
+                job = config.jobs[index]
+                file = str(one.path.relative_to(config.folder))  # what a sidecar says may lead out of the folder
+                found[label, index] = replace(result, variant=label, prompt=job.prompt, seed=job.seed, file=file)
     return found
 
 
@@ -159,7 +161,8 @@ def run_round(
 def add_to_sidecar(path: Path, item: ItemResult) -> None:
     """Add the figures of an item to the sidecar of its file."""
     sidecar = path.with_suffix(".json")
-    outputs.write_json({**outputs.read_sidecar(sidecar), "compare": asdict(item)}, sidecar)
+    with files.locked(path.parent):
+        outputs.write_json({**outputs.read_sidecar(sidecar), "compare": asdict(item)}, sidecar)
 
 
 def warm_up(config: CompareConfig, pipe: Any) -> None:

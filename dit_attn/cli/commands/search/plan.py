@@ -6,7 +6,6 @@ import shlex
 from typing import Any
 
 from dit_attn.cli.commands.search.config import HeadSearchConfig
-from dit_attn.cli.model_source import skeleton
 from dit_attn.cli.table import fields, show
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.head_search.pipeline_runner import searchable_layers
@@ -20,7 +19,7 @@ def describe(config: HeadSearchConfig) -> dict[str, Any]:
         DitAttnError: more heads wanted than there are.
     """
     source, search, plan = config.load.source, config.search, config.plan
-    layers = searchable_layers(skeleton(source))
+    layers = searchable_layers(source.without_weights)
     heads, count = sum(layers.values()), plan.pairs
     if search.rounds * search.per_round > heads:
         raise DitAttnError(

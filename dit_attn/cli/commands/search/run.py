@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import replace
@@ -15,12 +14,14 @@ from dit_attn.cli import load_pipeline, outputs, run_record
 from dit_attn.cli.commands.search.config import HeadSearchConfig
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.table import Table, fields, show
+from dit_attn.cli.workers import join_workers
 from dit_attn.eval.report.search_page import page
-from dit_attn.pipelines.head_search import HeadHunter, HeadSet, Objective, ScorerOptions, WorkerShare, make_objective
+from dit_attn.pipelines.head_search import HeadHunter, HeadSet, Objective, ScorerOptions, make_objective
 from dit_attn.pipelines.head_search.evaluation import Arm
 from dit_attn.pipelines.head_search.head_set import FILE_NAME
 from dit_attn.pipelines.head_search.strategies import Round, not_differentiable
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.worker_share import WorkerShare
 
 PAGE = "search.html"
 LOG = "evaluations"
@@ -80,24 +81,6 @@ def _check_prompts(config: HeadSearchConfig, objective: Objective) -> None:
     prompts = [pair.prompt for pair in config.pairs]
     gray = np.full((8 if "num_frames" in config.call else 1, 32, 32, 3), 128, dtype=np.uint8)
     objective.score([gray] * len(prompts), prompts)
-
-
-def join_workers(device: Any, device_given: bool) -> tuple[Any, WorkerShare]:
-    """Return the device and the part of the work of this process; several under ``accelerate launch``, ``torchrun``.
-
-    Args:
-        device: of the flags.
-        device_given: whether the user named it; else every process takes a GPU of its own.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return device, WorkerShare()
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState(cpu=device.type == "cpu")
-    if device.type != "cpu" and not device_given:
-        device = state.device
-    return device, WorkerShare(state.process_index, state.num_processes, gather_object)
 
 
 def open_log(config: HeadSearchConfig, live: run_record.Run, worker: WorkerShare) -> MeasurementLog:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -265,3 +268,44 @@ def test_more_held_out_captions_than_there_are_are_refused(cli):
 
 def test_held_out_captions_are_for_embedded_models(cli, folder_model):
     cli("compare", "--model", folder_model, "--held-out", "2", *METHOD).refused("embedded models", "--prompts")
+
+
+def test_an_edited_folder_leads_nowhere_and_is_made_again(compare, tmp_path, monkeypatch):
+    words = ("--prompt", CAPTION, *SMALL, *METHOD, "--metrics", "none")
+    assert compare(*words).code == 0
+    (tmp_path / "secret.txt").write_text("TOP-SECRET-" * 6)
+    sidecar = next((tmp_path / "out/dense").glob("0*.json"))
+    good = json.loads(sidecar.read_text())
+
+    def edit(**change):
+        sidecar.write_text(json.dumps({**good, "compare": {**good["compare"], **change}}))
+
+    made = counted(monkeypatch)
+    edit(file="../secret.txt", prompt="another")
+    assert compare(*words, "--resume").code == 0 and made == []
+    page = (tmp_path / "out/report.html").read_text()
+    assert base64.b64encode(b"TOP-SECRET-TOP-SECRET-TOP").decode()[:20] not in page and "another" not in page
+    for change in ({"psnr": "x"}, {"warnings": 5}, {"verdict": [1]}, {"seconds": True}, {"density": float("nan")}):
+        made.clear()
+        edit(**change)
+        outcome = compare(*words, "--resume")
+        assert outcome.code == 0 and made, (change, outcome.err)
+    maps = next((tmp_path / "out").glob("block-sparse*/maps.json"))
+    right = json.loads(maps.read_text())
+    for name, value in {"layers": 5, "steps": 10**6, "density": [["x"]], "seconds": "x"}.items():
+        maps.write_text(json.dumps({**right, "maps": {**right["maps"], name: value}}))
+        assert compare(*words, "--resume").code == 0
+        assert json.loads(maps.read_text())["maps"]["layers"] == right["maps"]["layers"]
+
+
+def test_two_comparisons_in_one_folder_do_not_mix(compare, tmp_path):
+    (tmp_path / "out").mkdir()
+    code = (
+        "import pathlib; from dit_attn import files\nclass Owner: pass\nowner = Owner()\n"
+        "files.claim(owner, pathlib.Path('out'), 'compare', 'comparing'); print('ready', flush=True); input()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None and child.stdout.readline() == "ready\n"
+    compare("--prompt", CAPTION, *SMALL, *METHOD, "--metrics", "none").refused("another process is comparing in out")
+    child.communicate("\n", timeout=60)
+    assert not list((tmp_path / "out").iterdir())
