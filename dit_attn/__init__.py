@@ -16,6 +16,7 @@ _EXPORTS = {
     "summary": "dit_attn.api",
     "explain": "dit_attn.api",
     "observing": "dit_attn.api",
+    "run_context": "dit_attn.api",
     "watch": "dit_attn.api",
     "supported": "dit_attn.api",
     "attn_processors": "dit_attn.api",
@@ -34,7 +35,18 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from dit_attn.api import attn_processors, disable, enable, enabled, explain, observing, summary, supported, watch
+    from dit_attn.api import (
+        attn_processors,
+        disable,
+        enable,
+        enabled,
+        explain,
+        observing,
+        run_context,
+        summary,
+        supported,
+        watch,
+    )
     from dit_attn.errors import DitAttnError
     from dit_attn.processors.attach.explain import Explanation
     from dit_attn.processors.attach.session import Session
@@ -68,6 +80,7 @@ __all__ = [
     "enabled",
     "explain",
     "observing",
+    "run_context",
     "summary",
     "supported",
     "watch",

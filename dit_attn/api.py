@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.components import COMPONENTS, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
 from dit_attn.processors.attach.families import families
+from dit_attn.processors.attach.run_context import declare
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.summary import Summary, summarize
 from dit_attn.processors.core.clock import Clock
@@ -20,9 +22,19 @@ from dit_attn.processors.methods import methods
 from dit_attn.processors.methods.base import Method, is_place
 from dit_attn.processors.methods.presets import method_for
 
-__all__ = ["attn_processors", "disable", "enable", "enabled", "explain", "observing", "summary", "supported", "watch"]
+__all__ = [
+    "attn_processors",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "observing",
+    "run_context",
+    "summary",
+    "supported",
+    "watch",
+]
 
-_COMPONENTS = ("transformer", "transformer_2")
 _ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
 
 
@@ -81,6 +93,43 @@ def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
             enable(target, *before.methods)
         elif before is not None:
             watch(target)
+
+
+def run_context(
+    target: Any,
+    *,
+    step: int | None = None,
+    steps: int | None = None,
+    branch: str | Sequence[str] | None = None,
+    window: int | Sequence[int] | None = None,
+) -> AbstractContextManager[None]:
+    """Say what the transformer calls of a ``with`` block are, in a denoising loop of your own.
+
+    A pipeline that is running says so itself. In a loop only the time steps of the calls are seen, which tell neither
+    the number of steps nor windows, tiles and the order of branches. Nothing is guessed inside the block. State that
+    methods store from step to step is kept for each window and branch.
+
+        for index, t in enumerate(scheduler.timesteps):
+            for branch, prompt in prompts.items():
+                with dit_attn.run_context(transformer, step=index, steps=len(scheduler.timesteps), branch=branch):
+                    predicted[branch] = transformer(latents, timestep=t.expand(1), encoder_hidden_states=prompt)[0]
+
+    A block inside another one says only what differs. Nothing happens where no method is enabled. A lower step than the
+    last one, or another number of steps, begins a new run.
+
+    Args:
+        target: the transformer that is called, or a pipeline, for all of its transformers.
+        step: step of the run, from 0. Wan 2.2's second expert counts on where the first one stopped.
+        steps: number of steps of the run.
+        branch: guidance branch of the calls: ``"cond"``, ``"uncond"``, ``"perturbed"``, or another name of the family;
+            where the batch stacks several, their names in the order of the batch. Default: the name that
+            ``cache_context`` gives, and without one ``"cond"``.
+        window: index of the window or tile that the calls are for, or a tuple of indices.
+
+    Raises:
+        DitAttnError: a field out of range or missing; another thread is inside a block of the same transformer.
+    """
+    return declare(_transformers(target), step, steps, branch, window)
 
 
 def watch(pipe: Any) -> None:
@@ -229,9 +278,9 @@ def _transformers(target: Any) -> list[torch.nn.Module]:
 def _components(target: Any) -> dict[str, torch.nn.Module]:
     """The transformers of a pipeline by component name; a bare transformer is its own ``transformer``."""
     if isinstance(target, torch.nn.Module):
-        return {"transformer": attach.unwrap(target)}
-    parts = {name: getattr(target, name, None) for name in _COMPONENTS}
-    found = {name: attach.unwrap(part) for name, part in parts.items() if part is not None}
+        return {"transformer": unwrap(target)}
+    parts = {name: getattr(target, name, None) for name in COMPONENTS}
+    found = {name: unwrap(part) for name, part in parts.items() if part is not None}
     if not found:
         raise DitAttnError(
             f"{type(target).__name__} has no diffusion transformer; give a diffusers pipeline with a `transformer` "

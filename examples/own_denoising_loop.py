@@ -1,7 +1,7 @@
 """Enable a method in a denoising loop of your own: Wan's parts, no call of the pipeline.
 
 A method has to know three things about each transformer call: the guidance branch, the step, and how many steps there
-are. A stock pipeline says so itself; here `transformer.cache_context`, diffusers' own hook, says it. See `denoise`.
+are. A stock pipeline that runs says so itself; here `dit_attn.run_context` says it. See `denoise`.
 
 python own_denoising_loop.py --prompt "a cat walks on the grass" --output cat.mp4
 python own_denoising_loop.py --tiny
@@ -70,18 +70,15 @@ def load(args: argparse.Namespace) -> WanPipeline:
 def denoise(transformer: Any, scheduler: Any, latents: torch.Tensor, prompts: dict[str, Any], scale: float) -> Any:
     """Run the loop; ``prompts`` holds the embeddings of the branches ``cond`` and ``uncond``.
 
-    What the library learns from ``cache_context``, and what it does without:
-
-    * The branch, from the name. Without it: one call for each branch and step is assumed, ``cond`` first.
-    * Step and length, from ``step_index`` and ``num_inference_steps`` (diffusers 0.42 and later take them; leave them
-      out with an earlier one). Without them: a lower ``timestep`` is a new step and a higher one a new run; fractions
-      such as ``dense_steps=0.1`` are of the noise that is removed, not of the steps, and ``dense_last_steps=2`` is
-      ignored, because nobody knows which steps are the last.
+    A loop over windows or tiles adds `window=`, the index of the window, so that each has a state of its own; one that
+    stacks the branches in the batch gives their names in order, `branch=("uncond", "cond")`. Without `run_context` only
+    the time steps of the calls are seen: the summary says what could not be known then.
     """
+    steps = len(scheduler.timesteps)
     for index, t in enumerate(scheduler.timesteps):
         predicted = {}
         for branch in ("cond", "uncond"):
-            with transformer.cache_context(branch, step_index=index, num_inference_steps=len(scheduler.timesteps)):
+            with dit_attn.run_context(transformer, step=index, steps=steps, branch=branch):
                 predicted[branch] = transformer(
                     hidden_states=latents.to(transformer.dtype),
                     timestep=t.expand(latents.shape[0]),

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-NAMES = ("transformer", "transformer_2")
+from dit_attn.processors.attach.components import COMPONENTS
 
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """Return the transformers of a pipeline by component name; Wan 2.2 has two."""
-    found = {name: getattr(pipe, name, None) for name in NAMES}
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
     return {name: model for name, model in found.items() if model is not None}
 
 

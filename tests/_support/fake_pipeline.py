@@ -74,7 +74,9 @@ class FakePipe:
     def do_classifier_free_guidance(self) -> bool:
         return self.guides
 
-    def __call__(self, guidance_scale: float | None = None) -> list[torch.Tensor]:
+    def __call__(self, guidance_scale: float | None = None, predict: int | None = None) -> list[torch.Tensor]:
+        if predict is not None:  # a call that ends between the prediction of a step and the scheduler
+            return [self._predict(self.scheduler.timesteps[predict], self.scale)]
         if guidance_scale is not None:
             self.scale = self._guidance_scale = guidance_scale
             self.guides = guidance_scale != 1.0

@@ -7,6 +7,7 @@ runs for it. Sizes are chosen so that the sequence has at least 256 visual token
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -271,6 +272,7 @@ class FamilyMixin(GuidedMixin):
         assert calls[0].tokens is not None and tuple(span.kind for span in calls[0].tokens.spans) == self.kinds
         summary = dit_attn.summary(pipe)
         assert summary.sparse_calls == summary.calls == len(first.calls), summary.fallbacks
+        assert (summary.source, session.doubt, session.branch_doubt) == ("pipeline call", None, None)
         again = self._run(pipe, kwargs, 2)
         assert session.clock.run == 2 and session.clock.total == 2
         assert [call.step for call in self._first_layer(again.calls)] == self._steps(session, 2)
@@ -280,6 +282,21 @@ class FamilyMixin(GuidedMixin):
         assert [call.step for call in self._first_layer(third.calls)] == self._steps(session, 3)
         assert [call.branches for call in self._first_layer(third.calls)] == expected
         assert same(first.output, third.output)
+
+    def test_the_pipeline_that_runs_is_the_one_that_counts(self) -> None:
+        pipe, kwargs = self.made()
+        method = dataclasses.replace(SPARSE, dense_steps=0.5)
+        dit_attn.enable(pipe, method)
+        expected = self._run(pipe, kwargs, 2)
+        request = copy.copy(pipe)  # one for every request, around the same transformer
+        request.scheduler = copy.deepcopy(pipe.scheduler)
+        for target in (pipe, pipe.transformer):
+            session = dit_attn.enable(target, method)
+            found = self._run(request, kwargs, 2)
+            assert session.pipe is request and session.clock.total == 2
+            assert [call.step for call in found.calls] == [call.step for call in expected.calls]
+            assert [call.branches for call in found.calls] == [call.branches for call in expected.calls]
+            assert same(found.output, expected.output)
 
     def test_a_run_of_another_size_leaves_no_trace(self) -> None:
         pipe, kwargs = self.made()

@@ -245,16 +245,16 @@ def _merged(
     step = max(1, chunk_sizes(out.device).pooled // max(each, 1))
     rows = step * layout.q_block
     recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    iter_query_tiles, sums = [], []
+    outs, sums = [], []
     for i, chunk in enumerate(zip(problem.q.split(rows, 1), out.split(rows, 1), lse.split(rows, 2))):
-        given = (pooled, slice(i * step, (i + 1) * step), *chunk)
+        chunk_args = (pooled, slice(i * step, (i + 1) * step), *chunk)
         if recompute:
-            tiles, total = checkpoint(_merged_rows, *given, use_reentrant=False, preserve_rng_state=False)
+            merged, total = checkpoint(_merged_rows, *chunk_args, use_reentrant=False, preserve_rng_state=False)
         else:
-            tiles, total = _merged_rows(*given)
-        iter_query_tiles.append(tiles)
+            merged, total = _merged_rows(*chunk_args)
+        outs.append(merged)
         sums.append(total)
-    return torch.cat(iter_query_tiles, 1), torch.cat(sums, 2)
+    return torch.cat(outs, 1), torch.cat(sums, 2)
 
 
 def _merged_rows(

@@ -141,7 +141,8 @@ def _call_at(call: AttentionCall, method: SparseMethod, step: int, state: dict[A
     count = call.layer_count
     dense = {index % count for index in method.dense_layers}
     index = next((i for i in range(count) if i not in dense), call.layer.index)
-    layer = SimpleNamespace(name=call.layer.name, index=index, rows=(0, call.q.shape[0]), state=state)
+    rows = (0, call.q.shape[0])
+    layer = SimpleNamespace(name=call.layer.name, index=index, rows=rows, state=state, stateless=None)
     return dataclasses.replace(call, layer=cast(Any, layer), clock=Clock(run=1, step=step, total=STEPS))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
+from dit_attn.api import run_context
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.benchmark import timing
 from dit_attn.processors.methods.base import Method, Phase
@@ -43,19 +43,18 @@ class FrozenPipeline:
         device: where it is.
     """
 
-    do_classifier_free_guidance = False
-
     def __init__(self, transformer: torch.nn.Module, inputs: dict[str, Any], device: torch.device) -> None:
         self.transformer, self.inputs, self.device = transformer, inputs, device
-        self.scheduler = SimpleNamespace(timesteps=torch.linspace(999.0, 0.0, STEPS), step_index=0)
+        self.step = 0
 
     def set_step(self, step: int) -> None:
         """Make the next calls belong to this step, from 0."""
-        self.scheduler.step_index = step
+        self.step = step
 
     def run_step(self) -> None:
         """Call the transformer once."""
-        self.transformer(**self.inputs, return_dict=False)
+        with run_context(self.transformer, step=self.step, steps=STEPS, branch="cond"):
+            self.transformer(**self.inputs, return_dict=False)
 
 
 def make_competitor(label: str, methods: Sequence[Method]) -> Competitor:

@@ -61,7 +61,8 @@ class OperatorProbe:
         if executor.unsupported_reason(call) or call.clock.step % self.step_stride != self.step_stride // 2:
             return
         real = call.layer
-        layer = self._layers.setdefault(real.name, SimpleNamespace(name=real.name, index=real.index, state={}))
+        made = SimpleNamespace(name=real.name, index=real.index, state={}, stateless=None)
+        layer = self._layers.setdefault(real.name, made)
         layer.rows = real.rows
         repeated = dataclasses.replace(call, layer=layer)
         wanted = Request()

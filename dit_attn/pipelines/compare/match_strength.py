@@ -16,6 +16,7 @@ from dit_attn.api import enabled, summary
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.transformers import transformers_of
 from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.core.cfg import CFGRule
 from dit_attn.processors.methods.base import Method
 
@@ -59,7 +60,7 @@ def guidance_rule(pipe: Any) -> CFGRule:
     Raises:
         DitAttnError: unsupported family.
     """
-    return attach.family_of(attach.unwrap(next(iter(transformers_of(pipe).values()), None))).cfg
+    return attach.family_of(unwrap(next(iter(transformers_of(pipe).values()), None))).cfg
 
 
 def match_guidance_scale(

@@ -9,6 +9,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.attention_processor import is_wrapped, tap_of, unwrap_processor, wrap_processor
+from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
@@ -16,13 +17,6 @@ from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.perturbed_guidance import as_guidance
-
-
-def unwrap(model: Any) -> Any:
-    """Return the transformer behind ``torch.compile`` and data-parallel wrappers."""
-    while hasattr(model, "_orig_mod") or type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
 
 
 def session_of(model: torch.nn.Module) -> Session | None:
@@ -96,7 +90,8 @@ def install_hooks(session: Session) -> None:
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.
-        outer = [part for part in vars(session.pipe or ()).values() if _compiles(part, model)] if session.pipe else []
+        owner = session.owner
+        outer = [part for part in vars(owner).values() if _compiles(part, model)] if owner is not None else []
         session.guider.handle = (outer or [model])[0].register_forward_hook(GuidanceHook(session), with_kwargs=True)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = ContextHook(model, session)

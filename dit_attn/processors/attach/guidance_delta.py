@@ -24,6 +24,8 @@ class GuidanceDelta:
         weight: w at that step.
         delta: ``c - p``, in float32 (float64 where the model is).
         cond: c.
+        evaluated: step at which it was computed.
+        measured: position of its last use among the measurements of the run.
     """
 
     run: int
@@ -31,6 +33,8 @@ class GuidanceDelta:
     weight: float
     delta: list[Leaf]
     cond: list[Leaf]
+    evaluated: int = 0
+    measured: int = -1
 
 
 class StepHook:
@@ -41,7 +45,9 @@ class StepHook:
         self.before = scheduler.__dict__.get("step")  # set by other code on this very object
 
     def remove(self) -> None:
-        """Restore the scheduler's own step."""
+        """Restore the scheduler's own step; nothing happens where other code has replaced the hook."""
+        if self.scheduler.__dict__.get("step") is not self:
+            return
         if self.before is None:
             del self.scheduler.__dict__["step"]
         else:

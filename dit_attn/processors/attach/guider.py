@@ -8,7 +8,7 @@ to 1, so an update that is added to all branches of a step passes through any of
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,7 @@ class PerturbedGuider:
             perturbed_pass.skip_forward(model.get_submodule(name))
         self.handle: Any = None  # of the hook behind the transformer
         self.prefix: Prefix | None = None
+        self._step_hook: StepHook | None = None
         self.begin_run()
 
     def copy_for(self, session: TransformerRun) -> PerturbedGuider:
@@ -84,12 +85,17 @@ class PerturbedGuider:
         """Drop the state of the last run, which may have been interrupted in the middle of a step."""
         self._drop_prefix()
         self._remove_step_hook()
-        self.update: GuidanceDelta | None = None
+        self._updates: dict[Hashable, GuidanceDelta] = {}  # by window
         self.evaluations = 0
         self.reused_blocks = 0
         self.run = self.session.clock.run
         self._measured: list[tuple[torch.Tensor, ...]] = []
         self._appended = 0
+
+    @property
+    def update(self) -> GuidanceDelta | None:
+        """Last update of the window that the current call is for, ``None`` before the first."""
+        return self._updates.get(self.session.window)
 
     @property
     def first_block(self) -> int:
@@ -151,7 +157,7 @@ class PerturbedGuider:
             self._evaluate(module, args, kwargs, output, branches)
         update, clock = self.update, session.clock
         weight = self.method.weight(clock.progress)
-        if update is None or update.run != clock.run or not weight or self.plan.empty:
+        if update is None or update.run != clock.run or not weight or self.plan.empty or self._stopped:
             return output
         if "cond" not in branches and update.step != clock.step:
             return output  # the branch came before its conditional one
@@ -167,7 +173,7 @@ class PerturbedGuider:
         self._remove_step_hook()
         if self.handle is not None:
             self.handle.remove()
-        self.update = self.handle = None
+        self._updates, self.handle = {}, None
 
     def _drop_prefix(self) -> None:
         """Remove the hooks on the blocks; a pass that failed leaves them there."""
@@ -177,17 +183,22 @@ class PerturbedGuider:
 
     def _remove_step_hook(self) -> None:
         """Remove the hook on the scheduler; a run that failed leaves it there."""
-        step = getattr(getattr(self.session.pipe, "scheduler", None), "__dict__", {}).get("step")
-        if isinstance(step, StepHook):
-            step.remove()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        self._step_hook = None
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the branch of a call is not certain; an update on a wrong one would change the result silently."""
+        return self.session.doubt is not None or self.session.branch_doubt is not None
 
     def _needs_pass(self) -> bool:
         """Whether this step needs a perturbed pass."""
         clock = self.session.clock
-        if self.plan.empty or not self.method.weight(clock.progress):
+        if self.plan.empty or self._stopped or not self.method.weight(clock.progress):
             return False
         last = self.update
-        return last is None or last.run != clock.run or (clock.step - self._evaluated) % self.method.interval == 0
+        return last is None or last.run != clock.run or (clock.step - last.evaluated) % self.method.interval == 0
 
     def _evaluate(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any, branches: Sequence[str]
@@ -216,8 +227,7 @@ class PerturbedGuider:
     def _store(self, cond: list[Leaf], perturbed: list[Leaf]) -> None:
         clock = self.session.clock
         delta = [each(lambda c, p: wide(c) - wide(p), c, p) for c, p in zip(cond, perturbed, strict=True)]
-        self.update = GuidanceDelta(clock.run, clock.step, 0.0, delta, cond)
-        self._evaluated = clock.step
+        self._updates[self.session.window] = GuidanceDelta(clock.run, clock.step, 0.0, delta, cond, clock.step)
         self.evaluations += 1
 
     def _append(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], branches: Sequence[str]) -> Any:
@@ -261,10 +271,11 @@ class PerturbedGuider:
             return added(output, update, update.weight / _guidance_scale(self.session, branches), _index(branches))
         scheduler = getattr(self.session.pipe, "scheduler", None)
         if scheduler is None:
-            raise DitAttnError("inject='step' needs the pipeline: enable the method on it, not on its transformer")
+            raise DitAttnError("inject='step' needs a pipeline that runs the transformer; in a loop use inject='shift'")
         self._remove_step_hook()
         sign = -1.0 if self.session.cfg.negated else 1.0
-        scheduler.__dict__["step"] = StepHook(scheduler, scaled(update.delta[0], sign * update.weight))
+        self._step_hook = StepHook(scheduler, scaled(update.delta[0], sign * update.weight))
+        scheduler.__dict__["step"] = self._step_hook
         return output
 
     def _injection(self) -> str:
@@ -280,12 +291,13 @@ class PerturbedGuider:
         """Store the products of the update with itself, with c and with ``c - u``, where u is known."""
         delta, cond = self._predicted(scaled(update.delta[0], update.weight)), self._predicted(update.cond[0])
         if "cond" in branches:
+            update.measured = len(self._measured)
             self._measured.append((delta @ delta, cond @ cond))
-        if "uncond" not in branches or len(self._measured[-1]) != 2:
+        if "uncond" not in branches or len(self._measured[update.measured]) != 2:
             return
         uncond = take_rows(batch.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
         direction = cond - self._predicted(uncond)
-        self._measured[-1] = (*self._measured[-1], delta @ direction, direction @ direction)
+        self._measured[update.measured] = (*self._measured[update.measured], delta @ direction, direction @ direction)
 
     def _predicted(self, leaf: Leaf) -> torch.Tensor:
         """Return a prediction as one vector, without the variance that some models learn and pipelines cut off."""

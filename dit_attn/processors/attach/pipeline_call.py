@@ -1,12 +1,21 @@
-"""Read the guidance arguments of a running pipeline call; pipelines store some of them in local variables only."""
+"""Find the pipeline call that a transformer runs in, and read its guidance arguments.
+
+The pipeline that is running decides, whichever one was given to ``enable``: copies of a pipeline for every request,
+pipelines of other tasks made by ``from_pipe``, and the pipeline around a transformer that was given alone. Pipelines
+are called through their class and store some arguments in local variables only, so the call is found on the stack.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
+from dit_attn.processors.attach.components import has_component
 from dit_attn.processors.core.cfg import CFGRule
 
 
@@ -71,24 +80,52 @@ def read_pipeline_call(pipe: Any, rule: CFGRule) -> PipelineCall:
     )
 
 
+def find_running(model: torch.nn.Module) -> tuple[Any, int]:
+    """Return the pipeline whose call is running ``model``, and a number that tells this call from others.
+
+    Returns:
+        The innermost pipeline on the stack that has ``model`` as a component, and the number of its outermost frame;
+        ``(None, 0)`` where none is running. The number may come again once the call is over.
+    """
+    found, number = None, 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            pipe = _called_object(frame)
+            if found is None and not isinstance(pipe, torch.nn.Module) and _is_call(pipe, frame.f_code):
+                found = pipe if has_component(pipe, model) else None
+            if found is not None and pipe is found:
+                number = id(frame)
+        frame = frame.f_back
+    return found, number
+
+
 def running_call(pipe: Any) -> dict[str, Any]:
     """Return the arguments of the call of ``pipe`` that is on the stack, by name; empty where there is none.
 
-    A pipeline is called through its class, so no hook on the object can see them. Where a class forwards its call to
-    its base class, what the user gave counts.
+    Where a class forwards its call to its base class, what the user gave counts.
     """
-    kinds = type(pipe).__mro__ if pipe is not None else ()
-    calls = [inspect.unwrap(vars(kind)["__call__"]) for kind in kinds if "__call__" in vars(kind)]
-    codes = {code for call in calls if (code := getattr(call, "__code__", None)) is not None}
     found: dict[str, Any] = {}
-    frame = sys._getframe(1) if codes else None
+    frame = sys._getframe(1) if pipe is not None else None
     while frame is not None:
         code = frame.f_code
-        if code in codes and frame.f_locals.get(code.co_varnames[0]) is pipe:
+        if code.co_name == "__call__" and _called_object(frame) is pipe and _is_call(pipe, code):
             names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-            found |= {name: frame.f_locals[name] for name in names if name in frame.f_locals}
+            values = frame.f_locals
+            found |= {name: values[name] for name in names if name in values}
         frame = frame.f_back
     return found
+
+
+def _called_object(frame: FrameType) -> Any:
+    names = frame.f_code.co_varnames
+    return frame.f_locals.get(names[0]) if names else None
+
+
+def _is_call(pipe: Any, code: CodeType) -> bool:
+    """Whether ``code`` is that of ``__call__`` in the class of ``pipe`` or a base class, under its decorators."""
+    calls = (vars(kind).get("__call__") for kind in type(pipe).__mro__)
+    return any(call is not None and getattr(inspect.unwrap(call), "__code__", None) is code for call in calls)
 
 
 def _default(pipe: Any, name: str) -> Any:

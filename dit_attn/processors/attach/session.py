@@ -38,7 +38,7 @@ class Session(TransformerRun):
         model = memo.get(id(self.model))
         if model is None:
             raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
-        pipe = memo.get(id(self.pipe))
+        pipe = memo.get(id(self.owner))
         session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo), pipe)
         session.installed = self.installed
         memo[id(self)] = session

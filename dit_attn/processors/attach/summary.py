@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from dit_attn.processors.core.layer import LayerStats
+
+_CONTEXT = "with dit_attn.run_context(transformer"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ class Summary:
         steps: steps of the last run that were reached.
         layers: one entry per layer.
         guidance: what a guidance method did, ``None`` without one.
-        warnings: what a user should know of the run, e.g. guidance that was requested and did not happen.
+        warnings: what a user should know of the run and what to do about it, e.g. guidance that was requested and did
+            not happen.
+        source: where steps and branches come from: ``pipeline call`` (the pipeline that ran), ``run_context``,
+            ``cache_context`` (as given in a loop), or ``time steps`` (of the calls; the number of steps is unknown).
     """
 
     families: tuple[str, ...]
@@ -91,6 +97,7 @@ class Summary:
     layers: tuple[LayerSummary, ...] = field(repr=False)
     guidance: GuidanceSummary | None = None
     warnings: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def calls(self) -> int:
@@ -141,6 +148,7 @@ class Summary:
             ("family", ", ".join(self.families)),
             ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
             ("runs", f"{self.runs} (last: {self.steps} steps)"),
+            *([("known from", self.source)] if self.source else ()),
         ]
         sparse = [
             ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
@@ -177,7 +185,8 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             for layer in session.layers
         ),
         guidance=_guidance(sessions),
-        warnings=tuple(dict.fromkeys(filter(None, map(_missing_guidance, sessions.values())))),
+        warnings=tuple(dict.fromkeys(text for session in sessions.values() for text in _warnings(session))),
+        source=next((session.source for session in sessions.values() if session.ran), ""),
     )
 
 
@@ -203,14 +212,37 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
     )
 
 
+def _warnings(session: Session) -> list[str]:
+    missing = _missing_guidance(session)
+    return [*([missing] if missing else ()), *_unknown(session)]
+
+
+def _unknown(session: Session) -> Iterator[str]:
+    """Yield what could not be known of the run, for methods that need it."""
+    if not session.ran or not session.methods:
+        return
+    if session.doubt is not None:
+        yield (
+            f"{session.doubt}: windows, tiles or branches that nobody named; nothing is stored from step to step since "
+            f"then, and guidance stops. Name them: {_CONTEXT}, step=, steps=, branch=, window=)"
+        )
+    elif session.branch_doubt is not None and session.guider is not None:
+        yield f"guidance was left out: {session.branch_doubt}. Name them: {_CONTEXT}, step=, steps=, branch=(..., ...))"
+    if session.source == "time steps":
+        yield (
+            "the number of steps is unknown: fractions such as dense_steps=0.1 are of the noise that is removed, and "
+            f"dense_last_steps has no effect. Give it: {_CONTEXT}, step=, steps=)"
+        )
+
+
 def _missing_guidance(session: Session) -> str | None:
     """Return the warning for a run with a guidance scale and without an unconditional branch, or ``None``."""
     if not session.clock.run or not session.ran or "uncond" in session.seen_branches:
         return None
-    scale, name = session.guidance_scale(), session.cfg.argument
+    scale, name = session.scale, session.cfg.argument
     embedded = bool(getattr(session.model.config, "guidance_embeds", False))
     if scale is not None and scale > 1.0 and (name or not embedded):
-        remedy = session.pipeline_call.remedy if name else "a negative prompt may be missing"
+        remedy = session.pipeline_call.remedy if name else "give a negative prompt, or leave the scale out"
         return (
             f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
         )

@@ -1,13 +1,15 @@
 """Find the step of the run, and the branch of the guidance, that a transformer call belongs to.
 
-The number of steps is not declared. The clock uses, in this order: what the pipeline says through ``cache_context``,
-the pipeline's scheduler, and the ``timestep`` argument of the transformer, whose value changes exactly when a new step
-begins. Transformers of one pipeline (Wan 2.2 has two) share one clock.
+Where the caller says the position (:class:`RunPosition`), that is it. Otherwise the clock uses, in this order: what the
+pipeline says through ``cache_context``, the scheduler of the pipeline that is running, and the ``timestep`` argument of
+the transformer, whose value changes exactly when a new step begins. Transformers of one pipeline (Wan 2.2 has two)
+share one clock.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,25 @@ _BRANCH_NAMES = {
     "uncond_modality": "perturbed",
 }
 _TRAIN_TIMESTEPS = 1000.0
+_UNKNOWN = object()  # no schedule is this one
+
+
+@dataclass(frozen=True)
+class RunPosition:
+    """What the caller of a transformer says of its calls.
+
+    Attributes:
+        step: step in the run, from 0.
+        steps: number of steps of the run.
+        branch: the guidance branches that the batch stacks, in order, each with as many rows; empty where only the
+            ``cache_context`` may name one, and without it all rows are conditional.
+        window: window or tile of the sample that the calls are for, ``None`` where there is only one.
+    """
+
+    step: int
+    steps: int
+    branch: tuple[str, ...] = ()
+    window: Hashable = None
 
 
 @dataclass
@@ -37,6 +58,9 @@ class Clock:
         context: the name the pipeline gave to the call, or ``None``.
         timestep: value of the transformer's ``timestep`` argument.
         grows: whether it rises during a run.
+        position: what the caller says of the call, ``None`` where it says nothing.
+        restarted: whether the run began with the time step of the last one, of which only that step was seen. It may
+            be the same run then: windows, tiles or branches that nobody named.
     """
 
     run: int = 0
@@ -46,6 +70,9 @@ class Clock:
     context: str | None = None
     timestep: float = float("nan")
     grows: bool = False
+    position: RunPosition | None = None
+    restarted: bool = False
+    _caller: Any = field(default=None, repr=False)
     _schedule: Any = field(default=None, repr=False)
     _begin: int | None = field(default=None, repr=False)  # position in the schedule where the run began
 
@@ -58,6 +85,8 @@ class Clock:
         scheduler: Any = None,
         context: Any = None,
         length: int | None = None,
+        caller: Hashable = None,
+        again: bool = False,
     ) -> None:
         """Advance to the transformer call that is about to start.
 
@@ -68,17 +97,22 @@ class Clock:
             scheduler: the pipeline's scheduler, when the pipeline is known.
             context: the pipeline's cache context (name, and from diffusers 0.42 step and total), when it gives one.
             length: steps of the run by the pipeline, which may leave out the beginning of the schedule.
+            caller: names the call of the pipeline that is running; another one is a new run.
+            again: whether this call cannot belong to the same step as the last, by what else is known of it.
         """
+        if self._caller != caller:
+            self._schedule = _UNKNOWN  # nothing of the last run counts
         schedule = getattr(scheduler, "timesteps", None)
         if schedule is not self._schedule:
             self._begin = getattr(scheduler, "begin_index", None)
         known = getattr(context, "step_index", None)
         if known is None and scheduler is not None:
             known = self._from_scheduler(scheduler, schedule is self._schedule, timestep)
-        fresh = self._is_new_run(timestep, known, schedule, rule, grows)
-        if fresh:
+        fresh = self._is_new_run(timestep, known, schedule, grows)
+        restarted = not fresh and self._repeats_first_step(timestep, known, rule, again)
+        if fresh or restarted:
             self.run += 1
-            self.step, self.call = 0, 0
+            self.step, self.call, self.restarted = 0, 0, restarted
         elif timestep != self.timestep or (known is not None and known != self.step):
             self.step, self.call = self.step + 1, 0
         else:
@@ -91,8 +125,37 @@ class Clock:
         self.total = total
         self.context = getattr(context, "name", None)
         self.timestep = timestep
-        self._schedule = schedule
-        self.grows = grows
+        self._schedule, self._caller = schedule, caller
+        self.grows, self.position = grows, None
+
+    def place(
+        self,
+        position: RunPosition,
+        timestep: float,
+        *,
+        grows: bool = False,
+        context: Any = None,
+        again: bool = False,
+        ended: bool = False,
+    ) -> None:
+        """Advance to a transformer call whose position the caller says.
+
+        Args:
+            position: what the caller says. An earlier step, or another number of steps, is a new run.
+            timestep, grows, context: as for :meth:`tick`.
+            again: whether a call of the first step comes again, which is a new run.
+            ended: whether the last run is known to be over.
+        """
+        fresh = ended or self.position is None or self.position.steps != position.steps or position.step < self.step
+        restarted = not fresh and again and position.step == self.step == 0
+        if fresh or restarted:
+            self.run += 1
+            self.call, self.restarted = 0, restarted
+        else:
+            self.call = self.call + 1 if position.step == self.step else 0
+        self.step, self.total, self.position = position.step, position.steps, position
+        self.timestep, self.grows, self.context = timestep, grows, getattr(context, "name", None)
+        self._schedule, self._caller = _UNKNOWN, None
 
     def _from_scheduler(self, scheduler: Any, same: bool, timestep: float) -> int | None:
         """Return the step of the run by the scheduler's index, ``None`` where unknown.
@@ -112,14 +175,19 @@ class Clock:
             self._begin = index - 1 if same and self.step == 0 else 0
         return index - self._begin
 
-    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, rule: CFGRule, grows: bool) -> bool:
+    def _is_new_run(self, timestep: float, known: int | None, schedule: Any, grows: bool) -> bool:
         if self.run == 0 or schedule is not self._schedule:
             return True
         if known is not None:
             return known < self.step
-        went_back = timestep < self.timestep if grows else timestep > self.timestep
+        return timestep < self.timestep if grows else timestep > self.timestep
+
+    def _repeats_first_step(self, timestep: float, known: int | None, rule: CFGRule, again: bool) -> bool:
+        """Whether a call repeats the only step that was seen: a run of one step, or one that was interrupted there."""
+        if self.run == 0 or self.step or timestep != self.timestep:
+            return False
         calls = len(rule.order) if rule.style == "separate" else 1
-        return went_back or (timestep == self.timestep and self.call + 1 >= calls and self.total is None)
+        return again or (known is None and self.total is None and self.call + 1 >= calls)
 
     @property
     def progress(self) -> float:
@@ -142,9 +210,12 @@ class Clock:
             rule: the CFG rule of the family.
             stacked: number of branches the run has, 1 without guidance; ``None`` when unknown.
         """
+        order = self.position.branch if self.position is not None else ()
+        if order:
+            return tuple(branch for branch in order for _ in range(batch // len(order)))
         named = _BRANCH_NAMES.get(self.context or "")
-        if named:
-            return (named,) * batch
+        if named or self.position is not None:
+            return (named or "cond",) * batch
         if rule.style == "separate":
             order = rule.order if stacked != 1 else ("cond",)
             return (order[self.call % len(order)],) * batch

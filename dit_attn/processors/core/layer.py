@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,19 +57,28 @@ class Layer:
         disabled: reason why this layer stays dense until it is enabled again (a failed kernel, NaN), or ``None``.
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
-        state: what methods store for this layer from step to step; emptied when a new run begins.
+        state: what methods store for this layer from step to step, of the window that the transformer is called for;
+            emptied when a new run begins.
+        stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
     def __init__(self, name: str, index: int) -> None:
         self.name, self.index = name, index
         self.id = next_id()
         self.handle = new_handle(self.id)
-        self.stats = LayerStats()
         self.disabled: str | None = None
         self.checked_run = 0
         self.rows = (0, 0)
         self.state: dict[Any, Any] = {}
+        self._windows: dict[Hashable, dict[Any, Any]] = {None: self.state}
+        self.stats = LayerStats()
+        self.stateless: str | None = None
         _LAYERS[self.id] = self
+
+    def begin_call(self, window: Hashable = None) -> None:
+        """Note that a transformer call for one window of the sample begins."""
+        self.rows = (0, 0)
+        self.state = self._windows.setdefault(window, {})
 
     def advance_rows(self, count: int) -> None:
         """Note that an attention call of ``count`` batch rows begins."""
@@ -77,7 +87,13 @@ class Layer:
     def begin_run(self) -> None:
         """Empty the statistics and the state."""
         self.stats = LayerStats()
-        self.state.clear()
+        self.stateless = None
+        self.drop_state()
+
+    def drop_state(self) -> None:
+        """Empty the state of every window."""
+        self.state = {}
+        self._windows = {None: self.state}
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, index={self.index})"

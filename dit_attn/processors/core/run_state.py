@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,6 +59,11 @@ class RunState:
         """Number of wrapped layers."""
         return len(self.layers)
 
+    @property
+    def window(self) -> Hashable:
+        """Window of the sample that the current call is for, ``None`` where there is only one."""
+        return self.clock.position.window if self.clock.position is not None else None
+
     def add_layer(self, name: str) -> Layer:
         """Register the next layer."""
         layer = Layer(name, len(self.layers))
@@ -81,7 +86,7 @@ class RunState:
         """Note that a transformer call of ``rows`` batch rows begins."""
         self._batch = rows
         for layer in self.layers:
-            layer.rows = (0, 0)
+            layer.begin_call(self.window)
 
     def branches(self, batch: int, first: int = 0) -> tuple[str, ...]:
         """Return the guidance branch of every row of an attention call.

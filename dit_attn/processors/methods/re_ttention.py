@@ -122,7 +122,7 @@ class ReTtention(SparseMethod):
             return
         states, key = call.layer.state, (call.branches, call.layer.rows, call.q.shape)
         state: State | None = states.get(key)
-        reason = self.exception(call)
+        reason = call.layer.stateless or self.exception(call)
         early = reason == "dense step" and state is None and self._early(call)
         if early or (reason is None and self._due(call, state) and not self._last(call)):
             self._refresh(call, request, states, key)

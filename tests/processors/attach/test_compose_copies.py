@@ -18,7 +18,7 @@ def test_a_copied_pipeline_keeps_its_method_and_its_own_clock() -> None:
     clone = copy.deepcopy(pipe)
     clone.set_progress_bar_config(disable=True)
     other = attach.session_of(clone.transformer)
-    assert other is not None and other is not session and other.pipe is clone and other.model is clone.transformer
+    assert other is not None and other is not session and other.owner is clone and other.model is clone.transformer
     with torch.no_grad():
         expected = pipeline_run(pipe, kwargs, steps=2)
         assert same(expected, pipeline_run(clone, kwargs, steps=2))

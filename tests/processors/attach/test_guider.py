@@ -207,11 +207,13 @@ def test_a_pipeline_that_perturbs_a_branch_of_its_own_is_refused(monkeypatch: py
         pipe()
 
 
-def test_an_update_at_the_step_needs_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_at_the_step_needs_a_pipeline_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
-    dit_attn.enable(pipe.transformer, dit_attn.SoftPAG(heads="1", inject="step"))
-    with pytest.raises(dit_attn.DitAttnError, match="enable the method on it, not on its transformer"):
-        pipe()
+    dit_attn.enable(pipe.transformer, dit_attn.SoftPAG(heads="1", scale=2.0, inject="step"))
+    for got in pipe():  # found although the method was enabled on the transformer
+        torch.testing.assert_close(got, expected("separate", 3.0) + 2.0 * (C - P), atol=2e-5, rtol=1e-5)
+    with pytest.raises(dit_attn.DitAttnError, match="in a loop use inject='shift'"):
+        pipe._predict(pipe.scheduler.timesteps[0], 3.0)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_the_update_is_added_behind_rules_of_guidance_that_are_not_affine(
 ) -> None:
     pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
     pipe.guider = None if guided_by is None else type(guided_by, (), {})()
-    predicted = pipe._predict(pipe.scheduler.timesteps[0], 3.0)
+    (predicted,) = pipe(predict=0)
     shifted = not torch.allclose(predicted, expected("separate", 3.0), atol=1e-4)
     assert shifted == (added_at == "shift")
     assert (type(vars(pipe.scheduler).get("step")).__name__ == "StepHook") == (added_at == "step")
@@ -232,10 +234,10 @@ def test_the_update_is_added_behind_rules_of_guidance_that_are_not_affine(
 def test_a_new_run_forgets_the_update_of_one_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1", inject="step", start=0.5), "separate", 3.0)
     later = pipe()
-    pipe._predict(pipe.scheduler.timesteps[0], 3.0)
+    pipe(predict=0)
     half = len(pipe.scheduler.timesteps) // 2
     pipe.scheduler.step_index = half
-    pipe._predict(pipe.scheduler.timesteps[half], 3.0)  # and no step follows
+    pipe(predict=half)  # and no step follows
     assert type(vars(pipe.scheduler)["step"]).__name__ == "StepHook"
     again = pipe()
     assert all(torch.equal(a, b) for a, b in zip(again, later, strict=True)) and "step" not in vars(pipe.scheduler)

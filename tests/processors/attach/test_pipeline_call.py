@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from dit_attn.processors.attach.pipeline_call import PipelineCall, read_pipeline_call, running_call
+from dit_attn.processors.attach.pipeline_call import PipelineCall, find_running, read_pipeline_call, running_call
 from dit_attn.processors.core.cfg import SEPARATE
 
 RULE = replace(SEPARATE, rescaled_by=("guidance_rescale",), bent_by=("use_dynamic_cfg", "skip_guidance_layers"))
@@ -137,3 +138,77 @@ def test_arguments_that_change_the_rule_are_noticed() -> None:
 )
 def test_the_remedy_names_what_is_missing(given: dict[str, Any], remedy: str) -> None:
     assert remedy in read_by(DISTILLED, true_cfg_scale=3.0, **given).remedy
+
+
+# -- which pipeline is running ----------------------------------------------------------------------------------------
+
+
+def with_part(name: str = "transformer") -> tuple[Pipe, torch.nn.Module]:
+    """A pipeline with a component."""
+    pipe, model = Pipe(), torch.nn.Linear(1, 1)
+    setattr(pipe, name, model)
+    return pipe, model
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+def test_the_pipeline_that_calls_its_transformer_is_found(name: str) -> None:
+    pipe, model = with_part(name)
+    found, number = pipe(read=lambda _: find_running(model))
+    assert found is pipe and number
+    assert find_running(model) == (None, 0) == pipe(read=lambda _: find_running(torch.nn.Linear(1, 1)))
+
+
+def test_a_transformer_behind_a_compiled_module_is_that_transformer() -> None:
+    pipe, model = with_part()
+    pipe.transformer = torch.compile(model)  # type: ignore[attr-defined]
+    assert pipe(read=lambda _: find_running(model))[0] is pipe
+
+
+def test_the_innermost_pipeline_that_has_the_transformer_counts() -> None:
+    outer, model = with_part()
+    inner, other = Pipe(), Pipe()
+    inner.transformer = model  # type: ignore[attr-defined]
+    found = outer(read=lambda _: inner(read=lambda _: other(read=lambda _: find_running(model))))
+    assert found[0] is inner
+    before, after = [], []
+
+    def read(_: Any) -> Any:
+        before.append(find_running(model))
+        inner(read=lambda _: None)
+        after.append(find_running(model))
+
+    outer(read=read)
+    assert before == after and before[0][0] is outer  # the number is that of the call, all along
+
+
+def test_a_call_that_a_class_forwards_to_its_base_class_is_one_call() -> None:
+    class Forwarding(Pipe):
+        """Calls its base class twice."""
+
+        def __call__(self, **given: Any) -> Any:
+            return [super(Forwarding, self).__call__(**given) for _ in range(2)]
+
+    pipe, model = Forwarding(), torch.nn.Linear(1, 1)
+    pipe.transformer = model  # type: ignore[attr-defined]
+    first, second = pipe(read=lambda _: find_running(model))
+    assert first == second and first[0] is pipe
+
+
+def test_a_function_of_that_name_and_modules_that_hold_the_transformer_are_no_pipelines() -> None:
+    model = torch.nn.Linear(1, 1)
+
+    class Holder(torch.nn.Module):
+        """A module around the transformer."""
+
+        def __call__(self, read: Any) -> Any:
+            return read()
+
+    holder = Holder()
+    holder.transformer = model
+
+    def __call__(self: Any) -> Any:
+        return find_running(model)
+
+    pipe, _ = with_part()
+    pipe.transformer = model  # type: ignore[attr-defined]
+    assert holder(lambda: find_running(model)) == (None, 0) == __call__(pipe)

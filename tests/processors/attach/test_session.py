@@ -36,10 +36,10 @@ def test_a_new_session_has_its_methods_and_the_rule_of_its_family() -> None:
 def test_a_session_keeps_neither_its_transformer_nor_its_pipeline_alive() -> None:
     model, pipe = torch.nn.Linear(1, 1), Pipe()
     session = Session(model, WAN, (), Clock(), pipe)
-    assert session.model is model and session.pipe is pipe
+    assert session.model is model and session.owner is pipe and session.pipe is None
     del model, pipe
     gc.collect()
-    assert session.pipe is None
+    assert session.owner is None
     with pytest.raises(ReferenceError, match="no longer exists"):
         _ = session.model
 

@@ -13,7 +13,7 @@ import dit_attn
 from dit_attn.processors.attach.families import families
 from dit_attn.processors.attach.pipeline_call import PipelineCall
 from dit_attn.processors.attach.session import Session
-from dit_attn.processors.attach.summary import GuidanceSummary, LayerSummary, Summary, summarize
+from dit_attn.processors.attach.summary import GuidanceSummary, LayerSummary, Summary, _unknown, summarize
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from tests._support.fake_pipeline import fake
@@ -79,11 +79,12 @@ def lines(found: Summary) -> dict[str, list[str]]:
 
 
 def test_the_text_says_what_ran_and_what_did_not() -> None:
-    rows = lines(report(families=("wan", "wan"), warnings=("careful",)))
+    rows = lines(report(families=("wan", "wan"), warnings=("careful",), source="pipeline call"))
     assert rows == {
         "family": ["wan, wan"],
         "methods": ["block-sparse(density=0.3)"],
         "runs": ["2 (last: 5 steps)"],
+        "known from": ["pipeline call"],
         "layers": ["2 of 3 sparse"],
         "sparse calls": ["4 of 10 attention calls"],
         "density": ["30.0 % in sparse calls, 72.0 % over the run"],
@@ -118,14 +119,10 @@ WAN = next(row for row in families() if row.name == "wan")
 FLUX = next(row for row in families() if row.name == "flux")
 
 
-class Pipe(SimpleNamespace):
-    """Attributes of a pipeline; sessions refer to it weakly."""
-
-
-def session(model: torch.nn.Module, clock: Clock, family: Any = WAN, pipe: Any = None) -> Session:
+def session(model: torch.nn.Module, clock: Clock, family: Any = WAN) -> Session:
     """A session of two layers that ran, with a method."""
     model.config = getattr(model, "config", SimpleNamespace())
-    made = Session(model, family, (dit_attn.BlockSparse(density=0.3),), clock, pipe)
+    made = Session(model, family, (dit_attn.BlockSparse(density=0.3),), clock)
     for name in ("blocks.0.attn1", "blocks.1.attn1"):
         made.add_layer(name)
     clock.run, clock.step, made._seen_run = 3, 4, 3
@@ -189,9 +186,10 @@ def test_before_the_first_run_there_are_no_steps() -> None:
 def test_a_scale_above_one_without_an_unconditional_branch_is_warned_of(
     family: Any, scale: float | None, embeds: bool, seen: set[str], call: dict[str, Any], warning: str | None
 ) -> None:
-    model, pipe = torch.nn.Module(), Pipe(_guidance_scale=scale)
+    model = torch.nn.Module()
     model.config = SimpleNamespace(guidance_embeds=embeds)
-    found = session(model, Clock(), family, pipe)
+    found = session(model, Clock(), family)
+    found.scale = call.get("scale") if scale is None else scale  # as the last call had it
     found.seen_branches, found.pipeline_call = seen, PipelineCall(running=True, **call)
     warnings = summarize({"transformer": found, "transformer_2": found}).warnings
     assert len(warnings) == (warning is not None)  # once for both transformers
@@ -208,3 +206,37 @@ def test_guidance_that_was_asked_for_and_did_not_happen_is_told(monkeypatch: pyt
     pipe()
     (warning,) = dit_attn.summary(pipe).warnings
     assert "guidance_scale 3 had no effect" in warning and warning in str(dit_attn.summary(pipe))
+
+
+# -- what could not be known ------------------------------------------------------------------------------------------
+
+
+def test_a_run_known_from_time_steps_alone_is_warned_of_with_the_remedy() -> None:
+    model = torch.nn.Module()
+    found = session(model, Clock())
+    for source, warned in (("time steps", 1), ("cache_context", 0), ("pipeline call", 0), ("run_context", 0)):
+        found.source = source
+        summary = summarize({"transformer": found})
+        assert summary.source == source and len(summary.warnings) == warned
+        assert all("with dit_attn.run_context(transformer, step=, steps=)" in text for text in summary.warnings)
+    found.source, found.methods = "time steps", ()
+    assert summarize({"transformer": found}).warnings == ()  # nothing depends on it
+    found._seen_run = 2
+    assert summarize({"transformer": found}).source == ""
+
+
+def warnings_of(found: Session) -> str:
+    """What its part of a report would say."""
+    return "\n".join(_unknown(found))
+
+
+def test_calls_that_cannot_be_told_apart_are_warned_of_with_the_remedy() -> None:
+    model = torch.nn.Module()
+    found = session(model, Clock())
+    found.source, found.branch_doubt = "pipeline call", "rows share their latents"
+    assert summarize({"transformer": found}).warnings == ()  # no guidance to leave out
+    found.guider = SimpleNamespace()  # type: ignore[assignment]
+    assert "guidance was left out: rows share their latents" in warnings_of(found)
+    found.doubt = "the branch cond came again in step 3"
+    assert "the branch cond came again in step 3" in warnings_of(found) and "window=" in warnings_of(found)
+    assert "left out" not in warnings_of(found)

@@ -37,11 +37,13 @@ class Pipe:
         vars(self).update(attributes)
         self.run: Any = None
 
-    def __call__(self, calls: list[dict[str, Any]], prompt: Any = None, guidance_scale: float = 3.0) -> list[Any]:
+    def __call__(
+        self, calls: list[dict[str, Any]], prompt: Any = None, guidance_scale: float = 3.0, read: Any = None
+    ) -> list[Any]:
         seen = []
         for values in calls:
             self.run.on_forward(values)
-            seen.append(self.run.rows_by_branch())
+            seen.append(self.run.rows_by_branch() if read is None else read())
         return seen
 
 
@@ -52,7 +54,7 @@ def made(rule: CFGRule = SEPARATE, pipe: Any = None, **more: Any) -> tuple[Trans
     run = TransformerRun(model, family(rule, **more), [], Clock(), pipe)
     run.add_layer("blocks.0")
     if pipe is not None:
-        pipe.run = run
+        pipe.run, pipe.transformer = run, model
     return run, model
 
 
@@ -118,12 +120,13 @@ def test_a_transformer_that_was_not_called_in_the_run_did_not_run() -> None:
 
 def test_a_perturbed_pass_does_not_advance_the_clock_but_appended_rows_do() -> None:
     run, _model = made()
-    run.on_forward(values(900.0))
+    latents = torch.randn(2, 4, 5)
+    run.on_forward(values(900.0, latents))
     with run.perturbing(Perturbation({}), 1):
-        run.on_forward(values(900.0))
+        run.on_forward(values(900.0, latents))
         assert run.clock.call == 0 and run.rows_by_branch() == ("perturbed",)
     run.append_perturbed(Perturbation({}), 1)
-    run.on_forward(values(900.0))  # the pass failed and the next call begins
+    run.on_forward(values(900.0, latents))  # the pass failed and the next call begins
     assert run.perturbed is None and run.rows_by_branch() == ("uncond", "uncond")
 
 
@@ -195,32 +198,38 @@ def test_separate_calls_are_all_conditional_where_the_pipeline_does_not_guide() 
     pipe = Pipe(do_classifier_free_guidance=False, scheduler=SimpleNamespace(timesteps=[900.0, 500.0], step_index=None))
     run, _model = made(SEPARATE, pipe)
     assert pipe([values(900.0), values(900.0)]) == [("cond",) * 2] * 2
-    assert run.pipeline_call.running and run.branch_count(2) == 1
+    assert pipe([values(900.0)], read=lambda: run.branch_count(2)) == [1] and run.pipeline_call.running
     pipe.do_classifier_free_guidance = True
-    assert run.branch_count(2) == 2
+    assert pipe([values(900.0)], read=lambda: run.branch_count(2)) == [2]
 
 
 # -- the scale --------------------------------------------------------------------------------------------------------
 
 
-def test_the_scale_is_the_pipeline_s_attribute_with_the_rule_of_its_family() -> None:
+def scale_of(pipe: Pipe) -> float | None:
+    """The scale that a call finds; a report finds it after the call too."""
+    (found,) = pipe([values(900.0)], read=pipe.run.guidance_scale)
+    assert pipe.run.scale == found
+    return found
+
+
+def test_the_scale_is_the_running_pipeline_s_attribute_with_the_rule_of_its_family() -> None:
     pipe = Pipe(_guidance_scale=4.0)
     run, _model = made(replace(SEPARATE, scale_offset=1.0, off=0.0), pipe)
-    assert run.guidance_scale() == 5.0
+    assert run.guidance_scale() is None  # it does not run
+    assert scale_of(pipe) == 5.0
     pipe._guidance_scale = 0.0
-    assert run.guidance_scale() == 1.0
+    assert scale_of(pipe) == 1.0
     pipe._guidance_scale = None
-    assert run.guidance_scale() is None
-    alone, _model = made()
-    assert alone.guidance_scale() is None
+    assert scale_of(pipe) is None
 
 
 def test_the_second_transformer_has_a_scale_of_its_own() -> None:
     pipe = Pipe(_guidance_scale=4.0, _guidance_scale_2=2.0)
-    run, model = made(SEPARATE, pipe)
-    assert run.guidance_scale() == 4.0
-    pipe.transformer_2 = model
-    assert run.guidance_scale() == 2.0
+    _run, model = made(SEPARATE, pipe)
+    assert scale_of(pipe) == 4.0
+    pipe.transformer, pipe.transformer_2 = None, model
+    assert scale_of(pipe) == 2.0
 
 
 def test_a_scale_that_no_attribute_stores_is_that_of_the_call() -> None:
@@ -228,3 +237,87 @@ def test_a_scale_that_no_attribute_stores_is_that_of_the_call() -> None:
     assert run.guidance_scale() is None
     run.pipeline_call = PipelineCall(running=True, scale=2.5)
     assert run.guidance_scale() == 2.5
+
+
+# -- what the calls of a step tell ------------------------------------------------------------------------------------
+
+
+def calls_of(run: TransformerRun, *calls: tuple[Any, ...]) -> list[tuple[int, int, str]]:
+    """Run, step and branch of calls (timestep, latents, name of the cache context or none)."""
+    seen = []
+    for timestep, latents, *name in calls:
+        run.context = SimpleNamespace(name=name[0]) if name else None
+        run.on_forward(values(timestep, latents))
+        seen.append((run.clock.run, run.clock.step, run.rows_by_branch()[0]))
+    return seen
+
+
+X, Y = torch.randn(1, 4, 5), torch.randn(1, 4, 5)
+
+
+def test_branches_of_a_step_share_their_latents() -> None:
+    run, _model = made()
+    seen = calls_of(run, (900.0, X), (900.0, X.clone()), (500.0, Y), (500.0, Y))
+    assert seen == [(1, 0, "cond"), (1, 0, "uncond"), (1, 1, "cond"), (1, 1, "uncond")]
+    assert (run.doubt, run.branch_doubt, run.source) == (None, None, "time steps")
+
+
+@pytest.mark.parametrize("name", [(), ("cond",)], ids=["unnamed", "named"])
+def test_a_model_of_one_step_begins_a_new_run_with_every_sample(name: tuple[str, ...]) -> None:
+    run, _model = made()
+    assert calls_of(run, (900.0, X, *name), (900.0, Y, *name)) == [(1, 0, "cond"), (2, 0, "cond")]
+    assert run.doubt is None
+
+
+@pytest.mark.parametrize("name", [("cond", "uncond"), ()], ids=["named", "unnamed"])
+def test_windows_that_nobody_named_store_nothing(name: tuple[str, ...]) -> None:
+    run, _model = made()
+    for timestep in (900.0, 500.0):
+        for window in (X, Y):
+            calls_of(run, *((timestep, window, *name[i : i + 1]) for i in range(2)))
+            run.layers[0].state["probe"] = 1
+    assert run.doubt and run.layers[0].stateless == run.doubt
+    calls_of(run, (900.0, X))
+    assert run.doubt is run.layers[0].stateless is None  # a new run, a new chance
+
+
+def test_windows_that_begin_late_are_noticed_at_their_first_step() -> None:
+    run, _model = made()
+    calls_of(run, (900.0, X), (900.0, X), (500.0, X), (500.0, X))
+    assert run.doubt is None
+    run.layers[0].state["probe"] = 1
+    calls_of(run, (300.0, X), (300.0, Y))
+    assert run.doubt == "the latents changed within step 2" and not run.layers[0].state
+
+
+def test_branches_in_turns_on_a_family_that_stacks_them_are_noticed() -> None:
+    run, _model = made(BATCHED)
+    calls_of(run, (900.0, X), (900.0, X), (500.0, X), (500.0, X))
+    assert run.doubt is not None
+
+
+def test_stacked_branches_on_a_family_that_runs_them_in_turns_are_noticed() -> None:
+    run, _model = made(SEPARATE)
+    calls_of(run, (900.0, repeated(2)))
+    assert run.branch_doubt is not None and run.doubt is None
+    run, _model = made(SEPARATE)
+    calls_of(run, (900.0, repeated(2), "cond"))
+    assert run.branch_doubt is None  # two samples of the same noise, the caller says
+
+
+def test_a_branch_that_a_pipeline_runs_twice_in_a_step_is_noticed() -> None:
+    pipe = Pipe(scheduler=SimpleNamespace(timesteps=[900.0, 500.0], step_index=0))
+    run, _model = made(SEPARATE, pipe)
+    pipe([values(900.0), values(900.0)])
+    assert (run.doubt, run.source) == (None, "pipeline call")
+    pipe([values(900.0), values(900.0), values(900.0)])
+    assert run.doubt == "the branch cond came again in step 0"
+
+
+def test_a_new_pipeline_call_is_a_new_run_whatever_its_schedule() -> None:
+    pipe, other = Pipe(scheduler=None), Pipe(scheduler=None)
+    run, model = made(SEPARATE, pipe)
+    other.run, other.transformer = run, model
+    for expected, running in enumerate((pipe, pipe, other, pipe), 1):
+        assert running([values(900.0), values(500.0)], read=lambda: run.clock.run) == [expected] * 2
+        assert run.pipe is running

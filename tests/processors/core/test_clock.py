@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
-from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.clock import Clock, RunPosition
 
 
 def scheduler(timesteps: list[float], **extra: Any) -> SimpleNamespace:
@@ -139,3 +139,48 @@ def test_calls_of_a_step_are_counted_and_names_of_the_pipeline_are_translated() 
         clock.tick(900.0, SEPARATE, scheduler=None, context=SimpleNamespace(name=name, step_index=0))
         calls.append((clock.call, clock.branches(1, SEPARATE)[0]))
     assert calls == [(0, "cond"), (1, "uncond"), (2, "perturbed"), (3, "perturbed"), (4, "cond")]
+
+
+def test_another_pipeline_call_is_a_new_run_and_nothing_of_the_last_counts() -> None:
+    clock, source = Clock(), SimpleNamespace(timesteps=[900.0, 500.0], step_index=1, begin_index=None)
+    seen = []
+    for caller in (1, 1, 2, 2, None):
+        clock.tick(500.0, SEPARATE, scheduler=source if caller else None, caller=caller)
+        seen.append((clock.run, clock.call, clock.total))
+    assert seen == [(1, 0, 2), (1, 1, 2), (2, 0, 2), (2, 1, 2), (3, 0, None)]
+    assert not clock.restarted
+
+
+def test_a_first_step_that_comes_again_is_a_new_run_and_may_be_the_same() -> None:
+    clock = Clock()
+    for again, run, restarted in ((False, 1, False), (False, 1, False), (True, 2, True)):
+        clock.tick(900.0, SEPARATE, again=again)
+        assert (clock.run, clock.restarted) == (run, restarted)
+    clock.tick(500.0, SEPARATE)
+    assert (clock.run, clock.step, clock.restarted) == (2, 1, True)
+    clock.tick(500.0, SEPARATE, again=True)  # later steps do not begin a run
+    assert (clock.run, clock.step) == (2, 1)
+    clock.tick(900.0, SEPARATE)
+    assert (clock.run, clock.restarted) == (3, False)
+
+
+def test_a_position_that_the_caller_says_is_taken_as_it_is() -> None:
+    clock, seen = Clock(), []
+    for step, steps, branch in ((2, 5, ()), (2, 5, ("uncond",)), (4, 5, ("uncond", "cond")), (0, 5, ()), (1, 6, ())):
+        clock.place(RunPosition(step, steps, branch), 900.0)
+        seen.append((clock.run, clock.step, clock.call, clock.total, clock.branches(2, SEPARATE, 2)))
+    assert seen == [
+        (1, 2, 0, 5, ("cond", "cond")), (1, 2, 1, 5, ("uncond", "uncond")), (1, 4, 0, 5, ("uncond", "cond")),
+        (2, 0, 0, 5, ("cond", "cond")), (3, 1, 0, 6, ("cond", "cond")),
+    ]  # fmt: skip
+    assert clock.progress == pytest.approx(1 / 6)
+    clock.tick(900.0, SEPARATE)
+    assert clock.run == 4 and clock.position is None and clock.total is None
+
+
+def test_a_run_whose_position_is_said_begins_again_by_its_first_step_or_after_an_end() -> None:
+    clock = Clock()
+    calls = ((0, False, False, 1), (0, True, False, 2), (1, True, False, 2), (1, False, True, 3))
+    for step, again, ended, run in calls:
+        clock.place(RunPosition(step, 3), 900.0, again=again, ended=ended)
+        assert clock.run == run

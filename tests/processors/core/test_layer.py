@@ -47,6 +47,23 @@ def test_a_new_run_empties_statistics_and_state_and_nothing_else() -> None:
     assert before.calls == 3  # a summary that was taken stays as it is
 
 
+def test_every_window_has_a_state_of_its_own() -> None:
+    layer = Layer("blocks.0", 0)
+    for window in (0, 1):
+        layer.begin_call(window)
+        layer.state["probe"] = window
+    layer.begin_call(0)
+    assert layer.state == {"probe": 0} and layer.rows == (0, 0)
+    layer.stateless = "windows"
+    layer.drop_state()
+    for window in (0, 1, None):
+        layer.begin_call(window)
+        assert not layer.state
+    assert layer.stateless == "windows"
+    layer.begin_run()
+    assert layer.stateless is None
+
+
 def test_statistics_of_two_layers_are_their_own() -> None:
     one, other = LayerStats(), LayerStats()
     one.fallbacks["dense step"] += 1

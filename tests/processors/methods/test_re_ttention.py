@@ -37,7 +37,7 @@ class Layer:
         tokens = TokenLayout(spans).resolve(math.prod(GRID) + text)
         assert tokens is not None
         self.tokens: Tokens = tokens
-        self.layer: Any = SimpleNamespace(index=index, state={}, rows=(0, 2))
+        self.layer: Any = SimpleNamespace(index=index, state={}, stateless=None, rows=(0, 2))
 
     def call(self, step: int, seed: int, branches: tuple[str, ...] = ("uncond", "cond"), **given: Any) -> AttentionCall:
         draw = torch.Generator().manual_seed(seed)

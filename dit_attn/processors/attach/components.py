@@ -1,0 +1,22 @@
+"""Name the transformers of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+COMPONENTS = ("transformer", "transformer_2")
+"""Names of a pipeline's transformers; Wan 2.2 has two."""
+
+
+def unwrap(model: Any) -> Any:
+    """Return the transformer behind ``torch.compile`` and data-parallel wrappers."""
+    while hasattr(model, "_orig_mod") or type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def has_component(pipe: Any, model: torch.nn.Module) -> bool:
+    """Return whether ``model`` is one of the transformers of ``pipe``."""
+    return any(unwrap(getattr(pipe, name, None)) is model for name in COMPONENTS)
