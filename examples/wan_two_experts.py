@@ -78,12 +78,12 @@ def load(args: argparse.Namespace) -> WanPipeline:
 def enable(pipe: WanPipeline, first: str, second: str) -> None:
     """Enable one method for both experts, or one each."""
     if first == second:
-        # The preset is that of Wan 2.2, and settings such as dense_steps=0.1 count over the whole run, whichever expert
+        # The preset is that of Wan 2.2, and settings such as dense_steps=0.1 count over the full run, whichever expert
         # has the step.
         dit_attn.enable(pipe, first)
         return
     # On its own an expert has the configuration of Wan 2.1 14B and gets that preset. The pipeline tells it the step and
-    # the length of the whole run from diffusers 0.42 on; before, fractions are of the noise that is removed instead.
+    # the length of the full run from diffusers 0.42 on; before, fractions are of the noise that is removed instead.
     for expert, slug in ((pipe.transformer, first), (pipe.transformer_2, second)):
         if slug != "none":
             dit_attn.enable(expert, slug)

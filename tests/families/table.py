@@ -28,7 +28,7 @@ def tested() -> dict[str, list[type[FamilyMixin]]]:
 def table() -> str:
     """The Markdown table; a tick stands for the mixin's tests with that method on a tiny model of the family."""
     cases, slugs = tested(), sorted(methods())
-    head = ["family", "models", "sequence", "whole runs", *slugs]
+    head = ["family", "models", "sequence", "full runs", *slugs]
     rows = [head, ["---"] * len(head)]
     rows += [_row(row, cases.get(row.name, []), slugs) for row in families()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
