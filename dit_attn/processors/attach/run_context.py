@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.processors.attach.families import family_of
 from dit_attn.processors.core.clock import RunPosition
 
@@ -105,7 +105,7 @@ def _whole(name: str, value: object, least: int) -> int:
         raise DitAttnError(f"run_context: {name} is missing; give step= (from 0) and steps=")
     number = _index(value)
     if number is None or number < least:
-        raise DitAttnError(f"run_context: {name} must be a whole number of at least {least}, got {_short(value)}")
+        raise DitAttnError(f"run_context: {name} must be a whole number of at least {least}, got {shorten(value)}")
     return number
 
 
@@ -113,20 +113,20 @@ def _branches(model: torch.nn.Module, branch: object) -> tuple[str, ...]:
     names = (branch,) if isinstance(branch, str) else branch
     if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
         raise DitAttnError(
-            f"run_context: branch must be a name or the names that the batch stacks, in order, got {_short(branch)}"
+            f"run_context: branch must be a name or the names that the batch stacks, in order, got {shorten(branch)}"
         )
     rule = family_of(model).cfg
     allowed = tuple(dict.fromkeys(("cond", "uncond", "perturbed", *rule.order, *rule.longer)))
     for name in names:
         if name not in allowed:
-            raise unknown("branch", name[:40], allowed)
+            raise unknown("branch", name, allowed)
     return tuple(names)
 
 
 def _window(window: object) -> Hashable:
     numbers = [_index(n) for n in (window if isinstance(window, (tuple, list)) else (window,))]
     if not numbers or any(number is None or number < 0 for number in numbers):
-        raise DitAttnError(f"run_context: window must be an index, or a tuple of indices, from 0, got {_short(window)}")
+        raise DitAttnError(f"run_context: window must be an index, or a tuple of indices, from 0, got {shorten(window)}")
     return tuple(numbers)
 
 
@@ -144,8 +144,3 @@ def _check_thread(declared: _Declared) -> None:
             "run_context: another thread is inside a run_context of this transformer; give each thread its own copy "
             "of the transformer, or run them in turns"
         )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
