@@ -126,7 +126,7 @@ def _branches(model: torch.nn.Module, branch: object) -> tuple[str, ...]:
 def _window(window: object) -> Hashable:
     numbers = [_index(n) for n in (window if isinstance(window, (tuple, list)) else (window,))]
     if not numbers or any(number is None or number < 0 for number in numbers):
-        raise DitAttnError(f"run_context: window must be an index, or a tuple of indices, from 0, got {shorten(window)}")
+        raise DitAttnError(f"run_context: window must be an index or a tuple of indices, from 0, got {shorten(window)}")
     return tuple(numbers)
 
 
