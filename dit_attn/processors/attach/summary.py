@@ -177,7 +177,7 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             for layer in session.layers
         ),
         guidance=_guidance(sessions),
-        warnings=tuple(dict.fromkeys(filter(None, map(_missing_guidance, sessions.values())))),
+        warnings=tuple(dict.fromkeys(text for session in sessions.values() for text in _warnings(session))),
     )
 
 
@@ -201,6 +201,11 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
         orthogonal=mean("orthogonal"),
         relative=mean("relative"),
     )
+
+
+def _warnings(session: Session) -> list[str]:
+    missing = _missing_guidance(session)
+    return [*([missing] if missing else ()), *session.notices]
 
 
 def _missing_guidance(session: Session) -> str | None:

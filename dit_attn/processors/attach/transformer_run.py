@@ -137,7 +137,7 @@ class TransformerRun(RunState):
         self._seen_run = 0
         for layer in self.layers:
             layer.begin_run()
-            layer.disabled, layer.checked_run = None, 0
+            layer.disabled, layer.disabled_run, layer.checked_run = None, False, 0
 
 
 def _batch_rows(latents: Any) -> int:

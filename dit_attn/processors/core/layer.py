@@ -52,6 +52,7 @@ class Layer:
         index: position among the wrapped layers, from 0.
         handle: names the layer inside compiled graphs.
         disabled: reason why this layer stays dense until it is enabled again (a failed kernel, NaN), or ``None``.
+        disabled_run: whether that ends with the run, since its input is to blame (NaN, out of memory).
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
         state: what methods store for this layer from step to step; emptied when a new run begins.
@@ -63,6 +64,7 @@ class Layer:
         self.handle = new_handle(self.id)
         self.stats = LayerStats()
         self.disabled: str | None = None
+        self.disabled_run = False
         self.checked_run = 0
         self.rows = (0, 0)
         self.state: dict[Any, Any] = {}
@@ -73,9 +75,11 @@ class Layer:
         self.rows = (self.rows[1], self.rows[1] + count)
 
     def begin_run(self) -> None:
-        """Empty the statistics and the state."""
+        """Empty the statistics and the state; a fault of the last run's input is over."""
         self.stats = LayerStats()
         self.state.clear()
+        if self.disabled_run:
+            self.disabled, self.disabled_run = None, False
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, index={self.index})"
