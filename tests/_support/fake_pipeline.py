@@ -120,6 +120,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, method: Method, style: str, scale: Any
     monkeypatch.setattr(attach, "tap_of", lambda *_: "torch")
     monkeypatch.setattr(attach, "session_processors", lambda *_: {})
     monkeypatch.setattr(attach, "rewrap", lambda *_: None)
+    pipe.transformer.eval()  # as `from_pretrained` leaves it
     for block in pipe.transformer.blocks:
         block.attn1.processor = None
     dit_attn.enable(pipe, method)

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach.attention_processor import is_wrapped, tap_of, unwrap_processor, wrap_processor
+from dit_attn.processors.attach.attention_processor import (
+    is_wrapped,
+    tap_of,
+    unwrap_processor,
+    wrap_processor,
+    wrapped_by,
+)
+from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
@@ -79,9 +86,7 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
 
 def session_processors(session: Session) -> dict[str, Any]:
     """Return the wrapped processor of every layer, by module path."""
-    model = session.model
-    stock = {layer: model.get_submodule(layer.name).processor for layer in session.layers}
-    return {layer.name: wrap_processor(processor, session, layer) for layer, processor in stock.items()}
+    return {layer.name: wrap_processor(session.module(layer).processor, session, layer) for layer in session.layers}
 
 
 def install_hooks(session: Session) -> None:
@@ -108,8 +113,10 @@ def detach(model: torch.nn.Module) -> None:
         if is_wrapped(processor):
             replaced[name] = unwrap_processor(processor)
     session = session_of(model)
-    if session is not None and session.guider is not None:
-        session.guider.release()
+    if session is not None:
+        session.detached = True
+        if session.guider is not None:
+            session.guider.release()
     for key, behind in list(model._forward_hooks.items()):
         if isinstance(behind, GuidanceHook):  # a copied model has no handle
             del model._forward_hooks[key]
@@ -118,6 +125,7 @@ def detach(model: torch.nn.Module) -> None:
         if isinstance(hook, ForwardHook):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    unfollow_checkpoints(model)
     if isinstance(model.__dict__.get("cache_context"), ContextHook):
         del model.__dict__["cache_context"]
 
@@ -152,18 +160,27 @@ def set_processor(module: Any, processor: Any) -> None:
 
 
 def rewrap(session: Session) -> None:
-    """Wrap processors that other code has replaced since (legacy ``fuse_qkv_projections`` swaps the objects).
+    """Wrap processors that other code has replaced since, and note that it did.
 
+    Users call ``set_attn_processor``, loaders make processors anew, legacy ``fuse_qkv_projections`` swaps the objects.
     Processors that were only handed out (``attn_processors``) are not wrapped until one of them is set.
     """
-    model = session.model
     if not session.installed:
-        session.installed = any(is_wrapped(model.get_submodule(layer.name).processor) for layer in session.layers)
+        session.installed = any(is_wrapped(session.module(layer).processor) for layer in session.layers)
         return
     for layer in session.layers:
-        module = model.get_submodule(layer.name)
-        if not is_wrapped(module.processor) and tap_of(module.processor) is not None:
-            set_processor(module, wrap_processor(module.processor, session, layer))
+        module = session.module(layer)
+        processor = module.processor
+        if is_wrapped(processor):
+            if wrapped_by(processor) is session:
+                continue
+            processor = unwrap_processor(processor)  # stored by other code while an earlier session was enabled
+        elif session.replaced.get(layer.name) == (type(processor).__name__, None):
+            continue
+        tap = tap_of(processor)
+        session.note_replaced(layer, processor, tap)
+        if tap is not None:
+            set_processor(module, wrap_processor(processor, session, layer))
 
 
 def _compiles(part: Any, model: torch.nn.Module) -> bool:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
+from dit_attn.processors.attach.checkpoint import check_recomputation
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
@@ -97,6 +98,11 @@ def is_wrapped(processor: Any) -> bool:
     return getattr(type(processor), "_dit_tap", None) is not None
 
 
+def wrapped_by(processor: Any) -> Session:
+    """Return the session of a wrapped processor."""
+    return cast(Session, processor.__dict__["_dit_run"])
+
+
 def unwrap_processor(processor: Any) -> Any:
     """Return the stock processor behind ours, with what other code has written to ours since (backend, parallelism)."""
     stock = processor.__dict__["_dit_stock"]
@@ -148,13 +154,21 @@ def _reduce(self: Any) -> Any:
     return copy.copy, (unwrap_processor(self),)
 
 
+def _is_stray(processor: Any, attn: Any) -> bool:
+    """Whether other code stored the processor and set it again: after ``disable``, or on another module."""
+    run: Session = processor._dit_run
+    return run.detached or run.module(processor._dit_layer) is not attn
+
+
 def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock_call)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_stray(self, attn):
+            return unwrap_processor(self)(attn, *args, **kwargs)
         before = (_SLOT.layer, _SLOT.run)
         _SLOT.layer, _SLOT.run = self._dit_layer.handle, self._dit_run.handle
         try:
-            return stock_call(self, *args, **kwargs)
+            return stock_call(self, attn, *args, **kwargs)
         finally:
             _SLOT.layer, _SLOT.run = before
 
@@ -163,9 +177,11 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock_call)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_stray(self, attn):
+            return unwrap_processor(self)(attn, *args, **kwargs)
         with _TorchTap(self._dit_run, self._dit_layer):
-            return stock_call(self, *args, **kwargs)
+            return stock_call(self, attn, *args, **kwargs)
 
     return __call__
 
@@ -212,6 +228,7 @@ def _on_sdpa(
     if torch.compiler.is_compiling():
         out = _compiled_attention(layer.handle, run.handle, args, parallel=False)
     else:
+        check_recomputation(run)
         out = dispatch_attention(run, layer, args, stock)
     return out.transpose(1, 2)
 
@@ -234,7 +251,9 @@ def _backend(
     args = SDPAArgs(query, key, value, attn_mask, scale, is_causal, dropout_p, enable_gqa)
     if torch.compiler.is_compiling():
         return _compiled_attention(layer, run, args, parallel=_parallel_config is not None)
-    return _dispatch_backend(_session_of(run), layer_by_id(int(layer)), args, _parallel_config)
+    session = _session_of(run)
+    check_recomputation(session)
+    return _dispatch_backend(session, layer_by_id(int(layer)), args, _parallel_config)
 
 
 def _dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
@@ -244,7 +263,7 @@ def _dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_confi
 
 
 def _stock_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
-    processor: Any = run.model.get_submodule(layer.name).processor
+    processor = run.module(layer).processor
     return compat.dispatch(
         args.q,
         args.k,
@@ -304,7 +323,7 @@ def _attend(
         )
     session, here = _session_of(run), layer_by_id(int(layer))
     args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa)
-    processor: Any = session.model.get_submodule(here.name).processor
+    processor = session.module(here).processor
     if type(processor)._dit_tap == "dispatch":
         out = _dispatch_backend(session, here, args, processor._parallel_config if parallel else None)
     else:

@@ -88,6 +88,7 @@ class PerturbedGuider:
         self._updates: dict[Hashable, GuidanceDelta] = {}  # by window
         self.evaluations = 0
         self.reused_blocks = 0
+        self.training_calls = 0  # forward calls with gradients in training mode, which are not guided
         self.run = self.session.clock.run
         self._measured: list[tuple[torch.Tensor, ...]] = []
         self._appended = 0
@@ -117,12 +118,24 @@ class PerturbedGuider:
                     result.orthogonal.append((max(0.0, float(size) - along**2 / direction) / direction) ** 0.5)
         return result
 
+    @property
+    def unmoved_steps(self) -> int:
+        """Guided steps of the run whose update was exactly 0 (reads back from the device)."""
+        return sum(float(size) == 0.0 for size, *_ in self._measured)
+
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare a call of the transformer; return other arguments for it, or ``None``."""
         if self.session.perturbed is not None:
             return None
         if self.run != self.session.clock.run:
             self.begin_run()
+        if self._training:
+            return None
+        if torch.is_grad_enabled() and getattr(self.session.model, "gradient_checkpointing", False):
+            raise DitAttnError(
+                f"{self.method.slug} cannot be combined with gradient checkpointing outside training mode; call "
+                "disable_gradient_checkpointing(), train(), or run under torch.no_grad()"
+            )
         if getattr(self.session.pipe, "do_perturbed_attention_guidance", False):
             raise DitAttnError(
                 f"{type(self.session.pipe).__name__} runs a perturbed branch of its own; call it with pag_scale=0, or "
@@ -147,6 +160,9 @@ class PerturbedGuider:
             return output
         if self.run != session.clock.run:
             self.begin_run()
+        if self._training:
+            self.training_calls += 1
+            return output
         branches = session.rows_by_branch()
         if self._appended:
             output = self._split(output, branches)
@@ -167,13 +183,23 @@ class PerturbedGuider:
         self._measure(update, output, branches)
         return self._inject(update, output, branches)
 
+    def drop_state(self) -> None:
+        """Free the update and what the next perturbed pass would reuse."""
+        self._drop_prefix()
+        self._updates = {}
+
     def release(self) -> None:
         """Drop the state of the run and restore the scheduler's own step."""
-        self._drop_prefix()
+        self.drop_state()
         self._remove_step_hook()
         if self.handle is not None:
             self.handle.remove()
-        self._updates, self.handle = {}, None
+        self.handle = None
+
+    @property
+    def _training(self) -> bool:
+        """Whether a loss may follow, which is on the plain predictions: guidance stands aside."""
+        return self.session.model.training and torch.is_grad_enabled()
 
     def _drop_prefix(self) -> None:
         """Remove the hooks on the blocks; a pass that failed leaves them there."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from dit_attn.processors.attach.checkpoint import follow_checkpoints
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.run_state import run_by_handle
@@ -53,6 +54,7 @@ class ForwardHook:
             return None
         if self.rewrap is not None:
             self.rewrap(self.session)
+        follow_checkpoints(self.session)
         self.session.on_forward(values)
         return None if self.session.guider is None else self.session.guider.before(module, args, kwargs)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,7 +14,11 @@ from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.methods.base import Method
+
+# By the clock that the transformers of a pipeline share: the session whose transformer was called last.
+_LAST_CALLED: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
 
 class Session(TransformerRun):
@@ -20,6 +27,9 @@ class Session(TransformerRun):
     Attributes:
         methods: the enabled methods, in order.
         installed: whether the layers run our processors.
+        detached: whether it was removed from its transformer; processors of it that other code stored run stock.
+        replaced: class and tap of the processors that other code has set since, by layer.
+        recomputing: whether backward computes a checkpointed block again.
         guider: runs the enabled guidance method, ``None`` without one.
     """
 
@@ -30,7 +40,62 @@ class Session(TransformerRun):
     ) -> None:
         super().__init__(model, family, methods, clock, pipe)
         self.installed = False
+        self.detached = False
+        self.recomputing = False
+        self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
+        self._modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+
+    def module(self, layer: Layer) -> Any:
+        """Return a layer's attention module, also while a step cache has put another block in the place of its own."""
+        found = self._modules.get(layer.index)
+        if found is None:
+            found = self._modules[layer.index] = self.model.get_submodule(layer.name)
+        return found
+
+    def on_forward(self, values: dict[str, Any]) -> None:
+        """See the base class; the other transformer of the pipeline has had its turn and drops its state."""
+        super().on_forward(values)
+        last = _LAST_CALLED.get(id(self.clock))
+        if last is not self:
+            if last is not None:
+                last.drop_state()
+            _LAST_CALLED[id(self.clock)] = self
+
+    def drop_state(self) -> None:
+        """Free what the methods stored from step to step."""
+        for layer in self.layers:
+            layer.drop_state()
+        if self.guider is not None:
+            self.guider.drop_state()
+
+    def note_replaced(self, layer: Layer, processor: Any, tap: str | None) -> None:
+        """Note that other code has set a processor since the methods were enabled."""
+        kind = type(processor).__name__
+        if tap is None and (kind, None) not in self.replaced.values():
+            warnings.warn(
+                f"dit_attn: {layer.name} runs {kind}, set since enable, which has no softmax attention to tap: "
+                "no method applies there",
+                stacklevel=2,
+            )
+        self.replaced[layer.name] = (kind, tap)
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know of the session; part of the warnings of a summary."""
+        found: list[str] = []
+        if self.guider is not None and (aside := self.guider.training_calls):
+            found.append(f"guidance stood aside in {aside} training calls; call eval() to sample")
+        if self.guider is not None and (unmoved := self.guider.unmoved_steps):
+            found.append(
+                f"the guidance update was exactly 0 at {unmoved} of {self.guider.strength.steps} guided steps: a step "
+                "cache may answer the perturbed passes; guide without it"
+            )
+        return found + [
+            f"{count} layers run {kind}, set since enable: "
+            + ("the methods apply to it" if tap else "no method applies, it has no softmax attention to tap")
+            for (kind, tap), count in Counter(self.replaced.values()).items()
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         if id(self) in memo:

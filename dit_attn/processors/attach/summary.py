@@ -214,7 +214,7 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
 
 def _warnings(session: Session) -> list[str]:
     missing = _missing_guidance(session)
-    return [*([missing] if missing else ()), *_unknown(session)]
+    return [*([missing] if missing else ()), *_unknown(session), *session.notices]
 
 
 def _unknown(session: Session) -> Iterator[str]:

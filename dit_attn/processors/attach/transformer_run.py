@@ -240,7 +240,7 @@ class TransformerRun(RunState):
         self._seen_run, self._step, self._latents = 0, (0, 0), None
         for layer in self.layers:
             layer.begin_run()
-            layer.disabled, layer.checked_run = None, 0
+            layer.disabled, layer.disabled_run, layer.checked_run = None, False, 0
 
 
 def _batch_rows(latents: Any) -> int:

@@ -19,11 +19,10 @@ from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.run_state import RunState
 
 ONLY_GUIDANCE = "stock path: only guidance is enabled"
+_NOT_FINITE = "kernel gave NaN or infinity"
 
 
-def dispatch_attention(
-    run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor]
-) -> torch.Tensor:
+def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Return the result of one attention call.
 
     Args:
@@ -82,13 +81,17 @@ def _dispatch(
     if request.sparse:
         out = _execute(call, request, args.mesh)
         if layer.disabled is not None:
+            not_finite = layer.disabled == _NOT_FINITE
             request.go_dense()
             request.declined = [layer.disabled]
             if request.empty:
-                return _fallback(layer, layer.disabled, stock)
+                exact = _fallback(layer, layer.disabled, stock)
+                layer.disabled_run |= not_finite and not _is_finite(exact, args.mesh)  # the input is to blame
+                return exact
     if not request.sparse:  # dense, with a bias
         out = executor.run(call, request, executor.dense_rows(call))
         layer.stats.fallbacks.update(request.declined[:1])
+        layer.disabled_run |= layer.disabled == _NOT_FINITE and not _is_finite(out, args.mesh)
     layer.stats.biased_calls += bool(request.biases)
     layer.stats.seconds += time.perf_counter() - started
     return out if exchange is None else exchange.gather_heads(out)
@@ -158,7 +161,11 @@ def _collect_requests(run: RunState, call: AttentionCall, request: Request) -> s
 
 
 def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
-    """Carry the request out. After a failure the layer is disabled: it stays dense for the rest of the session."""
+    """Carry the request out.
+
+    After a failure the layer is disabled: it stays dense for the rest of the session, or of the run where memory ran
+    out.
+    """
     layer, stats = call.layer, call.layer.stats
     try:
         out = executor.run(call, request, executor.dense_rows(call))
@@ -166,16 +173,17 @@ def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
         if mesh is not None:  # the other ranks wait in an exchange: going dense alone would hang them
             raise
         _disable_layer(layer, f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        layer.disabled_run = isinstance(error, torch.OutOfMemoryError)
         return call.q
     if layer.checked_run != call.clock.run:
         layer.checked_run = call.clock.run
-        finite = bool(torch.isfinite(out[:, :: max(1, out.shape[1] // 64)]).all())
-        if not (finite if mesh is None else sequence_parallel.all_agree(finite, mesh)):
-            _disable_layer(layer, "kernel gave NaN or infinity")
+        if not _is_finite(out, mesh):
+            _disable_layer(layer, _NOT_FINITE)
             return out
     if request.max_error is not None and request.density not in stats.measured and mesh is None:
         stats.measured.add(request.density)
-        found = executor.sampled_error(call, request, out)
+        with torch.no_grad():
+            found = executor.sampled_error(call, request, out)
         stats.error = found if stats.error is None or not found <= stats.error else stats.error
         if not found <= request.max_error:
             _disable_layer(layer, f"error {found:.3g} is above max_error {request.max_error:g}")
@@ -183,6 +191,12 @@ def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
     stats.sparse_calls += 1
     stats.computed += computed_fraction(call, request)
     return out
+
+
+def _is_finite(out: torch.Tensor, mesh: Any) -> bool:
+    """Whether a sample of the rows is finite, on every rank."""
+    finite = bool(torch.isfinite(out.detach()[:, :: max(1, out.shape[1] // 64)]).all())
+    return finite if mesh is None else sequence_parallel.all_agree(finite, mesh)
 
 
 def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Tensor:

@@ -55,6 +55,7 @@ class Layer:
         index: position among the wrapped layers, from 0.
         handle: names the layer inside compiled graphs.
         disabled: reason why this layer stays dense until it is enabled again (a failed kernel, NaN), or ``None``.
+        disabled_run: whether that ends with the run, since its input is to blame (NaN, out of memory).
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
         state: what methods store for this layer from step to step, of the window that the transformer is called for;
@@ -67,6 +68,7 @@ class Layer:
         self.id = next_id()
         self.handle = new_handle(self.id)
         self.disabled: str | None = None
+        self.disabled_run = False
         self.checked_run = 0
         self.rows = (0, 0)
         self.state: dict[Any, Any] = {}
@@ -85,10 +87,12 @@ class Layer:
         self.rows = (self.rows[1], self.rows[1] + count)
 
     def begin_run(self) -> None:
-        """Empty the statistics and the state."""
+        """Empty the statistics and the state; a fault of the last run's input is over."""
         self.stats = LayerStats()
         self.stateless = None
         self.drop_state()
+        if self.disabled_run:
+            self.disabled, self.disabled_run = None, False
 
     def drop_state(self) -> None:
         """Empty the state of every window."""

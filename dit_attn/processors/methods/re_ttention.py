@@ -115,11 +115,20 @@ class ReTtention(SparseMethod):
         return replace(self, stagger=False)
 
     def request(self, call: AttentionCall, request: Request) -> None:
-        """Refresh, or compute from the last refresh, or decline (dense step, dense layer)."""
+        """Refresh, or compute from the last refresh, or decline (dense step, dense layer).
+
+        Raises:
+            DitAttnError: the call is differentiated.
+        """
         mine = self.at(call)
         if mine is not self:
             mine.request(call, request)
             return
+        if torch.is_grad_enabled() and call.q.requires_grad:
+            raise DitAttnError(
+                f"{self.slug} cannot be trained: its statistics are of earlier steps of one run; disable it, train "
+                "with block-sparse or rectified, or sample under torch.no_grad()"
+            )
         states, key = call.layer.state, (call.branches, call.layer.rows, call.q.shape)
         state: State | None = states.get(key)
         reason = call.layer.stateless or self.exception(call)

@@ -102,9 +102,17 @@ def test_a_processor_without_attention_is_refused_with_its_layer() -> None:
 # -- wrap and unwrap --------------------------------------------------------------------------------------------------
 
 
-def wrapped(stock: Any, methods: Any = ()) -> tuple[Any, Any, Layer]:
-    """A wrapped processor with its run and layer."""
+def session_like(methods: Any) -> tuple[Any, Layer]:
+    """A run of one layer that answers what processors ask of a session."""
+    run: Any
     run, layer = host_run(methods)
+    run.detached, run.recomputing, run.module = False, False, lambda layer: None
+    return run, layer
+
+
+def wrapped(stock: Any, methods: Any = ()) -> tuple[Any, Any, Layer]:
+    """A wrapped processor with its run and layer; it is called with ``None`` as its attention module."""
+    run, layer = session_like(methods)
     return wrap_processor(stock, run, layer), run, layer  # type: ignore[arg-type]
 
 
@@ -270,7 +278,7 @@ def test_layers_nest_and_an_error_leaves_no_layer_active() -> None:
 
 def wrapped_as_dispatch(processor: Any) -> tuple[Any, Layer]:
     """A processor with the tap of dispatching ones, whatever its code mentions."""
-    run, layer = host_run([])
+    run, layer = session_like([])
     clone: Any = object.__new__(attention_processor._derive(type(processor), "dispatch"))
     clone.__dict__.update(_dit_layer=layer, _dit_run=run, _dit_stock=processor, _dit_dense_backend=None)
     return clone, layer
@@ -282,7 +290,7 @@ def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not
     model.blocks = torch.nn.ModuleList([torch.nn.Module()])
     processor, run, layer = wrapped(TorchProcessor(), [dit_attn.BlockSparse(density=0.3, **BLOCKS)])
     model.blocks[0].processor = processor
-    run.model, run.layers[0].name = model, "blocks.0"
+    run.module = lambda layer: model.blocks[0]
     args = random_args(scale=0.3)
     given = (layer.handle, run.handle, args.q, args.k, args.v, None, 0.3, False, True, False, grad)
     if grad:
@@ -291,7 +299,7 @@ def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not
         return
     out = torch.ops.dit_attn.attend(*given)
     assert out.is_contiguous() and layer.stats.sparse_calls == 1
-    assert torch.equal(out, processor(None, args.q, args.k, args.v))
+    assert torch.equal(out, processor(model.blocks[0], args.q, args.k, args.v))
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x) for x in (args.q, args.k, args.v)]
         shape = torch.ops.dit_attn.attend(layer.handle, run.handle, *fakes, *given[5:]).shape
