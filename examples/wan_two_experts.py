@@ -82,8 +82,8 @@ def enable(pipe: WanPipeline, first: str, second: str) -> None:
         # has the step.
         dit_attn.enable(pipe, first)
         return
-    # On its own an expert has the configuration of Wan 2.1 14B and gets that preset. The pipeline tells it the step and
-    # the length of the full run from diffusers 0.42 on; before, fractions are of the noise that is removed instead.
+    # On its own an expert has the configuration of Wan 2.1 14B and gets that preset. Steps are those of the full run,
+    # which is read from the running pipeline.
     for expert, slug in ((pipe.transformer, first), (pipe.transformer_2, second)):
         if slug != "none":
             dit_attn.enable(expert, slug)

@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from packaging.version import Version
 
 import dit_attn
 from dit_attn.processors.attach import attach
@@ -236,12 +235,11 @@ def test_one_of_two_experts_can_be_guided_alone() -> None:
     pipe.transformer_2 = copy.deepcopy(pipe.transformer)
     pipe.register_to_config(boundary_ratio=0.7)
     split = 4  # of 8 steps, whose times are 1000, 948, 883, 801, 694 ...
-    told = Version(diffusers.__version__) >= Version("0.42")  # a bare transformer is told the steps; else noise decides
     for target, method, expected in (
         (pipe, BASE, [split, 8 - split]),
         (pipe, dataclasses.replace(BASE, start=0.25, stop=0.75), [2, 2]),
         (pipe.transformer_2, BASE, [8 - split]),
-        (pipe.transformer_2, dataclasses.replace(BASE, start=0.75), [2 if told else 1]),
+        (pipe.transformer_2, dataclasses.replace(BASE, start=0.75), [2]),
     ):
         dit_attn.enable(target, method)
         run(pipe, kwargs, 8)
