@@ -110,7 +110,7 @@ def test_two_experts_with_a_method_each(script: Any) -> None:
     run = script("wan_two_experts", "--tiny", "--method-2", "block-sparse")
     assert [summary.methods[0]["method"] for summary in run.summaries] == ["rectified-spaattn", "block-sparse"]
     first, second = run.summaries
-    assert second.steps == 8  # of the whole run, although the second expert makes only the last of them
+    assert second.steps == 8  # of the full run, although the second expert makes only the last of them
     assert first.calls + second.calls == 8 * 2 * 2  # steps, guidance branches, layers
     assert first.run_density < 1.0 and second.run_density < 1.0
 

@@ -58,7 +58,7 @@ class FamilyMixin(GuidedMixin):
         untouched: fragments of module paths that must keep their stock processor.
         probe: (t, y, x) of the token that is poked.
         refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
-        no_pipeline: why no whole run of a stock pipeline is tested.
+        no_pipeline: why no full run of a stock pipeline is tested.
         run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 

@@ -78,6 +78,7 @@ def _dispatch(
     reason = _collect_requests(run, call, request)
     if reason is not None:
         return _fallback(layer, reason, stock)
+    not_finite = False  # found in this very call: later calls of a disabled layer read nothing back
     if request.sparse:
         out = _execute(call, request, args.mesh)
         if layer.disabled is not None:
@@ -91,7 +92,7 @@ def _dispatch(
     if not request.sparse:  # dense, with a bias
         out = executor.run(call, request, executor.dense_rows(call))
         layer.stats.fallbacks.update(request.declined[:1])
-        layer.disabled_run |= layer.disabled == _NOT_FINITE and not _is_finite(out, args.mesh)
+        layer.disabled_run |= not_finite and not _is_finite(out, args.mesh)
     layer.stats.biased_calls += bool(request.biases)
     layer.stats.seconds += time.perf_counter() - started
     return out if exchange is None else exchange.gather_heads(out)

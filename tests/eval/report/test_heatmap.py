@@ -1,4 +1,4 @@
-"""Heat maps: colors follow the values, every number is told, scales end at round numbers."""
+"""Heat maps: colors follow the values, every number is printed, scales end at round numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a request that spoiled it, memory that ran out, the first of two transformers."""
+"""What a run leaves behind: a request that broke it, memory that ran out, the first of two transformers."""
 
 from __future__ import annotations
 
