@@ -18,6 +18,7 @@ pytest.importorskip("torchmetrics")
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.extractors import Networks
 from dit_attn.eval.metrics import METRICS, score
+from tests._support.ranks import run_ranks
 
 
 def random_images(n: int, size: int = 48, seed: int = 0) -> torch.Tensor:
@@ -140,21 +141,18 @@ def test_clip_score_is_the_cosine_of_a_real_clip_model(tiny_clip: Path) -> None:
 EVERYWHERE = ("fid", "kid", "psnr", "ssim", "fid-world", "kid-world", "clip-world")
 
 
-def part_of_two(rank: int, place: str, folder: str) -> None:
+def part_of_two(rank: int, folder: Path) -> None:
     """One of two processes: the metrics of its half of the images."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     part = slice(0, 9) if rank == 0 else slice(9, None)  # unequal, as a last batch is
     made, real = noisy(random_images(24, seed=2), 0.1)[part], random_images(24, seed=1)[part]
     captions = ["a large red circle at the left on white"] * len(made)
     found = {name: score(name, made, real, captions, WITH_COLORS) for name in EVERYWHERE}
     if rank == 0:
-        Path(folder, "scores.json").write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
-    torch.distributed.destroy_process_group()
+        (folder / "scores.json").write_text(json.dumps({name: one.to_dict() for name, one in found.items()}))
 
 
 def test_two_processes_get_the_score_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(part_of_two, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
+    run_ranks(part_of_two, 2, tmp_path)
     found = json.loads((tmp_path / "scores.json").read_text())
     made, real = noisy(random_images(24, seed=2), 0.1), random_images(24, seed=1)
     captions = ["a large red circle at the left on white"] * len(made)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 
 import dit_attn
 from tests._support.compose import SPARSE, forward, requires, tiny
+from tests._support.ranks import run_ranks
 
 NAMES = ("wan", "flux")
 RECTIFIED = dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0)
@@ -20,15 +18,11 @@ RESHAPED = dit_attn.ReTtention(density=0.2, q_block=32, kv_block=32, dense_steps
 TOP_P = dit_attn.BlockSparse(top_p=0.6, q_block=32, kv_block=32, dense_steps=0)
 
 
-def rank(index: int, port: int, folder: str) -> None:
+def rank(index: int, folder: Path) -> None:
     """One of two ranks: writes what it computed, with and without a method."""
-    import torch.distributed as dist
     from diffusers import ContextParallelConfig
 
-    os.environ.update(RANK=str(index), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it; a CPU has none
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results: dict[str, Any] = {}
     for name in NAMES:
         for order in ("enable first", "parallel first"):
@@ -53,8 +47,7 @@ def rank(index: int, port: int, folder: str) -> None:
             dit_attn.disable(model)
             results[f"{name} {order} disabled"] = forward(model, args)
     if index == 0:
-        torch.save(results, Path(folder) / "results.pt")
-    dist.destroy_process_group()
+        torch.save(results, folder / "results.pt")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +55,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 of two wrote."""
     requires("ContextParallelConfig")
     folder = tmp_path_factory.mktemp("ulysses")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank, args=(port, str(folder)), nprocs=2)
+    run_ranks(rank, 2, folder)
     return torch.load(folder / "results.pt", weights_only=False)
 
 
