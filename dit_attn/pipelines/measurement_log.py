@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class MeasurementLog:
         on_result: called with the key of every new measurement.
 
     Attributes:
-        rows: value of every measurement by key, JSON values.
+        rows: value of every measurement by key, JSON values. A line of the file that was cut off or edited is left
+            out: it is measured again.
 
     Raises:
         DitAttnError: the file has another setup, is a link, is in use by another process, or cannot be read or written.
@@ -52,9 +54,8 @@ class MeasurementLog:
                     f"{path} holds measurements of another model, method, prompts or settings; leave out --resume to "
                     "begin anew, or give another --output"
                 )
-            complete = [row for row in rows[1:] if isinstance(row.get("key"), str) and "value" in row]
-            self.rows = {row["key"]: row["value"] for row in complete}
-            entries = [{"setup": head}, *({"key": key, "value": value} for key, value in self.rows.items())]
+            self.rows = {row["key"]: row["value"] for row in rows[1:] if _is_intact(row)}
+            entries = [{"setup": head}, *(_entry(key, value) for key, value in self.rows.items())]
             files.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         except UnicodeDecodeError as error:
             raise DitAttnError(f"{path} is not text; leave out --resume to begin anew") from error
@@ -73,7 +74,7 @@ class MeasurementLog:
         """
         try:
             if self.path is not None:
-                files.append_text(self.path, json.dumps({"key": key, "value": value}) + "\n")
+                files.append_text(self.path, json.dumps(_entry(key, value)) + "\n")
         except OSError as error:
             raise RunStopped(
                 f"cannot write {self.path} ({reason(error)}); finished measurements are saved: free disk space, then "
@@ -81,6 +82,16 @@ class MeasurementLog:
             ) from error
         self.rows[key] = value
         self.on_result(key)
+
+
+def _entry(key: str, value: Any) -> dict[str, Any]:
+    """One measurement as it stands in the file, with a checksum."""
+    return {"key": key, "value": value, "crc": zlib.crc32(json.dumps([key, value]).encode())}
+
+
+def _is_intact(row: dict[str, Any]) -> bool:
+    """Whether an entry is as it was written."""
+    return isinstance(row.get("key"), str) and "value" in row and row == _entry(row["key"], row["value"])
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:

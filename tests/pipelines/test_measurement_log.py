@@ -42,6 +42,16 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert MeasurementLog(path, SETUP, resume=True).rows == {}
 
 
+def test_a_value_that_was_edited_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    log = MeasurementLog(path, SETUP)
+    log.add("all/a", 0.1)
+    log.add("all/b", float("nan"))
+    log.add("local/a", {"calls": [[1]]})
+    path.write_text(path.read_text().replace("0.1", '"x"').replace("[[1]]", "[]"))
+    assert list(MeasurementLog(path, SETUP, resume=True).rows) == ["all/b"]
+
+
 def test_a_log_of_another_setup_is_refused_and_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     MeasurementLog(path, SETUP).add("all/a", 0.1)
