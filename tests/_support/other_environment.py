@@ -44,7 +44,8 @@ def versions(python: Path, path: str = "") -> dict[str, str]:
         "('torch', 'diffusers', 'transformers', 'accelerate')}))"
     )
     env = {**os.environ, "PYTHONPATH": path}
-    return json.loads(subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, env=env).stdout)
+    told = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, env=env)
+    return json.loads(told.stdout)
 
 
 def commit(folder: Path = ROOT) -> str:

@@ -1,8 +1,8 @@
 """Diffusers' own tests with a method on every transformer: ``make test-upstream DIFFUSERS=path``.
 
-Runs tests of a diffusers checkout as they are, then once with each method of the plug-in beside this file, and lists the
-tests that end differently. The checkout is a work tree of a supported version; its own sources are tested. Packages that
-its tests need, and this project does not, come into an environment of their own in a temporary folder.
+Runs tests of a diffusers checkout as they are, then once with each method of the plug-in in the folder ``plugin``, and
+lists the tests that end differently. The checkout is a work tree of a supported version; its own sources are tested.
+Packages that its tests need, and this project does not, come into an environment of their own in a temporary folder.
 """
 
 from __future__ import annotations
