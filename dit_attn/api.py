@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -146,7 +146,7 @@ def watch(pipe: Any) -> None:
 
 
 @contextmanager
-def observing(target: Any, observer: Observer) -> Iterator[None]:
+def observing(target: Any, observer: Observer, sites: Sequence[str] = ("self",)) -> Iterator[None]:
     """Call a function after every attention call of a pipeline or transformer; nothing about the run changes.
 
     The observer gets the calls of the enabled methods, or of the stock run where none is enabled. Enable first, then
@@ -157,24 +157,26 @@ def observing(target: Any, observer: Observer) -> Iterator[None]:
         observer: ``observer(call, request, out)`` after every call: the call with q, k, v (B, S, H, D), its layer,
             tokens and clock (an ``AttentionCall``); the request of the methods (``request.layout`` is ``None`` where
             stock attention ran); the result (B, S, H, Dv).
+        sites: which calls: ``"self"`` (self and joint attention), ``"cross"`` (cross attention to the text),
+            ``"image"`` (to a conditioning image, where a checkpoint has it), ``"text"`` (cross attention where the
+            family has it, else joint attention). ``call.kind`` tells them apart.
 
     Raises:
-        DitAttnError: unsupported family.
+        DitAttnError: unsupported family, or one without cross attention where that is asked for.
     """
-    models = _transformers(target)
+    models, pipe = _transformers(target), None if isinstance(target, torch.nn.Module) else target
     bare = attach.session_of(models[0]) is None
     if bare:
-        enable(target)
+        clock = Clock()
+        for model in models:
+            attach.attach(model, (), clock, pipe, sites)
     sessions = [session for model in models if (session := attach.session_of(model)) is not None]
-    for session in sessions:
-        session.observers.append(observer)
-    try:
-        yield
-    finally:
-        for session in sessions:
-            session.observers.remove(observer)
+    with ExitStack() as stack:
         if bare:
-            disable(target)
+            stack.callback(disable, target)
+        for session in sessions:
+            stack.enter_context(attach.observed(session, observer, sites))
+        yield
 
 
 def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:

@@ -200,6 +200,30 @@ def test_the_bias_of_the_page_is_its_formula(lift_text: Any) -> None:
     assert same(forward(model, args), forward(model, args)) and stock.layers[0].stats.fallbacks
 
 
+@pytest.fixture
+def lift_prompt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class for cross attention, likewise."""
+    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
+    module = types.ModuleType("dit_attn.processors.methods.lift_prompt")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(block("extend/add_a_method.md", '"""The left half').compiled(), module.__dict__)
+    return module.LiftPrompt  # type: ignore[attr-defined]
+
+
+def test_the_cross_attention_bias_of_the_page_is_its_formula(lift_prompt: Any) -> None:
+    model, args = tiny("pixart")
+    dit_attn.enable(model, lift_prompt(factor=4.0))
+    with requests() as seen:
+        forward(model, args)
+    assert len(seen) == len(dit_attn.summary(model).cross_layers) == 2
+    for call, request, result in seen:
+        t, h, w = call.tokens.grid
+        bias = torch.zeros(t, h, w, call.k.shape[1])
+        bias[:, :, : w // 2, :3] = torch.tensor(4.0).log()
+        expected = reference(call, request, bias.flatten(0, 2)[None, None])
+        torch.testing.assert_close(result.double(), expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_the_method_of_the_page_runs_and_equals_its_mask(first_frame: Any, name: str) -> None:
     model, args = tiny(name)

@@ -60,7 +60,7 @@ class Dispatched:
         self.request = Request()
         run.observers.append(self._observe)
         try:
-            self.out = dispatch_attention(run, layer, args, lambda: self._stock(args))
+            self.out = dispatch_attention(run, layer, args, self._stock)
         finally:
             run.observers.remove(self._observe)
 

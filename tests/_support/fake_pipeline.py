@@ -115,7 +115,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, method: Method, style: str, scale: Any
     pipe = FakePipe(style, scale, **more)
     wan = next(row for row in families() if row.name == "wan")
     row = dataclasses.replace(wan, cfg=STYLES[style])
-    monkeypatch.setattr(attach, "family_of", lambda model: row)
+    monkeypatch.setattr(attach, "family_of", lambda model, kinds=(): row)
     monkeypatch.setattr(attach, "eligible_layers", lambda *_: ["blocks.0.attn1", "blocks.1.attn1"])
     monkeypatch.setattr(attach, "tap_of", lambda *_: "torch")
     monkeypatch.setattr(attach, "session_processors", lambda *_: {})

@@ -19,6 +19,7 @@ import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core import call
 from dit_attn.processors.methods.re_ttention import MASKS
+from tests._support.cross_mixin import CrossMixin
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
 from tests._support.recorded_calls import Seen, reference, requests, watching
@@ -47,7 +48,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-class FamilyMixin(GuidedMixin):
+class FamilyMixin(CrossMixin, GuidedMixin):
     """Inherit, then say how the model and its inputs are made.
 
     Attributes:
@@ -107,24 +108,6 @@ class FamilyMixin(GuidedMixin):
         frame[(..., *region)] += 1.0
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-
-    @pytest.fixture
-    def net(self) -> torch.nn.Module:
-        torch.manual_seed(0)
-        model = self.model().eval()
-        for parameter in model.parameters():  # zero-initialised gates would hide the attention
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-        return model
-
-    @pytest.fixture
-    def args(self) -> dict[str, Any]:
-        torch.manual_seed(1)
-        return self.inputs()
-
-    def call(self, model: torch.nn.Module, args: dict[str, Any]) -> Any:
-        with torch.no_grad():
-            return model(**copy.deepcopy(args), return_dict=False)
 
     # -- behaviours --------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class WanLike(VideoCase):
 
     kinds = ("video",)
     untouched = ("attn2",)
+    cross_sockets = 2
 
     def inputs(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from tests._support.family_cases import VideoCase
 class TestAllegro(VideoCase):
     kinds = ("video",)
     untouched = ("attn2",)
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return AllegroTransformer3DModel(

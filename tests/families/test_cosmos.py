@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ class NothingToCheck(torch.nn.Module):
 class TestCosmos(VideoCase):
     kinds = ("video",)
     untouched = ("attn2",)
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return CosmosTransformer3DModel(**self.settings())
@@ -74,6 +76,8 @@ class TestCosmosPredict25(TestCosmos):
     """The 2.5 style: projected text, an image context in attn2, one timestep for every frame."""
 
     no_pipeline = "the first frame of Predict 2.5 needs a trained encoder; its loop is that of Cosmos 1"
+    cross_calls = ("cross", "image")
+    cross_keys = MappingProxyType({"cross": 7, "image": 5})
 
     def settings(self) -> dict[str, Any]:
         if "use_crossattn_projection" not in inspect.signature(CosmosTransformer3DModel.__init__).parameters:

@@ -44,6 +44,7 @@ def hunyuan_dit(model: torch.nn.Module, size: dict[str, int]) -> tuple[Any, dict
 class TestHunyuanDiT(ImageCase):
     kinds = ("image",)
     untouched = ("attn2",)
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return HunyuanDiT2DModel(

@@ -21,6 +21,7 @@ from tests._support.outputs import same
 class TestKandinsky5(VideoCase):
     kinds = ("video",)
     untouched = ("text_transformer_blocks", "cross_attention")
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return Kandinsky5Transformer3DModel(

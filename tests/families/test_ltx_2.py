@@ -23,6 +23,7 @@ from tests._support.family_mixin import SPARSE
 class TestLtx2(VideoCase):
     kinds = ("video",)
     untouched = ("audio", "attn2")
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return LTX2VideoTransformer3DModel(**self.settings())

@@ -16,6 +16,7 @@ from tests._support.family_mixin import SPARSE
 class TestLtxVideo(VideoCase):
     kinds = ("video",)
     untouched = ("attn2",)
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return LTXVideoTransformer3DModel(

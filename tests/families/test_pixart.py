@@ -15,6 +15,7 @@ from tests._support.family_mixin import SPARSE
 class TestPixArt(ImageCase):
     kinds = ("image",)
     untouched = ("attn2",)
+    cross_sockets = 2
     pipeline_class = PixArtSigmaPipeline
 
     def model(self) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -38,6 +39,9 @@ class TestWan(WanLike):
 
 
 class TestWanImageToVideo(WanLike):
+    cross_calls = ("image", "cross")
+    cross_keys = MappingProxyType({"image": 5, "cross": 512})
+
     def model(self) -> torch.nn.Module:
         return WanTransformer3DModel(**{**WAN, "in_channels": 12, "image_dim": 4, "added_kv_proj_dim": 24})
 

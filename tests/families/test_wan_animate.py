@@ -17,6 +17,7 @@ class TestWanAnimate(VideoCase):
     grid = (3, 8, 10)
     probe = (1, 3, 5)
     untouched = ("attn2", "face_adapter", "motion_encoder", "face_encoder")
+    cross_sockets = 2
 
     def model(self) -> torch.nn.Module:
         return WanAnimateTransformer3DModel(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.attach.attention_processor import (
     is_wrapped,
     tap_of,
@@ -21,7 +23,10 @@ from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.layer import SITES, Layer, kinds_at
+from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.perturbed_guidance import as_guidance
 
@@ -32,13 +37,15 @@ def session_of(model: torch.nn.Module) -> Session | None:
     return tap.session if tap is not None else None
 
 
-def attach(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None) -> Session:
+def attach(
+    model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None, sites: Sequence[str] = ()
+) -> Session:
     """Wrap the processor of every eligible layer of ``model``; replaces a session that is already there.
 
     Raises:
-        DitAttnError: unsupported family, or a layer without softmax attention. Nothing is changed then.
+        DitAttnError: as for :func:`prepare`. Nothing is changed then.
     """
-    session = prepare(model, methods, clock, pipe)
+    session = prepare(model, methods, clock, pipe, sites)
     processors = session_processors(session)
     detach(model)
     for name, processor in processors.items():
@@ -59,34 +66,88 @@ def watch(model: torch.nn.Module, clock: Clock, pipe: Any = None) -> None:
     install_hooks(session)
 
 
-def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None) -> Session:
+def prepare(
+    model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None, sites: Sequence[str] = ()
+) -> Session:
     """Return a session with its layers registered; nothing is installed yet.
+
+    Args:
+        model: the transformer.
+        methods: the methods.
+        clock: clock of the run.
+        pipe: the pipeline that was given.
+        sites: where an observer wants to see the calls. Without it and without methods: self attention.
 
     Raises:
         DitAttnError: unsupported family, a layer without softmax attention, or a method that does not fit the model.
     """
-    family = family_of(model)
+    kinds = _wanted_kinds(model, methods, sites)
+    family = family_of(model, kinds)
     session = Session(model, family, methods, clock, pipe)
-    names = eligible_layers(model, family)
-    refused = [name for name in names if tap_of(model.get_submodule(name).processor) is None]
-    if refused:
-        kind = type(model.get_submodule(refused[0]).processor).__name__
-        raise DitAttnError(
-            f"{len(refused)} layers of {type(model).__name__} have no softmax attention to tap "
-            f"({kind}: {', '.join(refused[:4])}{', ...' if len(refused) > 4 else ''}); remove the custom processor"
-        )
-    for name in names:
-        session.add_layer(name)
+    if "self" in kinds:
+        names = eligible_layers(model, family)
+        _check_taps(model, names)
+        for name in names:
+            session.add_layer(name)
+    if kinds - {"self"}:
+        add_cross_layers(session)
     for method in methods:
-        method.check_model(type(model).__name__, len(names))
+        mine = kinds_at(method.sites, family.text_kind)
+        method.check_model(type(model).__name__, sum(not mine.isdisjoint(layer.calls) for layer in session.layers))
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
     return session
 
 
+def add_cross_layers(session: Session) -> list[Layer]:
+    """Register the cross-attention layers of a session's model that are not registered; nothing is wrapped.
+
+    Raises:
+        DitAttnError: a layer without softmax attention.
+    """
+    model, known = session.model, {layer.name for layer in session.layers}
+    names = [name for name in cross_layers(model, session.family) if name not in known]
+    _check_taps(model, names)
+    return [session.add_layer(name, session.family.calls_of(model.get_submodule(name))) for name in names]
+
+
 def session_processors(session: Session) -> dict[str, Any]:
     """Return the wrapped processor of every layer, by module path."""
     return {layer.name: wrap_processor(session.module(layer).processor, session, layer) for layer in session.layers}
+
+
+@contextmanager
+def observed(session: Session, observer: Observer, sites: Sequence[str]) -> Iterator[None]:
+    """Call a function after the attention calls of an enabled session.
+
+    Args:
+        session: the session; cross-attention layers are wrapped for as long as they are observed.
+        observer: see :func:`dit_attn.observing`.
+        sites: which calls.
+
+    Raises:
+        DitAttnError: the model has no cross attention.
+    """
+    kinds = _checked_kinds(session.model, session.family, sites, "the observer")
+    added = add_cross_layers(session) if kinds - {"self"} else []
+
+    def chosen(call: AttentionCall, request: Request, out: torch.Tensor) -> None:
+        if call.kind in kinds:
+            observer(call, request, out)
+
+    try:
+        for layer in added:
+            module = session.module(layer)
+            set_processor(module, wrap_processor(module.processor, session, layer))
+        session.observers.append(chosen)
+        yield
+    finally:
+        session.observers[:] = [item for item in session.observers if item is not chosen]
+        session.remove_layers(added)
+        for layer in added:
+            module = session.module(layer)
+            if is_wrapped(module.processor):
+                set_processor(module, unwrap_processor(module.processor))
 
 
 def install_hooks(session: Session) -> None:
@@ -136,17 +197,64 @@ def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
     Raises:
         DitAttnError: the row matches no layer of this model.
     """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.layers) and hasattr(module, "processor")
-    ]
+    names = _matching(model, family.layers)
     if not names:
         raise DitAttnError(
             f"no attention layer of {type(model).__name__} matches {', '.join(family.layers)}; "
             "this version of diffusers may have renamed them"
         )
     return names
+
+
+def cross_layers(model: torch.nn.Module, family: Family) -> list[str]:
+    """Return the module paths of the cross-attention layers the family row lists, in the order of the model."""
+    return _matching(model, family.cross_layers)
+
+
+def _matching(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Module paths of the attention layers that match one of the patterns."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        and hasattr(module, "processor")
+    ]
+
+
+def _check_taps(model: torch.nn.Module, names: list[str]) -> None:
+    refused = [name for name in names if tap_of(model.get_submodule(name).processor) is None]
+    if refused:
+        kind = type(model.get_submodule(refused[0]).processor).__name__
+        raise DitAttnError(
+            f"{len(refused)} layers of {type(model).__name__} have no softmax attention to tap "
+            f"({kind}: {', '.join(refused[:4])}{', ...' if len(refused) > 4 else ''}); remove the custom processor"
+        )
+
+
+def _wanted_kinds(model: torch.nn.Module, methods: Sequence[Method], sites: Sequence[str]) -> frozenset[str]:
+    """Kinds of attention calls that methods or an observer want, self attention where there are none.
+
+    Raises:
+        DitAttnError: unsupported family, or cross attention is wanted of a model without.
+    """
+    family = family_of(model, ())
+    wanted = {method.slug or type(method).__name__: method.sites for method in methods}
+    if sites:
+        wanted["the observer"] = tuple(sites)
+    kinds = [_checked_kinds(model, family, where, who) for who, where in wanted.items()]
+    return frozenset().union(*kinds) if kinds else frozenset({"self"})
+
+
+def _checked_kinds(model: torch.nn.Module, family: Family, sites: Sequence[str], who: str) -> frozenset[str]:
+    unknown = [site for site in sites if site not in SITES]
+    if unknown or isinstance(sites, str):
+        raise DitAttnError(f"{who}: sites must be a tuple of {', '.join(SITES)}, got {shorten(sites)}")
+    kinds = kinds_at(sites, family.text_kind)
+    if "cross" in kinds and not cross_layers(model, family):
+        raise DitAttnError(
+            f"{who} needs cross attention, and {type(model).__name__} has none: its text is part of the sequence"
+        )
+    return kinds
 
 
 def set_processor(module: Any, processor: Any) -> None:

@@ -36,11 +36,12 @@ from dit_attn.processors.core.run_state import run_by_handle
 
 
 class _Slot(threading.local):
-    """The layer and the run that are active in this thread, by their handles."""
+    """The layer and the run that are active in this thread, by their handles, and the turn of its attention call."""
 
     def __init__(self) -> None:  # per thread; entries of the instance, since compiled graphs guard on their presence
         self.layer: torch.Tensor | None = None
         self.run: torch.Tensor | None = None
+        self.turn = 0
 
 
 _SLOT = _Slot()
@@ -144,7 +145,7 @@ def _write_backend(self: Any, value: Any) -> None:
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     run = copy.deepcopy(self.__dict__["_dit_run"], memo)
-    layer = run.layers[self.__dict__["_dit_layer"].index]
+    layer = next(layer for layer in run.layers if layer.name == self.__dict__["_dit_layer"].name)
     clone = wrap_processor(copy.deepcopy(unwrap_processor(self), memo), run, layer)
     memo[id(self)] = clone
     return clone
@@ -165,12 +166,12 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
-        before = (_SLOT.layer, _SLOT.run)
-        _SLOT.layer, _SLOT.run = self._dit_layer.handle, self._dit_run.handle
+        before = (_SLOT.layer, _SLOT.run, _SLOT.turn)
+        _SLOT.layer, _SLOT.run, _SLOT.turn = self._dit_layer.handle, self._dit_run.handle, 0
         try:
             return stock_call(self, attn, *args, **kwargs)
         finally:
-            _SLOT.layer, _SLOT.run = before
+            _SLOT.layer, _SLOT.run, _SLOT.turn = before
 
     return __call__
 
@@ -191,18 +192,20 @@ class _TorchTap(TorchFunctionMode):
 
     def __init__(self, run: Session, layer: Layer) -> None:
         super().__init__()
-        self.run, self.layer = run, layer
+        self.run, self.layer, self.turn = run, layer, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        return _on_sdpa(self.run, self.layer, func, *args, **kwargs)
+        turn, self.turn = self.turn, self.turn + 1
+        return _on_sdpa(self.run, self.layer, turn, func, *args, **kwargs)
 
 
 def _on_sdpa(
     run: Session,
     layer: Layer,
+    turn: int,
     func: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -214,22 +217,13 @@ def _on_sdpa(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """Torch's own signature: the attention call of a processor that calls torch directly."""
-
-    def stock() -> torch.Tensor:
-        # The very call the processor made, so that stock calls stay bit-equal on every torch.
-        extra = {"enable_gqa": True} if enable_gqa else {}
-        out = func(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **extra
-        )
-        return out.transpose(1, 2)
-
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa)
+    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=turn)
     if torch.compiler.is_compiling():
         out = _compiled_attention(layer.handle, run.handle, args, parallel=False)
     else:
         check_recomputation(run)
-        out = dispatch_attention(run, layer, args, stock)
+        out = dispatch_attention(run, layer, args, functools.partial(_stock_torch, func))
     return out.transpose(1, 2)
 
 
@@ -248,7 +242,8 @@ def _backend(
     layer, run = _SLOT.layer, _SLOT.run
     if layer is None or run is None:
         raise RuntimeError("the dit_attn attention backend was called outside a wrapped attention layer")
-    args = SDPAArgs(query, key, value, attn_mask, scale, is_causal, dropout_p, enable_gqa)
+    args = SDPAArgs(query, key, value, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=_SLOT.turn)
+    _SLOT.turn += 1
     if torch.compiler.is_compiling():
         return _compiled_attention(layer, run, args, parallel=_parallel_config is not None)
     session = _session_of(run)
@@ -258,11 +253,11 @@ def _backend(
 
 def _dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
     """Dispatch a call that came through diffusers' ``dispatch_attention_fn``."""
-    stock = functools.partial(_stock_backend, run, layer, args, parallel_config)
+    stock = functools.partial(_stock_backend, run, layer, parallel_config)
     return dispatch_attention(run, layer, compat.split_args(args, parallel_config), stock)
 
 
-def _stock_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
+def _stock_backend(run: Session, layer: Layer, parallel_config: Any, args: SDPAArgs) -> torch.Tensor:
     processor = run.module(layer).processor
     return compat.dispatch(
         args.q,
@@ -278,10 +273,13 @@ def _stock_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: 
     )
 
 
-def _stock_torch(args: SDPAArgs) -> torch.Tensor:
+def _stock_torch(function: Any, args: SDPAArgs) -> torch.Tensor:
+    """The very call the processor made (``function``), so that stock calls stay bit-equal on every torch."""
     extra = {"enable_gqa": True} if args.gqa else {}
     q, k, v = (x.transpose(1, 2) for x in (args.q, args.k, args.v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=args.mask, is_causal=args.causal, scale=args.scale, **extra)
+    out = function(
+        q, k, v, attn_mask=args.mask, dropout_p=args.dropout, is_causal=args.causal, scale=args.scale, **extra
+    )
     return out.transpose(1, 2)
 
 
@@ -295,7 +293,7 @@ def _compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, 
     if training:  # an error raised while tracing would be buried in Dynamo's own: the operator raises when it runs
         q, k, v = q.detach(), k.detach(), v.detach()
     return torch.ops.dit_attn.attend(
-        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, training
+        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, training, args.turn
     )
 
 
@@ -312,6 +310,7 @@ def _attend(
     gqa: bool,
     parallel: bool,
     training: bool,
+    turn: int = 0,
 ) -> torch.Tensor:
     """One attention call of a compiled model; q, k, v and the result are (B, S, H, D).
 
@@ -322,12 +321,12 @@ def _attend(
             "dit_attn methods cannot be trained inside torch.compile; train without compiling, or disable the method"
         )
     session, here = _session_of(run), layer_by_id(int(layer))
-    args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa)
+    args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa, turn=turn)
     processor = session.module(here).processor
     if type(processor)._dit_tap == "dispatch":
         out = _dispatch_backend(session, here, args, processor._parallel_config if parallel else None)
     else:
-        out = dispatch_attention(session, here, args, functools.partial(_stock_torch, args))
+        out = dispatch_attention(session, here, args, functools.partial(_stock_torch, F.scaled_dot_product_attention))
     return out.contiguous()
 
 
@@ -344,5 +343,6 @@ def _(
     gqa: bool,
     parallel: bool,
     training: bool,
+    turn: int = 0,
 ) -> torch.Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])

@@ -64,7 +64,8 @@ class PerturbedGuider:
     def __init__(self, method: PerturbedGuidance, session: TransformerRun) -> None:
         self.method, self.session = method, session
         model = session.model
-        layers = {layer.name: head_count(model.get_submodule(layer.name)) for layer in session.layers}
+        names = [layer.name for layer in session.layers if layer.kind == "self"]
+        layers = {name: head_count(model.get_submodule(name)) for name in names}
         self.blocks = perturbed_pass.block_order(model, list(layers))
         self.plan = method.perturbation(layers, self.blocks)
         for name in self.plan.skipped:

@@ -115,7 +115,7 @@ def _branches(model: torch.nn.Module, branch: object) -> tuple[str, ...]:
         raise DitAttnError(
             f"run_context: branch must be a name or the names that the batch stacks, in order, got {shorten(branch)}"
         )
-    rule = family_of(model).cfg
+    rule = family_of(model, ()).cfg
     allowed = tuple(dict.fromkeys(("cond", "uncond", "perturbed", *rule.order, *rule.longer)))
     for name in names:
         if name not in allowed:

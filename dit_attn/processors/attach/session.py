@@ -44,13 +44,13 @@ class Session(TransformerRun):
         self.recomputing = False
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
-        self._modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+        self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
 
     def module(self, layer: Layer) -> Any:
         """Return a layer's attention module, also while a step cache has put another block in the place of its own."""
-        found = self._modules.get(layer.index)
+        found = self._modules.get(layer.name)
         if found is None:
-            found = self._modules[layer.index] = self.model.get_submodule(layer.name)
+            found = self._modules[layer.name] = self.model.get_submodule(layer.name)
         return found
 
     def on_forward(self, values: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Session(TransformerRun):
         session.installed = self.installed
         memo[id(self)] = session
         for layer in self.layers:
-            session.add_layer(layer.name)
+            session.add_layer(layer.name, layer.calls)
         if self.guider is not None:
             session.guider = self.guider.copy_for(session)
         return session

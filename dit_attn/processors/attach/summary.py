@@ -27,6 +27,7 @@ class LayerSummary:
         fallbacks: calls that took stock attention, by reason.
         error: relative L2 error on sampled rows of the first sparse call (the largest, where densities change over
             the run); ``None`` where no ``max_error`` is set.
+        biased_calls: calls with a logit bias, sparse or dense.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerSummary:
     seconds: float
     fallbacks: dict[str, int]
     error: float | None = None
+    biased_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,13 @@ class Summary:
         methods: settings of the enabled methods.
         runs: runs seen since ``enable``.
         steps: steps of the last run that were reached.
-        layers: one entry per layer.
+        layers: one entry per layer of the self or joint attention.
         guidance: what a guidance method did, ``None`` without one.
         warnings: what a user should know of the run and what to do about it, e.g. guidance that was requested and did
             not happen.
         source: where steps and branches come from: ``pipeline call`` (the pipeline that ran), ``run_context``,
             ``cache_context`` (as given in a loop), or ``time steps`` (of the calls; the number of steps is unknown).
+        cross_layers: one entry per layer of the cross attention, where a method applies to it; totals leave them out.
     """
 
     families: tuple[str, ...]
@@ -98,6 +101,7 @@ class Summary:
     guidance: GuidanceSummary | None = None
     warnings: tuple[str, ...] = ()
     source: str = ""
+    cross_layers: tuple[LayerSummary, ...] = field(default=(), repr=False)
 
     @property
     def calls(self) -> int:
@@ -160,6 +164,8 @@ class Summary:
         ]
         if self.guidance is None or set(self.fallbacks) != {ONLY_GUIDANCE}:
             rows += sparse
+        if self.cross_layers:
+            rows.append(("cross attention", _cross_text(self.cross_layers)))
         rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
         rows += [("warning", text) for text in self.warnings]
         return "\n".join(f"{key:<16} {value}" for key, value in rows)
@@ -183,11 +189,27 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             _layer(prefixes[name] + layer.name, layer.stats if session.ran else LayerStats())
             for name, session in sessions.items()
             for layer in session.layers
+            if layer.kind == "self"
         ),
         guidance=_guidance(sessions),
         warnings=tuple(dict.fromkeys(text for session in sessions.values() for text in _warnings(session))),
         source=next((session.source for session in sessions.values() if session.ran), ""),
+        cross_layers=tuple(
+            _layer(prefixes[name] + layer.name, layer.stats if session.ran else LayerStats())
+            for name, session in sessions.items()
+            for layer in session.layers
+            if layer.kind == "cross"
+        ),
     )
+
+
+def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
+    calls, biased = (sum(getattr(layer, name) for layer in layers) for name in ("calls", "biased_calls"))
+    reasons: Counter[str] = Counter()
+    for layer in layers:
+        reasons.update(layer.fallbacks)
+    stock = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common())
+    return f"{biased} of {calls} calls biased, {len(layers)} layers{stock}"
 
 
 def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
@@ -258,8 +280,9 @@ def _missing_guidance(session: Session) -> str | None:
 def _layer(name: str, stats: LayerStats) -> LayerSummary:
     density = float(stats.computed) / stats.sparse_calls if stats.sparse_calls else None
     return LayerSummary(
-        name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error
-    )
+        name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
+        stats.biased_calls,
+    )  # fmt: skip
 
 
 def _settings(method: dict[str, Any]) -> str:

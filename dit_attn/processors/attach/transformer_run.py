@@ -48,7 +48,7 @@ class TransformerRun(RunState):
         clock: Clock,
         pipe: Any = None,
     ) -> None:
-        super().__init__(methods, clock, family.cfg, family.mask_rule)
+        super().__init__(methods, clock, family.cfg, family.mask_rule, family.text_kind)
         self._model = weakref.ref(model)
         self._owner = weakref.ref(pipe) if pipe is not None else None
         self._pipe: weakref.ref[Any] | None = None

@@ -31,6 +31,8 @@ class SDPAArgs:
         gqa: whether the model asked torch for grouped-query attention.
         mesh: device mesh over which the sequence is split (Ulysses); q, k and v are this rank's shard then.
         unsupported: reason why no method can handle the way this call is split over devices, or ``None``.
+        turn: position among the attention calls of one call of the processor, from 0: some attend to the text and to
+            an image one after the other.
     """
 
     q: torch.Tensor
@@ -43,6 +45,7 @@ class SDPAArgs:
     gqa: bool = False
     mesh: Any = None
     unsupported: str | None = None
+    turn: int = 0
 
     @property
     def split(self) -> bool:
@@ -56,19 +59,23 @@ class AttentionCall:
 
     Attributes:
         q: (B, S, H, D).
-        k: (B, S, Hk, D); ``H % Hk == 0``.
-        v: (B, S, Hk, Dv).
-        mask: what the model passed: ``None``, (B, S) or broadcastable to (B, H, S, S); boolean (True = attend) or
+        k: (B, Sk, Hk, D); ``H % Hk == 0``. Of self attention Sk is S; of cross attention, the number of text tokens.
+        v: (B, Sk, Hk, Dv).
+        mask: what the model passed: ``None``, (B, Sk) or broadcastable to (B, H, S, Sk); boolean (True = attend) or
             additive.
         scale: softmax scale, ``None`` for ``D ** -0.5``.
         causal: whether the model asked for causal attention.
         layer: the layer.
-        tokens: the parts of the sequence, ``None`` when they are unknown.
+        tokens: the parts of the sequence of q, ``None`` when they are unknown.
         clock: position in the run.
         branches: guidance branch of every batch row.
-        layer_count: number of wrapped layers of the transformer.
+        layer_count: number of wrapped layers of the transformer that are of the layer's kind.
         mask_rule: form of the model's square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of
             a square mask are alike).
+        kind: of :data:`~dit_attn.processors.core.layer.KINDS`: ``"self"`` (joint attention too), ``"cross"`` (the keys
+            are the text) or ``"image"`` (the keys are a conditioning image).
+        shard: rank of this device and number of devices where each has some of the heads of a sequence that is split
+            over devices.
     """
 
     q: torch.Tensor
@@ -83,6 +90,14 @@ class AttentionCall:
     branches: tuple[str, ...] = ()
     layer_count: int = 1
     mask_rule: str = "key"
+    kind: str = "self"
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def heads(self) -> slice:
+        """The heads of the model that q has: all, or those of this device."""
+        count = self.q.shape[2]
+        return slice(self.shard[0] * count, (self.shard[0] + 1) * count)
 
     @property
     def visual(self) -> slice:
@@ -154,15 +169,16 @@ class Request:
 
         Args:
             call: the attention call.
-            rows: (B|1, H|1, n, r) finite factor of n consecutive rows, visual or not.
-            keys: (B|1, H|1 or Hk, S, r) finite factor of all keys, natural logarithm. A product of at most -1e4 is
+            rows: (B|1, H|1, n, r) finite factor of n consecutive rows, visual or not. H is this device's number of
+                heads, or the model's where they are split over devices.
+            keys: (B|1, H|1 or Hk, Sk, r) finite factor of all keys, natural logarithm. A product of at most -1e4 is
                 ``-inf``.
             first: the first of the n rows in the sequence.
 
         Raises:
             DitAttnError: a factor does not fit the call.
         """
-        bias = factor_bias(call.q, call.k, rows, keys, first)
+        bias = factor_bias(call.q, call.k, rows, keys, first, call.shard)
         self.biases += [] if bias is None else [bias]
 
     def add_span_bias(self, call: AttentionCall, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> None:
@@ -170,15 +186,16 @@ class Request:
 
         Args:
             call: the attention call.
-            rows, keys: tokens of the sequence: a slice, or (S,) or (B, S) bool.
+            rows: tokens of the sequence: a slice, or (S,) or (B, S) bool.
+            keys: tokens that are attended to: a slice, or (Sk,) or (B, Sk) bool; text tokens in cross attention.
             value: added, natural logarithm: ``log(c)`` multiplies the weight by c before the softmax is normalized,
-                ``-inf`` bars the rows from the keys. A number, or (B|1, H|1). A row that is barred from every key gives
-                0.
+                ``-inf`` bars the rows from the keys. A number, or (B|1, H|1), H as for :meth:`add_bias`. A row that is
+                barred from every key gives 0.
 
         Raises:
             DitAttnError: the value is NaN or ``inf``, or something does not fit the call.
         """
-        bias = span_bias(call.q, rows, keys, value)
+        bias = span_bias(call.q, call.k, rows, keys, value, call.shard)
         self.biases += [] if bias is None else [bias]
 
     def bias(self, rows: slice) -> LogitBias | None:
@@ -209,6 +226,10 @@ class CallMethod(Protocol):
     @property
     def min_tokens(self) -> int:
         """Shortest sequence that the method is worth."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where the method applies, of :data:`~dit_attn.processors.core.layer.SITES`."""
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Add this method's part to ``request``, or decline."""

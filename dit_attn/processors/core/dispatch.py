@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,22 +14,25 @@ from torch.utils._device import DeviceContext
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core import executor, sequence_parallel
-from dit_attn.processors.core.call import AttentionCall, Request, SDPAArgs
-from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.call import AttentionCall, CallMethod, Request, SDPAArgs
+from dit_attn.processors.core.layer import KINDS, Layer
 from dit_attn.processors.core.run_state import RunState
 
 ONLY_GUIDANCE = "stock path: only guidance is enabled"
 _NOT_FINITE = "kernel gave NaN or infinity"
 
+Stock = Callable[[SDPAArgs], torch.Tensor]
+"""Computes stock attention of a call."""
 
-def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
+
+def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
     """Return the result of one attention call.
 
     Args:
         run: the run the call belongs to.
         layer: the layer.
         args: the call; the local shard of the sequence under Ulysses.
-        stock: computes stock attention, untouched.
+        stock: computes stock attention.
 
     Returns:
         (B, S, H, Dv).
@@ -38,7 +41,7 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Calla
         DitAttnError: a perturbation that needs the full sequence, which is split over devices.
     """
     layer.stats.calls += 1
-    layer.advance_rows(args.q.shape[0])
+    layer.advance_rows(args.q.shape[0], args.turn)
     request = Request()
     out = _dispatch(run, layer, args, stock, request)
     perturbed, observed = run.perturbed, run.observers and not args.split
@@ -55,29 +58,29 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Calla
     return out
 
 
-def _dispatch(
-    run: RunState, layer: Layer, args: SDPAArgs, stock: Callable[[], torch.Tensor], request: Request
-) -> torch.Tensor:
+def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request: Request) -> torch.Tensor:
     """Return the result and fill ``request``, whose layout stays ``None`` where stock attention ran."""
-    reason = _unsupported_reason(run, layer, args)
+    methods = run.methods_for(layer.call_kind)
+    reason = _unsupported_reason(run, methods, layer, args)
     exchange = None
     if reason is None and args.mesh is not None:
-        if args.q.shape[1] != args.k.shape[1]:
-            return _fallback(layer, "cross attention", stock)
+        if layer.kind == "cross" or args.q.shape[1] != args.k.shape[1]:
+            return _fallback(layer, "cross attention", stock, args)
         try:
             exchange = sequence_parallel.exchange_for(args.mesh, run.layout, args.q.shape[1])
         except NotImplementedError as error:
             reason = str(error)
     if reason is not None:
-        return _fallback(layer, reason, stock)
+        return _fallback(layer, reason, stock, args)
+    here = args
     if exchange is not None:
         q, k, v, mask = exchange.scatter_heads(args.q, args.k, args.v, args.mask)
-        args = replace(args, q=q, k=k, v=v, mask=mask)
-    call = _new_call(run, layer, args)
+        here = replace(args, q=q, k=k, v=v, mask=mask)
+    call = _new_call(run, layer, here, (0, 1) if exchange is None else exchange.shard)
     started = time.perf_counter()
-    reason = _collect_requests(run, call, request)
+    reason = _collect_requests(methods, call, request)
     if reason is not None:
-        return _fallback(layer, reason, stock)
+        return _fallback(layer, reason, stock, args)
     not_finite = False  # found in this very call: later calls of a disabled layer read nothing back
     if request.sparse:
         out = _execute(call, request, args.mesh)
@@ -86,7 +89,7 @@ def _dispatch(
             request.go_dense()
             request.declined = [layer.disabled]
             if request.empty:
-                exact = _fallback(layer, layer.disabled, stock)
+                exact = _fallback(layer, layer.disabled, stock, args)
                 layer.disabled_run |= not_finite and not _is_finite(exact, args.mesh)  # the input is to blame
                 return exact
     if not request.sparse:  # dense, with a bias
@@ -98,13 +101,13 @@ def _dispatch(
     return out if exchange is None else exchange.gather_heads(out)
 
 
-def _unsupported_reason(run: RunState, layer: Layer, args: SDPAArgs) -> str | None:
+def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Layer, args: SDPAArgs) -> str | None:
     """Return the reason this call must use stock attention whatever the methods would ask for, or ``None``."""
-    if not run.methods:
-        return "no method enabled"
-    if all(method.role == "guidance" for method in run.methods):
+    if not methods:
+        return f"no method for {KINDS[layer.call_kind]}" if run.methods else "no method enabled"
+    if all(method.role == "guidance" for method in methods):
         return ONLY_GUIDANCE
-    if layer.disabled and all(method.role for method in run.methods):
+    if layer.disabled and all(method.role for method in methods):
         return layer.disabled
     if run.layout_error:
         return run.layout_error
@@ -119,7 +122,8 @@ def _unsupported_reason(run: RunState, layer: Layer, args: SDPAArgs) -> str | No
     return args.unsupported
 
 
-def _new_call(run: RunState, layer: Layer, args: SDPAArgs) -> AttentionCall:
+def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int] = (0, 1)) -> AttentionCall:
+    cross = layer.kind == "cross"
     return AttentionCall(
         q=args.q,
         k=args.k,
@@ -128,15 +132,17 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs) -> AttentionCall:
         scale=args.scale,
         causal=args.causal,
         layer=layer,
-        tokens=run.tokens(args.q.shape[1]) if args.q.shape[1] == args.k.shape[1] else None,
+        tokens=run.tokens(args.q.shape[1]) if cross or args.q.shape[1] == args.k.shape[1] else None,
         clock=run.clock,
         branches=run.branches(args.q.shape[0], layer.rows[0]),
-        layer_count=run.layer_count,
+        layer_count=run.count(layer.kind),
         mask_rule=run.mask_rule,
+        kind=layer.call_kind,
+        shard=shard,
     )
 
 
-def _collect_requests(run: RunState, call: AttentionCall, request: Request) -> str | None:
+def _collect_requests(methods: Sequence[CallMethod], call: AttentionCall, request: Request) -> str | None:
     """Let the methods fill the request; return the reason when the call stays with stock attention.
 
     Sparse methods come last: they know the biases of the others.
@@ -145,7 +151,7 @@ def _collect_requests(run: RunState, call: AttentionCall, request: Request) -> s
     if reason is not None:
         return reason
     no_layout = call.layer.disabled or executor.unsupported_reason_layout(call)
-    for method in sorted(run.methods, key=lambda method: method.role == "sparse"):
+    for method in sorted(methods, key=lambda method: method.role == "sparse"):
         reason = executor.too_short(call, method.min_tokens)
         if method.role == "sparse":
             reason = no_layout or reason or executor.read_mask(call, request)
@@ -223,6 +229,6 @@ def _disable_layer(layer: Layer, reason: str) -> None:
     warnings.warn(f"dit_attn: {layer.name} goes back to dense attention: {reason}", stacklevel=2)
 
 
-def _fallback(layer: Layer, reason: str, stock: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _fallback(layer: Layer, reason: str, stock: Stock, args: SDPAArgs) -> torch.Tensor:
     layer.stats.fallbacks[reason] += 1
-    return stock()
+    return stock(args)

@@ -29,7 +29,7 @@ def unsupported_reason(call: AttentionCall) -> str | None:
 
 def unsupported_reason_call(call: AttentionCall) -> str | None:
     """Return the reason this call must use stock attention whatever is requested, or ``None``."""
-    if call.q.shape[1] != call.k.shape[1]:
+    if call.kind == "self" and call.q.shape[1] != call.k.shape[1]:
         return "cross attention"
     if call.tokens is None:
         return f"unknown token layout for {call.q.shape[1]} tokens"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,11 @@ import torch
 next_id = itertools.count(1).__next__
 """Number for the next handle; layers and run states share the sequence."""
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+KINDS = {"self": "self attention", "cross": "cross attention", "image": "cross attention to an image"}
+"""Kinds of attention calls: the sequence attends to itself, to the text, or to the tokens of a conditioning image."""
+SITES = (*KINDS, "text")
+"""Where a method may apply: the kinds of calls, or ``"text"``, for those whose keys are or contain the text."""
 
 
 def new_handle(number: int) -> torch.Tensor:
@@ -52,7 +57,9 @@ class Layer:
 
     Attributes:
         name: module path in the transformer, e.g. ``"blocks.3.attn1"``.
-        index: position among the wrapped layers, from 0.
+        index: position among the wrapped layers of its kind, from 0.
+        calls: kinds (:data:`KINDS`) of the attention calls that its processor makes, in order.
+        call_kind: kind of the current attention call.
         handle: names the layer inside compiled graphs.
         disabled: reason why this layer stays dense until it is enabled again (a failed kernel, NaN), or ``None``.
         disabled_run: whether that ends with the run, since its input is to blame (NaN, out of memory).
@@ -63,8 +70,9 @@ class Layer:
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
-    def __init__(self, name: str, index: int) -> None:
-        self.name, self.index = name, index
+    def __init__(self, name: str, index: int, calls: Sequence[str] = ("self",)) -> None:
+        self.name, self.index, self.calls = name, index, tuple(calls)
+        self.call_kind = self.calls[0]
         self.id = next_id()
         self.handle = new_handle(self.id)
         self.disabled: str | None = None
@@ -77,14 +85,22 @@ class Layer:
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 
+    @property
+    def kind(self) -> str:
+        """``"self"`` or ``"cross"``."""
+        return "self" if self.calls == ("self",) else "cross"
+
     def begin_call(self, window: Hashable = None) -> None:
         """Note that a transformer call for one window of the sample begins."""
         self.rows = (0, 0)
         self.state = self._windows.setdefault(window, {})
 
-    def advance_rows(self, count: int) -> None:
-        """Note that an attention call of ``count`` batch rows begins."""
-        self.rows = (self.rows[1], self.rows[1] + count)
+    def advance_rows(self, count: int, turn: int = 0) -> None:
+        """Note that an attention call of ``count`` batch rows begins, the one at ``turn`` of the processor's call."""
+        turn %= len(self.calls)
+        self.call_kind = self.calls[turn]
+        if turn == 0:  # the other calls of the processor are for the same rows
+            self.rows = (self.rows[1], self.rows[1] + count)
 
     def begin_run(self) -> None:
         """Empty the statistics and the state; a fault of the last run's input is over."""
@@ -101,6 +117,16 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, index={self.index})"
+
+
+def kinds_at(sites: Iterable[str], text: str) -> frozenset[str]:
+    """Return the kinds of attention calls that some sites are.
+
+    Args:
+        sites: of :data:`SITES`.
+        text: kind of the calls whose keys are or contain the text.
+    """
+    return frozenset(text if site == "text" else site for site in sites)
 
 
 def layer_by_id(number: int) -> Layer:

@@ -25,7 +25,7 @@ class RowBias:
 
     Attributes:
         rows: (B|1, H|1, n, r) factor of the rows ``first`` to ``first + n - 1``.
-        keys: (B|1, H|1, S, r) factor of all keys.
+        keys: (B|1, H|1, Sk, r) factor of all keys.
         first: the first row.
     """
 
@@ -39,20 +39,29 @@ class RowBias:
         return self.first + self.rows.shape[2]
 
 
-def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, first: int) -> RowBias | None:
+def factor_bias(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    first: int,
+    shard: tuple[int, int] = (0, 1),
+) -> RowBias | None:
     """Return a bias from its factors, ``None`` where it is zero.
 
     Args:
         q: (B, S, H, D) queries of the call.
-        k: (B, S, Hk, D) its keys.
+        k: (B, Sk, Hk, D) its keys.
         rows: (B|1, H|1, n, r), finite.
-        keys: (B|1, H|1 or Hk, S, r), finite.
+        keys: (B|1, H|1 or Hk, Sk, r), finite.
         first: the first of the n rows.
+        shard: rank and number of the devices that share the heads; factors for the heads of all are cut to those here.
 
     Raises:
         DitAttnError: a factor does not fit the call.
     """
     batch, seq_len, heads, _ = q.shape
+    rows, keys = _own_heads(rows, (heads,), shard), _own_heads(keys, (heads, k.shape[2]), shard)
     given = (("rows", rows, {1, heads}), ("keys", keys, {1, heads, k.shape[2]}))
     for name, x, head_sizes in given:
         if x.ndim != 4 or x.shape[0] not in (1, batch) or x.shape[1] not in head_sizes or not x.is_floating_point():
@@ -60,10 +69,10 @@ def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torc
                 f"the {name} of a bias must be floats (B|1, H|1, tokens, r) with B={batch}, H={heads}, got "
                 f"{tuple(x.shape)}; the heads are those of this device"
             )
-    if not 0 <= first <= first + rows.shape[2] <= seq_len or keys.shape[2:] != (seq_len, rows.shape[3]):
+    if not 0 <= first <= first + rows.shape[2] <= seq_len or keys.shape[2:] != (k.shape[1], rows.shape[3]):
         raise DitAttnError(
             f"a bias of rows {first} to {first + rows.shape[2]} and keys {tuple(keys.shape[2:])} does not fit "
-            f"{seq_len} tokens; keys need a factor for every token and as many columns as rows"
+            f"{seq_len} tokens and {k.shape[1]} keys; keys need a factor for every key and as many columns as rows"
         )
     if not (rows.any() and keys.any()):
         return None
@@ -74,13 +83,22 @@ def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torc
     return RowBias(rows, keys, first)
 
 
-def span_bias(q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> RowBias | None:
+def span_bias(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rows: TokenSet,
+    keys: TokenSet,
+    value: float | torch.Tensor,
+    shard: tuple[int, int] = (0, 1),
+) -> RowBias | None:
     """Return a constant bias between rows and keys, ``None`` where it is zero or has no row or key.
 
     Args:
         q: (B, S, H, D) queries of the call.
+        k: (B, Sk, Hk, D) its keys.
         rows, keys: the tokens.
         value: natural logarithm, ``-inf`` to bar; a number or (B|1, H|1).
+        shard: as for :func:`factor_bias`.
 
     Raises:
         DitAttnError: a value is NaN or ``inf``, or something does not fit the call.
@@ -88,13 +106,14 @@ def span_bias(q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | to
     batch, seq_len, heads, _ = q.shape
     if not isinstance(value, torch.Tensor):
         value = torch.tensor([[float(value)]], dtype=torch.float64)
+    value = _own_heads(value, (heads,), shard)
     if value.ndim != 2 or value.shape[0] not in (1, batch) or value.shape[1] not in (1, heads):
         raise DitAttnError(
             f"the value of a bias must be a number or (B|1, H|1) with B={batch}, H={heads}, got {tuple(value.shape)}"
         )
     if bool((value.isnan() | (value == math.inf)).any()):
         raise DitAttnError("the value of a bias must be finite or -inf; to attend to nothing else, bar the other keys")
-    chosen = [_indicator(x, batch, seq_len) for x in (rows, keys)]
+    chosen = [token_mask(x, batch, length) for x, length in ((rows, seq_len), (keys, k.shape[1]))]
     any_row = chosen[0].any(0).nonzero()
     if not value.any() or not len(any_row) or not chosen[1].any():
         return None
@@ -104,8 +123,12 @@ def span_bias(q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | to
     return RowBias(row[:, None, :, None] * amount.clamp(min=BAR)[..., None, None], key[:, None, :, None], first)
 
 
-def _indicator(tokens: TokenSet, batch: int, seq_len: int) -> torch.Tensor:
-    """(B|1, S) bool."""
+def token_mask(tokens: TokenSet, batch: int, seq_len: int) -> torch.Tensor:
+    """Return tokens of a sequence as (B|1, S) bool.
+
+    Raises:
+        DitAttnError: they are neither a slice nor bool (S,) or (B, S).
+    """
     if isinstance(tokens, slice):
         mask = torch.zeros(1, seq_len, dtype=torch.bool)
         mask[:, tokens] = True
@@ -117,6 +140,13 @@ def _indicator(tokens: TokenSet, batch: int, seq_len: int) -> torch.Tensor:
             f"{tokens.dtype}"
         )
     return mask
+
+
+def _own_heads(x: torch.Tensor, heads: tuple[int, ...], shard: tuple[int, int]) -> torch.Tensor:
+    """A factor of this device's heads, its second axis, where it has those of all devices."""
+    rank, world = shard
+    count = next((n for n in heads if x.ndim > 1 and x.shape[1] == n * world and x.shape[1] not in (1, *heads)), None)
+    return x if count is None else x.narrow(1, rank * count, count)
 
 
 def merged_bias(biases: Sequence[RowBias], first: int, last: int) -> LogitBias | None:
@@ -133,6 +163,6 @@ def merged_bias(biases: Sequence[RowBias], first: int, last: int) -> LogitBias |
 
 
 def _columns(factors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B|1, H|1, S, R): the columns of all factors."""
+    """(B|1, H|1, Sk, R): the columns of all factors."""
     sizes = [max(x.shape[axis] for x in factors) for axis in (0, 1)]
     return torch.cat([x.expand(*sizes, -1, -1) for x in factors], -1)

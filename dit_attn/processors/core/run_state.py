@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import Layer, new_handle, next_id
+from dit_attn.processors.core.layer import KINDS, Layer, kinds_at, new_handle, next_id
 from dit_attn.processors.core.tokens import TokenLayout, Tokens
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
@@ -26,6 +27,8 @@ class RunState:
         clock: step and branch; shared by the transformers of one pipeline.
         cfg: how the run does classifier-free guidance.
         mask_rule: see :class:`~dit_attn.processors.core.call.AttentionCall`.
+        text_kind: kind of the attention calls whose keys are or contain the text, see
+            :data:`~dit_attn.processors.core.layer.KINDS`.
         layers: the wrapped layers.
         layout: parts of the sequence of the current input, ``None`` before the first call.
         layout_error: reason why they are unknown, or ``None``.
@@ -38,9 +41,17 @@ class RunState:
     """
 
     def __init__(
-        self, methods: Sequence[CallMethod], clock: Clock, cfg: CFGRule = SEPARATE, mask_rule: str = "key"
+        self,
+        methods: Sequence[CallMethod],
+        clock: Clock,
+        cfg: CFGRule = SEPARATE,
+        mask_rule: str = "key",
+        text_kind: str = "self",
     ) -> None:
         self.methods, self.clock, self.cfg, self.mask_rule = tuple(methods), clock, cfg, mask_rule
+        self.text_kind = text_kind
+        self._methods = {kind: tuple(m for m in methods if kind in kinds_at(m.sites, text_kind)) for kind in KINDS}
+        self._counts: Counter[str] = Counter()
         self.layers: list[Layer] = []
         self.layout: TokenLayout | None = None
         self.layout_error: str | None = None
@@ -56,19 +67,35 @@ class RunState:
 
     @property
     def layer_count(self) -> int:
-        """Number of wrapped layers."""
-        return len(self.layers)
+        """Number of wrapped self-attention layers."""
+        return self.count("self")
+
+    def count(self, kind: str) -> int:
+        """Return the number of wrapped layers of a kind, ``"self"`` or ``"cross"``."""
+        return self._counts[kind]
+
+    def methods_for(self, kind: str) -> tuple[CallMethod, ...]:
+        """Return the enabled methods that apply to attention calls of a kind."""
+        return self._methods[kind]
 
     @property
     def window(self) -> Hashable:
         """Window of the sample that the current call is for, ``None`` where there is only one."""
         return self.clock.position.window if self.clock.position is not None else None
 
-    def add_layer(self, name: str) -> Layer:
-        """Register the next layer."""
-        layer = Layer(name, len(self.layers))
+    def add_layer(self, name: str, calls: Sequence[str] = ("self",)) -> Layer:
+        """Register the next layer; ``calls`` as for :class:`~dit_attn.processors.core.layer.Layer`."""
+        layer = Layer(name, 0, calls)
+        layer.index = self._counts[layer.kind]
+        self._counts[layer.kind] += 1
         self.layers.append(layer)
         return layer
+
+    def remove_layers(self, layers: Sequence[Layer]) -> None:
+        """Forget the layers that were registered last."""
+        for layer in layers:
+            self.layers.remove(layer)
+            self._counts[layer.kind] -= 1
 
     def set_layout(self, layout: TokenLayout | None, error: str | None = None) -> None:
         """Set the parts of the sequence of the transformer call that is about to start, or why they are unknown."""

@@ -66,12 +66,16 @@ class Method:
         role: methods of one role conflict. ``"sparse"``: decides which keys are attended to; ``"guidance"``: uses the
             perturbed pass of a step.
         min_tokens: shortest sequence that the method is worth: 0, except where its point is speed.
+        sites: where it applies: ``"self"`` (self and joint attention), ``"cross"`` (to the text), ``"image"`` (cross
+            attention to a conditioning image, where a checkpoint has it), or ``"text"`` (cross attention to the text
+            where the family has it, else joint attention). A family without such layers is refused.
         cache_on_host: whether what :meth:`cache_bytes` counts lies in main memory.
     """
 
     slug: ClassVar[str] = ""
     role: ClassVar[str] = ""
     min_tokens: ClassVar[int] = 0
+    sites: ClassVar[tuple[str, ...]] = ("self",)
 
     @property
     def cache_on_host(self) -> bool:

@@ -193,7 +193,7 @@ def test_a_call_that_no_method_carries_out_takes_the_stock_result_and_counts_the
     run, layer = host_run(**{"methods": [SPARSE], **made})
     args, result = random_args(**given_args), torch.full((1,), 7.0)
     for count in (1, 2):
-        assert dispatch.dispatch_attention(run, layer, args, lambda: result) is result
+        assert dispatch.dispatch_attention(run, layer, args, lambda args: result) is result
         assert layer.stats.fallbacks == {reason: count} and layer.stats.sparse_calls == 0
 
 

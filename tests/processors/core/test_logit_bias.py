@@ -295,7 +295,7 @@ def test_a_bias_that_does_not_fit_is_refused_with_the_reason(message: str, add: 
 class Lift:
     """A method that asks for a bias of all rows on the first keys, and nothing else."""
 
-    role, min_tokens = "", 0
+    role, min_tokens, sites = "", 0, ("self",)
 
     def __init__(self, value: float = 1.2) -> None:
         self.value = value

@@ -73,6 +73,10 @@ class Mesh:
         """Number of ranks."""
         return self.ranks.world
 
+    def get_local_rank(self) -> int:
+        """This rank."""
+        return self.rank
+
     def get_group(self) -> Mesh:
         """The group the collectives get."""
         return self
@@ -181,7 +185,7 @@ def test_a_dispatched_call_of_two_ranks_is_that_of_one(value: float) -> None:
         q, k, v = (sharded(x, parts, 2, mesh.rank) for x in (full.q, full.k, full.v))
         stock = sharded(torch.zeros_like(full.q), parts, 2, mesh.rank)
         args = replace(full, q=q, k=k, v=v, mesh=mesh)
-        return dispatch_attention(run, layer, args, lambda: stock), layer
+        return dispatch_attention(run, layer, args, lambda args: stock), layer
 
     found = Ranks(2).run(work)
     if value == value:

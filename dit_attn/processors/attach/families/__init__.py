@@ -8,7 +8,7 @@ write one.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ class Family:
         models: names users know, for the printed table.
         transformers: class names of the transformers (exact).
         layers: shell patterns of the module paths of self and joint attention layers that can be wrapped.
+        cross_layers: the same of the layers whose keys are the text.
+        added_calls: kinds of the attention calls of a cross-attention layer, in order, where it attends to more than
+            the text: by the name of the layer's attribute that is not ``None`` then.
         forward_args: names of the transformer's forward arguments the layout needs (``timestep`` is always taken).
         layout: ``layout(config, values) -> TokenLayout``; the only code of a row.
         cfg: how its pipelines do classifier-free guidance.
@@ -39,7 +42,7 @@ class Family:
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
-        refused: reason why no method can be enabled on this family, or ``None``.
+        refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Family:
     layers: tuple[str, ...]
     forward_args: tuple[str, ...]
     layout: LayoutFunction = field(repr=False)
+    cross_layers: tuple[str, ...] = ()
+    added_calls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cfg: CFGRule = SEPARATE
     timestep: str = "timestep"
     time_grows: bool = False
@@ -56,6 +61,16 @@ class Family:
     block_chain: bool = True
     refused: str | None = None
 
+    @property
+    def text_kind(self) -> str:
+        """Kind of the attention calls whose keys are or contain the text."""
+        return "cross" if self.cross_layers else "self"
+
+    def calls_of(self, layer: Any) -> tuple[str, ...]:
+        """Return the kinds of the attention calls of a cross-attention layer, in order."""
+        found = (calls for name, calls in self.added_calls.items() if getattr(layer, name, None) is not None)
+        return next(found, ("cross",))
+
 
 def families() -> tuple[Family, ...]:
     """Return every row, video families first."""
@@ -63,8 +78,12 @@ def families() -> tuple[Family, ...]:
     return tuple(row for table in tables for row in table.FAMILIES)
 
 
-def family_of(model: Any) -> Family:
+def family_of(model: Any, kinds: Collection[str] = ("self",)) -> Family:
     """Return the row of a transformer, by the exact name of its class or of a base class.
+
+    Args:
+        model: the transformer.
+        kinds: kinds of attention calls that are wanted.
 
     Raises:
         DitAttnError: no row, or a row that is refused; the message says why.
@@ -77,6 +96,6 @@ def family_of(model: Any) -> Family:
             f"{', '.join(sorted({row.name for row in rows.values()}))}. "
             "docs/extend/add_a_family.md shows how to add one"
         )
-    if row.refused:
+    if row.refused and "self" in kinds:
         raise DitAttnError(f"{type(model).__name__} cannot take attention methods: {row.refused}")
     return row

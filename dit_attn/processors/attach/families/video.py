@@ -101,6 +101,7 @@ def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((visual_span("reference", (1, h, w)), visual_span("video", (t - 1, h, w))))
 
 
+_WAN_CALLS = {"add_k_proj": ("image", "cross")}  # image-to-video checkpoints of Wan 2.1
 # Strides (T, H, W) of the patches of earlier frames, coarsest and first in the sequence.
 _HISTORY = (("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2)))
 
@@ -122,6 +123,8 @@ FAMILIES = (
         models="Wan 2.1, Wan 2.2 (T2V, I2V, A14B, TI2V-5B), VACE, ChronoEdit",
         transformers=("WanTransformer3DModel", "WanVACETransformer3DModel", "ChronoEditTransformer3DModel"),
         layers=("blocks.*.attn1",),
+        cross_layers=("blocks.*.attn2",),
+        added_calls=_WAN_CALLS,
         forward_args=("hidden_states",),
         layout=_order("video"),
         batch_axes={"control_hidden_states_scale": None},  # VACE: one number per control layer
@@ -131,6 +134,8 @@ FAMILIES = (
         models="Wan 2.2 Animate",
         transformers=("WanAnimateTransformer3DModel",),
         layers=("blocks.*.attn1",),
+        cross_layers=("blocks.*.attn2",),
+        added_calls=_WAN_CALLS,
         forward_args=("hidden_states",),
         layout=_first_frame_reference,
     ),
@@ -139,6 +144,8 @@ FAMILIES = (
         models="SkyReels V2",
         transformers=("SkyReelsV2Transformer3DModel",),
         layers=("blocks.*.attn1",),
+        cross_layers=("blocks.*.attn2",),
+        added_calls=_WAN_CALLS,
         forward_args=("hidden_states",),
         layout=_order("video"),
     ),
@@ -184,6 +191,7 @@ FAMILIES = (
         models="LTX-Video",
         transformers=("LTXVideoTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
+        cross_layers=("transformer_blocks.*.attn2",),
         forward_args=("num_frames", "height", "width", "video_coords"),
         layout=_ltx,
         cfg=RESCALABLE,
@@ -193,6 +201,7 @@ FAMILIES = (
         models="LTX-2",
         transformers=("LTX2VideoTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
+        cross_layers=("transformer_blocks.*.attn2",),
         forward_args=("num_frames", "height", "width", "video_coords"),
         layout=_ltx_2,
         cfg=replace(BATCHED, scale=""),  # image and sound have scales of their own
@@ -212,6 +221,7 @@ FAMILIES = (
         models="Allegro",
         transformers=("AllegroTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
+        cross_layers=("transformer_blocks.*.attn2",),
         forward_args=("hidden_states",),
         layout=_order("video"),
         cfg=BATCHED,
@@ -222,6 +232,8 @@ FAMILIES = (
         models="Cosmos 1, Cosmos Predict 2, 2.5",
         transformers=("CosmosTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
+        cross_layers=("transformer_blocks.*.attn2",),
+        added_calls={"q_img": ("cross", "image")},  # Predict 2.5
         forward_args=("hidden_states",),
         layout=_order("video"),
         cfg=CFGRule("separate", ("cond", "uncond"), scale_offset=1.0),
@@ -232,6 +244,7 @@ FAMILIES = (
         models="Kandinsky 5 (video, image)",
         transformers=("Kandinsky5Transformer3DModel",),
         layers=("visual_transformer_blocks.*.self_attention",),
+        cross_layers=("visual_transformer_blocks.*.cross_attention",),
         forward_args=("hidden_states",),
         layout=_order("video", axes=(1, 2, 3)),
         batch_axes={"visual_rope_pos": None, "text_rope_pos": None},
@@ -250,6 +263,7 @@ FAMILIES = (
         models="Sana-Video",
         transformers=("SanaVideoTransformer3DModel",),
         layers=(),
+        cross_layers=("transformer_blocks.*.attn2",),
         forward_args=(),
         layout=_order("video"),
         refused="its self attention is linear: there is no softmax map to thin out",

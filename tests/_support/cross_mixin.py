@@ -1,0 +1,143 @@
+"""What a method may ask of the cross attention of every family, on a tiny random model of its own class."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn.processors.attach import attention_processor
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.methods.base import Method
+from tests._support.outputs import same
+from tests._support.recorded_calls import reference, requests
+
+
+@dataclass(frozen=True)
+class TextBiases(Method):
+    """Lift some text tokens for half of the rows, more so in the first sample, and bar others from a few rows."""
+
+    sites: ClassVar[tuple[str, ...]] = ("cross",)
+
+    value: float = 1.1
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add the biases."""
+        for rows, keys, value in entries(call, self.value) if self.value else [(slice(None), slice(None), 0.0)]:
+            request.add_span_bias(call, rows, keys, value)
+
+
+def entries(call: AttentionCall, value: float) -> Iterator[tuple[Any, Any, Any]]:
+    """Rows, keys and value of every bias."""
+    assert call.kind == "cross" and call.tokens is not None
+    batch, rows = call.q.shape[:2]
+    lifts = torch.full((batch, 1), value)
+    lifts[0] *= 2.0
+    yield slice(0, rows // 2), slice(0, call.k.shape[1] // 2), lifts
+    some = torch.zeros(batch, rows, dtype=torch.bool)
+    some[-1, rows // 4 : rows // 3] = True
+    yield some, slice(2, 3), -math.inf
+
+
+def text_bias_matrix(call: AttentionCall, value: float = 1.1) -> torch.Tensor:
+    """(B, 1, S, Sk) fp64."""
+    batch, rows = call.q.shape[:2]
+    matrix = torch.zeros(batch, 1, rows, call.k.shape[1], dtype=torch.float64)
+    for chosen, keys, amount in entries(call, value):
+        where = chosen
+        if isinstance(chosen, slice):
+            where = torch.zeros(batch, rows, dtype=torch.bool)
+            where[:, chosen] = True
+        matrix[:, 0, :, keys] += torch.where(where, torch.as_tensor(amount, dtype=torch.float64), 0.0)[..., None]
+    return matrix
+
+
+class CrossMixin:
+    """Inherit, then say how the model and its inputs are made.
+
+    Attributes:
+        cross_sockets: layers with cross attention to the text; 0 where the text is part of the sequence.
+        cross_calls: kinds of the attention calls of each of them, in order.
+        cross_keys: number of keys of each kind.
+    """
+
+    cross_sockets: int = 0
+    cross_calls: tuple[str, ...] = ("cross",)
+    cross_keys: Mapping[str, int] = MappingProxyType({"cross": 7})
+
+    def model(self) -> torch.nn.Module:
+        """A tiny random transformer; the seed is set by the caller."""
+        raise NotImplementedError
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of one forward call, drawn from torch's generator."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def net(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = self.model().eval()
+        for parameter in model.parameters():  # zero-initialised gates would hide the attention
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model
+
+    @pytest.fixture
+    def args(self) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+    def call(self, model: torch.nn.Module, args: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return model(**copy.deepcopy(args), return_dict=False)
+
+    def has_cross_attention(self, net: Any) -> bool:
+        """Whether the family has cross attention; where it has none, a method that wants it is refused."""
+        if not self.cross_sockets:
+            with pytest.raises(dit_attn.DitAttnError, match=f"TextBiases needs .*{type(net).__name__} has"):
+                dit_attn.enable(net, TextBiases())
+            assert not any(attention_processor.is_wrapped(getattr(m, "processor", None)) for m in net.modules())
+        return self.cross_sockets > 0
+
+    # -- behaviours --------------------------------------------------------------------------------------------------
+
+    def test_biases_of_cross_attention_equal_their_equation(self, net: Any, args: Any) -> None:
+        if not self.has_cross_attention(net):
+            return
+        stock = self.call(net, args)
+        session = dit_attn.enable(net, TextBiases())
+        with requests() as seen:
+            biased = self.call(net, args)
+        assert len(seen) == self.cross_sockets
+        assert {call.layer.index for call, _, _ in seen} == set(range(self.cross_sockets))
+        for seen_call, request, out in seen:
+            assert (seen_call.kind, seen_call.layer_count) == ("cross", self.cross_sockets)
+            expected = reference(seen_call, request, text_bias_matrix(seen_call))
+            torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
+        assert not same(stock, biased)
+        assert all(layer.calls == self.cross_calls and layer.kind == "cross" for layer in session.layers)
+        summary = dit_attn.summary(net)
+        assert sum(layer.biased_calls for layer in summary.cross_layers) == self.cross_sockets
+        assert not summary.layers and summary.calls == 0
+        dit_attn.enable(net, TextBiases(0.0))
+        assert same(stock, self.call(net, args))
+
+    def test_an_observer_sees_the_cross_attention_it_asks_for_and_leaves_no_trace(self, net: Any, args: Any) -> None:
+        if not self.has_cross_attention(net):
+            return
+        stock, seen = self.call(net, args), []
+        processors = {name: module.processor for name, module in net.named_modules() if hasattr(module, "processor")}
+        with dit_attn.observing(net, lambda call, request, out: seen.append((call, out)), ("cross", "image")):
+            assert same(stock, self.call(net, args))
+        assert [call.kind for call, _ in seen] == list(self.cross_calls) * self.cross_sockets
+        for call, out in seen:
+            assert call.k.shape[1] == self.cross_keys[call.kind] and call.tokens is not None
+            torch.testing.assert_close(out.double(), reference(call, Request()), atol=2e-5, rtol=1e-4)
+        assert {name: m.processor for name, m in net.named_modules() if hasattr(m, "processor")} == processors
