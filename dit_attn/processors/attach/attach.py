@@ -20,6 +20,7 @@ from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
+from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.methods.base import Method
@@ -79,6 +80,8 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
         session.add_layer(name)
     for method in methods:
         method.check_model(type(model).__name__, len(names))
+        if method.moves_positions:
+            check_positions(model, [model.get_submodule(name).processor for name in names])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
     return session
