@@ -22,6 +22,7 @@ from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
+from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
@@ -94,6 +95,9 @@ def prepare(
     for method in methods:
         mine = kinds_at(method.sites, family.text_kind)
         method.check_model(type(model).__name__, sum(not mine.isdisjoint(layer.calls) for layer in session.layers))
+        if method.moves_positions:
+            names = [layer.name for layer in session.layers if "self" in layer.calls]
+            check_positions(model, [model.get_submodule(name).processor for name in names])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
     return session

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
 from dit_attn.processors.attach.checkpoint import check_recomputation
+from dit_attn.processors.attach.rotary import moved_arguments, rotary_parameters
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
@@ -91,6 +92,7 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__.pop("_attention_backend", None)
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
+    clone.__dict__["_dit_moves"] = any(method.moves_positions for method in run.methods)
     return clone
 
 
@@ -126,6 +128,7 @@ def _derive(stock: type, tap: str) -> type:
         "__module__": __name__,
         "__doc__": f"{stock.__name__} with a tap at its attention call.",
         "_dit_tap": tap,
+        "_dit_rotary": rotary_parameters(stock.__call__),
     }
     if tap == "dispatch":
         body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
@@ -166,6 +169,8 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
+        if self._dit_moves:
+            args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         before = (_SLOT.layer, _SLOT.run, _SLOT.turn)
         _SLOT.layer, _SLOT.run, _SLOT.turn = self._dit_layer.handle, self._dit_run.handle, 0
         try:
@@ -181,6 +186,8 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
+        if self._dit_moves:
+            args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         with _TorchTap(self._dit_run, self._dit_layer):
             return stock_call(self, attn, *args, **kwargs)
 

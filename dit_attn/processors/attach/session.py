@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
@@ -30,6 +31,7 @@ class Session(TransformerRun):
         detached: whether it was removed from its transformer; processors of it that other code stored run stock.
         replaced: class and tap of the processors that other code has set since, by layer.
         recomputing: whether backward computes a checkpointed block again.
+        moved_tables: rotary tables at the positions that the methods ask for, by the table they were made from.
         guider: runs the enabled guidance method, ``None`` without one.
     """
 
@@ -42,6 +44,7 @@ class Session(TransformerRun):
         self.installed = False
         self.detached = False
         self.recomputing = False
+        self.moved_tables = WeakIdKeyDictionary()
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
@@ -66,6 +69,7 @@ class Session(TransformerRun):
         """Free what the methods stored from step to step."""
         for layer in self.layers:
             layer.drop_state()
+        self.moved_tables.clear()
         if self.guider is not None:
             self.guider.drop_state()
 

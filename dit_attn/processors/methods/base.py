@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from dit_attn import files
 from dit_attn.errors import DitAttnError, cut, shorten, unknown
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods.fields import check_fields
 
 FILE_NAME = "dit_attn_method.json"
@@ -93,6 +94,22 @@ class Method:
     def request(self, call: AttentionCall, request: Request) -> None:
         """Add this method's part to ``request`` for one attention call, or decline it (``request.decline(reason)``)."""
         raise NotImplementedError
+
+    def positions(self, site: PositionSite) -> PositionMap | tuple[PositionMap, ...] | None:
+        """Return where the visual tokens of a layer are placed for its rotary embedding, ``None`` for where they are.
+
+        Asked before the layer runs, for every call, in plain and perturbed passes alike. The maps of several methods
+        are applied one after another, in the order in which the methods are enabled.
+
+        Args:
+            site: the layer and its visual tokens.
+        """
+        return None
+
+    @property
+    def moves_positions(self) -> bool:
+        """Whether :meth:`positions` is to be asked; models without rotary tables are refused then."""
+        return type(self).positions is not Method.positions
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse a model these settings do not fit; called before anything is changed.

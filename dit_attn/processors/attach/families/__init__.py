@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import TokenLayout
@@ -42,6 +44,8 @@ class Family:
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
+        rotary_frequencies: ``rotary_frequencies(model, (T, H, W))`` gives the (3, K) radians per token along t, h, w of
+            the columns of its rotary tables, where each turns along several axes; ``None`` where they are measured.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
 
@@ -59,6 +63,7 @@ class Family:
     mask_rule: str = "key"
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
     block_chain: bool = True
+    rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None
     refused: str | None = None
 
     @property

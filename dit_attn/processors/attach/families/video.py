@@ -117,6 +117,14 @@ def _framepack(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((*spans, visual_span("video", grid_of(config, values)), TEXT))
 
 
+def _mochi_frequencies(model: Any, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Learned, (3, heads, columns) per unit; the area of a frame is the same number of units for every size."""
+    _, height, width = grid
+    spacing = (model.rope.target_area / (height * width)) ** 0.5
+    frequencies = model.pos_frequencies.detach().double().flatten(1)
+    return frequencies * frequencies.new_tensor([[1.0], [spacing], [spacing]])
+
+
 FAMILIES = (
     Family(
         name="wan",
@@ -215,6 +223,7 @@ FAMILIES = (
         layout=_order("video", "text"),
         cfg=BATCHED,
         time_grows=True,
+        rotary_frequencies=_mochi_frequencies,
     ),
     Family(
         name="allegro",

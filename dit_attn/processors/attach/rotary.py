@@ -1,0 +1,260 @@
+"""Give attention processors rotary tables at the positions that the methods ask for.
+
+Processors get their tables as arguments, in one of a few forms. They are replaced before the processor runs, so that
+stock, sparse, biased and perturbed calls all have the same positions. A table is shared by the layers of a forward;
+so is the moved one, which lives no longer than the table it was made from.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.layer import Layer, layer_by_id
+from dit_attn.processors.core.positions import PositionMap, PositionSite, displacement
+from dit_attn.processors.core.rotary import measure_grid, turn_tables
+from dit_attn.processors.core.run_state import run_by_handle
+from dit_attn.processors.core.tokens import Span, TokenLayout, Tokens
+
+ARGUMENTS = ("image_rotary_emb", "rotary_emb", "freqs_cis", "query_rotary_emb", "key_rotary_emb")
+_KEPT = 4  # different sets of maps that one table is moved by, at a time
+Parameters = tuple[tuple[str, int], ...]
+
+
+def rotary_parameters(call: Callable[..., Any]) -> Parameters:
+    """Return the parameters of a processor's ``__call__`` that take rotary tables, with their places after ``attn``."""
+    names = list(inspect.signature(call).parameters)[2:]
+    return tuple((name, names.index(name)) for name in ARGUMENTS if name in names)
+
+
+def check_positions(model: Any, processors: Sequence[Any]) -> None:
+    """Refuse a model whose layers get no rotary tables.
+
+    Raises:
+        DitAttnError: they do not.
+    """
+    config = getattr(model, "config", {})
+    without = [processor for processor in processors if not rotary_parameters(type(processor).__call__)]
+    if without or config.get("use_rotary_positional_embeddings") is False:
+        raise DitAttnError(
+            f"{type(model).__name__} gives {type((without or processors)[0]).__name__} no rotary tables: its positions "
+            "are learned or added to the tokens and cannot be moved; remove the method or use another model"
+        )
+
+
+def moved_arguments(
+    session: Session, layer: Layer, parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a processor with its tables moved, the very same objects where nothing moves.
+
+    Args:
+        session: the session.
+        layer: the layer.
+        parameters: see :func:`rotary_parameters`.
+        args, kwargs: arguments after ``attn``.
+
+    Raises:
+        DitAttnError: positions are asked for and cannot be moved in this call.
+    """
+    given = list(args)
+    replaced = {}
+    found = False
+    for name, place in parameters:
+        value = given[place] if place < len(given) else kwargs.get(name)
+        if value is None:
+            continue
+        found = True
+        form, leaves = _flatten(value)
+        if torch.compiler.is_compiling():
+            moved = torch.ops.dit_attn.move_positions(layer.handle, session.handle, leaves, form)
+        else:
+            moved = _move(session, layer, leaves, form)
+        if moved is leaves:
+            continue
+        if place < len(given):
+            given[place] = _rebuild(form, moved)
+        else:
+            replaced[name] = _rebuild(form, moved)
+    if not found:
+        _check_absent(session, layer)
+    return tuple(given), {**kwargs, **replaced}
+
+
+@torch.compiler.disable
+def _check_absent(session: Session, layer: Layer) -> None:
+    site = _site(session, layer, session.layout.spans if session.layout is not None else ())
+    if _maps(session, site):
+        raise DitAttnError(f"positions cannot be moved: {layer.name} was given no rotary tables in this call")
+
+
+def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
+    """Form and tensors of an argument.
+
+    Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``pair`` (complex tables of the visual
+    tokens and of the text), ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens per axis)).
+    """
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            return "complex", [value]
+        if value.shape[-2:] == (2, 2):
+            return "matrix", [value]
+    elif isinstance(value, (tuple, list)) and len(value) == 2:
+        first, second = value
+        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+            if first.is_complex() and second.is_complex():
+                return "pair", [first, second]
+            if first.shape == second.shape and not first.is_complex():
+                return "real", [first, second]
+        elif len(first) == len(second):
+            return "axes", [table for pair in first for table in pair] + list(second)
+    raise DitAttnError("positions cannot be moved: the rotary tables of this model have an unknown form")
+
+
+def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
+    """The argument that :func:`_flatten` took apart."""
+    if form in ("complex", "matrix"):
+        return leaves[0]
+    if form == "axes":
+        count = len(leaves) // 3
+        return tuple((leaves[2 * i], leaves[2 * i + 1]) for i in range(count)), tuple(leaves[2 * count :])
+    return tuple(leaves)
+
+
+@torch.library.custom_op("dit_attn::move_positions", mutates_args=())
+def _move_positions(layer: torch.Tensor, run: torch.Tensor, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
+    """Tables of one layer of a compiled model; ``run`` orders the call after the forward hook, which writes to it."""
+    moved = _move(cast(Session, run_by_handle(run)), layer_by_id(int(layer)), leaves, form)
+    return [leaf.clone() for leaf in (_per_token(leaves, form) if moved is leaves else moved)]
+
+
+@_move_positions.register_fake
+def _(layer: torch.Tensor, run: torch.Tensor, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
+    return [torch.empty_like(leaf) for leaf in _per_token(leaves, form)]
+
+
+def _per_token(leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
+    """Tables with a row for every token: those of the form ``axes`` have one for every coordinate."""
+    if form != "axes":
+        return leaves
+    *tables, t, h, w = leaves
+    places = (t, h, w)
+    rows = [table[places[i // 2].flatten()[: t.shape[-1]]] for i, table in enumerate(tables)]
+    return rows + [torch.arange(t.shape[-1], device=t.device).expand_as(place).clone() for place in places]
+
+
+@dataclass
+class _Moved:
+    """Tables made from one table: the other tensors it came with, what they were made for, and the result (``None``: the same)."""
+
+    others: tuple[weakref.ref[torch.Tensor], ...]
+    versions: tuple[int, ...]
+    layout: TokenLayout | None
+    maps: tuple[PositionMap, ...]
+    leaves: list[torch.Tensor] | None
+
+
+def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
+    """Return the tables at the positions that the methods ask for, ``leaves`` itself where nothing moves."""
+    tokens = None
+    axis = 0
+    split = getattr(session.module(layer).processor, "_parallel_config", None) is not None
+    if session.layout is not None and not split:
+        shape = leaves[-1].shape[-1:] if form == "axes" else leaves[0].shape[: -3 if form == "matrix" else -1]
+        axis, tokens = _token_axis(session.layout, shape)
+    spans = tokens.spans if tokens is not None else session.layout.spans if session.layout is not None else ()
+    maps = _maps(session, _site(session, layer, spans))
+    if not maps:
+        return leaves
+    if tokens is None:
+        why = "the sequence is split over devices" if split else session.layout_error or "its token layout is unknown"
+        raise DitAttnError(f"positions cannot be moved in {layer.name}: {why}; remove the method that asks for it")
+    kept = session.moved_tables.setdefault(leaves[0], [])
+    versions = tuple(0 if leaf.is_inference() else leaf._version for leaf in leaves)
+    for entry in kept:
+        if (
+            all(ref() is leaf for ref, leaf in zip(entry.others, leaves[1:]))
+            and (entry.versions, entry.layout) == (versions, session.layout)
+            and len(entry.maps) == len(maps)
+            and all(a.same(b) for a, b in zip(entry.maps, maps))
+        ):
+            return leaves if entry.leaves is None else entry.leaves
+    moved = _moved(session, leaves, form, axis, tokens, maps)
+    del kept[: len(kept) + 1 - _KEPT]
+    kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, session.layout, maps, moved))
+    return leaves if moved is None else moved
+
+
+def _moved(
+    session: Session,
+    leaves: list[torch.Tensor],
+    form: str,
+    axis: int,
+    tokens: Tokens,
+    maps: tuple[PositionMap, ...],
+) -> list[torch.Tensor] | None:
+    """The moved tables, ``None`` where no token moves."""
+    full = _per_token(leaves, form)
+    tables, widths = _cos_sin(full, form), [0]
+    if form == "axes":
+        widths = [table.shape[-1] for table in full[: 2 * len(full) // 3 : 2]]
+    shape = tables[0].movedim(axis, 0).shape
+    cos, sin = (table.movedim(axis, 0).reshape(shape[0], -1) for table in tables)
+    frequencies = session.family.rotary_frequencies
+    found = measure_grid(cos, sin, tokens, None if frequencies is None else frequencies(session.model, tokens.grid))
+    delta = displacement(maps, found.coordinates)
+    if not delta.any():
+        return None
+    cos, sin = (x.reshape(shape).movedim(0, axis) for x in turn_tables(cos, sin, found, delta))
+    if form == "real":
+        return [cos.contiguous(), sin.contiguous()]
+    if form == "axes":
+        pairs = zip(cos.split(widths, -1), sin.split(widths, -1))
+        return [part.contiguous() for pair in pairs for part in pair] + full[2 * len(full) // 3 :]
+    if form == "matrix":
+        return [torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))]
+    return [torch.complex(cos, sin), *leaves[1:]]
+
+
+def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the visual tokens' table, (..., tokens, ..., columns)."""
+    if form == "real":
+        return leaves[0], leaves[1]
+    if form == "matrix":
+        return leaves[0][..., 0, 0], leaves[0][..., 1, 0]
+    if form == "axes":
+        count = 2 * len(leaves) // 3
+        return torch.cat(leaves[0:count:2], -1), torch.cat(leaves[1:count:2], -1)
+    return leaves[0].real, leaves[0].imag
+
+
+def _token_axis(layout: TokenLayout, shape: Sequence[int]) -> tuple[int, Tokens | None]:
+    """The axis of a table that can be the tokens', the longest of several; some tables leave the text out."""
+    found = [(length, axis, layout.resolve(length)) for axis, length in enumerate(shape)]
+    fitting = [(length, -axis, tokens) for length, axis, tokens in found if tokens is not None and tokens.visual]
+    if not fitting:
+        return 0, None
+    _, axis, tokens = max(fitting, key=lambda item: item[:2])
+    return -axis, tokens
+
+
+def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
+    visual, start = [], 0
+    for span in spans:
+        if span.visual:
+            visual.append(Span(span.kind, span.length, span.grid, start))
+            start += span.length or 0
+    return PositionSite(layer, tuple(visual), session.clock, session.rows_by_branch(), session.layer_count)
+
+
+def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
+    """What the methods ask for, in the order in which they are enabled."""
+    asked = [method.positions(site) for method in session.methods if method.moves_positions]
+    flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
+    return tuple(item for maps in flat for item in maps if item.moves)
