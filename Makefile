@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	# Beside a CPU torch the wheel of torchvision does not import; the tests load its Python parts from a folder of its own.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target $(VENV)/test-packages torchvision==0.28.0 torch-fidelity==0.4.0
+	# Its own requirements are ours, with a later torch than we ask for: without them no torch is replaced.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt cache-dit
 	touch $(STAMP)
 
 demo: $(STAMP)

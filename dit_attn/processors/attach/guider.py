@@ -10,16 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import batch, compat, perturbed_pass
+from dit_attn.processors.attach import batch, compat, perturbed_pass, step_cache
 from dit_attn.processors.attach.batch import Leaf
-from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, flat, scaled, take_rows
+from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, scaled, take_rows
+from dit_attn.processors.attach.guidance_strength import GuidanceStrength, StrengthLog
 from dit_attn.processors.attach.perturbed_pass import Prefix
+from dit_attn.processors.attach.step_cache import LayerCalls, ModuleState
 from dit_attn.processors.guidance.perturbation import wide
 
 if TYPE_CHECKING:
@@ -28,26 +29,6 @@ if TYPE_CHECKING:
 
 _CONTEXT = "dit_attn_perturbed"
 _RESIDUALS = ("controlnet", "control")  # arguments that are added between blocks
-
-
-@dataclass
-class GuidanceStrength:
-    """Strength of the guidance in a run, compared with the direction of classifier-free guidance.
-
-    Attributes:
-        parallel: by step, the component of the update along ``c - u``, in units of it: the equivalent guidance scale.
-        orthogonal: by step, the orthogonal component, in units of ``|c - u|``.
-        relative: by step, ``|D| / |c|``.
-    """
-
-    parallel: list[float] = field(default_factory=list)
-    orthogonal: list[float] = field(default_factory=list)
-    relative: list[float] = field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        """Number of guided steps measured."""
-        return len(self.relative)
 
 
 class PerturbedGuider:
@@ -73,12 +54,14 @@ class PerturbedGuider:
         self.handle: Any = None  # of the hook behind the transformer
         self.prefix: Prefix | None = None
         self._step_hook: StepHook | None = None
+        self._plain = LayerCalls(session.layers)  # of the pass that runs, or ran last
+        self._state: ModuleState | None = None  # before the plain pass of a step that needs a perturbed one
         self.begin_run()
 
     def copy_for(self, session: TransformerRun) -> PerturbedGuider:
         """Return the guider of a copied transformer, whose blocks need not be there yet."""
         guider = copy.copy(self)
-        guider.session, guider.handle, guider.prefix = session, None, None
+        guider.session, guider.handle, guider.prefix, guider._step_hook = session, None, None, None
         guider.begin_run()
         return guider
 
@@ -91,7 +74,8 @@ class PerturbedGuider:
         self.reused_blocks = 0
         self.training_calls = 0  # forward calls with gradients in training mode, which are not guided
         self.run = self.session.clock.run
-        self._measured: list[tuple[torch.Tensor, ...]] = []
+        self.cached_passes = 0  # plain passes of guided steps that a step cache answered
+        self._log = StrengthLog(getattr(self.session.model.config, "in_channels", None) or 0)
         self._appended = 0
 
     @property
@@ -109,20 +93,16 @@ class PerturbedGuider:
     @property
     def strength(self) -> GuidanceStrength:
         """Strength measured over the guided steps of the run (reads back from the device)."""
-        result = GuidanceStrength()
-        for size, cond, *against in self._measured:
-            result.relative.append(float((size / cond.clamp(min=1e-30)).sqrt()))
-            if against:
-                along, direction = (float(value) for value in against)
-                if direction > 0:
-                    result.parallel.append(along / direction)
-                    result.orthogonal.append((max(0.0, float(size) - along**2 / direction) / direction) ** 0.5)
-        return result
+        return self._log.strength
 
     @property
     def unmoved_steps(self) -> int:
         """Guided steps of the run whose update was exactly 0 (reads back from the device)."""
-        return sum(float(size) == 0.0 for size, *_ in self._measured)
+        return self._log.unmoved
+
+    def begin_pass(self) -> None:
+        """Note that a plain pass begins, also inside a compiled transformer."""
+        self._plain, self._state = LayerCalls(self.session.layers), None
 
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare a call of the transformer; return other arguments for it, or ``None``."""
@@ -147,8 +127,10 @@ class PerturbedGuider:
         self._drop_prefix()
         if "cond" not in branches or not self._needs_pass():
             return None
-        if self.method.batched and not _cached(module):
+        foreign = not _cached(module) and step_cache.has_foreign_forward(module)
+        if self.method.batched and not (foreign or _cached(module)):
             return self._append(module, args, kwargs, branches)
+        self._state = ModuleState(module) if foreign else None
         self.prefix = self._shareable(kwargs)
         if self.prefix is not None:
             self.prefix.record()
@@ -171,7 +153,10 @@ class PerturbedGuider:
             session.drop_perturbed()
             self._appended = 0
         elif "cond" in branches and self._needs_pass():
-            self._evaluate(module, args, kwargs, output, branches)
+            if self._plain.answered and not _cached(session.model):
+                self.cached_passes += 1  # c of an earlier step: the last update stays
+            else:
+                self._evaluate(module, args, kwargs, output, branches)
         update, clock = self.update, session.clock
         weight = self.method.weight(clock.progress)
         if update is None or update.run != clock.run or not weight or self.plan.empty or self._stopped:
@@ -181,7 +166,7 @@ class PerturbedGuider:
         if "cond" in branches:
             update.step, update.weight = clock.step, weight
             update.cond = [take_rows(leaf, _index(branches)) for leaf in batch.leaves(output)]
-        self._measure(update, output, branches)
+        self._log.add(update, output, branches)
         return self._inject(update, output, branches)
 
     def drop_state(self) -> None:
@@ -225,7 +210,7 @@ class PerturbedGuider:
         if self.plan.empty or self._stopped or not self.method.weight(clock.progress):
             return False
         last = self.update
-        return last is None or last.run != clock.run or (clock.step - last.evaluated) % self.method.interval == 0
+        return last is None or last.run != clock.run or clock.step - last.evaluated >= self.method.interval
 
     def _evaluate(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any, branches: Sequence[str]
@@ -236,19 +221,28 @@ class PerturbedGuider:
         rows = len(branches)
         if len(index) < rows:
             args, kwargs = (), batch.take_call(model, args, kwargs, index, rows, session.family.batch_axes)
-        skipped = [model.get_submodule(name) for name in self.plan.skipped]
-        replaced = {block: perturbed_pass.skip_forward(block) for block in skipped}
+        replaced = {block: perturbed_pass.skip_forward(block) for block in map(model.get_submodule, self.plan.skipped)}
+        left_out = set(self.plan.skipped)
         if self.prefix is not None and self.prefix.inputs is not None:
             replaced.update(self.prefix.replacements(index, rows, replaced))
             self.reused_blocks += self.prefix.saved
+            left_out.update(self.blocks[: self.prefix.saved])
             self.prefix.clear()
+        expected, calls = self._plain.called, LayerCalls(session.layers)
         with ExitStack() as stack:
             stack.enter_context(session.perturbing(self.plan, len(index)))
             stack.enter_context(perturbed_pass.replaced_forwards(replaced))
             if _cached(model):
                 stack.enter_context(compat.without_shared_caches(model))
                 stack.enter_context(type(model).cache_context(model, _CONTEXT))
-            perturbed = module.forward(*args, **kwargs)
+            forward = stack.enter_context(step_cache.uncached_forward(model, module.forward, self._state))
+            perturbed = forward(*args, **kwargs)
+        expected = {name for name in expected if perturbed_pass.block_of(name) not in left_out}
+        if not (expected <= calls.called or _cached(model)):
+            raise DitAttnError(
+                f"a step cache answered the perturbed pass of {self.method.slug}; it keeps its state where dit_attn "
+                "cannot see it: disable the cache, or the method"
+            )
         self._store([take_rows(leaf, index) for leaf in batch.leaves(output)], batch.leaves(perturbed))
 
     def _store(self, cond: list[Leaf], perturbed: list[Leaf]) -> None:
@@ -313,25 +307,6 @@ class PerturbedGuider:
         rescales = session.cfg.rescaled or session.pipeline_call.rescaled
         rescales = rescales or type(guider).__name__ not in _LINEAR_GUIDERS
         return "step" if rescales and session.pipe is not None else "shift"
-
-    def _measure(self, update: GuidanceDelta, output: Any, branches: Sequence[str]) -> None:
-        """Store the products of the update with itself, with c and with ``c - u``, where u is known."""
-        delta, cond = self._predicted(scaled(update.delta[0], update.weight)), self._predicted(update.cond[0])
-        if "cond" in branches:
-            update.measured = len(self._measured)
-            self._measured.append((delta @ delta, cond @ cond))
-        if "uncond" not in branches or len(self._measured[update.measured]) != 2:
-            return
-        uncond = take_rows(batch.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
-        direction = cond - self._predicted(uncond)
-        self._measured[update.measured] = (*self._measured[update.measured], delta @ direction, direction @ direction)
-
-    def _predicted(self, leaf: Leaf) -> torch.Tensor:
-        """Return a prediction as one vector, without the variance that some models learn and pipelines cut off."""
-        channels = getattr(self.session.model.config, "in_channels", None)
-        if isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == 2 * (channels or 0):
-            leaf = leaf[:, :channels]
-        return flat(leaf)
 
 
 # Guider objects of pipelines that have one, as far as their rule is affine.

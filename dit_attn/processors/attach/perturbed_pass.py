@@ -20,13 +20,13 @@ def block_order(model: torch.nn.Module, layers: Sequence[str]) -> list[str]:
 
     ``blocks.3`` of ``blocks.3.attn1``. All blocks of a stack are listed, those without a listed layer too.
     """
-    stacks = dict.fromkeys(_block_of(layer).rpartition(".")[0] for layer in layers)
+    stacks = dict.fromkeys(block_of(layer).rpartition(".")[0] for layer in layers)
     sizes = {stack: len(cast(Sized, model.get_submodule(stack))) for stack in stacks}
     return [f"{stack}.{i}" for stack, size in sizes.items() for i in range(size)]
 
 
-def _block_of(layer: str) -> str:
-    """``blocks.3`` of ``blocks.3.attn1``: the path up to its first number."""
+def block_of(layer: str) -> str:
+    """Return ``blocks.3`` of ``blocks.3.attn1``: the path up to its first number."""
     parts = layer.split(".")
     end = next(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: end + 1])
@@ -34,7 +34,7 @@ def _block_of(layer: str) -> str:
 
 def first_block(blocks: Sequence[str], layers: Sequence[str], skipped: Sequence[str]) -> int:
     """Return the position of the first block that differs when ``layers`` are perturbed and ``skipped`` left out."""
-    touched = {_block_of(layer) for layer in layers} | set(skipped)
+    touched = {block_of(layer) for layer in layers} | set(skipped)
     return next(i for i, block in enumerate(blocks) if block in touched)
 
 

@@ -59,6 +59,8 @@ class Session(TransformerRun):
     def on_forward(self, values: dict[str, Any]) -> None:
         """See the base class; the other transformer of the pipeline has had its turn and drops its state."""
         super().on_forward(values)
+        if self.guider is not None and self.perturbed is None:
+            self.guider.begin_pass()
         last = _LAST_CALLED.get(id(self.clock))
         if last is not self:
             if last is not None:
@@ -90,6 +92,11 @@ class Session(TransformerRun):
         found: list[str] = []
         if self.guider is not None and (aside := self.guider.training_calls):
             found.append(f"guidance stood aside in {aside} training calls; call eval() to sample")
+        if self.guider is not None and (cached := self.guider.cached_passes):
+            found.append(
+                f"a step cache answered {cached} of {cached + self.guider.evaluations} passes that a guidance update "
+                "would have been computed for; the last update was used there. Disable the cache for one at every step"
+            )
         if self.guider is not None and (unmoved := self.guider.unmoved_steps):
             found.append(
                 f"the guidance update was exactly 0 at {unmoved} of {self.guider.strength.steps} guided steps: a step "

@@ -71,13 +71,12 @@ def test_a_guidance_update_of_exactly_0_is_warned_about(pipe: Any, monkeypatch: 
     kind = type(pipe.transformer)
     forward, calls, kept = kind.forward, [0], [torch.empty(0)]
 
-    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:  # every second call is answered by the one before
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:  # every second call gives the result of the one before
         calls[0] += 1
-        if calls[0] % 2 == 0:
-            return (kept[0],)
         out = forward(self, *args, **kwargs)
-        kept[0] = out[0]
-        return out
+        if calls[0] % 2:
+            kept[0] = out[0]
+        return (kept[0],)
 
     with dit_attn.enabled(pipe, dit_attn.SoftPAG(heads="3", scale=2.0)):
         latents(pipe, guidance_scale=1.0)

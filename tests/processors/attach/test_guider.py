@@ -181,14 +181,6 @@ def test_a_push_of_a_quarter_of_the_steps_is_matched_by_a_quarter_of_it(monkeypa
     assert found.parallel == pytest.approx(0.2, abs=1e-3) and found.scale == pytest.approx(3.2, abs=1e-3)
 
 
-def test_a_learned_variance_does_not_count() -> None:
-    torch.manual_seed(0)
-    guide = SimpleNamespace(session=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(in_channels=4))))
-    x = torch.randn(2, 8, 3, 5)
-    assert torch.equal(guider.PerturbedGuider._predicted(guide, x), x[:, :4].flatten())  # type: ignore[arg-type]
-    assert torch.equal(guider.PerturbedGuider._predicted(guide, x[:, :4]), x[:, :4].flatten())  # type: ignore[arg-type]
-
-
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
