@@ -124,8 +124,8 @@ def displacement(maps: Sequence[PositionMap], coordinates: torch.Tensor) -> torc
         elif item.region is not None:
             rows = torch.zeros(count, dtype=torch.bool)
             rows[item.region] = True
-        # exact where scale is 1: the origin then takes no part
-        shift = torch.where(rows[:, None], scale * shift + torch.where(scale == 1, 0.0, (1 - scale) * origin) + offset, shift)
+        fixed = torch.where(scale == 1, 0.0, (1 - scale) * origin)  # no rounding where nothing is scaled
+        shift = torch.where(rows[:, None], scale * shift + fixed + offset, shift)
         factor = torch.where(rows[:, None], scale * factor, factor)
     return torch.where(factor == 1, shift, (factor - 1) * coordinates + shift)
 
