@@ -129,6 +129,7 @@ def _derive(stock: type, tap: str) -> type:
         "__doc__": f"{stock.__name__} with a tap at its attention call.",
         "_dit_tap": tap,
         "_dit_rotary": rotary_parameters(stock.__call__),
+        "_dit_moves": False,
     }
     if tap == "dispatch":
         body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
