@@ -18,7 +18,7 @@ from dit_attn.processors.attach.attention_processor import (
 from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
-from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.guider import PerturbedGuider, head_count
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
@@ -79,6 +79,7 @@ def prepare(model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, p
         session.add_layer(name)
     for method in methods:
         method.check_model(type(model).__name__, len(names))
+        method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
     return session

@@ -67,6 +67,8 @@ class AttentionCall:
         clock: position in the run.
         branches: guidance branch of every batch row.
         layer_count: number of wrapped layers of the transformer.
+        head_shard: which of how many equal parts of the layer's heads q, k and v hold, (index, count): more than one
+            part where the sequence is split over devices (Ulysses).
         mask_rule: form of the model's square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of
             a square mask are alike).
     """
@@ -83,6 +85,13 @@ class AttentionCall:
     branches: tuple[str, ...] = ()
     layer_count: int = 1
     mask_rule: str = "key"
+    head_shard: tuple[int, int] = (0, 1)
+
+    @property
+    def heads(self) -> range:
+        """The query heads of the layer that q holds: all of them, or those of this device."""
+        count = self.q.shape[2]
+        return range(self.head_shard[0] * count, (self.head_shard[0] + 1) * count)
 
     @property
     def visual(self) -> slice:
@@ -115,7 +124,8 @@ class Request:
             sequence; called once.
         visual_density: with ``compute_visual``, attention computed for the visual rows, as a fraction of dense.
         max_error: see :class:`~dit_attn.processors.methods.sparse.SparseMethod`.
-        density: density that ``max_error`` is measured for, once per run; ``None`` where it never changes.
+        density: density, of all heads or of each, that ``max_error`` is measured for, once per run; ``None`` where it
+            never changes.
     """
 
     layout: BlockLayout | None = None
@@ -129,7 +139,7 @@ class Request:
     compute_visual: Callable[[], torch.Tensor] | None = None
     visual_density: float = 1.0
     max_error: float | None = None
-    density: float | None = None
+    density: float | tuple[float, ...] | None = None
 
     @property
     def empty(self) -> bool:
@@ -152,6 +162,9 @@ class Request:
     def add_bias(self, call: AttentionCall, rows: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
         """Add ``rows @ keys^T`` to the logits of some rows; zero factors add nothing and change nothing.
 
+        Heads are those of the call (``call.heads``); where they are split over devices, every device must add as many
+        biases, and zero factors are computed with.
+
         Args:
             call: the attention call.
             rows: (B|1, H|1, n, r) finite factor of n consecutive rows, visual or not.
@@ -162,11 +175,13 @@ class Request:
         Raises:
             DitAttnError: a factor does not fit the call.
         """
-        bias = factor_bias(call.q, call.k, rows, keys, first)
+        bias = factor_bias(call.q, call.k, rows, keys, first, call.head_shard[1] > 1)
         self.biases += [] if bias is None else [bias]
 
     def add_span_bias(self, call: AttentionCall, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> None:
         """Add a constant to the logits of some rows and some keys; 0, no row or no key changes nothing.
+
+        Heads and devices are as for :meth:`add_bias`; the number 0 changes nothing there either.
 
         Args:
             call: the attention call.
@@ -178,7 +193,7 @@ class Request:
         Raises:
             DitAttnError: the value is NaN or ``inf``, or something does not fit the call.
         """
-        bias = span_bias(call.q, rows, keys, value)
+        bias = span_bias(call.q, rows, keys, value, call.head_shard[1] > 1)
         self.biases += [] if bias is None else [bias]
 
     def bias(self, rows: slice) -> LogitBias | None:

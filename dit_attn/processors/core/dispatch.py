@@ -74,6 +74,8 @@ def _dispatch(
         q, k, v, mask = exchange.scatter_heads(args.q, args.k, args.v, args.mask)
         args = replace(args, q=q, k=k, v=v, mask=mask)
     call = _new_call(run, layer, args)
+    if exchange is not None:
+        call.head_shard = exchange.head_shard
     started = time.perf_counter()
     reason = _collect_requests(run, call, request)
     if reason is not None:

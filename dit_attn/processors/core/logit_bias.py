@@ -39,7 +39,9 @@ class RowBias:
         return self.first + self.rows.shape[2]
 
 
-def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, first: int) -> RowBias | None:
+def factor_bias(
+    q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor, first: int, split: bool = False
+) -> RowBias | None:
     """Return a bias from its factors, ``None`` where it is zero.
 
     Args:
@@ -48,6 +50,8 @@ def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torc
         rows: (B|1, H|1, n, r), finite.
         keys: (B|1, H|1 or Hk, S, r), finite.
         first: the first of the n rows.
+        split: whether other devices hold further heads. All devices must agree on whether there is a bias, so one that
+            is zero for the heads of this device is kept.
 
     Raises:
         DitAttnError: a factor does not fit the call.
@@ -65,7 +69,7 @@ def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torc
             f"a bias of rows {first} to {first + rows.shape[2]} and keys {tuple(keys.shape[2:])} does not fit "
             f"{seq_len} tokens; keys need a factor for every token and as many columns as rows"
         )
-    if not (rows.any() and keys.any()):
+    if not split and not (rows.any() and keys.any()):
         return None
     if keys.shape[1] not in (1, heads):
         keys = keys.repeat_interleave(heads // k.shape[2], 1)
@@ -74,18 +78,22 @@ def factor_bias(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, keys: torc
     return RowBias(rows, keys, first)
 
 
-def span_bias(q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> RowBias | None:
+def span_bias(
+    q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor, split: bool = False
+) -> RowBias | None:
     """Return a constant bias between rows and keys, ``None`` where it is zero or has no row or key.
 
     Args:
         q: (B, S, H, D) queries of the call.
         rows, keys: the tokens.
         value: natural logarithm, ``-inf`` to bar; a number or (B|1, H|1).
+        split: as for :func:`factor_bias`; a number is the same on all devices.
 
     Raises:
         DitAttnError: a value is NaN or ``inf``, or something does not fit the call.
     """
     batch, seq_len, heads, _ = q.shape
+    kept = split and isinstance(value, torch.Tensor)
     if not isinstance(value, torch.Tensor):
         value = torch.tensor([[float(value)]], dtype=torch.float64)
     if value.ndim != 2 or value.shape[0] not in (1, batch) or value.shape[1] not in (1, heads):
@@ -96,7 +104,7 @@ def span_bias(q: torch.Tensor, rows: TokenSet, keys: TokenSet, value: float | to
         raise DitAttnError("the value of a bias must be finite or -inf; to attend to nothing else, bar the other keys")
     chosen = [_indicator(x, batch, seq_len) for x in (rows, keys)]
     any_row = chosen[0].any(0).nonzero()
-    if not value.any() or not len(any_row) or not chosen[1].any():
+    if not (kept or value.any()) or not len(any_row) or not chosen[1].any():
         return None
     first, last = int(any_row[0]), int(any_row[-1]) + 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

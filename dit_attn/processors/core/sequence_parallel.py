@@ -27,6 +27,11 @@ class Exchange:
     mesh: Any
     order: torch.Tensor | None = None
 
+    @property
+    def head_shard(self) -> tuple[int, int]:
+        """Which of how many equal parts of the heads this rank holds after the exchange, (index, count)."""
+        return self.mesh.get_local_rank(), self.mesh.size()
+
     def scatter_heads(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
