@@ -182,7 +182,9 @@ def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return ",".join(map(_written, value))
+        rows = [isinstance(item, (list, tuple)) for item in value]
+        text = ",".join(f"[{_written(item)}]" if row else _written(item) for item, row in zip(value, rows))
+        return f"[{text}]" if any(rows) else text
     text = str(value)
     plain = not any(separator.search(text) for separator in (_JOIN, _COMMA)) and text[:1] not in _QUOTES
     quote = "'" if '"' in text else '"'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,9 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     "top_p": ("density", *_TABLE),
     "densities": ("top_p", "parts", "calibration"),
 }
+
+_BRACKET = re.compile(r"[\[\]()]")
+_OUTER_COMMA = re.compile(r",(?![^\[(]*[\])])")
 
 
 def resolve(specs: Sequence[MethodSpec], model: Any, preset: str | None) -> tuple[Method, ...]:
@@ -110,7 +115,7 @@ def _as(value: Any, kind: Any) -> Any:
         return kind(value)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        items = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()] if text else value
+        items = _items(value) if text else value
         if not isinstance(items, (list, tuple)):
             items = [items]
         return tuple(typed(item, inner, "item") for item in items)
@@ -122,6 +127,16 @@ def _as(value: Any, kind: Any) -> Any:
     elif typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
         return value
     raise ValueError
+
+
+def _items(text: str) -> list[str]:
+    """The items of a list: ``a,b`` or ``[a,b]``; an item may be a list in brackets, ``a,[b,c]``."""
+    flat = text.strip("[]() ")
+    if _BRACKET.search(flat) or len(_BRACKET.findall(text)) > 2:
+        flat = text.strip()
+        depths = list(itertools.accumulate((c in "[(") - (c in "])") for c in flat))
+        flat = flat[1:-1] if 0 not in depths[:-1] else flat
+    return [part.strip() for part in _OUTER_COMMA.split(flat) if part.strip()]
 
 
 def _none(value: Any) -> None:

@@ -45,6 +45,36 @@ def test_set_is_typed_by_the_field():
     assert isinstance(method.dense_steps, int)
 
 
+HEADS = BlockSparse(density=(0.5, 1.0), keep=())
+ROWS = BlockSparse(densities=((0.5, 1.0), 0.25, (0.125, 0.25)), keep=())
+
+
+@pytest.mark.parametrize(
+    "text, method",
+    [
+        ("keep=,density=0.5,1", HEADS),
+        ("keep=,density=[0.5, 1.0]", HEADS),
+        ("keep=,density=(0.5,1.0)", HEADS),
+        ("keep=,densities=[0.5,1.0],0.25,[0.125,0.25]", ROWS),
+        ("keep=,densities=[[0.5,1.0], 0.25, (0.125, 0.25)]", ROWS),
+        ("keep=,densities=[[0.5,1.0]]", BlockSparse(densities=((0.5, 1.0),), keep=())),
+        ("keep=,densities=0.25,[0.5,1.0]", BlockSparse(densities=(0.25, (0.5, 1.0)), keep=())),
+    ],
+)
+def test_budgets_of_heads_are_lists_and_rows_of_a_table_are_in_brackets(text, method):
+    (found,) = build(("method", f"block-sparse:{text}"))
+    assert found == method
+    settings = {key: value for key, value in method.to_dict().items() if value is not None and key != "method"}
+    again = MethodSpec("block-sparse", settings)
+    assert build(("method", str(again))) == (method,)
+    assert build(config={"method": [method.to_dict()]}) == (method,)
+
+
+def test_a_budget_that_is_no_number_is_refused_with_both_forms():
+    with pytest.raises(DitAttnError, match=r"density must be a number or none or a list \(a,b,...\), each item"):
+        build(("method", "block-sparse:density=0.5;0.25"))
+
+
 def test_a_point_makes_a_fraction_and_its_absence_a_count():
     (method,) = build(("method", "block-sparse"), ("set", "dense_steps=1.0"))
     assert isinstance(method.dense_steps, float)
@@ -107,7 +137,7 @@ def test_a_saved_method_can_be_named_by_its_folder(tmp_path):
         ([("method", "block-sparse"), ("set", "densty=1")], None, "'densty'. Did you mean 'density'"),
         ([("method", "block-sparse"), ("set", "density=3")], None, "density must be between"),
         ([("method", "block-sparse"), ("set", "density=nan")], None, "density must be between"),
-        ([("method", "block-sparse"), ("set", "density=a")], None, "density must be a number or none, got 'a'"),
+        ([("method", "block-sparse"), ("set", "density=a")], None, "density must be a number or none or a list"),
         ([("method", "block-sparse"), ("set", "q_block=1.5")], None, "q_block must be a whole number"),
         ([("method", "block-sparse"), ("set", "keep=words")], None, "'words'"),
         ([("method", "block-sparse"), ("set", "dense_layers=a")], None, "dense_layers must be a list"),

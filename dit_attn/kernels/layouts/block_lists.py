@@ -22,7 +22,7 @@ def top_k_blocks(scores: torch.Tensor, k: int | torch.Tensor, forced: torch.Tens
 
     Args:
         scores: (B, H, nq, nk).
-        k: blocks per row, clamped to [1, nk]; a 0-d int64 tensor makes the result nk wide.
+        k: blocks per row, clamped to [1, nk]; an int64 tensor, 0-d or (B|1, H|1, 1), makes the result nk wide.
         forced: bool, expands to the shape of ``scores``; a row with more than ``k`` gets all of them and no other.
     """
     nk = scores.shape[-1]
@@ -33,23 +33,26 @@ def top_k_blocks(scores: torch.Tensor, k: int | torch.Tensor, forced: torch.Tens
     return _first(order, count, nk)[..., :width], count
 
 
-def top_p_blocks(scores: torch.Tensor, p: float | torch.Tensor, k_min: int, forced: torch.Tensor | None) -> Chosen:
+def top_p_blocks(
+    scores: torch.Tensor, p: float | torch.Tensor, k_min: int | torch.Tensor, forced: torch.Tensor | None
+) -> Chosen:
     """Choose the fewest blocks of every row whose softmax mass reaches ``p``.
 
     Args:
         scores: (B, H, nq, nk) logits.
-        p: mass in (0, 1], or a 0-d tensor of it; 1 chooses every block.
-        k_min: smallest number of blocks per row.
+        p: mass in (0, 1], or a tensor of it, 0-d or (B|1, H|1, 1); 1 chooses every block.
+        k_min: smallest number of blocks per row, an int or (B|1, H|1, 1).
         forced: bool, expands to the shape of ``scores``; the mass of these blocks counts first.
     """
     order, fixed, available = _ranked(scores, forced)
     mass = torch.softmax(scores.float(), -1).gather(-1, order)
-    least = torch.full_like(available, max(1, k_min)) if fixed is None else fixed.clamp(min=max(1, k_min))
+    few = k_min.to(scores.device).clamp(min=1) if isinstance(k_min, torch.Tensor) else max(1, k_min)
+    least = (torch.zeros_like(available) if fixed is None else fixed).clamp(min=few)
     # A block is needed while the mass before it is short of p; the sum may round, so p = 1 is a case of its own.
     needed = available
     if isinstance(p, torch.Tensor):
         p = p.to(scores.device)
-        needed = torch.where(p < 1.0, (mass.cumsum(-1) - mass < p).sum(-1), available)
+        needed = torch.where(p < 1.0, (mass.cumsum(-1) - mass < p[..., None]).sum(-1), available)
     elif p < 1.0:
         needed = (mass.cumsum(-1) - mass < p).sum(-1)
     count = torch.minimum(torch.maximum(needed, least), available)

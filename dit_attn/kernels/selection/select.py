@@ -10,6 +10,7 @@ the scores, the sort and the temporaries. Public functions check their arguments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from dit_attn.kernels.checks import check_blocks, check_choices, check_heads, ch
 from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
 from dit_attn.kernels.layouts.block_lists import top_k_blocks, top_p_blocks
-from dit_attn.kernels.selection.budget import Budget, blocks_of_density, check_budget
+from dit_attn.kernels.selection.budget import Budget, check_budget, resolve_budget
 from dit_attn.kernels.selection.dispatch import uses_triton
 from dit_attn.kernels.selection.pooling import block_counts, block_means
 
@@ -51,7 +52,7 @@ def plan_blocks(
     kv_block: int,
     density: Budget | None = None,
     top_p: Budget | None = None,
-    k_min: int = 1,
+    k_min: int | Sequence[int] = 1,
     forced: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
@@ -66,11 +67,12 @@ def plan_blocks(
         q: (B, S, H, D).
         k: (B, Sk, Hk, D); ``H % Hk == 0``.
         q_block, kv_block: tokens per block.
-        density: fraction of key blocks per query block; ``ceil(density * nk)`` are chosen, forced ones included. The
-            value of a tensor on the device of q may change between calls of one compiled graph; the lists are then as
-            wide as a dense row.
-        top_p: alternatively, the softmax mass to reach; a number or a tensor likewise.
-        k_min: with ``top_p``, the smallest number of blocks per row.
+        density: fraction of key blocks per query block, for all query heads or one for each (see ``Budget``);
+            ``ceil(density * nk)`` are chosen, forced ones included. The lists are as wide as those of the head with
+            most blocks. The values of a tensor on the device of q may change between calls of one compiled graph; the
+            lists are then as wide as a dense row.
+        top_p: alternatively, the softmax mass to reach; likewise.
+        k_min: with ``top_p``, the smallest number of blocks per row, for all query heads or one for each.
         forced: (B|1, H|1, nq|1, nk|1) bool, blocks that are always chosen.
         key_mask: (B, Sk) bool, keys that exist.
         scale: softmax scale, default ``D ** -0.5``.
@@ -80,8 +82,8 @@ def plan_blocks(
     Raises:
         DitAttnError: the budget, the heads, a mask or the forced backend does not fit.
     """
-    check_budget(density, top_p)
     check_pair(q, k, q_block, kv_block, key_mask)
+    check_budget(density, top_p, k_min, q.shape[0], q.shape[2])
     check_choices((q.shape[0], q.shape[2], ceil_div(q.shape[1], q_block), ceil_div(k.shape[1], kv_block)), forced)
     if uses_triton(backend, q, ceil_div(k.shape[1], kv_block), q.shape[-1]):
         from dit_attn.kernels.selection.triton_select import fused_select
@@ -102,7 +104,7 @@ def plan_scores(
     *,
     density: Budget | None = None,
     top_p: Budget | None = None,
-    k_min: int = 1,
+    k_min: int | Sequence[int] = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
     kv_len: int,
@@ -122,8 +124,8 @@ def plan_scores(
     Raises:
         DitAttnError: the budget, the scores, ``forced`` or the forced backend does not fit.
     """
-    check_budget(density, top_p)
     check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+    check_budget(density, top_p, k_min, scores.shape[0], scores.shape[1])
     check_choices(tuple(scores.shape), forced)
     if uses_triton(backend, scores, scores.shape[-1]):
         from dit_attn.kernels.selection.triton_select import fused_select_scores
@@ -175,7 +177,7 @@ def select_blocks(
     *,
     density: Budget | None = None,
     top_p: Budget | None = None,
-    k_min: int = 1,
+    k_min: int | Sequence[int] = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
     kv_len: int,
@@ -186,9 +188,10 @@ def select_blocks(
 
     Args:
         scores: (B, H, nq, nk) fp32 logits, such as those of :func:`block_scores`.
-        density: fraction of key blocks per query block; ``ceil(density * nk)`` are chosen, forced ones included.
-        top_p: alternatively, the softmax mass to reach.
-        k_min: with ``top_p``, the smallest number of blocks per row.
+        density: fraction of key blocks per query block, for all heads or one for each (see ``Budget``);
+            ``ceil(density * nk)`` are chosen, forced ones included.
+        top_p: alternatively, the softmax mass to reach; likewise.
+        k_min: with ``top_p``, the smallest number of blocks per row, for all heads or one for each.
         forced: bool, expands to the shape of ``scores``: blocks that are always chosen.
         q_len, kv_len: tokens.
         q_block, kv_block: tokens per block.
@@ -196,8 +199,8 @@ def select_blocks(
     Raises:
         DitAttnError: both or neither of density and top_p are given, one is out of (0, 1], or a shape does not fit.
     """
-    check_budget(density, top_p)
     check_blocks("scores", scores, q_len, kv_len, q_block, kv_block)
+    check_budget(density, top_p, k_min, scores.shape[0], scores.shape[1])
     check_choices(tuple(scores.shape), forced)
     return _layout(scores, (density, top_p, k_min), forced, (q_len, kv_len, q_block, kv_block))
 
@@ -239,7 +242,7 @@ def _scores(
 
 def _plan(
     scores: torch.Tensor,
-    budget: tuple[Budget | None, Budget | None, int],
+    budget: tuple[Budget | None, Budget | None, int | Sequence[int]],
     forced: torch.Tensor | None,
     sizes: tuple[int, int, int, int],
     stats: bool,
@@ -250,17 +253,16 @@ def _plan(
 
 def _layout(
     scores: torch.Tensor,
-    budget: tuple[Budget | None, Budget | None, int],
+    budget: tuple[Budget | None, Budget | None, int | Sequence[int]],
     forced: torch.Tensor | None,
     sizes: tuple[int, int, int, int],
 ) -> BlockLayout:
     """The layout for ``budget`` = (density, top_p, k_min) and ``sizes`` = (q_len, kv_len, q_block, kv_block)."""
-    density, top_p, k_min = budget
-    if top_p is not None:
-        return BlockLayout.from_candidates(*top_p_blocks(scores, top_p, k_min, forced), *sizes)
-    assert density is not None
-    count = blocks_of_density(density, scores.shape[-1])
-    return BlockLayout.from_candidates(*top_k_blocks(scores, count, forced), *sizes)
+    wanted = resolve_budget(*budget, scores.shape[-1], scores.device)
+    if wanted.mass is not None:
+        return BlockLayout.from_candidates(*top_p_blocks(scores, wanted.mass, wanted.blocks, forced), *sizes)
+    chosen, count = top_k_blocks(scores, wanted.blocks, forced)
+    return BlockLayout.from_candidates(chosen if forced is not None else chosen[..., : wanted.most], count, *sizes)
 
 
 # -- statistics --------------------------------------------------------------------------------------------------------

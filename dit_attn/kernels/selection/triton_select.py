@@ -8,13 +8,15 @@ copied to the host, and of equal scores the lower index wins, so the choice is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div
-from dit_attn.kernels.selection.budget import Budget, blocks_of_density
+from dit_attn.kernels.selection.budget import Budget, resolve_budget
 from dit_attn.kernels.selection.triton_pool import fused_pool
 from dit_attn.kernels.triton_launch import Launch
 
@@ -89,18 +91,18 @@ def best(image, wanted, ROWS: tl.constexpr):
     return chosen & (image > NEVER)
 
 
-@triton.jit(do_not_specialize=["kcap", "budget", "words", "tiles"])
+@triton.jit(do_not_specialize=["kcap", "budget", "words", "tiles", "n_b", "n_h", "p_b", "p_h"])
 def select_kernel(
     q_mean, k_mean, counts, scores, forced, kv_indices, kv_num_blocks, selected_mass, bits,
-    nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p, device_budget,
-    counts_b, s_b, s_h, s_q, s_k, f_b, f_h, f_q, f_k,
+    nq, nk, heads, ratio, kcap, words, tiles, scale, budget, top_p, head_count, head_mass,
+    counts_b, s_b, s_h, s_q, s_k, f_b, f_h, f_q, f_k, n_b, n_h, p_b, p_h,
     DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NK: tl.constexpr, PRECISION: tl.constexpr,
     GIVEN: tl.constexpr, TOP_P: tl.constexpr, FORCED: tl.constexpr, STATS: tl.constexpr,
-    DEVICE_BUDGET: tl.constexpr,
+    HEAD_COUNT: tl.constexpr, HEAD_MASS: tl.constexpr,
 ):  # fmt: skip
     """Write the lists of the chosen key blocks of ROWS query blocks. ``budget``: blocks, or with TOP_P the fewest.
 
-    With DEVICE_BUDGET, the budget (or with TOP_P the mass) is loaded from ``device_budget``.
+    With HEAD_COUNT the budget, and with HEAD_MASS the mass, is that of the sample and head in a table.
     """
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
@@ -137,11 +139,10 @@ def select_kernel(
         total = tl.sum(mass, 1)
         mass = mass / tl.where(total > 0.0, total, 1.0)[:, None]
 
-    if DEVICE_BUDGET:
-        if TOP_P:
-            top_p = tl.load(device_budget)
-        else:
-            budget = tl.load(device_budget)
+    if HEAD_COUNT:
+        budget = tl.load(head_count + b * n_b + h * n_h)
+    if HEAD_MASS:
+        top_p = tl.load(head_mass + b * p_b + h * p_h)
     wanted = budget - n_fixed
     if TOP_P:
         missing = tl.full((ROWS,), top_p, tl.float32)
@@ -185,7 +186,7 @@ def fused_select(
     kv_block: int,
     density: Budget | None = None,
     top_p: Budget | None = None,
-    k_min: int = 1,
+    k_min: int | Sequence[int] = 1,
     forced: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
@@ -198,13 +199,12 @@ def fused_select(
     Returns:
         layout, and with ``stats`` the selected mass and the bits of a ``BlockPlan``.
     """
-    nk = ceil_div(k.shape[1], kv_block)
-    budget = _budget(density, top_p, k_min, nk, q.device)
+    budget = _budget(density, top_p, k_min, ceil_div(k.shape[1], kv_block), q.device)
     idx, cnt, selected_mass, bits = select_op(
         q, k, forced, key_mask, *budget, float(q.shape[-1] ** -0.5 if scale is None else scale), q_block, kv_block,
         stats,
     )  # fmt: skip
-    known = top_p is None and budget[2] is None and forced is None and key_mask is None
+    known = all(x is None for x in (*budget[1:], forced, key_mask))
     layout = BlockLayout(q_block, kv_block, q.shape[1], k.shape[1], idx, cnt, budget[0] if known else None)
     return (layout, selected_mass, bits) if stats else (layout, None, None)
 
@@ -214,7 +214,7 @@ def fused_select_scores(
     *,
     density: Budget | None = None,
     top_p: Budget | None = None,
-    k_min: int = 1,
+    k_min: int | Sequence[int] = 1,
     forced: torch.Tensor | None = None,
     q_len: int,
     kv_len: int,
@@ -230,21 +230,21 @@ def fused_select_scores(
 
 
 def _budget(
-    density: Budget | None, top_p: Budget | None, k_min: int, nk: int, device: torch.device
-) -> tuple[int, float | None, torch.Tensor | None]:
-    """Blocks per row (with a mass: the fewest), mass, and the one of the two that stays on the device, if any does."""
-    if isinstance(top_p, torch.Tensor):
-        return k_min, 1.0, top_p.to(device, torch.float32)
-    if density is None:
-        return k_min, top_p, None
-    count = blocks_of_density(density, nk)
-    return (nk, None, count.to(device, torch.int32)) if isinstance(count, torch.Tensor) else (count, None, None)
+    density: Budget | None, top_p: Budget | None, k_min: int | Sequence[int], nk: int, device: torch.device
+) -> BudgetArguments:
+    """The flat arguments of a budget: blocks, mass, and tables (B|1, H|1) in place of them where heads differ."""
+    count, mass, most = resolve_budget(density, top_p, k_min, nk, device)
+    counts = count[..., 0].to(torch.int32) if isinstance(count, torch.Tensor) else None
+    if isinstance(mass, torch.Tensor):
+        return most, 1.0, counts, mass[..., 0]
+    return most, mass, counts, None
 
 
 # -- operators: opaque to the compiler, flat arguments -----------------------------------------------------------------
 
 Lists = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_BUDGET = "SymInt count, float? top_p, Tensor? device_budget"
+BudgetArguments = tuple[int, float | None, torch.Tensor | None, torch.Tensor | None]
+_BUDGET = "SymInt count, float? top_p, Tensor? head_count, Tensor? head_mass"
 _RESULT = "(Tensor kv_indices, Tensor kv_num_blocks, Tensor selected_mass, Tensor bits)"
 
 
@@ -255,7 +255,8 @@ def _select(
     key_mask: torch.Tensor | None,
     count: int,
     top_p: float | None,
-    device_budget: torch.Tensor | None,
+    head_count: torch.Tensor | None,
+    head_mass: torch.Tensor | None,
     scale: float,
     q_block: int,
     kv_block: int,
@@ -265,9 +266,10 @@ def _select(
     k_mean, _, counts = fused_pool(k, kv_block, key_mask)
     out = _lists(q_mean, k_mean.shape[2], forced, count, top_p, stats)
     if k_mean.shape[2] <= MAX_SCORED_ROW:
-        plan_select((q_mean, k_mean, counts), None, forced, count, top_p, device_budget, scale, out).run()
+        pooled = (q_mean, k_mean, counts)
+        plan_select(pooled, None, forced, (count, top_p, head_count, head_mass), scale, out).run()
     else:
-        _select_long_rows(q_mean, k_mean, counts, forced, count, top_p, device_budget, scale, out)
+        _select_long_rows(q_mean, k_mean, counts, forced, (count, top_p, head_count, head_mass), scale, out)
     return out
 
 
@@ -276,9 +278,7 @@ def _select_long_rows(
     k_mean: torch.Tensor,
     counts: torch.Tensor,
     forced: torch.Tensor | None,
-    count: int,
-    top_p: float | None,
-    device_budget: torch.Tensor | None,
+    budget: BudgetArguments,
     scale: float,
     out: Lists,
 ) -> None:
@@ -288,6 +288,7 @@ def _select_long_rows(
     group = max(1, SCORE_BYTES // (4 * nq * nk * ratio))
     weight = counts.log()[:, None, None, :]
     expanded = None if forced is None else _expanded(forced, *q_mean.shape[:2], nq, nk)
+    tables = [None if x is None else x.expand(q_mean.shape[:2]) for x in budget[2:]]
     for b in range(q_mean.shape[0]):
         for low in range(0, k_mean.shape[1], group):
             heads = slice(low * ratio, (low + group) * ratio)
@@ -296,7 +297,9 @@ def _select_long_rows(
                 scores = (q_mean[b : b + 1, heads] @ keys.transpose(-1, -2)) * scale + weight[b : b + 1]
             fixed = None if expanded is None else expanded[b : b + 1, heads]
             idx, cnt, selected_mass, bits = (x[b : b + 1, heads] if x.ndim > 1 else x for x in out)
-            plan_select(None, scores, fixed, count, top_p, device_budget, 1.0, (idx, cnt, selected_mass, bits)).run()
+            head_count, head_mass = (None if x is None else x[b : b + 1, heads] for x in tables)
+            some = (*budget[:2], head_count, head_mass)
+            plan_select(None, scores, fixed, some, 1.0, (idx, cnt, selected_mass, bits)).run()
 
 
 def _select_scores(
@@ -304,11 +307,12 @@ def _select_scores(
     forced: torch.Tensor | None,
     count: int,
     top_p: float | None,
-    device_budget: torch.Tensor | None,
+    head_count: torch.Tensor | None,
+    head_mass: torch.Tensor | None,
     stats: bool,
 ) -> Lists:
     out = _lists(scores, scores.shape[-1], forced, count, top_p, stats)
-    plan_select(None, scores, forced, count, top_p, device_budget, 1.0, out).run()
+    plan_select(None, scores, forced, (count, top_p, head_count, head_mass), 1.0, out).run()
     return out
 
 
@@ -348,7 +352,8 @@ def _select_fake(
     key_mask: torch.Tensor | None,
     count: int,
     top_p: float | None,
-    device_budget: torch.Tensor | None,
+    head_count: torch.Tensor | None,
+    head_mass: torch.Tensor | None,
     scale: float,
     q_block: int,
     kv_block: int,
@@ -364,7 +369,8 @@ def _select_scores_fake(
     forced: torch.Tensor | None,
     count: int,
     top_p: float | None,
-    device_budget: torch.Tensor | None,
+    head_count: torch.Tensor | None,
+    head_mass: torch.Tensor | None,
     stats: bool,
 ) -> Lists:
     return _lists(scores, scores.shape[-1], forced, count, top_p, stats)
@@ -377,15 +383,15 @@ def plan_select(
     pooled: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     scores: torch.Tensor | None,
     forced: torch.Tensor | None,
-    count: int,
-    top_p: float | None,
-    device_budget: torch.Tensor | None,
+    budget: BudgetArguments,
     scale: float,
     out: Lists,
 ) -> Launch:
     """Prepare the launch that fills ``out`` from pooled queries, keys and counts, or from scores."""
     kv_indices, kv_num_blocks, selected_mass, bits = out
     batch, heads, nq = kv_num_blocks.shape
+    count, top_p, *tables = budget
+    head_count, head_mass = (None if x is None else x.expand(batch, heads) for x in tables)
     q_mean, k_mean, counts = pooled or (None, None, None)
     if k_mean is not None:
         nk, dim, ratio = k_mean.shape[2], k_mean.shape[3], heads // k_mean.shape[1]
@@ -403,12 +409,15 @@ def plan_select(
         "kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks, "selected_mass": selected_mass, "bits": bits,
         "nq": nq, "nk": nk, "heads": heads, "ratio": ratio, "kcap": kv_indices.shape[-1], "words": ceil_div(nk, 32),
         "tiles": tiles, "scale": scale, "budget": max(1, count), "top_p": 1.0 if top_p is None else top_p,
-        "device_budget": device_budget,
+        "head_count": head_count, "head_mass": head_mass,
         "counts_b": 0 if counts is None else counts.stride(0),
         **dict(zip(("s_b", "s_h", "s_q", "s_k"), s_strides)), **dict(zip(("f_b", "f_h", "f_q", "f_k"), f_strides)),
+        **dict(zip(("n_b", "n_h"), (0, 0) if head_count is None else head_count.stride())),
+        **dict(zip(("p_b", "p_h"), (0, 0) if head_mass is None else head_mass.stride())),
         "DIM": dim, "CHUNK": 16, "ROWS": rows, "NK": width, "PRECISION": "ieee",
         "GIVEN": scores is not None, "TOP_P": top_p is not None, "FORCED": fixed is not None,
-        "STATS": selected_mass.ndim > 1, "DEVICE_BUDGET": device_budget is not None,
+        "STATS": selected_mass.ndim > 1, "HEAD_COUNT": head_count is not None,
+        "HEAD_MASS": head_mass is not None,
     }  # fmt: skip
     warps = max(4, min(8, rows * width // 512))
     return Launch(select_kernel, batch * heads * tiles, arguments, warps, 1)

@@ -108,6 +108,8 @@ def make_plan(
     if method.densities is not None or getattr(method, "top_p", None) is not None:
         name = "densities" if method.densities is not None else "top_p"
         raise DitAttnError(f"{method.slug}.{name} is set, which calibration would replace; give density alone")
+    if isinstance(cast(Any, method).density, tuple):
+        raise DitAttnError(f"{method.slug}.density has a number for each head; calibrate from one number for all heads")
     density = float(cast(Any, method).density)
     measured = sorted({*(densities or DENSITIES), density}, reverse=True)
     for value in measured:

@@ -20,7 +20,7 @@ from dit_attn.processors.attach.attention_processor import (
 from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
-from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.guider import PerturbedGuider, head_count
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
 from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.session import Session
@@ -94,7 +94,9 @@ def prepare(
         add_cross_layers(session)
     for method in methods:
         mine = kinds_at(method.sites, family.text_kind)
-        method.check_model(type(model).__name__, sum(not mine.isdisjoint(layer.calls) for layer in session.layers))
+        layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
+        method.check_model(type(model).__name__, len(layers))
+        method.check_heads(type(model).__name__, [head_count(session.module(layer)) for layer in layers])
         if method.moves_positions:
             stock = (session.module(layer).processor for layer in session.layers if "self" in layer.calls)
             check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])

@@ -19,6 +19,7 @@ from dit_attn.processors.attach.guider import head_count
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
+from dit_attn.processors.methods.head_budget import is_full
 from dit_attn.processors.methods.presets import preset_for
 
 _TEXT_TOKENS = 512  # assumed length of the text in a joint sequence
@@ -110,6 +111,7 @@ def explain_run(
     names = attach.eligible_layers(model, family)
     for method in methods:
         method.check_model(type(model).__name__, len(names))
+        method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     density, fallbacks = _expected_density(methods, len(names), tokens)
@@ -274,8 +276,7 @@ def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> 
         fallbacks.append(f"{dense} of {steps} steps: dense by setting")
     if sparse.dense_layers:
         fallbacks.append(f"layers {', '.join(map(str, sparse.dense_layers))}: dense by setting")
-    if sparse.densities and 1.0 in sparse.densities:
-        dense_fraction = sparse.densities.count(1.0) / len(sparse.densities)
+    if sparse.densities and (dense_fraction := sum(map(is_full, sparse.densities)) / len(sparse.densities)):
         fallbacks.append(f"{100 * dense_fraction:.0f} % of the layers and parts of the run: density 1 by setting")
     if sparse.expected is None:
         return None, (*fallbacks, "density: decided by the data (top_p)")

@@ -130,7 +130,8 @@ class Request:
             sequence; called once.
         visual_density: with ``compute_visual``, attention computed for the visual rows, as a fraction of dense.
         max_error: see :class:`~dit_attn.processors.methods.sparse.SparseMethod`.
-        density: density that ``max_error`` is measured for, once per run; ``None`` where it never changes.
+        density: density, of all heads or of each, that ``max_error`` is measured for, once per run; ``None`` where it
+            never changes.
     """
 
     layout: BlockLayout | None = None
@@ -144,7 +145,7 @@ class Request:
     compute_visual: Callable[[], torch.Tensor] | None = None
     visual_density: float = 1.0
     max_error: float | None = None
-    density: float | None = None
+    density: float | tuple[float, ...] | None = None
 
     @property
     def empty(self) -> bool:
@@ -167,6 +168,9 @@ class Request:
     def add_bias(self, call: AttentionCall, rows: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
         """Add ``rows @ keys^T`` to the logits of some rows; zero factors add nothing and change nothing.
 
+        Heads are those of the call (``call.heads``); where they are split over devices, every device must add as many
+        biases, and zero factors are computed with.
+
         Args:
             call: the attention call.
             rows: (B|1, H|1, n, r) finite factor of n consecutive rows, visual or not. H is this device's number of
@@ -183,6 +187,8 @@ class Request:
 
     def add_span_bias(self, call: AttentionCall, rows: TokenSet, keys: TokenSet, value: float | torch.Tensor) -> None:
         """Add a constant to the logits of some rows and some keys; 0, no row or no key changes nothing.
+
+        Heads and devices are as for :meth:`add_bias`; the number 0 changes nothing there either.
 
         Args:
             call: the attention call.

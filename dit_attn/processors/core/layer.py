@@ -49,7 +49,7 @@ class LayerStats:
     computed: float | torch.Tensor = 0.0
     seconds: float = 0.0
     error: float | None = None
-    measured: set[float | None] = field(default_factory=set)
+    measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
 
 
 class Layer:

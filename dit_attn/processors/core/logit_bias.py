@@ -56,6 +56,7 @@ def factor_bias(
         keys: (B|1, H|1 or Hk, Sk, r), finite.
         first: the first of the n rows.
         shard: rank and number of the devices that share the heads; factors for the heads of all are cut to those here.
+            All devices must agree on whether there is a bias, so one that is zero for the heads here is kept.
 
     Raises:
         DitAttnError: a factor does not fit the call.
@@ -74,7 +75,7 @@ def factor_bias(
             f"a bias of rows {first} to {first + rows.shape[2]} and keys {tuple(keys.shape[2:])} does not fit "
             f"{seq_len} tokens and {k.shape[1]} keys; keys need a factor for every key and as many columns as rows"
         )
-    if not (rows.any() and keys.any()):
+    if shard[1] == 1 and not (rows.any() and keys.any()):
         return None
     if keys.shape[1] not in (1, heads):
         keys = keys.repeat_interleave(heads // k.shape[2], 1)
@@ -98,12 +99,13 @@ def span_bias(
         k: (B, Sk, Hk, D) its keys.
         rows, keys: the tokens.
         value: natural logarithm, ``-inf`` to bar; a number or (B|1, H|1).
-        shard: as for :func:`factor_bias`.
+        shard: as for :func:`factor_bias`; a number is the same on all devices.
 
     Raises:
         DitAttnError: a value is NaN or ``inf``, or something does not fit the call.
     """
     batch, seq_len, heads, _ = q.shape
+    kept = shard[1] > 1 and isinstance(value, torch.Tensor)
     if not isinstance(value, torch.Tensor):
         value = torch.tensor([[float(value)]], dtype=torch.float64)
     value = _own_heads(value, (heads,), shard)
@@ -115,7 +117,7 @@ def span_bias(
         raise DitAttnError("the value of a bias must be finite or -inf; to attend to nothing else, bar the other keys")
     chosen = [token_mask(x, batch, length) for x, length in ((rows, seq_len), (keys, k.shape[1]))]
     any_row = chosen[0].any(0).nonzero()
-    if not value.any() or not len(any_row) or not chosen[1].any():
+    if not (kept or value.any()) or not len(any_row) or not chosen[1].any():
         return None
     first, last = int(any_row[0]), int(any_row[-1]) + 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

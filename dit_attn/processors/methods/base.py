@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,6 +123,17 @@ class Method:
             DitAttnError: they do not fit.
         """
 
+    def check_heads(self, transformer: str, heads: Sequence[int | None]) -> None:
+        """Refuse settings for single heads that do not fit a model; called after :meth:`check_model`.
+
+        Args:
+            transformer: class name.
+            heads: number of query heads of every layer that can be wrapped, ``None`` where it does not say.
+
+        Raises:
+            DitAttnError: they do not fit.
+        """
+
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Return the bytes one layer stores for one sample from step to step.
 
@@ -227,7 +239,7 @@ def method_class(slug: object) -> type[Method]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _download(repo: str) -> Path:

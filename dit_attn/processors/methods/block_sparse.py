@@ -14,6 +14,7 @@ from dit_attn.kernels import plan_blocks
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import forced_blocks
 from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.sparse import SparseMethod
 
 
@@ -24,8 +25,9 @@ class BlockSparse(SparseMethod):
     Give ``density`` or ``top_p``. Blocks and dense exceptions are settings of every :class:`SparseMethod`.
 
     Attributes:
-        density: fraction of the key blocks each query block attends to, in (0, 1]. 1 is bit-equal to stock attention.
-        top_p: alternatively, the fewest blocks whose pooled softmax mass reaches this, in (0, 1].
+        density: fraction of the key blocks each query block attends to, in (0, 1]: a number, or one for each head. 1 is
+            bit-equal to stock attention.
+        top_p: alternatively, the fewest blocks whose pooled softmax mass reaches this, in (0, 1]; likewise.
         keep: blocks that are always computed: ``text``, ``first-frame``, ``diagonal`` (they count inside the budget).
 
     Raises:
@@ -34,8 +36,12 @@ class BlockSparse(SparseMethod):
 
     slug: ClassVar[str] = "block-sparse"
 
-    density: float | None = setting(None, "fraction of key blocks attended to", low=1e-6, high=1.0)
-    top_p: float | None = setting(None, "pooled softmax mass attended to", low=1e-6, high=1.0)
+    density: float | tuple[float, ...] | None = setting(
+        None, "fraction of key blocks attended to, of all heads or of each", low=1e-6, high=1.0
+    )
+    top_p: float | tuple[float, ...] | None = setting(
+        None, "pooled softmax mass attended to, of all heads or of each", low=1e-6, high=1.0
+    )
     keep: tuple[str, ...] = setting(
         ("text", "diagonal"), "blocks that are always attended to", choices=("text", "first-frame", "diagonal")
     )
@@ -50,12 +56,12 @@ class BlockSparse(SparseMethod):
     @property
     def is_dense(self) -> bool:
         """Whether the settings keep everything."""
-        return (self.density or self.top_p or 0.0) >= 1.0
+        return is_full(self.density) or is_full(self.top_p)
 
     @property
     def executed(self) -> float | None:
-        """The density, ``None`` with top_p."""
-        return self.density
+        """The density, mean over heads; ``None`` with top_p."""
+        return None if self.density is None else mean_budget(self.density)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Set the layout of the visual rows."""
@@ -66,8 +72,8 @@ class BlockSparse(SparseMethod):
             call.k,
             q_block=self.q_block,
             kv_block=self.kv_block,
-            density=self.density,
-            top_p=self.top_p,
+            density=None if self.density is None else budget_of_call(self.density, call),
+            top_p=None if self.top_p is None else budget_of_call(self.top_p, call),
             forced=forced_blocks(tokens, self.keep, self.q_block, self.kv_block, call.q.device),
             key_mask=request.key_mask,
             scale=call.scale,

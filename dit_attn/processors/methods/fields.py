@@ -45,12 +45,15 @@ def union_of(hint: Any) -> tuple[Any, ...]:
 
 def describe(hint: Any) -> str:
     """Describe a type in words, for messages."""
-    return " or ".join(_describe_one(kind) for kind in union_of(hint))
+    kinds = union_of(hint)
+    if set(kinds) & set(_NAMES) - {type(None)}:  # a list behind what is not one: "or none" is not of its items then
+        kinds = tuple(sorted(kinds, key=lambda kind: typing.get_origin(kind) is tuple))
+    return " or ".join(map(_describe_one, kinds))
 
 
 def _describe_one(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
-        return f"a list (a,b,...), each item {_describe_one(typing.get_args(kind)[0])}"
+        return f"a list (a,b,...), each item {describe(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     return _NAMES.get(kind, str(kind))
@@ -105,13 +108,20 @@ def _check_range(name: str, spec: dataclasses.Field[Any], value: Any, hint: Any)
         wrong = [item for item in (value if isinstance(value, tuple) else (value,)) if item not in choices]
         if wrong:
             raise unknown(f"value of {name}", wrong[0], choices)
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    if (low is not None or high is not None) and not _within(value, low, high):
         raise DitAttnError(f"{name} must be{_bounds(spec, ' ')}, got {shorten(value)}: {_help(spec)}")
     if {int, float} <= set(union_of(hint)) and isinstance(value, float) and not value <= 1.0:
         raise DitAttnError(
             f"{name} must be a fraction up to 1.0 or a whole number, got {shorten(value)}: {_help(spec)}; "
             f"write {int(value) if value < 1e9 else 1} for a count"
         )
+
+
+def _within(value: Any, low: float | None, high: float | None) -> bool:
+    """Whether a number, or every number of a list that has some, lies between two bounds."""
+    if isinstance(value, tuple):
+        return bool(value) and all(_within(item, low, high) for item in value)
+    return bool((low is None or value >= low) and (high is None or value <= high))
 
 
 def _bounds(spec: dataclasses.Field[Any], before: str) -> str:

@@ -11,7 +11,6 @@ than 1; ``conserving`` lets R fall as rho rises. Everything is stored before the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,19 +19,14 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, plan_scores, sparse_attention
 from dit_attn.kernels.dense import dense_with_lse
-from dit_attn.kernels.layouts.block_layout import ceil_div
-from dit_attn.kernels.layouts.cache import cached
-from dit_attn.kernels.layouts.patterns import from_rule
-from dit_attn.kernels.selection.budget import blocks_of_density
 from dit_attn.processors.core.call import AttentionCall, Request
-from dit_attn.processors.core.token_permute import PermutedTokens, token_permutation
-from dit_attn.processors.core.tokens import Tokens
+from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.methods.base import Phase, resolve_count, setting
+from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import ordered_scores
+from dit_attn.processors.methods.re_ttention_masks import MASKS, band_layout, window_layout
 from dit_attn.processors.methods.sparse import SparseMethod
 
-MASKS = {"band": "columns", "window": "hilbert", "selected": "hilbert"}
-"""Masks, and the order in which their tiles are fullest."""
 RAMPS = ("conserving", "paper", "none")
 DTYPES = {"model": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 FP8_MAX = 448.0
@@ -43,8 +37,8 @@ class ReTtention(SparseMethod):
     """Run dense steps first, then periods of one refresh and a few steps with a thin fixed mask.
 
     Attributes:
-        density: fraction of the visual keys that each visual row attends to on sparse steps, in (0, 1]; text is always
-            attended to. 1 is bit-equal to stock attention.
+        density: fraction of the visual keys that each visual row attends to on sparse steps, in (0, 1]: a number, or
+            one for each head; text is always attended to. 1 is bit-equal to stock attention.
         mask: ``band`` (the paper's: tokens near in row-major order of their frame, in all frames), ``window`` (the
             blocks nearest on the grid, a box that is shifted inward at the borders) or ``selected`` (blocks selected at
             the refresh, for each head, and fixed for the period).
@@ -64,7 +58,9 @@ class ReTtention(SparseMethod):
     slug: ClassVar[str] = "re-ttention"
     by_step: ClassVar[bool] = False
 
-    density: float = setting(0.0625, "fraction of the visual keys attended to on sparse steps", low=1e-6, high=1.0)
+    density: float | tuple[float, ...] = setting(
+        0.0625, "fraction of the visual keys attended to on sparse steps, of all heads or of each", low=1e-6, high=1.0
+    )
     dense_steps: float | int = setting(0.25, "dense steps at the start (fraction or count)", low=0)
     mask: str = setting("window", "keys a sparse step attends to", choices=tuple(MASKS))
     window: tuple[int, ...] | None = setting(None, "proportions (t, h, w) of the box of the mask `window`")
@@ -84,12 +80,12 @@ class ReTtention(SparseMethod):
     @property
     def is_dense(self) -> bool:
         """Whether the settings are dense attention."""
-        return self.density >= 1.0
+        return is_full(self.density)
 
     @property
     def executed(self) -> float | None:
         """Mean over a period: a refresh costs a dense and a sparse call."""
-        return (1.0 + self.period * self.density) / self.period
+        return (1.0 + self.period * mean_budget(self.density)) / self.period
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Return the bytes stored from a refresh to the next: rho in fp32, and R. Arguments as in the base class."""
@@ -193,7 +189,11 @@ class ReTtention(SparseMethod):
     def _reshape(self, call: AttentionCall, request: Request, state: State) -> None:
         rows = request.permute(call, MASKS[self.mask])
         request.visual_density = state.density
-        growth = 0.0 if self.ramp == "none" else self.ramp_rate * state.used
+        growth: float | torch.Tensor = 0.0 if self.ramp == "none" else self.ramp_rate * state.used
+        grows = bool(growth)
+        density = budget_of_call(self.density, call)
+        if grows and isinstance(density, tuple):  # a dense head skips nothing
+            growth = growth * state.rho.new_tensor([float(each < 1.0) for each in density])[:, None]
         state.used += 1
 
         def visual() -> torch.Tensor:
@@ -201,7 +201,7 @@ class ReTtention(SparseMethod):
             rho = state.rho + growth
             rho = rho.clamp(max=1.0) if self.clamp else rho
             rest = state.rest.load(sparse)
-            if self.ramp == "conserving" and growth:
+            if self.ramp == "conserving" and grows:
                 left = (1.0 - rho) / (1.0 - state.rho).clamp(min=1e-6)
                 rest = rest * left.clamp(min=0.0).transpose(1, 2)[..., None].to(rest.dtype)
             out = torch.addcmul(rest, rho.transpose(1, 2)[..., None].to(sparse.dtype), sparse)
@@ -222,18 +222,19 @@ class ReTtention(SparseMethod):
 
     def _layout(self, call: AttentionCall, rows: PermutedTokens) -> BlockLayout:
         assert call.tokens is not None
+        density = budget_of_call(self.density, call)
         if self.mask == "selected":
             scores = ordered_scores(rows, self.q_block, self.kv_block, call.softmax_scale)
             forced = rows.order.forced(("diagonal",), rows.k.shape[1], self.q_block, self.kv_block)
             return plan_scores(
-                scores, density=self.density, forced=forced, q_len=rows.q.shape[1], kv_len=rows.k.shape[1],
+                scores, density=density, forced=forced, q_len=rows.q.shape[1], kv_len=rows.k.shape[1],
                 q_block=self.q_block, kv_block=self.kv_block,
             ).layout  # fmt: skip
         blocks = (self.q_block, self.kv_block, call.q.device)
         if self.mask == "band":
-            return band_layout(call.tokens, self.density, *blocks)
+            return band_layout(call.tokens, density, *blocks)
         window = None if self.window is None else (self.window[0], self.window[1], self.window[2])
-        return window_layout(call.tokens, self.density, window, *blocks)
+        return window_layout(call.tokens, density, window, *blocks)
 
     def _stored(self, rest: torch.Tensor) -> Stored:
         dtype, scale = DTYPES[self.cache], None
@@ -284,96 +285,3 @@ class State:
 
     def __post_init__(self) -> None:
         self.density = self.layout.density
-
-
-# -- masks -------------------------------------------------------------------------------------------------------------
-
-
-@cached
-def band_layout(tokens: Tokens, density: float, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
-    """Return the paper's mask in the order ``columns``; cached for the next call with the same arguments.
-
-    A visual token attends to the tokens of its span that are at most half a band away in the row-major order of a
-    frame, in every frame, and to all tokens of other spans. With all frames of a position side by side this is one run
-    of keys.
-
-    Args:
-        tokens: the resolved sequence.
-        density: fraction of a frame's tokens in the band.
-        q_block, kv_block: tokens per block.
-        device: device of the layout.
-    """
-    order = token_permutation(tokens, MASKS["band"], None, torch.device("cpu"))
-    span, position, half = [], [], []
-    for index, part in enumerate(order.parts):
-        _, height, width = part.grid
-        _, h, w = part.coordinates().unbind(-1)
-        position.append(h * width + w)
-        span.append(torch.full((len(part),), index))
-        half.append(torch.full((len(part),), math.floor(height * width * density) // 2))
-    rest = torch.full((tokens.seq_len - order.visual,), -1)
-    owner, at, reach = torch.cat([*span, rest]), torch.cat([*position, rest]), torch.cat([*half, rest])
-
-    def rule(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (owner[q] != owner[k]) | ((at[q] - at[k]).abs() <= reach[q])
-
-    return from_rule(rule, order.visual, tokens.seq_len, q_block=q_block, kv_block=kv_block).to(device)
-
-
-@cached
-def window_layout(
-    tokens: Tokens,
-    density: float,
-    window: tuple[int, int, int] | None,
-    q_block: int,
-    kv_block: int,
-    device: torch.device,
-) -> BlockLayout:
-    """Return the layout of every query block with the key blocks nearest on the grid; cached for the next call.
-
-    Blocks along the curve are compact, so this is a box around the query block that is shifted inward at the borders
-    and consists of full tiles: the computed density is the requested one.
-
-    Args:
-        tokens: the resolved sequence.
-        density: fraction of a span's blocks that is attended to; blocks of other spans and of text always are.
-        window: (t, h, w), the proportions of the box; ``None`` for those of the grid.
-        q_block, kv_block: tokens per block.
-        device: device of the layout.
-    """
-    order = token_permutation(tokens, MASKS["window"], None, torch.device("cpu"))
-    nq, nk = ceil_div(order.visual, q_block), ceil_div(tokens.seq_len, kv_block)
-    selected = torch.zeros(nq, nk, dtype=torch.bool)
-    start = 0
-    for part in order.parts:
-        stop = start + len(part)
-        size = torch.tensor(window or part.grid, dtype=torch.float64)
-        at = part.coordinates() / size
-        q, first_q = _centers(at, start, q_block)
-        k, first_k = _centers(at, start, kv_block)
-        far = torch.cdist(q, k, p=math.inf) + 1e-3 * torch.cdist(q, k)  # box first, ties by the straight distance
-        nearest = far.topk(blocks_of_density(density, len(k)), largest=False).indices + first_k
-        rows = torch.arange(len(q))[:, None] + first_q
-        selected[rows, nearest] = True
-        others = torch.ones(nk, dtype=torch.bool)  # blocks with tokens outside this span
-        others[ceil_div(start, kv_block) : stop // kv_block] = False
-        if stop == tokens.seq_len:
-            others[stop // kv_block :] = False
-        selected[first_q : first_q + len(q)] |= others
-        start = stop
-    return BlockLayout.from_mask(selected[None, None], order.visual, tokens.seq_len, q_block, kv_block).to(device)
-
-
-def _centers(at: torch.Tensor, start: int, block: int) -> tuple[torch.Tensor, int]:
-    """(n, 3) mean position of every block with tokens of a span, and the index of the first block.
-
-    Args:
-        at: (tokens, 3) positions of the span's tokens.
-        start: index of the first of them in the sequence.
-        block: tokens per block.
-    """
-    owner = (torch.arange(len(at)) + start) // block
-    first = int(owner[0])
-    count = torch.bincount(owner - first).to(at.dtype)
-    total = torch.zeros(len(count), 3, dtype=at.dtype).index_add_(0, owner - first, at)
-    return total / count[:, None], first

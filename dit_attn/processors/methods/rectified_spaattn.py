@@ -30,6 +30,7 @@ from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.core.tokens import Tokens
 from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
 from dit_attn.processors.methods.sparse import SparseMethod
 
@@ -42,9 +43,10 @@ class RectifiedSpaAttn(SparseMethod):
     """Attend to the best key blocks along a space-filling curve and compensate for the others.
 
     Attributes:
-        density: fraction of the key blocks each query block attends to, in (0, 1]; forced blocks count inside it. 1 is
-            bit-equal to stock attention.
-        top_p: attend to further blocks until this pooled softmax mass is reached; ``None`` for density alone.
+        density: fraction of the key blocks each query block attends to, in (0, 1]: a number, or one for each head;
+            forced blocks count inside it. 1 is bit-equal to stock attention.
+        top_p: attend to further blocks until this pooled softmax mass is reached, a number or one for each head;
+            ``None`` for density alone.
         select: ranking of the blocks: by their pooled softmax ``mass``, or by the ``error`` of skipping them, the mass
             times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
         probe: tokens per mean in the ranking; divides both block sizes. The error of a block is then the root of the
@@ -68,8 +70,12 @@ class RectifiedSpaAttn(SparseMethod):
 
     slug: ClassVar[str] = "rectified-spaattn"
 
-    density: float = setting(0.25, "fraction of key blocks attended to", low=1e-6, high=1.0)
-    top_p: float | None = setting(None, "also attend to blocks up to this pooled softmax mass", low=1e-6, high=1.0)
+    density: float | tuple[float, ...] = setting(
+        0.25, "fraction of key blocks attended to, of all heads or of each", low=1e-6, high=1.0
+    )
+    top_p: float | tuple[float, ...] | None = setting(
+        None, "also attend to blocks up to this pooled softmax mass, of all heads or of each", low=1e-6, high=1.0
+    )
     select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
     probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
     order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
@@ -99,13 +105,13 @@ class RectifiedSpaAttn(SparseMethod):
     @property
     def is_dense(self) -> bool:
         """Whether the settings are dense attention."""
-        return self.density >= 1.0 or (self.top_p or 0.0) >= 1.0
+        return is_full(self.density) or is_full(self.top_p)
 
     @property
     def executed(self) -> float | None:
-        """Density and pooled keys, ``None`` with top_p."""
+        """Density (mean over heads) and pooled keys, ``None`` with top_p."""
         pooled = 1.0 / self.tokens_per_pooled_key if self.compensation == "merge" else 0.0
-        return None if self.top_p is not None else min(1.0, self.density + pooled)
+        return None if self.top_p is not None else min(1.0, mean_budget(self.density) + pooled)
 
     @property
     def tokens_per_pooled_key(self) -> int:
@@ -126,7 +132,7 @@ class RectifiedSpaAttn(SparseMethod):
         scale = call.softmax_scale
         with torch.no_grad():
             scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
-            layout = self._chosen(self._ranks(scores, rows, scale), rows)
+            layout = self._chosen(self._ranks(scores, rows, scale), rows, call)
         request.layout = layout
         if self.compensation == "merge":
             request.compensation = pooled_compensation(
@@ -168,15 +174,16 @@ class RectifiedSpaAttn(SparseMethod):
         found = found.unflatten(-1, (-1, k_parts)).sum(-1).unflatten(-2, (-1, q_parts)).sum(-2)
         return found.sqrt() if self.select == "error" else found
 
-    def _chosen(self, scores: torch.Tensor, rows: PermutedTokens) -> BlockLayout:
+    def _chosen(self, scores: torch.Tensor, rows: PermutedTokens, call: AttentionCall) -> BlockLayout:
         """The layout for the budget, from (B, H, nq, nk) scores."""
+        density = budget_of_call(self.density, call)
         forced = rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
         extra = self.budget == "extra"
         chosen = plan_scores(
             scores,
-            density=self.density if self.top_p is None else None,
-            top_p=self.top_p,
-            k_min=blocks_of_density(self.density, scores.shape[-1]),
+            density=density if self.top_p is None else None,
+            top_p=None if self.top_p is None else budget_of_call(self.top_p, call),
+            k_min=blocks_of_density(density, scores.shape[-1]),
             forced=None if extra else forced,
             q_len=rows.q.shape[1], kv_len=rows.k.shape[1], q_block=self.q_block, kv_block=self.kv_block,
         ).layout  # fmt: skip
@@ -204,6 +211,7 @@ class RectifiedSpaAttn(SparseMethod):
         added = skipped & self._beneficial(rows) if self.gate else skipped
         added_mass = torch.where(added, mass, 0.0)
         scale = torch.where(selected, mass, 0.0).sum(-1) if self.compensation == "paper" else 1.0 - added_mass.sum(-1)
+        scale = torch.where(skipped.any(-1), scale, 1.0)  # nothing to compensate for: exact, whatever the sum rounds to
         values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
         with full_precision(added_mass.device):
             return Epilogue(row_scale=scale, add=added_mass @ values)

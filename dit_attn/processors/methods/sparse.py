@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, Phase, resolve_count, setting
+from dit_attn.processors.methods.head_budget import HeadBudget
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class SparseMethod(Method):
         max_error: largest relative L2 error of a layer's output, measured on sampled rows once per run (and density); a
             layer above it goes dense for the rest of the session. ``None`` measures nothing.
         densities: density of every layer in place of the one ``density``: the layers of the first part of the run,
-            then those of the second, and so on. A layer with density 1 stays dense. The dense exceptions apply too.
+            then those of the second, and so on; a number for all heads of a layer, or a row with one for each. A layer
+            with density 1 stays dense. The dense exceptions apply too.
         parts: number of equal parts of the run in ``densities``.
         calibration: origin of ``densities``, written by ``dit-attn calibrate``: JSON values; ``transformer`` is
             the class they were measured on. Not compared.
 
     Raises:
         DitAttnError: a value out of range; ``densities`` together with ``top_p``, of a method without a density, over
-            parts of the run where the method has its own schedule, or not as many for every part.
+            parts of the run where the method has its own schedule, or not as many for every part; ``density`` and
+            ``top_p`` for different numbers of heads.
     """
 
     role: ClassVar[str] = "sparse"
@@ -50,7 +54,9 @@ class SparseMethod(Method):
     dense_last_steps: float | int = setting(0.0, "dense steps at the end (fraction or count)", low=0)
     dense_layers: tuple[int, ...] = setting((), "layers that stay dense, by index")
     max_error: float | None = setting(None, "error of a layer's output above which it goes dense", low=0.0)
-    densities: tuple[float, ...] | None = setting(None, "density of every layer, for one part of the run after another")
+    densities: tuple[float | tuple[float, ...], ...] | None = setting(
+        None, "density of every layer, or a row for its heads, for one part of the run after another"
+    )
     parts: int = setting(1, "equal parts of the run in `densities`", low=1)
     calibration: dict[str, Any] | None = field(
         default=None, repr=False, compare=False, metadata={"help": "where `densities` come from"}
@@ -58,6 +64,12 @@ class SparseMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        lengths = {name: len(value) for name, value in self._budgets().items() if isinstance(value, tuple)}
+        if len(set(lengths.values())) > 1:
+            raise DitAttnError(
+                f"{self.slug} has a density for {lengths['density']} heads and a top_p for {lengths['top_p']}; give as "
+                "many of each"
+            )
         if self.densities is None:
             if self.parts != 1:
                 raise DitAttnError(f"{self.slug}.parts is {self.parts}, but there are no densities to divide")
@@ -77,9 +89,10 @@ class SparseMethod(Method):
                 f"{self.slug}.densities must be a list of numbers, as many for each of {self.parts} parts, got "
                 f"{shorten(table)}"
             )
-        for value in table:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
-                raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {shorten(value)}")
+        for row in table:
+            for value in row if isinstance(row, tuple) and row else (row,):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value <= 1.0:
+                    raise DitAttnError(f"{self.slug}.densities must be above 0 and at most 1, got {shorten(value)}")
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse dense layers that do not exist, and densities that were measured on another model.
@@ -111,6 +124,31 @@ class SparseMethod(Method):
                 f"{self.slug} has densities for {rows} layers, but {transformer} has {layers}; "
                 "run `dit-attn calibrate` for this model"
             )
+
+    def check_heads(self, transformer: str, heads: Sequence[int | None]) -> None:
+        """Refuse budgets of another number of heads than a layer has; arguments as in the base class.
+
+        Layers in ``dense_layers`` need none.
+
+        Raises:
+            DitAttnError: a layer has another number of heads.
+        """
+        layers = len(heads)
+        dense = {index % layers for index in self.dense_layers}
+        for index, count in enumerate(heads):
+            if count is None or index in dense:
+                continue
+            rows = self.densities[index::layers] if self.densities is not None else ()
+            for name, budget in (*(("densities", row) for row in rows), *(() if rows else self._budgets().items())):
+                if isinstance(budget, tuple) and len(budget) != count:
+                    raise DitAttnError(
+                        f"{self.slug}.{name} has {len(budget)} numbers for the heads of layer {index}, but "
+                        f"{transformer} has {count} heads there; give {count} numbers, or one for all heads"
+                    )
+
+    def _budgets(self) -> dict[str, HeadBudget | None]:
+        """The budgets that hold for all layers, by name."""
+        return {name: getattr(self, name, None) for name in ("density", "top_p")}
 
     def at(self, call: AttentionCall) -> SparseMethod:
         """Return the method with the density of this call's layer and step; itself where ``densities`` are not set."""
@@ -172,6 +210,10 @@ class SparseMethod(Method):
         layers = call.layer_count
         if any(index % layers == call.layer.index for index in self.dense_layers):
             return "dense layer"
+        heads = call.q.shape[2] * call.shard[1]
+        for name, budget in self._budgets().items():
+            if isinstance(budget, tuple) and len(budget) != heads:
+                return f"{name} for {len(budget)} heads, the layer has {heads}"
         return dense_step(self.dense_steps, self.dense_last_steps, call)
 
 
@@ -181,7 +223,7 @@ def as_sparse(method: Method) -> SparseMethod | None:
 
 
 @lru_cache(maxsize=4096)
-def _with_density(method: SparseMethod, density: float) -> SparseMethod:
+def _with_density(method: SparseMethod, density: HeadBudget) -> SparseMethod:
     changes: dict[str, Any] = {"density": density, "densities": None, "parts": 1, "calibration": None}
     return replace(method, **changes)
 

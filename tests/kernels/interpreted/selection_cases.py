@@ -205,6 +205,46 @@ def test_every_bit_of_a_word_can_be_set() -> None:
     assert torch.equal(plan.bits, selected_bits(plan.layout))
 
 
+PER_HEAD = {
+    "density": {"density": (0.1, 0.5, 1.0, 0.26)},
+    "top_p": {"top_p": (0.3, 0.7, 1.0, 0.9), "k_min": 2},
+    "top_p and a least count": {"top_p": (0.3, 0.7, 0.2, 0.9), "k_min": (1, 5, 2, 7)},
+    "counts of each sample": {"density": torch.tensor([[1, 4, 50, 2], [3, 1, 2, 9]])},
+    "masses of each sample": {"top_p": torch.tensor([[0.5, 1.0, 0.2, 0.9], [0.1, 0.6, 0.9, 0.3]])},
+}
+
+
+@pytest.mark.parametrize("long", (False, True), ids=("short rows", "long rows"))
+@pytest.mark.parametrize("with_forced", (False, True), ids=("", "forced"))
+@pytest.mark.parametrize("name", PER_HEAD)
+def test_every_head_has_its_own_budget(
+    name: str, with_forced: bool, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if long:
+        monkeypatch.setattr(triton_select, "MAX_SCORED_ROW", 4)
+        monkeypatch.setattr(triton_select, "SCORE_BYTES", 1)
+    q, k = random(2, 24, 4, 16), random(2, 50, 2, 16, seed=1)
+    forced = random(1, 4, 3, 13, seed=2) > 1 if with_forced else None
+    options = {"q_block": 8, "kv_block": 4, "forced": forced, "stats": True, **PER_HEAD[name]}
+    ours = plan_blocks(q, k, backend="triton", **options)  # type: ignore[arg-type]
+    same_plan(ours, plan_blocks(q, k, backend="torch", **options))  # type: ignore[arg-type]
+    sizes = {"q_len": 24, "kv_len": 50, "q_block": 8, "kv_block": 4}
+    given = {"forced": forced, "stats": True, **PER_HEAD[name], **sizes}
+    scores = random(2, 4, 3, 13, seed=5)
+    ours = plan_scores(scores, backend="triton", **given)  # type: ignore[arg-type]
+    same_plan(ours, plan_scores(scores, backend="torch", **given))  # type: ignore[arg-type]
+
+
+def test_the_lists_are_as_wide_as_the_head_with_most_blocks() -> None:
+    scores, sizes = random(1, 3, 2, 20), {"q_len": 16, "kv_len": 160, "q_block": 8, "kv_block": 8}
+    for backend in ("triton", "torch"):
+        layout = plan_scores(scores, density=(0.1, 0.3, 0.2), backend=backend, **sizes).layout  # type: ignore[arg-type]
+        assert layout.kv_indices.shape == (1, 3, 2, 6)
+        assert layout.kv_num_blocks[0].tolist() == [[2, 2], [6, 6], [4, 4]]
+        equal = plan_scores(scores, density=(0.3,) * 3, backend=backend, **sizes).layout  # type: ignore[arg-type]
+        assert equal == plan_scores(scores, density=0.3, backend=backend, **sizes).layout  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("key_heads", (1, 2))
 def test_rows_too_long_for_registers_are_scored_apart_with_the_same_result(
     key_heads: int, monkeypatch: pytest.MonkeyPatch
@@ -241,10 +281,12 @@ def test_the_operators_keep_the_rules_of_the_compiler(top_p: float | None, stats
     q, k = random(1, 20, 2, 16), random(1, 24, 1, 16, seed=1)
     forced = random(1, 1, 1, 3) > 0 if with_forced else None
     mask = random(1, 24, seed=2) > -1
-    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 2, top_p, None, 0.25, 8, 8, stats))
-    torch.library.opcheck(triton_select.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, None, stats))
-    device_budget = torch.tensor(2, dtype=torch.int32) if top_p is None else torch.tensor(top_p)
-    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 3, top_p, device_budget, 0.25, 8, 8, stats))
+    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 2, top_p, None, None, 0.25, 8, 8, stats))
+    torch.library.opcheck(triton_select.select_scores_op, (random(1, 2, 3, 3), forced, 2, top_p, None, None, stats))
+    head_count = torch.tensor([[2, 1]], dtype=torch.int32)
+    head_mass = None if top_p is None else torch.tensor([[top_p]])
+    tables = (head_count, head_mass)
+    torch.library.opcheck(triton_select.select_op, (q, k, forced, mask, 3, top_p, *tables, 0.25, 8, 8, stats))
 
 
 def test_a_change_of_density_does_not_compile_for_ever() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels import sparse_attention
 from dit_attn.kernels.layouts import block_layout
 from dit_attn.kernels.layouts.block_layout import selected_bits
 from dit_attn.kernels.selection import pooling, select
@@ -189,3 +190,80 @@ def test_a_public_function_checks_each_argument_once(
                 monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     call()
     assert sorted(ran) == expected
+
+
+# -- budgets per head --------------------------------------------------------------------------------------------------
+
+SIZES: dict[str, Any] = {"q_len": 40, "kv_len": 80, "q_block": 8, "kv_block": 4}
+HEADS = (0.07, 0.4, 1.0, 0.23)
+
+
+@pytest.mark.parametrize("with_forced", (False, True))
+@pytest.mark.parametrize("name", ("density", "top_p"))
+def test_a_head_gets_the_blocks_of_its_own_budget(name: str, with_forced: bool) -> None:
+    scores = 2 * random(2, 4, 5, 20)
+    forced = random(1, 4, 5, 20, seed=1) > 1 if with_forced else None
+    given = {"tuple": HEADS, "tensor": torch.tensor(HEADS), "row": torch.tensor([HEADS], dtype=torch.float64)}
+    plans = [plan_scores(scores, **{name: value}, forced=forced, **SIZES).layout for value in given.values()]
+    assert plans[0] == plans[1] == plans[2] == select_blocks(scores, **{name: HEADS}, forced=forced, **SIZES)
+    for head, value in enumerate(HEADS):
+        fixed = None if forced is None else forced[:, head : head + 1]
+        alone = plan_scores(scores[:, head : head + 1], **{name: value}, forced=fixed, **SIZES).layout
+        assert torch.equal(plans[0].block_mask()[:, head], alone.block_mask()[:, 0])
+    assert plans[0].block_mask()[:, 2].all()
+    assert plans[0].kv_indices.shape[-1] == int(plans[0].kv_num_blocks.max())
+
+
+def test_samples_may_have_budgets_of_their_own_as_fractions_or_counts() -> None:
+    scores = random(2, 3, 5, 20)
+    counts = torch.tensor([[1, 20, 7], [3, 2, 40]], dtype=torch.int32)
+    by_count = plan_scores(scores, density=counts, **SIZES).layout
+    assert by_count.kv_num_blocks[..., 0].tolist() == [[1, 20, 7], [3, 2, 20]]
+    assert by_count == plan_scores(scores, density=counts.clamp(max=20) / 20, **SIZES).layout
+
+
+def test_a_mass_of_each_head_has_a_least_count_of_each_head() -> None:
+    scores = random(1, 3, 5, 20)
+    layout = plan_scores(scores, top_p=(0.01, 0.01, 0.8), k_min=(1, 4, 2), **SIZES).layout
+    assert layout.kv_num_blocks[0, 0].eq(1).all() and layout.kv_num_blocks[0, 1].eq(4).all()
+    assert layout.kv_num_blocks[0, 2].gt(4).all()
+
+
+def test_the_budgets_are_those_of_the_query_heads() -> None:
+    q, k = random(1, 40, 4, 8), random(1, 80, 2, 8, seed=1)
+    grouped = plan_blocks(q, k, q_block=8, kv_block=4, density=HEADS).layout
+    repeated = plan_blocks(q, k.repeat_interleave(2, 2), q_block=8, kv_block=4, density=HEADS).layout
+    assert grouped == repeated and grouped.kv_num_blocks[0, :, 0].tolist() == [2, 8, 20, 5]
+
+
+def test_a_head_with_budget_1_is_dense() -> None:
+    q, k, v = (random(1, 80, heads, 8, seed=heads).double() for heads in (4, 2, 2))
+    layout = plan_blocks(q, k, q_block=8, kv_block=4, density=(0.1, 1.0, 0.3, 1.0)).layout
+    out = sparse_attention(q, k, v, layout)
+    x, y, z = q.transpose(1, 2), *(t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+    exact = torch.softmax(x @ y.transpose(-1, -2) * 8**-0.5, -1) @ z
+    assert isinstance(out, torch.Tensor)
+    error = (out.transpose(1, 2) - exact).abs().amax((0, 2, 3))
+    assert error[1] < 1e-14 and error[3] < 1e-14 and error[0] > 1e-3 and error[2] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"density": (0.5, 0.5, 0.5)}, "density must be a number, or 2 numbers, one for each query head"),
+        ({"density": (0.5, "a")}, "or 2 numbers"),
+        ({"density": "ab"}, "or 2 numbers"),
+        ({"density": (0.5, 0.0)}, "in (0, 1], got 0.0"),
+        ({"density": (0.5, float("nan"))}, "in (0, 1], got nan"),
+        ({"top_p": (0.5, 1.5)}, "in (0, 1], got 1.5"),
+        ({"density": torch.tensor([0.5, 2.0])}, "in (0, 1], got 2.0"),
+        ({"density": torch.full((2, 2), 0.5)}, "(2,) or (B|1, 2), got (2, 2) float32"),
+        ({"top_p": torch.tensor([1, 2])}, "got (2,) int64"),
+        ({"density": torch.tensor([1, 0])}, "counts key blocks, at least 1, got 0"),
+        ({"top_p": 0.5, "k_min": (1, 2, 3)}, "k_min must be a number, or 2 numbers"),
+    ],
+)
+def test_a_budget_that_does_not_fit_the_heads_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(DitAttnError) as error:
+        plan_blocks(random(1, 16, 2, 8), random(1, 32, 1, 8), q_block=8, kv_block=8, **given)
+    assert message in str(error.value)

@@ -26,7 +26,10 @@ def pooling(dim: int, block: int, full: bool) -> Launch:
     return triton_pool.plan_pool(x, block, mask, mean, mean.clone() if full else None, torch.empty(1, n))
 
 
-def choice(blocks: int, full: bool, given: bool = False, device_budget: torch.Tensor | None = None) -> Launch:
+def choice(
+    blocks: int, full: bool, given: bool = False, head_count: torch.Tensor | None = None,
+    head_mass: torch.Tensor | None = None,
+) -> Launch:  # fmt: skip
     """The choice among a number of key blocks; ``full`` by mass, with forced blocks and statistics."""
     q, k, counts = torch.empty(1, 2, 64, 128), torch.empty(1, 2, blocks, 128), torch.empty(1, blocks)
     forced = torch.zeros(1, 1, 1, blocks, dtype=torch.bool) if full else None
@@ -34,7 +37,7 @@ def choice(blocks: int, full: bool, given: bool = False, device_budget: torch.Te
     out = triton_select._lists(q, blocks, forced, 16, top_p, full)
     scores = torch.empty(1, 2, 64, blocks) if given else None
     pooled = None if given else (q, k, counts)
-    return triton_select.plan_select(pooled, scores, forced, 16, top_p, device_budget, 0.1, out)
+    return triton_select.plan_select(pooled, scores, forced, (16, top_p, head_count, head_mass), 0.1, out)
 
 
 LAUNCHES = {
@@ -44,8 +47,11 @@ LAUNCHES = {
     "density, short rows": lambda: choice(256, False),
     "everything, the longest scored rows": lambda: choice(1024, True),
     "everything, rows of an odd length": lambda: choice(1023, True),
-    "a density on the device": lambda: choice(256, False, device_budget=torch.empty((), dtype=torch.int32)),
-    "a mass on the device": lambda: choice(1024, True, device_budget=torch.empty(())),
+    "a density on the device": lambda: choice(256, False, head_count=torch.empty(1, 1, dtype=torch.int32)),
+    "a mass on the device": lambda: choice(1024, True, head_mass=torch.empty(1, 1)),
+    "a mass and a least count of each head": lambda: choice(
+        1024, True, head_count=torch.empty(1, 2, dtype=torch.int32), head_mass=torch.empty(1, 2)
+    ),
     "given scores, the longest rows": lambda: choice(8192, True, given=True),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_attn import BlockSparse
+from dit_attn import BlockSparse, RectifiedSpaAttn
 from dit_attn.processors.core import sequence_parallel
+from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, random_args, stock_attention
@@ -213,6 +215,85 @@ def test_a_dispatched_call_of_two_ranks_is_that_of_one(value: float) -> None:
             assert layer.stats.sparse_calls == 1
     else:
         assert all(not out.any() and layer.disabled == "kernel gave NaN or infinity" for out, layer in found)
+
+
+class HeadLift:
+    """A method that lifts text keys by a value of each head, and adds a factor of each; the first two have none."""
+
+    role, min_tokens = "", 0
+    values = torch.tensor([0.0, 0.0, 1.5, -0.7])
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        here = self.values[call.heads]
+        request.add_span_bias(call, slice(None), slice(0, 12), here[None])
+        ramp = torch.linspace(-1, 1, call.q.shape[1])
+        request.add_bias(call, here[None, :, None, None].expand(1, -1, 40, 1), ramp[None, None, :, None], first=5)
+        request.add_span_bias(call, slice(30, 90), slice(100, 140), -math.inf)
+
+
+SPLIT_METHODS: dict[str, tuple[Any, ...]] = {
+    "density of each head": (BlockSparse(density=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),),
+    "one rank dense": (BlockSparse(density=(1.0, 1.0, 0.2, 0.4), q_block=32, kv_block=32, dense_steps=0),),
+    "rectified": (RectifiedSpaAttn(density=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),),
+    "biases": (HeadLift(),),
+    "biases and a layout": (
+        HeadLift(),
+        BlockSparse(top_p=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_METHODS)
+def test_every_rank_uses_the_budgets_and_biases_of_its_own_heads(name: str) -> None:
+    methods, full = SPLIT_METHODS[name], random_args()
+    alone = Dispatched(*host_run(methods), full)
+
+    def work(mesh: Mesh) -> tuple[torch.Tensor, Any]:
+        run, layer = host_run(methods)
+        q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
+        stock = torch.full_like(q, float("nan"))
+        return dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: stock), layer
+
+    for rank, (out, layer) in enumerate(Ranks(2).run(work)):
+        torch.testing.assert_close(out, sharded(alone.out, [20, 288], 2, rank), atol=1e-5, rtol=1e-4)
+        assert not layer.stats.fallbacks
+
+
+def test_biases_that_are_zero_on_one_rank_are_biases_on_both() -> None:
+    """A rank that took stock attention alone would leave the other one waiting in an exchange."""
+
+    class LastHead(HeadLift):
+        def request(self, call: AttentionCall, request: Request) -> None:
+            last = torch.tensor([0.0, 0.0, 0.0, 2.0])[call.heads]
+            request.add_span_bias(call, slice(None), slice(0, 12), last[None])
+            request.add_bias(call, last[None, :, None, None].expand(1, -1, 40, 1), torch.ones(1, 1, 308, 1))
+
+    full = random_args()
+    alone = Dispatched(*host_run([LastHead()]), full)
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        run, layer = host_run([LastHead()])
+        q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: torch.zeros_like(q))
+        assert layer.stats.biased_calls == 1 and not layer.stats.fallbacks
+        return out
+
+    for rank, out in enumerate(Ranks(2).run(work)):
+        torch.testing.assert_close(out, sharded(alone.out, [20, 288], 2, rank), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", (2, 3, 8))
+def test_budgets_of_another_number_of_heads_are_counted_on_every_rank(count: int) -> None:
+    """Two are what a rank holds, and not what the layer has."""
+    method, full = BlockSparse(density=(0.5,) * count, q_block=32, kv_block=32, dense_steps=0), random_args()
+
+    def work(mesh: Mesh) -> tuple[bool, Any]:
+        run, layer = host_run([method])
+        q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: torch.zeros_like(q))
+        return bool(out.any()), layer.stats.fallbacks
+
+    assert Ranks(2).run(work) == [(False, {f"density for {count} heads, the layer has 4": 1})] * 2
 
 
 def test_cross_attention_of_a_split_sequence_is_left_to_stock_before_any_exchange() -> None:
