@@ -10,7 +10,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
-from dit_attn.processors.attach.components import COMPONENTS, unwrap
+from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
 from dit_attn.processors.attach.families import families
 from dit_attn.processors.attach.run_context import declare
@@ -83,16 +83,19 @@ def disable(target: Any) -> None:
 @contextmanager
 def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
     """Enable methods for the length of a ``with`` block; what was enabled before is restored at its end."""
-    before = attach.session_of(_transformers(target)[0])
+    models = _transformers(target)
+    before = [(model, session) for model in models if (session := attach.session_of(model)) is not None]
     session = enable(target, *wanted)
     try:
         yield session
     finally:
         disable(target)
-        if before is not None and (before.methods or before.installed):
-            enable(target, *before.methods)
-        elif before is not None:
-            watch(target)
+        clocks = {id(old.clock): Clock() for _, old in before}
+        for model, old in before:
+            if old.methods or old.installed:
+                attach.attach(model, old.methods, clocks[id(old.clock)], old.owner, previous=old)
+            else:
+                attach.watch(model, clocks[id(old.clock)], old.owner)
 
 
 def run_context(
@@ -268,8 +271,12 @@ def _checked(
     models = _transformers(target)
     chosen, clock = _resolve(models, wanted), Clock()
     pipe = None if isinstance(target, torch.nn.Module) else target
-    for model in models:
-        attach.prepare(model, chosen, clock, pipe)
+    learned = [attach.prepare(model, chosen, clock, pipe).learned for model in models]
+    if any(part.methods for part in learned) and any(is_data_parallel(part) for part in _parts(target).values()):
+        raise DitAttnError(
+            "the transformer is wrapped for data-parallel training, which would not see the tensors that a method "
+            "learns; enable it before accelerator.prepare or DistributedDataParallel"
+        )
     return models, chosen, clock, pipe
 
 
@@ -279,10 +286,15 @@ def _transformers(target: Any) -> list[torch.nn.Module]:
 
 def _components(target: Any) -> dict[str, torch.nn.Module]:
     """The transformers of a pipeline by component name; a bare transformer is its own ``transformer``."""
+    return {name: unwrap(part) for name, part in _parts(target).items()}
+
+
+def _parts(target: Any) -> dict[str, Any]:
+    """The same, as they are wrapped."""
     if isinstance(target, torch.nn.Module):
-        return {"transformer": unwrap(target)}
+        return {"transformer": target}
     parts = {name: getattr(target, name, None) for name in COMPONENTS}
-    found = {name: unwrap(part) for name, part in parts.items() if part is not None}
+    found = {name: part for name, part in parts.items() if part is not None}
     if not found:
         raise DitAttnError(
             f"{type(target).__name__} has no diffusion transformer; give a diffusers pipeline with a `transformer` "

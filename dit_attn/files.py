@@ -280,3 +280,27 @@ def read_regular(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
         return file.read()
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """Read a weights file from outside as data: safetensors, or a state dict without code in it.
+
+    Raises:
+        DitAttnError: it holds anything else than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(file))
+        import torch
+
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file raises anything
+        raise DitAttnError(
+            f"{file} is no file of weights alone: it is broken, or holds code ({type(error).__name__}); save a state "
+            "dict, or safetensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise DitAttnError(f"{file} holds a {type(state).__name__} and no state dict; save model.state_dict()")
+    return state

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dit_attn.errors import DitAttnError, reason
+from dit_attn.files import read_weights
 
 CLIP_DEFAULT = "openai/clip-vit-large-patch14"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -204,25 +205,3 @@ def _as_data(file: str | None) -> Iterator[str | None]:
         copy = Path(folder, Path(file).with_suffix(".pth").name)
         torch.save(read_weights(Path(file)), copy)
         yield str(copy)
-
-
-def read_weights(file: Path) -> dict[str, Any]:
-    """Read a weights file from outside as data: safetensors, or a state dict without code in it.
-
-    Raises:
-        DitAttnError: it holds anything else than tensors.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises anything
-        raise DitAttnError(
-            f"{file} is no file of weights alone: it is broken, or holds code ({type(error).__name__}); save a state "
-            "dict, or safetensors"
-        ) from error
-    if not isinstance(state, dict):
-        raise DitAttnError(f"{file} holds a {type(state).__name__} and no state dict; save model.state_dict()")
-    return state

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.extractors import BACKBONE_FILES, Networks, _as_data, _hub_with, lpips_metric, read_weights
+from dit_attn.eval.extractors import BACKBONE_FILES, Networks, _as_data, _hub_with, lpips_metric
+from dit_attn.files import read_weights
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dit_attn"
 RAN: list[str] = []

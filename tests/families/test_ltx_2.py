@@ -23,12 +23,9 @@ from tests._support.family_mixin import SPARSE
 class TestLtx2(VideoCase):
     kinds = ("video",)
     untouched = ("audio", "attn2")
-<<<<<<< HEAD
     cross_sockets = 2
-=======
     even_axes = (1, 2)  # the first latent frame is one frame of the video
     rotary_error = 2e-3
->>>>>>> 535f016 (core: rotary positions in shards, under torch.compile and in every form of tables; tests of every family)
 
     def model(self) -> torch.nn.Module:
         return LTX2VideoTransformer3DModel(**self.settings())

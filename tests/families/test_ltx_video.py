@@ -16,11 +16,8 @@ from tests._support.family_mixin import SPARSE
 class TestLtxVideo(VideoCase):
     kinds = ("video",)
     untouched = ("attn2",)
-<<<<<<< HEAD
     cross_sockets = 2
-=======
     rotary_error = 2e-2  # a forward that names no scale turns by up to 2e5 radians
->>>>>>> 535f016 (core: rotary positions in shards, under torch.compile and in every form of tables; tests of every family)
 
     def model(self) -> torch.nn.Module:
         return LTXVideoTransformer3DModel(

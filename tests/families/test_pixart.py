@@ -15,11 +15,8 @@ from tests._support.family_mixin import SPARSE
 class TestPixArt(ImageCase):
     kinds = ("image",)
     untouched = ("attn2",)
-<<<<<<< HEAD
     cross_sockets = 2
-=======
     rotary = False
->>>>>>> 535f016 (core: rotary positions in shards, under torch.compile and in every form of tables; tests of every family)
     pipeline_class = PixArtSigmaPipeline
 
     def model(self) -> torch.nn.Module:

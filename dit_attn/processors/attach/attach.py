@@ -18,15 +18,18 @@ from dit_attn.processors.attach.attention_processor import (
     wrapped_by,
 )
 from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
-from dit_attn.processors.attach.components import unwrap
+from dit_attn.processors.attach.components import component_name, unwrap
 from dit_attn.processors.attach.families import Family, family_of
-from dit_attn.processors.attach.guider import PerturbedGuider, head_count
-from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
+from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook, SaveHook
+from dit_attn.processors.attach.layer_shape import head_count
+from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import SITES, Layer, kinds_at
+from dit_attn.processors.core.parameters import CHILD, LearnedModules
 from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.perturbed_guidance import as_guidance
@@ -39,14 +42,27 @@ def session_of(model: torch.nn.Module) -> Session | None:
 
 
 def attach(
-    model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None, sites: Sequence[str] = ()
+    model: torch.nn.Module,
+    methods: tuple[Method, ...],
+    clock: Clock,
+    pipe: Any = None,
+    sites: Sequence[str] = (),
+    previous: Session | None = None,
 ) -> Session:
     """Wrap the processor of every eligible layer of ``model``; replaces a session that is already there.
+
+    Args:
+        model: the transformer.
+        methods: the methods.
+        clock: of the pipeline.
+        pipe: the pipeline, if there is one.
+        sites: as for :func:`prepare`.
+        previous: session whose methods keep the tensors that they have learned; default: the one that is replaced.
 
     Raises:
         DitAttnError: as for :func:`prepare`. Nothing is changed then.
     """
-    session = prepare(model, methods, clock, pipe, sites)
+    session = prepare(model, methods, clock, pipe, sites, previous or session_of(model))
     processors = session_processors(session)
     detach(model)
     for name, processor in processors.items():
@@ -68,7 +84,12 @@ def watch(model: torch.nn.Module, clock: Clock, pipe: Any = None) -> None:
 
 
 def prepare(
-    model: torch.nn.Module, methods: tuple[Method, ...], clock: Clock, pipe: Any = None, sites: Sequence[str] = ()
+    model: torch.nn.Module,
+    methods: tuple[Method, ...],
+    clock: Clock,
+    pipe: Any = None,
+    sites: Sequence[str] = (),
+    previous: Session | None = None,
 ) -> Session:
     """Return a session with its layers registered; nothing is installed yet.
 
@@ -78,6 +99,7 @@ def prepare(
         clock: clock of the run.
         pipe: the pipeline that was given.
         sites: where an observer wants to see the calls. Without it and without methods: self attention.
+        previous: session whose methods keep the tensors that they have learned.
 
     Raises:
         DitAttnError: unsupported family, a layer without softmax attention, or a method that does not fit the model.
@@ -102,6 +124,8 @@ def prepare(
             check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
+    learned = previous.learned if previous is not None else None
+    session.learned = learned_modules(model, family, session.layers, methods, component_name(pipe, model), learned)
     return session
 
 
@@ -157,7 +181,7 @@ def observed(session: Session, observer: Observer, sites: Sequence[str]) -> Iter
 
 
 def install_hooks(session: Session) -> None:
-    """Install the hooks that show the session the forward arguments and the pipeline's cache context."""
+    """Install what a session needs on its transformer, besides the processors: hooks, and the modules that learn."""
     model = session.model
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
     if session.guider is not None:
@@ -167,6 +191,10 @@ def install_hooks(session: Session) -> None:
         session.guider.handle = (outer or [model])[0].register_forward_hook(GuidanceHook(session), with_kwargs=True)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = ContextHook(model, session)
+    if session.learned.methods:
+        model.add_module(CHILD, session.learned)
+        if hasattr(type(model), "save_pretrained"):
+            model.__dict__["save_pretrained"] = SaveHook(model)
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -193,8 +221,11 @@ def detach(model: torch.nn.Module) -> None:
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
     unfollow_checkpoints(model)
-    if isinstance(model.__dict__.get("cache_context"), ContextHook):
-        del model.__dict__["cache_context"]
+    for name, kind in (("cache_context", ContextHook), ("save_pretrained", SaveHook)):
+        if isinstance(model.__dict__.get(name), kind):
+            del model.__dict__[name]
+    if isinstance(model._modules.get(CHILD), LearnedModules):
+        del model._modules[CHILD]
 
 
 def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:

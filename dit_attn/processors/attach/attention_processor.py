@@ -297,11 +297,12 @@ def _session_of(run: torch.Tensor) -> Session:
 
 def _compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, parallel: bool) -> torch.Tensor:
     q, k, v = args.q, args.k, args.v
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    grad = torch.is_grad_enabled()
+    training = grad and (q.requires_grad or k.requires_grad or v.requires_grad)
     if training:  # an error raised while tracing would be buried in Dynamo's own: the operator raises when it runs
         q, k, v = q.detach(), k.detach(), v.detach()
     return torch.ops.dit_attn.attend(
-        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, training, args.turn
+        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, grad, training, args.turn
     )
 
 
@@ -317,6 +318,7 @@ def _attend(
     causal: bool,
     gqa: bool,
     parallel: bool,
+    grad: bool,
     training: bool,
     turn: int = 0,
 ) -> torch.Tensor:
@@ -324,11 +326,13 @@ def _attend(
 
     ``run`` also orders the call after the forward hook, which writes to it.
     """
-    if training:
-        raise DitAttnError(
-            "dit_attn methods cannot be trained inside torch.compile; train without compiling, or disable the method"
-        )
     session, here = _session_of(run), layer_by_id(int(layer))
+    learned = (x for module in here.learned.values() for x in module.parameters())
+    if training or (grad and any(x.requires_grad for x in learned)):
+        raise DitAttnError(
+            "dit_attn methods cannot be trained inside torch.compile; train without compiling, disable the method, or "
+            "sample under torch.no_grad()"
+        )
     args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa, turn=turn)
     processor = session.module(here).processor
     if type(processor)._dit_tap == "dispatch":
@@ -350,6 +354,7 @@ def _(
     causal: bool,
     gqa: bool,
     parallel: bool,
+    grad: bool,
     training: bool,
     turn: int = 0,
 ) -> torch.Tensor:

@@ -20,3 +20,15 @@ def unwrap(model: Any) -> Any:
 def has_component(pipe: Any, model: torch.nn.Module) -> bool:
     """Return whether ``model`` is one of the transformers of ``pipe``."""
     return any(unwrap(getattr(pipe, name, None)) is model for name in COMPONENTS)
+
+
+def component_name(pipe: Any, model: torch.nn.Module) -> str:
+    """Return the name of a transformer in its pipeline; the first one's where there is no pipeline."""
+    return next((name for name in COMPONENTS if unwrap(getattr(pipe, name, None)) is model), COMPONENTS[0])
+
+
+def is_data_parallel(part: Any) -> bool:
+    """Return whether a transformer stands behind a data-parallel wrapper."""
+    while hasattr(part, "_orig_mod"):
+        part = part._orig_mod
+    return unwrap(part) is not part

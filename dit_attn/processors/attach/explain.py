@@ -15,7 +15,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.families import Family, family_of
-from dit_attn.processors.attach.guider import head_count
+from dit_attn.processors.attach.layer_shape import head_count, head_size
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
@@ -220,9 +220,7 @@ def _memory(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str
         dense = getattr(method, "dense_layers", ())
         for name in (name for index, name in enumerate(names) if index not in dense):
             module: Any = model.get_submodule(name)
-            heads = head_count(module) or 1
-            inner = getattr(module, "inner_dim", None) or module.to_q.out_features
-            total += 2 * method.cache_bytes(tokens, heads, inner // heads, element)
+            total += 2 * method.cache_bytes(tokens, head_count(module) or 1, head_size(module), element)
     return total
 
 

@@ -19,6 +19,7 @@ from dit_attn.processors.attach import batch, compat, perturbed_pass, step_cache
 from dit_attn.processors.attach.batch import Leaf
 from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, scaled, take_rows
 from dit_attn.processors.attach.guidance_strength import GuidanceStrength, StrengthLog
+from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.perturbed_pass import Prefix
 from dit_attn.processors.attach.step_cache import LayerCalls, ModuleState
 from dit_attn.processors.guidance.perturbation import wide
@@ -320,14 +321,6 @@ def _index(branches: Sequence[str]) -> list[int]:
 def _cached(model: Any) -> bool:
     """Whether a step cache (FirstBlockCache and similar) is on."""
     return bool(getattr(model, "is_cache_enabled", False))
-
-
-def head_count(layer: Any) -> int | None:
-    """Return the number of heads of an attention module, ``None`` where it does not say."""
-    for name in ("heads", "num_heads", "n_heads"):
-        if isinstance(getattr(layer, name, None), int):
-            return getattr(layer, name)
-    return None
 
 
 def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:

@@ -8,15 +8,20 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
 from dit_attn.processors.attach.checkpoint import follow_checkpoints
+from dit_attn.processors.attach.components import COMPONENTS
 from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.learned import saved_files
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.core.parameters import CHILD
 from dit_attn.processors.core.run_state import run_by_handle
+from dit_attn.processors.methods import saved
 
 
 class ForwardHook:
@@ -101,6 +106,33 @@ class ContextHook:
                 yield
         finally:
             session.context = None
+
+
+class SaveHook:
+    """Stands in for ``model.save_pretrained``: a stock model's files, and next to them the methods that learn."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.__signature__ = inspect.signature(type(model).save_pretrained.__get__(model))  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveHook:
+        return SaveHook(memo[id(self._model())])
+
+    def __reduce__(self) -> Any:
+        return SaveHook, (self._model(),)
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        model: Any = self._model()
+        learned = model._modules.pop(CHILD, None)
+        try:
+            given = inspect.signature(self).bind(save_directory, *args, **kwargs)
+            if learned is not None and learned.methods and given.arguments.get("is_main_process", True):
+                for name, parts in saved_files({COMPONENTS[0]: learned}).items():
+                    saved.write(Path(save_directory, name), name, parts)
+            type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        finally:
+            if learned is not None:
+                model._modules[CHILD] = learned
 
 
 class GuidanceHook:

@@ -6,20 +6,26 @@ import copy
 import warnings
 import weakref
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dit_attn.processors.attach.components import component_name
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.learned import saved_files
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.parameters import LearnedModules
+from dit_attn.processors.methods import saved
 from dit_attn.processors.methods.base import Method
 
 # By the clock that the transformers of a pipeline share: the session whose transformer was called last.
 _LAST_CALLED: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session(TransformerRun):
@@ -32,6 +38,8 @@ class Session(TransformerRun):
         replaced: class and tap of the processors that other code has set since, by layer.
         recomputing: whether backward computes a checkpointed block again.
         moved_tables: rotary tables at the positions that the methods ask for, by the table they were made from.
+        learned: the modules of the methods that learn: ``learned.parameters()`` for an optimizer,
+            ``learned.requires_grad_(...)``.
         guider: runs the enabled guidance method, ``None`` without one.
     """
 
@@ -47,7 +55,9 @@ class Session(TransformerRun):
         self.moved_tables = WeakIdKeyDictionary()
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
+        self.learned = LearnedModules()
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
+        _SESSIONS.add(self)
 
     def module(self, layer: Layer) -> Any:
         """Return a layer's attention module, also while a step cache has put another block in the place of its own."""
@@ -86,6 +96,46 @@ class Session(TransformerRun):
             )
         self.replaced[layer.name] = (kind, tap)
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the method that learns: its settings, and its tensors of every transformer of the pipeline.
+
+        ``enable(pipe, folder)`` brings it back. Where several methods learn, each has a folder of its name in it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            DitAttnError: no enabled method learns, or the folder cannot be written.
+        """
+        for name, parts in self._files().items():
+            saved.write(Path(folder, name), name or self._slugs, parts)
+        return Path(folder)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, in one commit; returns its address.
+
+        Args:
+            repo_id: ``org/name``, made where it is missing; ``enable(pipe, "org/name")`` reads it.
+            kwargs: of ``HfApi.create_commit``, e.g. ``revision`` or ``commit_message``.
+
+        Raises:
+            DitAttnError: no enabled method learns.
+        """
+        found = self._files()
+        parts = {f"{name}/{file}".lstrip("/"): data for name, files in found.items() for file, data in files.items()}
+        return saved.upload(repo_id, self._slugs, parts, **kwargs)
+
+    @property
+    def _slugs(self) -> str:
+        return ", ".join(method.slug for method in self.learned.methods.values())
+
+    def _files(self) -> dict[str, dict[str, bytes]]:
+        """Files of the methods that learn, on all transformers of the pipeline."""
+        others = [
+            other for other in _SESSIONS if other.clock is self.clock and other.installed and not other.detached
+        ]
+        return saved_files({component_name(run.owner, run.model): run.learned for run in (self, *others)})
+
     @property
     def notices(self) -> list[str]:
         """What a user should know of the session; part of the warnings of a summary."""
@@ -120,6 +170,8 @@ class Session(TransformerRun):
         memo[id(self)] = session
         for layer in self.layers:
             session.add_layer(layer.name, layer.calls)
+        session.learned = copy.deepcopy(self.learned, memo)
+        session.learned.bind(session.layers)
         if self.guider is not None:
             session.guider = self.guider.copy_for(session)
         return session

@@ -67,6 +67,7 @@ class Layer:
             samples one by one.
         state: what methods store for this layer from step to step, of the window that the transformer is called for;
             emptied when a new run begins.
+        learned: modules of the methods that learn, by the method's ``id``.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
@@ -82,6 +83,7 @@ class Layer:
         self.state: dict[Any, Any] = {}
         self._windows: dict[Hashable, dict[Any, Any]] = {None: self.state}
         self.stats = LayerStats()
+        self.learned: dict[int, torch.nn.Module] = {}
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 

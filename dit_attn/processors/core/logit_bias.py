@@ -75,7 +75,7 @@ def factor_bias(
             f"a bias of rows {first} to {first + rows.shape[2]} and keys {tuple(keys.shape[2:])} does not fit "
             f"{seq_len} tokens and {k.shape[1]} keys; keys need a factor for every key and as many columns as rows"
         )
-    if shard[1] == 1 and not (rows.any() and keys.any()):
+    if shard[1] == 1 and (_is_zero(rows) or _is_zero(keys)):
         return None
     if keys.shape[1] not in (1, heads):
         keys = keys.repeat_interleave(heads // k.shape[2], 1)
@@ -117,12 +117,17 @@ def span_bias(
         raise DitAttnError("the value of a bias must be finite or -inf; to attend to nothing else, bar the other keys")
     chosen = [token_mask(x, batch, length) for x, length in ((rows, seq_len), (keys, k.shape[1]))]
     any_row = chosen[0].any(0).nonzero()
-    if not (kept or value.any()) or not len(any_row) or not chosen[1].any():
+    if (_is_zero(value) and not kept) or not len(any_row) or not chosen[1].any():
         return None
     first, last = int(any_row[0]), int(any_row[-1]) + 1
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     amount, row, key = (x.to(q.device, dtype) for x in (value, chosen[0][:, first:last], chosen[1]))
     return RowBias(row[:, None, :, None] * amount.clamp(min=BAR)[..., None, None], key[:, None, :, None], first)
+
+
+def _is_zero(x: torch.Tensor) -> bool:
+    """Whether a factor adds nothing; one that is being learned does, as it may start at 0."""
+    return not (torch.is_grad_enabled() and x.requires_grad) and not bool(x.any())
 
 
 def token_mask(tokens: TokenSet, batch: int, seq_len: int) -> torch.Tensor:

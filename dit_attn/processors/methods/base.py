@@ -1,26 +1,28 @@
 """Base of every method: a frozen set of settings that can be checked, printed, saved and shared.
 
 A ``Method`` holds no tensor and no state of a run; that lives in the run
-(:class:`~dit_attn.processors.core.run_state.RunState`) and its layers.
+(:class:`~dit_attn.processors.core.run_state.RunState`) and its layers. Tensors that it learns are modules of the
+transformer (:mod:`dit_attn.processors.core.parameters`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dit_attn import files
-from dit_attn.errors import DitAttnError, cut, shorten, unknown
+import torch
+
+from dit_attn.errors import DitAttnError, unknown
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.parameters import LayerShape, on_device
 from dit_attn.processors.core.positions import PositionMap, PositionSite
+from dit_attn.processors.methods import saved
 from dit_attn.processors.methods.fields import check_fields
 
-FILE_NAME = "dit_attn_method.json"
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
 
@@ -80,6 +82,11 @@ class Method:
     sites: ClassVar[tuple[str, ...]] = ("self",)
 
     @property
+    def weights(self) -> str | None:
+        """Where the tensors that the method starts from were saved, see :class:`LearnedMethod`."""
+        return None
+
+    @property
     def cache_on_host(self) -> bool:
         """Whether the cache lies in main memory."""
         return False
@@ -134,6 +141,28 @@ class Method:
             DitAttnError: they do not fit.
         """
 
+    @property
+    def learns(self) -> bool:
+        """Whether the method learns tensors."""
+        return type(self).parameters_for is not Method.parameters_for
+
+    def parameters_for(self, shape: LayerShape) -> torch.nn.Module | None:
+        """Return the module with the tensors that the method learns for one layer, ``None`` where it learns nothing.
+
+        It is made on the CPU and moved to the layer's device; its type is up to the method.
+
+        Args:
+            shape: sizes of the layer.
+        """
+        return None
+
+    def parameters(self, call: AttentionCall) -> torch.nn.Module:
+        """Return the method's module for the layer of a call, on the device of the call.
+
+        Call the module, rather than reading its tensors: offloading brings them when its ``forward`` runs.
+        """
+        return on_device(call.layer.learned[id(self)], call.q.device)
+
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Return the bytes one layer stores for one sample from step to step.
 
@@ -178,48 +207,43 @@ class Method:
         return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the settings to ``folder`` as JSON, atomically; returns the file.
+        """Write the settings to ``folder`` as JSON, and beside them the tensors that ``weights`` names.
+
+        Tensors of a transformer are saved by :meth:`~dit_attn.processors.attach.session.Session.save_pretrained`.
+
+        Returns:
+            The file of the settings.
 
         Raises:
             DitAttnError: the folder is a file, cannot be made or takes no more bytes.
         """
-        path = Path(folder).expanduser() / FILE_NAME
-        with files.report_os_error(f"save {self.slug} to {path.parent}", "give another folder"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, self.to_dict(), indent=2)
-        return path
+        return saved.write(folder, self.slug, self._contents())
 
     @staticmethod
     def from_pretrained(source: str | Path) -> Method:
         """Read settings from a folder, a JSON file, or a repository of the Hugging Face Hub (``org/name``).
 
+        Learned tensors beside them become the method's ``weights``; they are read when it is enabled.
+
         Raises:
             DitAttnError: nothing readable there.
         """
-        path = files.user_path(source, "method")
-        if path.is_dir():
-            path = path / FILE_NAME
-            if not path.is_file():
-                raise DitAttnError(f"{path.parent} has no {FILE_NAME} in it; give a folder that save_pretrained wrote")
-        if not path.is_file():
-            path = _download(str(source))
-        try:
-            data = files.parse_json(path.read_bytes())
-        except ValueError as error:
-            raise DitAttnError(f"{path} is not JSON ({error}); save it again with save_pretrained") from error
+        data, path = saved.read_settings(source)
         try:
             return Method.from_dict(data)
         except DitAttnError as error:
             raise DitAttnError(f"{path}: {error}") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the settings to a repository of the Hugging Face Hub; returns the commit's address."""
-        from huggingface_hub import HfApi
+        """Upload what :meth:`save_pretrained` writes to a repository of the Hugging Face Hub.
 
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
-        body = (json.dumps(self.to_dict(), indent=2) + "\n").encode()
-        return str(api.upload_file(path_or_fileobj=body, path_in_repo=FILE_NAME, repo_id=repo_id, **kwargs))
+        Returns:
+            The commit's address.
+        """
+        return saved.upload(repo_id, self.slug, self._contents(), **kwargs)
+
+    def _contents(self) -> dict[str, bytes]:
+        return saved.contents(self.to_dict(), saved.saved_tensors(self.weights) if self.weights else {})
 
 
 def is_place(name: str) -> bool:
@@ -240,20 +264,3 @@ def method_class(slug: object) -> type[Method]:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _download(repo: str) -> Path:
-    if repo.endswith(".json"):
-        raise DitAttnError(f"there is no file {cut(repo, 100)} with method settings; check the path")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    from dit_attn import hub
-
-    try:
-        return Path(hf_hub_download(repo, FILE_NAME, local_files_only=hub.is_offline()))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DitAttnError(
-            f"no method settings at {shorten(repo)}: there is no such folder, and no reachable Hub repository with "
-            f"them ({type(error).__name__}); check the path or the repository's name"
-        ) from error

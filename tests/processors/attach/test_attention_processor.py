@@ -284,16 +284,18 @@ def wrapped_as_dispatch(processor: Any) -> tuple[Any, Layer]:
     return clone, layer
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not_trained(grad: bool) -> None:
+@pytest.mark.parametrize("trained", ["", "transformer", "method"])
+def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not_trained(trained: str) -> None:
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([torch.nn.Module()])
     processor, run, layer = wrapped(TorchProcessor(), [dit_attn.BlockSparse(density=0.3, **BLOCKS)])
     model.blocks[0].processor = processor
     run.module = lambda layer: model.blocks[0]
     args = random_args(scale=0.3)
-    given = (layer.handle, run.handle, args.q, args.k, args.v, None, 0.3, False, True, False, grad)
-    if grad:
+    layer.learned = {1: torch.nn.Linear(1, 1).requires_grad_(trained == "method")}
+    grads = (True, trained == "transformer")
+    given = (layer.handle, run.handle, args.q, args.k, args.v, None, 0.3, False, True, False, *grads)
+    if trained:
         with pytest.raises(dit_attn.DitAttnError, match=r"cannot be trained inside torch\.compile"):
             torch.ops.dit_attn.attend(*given)
         return

@@ -184,14 +184,6 @@ def test_a_push_of_a_quarter_of_the_steps_is_matched_by_a_quarter_of_it(monkeypa
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("layer", "count"),
-    [({"heads": 4}, 4), ({"num_heads": 3}, 3), ({"n_heads": 2}, 2), ({"heads": None, "num_heads": 3}, 3), ({}, None)],
-)
-def test_the_number_of_heads_has_three_names(layer: dict[str, Any], count: int | None) -> None:
-    assert guider.head_count(SimpleNamespace(**layer)) == count
-
-
 def test_a_pipeline_that_perturbs_a_branch_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe: Any = fake(monkeypatch, dit_attn.SoftPAG(heads="1"), "separate", 3.0)
     pipe.do_perturbed_attention_guidance = True

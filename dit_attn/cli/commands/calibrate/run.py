@@ -98,7 +98,7 @@ def _provenance(config: CalibrateConfig) -> dict[str, Any]:
 
 
 def _written(config: CalibrateConfig, found: Calibration) -> dict[str, Any]:
-    from dit_attn.processors.methods.base import FILE_NAME
+    from dit_attn.processors.methods.saved import FILE_NAME
 
     path = config.folder / FILE_NAME
     outputs.write_json(found.method.to_dict(), path)
