@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
@@ -69,6 +70,7 @@ class AttentionCall:
         layer_count: number of wrapped layers of the transformer.
         mask_rule: form of the model's square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of
             a square mask are alike).
+        find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
     """
 
     q: torch.Tensor
@@ -83,6 +85,20 @@ class AttentionCall:
     branches: tuple[str, ...] = ()
     layer_count: int = 1
     mask_rule: str = "key"
+    find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
+
+    def prompt_tokens(self, piece: str | tuple[int, int]) -> torch.Tensor:
+        """Return which keys a piece of the prompt became, (B, Sk) bool; rows whose prompt lacks it have none.
+
+        Args:
+            piece: its text, for every occurrence, or (start, end) in characters of the prompt.
+
+        Raises:
+            DitAttnError: the prompts of the run are not known, none has the piece, or all of it is cut off.
+        """
+        if self.find_piece is None:
+            raise DitAttnError("the prompts of this run are not known: nothing that was enabled sees its pipeline")
+        return self.find_piece(self, piece)
 
     @property
     def visual(self) -> slice:

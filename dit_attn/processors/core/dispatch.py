@@ -133,6 +133,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs) -> AttentionCall:
         branches=run.branches(args.q.shape[0], layer.rows[0]),
         layer_count=run.layer_count,
         mask_rule=run.mask_rule,
+        find_piece=run.find_piece,
     )
 
 
