@@ -17,11 +17,13 @@ _EXPORTS = {
     "explain": "dit_attn.api",
     "observing": "dit_attn.api",
     "run_context": "dit_attn.api",
+    "spans": "dit_attn.api",
     "watch": "dit_attn.api",
     "supported": "dit_attn.api",
     "attn_processors": "dit_attn.api",
     "Session": "dit_attn.processors.attach.session",
     "Summary": "dit_attn.processors.attach.summary",
+    "PromptSpan": "dit_attn.processors.attach.prompt_spans",
     "Explanation": "dit_attn.processors.attach.explain",
     "Method": "dit_attn.processors.methods.base",
     "BlockSparse": "dit_attn.processors.methods.block_sparse",
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
         explain,
         observing,
         run_context,
+        spans,
         summary,
         supported,
         watch,
     )
     from dit_attn.errors import DitAttnError
     from dit_attn.processors.attach.explain import Explanation
+    from dit_attn.processors.attach.prompt_spans import PromptSpan
     from dit_attn.processors.attach.session import Session
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
@@ -68,6 +72,7 @@ __all__ = [
     "DitAttnError",
     "Explanation",
     "Method",
+    "PromptSpan",
     "ReTtention",
     "RectifiedSpaAttn",
     "Session",
@@ -81,6 +86,7 @@ __all__ = [
     "explain",
     "observing",
     "run_context",
+    "spans",
     "summary",
     "supported",
     "watch",

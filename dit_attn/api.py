@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
 from dit_attn.processors.attach.families import families
+from dit_attn.processors.attach.prompt_spans import PromptSpan, find_spans
+from dit_attn.processors.attach.prompt_spans.pieces import Piece
 from dit_attn.processors.attach.run_context import declare
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.summary import Summary, summarize
@@ -30,6 +32,7 @@ __all__ = [
     "explain",
     "observing",
     "run_context",
+    "spans",
     "summary",
     "supported",
     "watch",
@@ -105,6 +108,7 @@ def run_context(
     steps: int | None = None,
     branch: str | Sequence[str] | None = None,
     window: int | Sequence[int] | None = None,
+    prompt: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> AbstractContextManager[None]:
     """Say what the transformer calls of a ``with`` block are, in a denoising loop of your own.
 
@@ -128,11 +132,14 @@ def run_context(
             where the batch stacks several, their names in the order of the batch. Default: the name that
             ``cache_context`` gives, and without one ``"cond"``.
         window: index of the window or tile that the calls are for, or a tuple of indices.
+        prompt: the prompt of the calls, or a list of them, for methods that name a piece of it; or the arguments of the
+            pipeline's call that say what is encoded (``{"prompt": ..., "negative_prompt": ...}``). The pipeline that
+            was given to ``enable`` encodes them.
 
     Raises:
         DitAttnError: a field out of range or missing; another thread is inside a block of the same transformer.
     """
-    return declare(_transformers(target), step, steps, branch, window)
+    return declare(_transformers(target), step, steps, branch, window, prompt)
 
 
 def watch(pipe: Any) -> None:
@@ -244,6 +251,38 @@ def explain(
     models = _transformers(target)
     pipe = None if isinstance(target, torch.nn.Module) else target
     return explain_run(models[0], pipe, _resolve(models, wanted), height, width, num_frames)
+
+
+def spans(
+    pipe: Any, prompt: str | list[str], pieces: Piece | list[Piece], *, negative: bool = False, **call: Any
+) -> list[PromptSpan]:
+    """Return which tokens of the text a piece of the prompt becomes, by the pipeline's own tokenizers.
+
+    The pipeline prepares the prompt as in a run, with its templates and its cleaning; its text encoders do not run. A
+    token that has a character of a piece belongs to it.
+
+        for span in dit_attn.spans(pipe, "a red cube and a blue ball", ["red cube", "blue ball"]):
+            print(span.encoder, span.positions, span.tokens)
+
+    Args:
+        pipe: a pipeline with its tokenizers.
+        prompt: the prompt, or a list of prompts.
+        pieces: one piece or several: a text, which stands for each of its occurrences, or (start, end) in characters.
+            A text is found inside of words only where it never stands as words of its own.
+        negative: whether ``prompt`` is the negative prompt.
+        call: other arguments of the pipeline's call that say what is encoded, such as ``max_sequence_length``.
+
+    Returns:
+        A span for every occurrence and every encoder whose tokens the transformer gets: Stable Diffusion 3 has up to
+        three. Positions count from the start of the text part of the sequence, or of the keys of a cross attention.
+
+    Raises:
+        DitAttnError: a piece that is not in the prompt or cut off completely, no prompt, a tokenizer without offsets.
+    """
+    asked = pieces if isinstance(pieces, list) else [pieces]
+    arguments = {**call, "negative_prompt" if negative else "prompt": prompt}
+    arguments.setdefault("prompt", prompt)
+    return find_spans(pipe, arguments, asked, negative)
 
 
 def supported() -> dict[str, dict[str, Any]]:

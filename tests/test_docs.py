@@ -224,6 +224,32 @@ def test_the_cross_attention_bias_of_the_page_is_its_formula(lift_prompt: Any) -
         torch.testing.assert_close(result.double(), expected, atol=2e-5, rtol=1e-4)
 
 
+def lift_words(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class of the page about prompts, likewise."""
+    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
+    module = types.ModuleType("dit_attn.processors.methods.lift_words")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(block("prompt_spans.md", '"""Some words').compiled(), module.__dict__)
+    return module.LiftWords  # type: ignore[attr-defined]
+
+
+def test_the_lifted_words_of_the_page_are_those_of_its_spans(lift_words: Any) -> None:
+    pipe, prompt = models.load("tiny-joint"), "a red cube and a blue ball"
+    spans = dit_attn.spans(pipe, prompt, "blue ball")
+    with requests() as seen:
+        names = {"dit_attn": dit_attn, "pipe": pipe, "LiftWords": lift_words}
+        exec(block("prompt_spans.md", "with dit_attn.enabled").compiled(), names)
+    assert seen
+    for call, request, result in seen[:2]:
+        text = next(span.start for span in call.tokens.spans if span.kind == "text")
+        keys = [text + position for span in spans for position in span.positions]
+        bias = torch.zeros(call.q.shape[0], 1, call.q.shape[1], call.q.shape[1])
+        for row, branch in enumerate(call.branches):
+            if branch == "cond":
+                bias[row, 0, call.visual, keys] = torch.tensor(3.0).log()
+        torch.testing.assert_close(result.double(), reference(call, request, bias), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_the_method_of_the_page_runs_and_equals_its_mask(first_frame: Any, name: str) -> None:
     model, args = tiny(name)

@@ -15,10 +15,16 @@ def real(case: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     pipe, kwargs = case().pipeline()
     pipe.set_progress_bar_config(disable=True)
-    for parameter in pipe.transformer.parameters():  # zero-initialised gates would hide the attention
+    fill(pipe.transformer)
+    return pipe, kwargs
+
+
+def fill(transformer: torch.nn.Module) -> torch.nn.Module:
+    """The transformer with weights where it has zeros: zero-initialised gates would hide the attention."""
+    for parameter in transformer.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
-    return pipe, kwargs
+    return transformer
 
 
 def run(pipe: Any, kwargs: dict[str, Any], steps: int = 3, seeds: tuple[int, ...] = (0,), **more: Any) -> torch.Tensor:

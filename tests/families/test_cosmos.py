@@ -18,6 +18,9 @@ class NothingToCheck(torch.nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float32
 
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
 
 class TestCosmos(VideoCase):
     kinds = ("video",)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -100,17 +101,21 @@ def find_running(model: torch.nn.Module) -> tuple[Any, int]:
     return found, number
 
 
-def running_call(pipe: Any) -> dict[str, Any]:
+def running_call(pipe: Any, variables: Sequence[str] = ()) -> dict[str, Any]:
     """Return the arguments of the call of ``pipe`` that is on the stack, by name; empty where there is none.
 
     Where a class forwards its call to its base class, what the user gave counts.
+
+    Args:
+        pipe: the pipeline, or ``None``.
+        variables: local variables of the call that are wanted too.
     """
     found: dict[str, Any] = {}
     frame = sys._getframe(1) if pipe is not None else None
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and _called_object(frame) is pipe and _is_call(pipe, code):
-            names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+            names = (*code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], *variables)
             values = frame.f_locals
             found |= {name: values[name] for name in names if name in values}
         frame = frame.f_back

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from dit_attn.processors.core.clock import RunPosition
 class _Declared:
     position: RunPosition
     thread: int
+    prompts: Mapping[str, Any] | None = None
 
 
 _DECLARED: WeakKeyDictionary[torch.nn.Module, _Declared] = WeakKeyDictionary()  # by model: sessions come and go
@@ -34,12 +35,16 @@ def declare(
     steps: int | None,
     branch: str | Sequence[str] | None,
     window: int | Sequence[int] | None,
+    prompt: str | Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Say what the calls of some transformers are; arguments as for :func:`dit_attn.run_context`."""
     before = {model: _DECLARED.get(model) for model in models}
     new = {model: _merged(model, outer, step, steps, branch, window) for model, outer in before.items()}
     for model, position in new.items():
-        _DECLARED[model] = _Declared(position, threading.get_ident())
+        outer = before[model]
+        inherited = outer.prompts if outer is not None else None
+        prompts = inherited if prompt is None else _prompts(prompt)
+        _DECLARED[model] = _Declared(position, threading.get_ident(), prompts)
     try:
         yield
     except BaseException:
@@ -64,6 +69,12 @@ def declared_position(model: torch.nn.Module) -> RunPosition | None:
         return None
     _check_thread(declared)
     return declared.position
+
+
+def declared_prompts(model: torch.nn.Module) -> Mapping[str, Any] | None:
+    """Return the prompts that the code around a transformer call gave, as arguments of a pipeline's call."""
+    declared = _DECLARED.get(model)
+    return declared.prompts if declared is not None else None
 
 
 def aborted(model: torch.nn.Module) -> int:
@@ -121,6 +132,18 @@ def _branches(model: torch.nn.Module, branch: object) -> tuple[str, ...]:
         if name not in allowed:
             raise unknown("branch", name, allowed)
     return tuple(names)
+
+
+def _prompts(prompt: object) -> Mapping[str, Any]:
+    given = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    text = given.get("prompt")
+    rows = [text] if isinstance(text, str) else text
+    if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, str) for row in rows):
+        raise DitAttnError(
+            "run_context: prompt must be a text, a list of texts, or arguments of the pipeline's call with a prompt "
+            f"among them, got {shorten(prompt)}"
+        )
+    return given
 
 
 def _window(window: object) -> Hashable:

@@ -17,8 +17,9 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.pipeline_call import PipelineCall, find_running, read_pipeline_call
+from dit_attn.processors.attach.prompt_spans.lookup import PromptLookup
 from dit_attn.processors.attach.run_context import aborted, declared_position
-from dit_attn.processors.core.call import CallMethod
+from dit_attn.processors.core.call import AttentionCall, CallMethod
 from dit_attn.processors.core.cfg import CFGRule
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.run_state import RunState
@@ -68,6 +69,7 @@ class TransformerRun(RunState):
         self._latents: Any = None  # of the last call of a loop
         self._moved = False
         self._aborted = aborted(model)
+        self._prompts = PromptLookup()
 
     @property
     def model(self) -> torch.nn.Module:
@@ -164,6 +166,7 @@ class TransformerRun(RunState):
         self.seen_branches, self._samples = set(), 0
         self.doubt = self.branch_doubt = None
         self.pipeline_call = read_pipeline_call(pipe, self.cfg)
+        self._prompts.forget()
         for layer in self.layers:
             layer.begin_run()
 
@@ -204,6 +207,10 @@ class TransformerRun(RunState):
             for layer in self.layers:
                 layer.stateless = reason
                 layer.drop_state()
+
+    def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
+        """See the base class; the prompts are those of the pipeline that is running, or of a ``run_context``."""
+        return self._prompts.find(self, self.model, self.pipe, self.owner, call, piece)
 
     def guidance_scale(self) -> float | None:
         """Return the scale s of ``u + s (c - u)`` in the pipeline's call, 1 for none, ``None`` where unknown."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
@@ -76,6 +77,7 @@ class AttentionCall:
             are the text) or ``"image"`` (the keys are a conditioning image).
         shard: rank of this device and number of devices where each has some of the heads of a sequence that is split
             over devices.
+        find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
     """
 
     q: torch.Tensor
@@ -92,12 +94,26 @@ class AttentionCall:
     mask_rule: str = "key"
     kind: str = "self"
     shard: tuple[int, int] = (0, 1)
+    find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
 
     @property
     def heads(self) -> slice:
         """The heads of the model that q has: all, or those of this device."""
         count = self.q.shape[2]
         return slice(self.shard[0] * count, (self.shard[0] + 1) * count)
+
+    def prompt_tokens(self, piece: str | tuple[int, int]) -> torch.Tensor:
+        """Return which keys a piece of the prompt became, (B, Sk) bool; rows whose prompt lacks it have none.
+
+        Args:
+            piece: its text, for every occurrence, or (start, end) in characters of the prompt.
+
+        Raises:
+            DitAttnError: the prompts of the run are not known, none has the piece, or all of it is cut off.
+        """
+        if self.find_piece is None:
+            raise DitAttnError("the prompts of this run are not known: nothing that was enabled sees its pipeline")
+        return self.find_piece(self, piece)
 
     @property
     def visual(self) -> slice:

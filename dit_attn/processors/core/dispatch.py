@@ -139,6 +139,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         mask_rule=run.mask_rule,
         kind=layer.call_kind,
         shard=shard,
+        find_piece=run.find_piece,
     )
 
 

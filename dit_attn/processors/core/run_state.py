@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.clock import Clock
@@ -151,6 +152,10 @@ class RunState:
         """Note that the call with perturbed rows is over."""
         self.begin_call(self.first_perturbed)
         self.perturbed, self.first_perturbed = None, 0
+
+    def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
+        """Return which keys of a call are tokens of a piece of the prompt; see :meth:`AttentionCall.prompt_tokens`."""
+        raise DitAttnError("the prompts of this run are not known: nothing shows them")
 
     def branch_count(self, rows: int) -> int | None:
         """Return the guidance branches of the current step, 1 without guidance, ``None`` where nothing says.

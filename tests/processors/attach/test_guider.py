@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 import dit_attn
 from dit_attn.pipelines.compare.match_strength import match_guidance_scale
-from dit_attn.processors.attach import attach, guider
+from dit_attn.processors.attach import attach
 from dit_attn.processors.methods.perturbed_guidance import SCHEDULES
 from tests._support import fake_pipeline
 from tests._support.fake_pipeline import STEPS, C, P, U, expected, fake

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout
 from dit_attn.processors.core.call import AttentionCall, Request, SDPAArgs
 from dit_attn.processors.core.clock import Clock
@@ -27,6 +28,15 @@ def attention_call(before: int = 0, after: int = 0, scale: float | None = None) 
     assert tokens is not None
     q, k, v = (torch.arange(2 * 2 * tokens.seq_len * 4.0).reshape(2, tokens.seq_len, 2, 4) + i for i in range(3))
     return AttentionCall(q, k, v, None, scale, False, Layer("blocks.0", 0), tokens, Clock())
+
+
+def test_a_call_asks_its_host_for_the_tokens_of_a_prompt() -> None:
+    call = attention_call(after=3)
+    with pytest.raises(DitAttnError, match="the prompts of this run are not known"):
+        call.prompt_tokens("red")
+    asked = []
+    call.find_piece = lambda *given: asked.append(given) or torch.ones(2, 75, dtype=torch.bool)
+    assert call.prompt_tokens("red").all() and asked[0][1] == "red" and asked[0][0] is call
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.cfg import BATCHED, SEPARATE
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.run_state import RunState, run_by_handle
@@ -30,6 +31,11 @@ def test_layers_are_numbered_in_the_order_they_are_added() -> None:
     layers = [run.add_layer(name) for name in ("blocks.0", "blocks.1", "single.0")]
     assert run.layers == layers and run.layer_count == 3
     assert [(layer.name, layer.index) for layer in layers] == [("blocks.0", 0), ("blocks.1", 1), ("single.0", 2)]
+
+
+def test_a_host_that_shows_no_prompt_says_so() -> None:
+    with pytest.raises(DitAttnError, match="nothing shows them"):
+        RunState([], Clock()).find_piece(None, "red")  # type: ignore[arg-type]
 
 
 def test_a_run_is_found_by_its_handle_as_long_as_it_exists() -> None:
