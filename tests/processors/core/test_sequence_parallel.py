@@ -75,7 +75,6 @@ class Mesh:
         """Number of ranks."""
         return self.ranks.world
 
-
     def get_group(self) -> Mesh:
         """The group the collectives get."""
         return self
@@ -217,7 +216,7 @@ def test_a_dispatched_call_of_two_ranks_is_that_of_one(value: float) -> None:
 class HeadLift:
     """A method that lifts text keys by a value of each head, and adds a factor of each; the first two have none."""
 
-    role, min_tokens = "", 0
+    role, min_tokens, sites = "", 0, ("self",)
     values = torch.tensor([0.0, 0.0, 1.5, -0.7])
 
     def request(self, call: AttentionCall, request: Request) -> None:
@@ -249,7 +248,7 @@ def test_every_rank_uses_the_budgets_and_biases_of_its_own_heads(name: str) -> N
         run, layer = host_run(methods)
         q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
         stock = torch.full_like(q, float("nan"))
-        return dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: stock), layer
+        return dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: stock), layer
 
     for rank, (out, layer) in enumerate(Ranks(2).run(work)):
         torch.testing.assert_close(out, sharded(alone.out, [20, 288], 2, rank), atol=1e-5, rtol=1e-4)
@@ -271,7 +270,7 @@ def test_biases_that_are_zero_on_one_rank_are_biases_on_both() -> None:
     def work(mesh: Mesh) -> torch.Tensor:
         run, layer = host_run([LastHead()])
         q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
-        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: torch.zeros_like(q))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: torch.zeros_like(q))
         assert layer.stats.biased_calls == 1 and not layer.stats.fallbacks
         return out
 
@@ -287,7 +286,7 @@ def test_budgets_of_another_number_of_heads_are_counted_on_every_rank(count: int
     def work(mesh: Mesh) -> tuple[bool, Any]:
         run, layer = host_run([method])
         q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
-        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda: torch.zeros_like(q))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: torch.zeros_like(q))
         return bool(out.any()), layer.stats.fallbacks
 
     assert Ranks(2).run(work) == [(False, {f"density for {count} heads, the layer has 4": 1})] * 2
