@@ -37,12 +37,16 @@ class Exchange:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Exchange local (B, S/P, H, D) for (B, S, H/P, D); a key mask that is local to the rank is gathered."""
         local = k.shape[1]
-        q, k, v = (self._ordered(_to_heads(x, self.mesh), 1) for x in (q, k, v))
+        q, k, v = (self.to_heads(x) for x in (q, k, v))
         if mask is not None and mask.shape[-1] == local:
             parts = [torch.empty_like(mask) for _ in range(self.mesh.size())]
             torch.distributed.all_gather(parts, mask.contiguous(), group=self.mesh.get_group())
             mask = self._ordered(torch.cat(parts, dim=-1), -1)
         return q, k, v, mask
+
+    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Exchange the local (B, S/P, H, D) for (B, S, H/P, D)."""
+        return self._ordered(_to_heads(x, self.mesh), 1)
 
     def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
         """Exchange (B, S, H/P, D) for the local (B, S/P, H, D)."""
