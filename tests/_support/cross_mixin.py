@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attention_processor
+from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.methods.base import Method
 from tests._support.outputs import same
-from tests._support.recorded_calls import reference, requests
+from tests._support.recorded_calls import reference, requests, watching
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,45 @@ def text_bias_matrix(call: AttentionCall, value: float = 1.1) -> torch.Tensor:
     return matrix
 
 
+@dataclass(frozen=True)
+class Scaled(Method):
+    """Another softmax scale, by two requests."""
+
+    factor: float = 0.5
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Multiply the scale."""
+        request.multiply_scale(self.factor)
+        request.multiply_scale(1.5 if self.factor != 1.0 else 1.0)
+
+
+@dataclass(frozen=True)
+class Outputs(Method):
+    """Record the output of every call, then use what was recorded."""
+
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    replay: bool = False
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Record, or replace."""
+        if self.replay:
+            request.replace_output(self.seen.pop(0))
+        else:
+            request.record_output(self.seen.append)
+
+
 class CrossMixin:
     """Inherit, then say how the model and its inputs are made.
 
     Attributes:
+        sockets: layers with self or joint attention that methods may apply to.
         cross_sockets: layers with cross attention to the text; 0 where the text is part of the sequence.
         cross_calls: kinds of the attention calls of each of them, in order.
         cross_keys: number of keys of each kind.
     """
 
+    sockets: int = 0
     cross_sockets: int = 0
     cross_calls: tuple[str, ...] = ("cross",)
     cross_keys: Mapping[str, int] = MappingProxyType({"cross": 7})
@@ -106,6 +136,11 @@ class CrossMixin:
             assert not any(attention_processor.is_wrapped(getattr(m, "processor", None)) for m in net.modules())
         return self.cross_sockets > 0
 
+    def everywhere(self, kind: type[Method], *settings: Any) -> Method:
+        """A method that applies to all attention calls of the family."""
+        sites = ("self",) * bool(self.sockets) + ("cross", "image") * bool(self.cross_sockets)
+        return type(kind.__name__, (kind,), {"sites": sites})(*settings)
+
     # -- behaviours --------------------------------------------------------------------------------------------------
 
     def test_biases_of_cross_attention_equal_their_equation(self, net: Any, args: Any) -> None:
@@ -141,3 +176,45 @@ class CrossMixin:
             assert call.k.shape[1] == self.cross_keys[call.kind] and call.tokens is not None
             torch.testing.assert_close(out.double(), reference(call, Request()), atol=2e-5, rtol=1e-4)
         assert {name: m.processor for name, m in net.named_modules() if hasattr(m, "processor")} == processors
+
+    def test_another_scale_of_stock_attention_equals_its_equation(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, self.everywhere(Scaled))
+        with watching() as seen:
+            scaled = self.call(net, args)
+        assert len(seen) >= self.sockets + self.cross_sockets and not same(stock, scaled)
+        for item in seen:
+            factor = 0.75 * (item.q.shape[-1] ** -0.5 if item.scale is None else item.scale)
+            rows = valid_rows(item)
+            expected = reference(replace(item, scale=factor), Request())
+            torch.testing.assert_close(item.out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
+        layers = attach.session_of(net).layers  # type: ignore[union-attr]
+        assert all(layer.stats.scaled_calls == layer.stats.calls > 0 and not layer.stats.fallbacks for layer in layers)
+        dit_attn.enable(net, self.everywhere(Scaled, 1.0))
+        assert same(stock, self.call(net, args))
+
+    def test_recorded_outputs_put_back_give_the_stock_run_without_any_attention(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        Outputs.seen.clear()
+        dit_attn.enable(net, self.everywhere(Outputs))
+        assert same(stock, self.call(net, args))
+        dit_attn.enable(net, self.everywhere(Outputs, True))
+
+        def refuse(*_: Any) -> None:
+            raise AssertionError("stock attention was computed")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_processor, "_stock_torch", refuse)
+            patch.setattr(attention_processor, "_stock_backend", refuse)
+            assert same(stock, self.call(net, args))
+        layers = attach.session_of(net).layers  # type: ignore[union-attr]
+        assert not Outputs.seen and len(layers) == self.sockets + self.cross_sockets
+        assert all(layer.stats.replaced_calls == layer.stats.calls > 0 for layer in layers)
+
+
+def valid_rows(call: Any) -> tuple[Any, ...]:
+    """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
+    mask = call.mask
+    if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
+        return (slice(None),)
+    return torch.nonzero(mask.any(-1)[:, 0], as_tuple=True)

@@ -20,7 +20,7 @@ from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core import call
 from dit_attn.processors.core.positions import PositionMap
 from dit_attn.processors.methods.re_ttention import MASKS
-from tests._support.cross_mixin import CrossMixin
+from tests._support.cross_mixin import CrossMixin, Scaled, valid_rows
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
 from tests._support.position_maps import Placed, Tables, along
@@ -174,11 +174,21 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         assert len(seen) == self.sockets
         for seen_call, request, out in seen:
             assert request.layout is not None and request.layout.density < 0.9
-            rows = self._valid_rows(seen_call)
+            rows = valid_rows(seen_call)
             torch.testing.assert_close(out.double()[rows], reference(seen_call, request)[rows], atol=2e-5, rtol=1e-4)
         assert not same(dense, sparse)
         summary = dit_attn.summary(net)
         assert summary.sparse_calls == self.sockets and summary.density is not None and summary.density < 1.0
+
+    def test_another_scale_joins_a_sparse_run(self, net: Any, args: Any) -> None:
+        dit_attn.enable(net, SPARSE, self.everywhere(Scaled))
+        with requests() as seen:
+            self.call(net, args)
+        assert len(seen) == self.sockets
+        for seen_call, request, out in seen:
+            assert request.scale_factor == 0.75 and seen_call.scale is not None
+            rows = valid_rows(seen_call)
+            torch.testing.assert_close(out.double()[rows], reference(seen_call, request)[rows], atol=2e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:
@@ -189,7 +199,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         assert len(seen) == self.sockets
         for seen_call, request, out in seen:
             assert (request.layout is not None) is sparse
-            rows = self._valid_rows(seen_call)
+            rows = valid_rows(seen_call)
             expected = reference(seen_call, request, bias_matrix(seen_call))
             torch.testing.assert_close(out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
         assert not same(stock, biased)
@@ -404,11 +414,3 @@ class FamilyMixin(CrossMixin, GuidedMixin):
     def _changed(a: Seen, b: Seen) -> set[int]:
         difference = (a.k - b.k).abs().amax(dim=(0, 2, 3))
         return set(torch.nonzero(difference > 1e-6).flatten().tolist())
-
-    @staticmethod
-    def _valid_rows(call: call.AttentionCall) -> tuple[Any, ...]:
-        """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
-        mask = call.mask
-        if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
-            return (slice(None),)
-        return torch.nonzero(mask.any(-1)[:, 0], as_tuple=True)

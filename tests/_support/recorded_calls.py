@@ -69,16 +69,26 @@ def requests() -> Iterator[list[tuple[call.AttentionCall, call.Request, torch.Te
         dispatch.executor.run = stock
 
 
-def reference(call: call.AttentionCall, request: call.Request, bias: torch.Tensor | None = None) -> torch.Tensor:
+def reference(call: Any, request: call.Request, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention in float64 by its weights; arguments as for :func:`weights`. (B, S, H, Dv)."""
+    v = call.v.transpose(1, 2).double().repeat_interleave(call.q.shape[2] // call.v.shape[2], 1)
+    return (weights(call, request, bias)[0] @ v).transpose(1, 2)
+
+
+def weights(
+    call: Any, request: call.Request, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked.
 
     Args:
         call, request: the call and its request; without a layout all rows are dense.
-        bias: (B|1, H|1, S, S), added to the logits.
+        bias: (B|1, H|1, S, Sk), added to the logits.
+
+    Returns:
+        The attention matrix (B, H, S, Sk), rows without a key 0, and the log-sum-exp (B, H, S).
     """
-    q, k, v = (x.transpose(1, 2).double() for x in (call.q, call.k, call.v))
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q, k = (x.transpose(1, 2).double() for x in (call.q, call.k))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scale = call.scale if call.scale is not None else q.shape[-1] ** -0.5
     logits = q @ k.transpose(-1, -2) * scale
     allowed = torch.ones_like(logits, dtype=torch.bool)
@@ -94,4 +104,4 @@ def reference(call: call.AttentionCall, request: call.Request, bias: torch.Tenso
         else:
             logits = logits + mask.double()
     logits = logits.masked_fill(~allowed, float("-inf"))
-    return (torch.softmax(logits, -1).nan_to_num(0.0) @ v).transpose(1, 2)
+    return torch.softmax(logits, -1).nan_to_num(0.0), torch.logsumexp(logits, -1)

@@ -28,6 +28,8 @@ class LayerSummary:
         error: relative L2 error on sampled rows of the first sparse call (the largest, where densities change over
             the run); ``None`` where no ``max_error`` is set.
         biased_calls: calls with a logit bias, sparse or dense.
+        scaled_calls: calls with another softmax scale.
+        replaced_calls: calls whose output a method replaced.
     """
 
     name: str
@@ -38,6 +40,8 @@ class LayerSummary:
     fallbacks: dict[str, int]
     error: float | None = None
     biased_calls: int = 0
+    scaled_calls: int = 0
+    replaced_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,12 +208,13 @@ def summarize(sessions: dict[str, Session]) -> Summary:
 
 
 def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
-    calls, biased = (sum(getattr(layer, name) for layer in layers) for name in ("calls", "biased_calls"))
+    names = ("calls", "biased_calls", "replaced_calls")
+    calls, biased, replaced = (sum(getattr(layer, name) for layer in layers) for name in names)
     reasons: Counter[str] = Counter()
     for layer in layers:
         reasons.update(layer.fallbacks)
     stock = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common())
-    return f"{biased} of {calls} calls biased, {len(layers)} layers{stock}"
+    return f"{biased} of {calls} calls biased, {replaced} replaced, {len(layers)} layers{stock}"
 
 
 def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
@@ -281,7 +286,7 @@ def _layer(name: str, stats: LayerStats) -> LayerSummary:
     density = float(stats.computed) / stats.sparse_calls if stats.sparse_calls else None
     return LayerSummary(
         name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
-        stats.biased_calls,
+        stats.biased_calls, stats.scaled_calls, stats.replaced_calls,
     )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,12 @@ class SDPAArgs:
         """Whether the sequence is split over devices."""
         return self.mesh is not None or self.unsupported is not None
 
+    def rescaled(self, factor: float) -> SDPAArgs:
+        """Return the call with another softmax scale; itself where the factor is 1."""
+        if factor == 1.0:
+            return self
+        return replace(self, scale=(self.q.shape[-1] ** -0.5 if self.scale is None else self.scale) * factor)
+
 
 @dataclass
 class AttentionCall:
@@ -64,7 +71,7 @@ class AttentionCall:
         v: (B, Sk, Hk, Dv).
         mask: what the model passed: ``None``, (B, Sk) or broadcastable to (B, H, S, Sk); boolean (True = attend) or
             additive.
-        scale: softmax scale, ``None`` for ``D ** -0.5``.
+        scale: softmax scale, ``None`` for ``D ** -0.5``; with the factors that earlier methods asked for.
         causal: whether the model asked for causal attention.
         layer: the layer.
         tokens: the parts of the sequence of q, ``None`` when they are unknown.
@@ -135,6 +142,9 @@ class Request:
         layout: key blocks that the visual rows attend to (queries: visual rows, keys: the full sequence); ``None`` for
             all.
         biases: low-rank biases of the logits, see :meth:`add_bias` and :meth:`add_span_bias`.
+        scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
+        recorders: called with the output, see :meth:`record_output`.
+        replacement: the output that replaces attention, see :meth:`replace_output`.
         declined: reasons of the methods that leave this call to stock attention.
         key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
         key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
@@ -152,6 +162,9 @@ class Request:
 
     layout: BlockLayout | None = None
     biases: list[RowBias] = field(default_factory=list)
+    scale_factor: float = 1.0
+    recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
+    replacement: torch.Tensor | None = None
     declined: list[str] = field(default_factory=list)
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
@@ -165,8 +178,8 @@ class Request:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is requested."""
-        return not (self.sparse or self.biases)
+        """Whether nothing is requested that stock attention does not do."""
+        return not (self.sparse or self.biases or self.replacement is not None or self.scale_factor != 1.0)
 
     @property
     def sparse(self) -> bool:
@@ -219,6 +232,42 @@ class Request:
         """
         bias = span_bias(call.q, call.k, rows, keys, value, call.shard)
         self.biases += [] if bias is None else [bias]
+
+    def multiply_scale(self, factor: float) -> None:
+        """Multiply the softmax scale; factors of several methods multiply, and 1 changes nothing.
+
+        Stock attention computes calls without a layout and a bias, also those that a method declines, at this scale.
+
+        Args:
+            factor: finite and above 0.
+
+        Raises:
+            DitAttnError: it is not.
+        """
+        if not 0.0 < factor < math.inf:
+            raise DitAttnError(f"a factor of the softmax scale must be finite and above 0, got {factor!r}")
+        self.scale_factor *= factor
+
+    def record_output(self, callback: Callable[[torch.Tensor], None]) -> None:
+        """Call a function with the output of this call, before a guidance method perturbs it. Changes nothing.
+
+        Args:
+            callback: gets (B, S, H, Dv), rows and heads as in ``call.q``; not to be written to.
+        """
+        self.recorders.append(callback)
+
+    def replace_output(self, value: torch.Tensor) -> None:
+        """Use ``value`` as the output of this call. Nothing is computed, and other parts of the request have no effect.
+
+        Args:
+            value: (B, S, H, Dv), rows and heads as in ``call.q``, on any device and of any floating-point type.
+
+        Raises:
+            DitAttnError: another method has replaced it.
+        """
+        if self.replacement is not None:
+            raise DitAttnError("two methods replace the output of the same attention call; enable one of them")
+        self.replacement = value
 
     def bias(self, rows: slice) -> LogitBias | None:
         """Return the sum of the biases for some rows (start and stop given), ``None`` where none reaches them."""

@@ -47,7 +47,7 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock
     perturbed, observed = run.perturbed, run.observers and not args.split
     if perturbed is None and not observed:
         return out
-    call = _new_call(run, layer, args)
+    call = _new_call(run, layer, args.rescaled(request.scale_factor))
     if perturbed is not None:
         if args.split and not perturbed.row_wise:
             raise DitAttnError("only the plain identity can be perturbed when the sequence is split over devices")
@@ -77,28 +77,24 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
         q, k, v, mask = exchange.scatter_heads(args.q, args.k, args.v, args.mask)
         here = replace(args, q=q, k=k, v=v, mask=mask)
     call = _new_call(run, layer, here, (0, 1) if exchange is None else exchange.shard)
-    started = time.perf_counter()
-    reason = _collect_requests(methods, call, request)
+    reason = executor.unsupported_reason_call(call)
     if reason is not None:
         return _fallback(layer, reason, stock, args)
-    not_finite = False  # found in this very call: later calls of a disabled layer read nothing back
-    if request.sparse:
-        out = _execute(call, request, args.mesh)
-        if layer.disabled is not None:
-            not_finite = layer.disabled == _NOT_FINITE
-            request.go_dense()
-            request.declined = [layer.disabled]
-            if request.empty:
-                exact = _fallback(layer, layer.disabled, stock, args)
-                layer.disabled_run |= not_finite and not _is_finite(exact, args.mesh)  # the input is to blame
-                return exact
-    if not request.sparse:  # dense, with a bias
-        out = executor.run(call, request, executor.dense_rows(call))
-        layer.stats.fallbacks.update(request.declined[:1])
-        layer.disabled_run |= not_finite and not _is_finite(out, args.mesh)
-    layer.stats.biased_calls += bool(request.biases)
-    layer.stats.seconds += time.perf_counter() - started
-    return out if exchange is None else exchange.gather_heads(out)
+    started, usable = time.perf_counter(), layer.disabled is None
+    _collect_requests(methods, call, request)
+    out = _carry_out(call, request, args.mesh)
+    layer.stats.scaled_calls += request.scale_factor != 1.0
+    if out is None:
+        local = stock(args.rescaled(request.scale_factor))
+        out = local if exchange is None or not request.recorders else exchange.to_heads(local)
+    else:
+        local = out if exchange is None else exchange.gather_heads(out)
+        layer.stats.seconds += time.perf_counter() - started
+    if usable and layer.disabled == _NOT_FINITE:  # in this very call: later ones read nothing back
+        layer.disabled_run |= not _is_finite(local, args.mesh)  # the input is to blame
+    for record in request.recorders:
+        record(out)
+    return local
 
 
 def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Layer, args: SDPAArgs) -> str | None:
@@ -143,29 +139,59 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
     )
 
 
-def _collect_requests(methods: Sequence[CallMethod], call: AttentionCall, request: Request) -> str | None:
-    """Let the methods fill the request; return the reason when the call stays with stock attention.
+def _collect_requests(methods: Sequence[CallMethod], call: AttentionCall, request: Request) -> None:
+    """Let the methods fill the request of a call that methods can compute.
 
-    Sparse methods come last: they know the biases of the others.
+    Sparse methods come last: they know the biases and the scale of the others.
     """
-    reason = executor.unsupported_reason_call(call)
-    if reason is not None:
-        return reason
     no_layout = call.layer.disabled or executor.unsupported_reason_layout(call)
+    scale = call.softmax_scale
     for method in sorted(methods, key=lambda method: method.role == "sparse"):
         reason = executor.too_short(call, method.min_tokens)
         if method.role == "sparse":
+            if request.replacement is not None:
+                continue
             reason = no_layout or reason or executor.read_mask(call, request)
         if reason is None:
             method.request(call, request)
         else:
             request.decline(reason)
+        if request.scale_factor != 1.0:
+            call.scale = scale * request.scale_factor
     if request.compute_visual is not None and request.bias(call.visual) is not None:
         request.go_dense()
         request.decline("it computes its rows itself, without the logit bias of another method")
-    if request.empty:
-        return request.declined[0] if request.declined else "nothing requested"
-    return None
+
+
+def _carry_out(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor | None:
+    """Return the result of a request, ``None`` where stock attention is to compute it; what was done is counted."""
+    layer, stats = call.layer, call.layer.stats
+    if request.replacement is not None:
+        stats.replaced_calls += 1
+        return _replacement(call, request.replacement)
+    if request.sparse:
+        out = _execute(call, request, mesh)
+        if layer.disabled is None:
+            stats.biased_calls += bool(request.biases)
+            return out
+        request.go_dense()
+        request.declined = [layer.disabled]
+    if request.empty and not request.declined:
+        request.declined = ["only its output is recorded" if request.recorders else "nothing requested"]
+    stats.fallbacks.update(request.declined[:1])
+    if not request.biases:
+        return None
+    stats.biased_calls += 1
+    return executor.run(call, request, executor.dense_rows(call))
+
+
+def _replacement(call: AttentionCall, value: torch.Tensor) -> torch.Tensor:
+    shape = (*call.q.shape[:-1], call.v.shape[-1])
+    if value.shape != shape:
+        raise DitAttnError(
+            f"the output that replaces {call.layer.name} must be (B, S, H, Dv) = {shape}, got {tuple(value.shape)}"
+        )
+    return value.to(call.q.device, call.q.dtype)
 
 
 def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:

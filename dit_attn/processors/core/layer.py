@@ -35,6 +35,8 @@ class LayerStats:
         sparse_calls: calls that a method carried out.
         fallbacks: calls that took stock attention, by reason.
         biased_calls: calls with a logit bias, sparse or dense.
+        scaled_calls: calls with another softmax scale, stock attention included.
+        replaced_calls: calls whose output a method replaced; nothing was computed.
         computed: sum over the sparse calls of the attention computed, as a fraction of dense (all rows, all keys).
         seconds: time spent in sparse calls (host time; on an accelerator it is the time to enqueue them).
         error: relative L2 error measured on sampled rows of the first sparse call, the largest where densities change
@@ -45,6 +47,8 @@ class LayerStats:
     calls: int = 0
     sparse_calls: int = 0
     biased_calls: int = 0
+    scaled_calls: int = 0
+    replaced_calls: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     computed: float | torch.Tensor = 0.0
     seconds: float = 0.0

@@ -37,7 +37,7 @@ class Exchange:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Exchange local (B, S/P, H, D) for (B, S, H/P, D); a key mask that is local to the rank is gathered."""
         local = k.shape[1]
-        q, k, v = (self._ordered(_to_heads(x, self.mesh), 1) for x in (q, k, v))
+        q, k, v = (self.to_heads(x) for x in (q, k, v))
         if mask is not None and mask.shape[-1] == local:
             mask = self.gather_tokens(mask, -1)
         return q, k, v, mask
@@ -53,6 +53,10 @@ class Exchange:
         if self.order is not None:
             x = x.index_select(dim, self.order.argsort().to(x.device))
         return x.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]
+
+    def to_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Exchange the local (B, S/P, H, D) for (B, S, H/P, D)."""
+        return self._ordered(_to_heads(x, self.mesh), 1)
 
     def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
         """Exchange (B, S, H/P, D) for the local (B, S/P, H, D)."""

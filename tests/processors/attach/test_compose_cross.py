@@ -16,7 +16,7 @@ from dit_attn.processors.attach import attach
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.methods.base import Method
 from tests._support.compose import SPARSE, case, forward, pipeline_run, requires, same, tiny, tiny_pipeline
-from tests._support.cross_mixin import TextBiases
+from tests._support.cross_mixin import Scaled, TextBiases
 from tests._support.ranks import run_ranks
 from tests.families import test_wan
 
@@ -89,13 +89,14 @@ def test_compiled_cross_attention_is_that_of_eager_with_one_graph(name: str) -> 
     made = test_wan.TestWanImageToVideo() if name == "image-to-video" else case(name)
     torch.manual_seed(0)
     model, args = made.model().eval(), made.inputs()
-    dit_attn.enable(model, TextBiases())
+    dit_attn.enable(model, TextBiases(), Scaled())
     eager = forward(model, args)
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert same(eager, forward(compiled, args))
     layers = dit_attn.summary(model).cross_layers
     assert all(layer.biased_calls * len(made.cross_calls) == layer.calls > 0 for layer in layers)
     assert len(layers) == made.cross_sockets
+    assert all(layer.scaled_calls == layer.calls > 0 for layer in dit_attn.summary(model).layers)
 
 
 def test_a_copied_model_keeps_its_cross_attention_sites() -> None:

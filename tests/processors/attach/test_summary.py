@@ -60,7 +60,8 @@ def test_json_values_hold_the_fields_and_the_totals() -> None:
     data = json.loads(json.dumps(found.to_dict()))
     assert data["layers"][1] == {
         "name": "blocks.1", "calls": 4, "sparse_calls": 1, "density": 0.45, "seconds": 0.25,
-        "fallbacks": {"dense step": 1, "cross attention": 2}, "error": 0.07, "biased_calls": 0,
+        "fallbacks": {"dense step": 1, "cross attention": 2}, "error": 0.07,
+        "biased_calls": 0, "scaled_calls": 0, "replaced_calls": 0,
     }  # fmt: skip
     assert data["guidance"]["parallel"] == 0.17 and data["warnings"] == ["careful"]
     for name in ("calls", "sparse_calls", "density", "run_density", "fallbacks"):
