@@ -18,10 +18,12 @@ import torch
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core import call
+from dit_attn.processors.core.positions import PositionMap
 from dit_attn.processors.methods.re_ttention import MASKS
 from tests._support.cross_mixin import CrossMixin
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
+from tests._support.position_maps import Placed, Tables, along
 from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
@@ -60,6 +62,9 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         probe: (t, y, x) of the token that is poked.
         refined: whether layers before the first joint one already mix the picture (then a poke moves all of it).
         no_pipeline: why no full run of a stock pipeline is tested.
+        rotary: whether its layers get rotary tables.
+        even_axes: axes of the grid whose tokens the model places at even distances.
+        rotary_error: of the model's own tables, from computing large angles in fp32.
         run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 
@@ -72,6 +77,9 @@ class FamilyMixin(CrossMixin, GuidedMixin):
     refined: bool = False
     no_pipeline: str = ""
     run_order: tuple[str, ...] = ()
+    rotary: bool = True
+    even_axes: tuple[int, ...] = (0, 1, 2)
+    rotary_error: float = 5e-6
 
     def model(self) -> torch.nn.Module:
         """A tiny random transformer; the seed is set by the caller."""
@@ -188,6 +196,36 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         layers = [layer.stats for layer in attach.session_of(net).layers]
         assert sum(stats.biased_calls for stats in layers) == self.sockets
         dit_attn.enable(net, SpanBiases(0.0))
+        assert same(stock, self.call(net, args))
+
+    def test_positions_are_moved_in_the_tables_of_the_model_or_refused(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        if not self.rotary:
+            with pytest.raises(dit_attn.DitAttnError, match=f"{type(net).__name__} gives .* no rotary tables"):
+                dit_attn.enable(net, Placed())
+            assert attach.session_of(net) is None
+            return
+        tables = Tables(net, args)
+        before = tables.grid()
+        assert tables.given(PositionMap(), PositionMap(scale=(3.0, 3.0, 3.0), region=slice(0))) is tables.given()
+        for axis, size in enumerate(self.grid):
+            if size == 1 or axis not in self.even_axes:
+                continue
+            shifted = tables.grid(PositionMap(offset=along(axis, 1, 0)))
+            halved = tables.grid(PositionMap(scale=along(axis, 0.5, 1)))
+            own = before.narrow(axis, 1, size - 1)
+            torch.testing.assert_close(shifted.narrow(axis, 0, size - 1), own, atol=self.rotary_error, rtol=0)
+            half = torch.arange((size + 1) // 2)
+            found, own = halved.index_select(axis, 2 * half), before.index_select(axis, half)
+            torch.testing.assert_close(found, own, atol=self.rotary_error, rtol=0)
+            assert not torch.equal(shifted, before) and not torch.equal(halved, before)
+        placed = Placed(PositionMap(scale=(1, 0.5, 0.5), region=slice(7, 99)))
+        outputs = []
+        for methods in ((placed,), (placed, SPARSE), (SPARSE,)):
+            dit_attn.enable(net, *methods)
+            outputs.append(self.call(net, args))
+        assert not any(same(a, b) for a, b in itertools.combinations((stock, *outputs), 2))
+        dit_attn.enable(net, Placed(PositionMap()))
         assert same(stock, self.call(net, args))
 
     @pytest.mark.parametrize("settings", RECTIFIED, ids=lambda settings: settings.compensation)

@@ -34,6 +34,7 @@ def auraflow(model: torch.nn.Module, size: dict[str, int]) -> tuple[Any, dict[st
 class TestAuraFlow(ImageCase):
     kinds = ("text", "image")
     text_args = ("encoder_hidden_states",)
+    rotary = False
 
     def model(self) -> torch.nn.Module:
         return AuraFlowTransformer2DModel(

@@ -12,8 +12,15 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     ConsisIDTransformer3DModel,
 )
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from tests._support.family_cases import VideoCase
+
+
+def rotary_tables(grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables that the pipelines make for heads of 16 channels."""
+    frames, *size = grid
+    return get_3d_rotary_pos_embed(16, ((0, 0), tuple(size)), tuple(size), frames)
 
 
 class TestCogVideoX2b(VideoCase):
@@ -22,6 +29,7 @@ class TestCogVideoX2b(VideoCase):
     kinds = ("text", "video")
     text_args = ("encoder_hidden_states",)
     grid = (3, 10, 12)
+    rotary = False
 
     def model(self) -> torch.nn.Module:
         return CogVideoXTransformer3DModel(**self.settings())
@@ -85,17 +93,20 @@ class TestCogVideoX2b(VideoCase):
 class TestCogVideoX5b(TestCogVideoX2b):
     """The 5b style: rotary embedding on the video part."""
 
+    rotary = True
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "use_rotary_positional_embeddings": True}
 
     def inputs(self) -> dict[str, Any]:
-        return {**super().inputs(), "image_rotary_emb": (torch.rand(360, 16), torch.rand(360, 16))}
+        return {**super().inputs(), "image_rotary_emb": rotary_tables(self.grid)}
 
 
 class TestCogVideoXPatchedTime(TestCogVideoX2b):
     """The 1.5 style: two latent frames per token."""
 
     grid = (2, 10, 14)
+    rotary = True
     probe = (1, 3, 5)
 
     def settings(self) -> dict[str, Any]:
@@ -107,7 +118,7 @@ class TestCogVideoXPatchedTime(TestCogVideoX2b):
             "hidden_states": torch.randn(2, 4, 4, 20, 28),
             "encoder_hidden_states": torch.randn(2, 8, 16),
             "timestep": torch.tensor([500, 500]),
-            "image_rotary_emb": (torch.rand(280, 16), torch.rand(280, 16)),
+            "image_rotary_emb": rotary_tables(self.grid),
         }
 
     def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:

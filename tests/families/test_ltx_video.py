@@ -17,6 +17,7 @@ class TestLtxVideo(VideoCase):
     kinds = ("video",)
     untouched = ("attn2",)
     cross_sockets = 2
+    rotary_error = 2e-2  # a forward that names no scale turns by up to 2e5 radians
 
     def model(self) -> torch.nn.Module:
         return LTXVideoTransformer3DModel(

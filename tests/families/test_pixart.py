@@ -16,6 +16,7 @@ class TestPixArt(ImageCase):
     kinds = ("image",)
     untouched = ("attn2",)
     cross_sockets = 2
+    rotary = False
     pipeline_class = PixArtSigmaPipeline
 
     def model(self) -> torch.nn.Module:

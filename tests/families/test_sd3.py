@@ -13,6 +13,7 @@ from tests._support.family_cases import HEIGHT, WIDTH, ImageCase, tiny_vae
 class TestSD3(ImageCase):
     kinds = ("image", "text")
     text_args = ("encoder_hidden_states",)
+    rotary = False
 
     def model(self) -> torch.nn.Module:
         return SD3Transformer2DModel(**self.settings())

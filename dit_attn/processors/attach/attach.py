@@ -95,9 +95,9 @@ def prepare(
     for method in methods:
         mine = kinds_at(method.sites, family.text_kind)
         method.check_model(type(model).__name__, sum(not mine.isdisjoint(layer.calls) for layer in session.layers))
-        if method.moves_positions:
-            names = [layer.name for layer in session.layers if "self" in layer.calls]
-            check_positions(model, [model.get_submodule(name).processor for name in names])
+        if method.moves_positions and "self" in mine:
+            stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
+            check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
     return session

@@ -16,12 +16,15 @@ from typing import Any, cast
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach import compat
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.layer import Layer, layer_by_id
 from dit_attn.processors.core.positions import PositionMap, PositionSite, displacement
 from dit_attn.processors.core.rotary import measure_grid, turn_tables
 from dit_attn.processors.core.run_state import run_by_handle
+from dit_attn.processors.core.sequence_parallel import Exchange, exchange_for
 from dit_attn.processors.core.tokens import Span, TokenLayout, Tokens
+from dit_attn.processors.methods.base import Method
 
 ARGUMENTS = ("image_rotary_emb", "rotary_emb", "freqs_cis", "query_rotary_emb", "key_rotary_emb")
 _KEPT = 4  # different sets of maps that one table is moved by, at a time
@@ -47,6 +50,11 @@ def check_positions(model: Any, processors: Sequence[Any]) -> None:
             f"{type(model).__name__} gives {type((without or processors)[0]).__name__} no rotary tables: its positions "
             "are learned or added to the tokens and cannot be moved; remove the method or use another model"
         )
+
+
+def moving_methods(session: Session) -> list[Method]:
+    """Return the enabled methods of self attention that ask for positions."""
+    return [method for method in cast(tuple[Method, ...], session.methods_for("self")) if method.moves_positions]
 
 
 def moved_arguments(
@@ -128,7 +136,9 @@ def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
 
 
 @torch.library.custom_op("dit_attn::move_positions", mutates_args=())
-def _move_positions(layer: torch.Tensor, run: torch.Tensor, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
+def _move_positions(
+    layer: torch.Tensor, run: torch.Tensor, leaves: list[torch.Tensor], form: str
+) -> list[torch.Tensor]:
     """Tables of one layer of a compiled model; ``run`` orders the call after the forward hook, which writes to it."""
     moved = _move(cast(Session, run_by_handle(run)), layer_by_id(int(layer)), leaves, form)
     return [leaf.clone() for leaf in (_per_token(leaves, form) if moved is leaves else moved)]
@@ -151,7 +161,7 @@ def _per_token(leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
 
 @dataclass
 class _Moved:
-    """Tables made from one table: the other tensors it came with, what they were made for, and the result (``None``: the same)."""
+    """The moved tables of one table: the tensors it came with, what it was moved for, and the result, if it moved."""
 
     others: tuple[weakref.ref[torch.Tensor], ...]
     versions: tuple[int, ...]
@@ -162,19 +172,15 @@ class _Moved:
 
 def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
     """Return the tables at the positions that the methods ask for, ``leaves`` itself where nothing moves."""
-    tokens = None
-    axis = 0
-    split = getattr(session.module(layer).processor, "_parallel_config", None) is not None
-    if session.layout is not None and not split:
-        shape = leaves[-1].shape[-1:] if form == "axes" else leaves[0].shape[: -3 if form == "matrix" else -1]
-        axis, tokens = _token_axis(session.layout, shape)
-    spans = tokens.spans if tokens is not None else session.layout.spans if session.layout is not None else ()
-    maps = _maps(session, _site(session, layer, spans))
+    place = _find_tokens(session, layer, leaves, form)
+    known = place.tokens.spans if place.tokens is not None else session.layout.spans if session.layout else ()
+    maps = _maps(session, _site(session, layer, known))
     if not maps:
         return leaves
-    if tokens is None:
-        why = "the sequence is split over devices" if split else session.layout_error or "its token layout is unknown"
-        raise DitAttnError(f"positions cannot be moved in {layer.name}: {why}; remove the method that asks for it")
+    if place.tokens is None:
+        raise DitAttnError(
+            f"positions cannot be moved in {layer.name}: {place.reason}; remove the method that asks for it"
+        )
     kept = session.moved_tables.setdefault(leaves[0], [])
     versions = tuple(0 if leaf.is_inference() else leaf._version for leaf in leaves)
     for entry in kept:
@@ -185,38 +191,80 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
             and all(a.same(b) for a, b in zip(entry.maps, maps))
         ):
             return leaves if entry.leaves is None else entry.leaves
-    moved = _moved(session, leaves, form, axis, tokens, maps)
-    del kept[: len(kept) + 1 - _KEPT]
+    moved = _moved(session, leaves, form, place, place.tokens, maps)
+    del kept[: max(0, len(kept) + 1 - _KEPT)]
     kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, session.layout, maps, moved))
     return leaves if moved is None else moved
+
+
+@dataclass
+class _Place:
+    """Where the tokens are in a table: their axis, the full sequence that the table has rows for, or why not known."""
+
+    axis: int = 0
+    tokens: Tokens | None = None
+    exchange: Exchange | None = None
+    reason: str = "its token layout is unknown"
+
+
+def _find_tokens(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str) -> _Place:
+    """Find the axis that can be the tokens', the longest of several; some tables leave the text out."""
+    layout = session.layout
+    if layout is None:
+        return _Place(reason=session.layout_error or _Place.reason)
+    try:
+        mesh = compat.ulysses_mesh(getattr(session.module(layer).processor, "_parallel_config", None))
+    except NotImplementedError as error:
+        return _Place(reason=str(error))
+    shape = leaves[-1].shape[-1:] if form == "axes" else leaves[0].shape[: -3 if form == "matrix" else -1]
+    world = 1 if mesh is None else mesh.size()
+    fitting = [(length, -axis) for length, axis in zip(shape, range(len(shape))) if _has_grid(layout, length * world)]
+    if not fitting:
+        return _Place()
+    length, axis = max(fitting)
+    try:
+        exchange = None if mesh is None else exchange_for(mesh, layout, length)
+    except NotImplementedError as error:
+        return _Place(reason=str(error))
+    return _Place(-axis, layout.resolve(length * world), exchange)
+
+
+def _has_grid(layout: TokenLayout, length: int) -> bool:
+    tokens = layout.resolve(length)
+    return tokens is not None and bool(tokens.visual)
 
 
 def _moved(
     session: Session,
     leaves: list[torch.Tensor],
     form: str,
-    axis: int,
+    place: _Place,
     tokens: Tokens,
     maps: tuple[PositionMap, ...],
 ) -> list[torch.Tensor] | None:
     """The moved tables, ``None`` where no token moves."""
-    full = _per_token(leaves, form)
-    tables, widths = _cos_sin(full, form), [0]
-    if form == "axes":
-        widths = [table.shape[-1] for table in full[: 2 * len(full) // 3 : 2]]
-    shape = tables[0].movedim(axis, 0).shape
-    cos, sin = (table.movedim(axis, 0).reshape(shape[0], -1) for table in tables)
-    frequencies = session.family.rotary_frequencies
-    found = measure_grid(cos, sin, tokens, None if frequencies is None else frequencies(session.model, tokens.grid))
+    full, exchange = _per_token(leaves, form), place.exchange
+    tables = [table.movedim(place.axis, 0) for table in _cos_sin(full, form)]
+    shape = tables[0].shape
+    cos, sin = (table.reshape(shape[0], -1) for table in tables)
+    if exchange is not None:
+        cos, sin = exchange.gather_tokens(cos, 0), exchange.gather_tokens(sin, 0)
+    given = session.family.rotary_frequencies
+    found = measure_grid(cos, sin, tokens, None if given is None else given(session.model, tokens.grid))
     delta = displacement(maps, found.coordinates)
     if not delta.any():
         return None
-    cos, sin = (x.reshape(shape).movedim(0, axis) for x in turn_tables(cos, sin, found, delta))
+    turned = turn_tables(cos, sin, found, delta)
+    if exchange is not None:
+        turned = exchange.own_tokens(turned[0], 0), exchange.own_tokens(turned[1], 0)
+    cos, sin = (x.reshape(shape).movedim(0, place.axis).contiguous() for x in turned)
     if form == "real":
-        return [cos.contiguous(), sin.contiguous()]
+        return [cos, sin]
     if form == "axes":
+        count = 2 * len(full) // 3
+        widths = [table.shape[-1] for table in full[:count:2]]
         pairs = zip(cos.split(widths, -1), sin.split(widths, -1))
-        return [part.contiguous() for pair in pairs for part in pair] + full[2 * len(full) // 3 :]
+        return [part.contiguous() for pair in pairs for part in pair] + full[count:]
     if form == "matrix":
         return [torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))]
     return [torch.complex(cos, sin), *leaves[1:]]
@@ -234,16 +282,6 @@ def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch
     return leaves[0].real, leaves[0].imag
 
 
-def _token_axis(layout: TokenLayout, shape: Sequence[int]) -> tuple[int, Tokens | None]:
-    """The axis of a table that can be the tokens', the longest of several; some tables leave the text out."""
-    found = [(length, axis, layout.resolve(length)) for axis, length in enumerate(shape)]
-    fitting = [(length, -axis, tokens) for length, axis, tokens in found if tokens is not None and tokens.visual]
-    if not fitting:
-        return 0, None
-    _, axis, tokens = max(fitting, key=lambda item: item[:2])
-    return -axis, tokens
-
-
 def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
     visual, start = [], 0
     for span in spans:
@@ -255,6 +293,6 @@ def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite
 
 def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
     """What the methods ask for, in the order in which they are enabled."""
-    asked = [method.positions(site) for method in session.methods if method.moves_positions]
+    asked = [method.positions(site) for method in moving_methods(session)]
     flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
     return tuple(item for maps in flat for item in maps if item.moves)

@@ -72,14 +72,14 @@ class PositionMap:
 
 @dataclass(frozen=True)
 class PositionSite:
-    """Where positions are asked for: one wrapped layer, before it runs.
+    """Where positions are asked for: one self-attention layer, before it runs.
 
     Attributes:
         layer: the layer.
         visual: spans of the visual tokens, ``start`` counted among the visual tokens.
         clock: position in the run.
         branches: guidance branch of every batch row of the transformer call.
-        layer_count: number of wrapped layers of the transformer.
+        layer_count: number of wrapped self-attention layers of the transformer.
     """
 
     layer: Layer
@@ -124,8 +124,8 @@ def displacement(maps: Sequence[PositionMap], coordinates: torch.Tensor) -> torc
         elif item.region is not None:
             rows = torch.zeros(count, dtype=torch.bool)
             rows[item.region] = True
-        # exact where scale is 1: the origin then takes no part
-        shift = torch.where(rows[:, None], scale * shift + torch.where(scale == 1, 0.0, (1 - scale) * origin) + offset, shift)
+        fixed = torch.where(scale == 1, 0.0, (1 - scale) * origin)  # no rounding where nothing is scaled
+        shift = torch.where(rows[:, None], scale * shift + fixed + offset, shift)
         factor = torch.where(rows[:, None], scale * factor, factor)
     return torch.where(factor == 1, shift, (factor - 1) * coordinates + shift)
 

@@ -39,10 +39,20 @@ class Exchange:
         local = k.shape[1]
         q, k, v = (self._ordered(_to_heads(x, self.mesh), 1) for x in (q, k, v))
         if mask is not None and mask.shape[-1] == local:
-            parts = [torch.empty_like(mask) for _ in range(self.mesh.size())]
-            torch.distributed.all_gather(parts, mask.contiguous(), group=self.mesh.get_group())
-            mask = self._ordered(torch.cat(parts, dim=-1), -1)
+            mask = self.gather_tokens(mask, -1)
         return q, k, v, mask
+
+    def gather_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return all S tokens of a tensor of which each rank has S / P along ``dim``, in the order of the model."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.mesh.size())]
+        torch.distributed.all_gather(parts, x.contiguous(), group=self.mesh.get_group())
+        return self._ordered(torch.cat(parts, dim=dim), dim)
+
+    def own_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return this rank's S / P tokens of a tensor of all S."""
+        if self.order is not None:
+            x = x.index_select(dim, self.order.argsort().to(x.device))
+        return x.chunk(self.mesh.size(), dim)[self.mesh.get_local_rank()]
 
     def gather_heads(self, out: torch.Tensor) -> torch.Tensor:
         """Exchange (B, S, H/P, D) for the local (B, S/P, H, D)."""

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import dit_attn
+from dit_attn.processors.core.positions import PositionMap
 from tests._support.compose import SPARSE, forward, requires, tiny
+from tests._support.position_maps import Placed
 from tests._support.ranks import run_ranks
 
 NAMES = ("wan", "flux")
 RECTIFIED = dit_attn.RectifiedSpaAttn(density=0.3, q_block=32, kv_block=32, dense_steps=0)
 RESHAPED = dit_attn.ReTtention(density=0.2, q_block=32, kv_block=32, dense_steps=0)
+PLACED = Placed((PositionMap(scale=(1, 0.5, 0.5)), PositionMap(offset=(0, 1, 2.5), region=slice(30, 200))))
 TOP_P = dit_attn.BlockSparse(top_p=0.6, q_block=32, kv_block=32, dense_steps=0)
 
 
@@ -34,6 +37,8 @@ def rank(index: int, folder: Path) -> None:
                 results[f"{name} stock"] = forward(model, args)
                 dit_attn.enable(model)
                 results[f"{name} pass-through"] = forward(model, args)
+                dit_attn.enable(model, PLACED)
+                results[f"{name} placed"] = forward(model, args)
                 dit_attn.enable(model, TOP_P)
                 results[f"{name} top-p"] = forward(model, args)
                 dit_attn.enable(model, RECTIFIED)
@@ -90,3 +95,13 @@ def test_the_compensating_readers_see_the_whole_sequence(name: str, parallel: di
     forward(model, args)
     single = forward(model, args, timestep=args["timestep"] * 0.5)
     torch.testing.assert_close(parallel[f"{name} reshaped"], single, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_are_moved_in_the_shards_as_in_one_process(name: str, parallel: dict[str, Any]) -> None:
+    model, args = tiny(name)
+    stock = forward(model, args)
+    dit_attn.enable(model, PLACED)
+    single = forward(model, args)
+    assert (single - stock).abs().max() > 1e-3
+    torch.testing.assert_close(parallel[f"{name} placed"], single, atol=1e-5, rtol=1e-4)

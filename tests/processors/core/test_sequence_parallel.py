@@ -111,6 +111,21 @@ def test_shards_are_put_back_into_the_order_of_the_sequence(spans: tuple[Span, .
     assert torch.equal(shards[sequence_parallel.sequence_order(parts, 2)], torch.arange(sum(parts)))
 
 
+@pytest.mark.parametrize("parts", [[4, 6], [10]])
+def test_tokens_are_gathered_in_the_order_of_the_model_and_given_back(parts: list[int]) -> None:
+    full = torch.randn(sum(parts), 3)
+    order = sequence_parallel.sequence_order(parts, 2) if len(parts) > 1 else None
+
+    def work(mesh: Mesh) -> None:
+        own = sharded(full[None], parts, 2, mesh.rank)[0]
+        exchange = sequence_parallel.Exchange(mesh, order)
+        assert torch.equal(exchange.gather_tokens(own, 0), full)
+        assert torch.equal(exchange.gather_tokens(own.T, 1), full.T)
+        assert torch.equal(exchange.own_tokens(full, 0), own)
+
+    Ranks(2).run(work)
+
+
 @given(world=st.integers(1, 5), parts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_the_order_finds_every_token_in_the_shards_of_any_number_of_ranks(world: int, parts: list[int]) -> None:
     parts = [length * world for length in parts]
