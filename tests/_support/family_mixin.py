@@ -17,7 +17,6 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
-from dit_attn.processors.core import call
 from dit_attn.processors.core.positions import PositionMap
 from dit_attn.processors.methods.re_ttention import MASKS
 from tests._support.cross_mixin import CrossMixin, Scaled, valid_rows

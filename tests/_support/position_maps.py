@@ -42,7 +42,8 @@ class Tables:
     """The rotary tables that the first wrapped layer of a model gets in one forward."""
 
     def __init__(self, model: Any, args: dict[str, Any]) -> None:
-        dit_attn.enable(model, Placed())
+        self.maps: list[PositionMap] = []
+        dit_attn.enable(model, Placed(self.maps))
         session = attach.session_of(model)
         assert session is not None
         self.model, self.session, self.layer = model, session, session.layers[0]
@@ -58,7 +59,7 @@ class Tables:
 
     def given(self, *maps: PositionMap) -> Any:
         """The argument with the tables, as the processor gets it."""
-        self.session.methods = (Placed(maps),)
+        self.maps[:] = maps
         args, kwargs = rotary.moved_arguments(self.session, self.layer, self.parameters, self.args, self.kwargs)
         found = [args[place] if place < len(args) else kwargs.get(name) for name, place in self.parameters]
         return next(value for value in found if value is not None)

@@ -119,8 +119,8 @@ def prepare(
         layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
         method.check_model(type(model).__name__, len(layers))
         method.check_heads(type(model).__name__, [head_count(session.module(layer)) for layer in layers])
-        if method.moves_positions:
-            stock = (session.module(layer).processor for layer in session.layers if "self" in layer.calls)
+        if method.moves_positions and "self" in mine:
+            stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
             check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)

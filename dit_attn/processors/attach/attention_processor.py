@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
 from dit_attn.processors.attach.checkpoint import check_recomputation
-from dit_attn.processors.attach.rotary import moved_arguments, rotary_parameters
+from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
@@ -92,7 +92,7 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__.pop("_attention_backend", None)
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
-    clone.__dict__["_dit_moves"] = any(method.moves_positions for method in run.methods)
+    clone.__dict__["_dit_moves"] = layer.kind == "self" and bool(moving_methods(run))
     return clone
 
 

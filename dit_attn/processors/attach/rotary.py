@@ -24,6 +24,7 @@ from dit_attn.processors.core.rotary import measure_grid, turn_tables
 from dit_attn.processors.core.run_state import run_by_handle
 from dit_attn.processors.core.sequence_parallel import Exchange, exchange_for
 from dit_attn.processors.core.tokens import Span, TokenLayout, Tokens
+from dit_attn.processors.methods.base import Method
 
 ARGUMENTS = ("image_rotary_emb", "rotary_emb", "freqs_cis", "query_rotary_emb", "key_rotary_emb")
 _KEPT = 4  # different sets of maps that one table is moved by, at a time
@@ -49,6 +50,11 @@ def check_positions(model: Any, processors: Sequence[Any]) -> None:
             f"{type(model).__name__} gives {type((without or processors)[0]).__name__} no rotary tables: its positions "
             "are learned or added to the tokens and cannot be moved; remove the method or use another model"
         )
+
+
+def moving_methods(session: Session) -> list[Method]:
+    """Return the enabled methods of self attention that ask for positions."""
+    return [method for method in cast(tuple[Method, ...], session.methods_for("self")) if method.moves_positions]
 
 
 def moved_arguments(
@@ -287,6 +293,6 @@ def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite
 
 def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
     """What the methods ask for, in the order in which they are enabled."""
-    asked = [method.positions(site) for method in session.methods if method.moves_positions]
+    asked = [method.positions(site) for method in moving_methods(session)]
     flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
     return tuple(item for maps in flat for item in maps if item.moves)

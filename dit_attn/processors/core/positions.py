@@ -72,14 +72,14 @@ class PositionMap:
 
 @dataclass(frozen=True)
 class PositionSite:
-    """Where positions are asked for: one wrapped layer, before it runs.
+    """Where positions are asked for: one self-attention layer, before it runs.
 
     Attributes:
         layer: the layer.
         visual: spans of the visual tokens, ``start`` counted among the visual tokens.
         clock: position in the run.
         branches: guidance branch of every batch row of the transformer call.
-        layer_count: number of wrapped layers of the transformer.
+        layer_count: number of wrapped self-attention layers of the transformer.
     """
 
     layer: Layer

@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests._support.family_mixin import FamilyMixin
 from tests._support.position_maps import Placed, Tables
 from tests.families.test_allegro import TestAllegro as AllegroCase
 from tests.families.test_hidream import TestHiDream as HiDreamCase
+from tests.families.test_hunyuan_dit import TestHunyuanDiT as HunyuanDiTCase
 from tests.families.test_ltx_2 import TestLtx2 as Ltx2Case
 from tests.families.test_mochi import TestMochi as MochiCase
 from tests.families.test_qwen_image import TestQwenImage as QwenImageCase
@@ -434,3 +435,29 @@ def test_shards_of_a_table_are_moved_as_the_table(monkeypatch: pytest.MonkeyPatc
     found = rotary._move(session, layer, own, "real")
     for a, b in zip(found, moved):
         assert torch.equal(a, torch.cat([part.chunk(2)[1] for part in b.split([10, 288])]))
+
+
+# -- cross attention ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AskedOfText(Asked):
+    """A method of the cross attention."""
+
+    sites: ClassVar[tuple[str, ...]] = ("cross",)
+
+
+def test_cross_attention_keeps_its_positions_and_its_methods_are_not_asked_for_any() -> None:
+    model, args = built(HunyuanDiTCase())  # its queries are rotated in cross attention too
+    sites: list[str] = []
+
+    def positions(site: PositionSite) -> PositionMap:
+        sites.append(site.layer.name)
+        return HALF
+
+    dit_attn.enable(model, Asked(positions))
+    alone = forward(model, args)
+    assert sites == ["blocks.0.attn1", "blocks.1.attn1"]
+    dit_attn.enable(model, Asked(positions), AskedOfText(lambda site: pytest.fail("asked")))
+    assert same(alone, forward(model, args))
+    assert sites == ["blocks.0.attn1", "blocks.1.attn1"] * 2
