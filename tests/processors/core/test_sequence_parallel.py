@@ -75,10 +75,6 @@ class Mesh:
         """Number of ranks."""
         return self.ranks.world
 
-    def get_local_rank(self) -> int:
-        """This rank."""
-        return self.rank
-
     def get_group(self) -> Mesh:
         """The group the collectives get."""
         return self
