@@ -19,7 +19,7 @@ from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.parameters import LayerShape
 from dit_attn.processors.methods.learned import LearnedMethod
 from dit_attn.processors.methods.saved import FILE_NAME, TENSORS
-from tests._support.compose import SPARSE, forward, same, tiny, tiny_pipeline
+from tests._support.compose import SPARSE, forward, same, tiny
 from tests._support.learning import HeadGate, SpanLift, first_half, registered, values
 
 WAN = ("blocks.0.attn1", "blocks.1.attn1")
@@ -477,13 +477,6 @@ def test_save_pretrained_writes_a_stock_model_and_the_method_next_to_it(tmp_path
     assert same(expected, forward(loaded, args))
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other" / FILE_NAME).exists()
-
-
-def test_a_pipeline_that_is_saved_comes_back_stock_with_the_method_in_its_transformer(tmp_path: Path) -> None:
-    pipe, _ = tiny_pipeline("wan")
-    dit_attn.enable(pipe, SpanLift(start=2.0))
-    pipe.transformer.save_pretrained(tmp_path / "t", safe_serialization=False)
-    assert (tmp_path / "t" / "diffusion_pytorch_model.bin").is_file() and (tmp_path / "t" / FILE).is_file()
 
 
 def test_a_state_dict_with_them_is_loaded_whole_and_a_stock_one_leaves_them() -> None:
