@@ -46,7 +46,7 @@ def find_spans(pipe: Any, arguments: dict[str, Any], pieces: Sequence[Piece], ne
                 "piece are known in a run only"
             )
     taken = inspect.signature(type(pipe).__call__).parameters
-    defaults = {name: x.default for name, x in taken.items() if x.default is not x.empty}
+    defaults = {name: x.default for name, x in taken.items() if x.default not in (x.empty, None)}
     encoded = encode(pipe, {**defaults, **arguments}, pieces, negative)
     spans = [] if encoded is None else _spans(encoded)
     for piece in pieces:

@@ -7,7 +7,6 @@ Where a mark comes out is where the transformer gets that token. The pipeline an
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dit_attn.processors.attach.prompt_spans.recorded_tokenizer import (
     overlaps,
     recording_copy,
 )
-from dit_attn.processors.attach.prompt_spans.text_parts import Leaf, TextPart, text_part_of
+from dit_attn.processors.attach.prompt_spans.text_parts import Leaf, TextPart, taken_by, text_part_of
 
 Arguments = Mapping[str, Any]
 """Arguments of a pipeline's call that say what is encoded."""
@@ -124,7 +123,7 @@ def encode(pipe: Any, arguments: Arguments, pieces: Sequence[Piece], negative: b
                 cut = sum(overlaps(span, a, b) for span in tokens.cut)
                 encoded.append(EncodedPiece(piece, row, chars, tokens, tuple(tokens.marks(a, b)), cut))
     rows_of = {id(piece.tokens) for piece in encoded}
-    both = negative and "negative_prompt" in inspect.signature(type(pipe).encode_prompt).parameters  # in one call
+    both = negative and "negative_prompt" in taken_by(pipe)  # prompts and negative prompts come out of one call
     ours = [call for call in log.calls if not both or any(id(tokens) in rows_of for tokens in call)]
     ranges = [(call[0].first, call[-1].first + len(call[-1].ids)) for call in ours]
     kept = [marks for leaf in leaves if (marks := _marks(leaf, ranges)) is not None]

@@ -27,6 +27,7 @@ class PromptLookup:
         self._arguments: Mapping[str, Any] = {}
         self._pipe: Any = None
         self._found: dict[tuple[bool, Piece], EncodedText | None] = {}
+        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def forget(self) -> None:
         """Drop what was encoded."""
@@ -51,7 +52,13 @@ class PromptLookup:
         piece = tuple(piece) if isinstance(piece, list) else piece
         self._begin(run, model, pipe, owner)
         names = run.rows_by_branch()
-        rows = [(call.layer.rows[0] + row) % len(names) for row in range(call.q.shape[0])]
+        rows = tuple((call.layer.rows[0] + row) % len(names) for row in range(call.q.shape[0]))
+        key = (piece, names, rows, call.q.shape[1], call.k.shape[1], call.tokens, call.k.device)
+        if key not in self._masks:
+            self._masks[key] = self._mask(names, rows, call, piece).to(call.k.device)
+        return self._masks[key]
+
+    def _mask(self, names: tuple[str, ...], rows: tuple[int, ...], call: AttentionCall, piece: Piece) -> torch.Tensor:
         out = torch.zeros(len(rows), call.k.shape[1], dtype=torch.bool)
         encoded = {negative: self._encoded(piece, negative) for negative in (False, True)}
         if not any(encoded.values()):
@@ -64,8 +71,8 @@ class PromptLookup:
             kept = [(at, group.index(row)) for at, row in enumerate(rows) if row in group]
             if kept:
                 at, own = (torch.tensor(index) for index in zip(*kept))
-                out[at] = self._placed(call, text, piece, len(group))[own]
-        return out.to(call.k.device)
+                out[at] = self._placed(call, text, len(group))[own]
+        return out
 
     def _begin(self, run: RunState, model: torch.nn.Module, pipe: Any, owner: Any) -> None:
         declared = declared_prompts(model)
@@ -90,7 +97,7 @@ class PromptLookup:
             raise DitAttnError(f"the prompt is cut off before the piece {shorten(piece)}; shorten it")
         return found
 
-    def _placed(self, call: AttentionCall, text: EncodedText, piece: Piece, rows: int) -> torch.Tensor:
+    def _placed(self, call: AttentionCall, text: EncodedText, rows: int) -> torch.Tensor:
         """Which keys the piece is in the rows of a branch, (rows, Sk) bool."""
         out = torch.zeros(rows, call.k.shape[1], dtype=torch.bool)
         start, length = _text_span(call)

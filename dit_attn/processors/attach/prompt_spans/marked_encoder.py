@@ -32,11 +32,11 @@ class MarkedEncoder:
     def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> MarkedOutput:
         """Encode token ids (B, S)."""
         marks = torch.zeros(input_ids.shape, dtype=torch.float32)
-        for marked, (row, shift) in zip(marks, self._rows(input_ids.tolist())):
+        for marked, (row, places) in zip(marks, self._rows(input_ids.tolist())):
             row.encoder = self._name
-            for at, real in enumerate(row.real):
-                if real and 0 <= at + shift < len(marked):
-                    marked[at + shift] = row.first + at
+            for at, (real, place) in enumerate(zip(row.real, places)):
+                if real and 0 <= place < len(marked):
+                    marked[place] = row.first + at
         config = getattr(self._stock.config, "text_config", self._stock.config)
         size = next((getattr(config, key) for key in ("hidden_size", "d_model") if hasattr(config, key)), 16)
         layers = next((getattr(config, key) for key in ("num_hidden_layers", "num_layers") if hasattr(config, key)), 32)
@@ -45,18 +45,16 @@ class MarkedEncoder:
         self.results.append(out.last_hidden_state)
         return out
 
-    def _rows(self, batch: list[list[int]]) -> Iterator[tuple[TokenRow, int]]:
-        """The rows of the tokenizer call that made a batch, and by how much pipelines have shifted their tokens."""
+    def _rows(self, batch: list[list[int]]) -> Iterator[tuple[TokenRow, range | list[int]]]:
+        """The rows of the tokenizer call that made a batch, and the places of their tokens in it."""
         calls = [rows for rows in reversed(self._log.calls) if len(rows) == len(batch)]
         if len(calls) == 0:  # one call per text
             flat = [row for rows in reversed(self._log.calls) for row in rows]
             calls = [[next((row for row in flat if row.ids == ids), flat[0]) for ids in batch]] if flat else []
         for rows in sorted(calls, key=lambda rows: len(rows[0].ids) != len(batch[0])):
-            shifts = [_shift(row.ids, ids) for row, ids in zip(rows, batch)]
-            if all(shift is not None for shift in shifts):
-                for row, shift in zip(rows, shifts):
-                    assert shift is not None
-                    yield row, shift
+            found = [(row, _places(row.ids, ids)) for row, ids in zip(rows, batch)]
+            if all(places is not None for _, places in found):
+                yield from ((row, places) for row, places in found if places is not None)
                 return
         raise DitAttnError(f"{self._name} is given tokens that no tokenizer of the pipeline made")
 
@@ -74,10 +72,15 @@ class MarkedOutput:
         return getattr(self, key) if isinstance(key, str) else (self._first, self.last_hidden_state)[key]
 
 
-def _shift(made: list[int], given: list[int]) -> int | None:
-    """By how much tokens stand further right than the tokenizer put them; ``None`` where they are other tokens."""
-    for shift in (0, len(given) - len(made)):
-        first, last = max(0, shift), min(len(given), len(made) + shift)
-        if last > first and given[first:last] == made[first - shift : last - shift]:
-            return shift
-    return None
+def _places(made: list[int], given: list[int]) -> list[int] | None:
+    """Where tokens stand after a pipeline has cut some off, or put others at one place among them (padding, images).
+
+    Returns:
+        A place for every token, outside of the given ones for those that are cut off; ``None`` where these are others.
+    """
+    more = len(given) - len(made)
+    if more < 0:
+        shift = next((shift for shift in (0, more) if made[-shift : len(given) - shift] == given), None)
+        return None if shift is None else [at + shift for at in range(len(made))]
+    same = next((at for at, (a, b) in enumerate(zip(made, given)) if a != b), len(made))
+    return [*range(same), *range(same + more, len(given))] if made[same:] == given[same + more :] else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import unwrap
 
 Leaf = torch.Tensor | list[torch.Tensor]
@@ -68,12 +69,18 @@ def _image_condition(pipe: Any, arguments: Mapping[str, Any], used: torch.Tensor
     return 0 if arguments.get("image") is None else pipe.vision_num_semantic_tokens
 
 
+def taken_by(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's ``encode_prompt``; none where it has no such method."""
+    method = getattr(type(pipe), "encode_prompt", None)
+    return inspect.signature(method).parameters if method is not None else {}
+
+
 def encode_prompt(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], negative: bool) -> Any:
     """Call a pipeline's ``encode_prompt`` with the arguments of its call that it takes.
 
     Where it knows no negative prompt, the pipeline encodes that as it does a prompt.
     """
-    taken = inspect.signature(type(twin).encode_prompt).parameters
+    taken = taken_by(twin)
     given = dict(arguments)
     if negative and "negative_prompt" not in taken:
         sign = "negative_"
@@ -89,6 +96,8 @@ def encode_prompt(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, An
 
 def _omnigen(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], negative: bool) -> Any:
     """OmniGen embeds token ids in the transformer; its processor makes them, of all branches in one batch."""
+    if negative:
+        raise DitAttnError("OmniGen has a negative prompt of its own, which no argument changes")
     prompt = arguments["prompt"]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     images = arguments.get("input_images")
@@ -97,6 +106,13 @@ def _omnigen(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], n
     options = {name: arguments[name] for name in names if arguments.get(name) is not None}
     ids = twin.multimodal_processor(prompts, images, **options)["input_ids"]
     return ids[: len(prompts) * (options.get("num_images_per_prompt") or 1), :, None]
+
+
+def _interleaved(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], negative: bool) -> Any:
+    """HunyuanVideo image-to-video keeps every second or fourth image token, as its transformer says."""
+    name = "image_embed_interleave"
+    kept = {"latent_concat": 2, "token_replace": 4}.get(twin.transformer.config.image_condition_type, 1)
+    return encode_prompt(twin, {**arguments, name: arguments.get(name) or kept}, more, negative)
 
 
 def _normalized(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], negative: bool) -> Any:
@@ -140,6 +156,7 @@ _PARTS = (
     TextPart(("HunyuanImageTransformer2DModel",), _glyphs_first, tail=True),
     TextPart(("HunyuanVideo15Transformer3DModel",), _glyphs_first, lead=_image_condition, tail=True),
     TextPart(("HunyuanVideoFramepackTransformer3DModel",), lead=_image_embedding),
+    TextPart(("HunyuanVideoImageToVideoPipeline",), encode=_interleaved),
     TextPart(("LTX2VideoTransformer3DModel",), _connected),
     TextPart(("QwenImageEditPipeline", "QwenImageEditInpaintPipeline"), variables={"image": "prompt_image"}),
     TextPart(("QwenImageEditPlusPipeline",), variables={"image": "condition_images"}),
