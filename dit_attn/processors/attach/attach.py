@@ -20,6 +20,7 @@ from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook
+from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.methods.base import Method
@@ -92,6 +93,7 @@ def session_processors(session: Session) -> dict[str, Any]:
 def install_hooks(session: Session) -> None:
     """Install the hooks that show the session the forward arguments and the pipeline's cache context."""
     model = session.model
+    on_abort(model, session.drop_state)
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.

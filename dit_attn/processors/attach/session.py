@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
+from dit_attn.processors.attach.pipeline_call import on_run_end
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
@@ -44,6 +46,7 @@ class Session(TransformerRun):
         self.recomputing = False
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
+        self._awaited = 0  # number of the run whose end will be seen
         self._modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 
     def module(self, layer: Layer) -> Any:
@@ -58,6 +61,9 @@ class Session(TransformerRun):
         super().on_forward(values)
         if self.guider is not None and self.perturbed is None:
             self.guider.begin_pass()
+        if self.pipe is not None and self._awaited != self.clock.run:
+            end = functools.partial(_end_run, weakref.ref(self), self.clock.run)
+            self._awaited = self.clock.run if on_run_end(self.pipe, end) else 0
         last = _LAST_CALLED.get(id(self.clock))
         if last is not self:
             if last is not None:
@@ -122,3 +128,11 @@ class Session(TransformerRun):
 
     def __repr__(self) -> str:
         return f"Session({self.family.name}, {self.layer_count} layers, methods={list(self.methods)})"
+
+
+def _end_run(reference: weakref.ref[Session], run: int) -> None:
+    """Free what a session stored in a run that has ended, unless another one has begun."""
+    session = reference()
+    if session is not None and session.clock.run == run:
+        session._awaited = 0
+        session.drop_state()
