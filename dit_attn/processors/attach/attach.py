@@ -25,6 +25,7 @@ from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceH
 from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.rotary import check_positions
+from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
@@ -183,6 +184,7 @@ def observed(session: Session, observer: Observer, sites: Sequence[str]) -> Iter
 def install_hooks(session: Session) -> None:
     """Install what a session needs on its transformer, besides the processors: hooks, and the modules that learn."""
     model = session.model
+    on_abort(model, session.drop_state)
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.

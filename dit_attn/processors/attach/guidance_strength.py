@@ -34,32 +34,28 @@ class GuidanceStrength:
 
 
 class StrengthLog:
-    """Inner products of the updates of a run, on the device.
+    """Inner products of the updates of a run, on the device."""
 
-    Args:
-        channels: channels of the latents, which predictions with a learned variance have twice; 0 where unknown.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
+    def __init__(self) -> None:
         self._products: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, update: GuidanceDelta, output: Any, branches: Sequence[str]) -> None:
+    def add(self, update: GuidanceDelta, output: Any, branches: Sequence[str], channels: int = 0) -> None:
         """Store the products of an update with itself, with c and with ``c - u``, where u is known.
 
         Args:
             update: the update.
             output: what the transformer returned.
             branches: guidance branch of every row.
+            channels: channels of the latents, which predictions with a learned variance have twice; 0 where unknown.
         """
-        delta, cond = self._predicted(scaled(update.delta[0], update.weight)), self._predicted(update.cond[0])
+        delta, cond = (_predicted(leaf, channels) for leaf in (scaled(update.delta[0], update.weight), update.cond[0]))
         if "cond" in branches:
             update.measured = len(self._products)
             self._products.append((delta @ delta, cond @ cond))
         if "uncond" not in branches or len(self._products[update.measured]) != 2:
             return
         uncond = take_rows(batch.leaves(output)[0], [i for i, name in enumerate(branches) if name == "uncond"])
-        direction = cond - self._predicted(uncond)
+        direction = cond - _predicted(uncond, channels)
         self._products[update.measured] = (*self._products[update.measured], delta @ direction, direction @ direction)
 
     @property
@@ -80,8 +76,9 @@ class StrengthLog:
         """Guided steps whose update was exactly 0 (reads back from the device)."""
         return sum(float(size) == 0.0 for size, *_ in self._products)
 
-    def _predicted(self, leaf: Leaf) -> torch.Tensor:
-        """Return a prediction as one vector, without the variance that some models learn and pipelines cut off."""
-        if isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == 2 * self.channels:
-            leaf = leaf[:, : self.channels]
-        return flat(leaf)
+
+def _predicted(leaf: Leaf, channels: int) -> torch.Tensor:
+    """Return a prediction as one vector, without the variance that some models learn and pipelines cut off."""
+    if isinstance(leaf, torch.Tensor) and leaf.ndim == 4 and leaf.shape[1] == 2 * channels:
+        leaf = leaf[:, :channels]
+    return flat(leaf)

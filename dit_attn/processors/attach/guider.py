@@ -68,15 +68,14 @@ class PerturbedGuider:
 
     def begin_run(self) -> None:
         """Drop the state of the last run, which may have been interrupted in the middle of a step."""
-        self._drop_prefix()
-        self._remove_step_hook()
         self._updates: dict[Hashable, GuidanceDelta] = {}  # by window
+        self.drop_state()
         self.evaluations = 0
         self.reused_blocks = 0
         self.training_calls = 0  # forward calls with gradients in training mode, which are not guided
         self.run = self.session.clock.run
         self.cached_passes = 0  # plain passes of guided steps that a step cache answered
-        self._log = StrengthLog(getattr(self.session.model.config, "in_channels", None) or 0)
+        self._log = StrengthLog()
         self._appended = 0
 
     @property
@@ -167,18 +166,18 @@ class PerturbedGuider:
         if "cond" in branches:
             update.step, update.weight = clock.step, weight
             update.cond = [take_rows(leaf, _index(branches)) for leaf in batch.leaves(output)]
-        self._log.add(update, output, branches)
+        self._log.add(update, output, branches, getattr(session.model.config, "in_channels", None) or 0)
         return self._inject(update, output, branches)
 
     def drop_state(self) -> None:
-        """Free the update and what the next perturbed pass would reuse."""
+        """Free the updates and what the next perturbed pass would reuse, and restore the scheduler's own step."""
         self._drop_prefix()
-        self._updates = {}
+        self._remove_step_hook()
+        self._updates, self._state = {}, None
 
     def release(self) -> None:
-        """Drop the state of the run and restore the scheduler's own step."""
+        """Drop the state of the run and the hook behind the transformer."""
         self.drop_state()
-        self._remove_step_hook()
         if self.handle is not None:
             self.handle.remove()
         self.handle = None
@@ -331,7 +330,8 @@ def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:
     """
     rule, scale = session.cfg, session.guidance_scale()
     dropped = bool(rule.argument) and not session.pipeline_call.given  # requested, but without a negative prompt to run
-    if "uncond" not in branches and (rule.style == "batched" or dropped):
+    off = bool(session.pipeline_call.fixed) and session.branch_count(len(branches)) == 1  # by a callback
+    if "uncond" not in branches and (rule.style == "batched" or dropped or off):
         return 1.0
     if session.pipeline_call.bent_by:
         raise DitAttnError(

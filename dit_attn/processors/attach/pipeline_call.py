@@ -7,14 +7,18 @@ are called through their class and store some arguments in local variables only,
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from tqdm.std import tqdm
 
 from dit_attn.processors.attach.components import has_component
 from dit_attn.processors.core.cfg import CFGRule
@@ -33,6 +37,8 @@ class PipelineCall:
         samples: images or videos that are made, ``None`` where no prompt says.
         rescaled: whether the guided prediction is rescaled.
         bent_by: the argument that makes the rule more than ``u + s (c - u)``, ``""`` for none.
+        fixed: scales that the call uses as they were given, by the attribute that repeats them; a callback that changes
+            the attribute changes nothing else.
     """
 
     running: bool = False
@@ -43,6 +49,7 @@ class PipelineCall:
     samples: int | None = None
     rescaled: bool = False
     bent_by: str = ""
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def remedy(self) -> str:
@@ -78,7 +85,28 @@ def read_pipeline_call(pipe: Any, rule: CFGRule) -> PipelineCall:
         samples=len(prompts) * (call.get("num_images_per_prompt") or 1) if prompts else None,
         rescaled=any(call.get(name) for name in rule.rescaled_by),
         bent_by=next((name for name in rule.bent_by if call.get(name)), ""),
+        fixed=_fixed_scales(pipe, call, rule.scale or ""),
     )
+
+
+def _fixed_scales(pipe: Any, call: Mapping[str, Any], attribute: str) -> dict[str, float]:
+    if not call or not attribute:
+        return {}
+    read, written = _attributes(inspect.unwrap(type(pipe).__call__).__code__)
+    names = {name: name.lstrip("_") for name in (attribute, f"{attribute}_2")}
+    return {
+        name: float(call[argument])
+        for name, argument in names.items()
+        if isinstance(call.get(argument), (int, float)) and name in written and not {name, argument} & read
+    }
+
+
+@functools.cache
+def _attributes(code: CodeType) -> tuple[set[str], set[str]]:
+    """Names of the attributes that a function's code reads and writes, of whatever object."""
+    found = [(op.opname, op.argval) for op in dis.get_instructions(code)]
+    read = {name for kind, name in found if kind in ("LOAD_ATTR", "LOAD_METHOD")}
+    return read, {name for kind, name in found if kind == "STORE_ATTR"}
 
 
 def find_running(model: torch.nn.Module) -> tuple[Any, int]:
@@ -120,6 +148,46 @@ def running_call(pipe: Any, variables: Sequence[str] = ()) -> dict[str, Any]:
             found |= {name: values[name] for name in names if name in values}
         frame = frame.f_back
     return found
+
+
+def on_run_end(pipe: Any, function: Callable[[], None]) -> bool:
+    """Call a function once when the denoising loop of the call of ``pipe`` that is on the stack ends, however it does.
+
+    Pipelines close the progress bar of their loop when it ends, also by an exception, and when they are interrupted.
+
+    Returns:
+        Whether the end can be seen; some pipelines loop without a progress bar in a variable.
+    """
+    bars = {id(value): value for value in _locals_of_call(pipe) if isinstance(value, tqdm)}
+    for bar in bars.values():
+        _on_close(bar, function)
+    return bool(bars)
+
+
+def _on_close(bar: tqdm, function: Callable[[], None]) -> None:
+    """Call a function after ``bar.close()``, once; bars also close when they are deleted."""
+    reference, before = weakref.ref(bar), vars(bar).get("close")  # a bar that stored itself would be deleted late
+
+    def close() -> None:
+        here = reference()
+        if here is not None:
+            vars(here).pop("close", None)
+            if before is None:
+                here.close()
+            else:
+                before()
+        function()
+
+    vars(bar)["close"] = close
+
+
+def _locals_of_call(pipe: Any) -> Iterator[Any]:
+    """Yield the values of the local variables of the call of ``pipe`` that is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and _called_object(frame) is pipe:
+            yield from frame.f_locals.values()
+        frame = frame.f_back
 
 
 def _called_object(frame: FrameType) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 
@@ -26,6 +26,14 @@ class _Declared:
 
 _DECLARED: WeakKeyDictionary[torch.nn.Module, _Declared] = WeakKeyDictionary()  # by model: sessions come and go
 _ABORTED: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+_ON_ABORT: WeakKeyDictionary[torch.nn.Module, WeakMethod[Callable[[], None]]] = WeakKeyDictionary()
+
+
+def on_abort(model: torch.nn.Module, method: Callable[[], None]) -> None:
+    """Call a bound method, which is not kept alive, when a ``run_context`` of ``model`` is left by an exception."""
+    _ON_ABORT[model] = WeakMethod(method)
 
 
 @contextmanager
@@ -49,6 +57,9 @@ def declare(
         yield
     except BaseException:
         _ABORTED.update({model: aborted(model) + 1 for model in models})
+        for method in [_ON_ABORT[model]() for model in models if model in _ON_ABORT]:
+            if method is not None:
+                method()
         raise
     finally:
         for model, outer in before.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from collections import Counter
@@ -16,6 +17,7 @@ from dit_attn.processors.attach.components import component_name
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.learned import saved_files
+from dit_attn.processors.attach.pipeline_call import on_run_end
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
@@ -56,6 +58,7 @@ class Session(TransformerRun):
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
         self.learned = LearnedModules()
+        self._awaited = 0  # number of the run whose end will be seen
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
         _SESSIONS.add(self)
 
@@ -71,6 +74,9 @@ class Session(TransformerRun):
         super().on_forward(values)
         if self.guider is not None and self.perturbed is None:
             self.guider.begin_pass()
+        if self.pipe is not None and self._awaited != self.clock.run:
+            end = functools.partial(_end_run, weakref.ref(self), self.clock.run)
+            self._awaited = self.clock.run if on_run_end(self.pipe, end) else 0
         last = _LAST_CALLED.get(id(self.clock))
         if last is not self:
             if last is not None:
@@ -178,3 +184,11 @@ class Session(TransformerRun):
 
     def __repr__(self) -> str:
         return f"Session({self.family.name}, {self.layer_count} layers, methods={list(self.methods)})"
+
+
+def _end_run(reference: weakref.ref[Session], run: int) -> None:
+    """Free what a session stored in a run that has ended, unless another one has begun."""
+    session = reference()
+    if session is not None and session.clock.run == run:
+        session._awaited = 0
+        session.drop_state()

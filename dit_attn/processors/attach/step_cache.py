@@ -1,9 +1,9 @@
 """Step caches of other packages around a perturbed pass: cache-dit, and forwards that store their state on the model.
 
 diffusers' own caches have a context for every branch. Others count the calls of the transformer, or compare a call
-with the one before: a perturbed pass between two plain ones would be answered by the cache, or shift its decisions.
-cache-dit stores the forward it replaced, which the pass runs. For any other cache the pass begins in the state of the
-plain pass, takes the same decision, and leaves no trace.
+with the one before: a perturbed pass between two plain ones would be answered by the cache, or would shift its
+decisions. cache-dit stores the forward it replaced, which the pass runs. For any other cache the pass begins in the
+state of the plain pass, takes the same decision, and leaves no trace.
 """
 
 from __future__ import annotations

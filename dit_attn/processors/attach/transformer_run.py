@@ -218,7 +218,7 @@ class TransformerRun(RunState):
         if name and unwrap(getattr(self.pipe, "transformer_2", None)) is self.model:
             name = f"{name}_2"
         given = self.pipeline_call.scale if self.cfg.argument else None
-        value = getattr(self.pipe, name, None) if name else given
+        value = self.pipeline_call.fixed.get(name, getattr(self.pipe, name, None)) if name else given
         if value is None:
             return None
         return self.cfg.scale_of(float(value))

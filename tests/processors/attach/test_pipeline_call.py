@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from dit_attn.processors.attach.pipeline_call import PipelineCall, find_running, read_pipeline_call, running_call
+from dit_attn.processors.attach.pipeline_call import (
+    PipelineCall,
+    find_running,
+    on_run_end,
+    read_pipeline_call,
+    running_call,
+)
 from dit_attn.processors.core.cfg import SEPARATE
 
 RULE = replace(SEPARATE, rescaled_by=("guidance_rescale",), bent_by=("use_dynamic_cfg", "skip_guidance_layers"))
@@ -212,3 +221,62 @@ def test_a_function_of_that_name_and_modules_that_hold_the_transformer_are_no_pi
     pipe, _ = with_part()
     pipe.transformer = model  # type: ignore[attr-defined]
     assert holder(lambda: find_running(model)) == (None, 0) == __call__(pipe)
+
+
+class Looping:
+    """A pipeline whose denoising loop ends before its call does."""
+
+    def __call__(self, bar: Any, ended: list[str], broken: bool = False) -> None:
+        with bar as progress_bar:
+            for name in ("first", "second"):
+                assert on_run_end(self, lambda name=name: ended.append(name))
+            progress_bar.update()
+            if broken:
+                raise RuntimeError("in the loop")
+        ended.append("decoded")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_end_of_a_loop_is_seen_once(broken: bool) -> None:
+    bar, ended = tqdm(total=1, disable=True), []
+    with contextlib.suppress(RuntimeError):
+        Looping()(bar, ended, broken)
+    assert ended == ["first", "second"] + ["decoded"] * (not broken)
+    bar.close()
+    assert "close" not in vars(bar) and len(ended) == 3 - broken
+
+
+def test_a_bar_that_nobody_closes_ends_the_loop_when_it_is_deleted() -> None:
+    class Loose:
+        def __call__(self, ended: list[str]) -> None:
+            progress_bar = tqdm(total=1, disable=True)
+            assert on_run_end(self, lambda: ended.append("end"))
+            progress_bar.update()
+
+    class Bare:
+        def __call__(self) -> bool:
+            return on_run_end(self, lambda: None)
+
+    ended: list[str] = []
+    gc.disable()
+    try:
+        Loose()(ended)
+    finally:
+        gc.enable()
+    assert ended == ["end"] and not Bare()()
+
+
+def test_a_scale_that_the_call_reads_from_itself_is_fixed() -> None:
+    class Own:
+        def __call__(self, prompt: str = "", guidance_scale: float = 3.0) -> Any:
+            self._guidance_scale = guidance_scale
+            return read_pipeline_call(self, SEPARATE)
+
+    class Asks(Own):
+        def __call__(self, prompt: str = "", guidance_scale: float = 3.0) -> Any:
+            assert self._guidance_scale
+            return read_pipeline_call(self, SEPARATE)
+
+    pipe = Asks()
+    pipe._guidance_scale = 2.0
+    assert Own()(guidance_scale=4.0).fixed == {"_guidance_scale": 4.0} and pipe().fixed == {}
