@@ -38,6 +38,7 @@ __all__ = [
     "watch",
 ]
 
+_TWIN = "twin pass"
 _ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
 
 
@@ -362,7 +363,7 @@ def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) ->
 
 def check_conflicts(chosen: Iterable[Method]) -> None:
     """Raise ``DitAttnError`` where two methods cannot be enabled together, whatever the model."""
-    taken: dict[str, str] = {}
+    taken: dict[str, str] = {}  # by role
     for method in chosen:
         if method.role and method.role in taken:
             raise DitAttnError(
@@ -370,3 +371,9 @@ def check_conflicts(chosen: Iterable[Method]) -> None:
                 "enable one of them"
             )
         taken[method.role] = method.slug
+        if method.has_twin:
+            if _TWIN in taken:
+                raise DitAttnError(
+                    f"{method.slug} and {taken[_TWIN]} cannot run together: both run a twin pass; enable one of them"
+                )
+            taken[_TWIN] = method.slug

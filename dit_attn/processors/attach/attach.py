@@ -21,12 +21,13 @@ from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
 from dit_attn.processors.attach.components import component_name, unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
-from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook, SaveHook
+from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook, SaveHook, TwinHook
 from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.twin_pass import TwinRunner
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import SITES, Layer, kinds_at
@@ -125,6 +126,8 @@ def prepare(
             check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
+        if method.has_twin:
+            session.twin = TwinRunner(method, session)
     learned = previous.learned if previous is not None else None
     session.learned = learned_modules(model, family, session.layers, methods, component_name(pipe, model), learned)
     return session
@@ -186,6 +189,8 @@ def install_hooks(session: Session) -> None:
     model = session.model
     on_abort(model, session.drop_state)
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
+    if session.twin is not None:  # before the hook of a guidance method, whose pass shares no block with the twin
+        model.register_forward_hook(TwinHook(session), always_call=True)
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.
         owner = session.owner
@@ -214,10 +219,13 @@ def detach(model: torch.nn.Module) -> None:
         session.detached = True
         if session.guider is not None:
             session.guider.release()
+        if session.twin is not None:
+            session.twin.release()
     for key, behind in list(model._forward_hooks.items()):
-        if isinstance(behind, GuidanceHook):  # a copied model has no handle
+        if isinstance(behind, (GuidanceHook, TwinHook)):  # a copied model has no handle
             del model._forward_hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
+            model._forward_hooks_always_called.pop(key, None)
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, ForwardHook):
             del model._forward_pre_hooks[key]

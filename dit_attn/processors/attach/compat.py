@@ -77,21 +77,28 @@ def copy_registry_entry(stock: type, derived: type) -> None:
 
 
 @contextmanager
-def without_shared_caches(model: torch.nn.Module) -> Iterator[None]:
-    """Disable step caches that share one state among the branches of a step (PyramidAttentionBroadcast, FasterCache).
+def without_caches(model: torch.nn.Module, shared_only: bool = False) -> Iterator[None]:
+    """Disable the step caches of diffusers for the length of a ``with`` block.
 
-    They would return the result of another branch, and store this one's for the next.
+    Args:
+        model: the transformer.
+        shared_only: only those that share one state among the branches of a step (PyramidAttentionBroadcast,
+            FasterCache). They would return the result of another branch, and store this one's for the next.
     """
     registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
     hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
-    shared = [hook.fn_ref for hook in hooks if hook._is_stateful and "state" in vars(hook)]
-    forwards = [reference.forward for reference in shared]
-    for reference in shared:
+    if shared_only:
+        caches = [hook for hook in hooks if hook._is_stateful and "state" in vars(hook)]
+    else:  # the blocks behind the first one of a FirstBlockCache are stateless, and follow its state
+        caches = [hook for hook in hooks if hook._is_stateful or "state_manager" in vars(hook)]
+    references = [hook.fn_ref for hook in caches]
+    forwards = [reference.forward for reference in references]
+    for reference in references:
         reference.forward = reference.original_forward
     try:
         yield
     finally:
-        for reference, forward in zip(shared, forwards):
+        for reference, forward in zip(references, forwards):
             reference.forward = forward
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
 
 _CONTEXT = "dit_attn_perturbed"
-_RESIDUALS = ("controlnet", "control")  # arguments that are added between blocks
 
 
 class PerturbedGuider:
@@ -127,8 +126,8 @@ class PerturbedGuider:
         self._drop_prefix()
         if "cond" not in branches or not self._needs_pass():
             return None
-        foreign = not _cached(module) and step_cache.has_foreign_forward(module)
-        if self.method.batched and not (foreign or _cached(module)):
+        foreign = not step_cache.is_cached(module) and step_cache.has_foreign_forward(module)
+        if self.method.batched and not (foreign or step_cache.is_cached(module)):
             return self._append(module, args, kwargs, branches)
         self._state = ModuleState(module) if foreign else None
         self.prefix = self._shareable(kwargs)
@@ -153,7 +152,7 @@ class PerturbedGuider:
             session.drop_perturbed()
             self._appended = 0
         elif "cond" in branches and self._needs_pass():
-            if self._plain.answered and not _cached(session.model):
+            if self._plain.answered and not step_cache.is_cached(session.model):
                 self.cached_passes += 1  # c of an earlier step: the last update stays
             else:
                 self._evaluate(module, args, kwargs, output, branches)
@@ -232,13 +231,13 @@ class PerturbedGuider:
         with ExitStack() as stack:
             stack.enter_context(session.perturbing(self.plan, len(index)))
             stack.enter_context(perturbed_pass.replaced_forwards(replaced))
-            if _cached(model):
-                stack.enter_context(compat.without_shared_caches(model))
+            if step_cache.is_cached(model):
+                stack.enter_context(compat.without_caches(model, shared_only=True))
                 stack.enter_context(type(model).cache_context(model, _CONTEXT))
             forward = stack.enter_context(step_cache.uncached_forward(model, module.forward, self._state))
             perturbed = forward(*args, **kwargs)
         expected = {name for name in expected if perturbed_pass.block_of(name) not in left_out}
-        if not (expected <= calls.called or _cached(model)):
+        if not (expected <= calls.called or step_cache.is_cached(model)):
             raise DitAttnError(
                 f"a step cache answered the perturbed pass of {self.method.slug}; it keeps its state where dit_attn "
                 "cannot see it: disable the cache, or the method"
@@ -269,18 +268,9 @@ class PerturbedGuider:
 
     def _shareable(self, kwargs: dict[str, Any]) -> Prefix | None:
         """Return the blocks before the first perturbed one, where the pass can reuse them."""
-        session = self.session
-        model: Any = session.model
-        if not self.method.share_prefix or not self.first_block or _cached(model):
+        if not self.method.share_prefix:
             return None
-        if any(value is not None and any(word in name for word in _RESIDUALS) for name, value in kwargs.items()):
-            return None
-        blocks = self.blocks[: self.first_block + 1]
-        modules = [model, *(model.get_submodule(block) for block in blocks)]
-        hooked = any(getattr(module, "_diffusers_hook", None) is not None for module in modules[1:])
-        if hooked or any(module._compiled_call_impl is not None for module in modules):
-            return None
-        return Prefix(model, blocks, session.family.batch_axes)
+        return perturbed_pass.shareable_prefix(self.session, self.blocks, self.first_block, kwargs)
 
     def _inject(self, update: GuidanceDelta, output: Any, branches: Sequence[str]) -> Any:
         mode = self._injection()
@@ -316,10 +306,6 @@ _LINEAR_GUIDERS = ("NoneType", "ClassifierFreeGuidance", "AutoGuidance", "SkipLa
 def _index(branches: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(branches) if name == "cond"]
 
-
-def _cached(model: Any) -> bool:
-    """Whether a step cache (FirstBlockCache and similar) is on."""
-    return bool(getattr(model, "is_cache_enabled", False))
 
 
 def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.checkpoint import follow_checkpoints
 from dit_attn.processors.attach.components import COMPONENTS
 from dit_attn.processors.attach.guider import PerturbedGuider
@@ -61,6 +62,8 @@ class ForwardHook:
             self.rewrap(self.session)
         follow_checkpoints(self.session)
         self.session.on_forward(values)
+        if self.session.twin is not None:
+            self.session.twin.before(module, args, kwargs)
         return None if self.session.guider is None else self.session.guider.before(module, args, kwargs)
 
 
@@ -74,7 +77,13 @@ def _on_forward(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> No
     for line in spec.splitlines():
         name, is_literal, text = line.partition("=")
         values[name] = ast.literal_eval(text) if is_literal else next(rest)
-    cast(Session, run_by_handle(run)).on_forward(values)
+    session = cast(Session, run_by_handle(run))
+    if session.twin is not None:
+        raise DitAttnError(
+            f"{session.twin.method.slug} runs a twin pass, which a compiled transformer cannot start; compile its "
+            "blocks alone (compile_repeated_blocks), or do not compile"
+        )
+    session.on_forward(values)
 
 
 @_on_forward.register_fake
@@ -151,6 +160,23 @@ class GuidanceHook:
         if self.session is None or self.session.guider is None:
             return output
         return _uncompiled(self.session.guider, module, args, kwargs, output)
+
+
+class TwinHook:
+    """Forward hook of the transformer that ends what a session's twin pass replaced; also runs after an error."""
+
+    def __init__(self, session: Session | None) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TwinHook:
+        return TwinHook(copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return TwinHook, (None,)  # a saved model comes back without methods
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.session is not None and self.session.twin is not None:
+            self.session.twin.release()
 
 
 @torch.compiler.disable

@@ -5,14 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import compat
+from dit_attn.processors.attach import compat, step_cache
 from dit_attn.processors.attach.batch import take, take_call
 from dit_attn.processors.attach.families import Axis
+
+if TYPE_CHECKING:
+    from dit_attn.processors.attach.transformer_run import TransformerRun
+
+_RESIDUALS = ("controlnet", "control")  # arguments that are added between blocks
 
 
 def block_order(model: torch.nn.Module, layers: Sequence[str]) -> list[str]:
@@ -111,6 +116,30 @@ class Prefix:
             self.results[stack] = output
 
         return record
+
+
+def shareable_prefix(
+    run: TransformerRun, blocks: Sequence[str], first: int, kwargs: Mapping[str, Any]
+) -> Prefix | None:
+    """Return the blocks that two passes compute alike, ``None`` where none can be reused.
+
+    Args:
+        run: the run.
+        blocks: every block, in order.
+        first: position of the first block that differs.
+        kwargs: arguments of the transformer's call.
+    """
+    model: Any = run.model
+    if not first or not run.family.block_chain or step_cache.is_cached(model):
+        return None
+    if any(value is not None and any(word in name for word in _RESIDUALS) for name, value in kwargs.items()):
+        return None
+    alike = blocks[: first + 1]
+    modules = [model, *(model.get_submodule(block) for block in alike)]
+    hooked = any(getattr(module, "_diffusers_hook", None) is not None for module in modules[1:])
+    if hooked or any(module._compiled_call_impl is not None for module in modules):
+        return None
+    return Prefix(model, alike, run.family.batch_axes)
 
 
 @contextmanager

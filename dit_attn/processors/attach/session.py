@@ -19,8 +19,9 @@ from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.learned import saved_files
 from dit_attn.processors.attach.pipeline_call import on_run_end
 from dit_attn.processors.attach.transformer_run import TransformerRun
+from dit_attn.processors.attach.twin_pass import TwinRunner
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.layer import PLAIN, Layer
 from dit_attn.processors.core.parameters import LearnedModules
 from dit_attn.processors.methods import saved
 from dit_attn.processors.methods.base import Method
@@ -43,6 +44,7 @@ class Session(TransformerRun):
         learned: the modules of the methods that learn: ``learned.parameters()`` for an optimizer,
             ``learned.requires_grad_(...)``.
         guider: runs the enabled guidance method, ``None`` without one.
+        twin: runs the twin passes of the method that asks for them, ``None`` without one.
     """
 
     methods: tuple[Method, ...]
@@ -57,6 +59,7 @@ class Session(TransformerRun):
         self.moved_tables = WeakIdKeyDictionary()
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
+        self.twin: TwinRunner | None = None
         self.learned = LearnedModules()
         self._awaited = 0  # number of the run whose end will be seen
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
@@ -72,7 +75,7 @@ class Session(TransformerRun):
     def on_forward(self, values: dict[str, Any]) -> None:
         """See the base class; the other transformer of the pipeline has had its turn and drops its state."""
         super().on_forward(values)
-        if self.guider is not None and self.perturbed is None:
+        if self.guider is not None and self.pass_name == PLAIN:
             self.guider.begin_pass()
         if self.pipe is not None and self._awaited != self.clock.run:
             end = functools.partial(_end_run, weakref.ref(self), self.clock.run)
@@ -180,6 +183,8 @@ class Session(TransformerRun):
         session.learned.bind(session.layers)
         if self.guider is not None:
             session.guider = self.guider.copy_for(session)
+        if self.twin is not None:
+            session.twin = self.twin.copy_for(session)
         return session
 
     def __repr__(self) -> str:

@@ -69,6 +69,11 @@ class ModuleState:
             self._follow(item)
 
 
+def is_cached(model: Any) -> bool:
+    """Return whether a step cache of diffusers (FirstBlockCache and similar) is enabled on a transformer."""
+    return bool(getattr(model, "is_cache_enabled", False))
+
+
 def is_cache_dit(model: torch.nn.Module) -> bool:
     """Return whether cache-dit is enabled on a transformer."""
     return hasattr(model, "_context_manager") and hasattr(model, "_original_forward")

@@ -22,6 +22,7 @@ from dit_attn.processors.attach.run_context import aborted, declared_position
 from dit_attn.processors.core.call import AttentionCall, CallMethod
 from dit_attn.processors.core.cfg import CFGRule
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.layer import PLAIN
 from dit_attn.processors.core.run_state import RunState
 
 
@@ -100,7 +101,7 @@ class TransformerRun(RunState):
         Args:
             values: the forward arguments named by the family row.
         """
-        if self.perturbed is not None and not self.first_perturbed:
+        if self.pass_name != PLAIN:
             return  # a compiled transformer shows its perturbed passes too
         latents = values.get("hidden_states", values.get("x"))
         pipe = self._advance(values, latents)

@@ -12,7 +12,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.layer import PLAIN, Layer
 from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias
 from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
 from dit_attn.processors.core.tokens import Tokens
@@ -84,6 +84,9 @@ class AttentionCall:
             are the text) or ``"image"`` (the keys are a conditioning image).
         shard: rank of this device and number of devices where each has some of the heads of a sequence that is split
             over devices.
+        pass_name: ``"plain"``; ``"perturbed"``, the second pass of a guidance method; or ``"twin"``, which a method asked
+            for with :meth:`~dit_attn.processors.methods.base.Method.twin`. ``layer.state`` belongs to the pass,
+            ``layer.state_of("twin")`` is that of another.
         find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
     """
 
@@ -101,6 +104,7 @@ class AttentionCall:
     mask_rule: str = "key"
     kind: str = "self"
     shard: tuple[int, int] = (0, 1)
+    pass_name: str = PLAIN
     find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
 
     @property

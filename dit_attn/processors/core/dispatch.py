@@ -135,6 +135,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         mask_rule=run.mask_rule,
         kind=layer.call_kind,
         shard=shard,
+        pass_name=run.pass_name,
         find_piece=run.find_piece,
     )
 

@@ -21,6 +21,10 @@ SITES = (*KINDS, "text")
 """Where a method may apply: the kinds of calls, or ``"text"``, for those whose keys are or contain the text."""
 
 
+PLAIN = "plain"
+"""Name of the pass whose result the pipeline gets; others are ``"perturbed"`` and ``"twin"``."""
+
+
 def new_handle(number: int) -> torch.Tensor:
     """Return a 0-d int64 CPU tensor that names an object in compiled graphs, which do not guard tensors by value."""
     return torch.tensor(number, dtype=torch.int64, device="cpu")
@@ -69,8 +73,8 @@ class Layer:
         disabled_run: whether that ends with the run, since its input is to blame (NaN, out of memory).
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
-        state: what methods store for this layer from step to step, of the window that the transformer is called for;
-            emptied when a new run begins.
+        state: what methods store for this layer from step to step, of the window and the pass that the transformer is
+            called for; emptied when a new run begins.
         learned: modules of the methods that learn, by the method's ``id``.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
@@ -85,7 +89,8 @@ class Layer:
         self.checked_run = 0
         self.rows = (0, 0)
         self.state: dict[Any, Any] = {}
-        self._windows: dict[Hashable, dict[Any, Any]] = {None: self.state}
+        self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
+        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {self._place: self.state}
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
         self.stateless: str | None = None
@@ -96,10 +101,15 @@ class Layer:
         """``"self"`` or ``"cross"``."""
         return "self" if self.calls == ("self",) else "cross"
 
-    def begin_call(self, window: Hashable = None) -> None:
-        """Note that a transformer call for one window of the sample begins."""
+    def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
+        """Note that a pass through the transformer for one window of the sample begins."""
         self.rows = (0, 0)
-        self.state = self._windows.setdefault(window, {})
+        self._place = (window, pass_name)
+        self.state = self._states.setdefault(self._place, {})
+
+    def state_of(self, pass_name: str) -> dict[Any, Any]:
+        """Return what methods stored in another pass for the same window; empty where there was none."""
+        return self._states.get((self._place[0], pass_name), {})
 
     def advance_rows(self, count: int, turn: int = 0) -> None:
         """Note that an attention call of ``count`` batch rows begins, the one at ``turn`` of the processor's call."""
@@ -117,9 +127,9 @@ class Layer:
             self.disabled, self.disabled_run = None, False
 
     def drop_state(self) -> None:
-        """Empty the state of every window."""
+        """Empty the state of every window and pass."""
         self.state = {}
-        self._windows = {None: self.state}
+        self._states = {self._place: self.state}
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, index={self.index})"

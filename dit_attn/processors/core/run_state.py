@@ -13,7 +13,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import KINDS, Layer, kinds_at, new_handle, next_id
+from dit_attn.processors.core.layer import KINDS, PLAIN, Layer, kinds_at, new_handle, next_id
 from dit_attn.processors.core.tokens import TokenLayout, Tokens
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
@@ -38,6 +38,7 @@ class RunState:
             :func:`dit_attn.observing`.
         perturbed: what the current pass perturbs, ``None`` in plain passes.
         first_perturbed: first batch row that is perturbed in it.
+        pass_name: ``"plain"``, ``"perturbed"`` or ``"twin"``: what the current pass through the transformer is for.
         handle: names the run inside compiled graphs.
     """
 
@@ -59,6 +60,8 @@ class RunState:
         self.observers: list[Observer] = []
         self.perturbed: CallPerturbation | None = None
         self.first_perturbed = 0
+        self.pass_name = PLAIN
+        self._pass_branches: tuple[str, ...] = ()  # of every row, in a pass that is not the plain one
         self.id = next_id()
         self.handle = new_handle(self.id)
         self._batch = 1
@@ -114,7 +117,7 @@ class RunState:
         """Note that a transformer call of ``rows`` batch rows begins."""
         self._batch = rows
         for layer in self.layers:
-            layer.begin_call(self.window)
+            layer.begin_call(self.window, self.pass_name)
 
     def branches(self, batch: int, first: int = 0) -> tuple[str, ...]:
         """Return the guidance branch of every row of an attention call.
@@ -134,13 +137,28 @@ class RunState:
     @contextmanager
     def perturbing(self, perturbation: CallPerturbation, rows: int) -> Iterator[None]:
         """Run a pass over ``rows`` batch rows, all of them perturbed."""
-        before = self._batch
         self.perturbed = perturbation
-        self.begin_call(rows)
+        try:
+            with self.in_pass("perturbed", ("perturbed",) * rows):
+                yield
+        finally:
+            self.perturbed = None
+
+    @contextmanager
+    def in_pass(self, name: str, branches: Sequence[str]) -> Iterator[None]:
+        """Run a pass beside the plain one: it has layer states of its own, and the clock stands still.
+
+        Args:
+            name: ``"perturbed"`` or ``"twin"``.
+            branches: guidance branch of every batch row of the pass.
+        """
+        before = self._batch
+        self.pass_name, self._pass_branches = name, tuple(branches)
+        self.begin_call(len(branches))
         try:
             yield
         finally:
-            self.perturbed = None
+            self.pass_name, self._pass_branches = PLAIN, ()
             self.begin_call(before)
 
     def append_perturbed(self, perturbation: CallPerturbation, rows: int) -> None:
@@ -168,6 +186,8 @@ class RunState:
     def _branch_names(self, rows: int) -> tuple[str, ...]:
         if self._all_perturbed:
             return ("perturbed",) * rows
+        if self._pass_branches:
+            return tuple(name for name in self._pass_branches for _ in range(rows // len(self._pass_branches)))
         plain = rows if self.perturbed is None else self.first_perturbed
         names = self.clock.branches(plain, self.cfg, self.branch_count(plain)) if plain else ()
         return (*names, *("perturbed",) * (rows - plain))

@@ -18,6 +18,7 @@ import torch
 
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.parameters import LayerShape, on_device
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods import saved
@@ -59,6 +60,20 @@ class Phase:
     name: str
     step: int
     count: int = 1
+
+
+@dataclass(frozen=True)
+class TwinPass:
+    """A pass through the transformer before the plain one.
+
+    Attributes:
+        branches: guidance branches whose rows take part, all where empty.
+        first_layer: index of the first self-attention layer at which the two passes differ. The plain pass does not
+            compute the blocks before it again, where the model and its hooks allow that.
+    """
+
+    branches: tuple[str, ...] = ()
+    first_layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,24 @@ class Method:
     def moves_positions(self) -> bool:
         """Whether :meth:`positions` is to be asked; models without rotary tables are refused then."""
         return type(self).positions is not Method.positions
+
+    def twin(self, clock: Clock, branches: Sequence[str]) -> TwinPass | None:
+        """Return the pass through the transformer to run before the plain one of a call, ``None`` for none.
+
+        The pass gets the arguments of the call, advances no clock, and no step cache answers it; its attention calls
+        say ``call.pass_name == "twin"`` and have a ``layer.state`` of their own. The plain pass finds that with
+        ``layer.state_of("twin")``. One method of a run may ask for twin passes.
+
+        Args:
+            clock: position in the run.
+            branches: guidance branch of every batch row of the call.
+        """
+        return None
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether :meth:`twin` is to be asked."""
+        return type(self).twin is not Method.twin
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse a model these settings do not fit; called before anything is changed.

@@ -135,7 +135,7 @@ def test_caches_with_one_state_for_all_branches_are_off_inside_the_block_only(fa
         return [part._diffusers_hook.hooks["cache"].fn_ref.forward for part in parts]
 
     try:
-        with compat.without_shared_caches(model):
+        with compat.without_caches(model, shared_only=True):
             assert forwards() == ["original", "cached", "cached"]
             if fails:
                 raise InterruptedError
