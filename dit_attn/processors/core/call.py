@@ -84,8 +84,8 @@ class AttentionCall:
             are the text) or ``"image"`` (the keys are a conditioning image).
         shard: rank of this device and number of devices where each has some of the heads of a sequence that is split
             over devices.
-        pass_name: ``"plain"``; ``"perturbed"``, the second pass of a guidance method; or ``"twin"``, which a method asked
-            for with :meth:`~dit_attn.processors.methods.base.Method.twin`. ``layer.state`` belongs to the pass,
+        pass_name: ``"plain"``; ``"perturbed"``, the second pass of a guidance method; or ``"twin"``, one that a method
+            asked for, see :meth:`~dit_attn.processors.methods.base.Method.twin`. ``layer.state`` belongs to the pass,
             ``layer.state_of("twin")`` is that of another.
         find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
     """

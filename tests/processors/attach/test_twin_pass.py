@@ -1,4 +1,4 @@
-"""The twin pass: one more pass before the plain one, with states of its own, that no clock and no step cache notices."""
+"""The twin pass: one more pass before the plain one, with states of its own, that no clock or step cache notices."""
 
 from __future__ import annotations
 
