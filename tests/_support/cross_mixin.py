@@ -15,9 +15,10 @@ import torch
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
 from tests._support.outputs import same
-from tests._support.recorded_calls import reference, requests, watching
+from tests._support.recorded_calls import reference, requests, watching, weights
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,33 @@ class Outputs(Method):
             request.replace_output(self.seen.pop(0))
         else:
             request.record_output(self.seen.append)
+
+
+@dataclass(frozen=True)
+class Observed(Method):
+    """Observe every call, with biases of the text in cross attention."""
+
+    seen: ClassVar[list[tuple[AttentionCall, Request, Observation]]] = []
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add a probe."""
+        if call.kind == "cross":
+            TextBiases().request(call, request)
+        spans = (slice(0, 3), slice(2, call.k.shape[1] // 2))
+        request.observe(lambda found: self.seen.append((call, request, found)), spans, (slice(5, 40), slice(None)))
+
+
+def check_observations(count: int) -> None:
+    """Compare what was observed of ``count`` calls with the formula."""
+    assert len(Observed.seen) == count
+    for call, request, found in Observed.seen:
+        matrix, lse = weights(call, request, text_bias_matrix(call) if call.kind == "cross" else None)
+        masses = torch.stack([matrix[..., :3].sum(-1), matrix[..., 2 : call.k.shape[1] // 2].sum(-1)], -1)
+        regions = torch.stack([masses[:, :, 5:40].mean(2), masses.mean(2)], 2)
+        torch.testing.assert_close(found.lse.double(), lse, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found.row_mass.double(), masses, atol=5e-6, rtol=1e-4)
+        torch.testing.assert_close(found.mass.double(), regions, atol=5e-6, rtol=1e-4)
+    Observed.seen.clear()
 
 
 class CrossMixin:
@@ -210,6 +238,14 @@ class CrossMixin:
         layers = attach.session_of(net).layers  # type: ignore[union-attr]
         assert not Outputs.seen and len(layers) == self.sockets + self.cross_sockets
         assert all(layer.stats.replaced_calls == layer.stats.calls > 0 for layer in layers)
+
+    def test_statistics_of_attention_equal_their_equation(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        Observed.seen.clear()
+        dit_attn.enable(net, self.everywhere(Observed))
+        observed = self.call(net, args)
+        assert same(stock, observed) is (not self.cross_sockets)  # cross attention is biased
+        check_observations(self.sockets + self.cross_sockets * len(self.cross_calls))
 
 
 def valid_rows(call: Any) -> tuple[Any, ...]:

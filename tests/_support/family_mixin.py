@@ -19,7 +19,7 @@ import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core.positions import PositionMap
 from dit_attn.processors.methods.re_ttention import MASKS
-from tests._support.cross_mixin import CrossMixin, Scaled, valid_rows
+from tests._support.cross_mixin import CrossMixin, Observed, Scaled, check_observations, valid_rows
 from tests._support.guidance_mixin import GuidedMixin
 from tests._support.outputs import same
 from tests._support.position_maps import Placed, Tables, along
@@ -188,6 +188,13 @@ class FamilyMixin(CrossMixin, GuidedMixin):
             assert request.scale_factor == 0.75 and seen_call.scale is not None
             rows = valid_rows(seen_call)
             torch.testing.assert_close(out.double()[rows], reference(seen_call, request)[rows], atol=2e-5, rtol=1e-4)
+
+    def test_statistics_of_a_sparse_run_are_those_of_its_layout(self, net: Any, args: Any) -> None:
+        dit_attn.enable(net, SPARSE, Observed())
+        Observed.seen.clear()
+        self.call(net, args)
+        assert all(request.layout is not None for _, request, _ in Observed.seen)
+        check_observations(self.sockets)
 
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:

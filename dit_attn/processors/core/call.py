@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import PLAIN, Layer
 from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias
+from dit_attn.processors.core.observation import Observation, Probe
 from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
 from dit_attn.processors.core.tokens import Tokens
 
@@ -149,6 +150,7 @@ class Request:
         scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
         recorders: called with the output, see :meth:`record_output`.
         replacement: the output that replaces attention, see :meth:`replace_output`.
+        probes: what is to be measured, see :meth:`observe`.
         declined: reasons of the methods that leave this call to stock attention.
         key_mask: (B, S) bool, keys that exist; filled by the executor from the model's mask.
         key_bias: (B|1, H|1, S) fp32 added to the logits, for models whose mask is additive; ``key_mask`` is then
@@ -169,6 +171,7 @@ class Request:
     scale_factor: float = 1.0
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
     replacement: torch.Tensor | None = None
+    probes: list[Probe] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
@@ -272,6 +275,24 @@ class Request:
         if self.replacement is not None:
             raise DitAttnError("two methods replace the output of the same attention call; enable one of them")
         self.replacement = value
+
+    def observe(
+        self,
+        callback: Callable[[Observation], None],
+        spans: Sequence[TokenSet] = (),
+        rows: Sequence[TokenSet] = (slice(None),),
+    ) -> None:
+        """Measure the attention of this call after it is computed, in a second pass whose values are the spans.
+
+        Nothing about the call changes. Memory is linear in the tokens. A call whose output is replaced is not observed;
+        rows that a method computes itself (``compute_visual``) are observed as dense ones, and an epilogue is left out.
+
+        Args:
+            callback: gets the observation: log-sum-exp of every row, and its attention to every span.
+            spans: spans of keys: each a slice, or (Sk,) or (B, Sk) bool.
+            rows: regions of rows to take the mean over: each a slice, or (S,) or (B, S) bool.
+        """
+        self.probes.append(Probe(callback, tuple(spans), tuple(rows)))
 
     def bias(self, rows: slice) -> LogitBias | None:
         """Return the sum of the biases for some rows (start and stop given), ``None`` where none reaches them."""

@@ -94,6 +94,8 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
         layer.disabled_run |= not _is_finite(local, args.mesh)  # the input is to blame
     for record in request.recorders:
         record(out)
+    for probe in request.probes if request.replacement is None else ():
+        probe.callback(executor.observe(call, request, probe))
     return local
 
 
@@ -178,7 +180,7 @@ def _carry_out(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor
         request.go_dense()
         request.declined = [layer.disabled]
     if request.empty and not request.declined:
-        request.declined = ["only its output is recorded" if request.recorders else "nothing requested"]
+        request.declined = ["only observed" if request.recorders or request.probes else "nothing requested"]
     stats.fallbacks.update(request.declined[:1])
     if not request.biases:
         return None

@@ -7,18 +7,23 @@ apply to every row they are requested for. Nothing here builds an S x S matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels import LogitBias, sparse_attention
+from dit_attn.kernels import BlockLayout, LogitBias, sparse_attention
 from dit_attn.kernels.dense import biased_attention
-from dit_attn.kernels.terms import pooled_bias
+from dit_attn.kernels.selection.pooling import block_means
+from dit_attn.kernels.terms import BARRED, pooled_bias
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.observation import Observation, Probe
 
+ROWS_AT_ONCE = 64  # whose logits are built where a mask has no form that kernels take
 MIN_TOKENS = 256  # below this a dense call is faster on every backend measured so far
 
 
@@ -99,7 +104,7 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     if not request.sparse:
         return _dense_parts(call, request, dense)
     rows = call.visual
-    visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)
+    visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)[0]
     if (rows.start, rows.stop) == (0, seq_len):
         return visual
     out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
@@ -127,24 +132,96 @@ def _dense_part(
     return dense(*given) if bias is None else dense(*given, bias)
 
 
-def _visual_rows(call: AttentionCall, request: Request) -> torch.Tensor:
-    """(B, Sv, H, Dv) by the layout."""
+def _visual_rows(
+    call: AttentionCall, request: Request, values: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, Sv, H, Dv) by the layout; of other ``values``, the log-sum-exp (B, H, Sv) too, and no epilogue."""
     assert request.layout is not None
     permuted = request.permuted
     q, k, v = (call.q[:, call.visual], call.k, call.v) if permuted is None else (permuted.q, permuted.k, permuted.v)
     source = request if permuted is None else permuted
     mask, key_bias = source.key_mask, source.key_bias
-    bias, pooled = request.bias(call.visual), request.compensation
+    bias, pooled, epilogue = request.bias(call.visual), request.compensation, request.epilogue
+    if values is not None:
+        v, epilogue = values if permuted is None else permuted.order.permute_keys(values), None
+        if pooled is not None:
+            pooled = replace(pooled, v=block_means(v, pooled.tokens, mask).to(v.dtype))
     if bias is not None:
         bias = bias if permuted is None else permuted.order.permute_bias(bias)
         if pooled is not None:
             pooled = replace(pooled, bias=pooled_bias(bias.k, pooled.tokens, mask))
-    out = sparse_attention(
+    found = sparse_attention(
         q, k, v, request.layout, scale=call.scale, key_mask=mask if key_bias is None else None, key_bias=key_bias,
-        bias=bias, compensation=pooled, epilogue=request.epilogue,
+        bias=bias, compensation=pooled, epilogue=epilogue, return_lse=values is not None,
     )  # fmt: skip
-    assert isinstance(out, torch.Tensor)  # no LSE is requested
-    return out if permuted is None else permuted.unpermute(out)
+    out, lse = found if isinstance(found, tuple) else (found, None)
+    if permuted is None:
+        return out, lse
+    return permuted.unpermute(out), None if lse is None else permuted.unpermute(lse.transpose(1, 2)).transpose(1, 2)
+
+
+@torch.no_grad()
+def observe(call: AttentionCall, request: Request, probe: Probe) -> Observation:
+    """Measure the attention of a call as its request has it computed.
+
+    The values of a second pass are indicators of the spans, so that its output is the attention to each of them.
+
+    Args:
+        call: the attention call.
+        request: its request.
+        probe: what is to be measured.
+    """
+    width, masses = call.v.shape[-1], []
+    for columns in probe.indicators(call.k).split(width, -1):
+        values = F.pad(columns, (0, width - columns.shape[-1]))[:, :, None]
+        out, lse = _observed_rows(call, request, values.expand(-1, -1, call.v.shape[2], -1).contiguous())
+        masses.append(out[..., : columns.shape[-1]].transpose(1, 2).to(lse.dtype))
+    return probe.observation(lse, torch.cat(masses, -1))
+
+
+def _observed_rows(
+    call: AttentionCall, request: Request, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, S, H, Dv) and log-sum-exp (B, H, S) of all rows, with other values."""
+    assert call.tokens is not None
+    keys, visual = Request(), call.tokens.visual_range or (0, call.q.shape[1])
+    has_keys = read_mask(call, keys) is None
+    square = call.mask is not None and call.mask.ndim == 4 and call.mask.shape[2] != 1
+    parts: list[Any] = []
+    for low, high in pairwise(sorted({0, *visual, call.q.shape[1]})):
+        if (low, high) == visual and request.layout is not None:
+            parts.append(_visual_rows(call, request, values))
+        elif has_keys and (not square or (low, high) == visual):
+            layout = BlockLayout.dense(high - low, call.k.shape[1], device=call.q.device)
+            part = sparse_attention(
+                call.q[:, low:high], call.k, values, layout, scale=call.scale, bias=request.bias(slice(low, high)),
+                key_mask=keys.key_mask if keys.key_bias is None else None, key_bias=keys.key_bias, return_lse=True,
+            )  # fmt: skip
+            parts.append(part)
+        else:
+            chunks = range(low, high, ROWS_AT_ONCE)
+            parts += [_plain_rows(call, request, values, row, min(high, row + ROWS_AT_ONCE)) for row in chunks]
+    outs, lses = zip(*parts)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+def _plain_rows(
+    call: AttentionCall, request: Request, values: torch.Tensor, low: int, high: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a few rows by their logits, whatever the mask."""
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    group = call.q.shape[2] // call.k.shape[2]
+    k, v = (x.to(dtype).repeat_interleave(group, 2) for x in (call.k, values))
+    logits = torch.einsum("bqhd,bkhd->bhqk", call.q[:, low:high].to(dtype), k) * call.softmax_scale
+    bias, mask = request.bias(slice(low, high)), _mask_rows(call.mask, low, high)
+    if bias is not None:
+        product = bias.q @ bias.k.mT
+        logits = logits + product.masked_fill(product <= BARRED, -math.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse[..., None]).exp().masked_fill(lse[..., None] == -math.inf, 0.0)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
 def sampled_error(call: AttentionCall, request: Request, out: torch.Tensor, count: int = 64) -> float:

@@ -40,6 +40,10 @@ class TokenPermutation:
     visual: int
     first_frame: torch.Tensor
 
+    def permute_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Return keys or values (B, S, Hk, D) in this order."""
+        return x if self.keys is None else x.index_select(1, self.keys)
+
     def permute_bias(self, bias: LogitBias) -> LogitBias:
         """Return a bias of the visual rows in this order."""
         q = bias.q if self.rows is None else bias.q.index_select(2, self.rows)

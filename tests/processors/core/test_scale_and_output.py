@@ -95,7 +95,7 @@ def test_the_recorded_output_is_that_of_the_call_and_recording_changes_nothing(m
     run, layer = host_run([*methods, Asks(record=seen.append)])
     done = Dispatched(run, layer, random_args())
     assert torch.equal(done.out, plain.out) and len(seen) == 1 and torch.equal(seen[0], done.out)
-    assert layer.stats.fallbacks == ({} if methods else {"only its output is recorded": 1})
+    assert layer.stats.fallbacks == ({} if methods else {"only observed": 1})
 
 
 def test_what_is_recorded_is_not_perturbed_so_that_it_can_be_put_back() -> None:
