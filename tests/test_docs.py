@@ -250,6 +250,28 @@ def test_the_lifted_words_of_the_page_are_those_of_its_spans(lift_words: Any) ->
         torch.testing.assert_close(result.double(), reference(call, request, bias), atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture
+def native_range(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class that moves positions, likewise."""
+    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
+    module = types.ModuleType("dit_attn.processors.methods.native_range")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(block("extend/add_a_method.md", '"""Place a larger').compiled(), module.__dict__)
+    return module.NativeRange  # type: ignore[attr-defined]
+
+
+def test_the_positions_of_the_page_are_those_of_the_model_at_a_smaller_size(native_range: Any) -> None:
+    model, args = tiny("flux")
+    stock = forward(model, args)
+    ids = args["img_ids"].clone()
+    ids[:, 1] *= 8 / 16
+    expected = forward(model, args, img_ids=ids)
+    dit_attn.enable(model, native_range(height=8, width=18))
+    torch.testing.assert_close(forward(model, args), expected, atol=2e-5, rtol=1e-4)
+    dit_attn.enable(model, native_range())
+    assert same(stock, forward(model, args))
+
+
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
 def test_the_method_of_the_page_runs_and_equals_its_mask(first_frame: Any, name: str) -> None:
     model, args = tiny(name)

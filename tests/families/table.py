@@ -28,7 +28,7 @@ def tested() -> dict[str, list[type[FamilyMixin]]]:
 def table() -> str:
     """The Markdown table; a tick stands for the mixin's tests with that method on a tiny model of the family."""
     cases, slugs = tested(), sorted(methods())
-    head = ["family", "models", "sequence", "full runs", *slugs]
+    head = ["family", "models", "sequence", "full runs", "positions", *slugs]
     rows = [head, ["---"] * len(head)]
     rows += [_row(row, cases.get(row.name, []), slugs) for row in families()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
@@ -36,7 +36,7 @@ def table() -> str:
 
 def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[str]:
     if row.refused:
-        return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", *("" for _ in slugs)]
+        return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", "", *("" for _ in slugs)]
     orders = list(dict.fromkeys(", ".join(case.kinds) for case in cases))
     whole = not all(case.no_pipeline for case in cases)
     return [
@@ -44,6 +44,7 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
         row.models,
         "; ".join(orders),
         "yes" if whole else "",
+        "; ".join(sorted({"yes" if case.rotary else "fixed" for case in cases}, reverse=True)),
         *("yes" if cases else "" for _ in slugs),
     ]
 
