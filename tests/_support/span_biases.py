@@ -32,6 +32,18 @@ class SpanBiases(Method):
             request.add_span_bias(call, slice(None), slice(None), 0.0)
 
 
+@dataclass(frozen=True)
+class HeadBiases(SpanBiases):
+    """The same, and a factor of each head for all rows; the first head of the layer has none."""
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add the biases."""
+        super().request(call, request)
+        strength = torch.tensor([0.7 * head for head in range(call.heads.start, call.heads.stop)])[None, :, None, None]
+        ramp = torch.linspace(-1.0, 1.0, call.q.shape[1])[None, None, :, None]
+        request.add_bias(call, ramp * strength, ramp)
+
+
 def entries(call: AttentionCall, value: float) -> Iterator[Entry]:
     """Rows, keys and value of every bias."""
     assert call.tokens is not None

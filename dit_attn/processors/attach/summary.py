@@ -114,6 +114,11 @@ class Summary:
         return sum(layer.sparse_calls for layer in self.layers)
 
     @property
+    def biased_calls(self) -> int:
+        """Calls with a logit bias, sparse or dense."""
+        return sum(layer.biased_calls for layer in self.layers)
+
+    @property
     def density(self) -> float | None:
         """Mean attention computed by the sparse calls, as a fraction of dense; ``None`` without one."""
         weights = [(layer.sparse_calls, layer.density) for layer in self.layers if layer.density is not None]
@@ -143,8 +148,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, totals included."""
-        totals = {"calls": self.calls, "sparse_calls": self.sparse_calls, "density": self.density}
-        return {**asdict(self), **totals, "run_density": self.run_density, "fallbacks": self.fallbacks}
+        totals = ("calls", "sparse_calls", "biased_calls", "density", "run_density", "fallbacks")
+        return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
     def __str__(self) -> str:
         sparse_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
@@ -154,9 +159,11 @@ class Summary:
             ("runs", f"{self.runs} (last: {self.steps} steps)"),
             *([("known from", self.source)] if self.source else ()),
         ]
+        biased = self.biased_calls > 0
         sparse = [
             ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
             ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
+            *([("biased calls", f"{self.biased_calls} of {self.calls} attention calls, sparse or dense")] * biased),
             ("density", f"{_percent(self.density)} in sparse calls, {_percent(self.run_density)} over the run"),
             ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
             *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),

@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_attn
-from tests._support.compose import SPARSE, WARM, forward, same, tiny
+from tests._support.compose import SPARSE, WARM, forward, pipeline_run, same, tiny, tiny_pipeline
+from tests._support.span_biases import HeadBiases
 
 STEP = {"wan": torch.tensor([300, 300]), "ltx": torch.tensor([300, 300]), "flux": torch.tensor([0.3, 0.3])}
 
@@ -78,6 +79,42 @@ def test_repeated_blocks_compile_to_as_many_graphs_as_stock(name: str) -> None:
             assert counter.frame_count == before
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1]
+
+
+PER_HEAD = dit_attn.BlockSparse(density=(0.2, 0.7), q_block=32, kv_block=32, dense_steps=0)
+
+
+@pytest.mark.parametrize(
+    "name, methods", [("flux", (HeadBiases(),)), ("wan", (HeadBiases(), PER_HEAD))], ids=["dense", "sparse"]
+)
+def test_biases_and_budgets_of_heads_need_no_graph_of_their_own(name: str, methods: Any) -> None:
+    model, args = tiny(name)
+    stock = forward(model, args)
+    dit_attn.enable(model, *methods)
+    eager = forward(model, args)
+    counter = counting()
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
+    assert same(eager, forward(compiled, args)) and not same(eager, stock)
+    summary, graphs = dit_attn.summary(model), counter.frame_count
+    assert sum(layer.biased_calls for layer in summary.layers) == summary.calls and graphs <= 2
+    dit_attn.enable(compiled, HeadBiases(0.5), *methods[1:])
+    assert not same(eager, forward(compiled, args))
+    dit_attn.enable(compiled)
+    assert same(stock, forward(compiled, args)) and counter.frame_count == graphs
+
+
+def test_a_guided_run_with_biases_and_a_layout_is_that_of_eager() -> None:
+    methods = (dit_attn.SoftPAG(scale=2.0, u=0.8), HeadBiases(), PER_HEAD)
+    pipe, kwargs = tiny_pipeline("wan")
+    dit_attn.enable(pipe, *methods[1:])
+    unguided = pipeline_run(pipe, kwargs)
+    dit_attn.enable(pipe, *methods)
+    eager = pipeline_run(pipe, kwargs)
+    counter = counting()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    dit_attn.enable(pipe, *methods)
+    assert same(eager, pipeline_run(pipe, kwargs)) and not same(eager, unguided)
+    assert 0 < counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("name", ["pixart"])

@@ -63,7 +63,7 @@ def test_json_values_hold_the_fields_and_the_totals() -> None:
         "fallbacks": {"dense step": 1, "cross attention": 2}, "error": 0.07, "biased_calls": 0,
     }  # fmt: skip
     assert data["guidance"]["parallel"] == 0.17 and data["warnings"] == ["careful"]
-    for name in ("calls", "sparse_calls", "density", "run_density", "fallbacks"):
+    for name in ("calls", "sparse_calls", "biased_calls", "density", "run_density", "fallbacks"):
         assert data[name] == getattr(found, name)
 
 
@@ -94,6 +94,9 @@ def test_the_text_says_what_ran_and_what_did_not() -> None:
         "warning": ["careful"],
     }
     assert lines(report(methods=()))["methods"] == ["none"]
+    biased = report(layers=(*LAYERS, LayerSummary("blocks.3", 4, 2, 0.5, 0.0, {}, biased_calls=3)))
+    assert biased.biased_calls == biased.to_dict()["biased_calls"] == 3
+    assert lines(biased)["biased calls"] == ["3 of 14 attention calls, sparse or dense"]
 
 
 def test_the_text_of_a_run_with_guidance_alone_leaves_the_sparse_rows_out() -> None:
@@ -135,9 +138,9 @@ def test_statistics_of_the_layers_become_a_report() -> None:
     stats = found.layers[0].stats
     stats.calls, stats.sparse_calls, stats.seconds, stats.error = 5, 4, 0.5, 0.01
     stats.computed = torch.tensor(1.0)  # as on an accelerator
-    stats.fallbacks["dense step"] = 1
+    stats.fallbacks["dense step"], stats.biased_calls = 1, 2
     summary = summarize({"transformer": found})
-    assert summary.layers[0] == LayerSummary("blocks.0.attn1", 5, 4, 0.25, 0.5, {"dense step": 1}, 0.01)
+    assert summary.layers[0] == LayerSummary("blocks.0.attn1", 5, 4, 0.25, 0.5, {"dense step": 1}, 0.01, 2)
     assert summary.layers[1] == LayerSummary("blocks.1.attn1", 0, 0, None, 0.0, {})
     assert (summary.families, summary.runs, summary.steps, summary.guidance) == (("wan",), 3, 5, None)
     assert summary.methods == (dit_attn.BlockSparse(density=0.3).to_dict(),)
