@@ -40,13 +40,14 @@ class OperatorProbe:
         label: name of the method.
         method: its settings, dense steps and layers among them.
         step_stride: repeat the calls of one of so many steps, the middle one; 1 for methods with state.
+        by_head: also record, for every head, its part of ``l2`` squared (``head_error2``) and its ``head_cost``.
         calls: one entry per sparse call: ``run``, ``layer``, ``step``, ``branch``, ``l2`` (relative L2 error of the
             visual rows), ``shift`` (error of their mean), ``cost`` (attention and ranking computed, as a fraction of
             dense) and ``seconds`` (selection included).
     """
 
-    def __init__(self, label: str, method: Method, step_stride: int = 1) -> None:
-        self.label, self.method, self.step_stride = label, method, step_stride
+    def __init__(self, label: str, method: Method, step_stride: int = 1, by_head: bool = False) -> None:
+        self.label, self.method, self.step_stride, self.by_head = label, method, step_stride, by_head
         self.calls: list[dict[str, Any]] = []
         self._layers: dict[str, Any] = {}
         self._run = -1
@@ -75,18 +76,30 @@ class OperatorProbe:
         out = executor.run(repeated, wanted, executor.dense_rows(repeated))
         seconds = time.perf_counter() - started
         visual = call.visual
+        cost = float(dispatch.computed_fraction(repeated, wanted)) + ranking_cost(self.method)
         self.calls.append(
             {
+                **(_head_figures(wanted, out[:, visual], exact[:, visual], cost) if self.by_head else {}),
                 "run": self._run,
                 "layer": real.index,
                 "step": call.clock.step,
                 "branch": call.branches[0] if call.branches else "",
                 "l2": fidelity.relative_l2(out[:, visual], exact[:, visual]),
                 "shift": fidelity.mean_shift(out[:, visual], exact[:, visual]),
-                "cost": float(dispatch.computed_fraction(repeated, wanted)) + ranking_cost(self.method),
+                "cost": cost,
                 "seconds": seconds,
             }
         )
+
+
+def _head_figures(request: Request, out: torch.Tensor, exact: torch.Tensor, cost: float) -> dict[str, list[float]]:
+    """Squared error and cost of every head of the visual rows (B, Sv, H, D); the errors sum to the squared l2."""
+    gap = (out - exact).double().square().sum((0, 1, 3)) / exact.double().square().sum().clamp(min=1e-30)
+    costs = torch.full_like(gap, cost)
+    if request.layout is not None and request.layout.kv_num_blocks.shape[1] == len(gap):
+        kept = request.layout.kv_num_blocks.double().mean((0, 2)) / request.layout.nk
+        costs += (kept - kept.mean()) * exact.shape[1] / request.layout.kv_len
+    return {"head_error2": gap.tolist(), "head_cost": costs.tolist()}
 
 
 def ranking_cost(method: Method) -> float:

@@ -4,7 +4,8 @@ The local squared errors at the density d0 are scaled so that the sums over laye
 measured on the final latents (iterative proportional fitting: Deming and Stephan 1940). That gives every cell (layer l,
 part p) its contribution m(l, p) to the final squared error E^2(d0); at another density d it is
 ``m(l, p) E^2(d0) e^2(l, p, d) / e^2(l, p, d0)``. Density is then spent where a unit of cost removes most error, along
-the lower convex hull of every cell (Everett 1963, generalised Lagrange multipliers).
+the lower convex hull of every cell (Everett 1963, generalised Lagrange multipliers). Where heads are told apart, each
+is a cell: ``m(l, p)`` divides over the heads of a layer as their local squared errors at d0 do.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class CostModel:
         error2: (K, parts, layers) contribution to the squared relative error of the final latents.
         cost: (K, parts, layers) attention computed, as a fraction of the whole dense run; all cells dense sum to 1.
         steps: denoising steps of a run.
+        heads: heads that are told apart; a layer then has so many columns, one after another, in place of one.
     """
 
     densities: np.ndarray
     error2: np.ndarray
     cost: np.ndarray
     steps: int
+    heads: int = 1
 
     def expect_uniform(self, method: SparseMethod, density: float, parts: int) -> tuple[float, float]:
         """Return the expected error and cost of one density everywhere but at the dense steps and layers of ``method``.
@@ -62,12 +65,15 @@ class CostModel:
             part = np.minimum(steps * parts // self.steps, parts - 1)
             sparse_fraction *= np.array([sparse[part == p].mean() for p in range(parts)])[:, None]
         for layer in method.dense_layers:
-            sparse_fraction[:, layer % self.cost.shape[2]] = 0.0
+            first = layer % (self.cost.shape[2] // self.heads) * self.heads
+            sparse_fraction[:, first : first + self.heads] = 0.0
         cost = sparse_fraction * self.cost[index] + (1.0 - sparse_fraction) * self.cost[-1]
         return math.sqrt(float((sparse_fraction * self.error2[index]).sum())), float(cost.sum())
 
 
-def fit_cost_model(log: MeasurementLog, items: Sequence[str], plan: CalibrationPlan) -> CostModel:
+def fit_cost_model(
+    log: MeasurementLog, items: Sequence[str], plan: CalibrationPlan, by_head: bool | None = None
+) -> CostModel:
     """Fit the cost model to the measurements of ``items``.
 
     Squared errors are averaged over items geometrically, so that one item with a large error does not dominate.
@@ -76,8 +82,9 @@ def fit_cost_model(log: MeasurementLog, items: Sequence[str], plan: CalibrationP
         log: the measurements, see :func:`~dit_attn.pipelines.calibrate.sensitivity.measure_item`.
         items: names of the measured items.
         plan: what was measured.
+        by_head: whether heads are cells of their own; ``None`` for ``plan.by_head``.
     """
-    local = [log.rows[f"local/{item}"] for item in items]
+    local = [log.rows[plan.local_key(item)] for item in items]
     error2 = _geometric_mean([np.maximum(measured["error2"], FLOOR) for measured in local])
     cost = np.mean([measured["cost"] for measured in local], 0)
     weight = np.mean([measured["calls"] for measured in local], 0)
@@ -92,8 +99,16 @@ def fit_cost_model(log: MeasurementLog, items: Sequence[str], plan: CalibrationP
     parts = effect("part", plan.parts) if plan.parts > 1 else np.ones(1)
     cells = fit_margins(error2[base] * weight, layers / layers.sum(), parts / parts.sum()) * total
     scaled = cells * error2 / error2[base]
-    weighted = cost * (weight / weight.sum())
-    return _interpolate(plan, scaled, weighted, weight / weight.sum(), local[0])
+    weight = weight / weight.sum()
+    if not (plan.by_head if by_head is None else by_head):
+        return _interpolate(plan, scaled, cost * weight, weight, local[0])
+    head_error2 = _geometric_mean([np.maximum(measured["head_error2"], FLOOR) for measured in local])
+    heads = head_error2.shape[3]
+    contribution = cells[..., None] * head_error2 / head_error2[base].sum(-1, keepdims=True)
+    head_cost = np.mean([measured["head_cost"] for measured in local], 0) * weight[..., None] / heads
+    dense = np.repeat(weight / heads, heads, -1)
+    contribution, head_cost = (table.reshape(*error2.shape[:2], -1) for table in (contribution, head_cost))
+    return dataclasses.replace(_interpolate(plan, contribution, head_cost, dense, local[0]), heads=heads)
 
 
 def fit_margins(cells: np.ndarray, layers: np.ndarray, parts: np.ndarray, rounds: int = 200) -> np.ndarray:

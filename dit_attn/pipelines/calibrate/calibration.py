@@ -37,7 +37,7 @@ from dit_attn.pipelines.calibrate.sensitivity import (
 from dit_attn.pipelines.measurement_log import MeasurementLog
 from dit_attn.processors.methods.sparse import SparseMethod
 
-CALIBRATED, UNIFORM = "calibrated", "uniform"
+CALIBRATED, UNIFORM, BY_LAYER = "calibrated", "uniform", "by layer"
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Calibration:
 
     Attributes:
         method: the calibrated settings, to ``enable`` or save.
-        densities: (parts, layers) its densities.
+        densities: (parts, layers) its densities, (parts, layers, heads) where heads are told apart.
         uniform: the same method with one density, of at least the same cost.
         expected: for ``"calibrated"`` and ``"uniform"``: ``error`` (relative L2 of the final latents) and ``cost``
             (attention computed, as a fraction of the dense run).
         checked: the same, measured on items that were not calibrated on, with 95 % intervals, and the ``ratio`` of the
-            errors; ``None`` without such items.
+            errors; where heads are told apart, also for ``"by layer"``, the densities without heads at the same cost,
+            with the ``head_ratio`` of the errors; ``None`` without such items.
     """
 
     method: SparseMethod
@@ -105,12 +106,20 @@ def calibrate(
     uniform_figures = model.expect_uniform(uniform, float(getattr(uniform, "density")), plan.parts)  # noqa: B009
     pairs = ((CALIBRATED, calibrated_figures), (UNIFORM, uniform_figures))
     expected = {label: {"error": figures[0], "cost": figures[1]} for label, figures in pairs}
+    if plan.by_head:
+        densities = densities.reshape(plan.parts, -1, model.heads)
     checked = None
     if check:
         methods = {CALIBRATED: plan.with_densities(densities), UNIFORM: uniform}
+        if plan.by_head:
+            layers = allocation.fit_cost_model(log, items, plan, by_head=False)
+            methods[BY_LAYER] = plan.with_densities(allocation.allocate(layers, cost=calibrated_figures[1]))
         for item in check:
             check_item(pipe, run_item, item, methods, log, on_progress)
         checked = compare_checks(log, check, CALIBRATED, UNIFORM)
+        if plan.by_head:
+            apart = compare_checks(log, check, CALIBRATED, BY_LAYER)
+            checked |= {BY_LAYER: apart[BY_LAYER], "head_ratio": apart["ratio"]}
     record = {
         "transformer": type(pipe.transformer).__name__,
         "layers": int(densities.shape[1]),

@@ -51,12 +51,18 @@ class CalibrationPlan:
         parts: equal parts of the run, each with densities of its own.
         densities: of the local measurement, d0 among them, descending.
         step_stride: the local measurement looks at one of so many steps.
+        by_head: whether the local measurement tells the heads of a layer apart, which then get densities of their own.
     """
 
     method: SparseMethod
     parts: int
     densities: tuple[float, ...]
     step_stride: int = 1
+    by_head: bool = False
+
+    def local_key(self, item: str) -> str:
+        """Return the key of the local measurement of an item in the log."""
+        return f"{'heads' if self.by_head else 'local'}/{item}"
 
     @property
     def density(self) -> float:
@@ -76,8 +82,9 @@ class CalibrationPlan:
         return dataclasses.replace(self.unrestricted, **changes)
 
     def with_densities(self, densities: np.ndarray) -> SparseMethod:
-        """Return the method with (parts, layers) densities."""
-        flat = tuple(float(value) for value in densities.reshape(-1))
+        """Return the method with (parts, layers) or (parts, layers, heads) densities."""
+        rows = densities.reshape(-1, *densities.shape[2:]).tolist()
+        flat = tuple(tuple(row) if isinstance(row, list) else row for row in rows)
         return dataclasses.replace(self.unrestricted, densities=flat, parts=self.parts)
 
 
@@ -87,6 +94,7 @@ def make_plan(
     densities: Sequence[float] | None = None,
     step_stride: int | None = None,
     steps: int | None = None,
+    by_head: bool = False,
 ) -> CalibrationPlan:
     """Make a checked plan.
 
@@ -96,6 +104,7 @@ def make_plan(
         densities: to measure; ``None`` for :data:`DENSITIES`.
         step_stride: ``None`` for one step of every part, or every step where the method has state.
         steps: denoising steps of a run, where they are known.
+        by_head: whether every head gets densities of its own.
 
     Raises:
         DitAttnError: the method has no density to calibrate, or a number is out of range.
@@ -124,7 +133,7 @@ def make_plan(
         raise DitAttnError(f"a run of {steps} steps has no {parts} parts; give at most {steps}")
     if step_stride is None:
         step_stride = max(1, (steps or parts) // parts) if method.by_step and parts > 1 else 1
-    return CalibrationPlan(method, parts, tuple(measured), step_stride)
+    return CalibrationPlan(method, parts, tuple(measured), step_stride, by_head)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def measure_item(
         run_item: runs ``pipe`` for an item and returns its final latents.
         item: name of the item.
         plan: what to measure.
-        log: gets ``local/ITEM``, ``layer/ITEM/L``, ``part/ITEM/P`` and ``all/ITEM``.
+        log: gets ``local/ITEM`` (``heads/ITEM`` by head), ``layer/ITEM/L``, ``part/ITEM/P`` and ``all/ITEM``.
         on_progress: called with a line of text before every run.
 
     Raises:
@@ -190,12 +199,13 @@ def measure_item(
     disable(pipe)
     dense: list[torch.Tensor] = []
 
-    if f"local/{item}" not in log.rows:
+    local = plan.local_key(item)
+    if local not in log.rows:
         on_progress(f"{item}: every density, call by call")
         measured, latents = _measure_locally(pipe, run_item, item, plan)
-        log.add(f"local/{item}", measured)
+        log.add(local, measured)
         dense.append(latents)
-    shape = (plan.parts, len(log.rows[f"local/{item}"]["calls"][0]))
+    shape = (plan.parts, len(log.rows[local]["calls"][0]))
     for key, cells in sparse_runs(item, plan, shape[1]).items():
         if key in log.rows:
             continue
@@ -214,7 +224,7 @@ def _measure_locally(
     """Squared error and cost of every density, part and layer; and the dense latents."""
     counter = CallCounter(plan.parts, plan.step_stride)
     probes = [
-        operator_error.OperatorProbe(str(density), plan.with_density(density), plan.step_stride)
+        operator_error.OperatorProbe(str(density), plan.with_density(density), plan.step_stride, plan.by_head)
         for density in plan.densities
     ]
 
@@ -247,7 +257,32 @@ def _measure_locally(
         costs.append((1.0 + extra / measured).tolist())
     _check_finite(latents, item)
     sizes = {"calls": calls.tolist(), "steps": counter.steps, "tokens": counter.tokens}
-    return {"error2": errors, "cost": costs, **sizes}, latents
+    by_head = _heads_apart(probes, counter, measured) if plan.by_head else {}
+    return {"error2": errors, "cost": costs, **by_head, **sizes}, latents
+
+
+def _heads_apart(
+    probes: Sequence[operator_error.OperatorProbe], counter: CallCounter, measured: np.ndarray
+) -> dict[str, Any]:
+    """Squared error and cost of every density, part, layer and head, means over the measured calls.
+
+    Raises:
+        DitAttnError: the layers have different numbers of heads.
+    """
+    counts = {len(result["head_cost"]) for probe in probes for result in probe.calls}
+    if len(counts) != 1:
+        raise DitAttnError(f"the layers have {sorted(counts)} heads; calibrate without telling heads apart")
+    shape = (*measured.shape, counts.pop())
+    errors, costs = [], []
+    for probe in probes:
+        error, extra = np.zeros(shape), np.zeros(shape)
+        for result in probe.calls:
+            cell = counter.part_of_step[result["step"]], result["layer"]
+            error[cell] += result["head_error2"]
+            extra[cell] += np.array(result["head_cost"]) - 1.0
+        errors.append((error / measured[..., None]).tolist())
+        costs.append((1.0 + extra / measured[..., None]).tolist())
+    return {"head_error2": errors, "head_cost": costs}
 
 
 def _as_table(counts: Counter[tuple[int, int]], shape: tuple[int, int]) -> np.ndarray:

@@ -21,7 +21,7 @@ def options(block: int = 16) -> dict[str, int]:
 def measured() -> dict[str, OperatorProbe]:
     """Two runs of synthetic fields through a few methods."""
     probes = {
-        "plain": OperatorProbe("plain", BlockSparse(density=0.25, **options())),
+        "plain": OperatorProbe("plain", BlockSparse(density=0.25, **options()), by_head=True),
         "merge": OperatorProbe("merge", RectifiedSpaAttn(density=0.25, pooled_block=8, **options())),
         "thin": OperatorProbe("thin", RectifiedSpaAttn(density=0.07, pooled_block=8, **options())),
         "rest": OperatorProbe("rest", ReTtention(density=0.25, stagger=False, **options())),
@@ -84,3 +84,14 @@ def test_a_pipeline_is_left_as_it_was_and_its_methods_are_disabled() -> None:
     about = operator_error.measure_operators(source, 1, [probe])
     assert about["calls"] == len(probe.calls) == 12 and 0.0 < operator_error.probe_row(probe)["rms"]["value"] < 1.0
     assert type(pipe.transformer.transformer_blocks[0].attn1.processor).__module__.startswith("diffusers")
+
+
+def test_errors_of_heads_sum_to_that_of_the_layer_and_their_costs_have_its_mean(
+    measured: dict[str, OperatorProbe],
+) -> None:
+    for result in measured["plain"].calls:
+        assert sum(result["head_error2"]) == pytest.approx(result["l2"] ** 2, rel=1e-4)
+        costs = result["head_cost"]
+        assert len(costs) == len(result["head_error2"]) > 0
+        assert sum(costs) / len(costs) == pytest.approx(result["cost"])
+    assert all("head_cost" not in result for result in measured["merge"].calls)

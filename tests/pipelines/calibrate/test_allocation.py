@@ -189,3 +189,41 @@ def test_errors_of_items_are_averaged_as_logarithms() -> None:
     model = allocation.fit_cost_model(log, ["a", "b"], plan)
     error, _ = allocation.expect(model, np.full((2, 2), 0.25))
     assert error == pytest.approx(0.2, rel=1e-6)
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def planted_heads(shares: tuple[float, ...]) -> tuple[MeasurementLog, CalibrationPlan]:
+    """The planted measurements, with the error of every layer divided over its heads."""
+    log, plan = planted((1.0, 3.0, 2.0))
+    row = log.rows["heads/a"] = dict(log.rows["local/a"])
+    row["head_error2"] = (np.asarray(row["error2"])[..., None] * np.array(shares)).tolist()
+    row["head_cost"] = np.repeat(np.asarray(row["cost"])[..., None], len(shares), -1).tolist()
+    return log, dataclasses.replace(plan, by_head=True)
+
+
+def test_the_heads_of_a_layer_share_its_error_and_cost() -> None:
+    log, plan = planted_heads((0.7, 0.2, 0.1))
+    heads, layers = (allocation.fit_cost_model(log, ["a"], plan, by_head) for by_head in (None, False))
+    assert (heads.heads, layers.heads) == (3, 1) and heads.error2.shape == (len(layers.densities), 2, 9)
+    for name in ("error2", "cost"):
+        by_layer = getattr(heads, name).reshape(-1, 2, 3, 3)
+        assert by_layer.sum(-1) == pytest.approx(getattr(layers, name))
+    shares = heads.error2.reshape(-1, 2, 3, 3)[0, 1, 2] / layers.error2[0, 1, 2]
+    assert shares == pytest.approx([0.7, 0.2, 0.1])
+    for density in (layers.densities[0], 0.25, 1.0):
+        for parts in (1, 2):
+            expected = layers.expect_uniform(METHOD, density, parts)  # the last layer is dense
+            assert heads.expect_uniform(METHOD, density, parts) == pytest.approx(expected)
+
+
+def test_attention_goes_to_the_heads_that_err_and_costs_the_same() -> None:
+    log, plan = planted_heads((0.9, 0.05, 0.05))
+    heads, layers = (allocation.fit_cost_model(log, ["a"], plan, by_head) for by_head in (True, False))
+    cost = layers.expect_uniform(METHOD, 0.25, 2)[1]
+    chosen, by_layer = (allocation.allocate(model, cost=cost) for model in (heads, layers))
+    found, other = allocation.expect(heads, chosen), allocation.expect(layers, by_layer)
+    assert found[1] <= cost + 1e-9 and other[1] <= cost + 1e-9 and found[0] < 0.9 * other[0]
+    rows = chosen.reshape(2, 3, 3)
+    assert (rows[..., 0] > rows[..., 1]).all() and rows[..., 1] == pytest.approx(rows[..., 2], abs=0.1)

@@ -90,6 +90,22 @@ def test_it_goes_on_where_it_was_and_finds_the_same(pipe: Any, done: Any, tmp_pa
     assert same.checked["ratio"]["value"] == pytest.approx(found.checked["ratio"]["value"], rel=1e-4)
 
 
+def test_densities_of_every_head_are_checked_against_those_of_layers_too(pipe: Any, done: Any, tmp_path: Path) -> None:
+    plan = make_plan(METHOD, parts=2, densities=(0.5, 0.125), steps=STEPS, by_head=True)
+    log, runs = MeasurementLog(done[1], {}, resume=True), CountedRuns(pipe)
+    found = calibrate(pipe, runs, ["red"], plan, log, check=["blue", "green"])
+    assert runs.made["red"] == 1 and found.densities.shape == (2, LAYERS, 2)
+    assert found.method.densities == tuple(tuple(row) for row in found.densities.reshape(-1, 2).tolist())
+    assert Method.from_pretrained(found.method.save_pretrained(tmp_path)) == found.method
+    assert found.expected["calibrated"]["error"] <= done[0].expected["calibrated"]["error"] + 1e-9
+    checked = found.checked
+    assert checked is not None
+    for name in ("calibrated", "by layer"):
+        assert checked[name]["cost"] == pytest.approx(found.expected["calibrated"]["cost"], abs=0.01)
+    ratio = checked["calibrated"]["error"]["value"] / checked["by layer"]["error"]["value"]
+    assert checked["head_ratio"]["value"] == pytest.approx(ratio, rel=1e-6) and checked["ratio"]["n"] == 2
+
+
 def test_another_budget_measures_nothing_new(pipe: Any, done: Any) -> None:
     path = done[1]
     for budget in ({"cost": 0.3}, {"cost": 0.9}, {"error": 1e-3}, {"error": 10.0}):

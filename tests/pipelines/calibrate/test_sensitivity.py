@@ -54,6 +54,27 @@ def test_local_errors_fall_and_costs_rise_with_density(measured: tuple[Measureme
     assert (calls == calls[0, 0]).all() and (local["steps"], local["tokens"]) == (STEPS, 256)
 
 
+def test_heads_are_told_apart_on_request(pipe: Any, measured: tuple[MeasurementLog, CountedRuns]) -> None:
+    plan = make_plan(METHOD, parts=2, densities=(0.5, 0.125), steps=STEPS, by_head=True)
+    log = MeasurementLog()
+    log.rows |= measured[0].rows
+    runs = CountedRuns(pipe)
+    measure_item(pipe, runs, "red", plan, log, silent)
+    assert runs.made == {"red": 1}  # the runs with one layer or part sparse are the same
+    found, layer = log.rows["heads/red"], log.rows["local/red"]
+    error2, cost = np.asarray(found["head_error2"]), np.asarray(found["head_cost"])
+    assert error2.shape == cost.shape == (3, 2, LAYERS, 2)
+    assert error2.sum(-1) == pytest.approx(np.asarray(layer["error2"]), rel=1e-4)
+    assert cost.mean(-1) == pytest.approx(np.asarray(layer["cost"])) and found["error2"] == layer["error2"]
+
+
+def test_rows_of_heads_make_a_table() -> None:
+    densities = np.arange(1, 9).reshape(2, 2, 2) / 8
+    assert PLAN.with_densities(densities).densities == ((0.125, 0.25), (0.375, 0.5), (0.625, 0.75), (0.875, 1.0))
+    with pytest.raises(DitAttnError, match="density has a number for each head"):
+        make_plan(BlockSparse(density=(0.25, 0.5)))
+
+
 def test_effects_at_the_end_are_those_of_the_tables_they_stand_for(pipe: Any, measured: Any) -> None:
     log, _ = measured
     runs = CountedRuns(pipe)

@@ -281,6 +281,7 @@ def test_rows_that_no_bias_reaches_are_bit_equal_to_those_of_a_request_without_o
         ("the rows of a bias", lambda r, c: r.add_bias(c, torch.ones(1, 3, 5, 1), torch.ones(1, 1, SEQ, 1))),
         ("the keys of a bias", lambda r, c: r.add_bias(c, torch.ones(1, 1, 5, 1), torch.ones(3, 1, SEQ, 1))),
         ("rows 0 to 5", lambda r, c: r.add_bias(c, torch.ones(1, 1, 5, 1), torch.ones(1, 1, SEQ, 2))),
+        ("rows -1 to 4", lambda r, c: r.add_bias(c, torch.ones(1, 1, 5, 1), torch.ones(1, 1, SEQ, 1), first=-1)),
         (f"rows {SEQ} to", lambda r, c: r.add_bias(c, torch.ones(1, 1, 5, 1), torch.ones(1, 1, SEQ, 1), first=SEQ)),
     ],
 )

@@ -255,14 +255,18 @@ def test_every_rank_uses_the_budgets_and_biases_of_its_own_heads(name: str) -> N
         assert not layer.stats.fallbacks
 
 
-def test_biases_that_are_zero_on_one_rank_are_biases_on_both() -> None:
+@pytest.mark.parametrize("form", ("span", "factors"))
+def test_biases_that_are_zero_on_one_rank_are_biases_on_both(form: str) -> None:
     """A rank that took stock attention alone would leave the other one waiting in an exchange."""
 
     class LastHead(HeadLift):
         def request(self, call: AttentionCall, request: Request) -> None:
             last = torch.tensor([0.0, 0.0, 0.0, 2.0])[call.heads]
-            request.add_span_bias(call, slice(None), slice(0, 12), last[None])
-            request.add_bias(call, last[None, :, None, None].expand(1, -1, 40, 1), torch.ones(1, 1, 308, 1))
+            if form == "span":
+                request.add_span_bias(call, slice(None), slice(0, 12), last[None])
+                return
+            ramp = torch.linspace(-1, 1, 308)[None, None, :, None]
+            request.add_bias(call, last[None, :, None, None].expand(1, -1, 40, 1), ramp)
 
     full = random_args()
     alone = Dispatched(*host_run([LastHead()]), full)

@@ -23,6 +23,7 @@ _OWN = (
                "that of one density for all", low=0.0, high=1.0),
     flags.Flag("error", "budget: largest expected relative error of the final latents, e.g. 0.05", float, low=0.0),
     flags.Flag("parts", "equal parts of the run, each with densities of its own", int, "10, at most the steps", low=1),
+    flags.Flag("by-head", "densities of every head, not of every layer alone", bool),
     flags.Flag("every", "measure the layers' own errors at one step of N", int, "one of every part", low=1),
     flags.Flag("densities", "densities to measure, e.g. 0.5,0.25,0.125", default="0.75 to 0.0625 in 7 steps",
                metavar="X,X"),
@@ -125,7 +126,9 @@ def _print_plan(config: CalibrateConfig) -> None:
 
 def _show(record: dict[str, Any]) -> None:
     """Print densities by layer and part of the run, and errors next to one density for all."""
-    densities: list[list[float]] = record["densities"]
+    densities: list[list[float]] = [
+        [sum(cell) / len(cell) if isinstance(cell, list) else cell for cell in row] for row in record["densities"]
+    ]
     layers, parts = range(len(densities[0])), len(densities)
     rows = []
     for part, row in enumerate(densities):
@@ -147,6 +150,8 @@ def _show(record: dict[str, Any]) -> None:
     if checked:
         ratio = checked["ratio"]
         report.append(f"errors, calibrated over uniform: {_figure(ratio)} over {ratio['n']} items")
+        if "head_ratio" in checked:
+            report.append(f"errors, calibrated over the same cost by layer alone: {_figure(checked['head_ratio'])}")
     show(*report, "", fields({"saved": record["file"], "use": f"--method {record['file']}"}))
 
 

@@ -80,7 +80,10 @@ class CalibrateConfig:
         items, check = make_items(options, source)
         check_run(source, [*items, *check], methods)
         steps = steps_of([*items, *check], source.pipeline)
-        plan = make_plan(methods[0], options.get("parts"), _densities(options), options.get("every"), steps)
+        plan = make_plan(
+            methods[0], options.get("parts"), _densities(options), options.get("every"), steps,
+            options.get("by_head", False),
+        )  # fmt: skip
         name = f"calibrate-{Path(source.path).name or 'model'}-{plan.method.slug}"
         folder = outputs.folder_of(options.get("output"), Path("outputs") / name)
         rest = options.pick("cost", "error", "push_to_hub", "resume", "dry_run", "json")

@@ -34,6 +34,7 @@ def description(config: CalibrateConfig) -> dict[str, Any]:
         "parts": plan.parts,
         "every": plan.step_stride,
         "ladder": list(plan.densities),
+        **({"by_head": True} if plan.by_head else {}),
         "budget": {name: value for name, value in budget.items() if value is not None},
         "calibrated_on": [{"prompt": job.prompt, "seed": job.seed} for job in config.items],
         "checked_on": [{"prompt": job.prompt, "seed": job.seed} for job in config.check],
@@ -55,14 +56,16 @@ def run_all(config: CalibrateConfig) -> dict[str, Any]:
     plan = config.plan
     outputs.prepare_folder(config.folder)
     setup = {**config.new_run().setup, "parts": plan.parts, "ladder": plan.densities, "every": plan.step_stride}
+    setup |= {"by_head": True} if plan.by_head else {}
     log = MeasurementLog(config.folder / MEASURED, setup, config.resume)
     pipe = load_pipeline.load_pipeline(config.load)
     job_files.check_inputs([*config.items, *config.check], pipe)
     jobs = {item_name(job): job for job in (*config.items, *config.check)}
     items, check = ([item_name(job) for job in part] for part in (config.items, config.check))
     with enabled(pipe) as session:
-        runs = [key for item in items for key in (f"local/{item}", *sparse_runs(item, plan, session.layer_count))]
-    missing = sum(key not in log.rows for key in runs) + 2 * len(check)  # those of the check count as missing
+        runs = [key for item in items for key in (plan.local_key(item), *sparse_runs(item, plan, session.layer_count))]
+    missing = sum(key not in log.rows for key in runs)
+    missing += (3 if plan.by_head else 2) * len(check)  # those of the check count as missing
     with progress_bar(missing, "calibrate", "run", least=1) as bar:
         log.on_result = lambda key: bar.update()
         found = calibrate(

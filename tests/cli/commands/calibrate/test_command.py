@@ -107,7 +107,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(calibrate: Any, tmp_path: 
     assert done.out.count("\ncheck ") == 2 and done.out.count("\ncalibrate ") == 1
     data = json.loads(calibrate("--dry-run", "--json").out)
     assert (data["parts"], data["steps"], data["every"], data["checked_on"]) == (2, 2, 1, [])
+    assert "by_head" not in data and json.loads(calibrate("--dry-run", "--json", "--by-head").out)["by_head"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_by_head_the_table_shows_means_and_the_file_holds_rows(calibrate: Any, tmp_path: Path) -> None:
+    done = calibrate("--by-head", "--held-out", "1", "--output", "out")
+    assert done.code == 0 and "errors, calibrated over the same cost by layer alone: " in done.out
+    method = Method.from_pretrained(tmp_path / "out")
+    assert len(method.densities) == 12 and all(len(row) == 2 for row in method.densities)
+    mean = sum(sum(row) for row in method.densities) / 24
+    assert done.out.split("\nmean")[1].splitlines()[0].split()[-1] == f"{mean:.2f}"
+    assert calibrate("--output", "out", "--resume").code == 2  # other measurements
 
 
 def test_it_calibrates_on_training_captions_and_checks_on_others(calibrate: Any) -> None:
