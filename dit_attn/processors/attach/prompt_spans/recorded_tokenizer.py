@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from dit_attn.errors import DitAttnError, reason, shorten
@@ -166,26 +166,30 @@ def _offsets(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[
     Raises:
         DitAttnError: it is no tokenizer of bytes and has no fast form.
     """
-    if (pieces := _bytes_of(tokenizer, text)) is not None:
-        bounds = [0]
-        for piece in pieces:
-            bounds.append(bounds[-1] + len(piece))
+    pieces = _bytes_of(tokenizer, text)
+    if pieces is None:
+        ids, spans = _fast_offsets(tokenizer, text)
+    else:
+        ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+        bounds = list(accumulate(map(len, pieces), initial=0))
         chars = [at for at, char in enumerate(text) for _ in char.encode()]
         spans = [(chars[a], chars[b - 1] + 1) for a, b in pairwise(bounds)]
-        ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
-        full = tokenizer.build_inputs_with_special_tokens(ids) if special else ids
-        head = next(at for at in range(len(full) - len(ids) + 1) if full[at : at + len(ids)] == ids)
-        return full, [(0, 0)] * head + spans + [(0, 0)] * (len(full) - head - len(ids))
+    full = tokenizer.build_inputs_with_special_tokens(ids) if special else ids
+    head = next(at for at in range(len(full) - len(ids) + 1) if full[at : at + len(ids)] == ids)
+    return full, [(0, 0)] * head + spans + [(0, 0)] * (len(full) - head - len(ids))
+
+
+def _fast_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids and offsets that the fast form of a tokenizer gives, without special tokens."""
     try:
         from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
-        encoding = convert_slow_tokenizer(tokenizer).encode(text, add_special_tokens=special)
+        encoding = convert_slow_tokenizer(tokenizer).encode(text, add_special_tokens=False)
     except Exception as error:  # a kind that is not known, a library that is missing
         raise DitAttnError(
             f"{type(tokenizer).__name__} has no offsets and no fast form ({reason(error)}); load a fast tokenizer"
         ) from None
-    special_mask = encoding.special_tokens_mask
-    return list(encoding.ids), [(0, 0) if s else span for span, s in zip(encoding.offsets, special_mask)]
+    return list(encoding.ids), list(encoding.offsets)
 
 
 def _bytes_of(tokenizer: Any, text: str) -> list[bytes] | None:

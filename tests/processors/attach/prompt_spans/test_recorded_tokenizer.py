@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import ByT5Tokenizer, PreTrainedTokenizer
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.prompt_spans.recorded_tokenizer import TokenLog, TokenRow, recording_copy
 from tests._support.tiny_tokenizers import KINDS, tokenizer
 
+CONVERT = "transformers.convert_slow_tokenizer.convert_slow_tokenizer"
 PROMPTS = [
     "a red cube",
     "A  red Cube,\nand a naïve café ball!",
@@ -121,8 +123,6 @@ def test_the_stock_tokenizer_is_not_touched() -> None:
 
 
 def test_a_slow_tokenizer_without_fast_form_is_refused_in_one_line() -> None:
-    from transformers import ByT5Tokenizer
-
     class Unknown(ByT5Tokenizer):
         def _tokenize(self, text: str) -> list[str]:
             return list(text.upper())
@@ -130,3 +130,58 @@ def test_a_slow_tokenizer_without_fast_form_is_refused_in_one_line() -> None:
     with pytest.raises(DitAttnError, match="Unknown has no offsets and no fast form") as error:
         recorded(Unknown(), "a red cube")
     assert "\n" not in str(error.value)
+
+
+class Slow(PreTrainedTokenizer):
+    """A tokenizer in Python with the vocabulary of a fast one, between ``<s>`` and ``</s>``."""
+
+    def __init__(self, fast: Any, **more: Any) -> None:
+        self.fast = fast.backend_tokenizer
+        super().__init__(bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>", **more)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.fast.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.fast.get_vocab()
+
+    def _tokenize(self, text: str, **more: Any) -> list[str]:
+        return self.fast.encode(text, add_special_tokens=False).tokens
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.fast.token_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.fast.id_to_token(index)
+
+    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+        return [self.bos_token_id, *first, self.eos_token_id]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [6, 30])
+def test_a_slow_tokenizer_is_read_by_its_fast_form(side: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends of a text and its padding are one token here."""
+    fast = tokenizer("llama")
+    monkeypatch.setattr(CONVERT, lambda slow: fast.backend_tokenizer)
+    text = "a red cube and a blue ball on the grass"
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    slow = Slow(fast, padding_side=side)
+    (row,), out = recorded(slow, text, **options)
+    assert out.encodings is None and out["input_ids"] == slow(text, **options)["input_ids"]
+    assert row.real == [bool(x) for x in out["attention_mask"]]
+    encoding = fast(text, add_special_tokens=False).encodings[0]
+    shown = [span for span in row.offsets if span[0] < span[1]]
+    assert shown + row.cut == encoding.offsets and bool(row.cut) == (length == 6)
+    assert [row.ids[at] for at, span in enumerate(row.offsets) if span[0] < span[1]] == encoding.ids[: len(shown)]
+
+
+def test_a_fast_form_that_tokenizes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tokenizer("t5").backend_tokenizer
+    monkeypatch.setattr(CONVERT, lambda slow: other)
+    with pytest.raises(DitAttnError, match="reads 'a red cube' in another way; load the fast tokenizer"):
+        recorded(Slow(tokenizer("llama")), "a red cube")
