@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit docs docs-serve package test-matrix clean
+.PHONY: demo test lint types unit docs docs-serve package test-matrix test-upstream clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ package: $(STAMP)
 
 test-matrix: $(STAMP)
 	$(BIN)/python -m tests.families.matrix --output benchmarks/matrix.json
+
+# DIFFUSERS=path is a work tree of diffusers; ARGS, further arguments of the runner.
+test-upstream: $(STAMP)
+	$(BIN)/python -m tests.upstream.run $(DIFFUSERS) --output benchmarks/upstream.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache
