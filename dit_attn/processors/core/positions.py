@@ -124,8 +124,7 @@ def displacement(maps: Sequence[PositionMap], coordinates: torch.Tensor) -> torc
         elif item.region is not None:
             rows = torch.zeros(count, dtype=torch.bool)
             rows[item.region] = True
-        fixed = torch.where(scale == 1, 0.0, (1 - scale) * origin)  # no rounding where nothing is scaled
-        shift = torch.where(rows[:, None], scale * shift + fixed + offset, shift)
+        shift = torch.where(rows[:, None], scale * shift + (1 - scale) * origin + offset, shift)
         factor = torch.where(rows[:, None], scale * factor, factor)
     return torch.where(factor == 1, shift, (factor - 1) * coordinates + shift)
 

@@ -208,9 +208,7 @@ def _reference_line(
     if not used.any():
         return torch.zeros(span.grid[axis], dtype=torch.float64)
     line = torch.cat([start[None], _line(cos, sin, span, axis)])[:, used]
-    gaps = _distances(_turns(line), theta[used])
-    close = (gaps - gaps.round()).abs() < _EVEN
-    return torch.where(close, gaps.round(), gaps).cumsum(0)
+    return _distances(_turns(line), theta[used]).cumsum(0)
 
 
 def _raster_frequencies(steps: list[torch.Tensor | None], grid: tuple[int, int, int]) -> torch.Tensor:

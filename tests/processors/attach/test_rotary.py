@@ -183,10 +183,12 @@ def test_cogview_4_spreads_its_grid_over_many_positions() -> None:
 
 def test_a_table_is_moved_once_for_all_layers_and_freed_after(measured: list[int]) -> None:
     model, args = tiny("wan")
-    dit_attn.enable(model, Placed(HALF))
+    maps = [HALF]
+    dit_attn.enable(model, Placed(maps))
     session = attach.session_of(model)
     assert session is not None
-    for count in (1, 2):
+    for count, item in ((1, HALF), (2, PositionMap(offset=(0, 1, 0), region=slice(0)))):
+        maps[:] = [item]
         forward(model, args)
         assert measured == [320] * count
         gc.collect()
@@ -215,8 +217,25 @@ def test_tables_that_the_caller_keeps_are_moved_once_and_again_when_they_or_the_
     (kept,) = attach.session_of(model).moved_tables.values()  # type: ignore[union-attr]
     assert len(kept) == 4
     scale[0] = 0.25
+    assert same(other, run())
     args["image_rotary_emb"][1].neg_()
     assert not same(other, run())
+
+
+def test_a_table_is_moved_again_for_another_layout_and_other_sines(measured: list[int]) -> None:
+    tables = Tables(*tiny("cogvideox"))
+    session: Any = tables.session
+    tables.maps.append(HALF)
+    cos, sin = tables.kwargs["image_rotary_emb"]
+    first = rotary._move(session, tables.layer, [cos, sin], "real")
+    assert rotary._move(session, tables.layer, [cos, sin], "real") is first and len(measured) == 1
+    other = rotary._move(session, tables.layer, [cos, -sin], "real")
+    assert not torch.equal(first[1], other[1]) and len(measured) == 2
+    session.set_layout(TokenLayout((visual_span("video", (3, 10, 12)), Span("text", None))))
+    rotary._move(session, tables.layer, [cos, sin], "real")
+    assert len(measured) == 3
+    session.drop_state()
+    assert not session.moved_tables
 
 
 def test_layers_steps_and_branches_may_differ() -> None:

@@ -139,6 +139,19 @@ def test_whole_steps_give_the_tables_of_the_model_at_the_moved_positions() -> No
     torch.testing.assert_close(found[:, :-2, 1:], own[:, 2:, :-1], atol=2e-7, rtol=0)
 
 
+@pytest.mark.parametrize("odd", [0, 4, 7])
+def test_a_token_is_the_most_common_spacing_wherever_the_odd_one_is(odd: int) -> None:
+    gaps = torch.full((8,), 3.0, dtype=torch.float64)
+    gaps[odd] = 2.0
+    places = torch.cat([torch.zeros(1).double(), gaps.cumsum(0)])
+    positions = torch.cartesian_prod(torch.zeros(1).double(), torch.arange(6).double(), places)
+    table = PLAIN.table(positions)
+    tokens = resolved(visual_span("image", (1, 6, 9)))
+    found = moved(table, tokens, torch.float32, PositionMap(scale=(1, 1, 0.5), offset=(0, 0, 1.5)))
+    expected = PLAIN.table(positions * torch.tensor([1, 1, 0.5]) + torch.tensor([0, 0, 4.5]), exact=True)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
 def test_text_padding_and_tokens_that_stay_keep_every_bit() -> None:
     tokens = resolved(Span("text", 5), visual_span("image", (1, 6, 9)), Span("padding", 2))
     table = torch.cat([torch.randn(5, 44).to(torch.complex128), PLAIN.table(points_of((1, 6, 9))), torch.zeros(2, 44)])
