@@ -277,6 +277,8 @@ def test_rows_that_no_bias_reaches_are_bit_equal_to_those_of_a_request_without_o
         ("must be finite", lambda r, c: r.add_span_bias(c, slice(0, 3), slice(0, 3), math.nan)),
         ("finite or -inf", lambda r, c: r.add_span_bias(c, slice(0, 3), slice(0, 3), INF)),
         ("number or", lambda r, c: r.add_span_bias(c, slice(0, 3), slice(0, 3), torch.ones(2, 3))),
+        ("number or", lambda r, c: r.add_span_bias(c, slice(0, 3), slice(0, 3), torch.ones(3, 4))),
+        ("number or", lambda r, c: r.add_span_bias(c, slice(0, 3), slice(0, 3), torch.ones(4))),
         ("tokens must be a slice", lambda r, c: r.add_span_bias(c, torch.ones(5).bool(), slice(0, 3), 1.0)),
         ("the rows of a bias", lambda r, c: r.add_bias(c, torch.ones(1, 3, 5, 1), torch.ones(1, 1, SEQ, 1))),
         ("the keys of a bias", lambda r, c: r.add_bias(c, torch.ones(1, 1, 5, 1), torch.ones(3, 1, SEQ, 1))),

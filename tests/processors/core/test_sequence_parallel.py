@@ -227,11 +227,21 @@ class HeadLift:
         request.add_span_bias(call, slice(30, 90), slice(100, 140), -math.inf)
 
 
+class WholeLift(HeadLift):
+    """The same, with the values of all heads of the model, of which a rank uses its own."""
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        request.add_span_bias(call, slice(None), slice(0, 12), self.values[None])
+        ramp = torch.linspace(-1, 1, call.q.shape[1])[None, None, :, None]
+        request.add_bias(call, self.values[None, :, None, None].expand(1, -1, 40, 1), ramp, first=5)
+
+
 SPLIT_METHODS: dict[str, tuple[Any, ...]] = {
     "density of each head": (BlockSparse(density=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),),
     "one rank dense": (BlockSparse(density=(1.0, 1.0, 0.2, 0.4), q_block=32, kv_block=32, dense_steps=0),),
     "rectified": (RectifiedSpaAttn(density=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),),
     "biases": (HeadLift(),),
+    "biases of all heads": (WholeLift(),),
     "biases and a layout": (
         HeadLift(),
         BlockSparse(top_p=(0.2, 0.6, 1.0, 0.4), q_block=32, kv_block=32, dense_steps=0),
@@ -280,6 +290,22 @@ def test_biases_that_are_zero_on_one_rank_are_biases_on_both(form: str) -> None:
 
     for rank, out in enumerate(Ranks(2).run(work)):
         torch.testing.assert_close(out, sharded(alone.out, [20, 288], 2, rank), atol=1e-5, rtol=1e-4)
+
+
+def test_a_bias_of_the_number_0_leaves_every_rank_to_stock_attention() -> None:
+    class Nothing(HeadLift):
+        def request(self, call: AttentionCall, request: Request) -> None:
+            request.add_span_bias(call, slice(None), slice(0, 12), 0.0)
+
+    full = random_args()
+
+    def work(mesh: Mesh) -> tuple[bool, Any]:
+        run, layer = host_run([Nothing()])
+        q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: torch.zeros_like(q))
+        return bool(out.any()), layer.stats.fallbacks
+
+    assert Ranks(2).run(work) == [(False, {"nothing requested": 1})] * 2
 
 
 @pytest.mark.parametrize("count", (2, 3, 8))
