@@ -5,7 +5,9 @@ from dit_attn.kernels.backends.registry import BACKENDS, Choice
 from dit_attn.kernels.functional import choose_backend, sparse_attention
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.flex_mask import from_flex, to_flex
-from dit_attn.kernels.layouts.patterns import band, from_lengths, from_segments, inward_window, sink_window
+from dit_attn.kernels.layouts.patterns import band, from_lengths, from_segments, sink_window
+from dit_attn.kernels.layouts.token_order import TokenOrder, token_order
+from dit_attn.kernels.layouts.windows import inward_window, snapped_window, window_tile
 from dit_attn.kernels.numeric_guard import numeric_guard
 from dit_attn.kernels.selection.pooling import pool_blocks
 from dit_attn.kernels.selection.select import BlockPlan, block_scores, plan_blocks, plan_scores, select_blocks
@@ -20,6 +22,7 @@ __all__ = [
     "Epilogue",
     "LogitBias",
     "Terms",
+    "TokenOrder",
     "band",
     "block_scores",
     "choose_backend",
@@ -35,6 +38,9 @@ __all__ = [
     "reference_attention",
     "select_blocks",
     "sink_window",
+    "snapped_window",
     "sparse_attention",
     "to_flex",
+    "token_order",
+    "window_tile",
 ]

@@ -12,8 +12,9 @@ import torch
 
 from dit_attn.kernels import device
 from dit_attn.kernels.backends.gather import tiling
-from dit_attn.kernels.layouts import flex_mask, patterns
+from dit_attn.kernels.layouts import flex_mask, patterns, windows
 from dit_attn.kernels.layouts.block_layout import BlockLayout
+from dit_attn.kernels.layouts.token_order import token_order
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import BAR, NO_TERMS, Epilogue, LogitBias, Terms, pooled_bias, pooled_compensation
 
@@ -65,9 +66,28 @@ def bits_layout(q_block: int = 32, kv_block: int = 32) -> BlockLayout:
     return flex_mask.from_flex(mask)
 
 
+def holds(layout: BlockLayout, pairs: torch.Tensor) -> None:
+    """Assert that a layout has exactly ``pairs`` (.., Sq, Sk); partial blocks are neither empty nor full."""
+    layout.check()
+    lead = layout.kv_num_blocks.shape[:2]
+    assert torch.equal(layout.materialize(), pairs.expand(*lead, -1, -1))
+    queries, keys = -(-layout.q_len // layout.q_block), -(-layout.kv_len // layout.kv_block)
+    for row in range(queries):
+        for column in range(keys):
+            tile = pairs[..., row * layout.q_block :, column * layout.kv_block :]
+            tile = tile[..., : layout.q_block, : layout.kv_block].flatten(-2)
+            assert torch.equal(layout.block_mask()[..., row, column], tile.any(-1).expand(lead))
+            assert torch.equal(layout.full_mask()[..., row, column], tile.all(-1).expand(lead))
+    assert abs(layout.token_density - float(pairs.double().mean())) < 1e-12
+
+
 LAYOUTS: dict[str, Callable[[], BlockLayout]] = {
-    "window": lambda: patterns.inward_window((2, 5, 7), (2, 3, 4), q_block=32, kv_block=16, text_before=4),
-    "cut window": lambda: patterns.inward_window((8, 9), (3, 4), q_block=16, kv_block=32, inward=False),
+    "window": lambda: windows.inward_window((2, 5, 7), (2, 3, 4), q_block=32, kv_block=16, text_before=4),
+    "cut window": lambda: windows.inward_window((8, 9), (3, 4), q_block=16, kv_block=32, inward=False),
+    "window in tiles": lambda: windows.inward_window(
+        (2, 6, 5), (None, 3, 4), order=token_order("tiles", (2, 6, 5), tile=(2, 4, 4)), stride=(1, 2, 1), q_block=16,
+        kv_block=16, text_after=5, text_rows=False,
+    ),
     "band": lambda: patterns.band(Q_LEN, KV_LEN, 9, 5, sinks=6, q_shift=3, q_block=32, kv_block=32),
     "sinks": lambda: patterns.sink_window(80, 20, 33, q_block=16, kv_block=16),
     "segments": lambda: patterns.from_segments(

@@ -13,7 +13,8 @@ import torch
 
 from dit_attn.contact_sheet import Tile, grid
 from dit_attn.kernels.layouts.block_layout import BlockLayout
-from dit_attn.kernels.layouts.patterns import band, from_lengths, inward_window, sink_window
+from dit_attn.kernels.layouts.patterns import band, from_lengths, sink_window
+from dit_attn.kernels.layouts.windows import inward_window
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,7 +14,11 @@ import torch
 
 from dit_attn.errors import DitAttnError
 
-NUMBERS = 12  # integers that describe a rule, padded with zeros
+NUMBERS = 5  # integers that describe a rule, padded with zeros
+FREE = -(1 << 30)
+"""In place of a position: a token outside of the grid, which attends to every key and is attended to by every query."""
+UNLIMITED = 1 << 30
+"""In place of a window's size: the axis is not restricted."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class ElementMask(ABC):
         k = tiles.columns[..., None].to(kind) * tiles.kv_block + torch.arange(tiles.kv_block, dtype=kind, device=device)
         return self.allowed(q[:, :, None], k.flatten(1)[:, None], tiles.batch)
 
+    def factors(self, tiles: Tiles) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return the rule as rules that must all allow a pair, each with few distinct rows; ``None`` if it has none.
+
+        Returns:
+            For each of them (n, P, w * kv_block) bool, rows of allowed keys, and (n, tokens) ints, the row of each
+            query. Keys past the end of the sequence are not allowed.
+        """
+        return None
+
     def size_mismatch(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
         """Return why the tables do not fit these lengths and block sizes, or ``None`` if they do."""
         return None
@@ -90,59 +103,73 @@ class ElementMask(ABC):
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WindowMask(ElementMask):
-    """A window on a grid of up to three axes; tokens outside of the grid (text) are not restricted.
+    """A window on a grid of three axes, its tokens in any order; tokens outside of the grid (text) are not restricted.
 
-    Along an axis of N positions with a window of K, query position p attends to K positions from ``clamp(p - K // 2,
-    0, N - K)`` on: at a border the window moves inward, so that every query attends to equally many keys (neighborhood
-    attention, Hassani et al., arXiv:2204.07143; FreeSwim's inward window). With ``inward=False`` it is cut off instead.
+    Along every axis a query attends to ``window`` positions from its start on, whatever rule its starts follow:
+    :mod:`~dit_attn.kernels.layouts.windows` has the rules.
 
     Attributes:
-        grid: (T, H, W) positions; token ``(t * H + h) * W + w``.
-        window: size along each axis, from 1 to the length of the axis.
-        q_start, k_start: number of the grid's first token among the queries and among the keys.
-        inward: move the window at a border rather than cut it.
+        window: size along each axis, ``UNLIMITED`` for all of it.
+        starts: (1, 3, Sq) int32, first position of each query's window, ``FREE`` for text.
+        places: (1, 3, Sk) int32, position of each key, ``FREE`` for text.
     """
 
     kind: ClassVar[int] = 1
-    grid: tuple[int, int, int]
     window: tuple[int, int, int]
-    q_start: int = 0
-    k_start: int = 0
-    inward: bool = True
-
-    def __post_init__(self) -> None:
-        if any(not 1 <= size <= n for size, n in zip(self.window, self.grid)):
-            raise DitAttnError(f"window {self.window} must lie between 1 and the grid {self.grid} along every axis")
+    starts: torch.Tensor
+    places: torch.Tensor
 
     def numbers(self) -> tuple[int, ...]:
-        return (*self.grid, *self.window, self.q_start, self.k_start, int(self.inward), 0, 0, 0)
+        return (*self.window, self.starts.shape[2], self.places.shape[2])
+
+    def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.starts, self.places
+
+    def size_mismatch(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
+        if self.starts.shape[2] >= q_len and self.places.shape[2] >= kv_len:
+            return None
+        return f"windows of {self.starts.shape[2]} x {self.places.shape[2]} tokens for {q_len} x {kv_len}"
 
     def from_block(self, block: int, q_block: int) -> WindowMask:
-        return replace(self, q_start=self.q_start - block * q_block)
-
-    def start(self, position: torch.Tensor, axis: int) -> torch.Tensor:
-        """Return the first position of the window of ``position`` along an axis; negative where a window is cut off."""
-        size = self.window[axis]
-        start = position - size // 2
-        return start.clamp(0, self.grid[axis] - size) if self.inward else start
+        return replace(self, starts=self.starts[:, :, block * q_block :])
 
     def allowed(self, q: torch.Tensor, k: torch.Tensor, batch: int = 0) -> torch.Tensor:
-        cells = self.grid[0] * self.grid[1] * self.grid[2]
-        qv, kv = q - self.q_start, k - self.k_start
-        text = ((qv < 0) | (qv >= cells)) | ((kv < 0) | (kv >= cells))
-        attended = ~text
-        for axis, (a, b) in enumerate(zip(self.positions(qv), self.positions(kv))):
-            if self.window[axis] < self.grid[axis] or not self.inward:
-                start = self.start(a, axis)
-                attended &= (b >= start) & (b < start + self.window[axis])
-        return attended | text
+        starts, places = self.starts[0], self.places[0]
+        q, k = q.clamp(max=starts.shape[1] - 1).long(), k.clamp(max=places.shape[1] - 1).long()
+        attended = torch.ones((), dtype=torch.bool, device=starts.device)
+        for axis, size in enumerate(self.window):
+            if size < UNLIMITED:
+                start, place = starts[axis][q], places[axis][k]
+                attended = attended & (place >= start) & (place < start + size)
+        return attended | (starts[0][q] == FREE) | (places[0][k] == FREE)
 
-    def positions(self, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the (t, h, w) position of a cell number."""
-        _, height, width = self.grid
-        return cell // (height * width), cell // width % height, cell % width
+    def factors(self, tiles: Tiles) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        starts, places = self.starts[0], self.places[0]
+        q = tiles.rows[:, None] * tiles.q_block + torch.arange(tiles.tokens, device=starts.device)
+        k = tiles.columns[..., None] * tiles.kv_block + torch.arange(tiles.kv_block, device=starts.device)
+        exists = (k < places.shape[1]).flatten(1)
+        k = k.clamp(max=places.shape[1] - 1).flatten(1)
+        free_key = places[0][k] == FREE
+        found = []
+        for axis, size in enumerate(self.window):
+            if size == UNLIMITED:
+                continue
+            start, place = starts[axis][q], places[axis][k]
+            free = start == FREE
+            low = start.masked_fill(free, UNLIMITED).amin(1, keepdim=True)
+            row = (start - low + 1).masked_fill_(free, 0)  # row 0 is that of text
+            count = int(row.max())
+            if count < tiles.tokens:
+                first = low + torch.arange(count, dtype=torch.int32, device=starts.device)
+            else:
+                first, row = start, (torch.arange(1, tiles.tokens + 1, device=starts.device) * ~free)
+            inside = (place[:, None] >= first[..., None]) & (place[:, None] < first[..., None] + size)
+            inside |= free_key[:, None]
+            rows = torch.cat([torch.ones_like(inside[:, :1]), inside], 1) & exists[:, None]
+            found.append((rows, row))
+        return found
 
 
 @dataclass(frozen=True)
@@ -159,7 +186,7 @@ class BandMask(ElementMask):
     q_shift: int = 0
 
     def numbers(self) -> tuple[int, ...]:
-        return (self.before, self.after, self.sinks, self.q_shift, *(0,) * 8)
+        return (self.before, self.after, self.sinks, self.q_shift, *(0,) * (NUMBERS - 4))
 
     def from_block(self, block: int, q_block: int) -> BandMask:
         return replace(self, q_shift=self.q_shift + block * q_block)
@@ -256,8 +283,8 @@ def rebuild_mask(
 ) -> ElementMask:
     """Rebuild the rule that ``kind``, ``numbers()`` and ``tensors()`` describe."""
     n = tuple(numbers)
-    if kind == WindowMask.kind:
-        return WindowMask((n[0], n[1], n[2]), (n[3], n[4], n[5]), n[6], n[7], bool(n[8]))
+    if kind == WindowMask.kind and a is not None and b is not None:
+        return WindowMask((n[0], n[1], n[2]), a, b)
     if kind == BandMask.kind:
         return BandMask(*n[:4])
     if kind == SegmentMask.kind and a is not None and b is not None:

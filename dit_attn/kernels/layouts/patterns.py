@@ -1,4 +1,4 @@
-"""Static layouts, which follow from the lengths alone: windows on a grid, bands, sinks, packed sequences.
+"""Static layouts, which follow from the lengths alone: bands, sinks, packed sequences; windows are in ``windows.py``.
 
 Constructors are analytic: they count in closed form, for each query block, the keys of each key block that some of its
 queries attend to and those that all of them do. Nothing of size S x S is built. Results are cached by arguments and
@@ -7,7 +7,6 @@ device where they depend on nothing else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,126 +17,7 @@ from dit_attn.kernels.checks import INTS, check_sizes, dtype_name, is_whole
 from dit_attn.kernels.device import host_readable
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div
 from dit_attn.kernels.layouts.cache import cached
-from dit_attn.kernels.layouts.element_masks import BandMask, BitMask, ElementMask, SegmentMask, WindowMask, pack_bits
-
-
-def inward_window(
-    grid: tuple[int, ...],
-    window: tuple[int, ...] | int,
-    *,
-    q_block: int = 128,
-    kv_block: int = 128,
-    text_before: int = 0,
-    text_after: int = 0,
-    inward: bool = True,
-    device: torch.device | str = "cpu",
-) -> BlockLayout:
-    """Build the layout of windowed self attention on a grid; at a border the window moves inward.
-
-    Along an axis of N positions with a window of K, position p attends to K positions from ``clamp(p - K // 2, 0,
-    N - K)`` on: the border rule of neighborhood attention (Hassani et al., arXiv:2204.07143), FreeSwim's inward window.
-
-    Args:
-        grid: positions along 1 to 3 axes, row-major, e.g. (T, H, W).
-        window: size along each axis, or one number for all; a window longer than its axis is cut to it (not allowed
-            with ``inward=False``).
-        q_block, kv_block: tokens per block.
-        text_before, text_after: tokens before and after the grid that attend to, and are attended to by, all tokens.
-        inward: ``False`` cuts the window off at a border instead of moving it.
-        device: where the lists are.
-
-    Raises:
-        DitAttnError: a size that is not a positive whole number, or another number of axes.
-    """
-    axes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
-    sizes = tuple(window) if isinstance(window, (tuple, list)) else (window,) * len(axes)
-    if not 1 <= len(axes) <= 3 or len(sizes) != len(axes):
-        raise DitAttnError(f"a window needs one size for each of 1 to 3 grid axes, got grid {grid} and window {window}")
-    if not all(is_whole(n, 1) for n in (*axes, *sizes)) or not all(is_whole(n, 0) for n in (text_before, text_after)):
-        raise DitAttnError(
-            f"grid {grid} and window {window} must be positive whole numbers, text lengths {text_before} and "
-            f"{text_after} whole and not negative"
-        )
-    check_sizes(q_block=q_block, kv_block=kv_block)
-    cut = tuple(min(k, n) for k, n in zip(sizes, axes)) if inward else sizes
-    full = (1,) * (3 - len(axes))
-    device = torch.device(device)
-    return _window((*full, *axes), (*full, *cut), text_before, text_after, inward, q_block, kv_block, device)
-
-
-@cached
-def _window(
-    grid: tuple[int, int, int],
-    window: tuple[int, int, int],
-    before: int,
-    after: int,
-    inward: bool,
-    q_block: int,
-    kv_block: int,
-    device: torch.device,
-) -> BlockLayout:
-    seq = before + math.prod(grid) + after
-    mask = WindowMask(grid, window, before, before, inward)
-    bounds = _bounds(seq, kv_block)
-    sizes = bounds.diff()
-    text = sizes - (bounds - before).clamp(0, math.prod(grid)).diff()  # tokens outside of the grid, per key block
-    block, low, high = _segments(grid, before, seq, q_block)
-
-    def keys_in(touched: bool) -> torch.Tensor:
-        counted = _window_counts(mask, low, high, bounds, touched) + text
-        return torch.where((low >= 0)[:, None], counted, sizes)  # text attends to every key
-
-    some, short = keys_in(True) > 0, keys_in(False) < sizes
-    nq = ceil_div(seq, q_block)
-    attended, short = (torch.zeros(nq, len(sizes)).index_add_(0, block, x.float()) > 0 for x in (some, short))
-    return _static(attended & ~short, attended & short, mask, seq, seq, q_block, kv_block, device)
-
-
-def _segments(
-    grid: tuple[int, int, int], before: int, seq: int, q_block: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Segments of query tokens, cut at block borders and ends of grid rows: block, first and last cell; -1 for text."""
-    cells, width = math.prod(grid), grid[2]
-    cuts = torch.cat(
-        [
-            torch.arange(0, seq, q_block),
-            before + torch.arange(0, cells + 1, width),
-            torch.tensor([0, seq]),
-        ]
-    )
-    cuts = cuts[cuts <= seq].unique()
-    first, last = cuts[:-1], cuts[1:] - 1
-    inside = (first >= before) & (last < before + cells)
-    return first // q_block, torch.where(inside, first - before, -1), torch.where(inside, last - before, -1)
-
-
-def _window_counts(
-    mask: WindowMask, low: torch.Tensor, high: torch.Tensor, bounds: torch.Tensor, touched: bool
-) -> torch.Tensor:
-    """(segments, nk) grid tokens of each key block that some (``touched``) or all cells of a row segment attend to.
-
-    Within a row the windows of consecutive cells differ along the row only, where they start at most one position
-    apart, so both the union and the intersection are boxes.
-    """
-    depth, height, width = mask.grid
-    t, h, w = mask.positions(low.clamp(min=0))
-    w_last = mask.positions(high.clamp(min=0))[2]
-    box = []
-    for axis, (a, b) in enumerate(((t, t), (h, h), (w, w_last))):
-        first, last = mask.start(a, axis), mask.start(b, axis)
-        begin, end = (first, last + mask.window[axis]) if touched else (last, first + mask.window[axis])
-        begin, end = begin.clamp(0, mask.grid[axis]), end.clamp(0, mask.grid[axis])
-        box.append((begin[:, None], torch.maximum(begin, end)[:, None]))
-    (t0, t1), (h0, h1), (w0, w1) = box
-    # Tokens of the box before a bound: full planes, then full rows of its plane, then cells of its row.
-    cell = (bounds - mask.k_start).clamp(0, depth * height * width)[None]
-    bt, bh, bw = cell // (height * width), cell // width % height, cell % width
-    rows, cells = h1 - h0, w1 - w0
-    in_plane, in_row = (bt >= t0) & (bt < t1), (bh >= h0) & (bh < h1)
-    below = (bt.clamp(max=depth) - t0).clamp(min=0).minimum(t1 - t0) * rows * cells
-    below = below + in_plane * (bh - h0).clamp(min=0).minimum(rows) * cells
-    below = below + (in_plane & in_row) * (bw - w0).clamp(min=0).minimum(cells)
-    return below.diff(dim=1)
+from dit_attn.kernels.layouts.element_masks import BandMask, BitMask, ElementMask, SegmentMask, pack_bits
 
 
 def band(

@@ -24,8 +24,9 @@ from dit_attn.kernels import (
 )
 from dit_attn.kernels.backends.custom_ops import flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.backends.gather import forward as gather
-from dit_attn.kernels.layouts.patterns import band, from_segments, inward_window
+from dit_attn.kernels.layouts.patterns import band, from_segments
 from dit_attn.kernels.layouts.token_order import token_order
+from dit_attn.kernels.layouts.windows import inward_window
 from dit_attn.kernels.problem import Problem
 from tests._support.kernel_cases import TERMS, call
 

@@ -13,7 +13,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma")
 GROUPS = {
     "what": (
-        flags.Flag("what", "kernels, operators, model or capture", default="required", metavar="WHAT", positional=True),
+        flags.Flag("what", "kernels, windows, operators, model or capture", default="required", metavar="WHAT",
+                   positional=True),
     ),
     "kernels": (
         flags.Flag("shape", "tokens, heads and head size of a layer of a known model"),
@@ -75,6 +76,7 @@ _ABOUT = {
 _METHOD = f"{parsers.VARIANTS} (default: model: the three sparse methods; operators: the table's rows)"
 _EXAMPLES = """examples:
   dit-attn bench kernels --shape wan2.1-1.3b --dtype bfloat16 --plot speed.png
+  dit-attn bench windows --threads 2
   dit-attn bench operators --source tiny-image --method block-sparse
   dit-attn bench model --config wan2.1-1.3b --method block-sparse:density=0.2
   dit-attn bench capture --source tiny-video --output call.safetensors
@@ -87,6 +89,7 @@ JOBS = {
     "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "words"),
     "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",
               "dtype", "batch", "repeats", "words"),
+    "windows": ("heads", "dim", "batch", "repeats"),
     "capture": ("source", "steps", "height", "width", "frames", "dtype"),
 }  # fmt: skip
 

@@ -114,7 +114,7 @@ def run(options: Options) -> int:
     if config.output:
         outputs.prepare_folder(config.output.parent)
     load_pipeline.quiet(show_progress=False)
-    before = _load()
+    before = load_average()
     arch, device, dtype = config.arch, config.device, config.dtype
     model = arch.build(device, dtype)
     status = StatusLine(not config.json)
@@ -129,7 +129,7 @@ def run(options: Options) -> int:
         "command": _command(config),
         "commit": current_commit(),
         "environment": environment(),
-        "load_average": {"before": before, "after": _load(), "cores": os.cpu_count()},
+        "load_average": {"before": before, "after": load_average(), "cores": os.cpu_count()},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "model": _about(arch, config.published, model),
@@ -226,7 +226,8 @@ def _command(config: ModelBenchConfig) -> str:
     return " ".join(map(str, words))
 
 
-def _load() -> list[float] | None:
+def load_average() -> list[float] | None:
+    """Return the load of the machine over 1, 5 and 15 minutes; ``None`` where there is no such figure."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 

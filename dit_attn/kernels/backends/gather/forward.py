@@ -12,15 +12,18 @@ are long; none where even that is large compared with the call: blocks are then 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from dit_attn.kernels.backends.gather.threads import LARGE, run_parts
 from dit_attn.kernels.backends.gather.tile_buffers import TileBuffers, iter_chunks
 from dit_attn.kernels.backends.gather.tiling import (
     HeadGroup,
     Precision,
     QueryTiles,
+    TileBucket,
     iter_buckets,
     iter_head_groups,
     iter_query_tiles,
@@ -72,7 +75,7 @@ def gather_attention(problem: Problem, rounded_logits: bool = False) -> tuple[to
 class _Result:
     """Results that the chunks write: o (tiles, tokens, Dv), row maxima and row sums (tiles, tokens, 1) in base 2.
 
-    With ``late``, o is divided by the sums only after all chunks.
+    With ``late``, o is divided by the sums rather than the probabilities.
     """
 
     o: torch.Tensor
@@ -100,16 +103,31 @@ def _forward_tiles(
         bounded = False
         if norms is not None and limit is not None:
             bounded = bool(norms.index_select(0, bucket.rows).amax() < limit)
-        for buffers, low, high in iter_chunks(problem, group, tiles, bucket, workspace):
-            _forward_chunk(buffers, low, high, q, result, bounded)
-    if result.late:
-        o.mul_(_inverse(result.total))
+        _forward_bucket(problem, group, tiles, bucket, workspace, q, result, bounded)
     if not problem.on_host or int(tiles.count.min()) == 0:  # tiles without keys are uninitialized
         o.masked_fill_((tiles.count == 0)[:, None, None], 0.0)
     if not tiles.is_view:
         tiles.write(out, group.batch, o)
     sums = result.top.add_(torch.log2(result.total)).mul_(LN2)
     lse[group.batch, tiles.heads, tiles.rows] = sums.view(tiles.heads.stop - tiles.heads.start, -1)
+
+
+def _forward_bucket(
+    problem: Problem,
+    group: HeadGroup,
+    tiles: QueryTiles,
+    bucket: TileBucket,
+    workspace: Workspace,
+    q: torch.Tensor,
+    result: _Result,
+    bounded: bool,
+) -> None:
+    def part(first: int, last: int) -> None:
+        with borrow_workspace() if (first, last) != (0, bucket.n) else nullcontext(workspace) as own:
+            for buffers, low, high in iter_chunks(problem, group, tiles, bucket, own, first, last):
+                _forward_chunk(buffers, low, high, q, result, bounded)
+
+    run_parts(part, bucket.n, q.device)
 
 
 def _key_norms(problem: Problem, group: HeadGroup) -> torch.Tensor | None:
@@ -138,7 +156,14 @@ def _limit(group: HeadGroup, tiles: QueryTiles, q: torch.Tensor) -> torch.Tensor
 def _norms(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n,) largest norm among the vectors of each x (n, tokens, D), in chunks because torch widens its input."""
     at_once = max(1, _CHUNK_BYTES // max(x[0].numel() * dtype.itemsize, 1)) if x.device.type == "cpu" else len(x)
-    return torch.cat([torch.linalg.vector_norm(tiles, dim=-1, dtype=dtype).amax(-1) for tiles in x.split(at_once)])
+    largest = torch.empty(len(x), dtype=dtype, device=x.device)
+
+    def part(first: int, last: int) -> None:
+        for tiles, found in zip(x[first:last].split(at_once), largest[first:last].split(at_once)):
+            torch.amax(torch.linalg.vector_norm(tiles, dim=-1, dtype=dtype), -1, out=found)
+
+    run_parts(part, len(x), x.device, large=x.numel() > LARGE)
+    return largest
 
 
 def _forward_chunk(buffers: TileBuffers, low: int, high: int, q: torch.Tensor, result: _Result, bounded: bool) -> None:
@@ -160,10 +185,12 @@ def _forward_chunk(buffers: TileBuffers, low: int, high: int, q: torch.Tensor, r
         p.mul_(_inverse(total) if buffers.may_be_empty else total.reciprocal())
     if buffers.p is not buffers.s:
         p = buffers.p.copy_(p)
-    if buffers.in_order and result.o.is_contiguous() and result.o.dtype == v.dtype:
-        torch.bmm(p, v, out=result.o[low:high])
-    else:
-        bucket.put(result.o, low, high, torch.bmm(p, v, out=buffers.o))
+    in_place = buffers.in_order and result.o.is_contiguous() and result.o.dtype == v.dtype
+    o = torch.bmm(p, v, out=result.o[low:high] if in_place else buffers.o)
+    if result.late:
+        o.mul_(_inverse(total))
+    if not in_place:
+        bucket.put(result.o, low, high, o)
 
 
 def _inverse(total: torch.Tensor) -> torch.Tensor:

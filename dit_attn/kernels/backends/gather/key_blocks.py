@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dit_attn.kernels.backends.gather.threads import LARGE, run_parts
 from dit_attn.kernels.backends.gather.workspace import Workspace
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 
@@ -68,7 +69,11 @@ def copied_blocks(
     """Copy heads (Sk, heads, D) into contiguous blocks; ``name`` is that of the workspace buffer."""
     seq, heads, dim = x.shape
     buffer = workspace.get(name, dtype, x.device, heads, layout.nk * layout.kv_block, dim)
-    buffer[:, :seq].copy_(x.transpose(0, 1))
+
+    def copy(low: int, high: int) -> None:
+        buffer[:, low:high].copy_(x[low:high].transpose(0, 1))
+
+    run_parts(copy, seq, x.device, large=x.numel() > LARGE)
     if seq < buffer.shape[1]:
         buffer[:, seq:] = 0.0
     if mask is not None:

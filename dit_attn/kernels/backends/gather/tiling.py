@@ -75,12 +75,17 @@ class TileMask:
     rows: torch.Tensor
     columns: torch.Tensor
 
-    def hidden(self, layout: BlockLayout, tokens: int, tiles: torch.Tensor, first: int, width: int) -> torch.Tensor:
-        """Return (n, tokens, (width - first) * kv_block) bool, True for pairs of entries ``first:width`` to mask."""
+    def at(self, layout: BlockLayout, tokens: int, tiles: torch.Tensor, first: int, width: int) -> Tiles:
+        """Return entries ``first:width`` of some of the tiles, as the rule takes them."""
         columns = self.columns[tiles, first:width]
         entries = torch.arange(first, width, device=columns.device) - self.full[tiles, None]
         blocks = (layout.q_block, layout.kv_block)
-        at = Tiles(self.batch, self.heads[tiles], self.rows[tiles], columns, entries, tokens, *blocks)
+        return Tiles(self.batch, self.heads[tiles], self.rows[tiles], columns, entries, tokens, *blocks)
+
+    def hidden(self, layout: BlockLayout, tokens: int, tiles: torch.Tensor, first: int, width: int) -> torch.Tensor:
+        """Return (n, tokens, (width - first) * kv_block) bool, True for pairs of entries ``first:width`` to mask."""
+        at = self.at(layout, tokens, tiles, first, width)
+        columns, entries = at.columns, at.entries
         key = columns[..., None] * layout.kv_block + torch.arange(layout.kv_block, device=columns.device)
         full = (entries < 0)[..., None].expand_as(key).flatten(1)
         attended = self.elements.allowed_pairs(at) | full[:, None]

@@ -286,7 +286,7 @@ def _elements(layout: BlockLayout) -> dict[str, Any]:
         "ma": spare if a is None else a, "ma_b": _broadcast("m", a)["m_b"],
         "ma_h": _broadcast("m", a)["m_h"] if per_head else 0,
         "mb": spare if b is None else b, "mb_b": _broadcast("m", b)["m_b"],
-        **{f"n{i}": numbers[i] for i in range(9)},
+        **{f"n{i}": numbers[i] for i in range(NUMBERS)},
     }  # fmt: skip
 
 
