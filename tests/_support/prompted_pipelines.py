@@ -25,22 +25,22 @@ class Prompted:
     Attributes:
         case: module and class of the family's tests.
         components: tokenizers and encoders, by the width of the embeddings and of pooled ones.
-        texts: names of the transformer's arguments with text.
         more: other arguments of the call.
         config: changes of the transformer's configuration, where prompts are longer than the family's tests have.
         without_mixing: paths in the pipeline of modules that would mix tokens, made identities.
         constant: paths of modules that would carry all tokens into every row; their weights are 0.
+        image_keys: keys of the cross attention that are of an image, before the text.
         joint: whether text is part of the sequence of the wrapped layers.
         prompt: has "red cube".
     """
 
     case: str
     components: Components
-    texts: tuple[str, ...] = ("encoder_hidden_states",)
     more: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     without_mixing: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
+    image_keys: int = 0
     joint: bool = True
     prompt: str = PROMPT
 

@@ -53,7 +53,7 @@ class PromptLookup:
         self._begin(run, model, pipe, owner)
         names = run.rows_by_branch()
         rows = tuple((call.layer.rows[0] + row) % len(names) for row in range(call.q.shape[0]))
-        key = (piece, names, rows, call.q.shape[1], call.k.shape[1], call.tokens, call.k.device)
+        key = (piece, names, rows, call.kind, call.k.shape[1], call.tokens, call.k.device)
         if key not in self._masks:
             self._masks[key] = self._mask(names, rows, call, piece).to(call.k.device)
         return self._masks[key]
@@ -137,10 +137,10 @@ def _running_arguments(pipe: Any) -> Mapping[str, Any]:
 
 
 def _text_span(call: AttentionCall) -> tuple[int, int]:
-    """Start and number of the keys that are text; all keys of a cross attention layer are."""
+    """Start and number of the keys that are text: all of cross attention to the text, none of that to an image."""
+    if call.kind != "self":
+        return 0, call.k.shape[1] if call.kind == "cross" else 0
     if call.tokens is None:
-        if call.q.shape[1] == call.k.shape[1]:
-            raise DitAttnError(f"the parts of the sequence of {call.layer.name} are not known")
-        return 0, call.k.shape[1]
+        raise DitAttnError(f"the parts of the sequence of {call.layer.name} are not known")
     text = [span for span in call.tokens.spans if span.kind == "text"]
     return (text[0].start, text[0].length or 0) if text else (0, 0)

@@ -102,11 +102,8 @@ class TokenLog:
     def _row(self, text: str, marked: str, encoding: Any) -> TokenRow:
         """The row of a fast tokenizer's encoding."""
         real = [bool(x) for x in encoding.attention_mask]
-        special = [bool(x) for x in encoding.special_tokens_mask]
-        offsets = [span if r and not s else (0, 0) for span, r, s in zip(encoding.offsets, real, special)]
-        cut = [
-            span for part in encoding.overflowing for span, s in zip(part.offsets, part.special_tokens_mask) if not s
-        ]
+        offsets = [span if kept else (0, 0) for span, kept in zip(encoding.offsets, real)]
+        cut = [span for part in encoding.overflowing for span in part.offsets if span[0] < span[1]]
         return TokenRow(text, marked, list(encoding.ids), offsets, real, cut, self._next)
 
     def _slow_row(self, tokenizer: Any, text: str, marked: str, ids: list[int], kwargs: Any) -> TokenRow:

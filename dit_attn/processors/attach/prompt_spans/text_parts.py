@@ -59,6 +59,11 @@ def _no_lead(pipe: Any, arguments: Mapping[str, Any], used: torch.Tensor, length
     return 0
 
 
+def _image_keys(pipe: Any, arguments: Mapping[str, Any], used: torch.Tensor, length: int) -> int:
+    """Wan without projections of its own for an image: the tokens of the image are the first keys."""
+    return length - used.shape[1]
+
+
 def _image_embedding(pipe: Any, arguments: Mapping[str, Any], used: torch.Tensor, length: int) -> int:
     """Framepack: the image embedding stands first; a single row is given without its padding."""
     return length - (int(used.sum()) if len(used) == 1 else used.shape[1])
@@ -149,6 +154,13 @@ class TextPart:
     tail: bool = False
 
 
+_WANS = (
+    "ChronoEditTransformer3DModel",
+    "SkyReelsV2Transformer3DModel",
+    "WanAnimateTransformer3DModel",
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+)
 _PARTS = (
     TextPart(("AuraFlowTransformer2DModel",), _after_registers),
     TextPart(("Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline"), encode=_normalized),
@@ -160,6 +172,7 @@ _PARTS = (
     TextPart(("LTX2VideoTransformer3DModel",), _connected),
     TextPart(("QwenImageEditPipeline", "QwenImageEditInpaintPipeline"), variables={"image": "prompt_image"}),
     TextPart(("QwenImageEditPlusPipeline",), variables={"image": "condition_images"}),
+    TextPart(_WANS, lead=_image_keys),
     TextPart(("ZImageTransformer2DModel",), tail=True, overwrites_lists=True),  # padded to a multiple of 32
     TextPart(("OmniGenTransformer2DModel",), encode=_omnigen, mark_ids=True),
     TextPart(

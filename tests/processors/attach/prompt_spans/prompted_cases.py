@@ -6,7 +6,6 @@ from tests._support import tiny_tokenizers as kinds
 from tests._support.prompted_pipelines import Prompted, clip_and, hidream, omnigen, one, sd3, with_glyphs
 
 REFINER = ("transformer.context_embedder.token_refiner",)
-HUNYUAN_TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
 CASES = {
     "flux": Prompted("flux.TestFlux", clip_and(kinds.t5, "_2"), more={"max_sequence_length": 32}),
     "kontext": Prompted("flux.TestFluxKontext", clip_and(kinds.t5, "_2"), more={"max_sequence_length": 32}),
@@ -22,17 +21,14 @@ CASES = {
         without_mixing=("transformer.context_refiner",),
         config={"axes_lens": (300, 64, 64)},
     ),
-    "omnigen": Prompted("omnigen.TestOmniGen", omnigen, ("input_ids",), config={"vocab_size": 1200}),
+    "omnigen": Prompted("omnigen.TestOmniGen", omnigen, config={"vocab_size": 1200}),
     "hidream": Prompted("hidream.TestHiDream", hidream),
-    "z-image": Prompted(
-        "z_image.TestZImage", one(kinds.qwen), ("cap_feats",), without_mixing=("transformer.context_refiner",)
-    ),
+    "z-image": Prompted("z_image.TestZImage", one(kinds.qwen), without_mixing=("transformer.context_refiner",)),
     "cogview-4": Prompted("cogview_4.TestCogView4", one(kinds.llama3)),
     "hunyuan-image": Prompted("hunyuan_image.TestHunyuanImage", with_glyphs, without_mixing=REFINER),
     "hunyuan-dit": Prompted(
         "hunyuan_dit.TestHunyuanDiT",
         clip_and(kinds.t5),
-        HUNYUAN_TEXTS,
         joint=False,
         config={"text_len": 77, "text_len_t5": 256},
         constant=("transformer.time_extra_emb.pooler",),
@@ -41,7 +37,7 @@ CASES = {
     "wan": Prompted("wan.TestWan", one(kinds.t5), joint=False),
     "wan-image": Prompted("wan.TestWanImageToVideo", one(kinds.t5), joint=False),
     "skyreels-v2": Prompted("skyreels_v2.TestSkyReelsV2", one(kinds.t5), joint=False),
-    "wan-animate": Prompted("wan_animate.TestWanAnimate", one(kinds.t5), joint=False),
+    "wan-animate": Prompted("wan_animate.TestWanAnimate", one(kinds.t5), image_keys=5, joint=False),
     "hunyuan-video": Prompted("hunyuan_video.TestHunyuanVideo", clip_and(kinds.llama3), without_mixing=REFINER),
     "framepack": Prompted("framepack.TestFramepack", clip_and(kinds.llama3), without_mixing=REFINER),
     "hunyuan-video-1.5": Prompted("hunyuan_video_1_5.TestHunyuanVideo15", with_glyphs, without_mixing=REFINER),
@@ -56,6 +52,11 @@ CASES = {
     "mochi": Prompted("mochi.TestMochi", one(kinds.t5), constant=("transformer.time_embed.pooler",)),
     "allegro": Prompted("allegro.TestAllegro", one(kinds.t5), joint=False),
     "cosmos": Prompted("cosmos.TestCosmos", one(kinds.t5), joint=False),
-    "kandinsky-5": Prompted("kandinsky_5.TestKandinsky5", clip_and(kinds.qwen), joint=False),
+    "kandinsky-5": Prompted(
+        "kandinsky_5.TestKandinsky5",
+        clip_and(kinds.qwen),
+        without_mixing=("transformer.text_transformer_blocks",),
+        joint=False,
+    ),
     "easyanimate": Prompted("easyanimate.TestEasyAnimate", one(kinds.qwen)),
 }

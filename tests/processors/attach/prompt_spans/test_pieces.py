@@ -23,6 +23,10 @@ def test_a_text_is_found_inside_of_words_where_it_never_stands_alone() -> None:
     assert occurrences("一只红猫和一只狗", "红猫") == [(2, 4)]
 
 
+def test_scripts_without_spaces_have_no_words_to_stand_inside_of() -> None:
+    assert occurrences("猫，红猫和狗", "猫") == [(0, 1), (3, 4)]
+
+
 def test_occurrences_do_not_overlap() -> None:
     assert occurrences("aaaa", "aa") == [(0, 2), (2, 4)]
 

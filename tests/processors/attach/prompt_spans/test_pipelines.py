@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -21,35 +20,24 @@ class Seen(Exception):
 
 def first_conditional_call(
     pipe: Any, arguments: dict[str, Any], case: Prompted, find: bool = False
-) -> tuple[AttentionCall, list[torch.Tensor], torch.Tensor | None]:
-    """The first attention call with conditional rows, the keys of the piece, and the transformer's text.
-
-    The keys are those of the call, and in cross attention those of a call whose keys are the text.
-    """
-    given: dict[str, Any] = {}
+) -> tuple[AttentionCall, torch.Tensor | None]:
+    """The first attention call with conditional rows whose keys are or contain the text, and the keys of the piece."""
     seen: list[Any] = []
-
-    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        given.update({name: kwargs[name] for name in case.texts if name in kwargs})
 
     def observe(call: AttentionCall, request: Any, out: torch.Tensor) -> None:
         if "cond" not in call.branches:
             return
-        text = None if case.joint else torch.cat([given[name].squeeze(1) for name in case.texts], 1)
-        found = [call.prompt_tokens(PIECE)] if find else []
-        if find and text is not None:
-            found.append(dataclasses.replace(call, k=text[:, :, None], tokens=None).prompt_tokens(PIECE))
-        seen.append((call, found, text))
-        raise Seen
+        found = call.prompt_tokens(PIECE) if find else None
+        if call.kind == ("self" if case.joint else "cross"):
+            seen.append((call, found))
+            raise Seen
+        assert found is None or (found.shape[1] == call.k.shape[1] and not found.any())  # no text there
 
-    hook = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
     taken = inspect.signature(type(pipe).__call__).parameters
     negative = {"negative_prompt": "blurry"} if "negative_prompt" in taken else {}
-    try:
-        with dit_attn.observing(pipe, observe), pytest.raises(Seen):
-            pipe(**{**negative, **arguments}, num_inference_steps=2, output_type="latent")
-    finally:
-        hook.remove()
+    sites = ("self",) if case.joint else ("self", "cross")
+    with dit_attn.observing(pipe, observe, sites), pytest.raises(Seen):
+        pipe(**{**negative, **arguments}, num_inference_steps=2, output_type="latent")
     return seen[0]
 
 
@@ -62,19 +50,16 @@ def changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def test_the_keys_of_a_piece_are_those_that_change_with_its_words(name: str) -> None:
     case: Prompted = CASES[name]
     pipe, arguments = pipeline_of(case)
-    call, found, text = first_conditional_call(pipe, _seeded(arguments, case.prompt), case, find=True)
+    call, found = first_conditional_call(pipe, _seeded(arguments, case.prompt), case, find=True)
     swapped = case.prompt.replace(PIECE, SWAPPED)
-    other, _, other_text = first_conditional_call(pipe, _seeded(arguments, swapped), case)
+    other, _ = first_conditional_call(pipe, _seeded(arguments, swapped), case)
 
-    assert torch.equal(found[0], changed(call.k, other.k))
-    if text is not None and other_text is not None:
-        assert not found[0].any()
-        assert torch.equal(found[1], changed(text, other_text))
-    places = found[-1][call.branches.index("cond")].nonzero().flatten().tolist()
+    assert found is not None and torch.equal(found, changed(call.k, other.k))
+    places = found[call.branches.index("cond")].nonzero().flatten().tolist()
     positions = _positions(dit_attn.spans(pipe, case.prompt, PIECE, **case.more))
     assert len(positions) >= 2
     assert [place - places[0] for place in places] == [position - positions[0] for position in positions]
-    assert case.joint or places == positions
+    assert case.joint or places[0] == case.image_keys + positions[0]
 
 
 def _seeded(arguments: dict[str, Any], prompt: str) -> dict[str, Any]:
