@@ -265,7 +265,8 @@ def test_the_training_of_the_page_moves_the_tensors_and_brings_them_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, args = tiny("cogvideox")
-    names = {"dit_attn": dit_attn, "torch": torch, "transformer": model, "batches": [(args, forward(model, args) + 1)] * 2}
+    batches = [(args, forward(model, args) + 1)] * 2
+    names = {"dit_attn": dit_attn, "torch": torch, "transformer": model, "batches": batches}
     exec(block("compose.md", 'session = dit_attn.enable(transformer, "learn-text")').compiled(), names)
     tensors = [x for name, x in model.named_parameters() if name.startswith("dit_attn.learn_text.")]
     assert len(tensors) == len(dit_attn.summary(model).layers) and all(x.any() for x in tensors)
