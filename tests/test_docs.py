@@ -224,6 +224,7 @@ def test_the_cross_attention_bias_of_the_page_is_its_formula(lift_prompt: Any) -
         torch.testing.assert_close(result.double(), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture
 def lift_words(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of the page about prompts, likewise."""
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
