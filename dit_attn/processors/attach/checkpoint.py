@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach.components import is_of_class
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.layer import Layer
 
@@ -47,7 +48,7 @@ def follow_checkpoints(session: Session) -> None:
         return
     for module in session.model.modules():
         stock = module.__dict__.get(_NAME)
-        if stock is not None and not isinstance(stock, CheckpointHook):
+        if stock is not None and not is_of_class(stock, CheckpointHook):
             module.__dict__[_NAME] = CheckpointHook(stock, session)
 
 
@@ -55,7 +56,7 @@ def unfollow_checkpoints(model: torch.nn.Module) -> None:
     """Restore the checkpointing functions of a transformer."""
     for module in model.modules():
         hook = module.__dict__.get(_NAME)
-        if isinstance(hook, CheckpointHook):
+        if is_of_class(hook, CheckpointHook):
             module.__dict__[_NAME] = hook.stock
 
 
