@@ -248,7 +248,8 @@ def detach(model: torch.nn.Module) -> None:
             del model.__dict__[name]
     if is_of_class(model._modules.get(CHILD), LearnedModules):
         del model._modules[CHILD]
-    if is_of_class(guided := model._compiled_call_impl, GuidedCall):
+    guided: Any = model._compiled_call_impl
+    if is_of_class(guided, GuidedCall):
         model._compiled_call_impl = guided.forward
 
 
@@ -358,4 +359,5 @@ def _compiles(part: Any, model: torch.nn.Module) -> bool:
 
 
 def _forward_hook(model: torch.nn.Module) -> ForwardHook | None:
-    return next((hook for hook in model._forward_pre_hooks.values() if is_of_class(hook, ForwardHook)), None)
+    hooks: Any = model._forward_pre_hooks.values()
+    return next((hook for hook in hooks if is_of_class(hook, ForwardHook)), None)

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
-from dit_attn.processors.attach.checkpoint import check_recomputation
+from dit_attn.processors.attach.checkpoint import check_caller
 from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.traced_call import copy_with_attention
@@ -237,7 +237,7 @@ def _on_sdpa(
     if torch.compiler.is_compiling():
         out = _compiled_attention(layer.handle, run.handle, args, parallel=False)
     else:
-        check_recomputation(run)
+        check_caller(run)
         out = dispatch_attention(run, layer, args, functools.partial(_stock_torch, func))
     return out.transpose(1, 2)
 
@@ -281,7 +281,7 @@ def _backend(
     if torch.compiler.is_compiling():
         return _compiled_attention(layer, run, args, parallel=_parallel_config is not None)
     session = _session_of(run)
-    check_recomputation(session)
+    check_caller(session)
     return _dispatch_backend(session, layer_by_id(int(layer)), args, _parallel_config)
 
 

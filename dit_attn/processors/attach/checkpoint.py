@@ -55,16 +55,17 @@ def follow_checkpoints(session: Session) -> None:
 def unfollow_checkpoints(model: torch.nn.Module) -> None:
     """Restore the checkpointing functions of a transformer."""
     for module in model.modules():
-        hook = module.__dict__.get(_NAME)
+        hook: Any = module.__dict__.get(_NAME)
         if is_of_class(hook, CheckpointHook):
             module.__dict__[_NAME] = hook.stock
 
 
-def check_recomputation(session: Session) -> None:
-    """Refuse an attention call that backward makes, unless it is one that a session can follow.
+def check_caller(session: Session) -> None:
+    """Refuse an attention call that backward or another thread makes, unless it is one that a session can follow.
 
     Raises:
-        DitAttnError: the block was checkpointed in another way than by ``enable_gradient_checkpointing``.
+        DitAttnError: the block was checkpointed in another way than by ``enable_gradient_checkpointing``, or another
+            thread is running the transformer.
     """
     in_backward = getattr(torch._C, "_current_graph_task_id", None)
     if session.methods and not session.recomputing and in_backward is not None and in_backward() != -1:
@@ -72,6 +73,8 @@ def check_recomputation(session: Session) -> None:
             "dit_attn cannot follow this gradient checkpointing; use the model's enable_gradient_checkpointing(), or "
             "disable the method"
         )
+    if session.methods and not session.recomputing:
+        session.check_thread()
 
 
 _NAME = "_gradient_checkpointing_func"

@@ -220,8 +220,9 @@ def guide_compiled(model: torch.nn.Module, session: Session) -> None:
 
 _REASON = "enable a guidance method after torch.compile(transformer), or compile in place: transformer.compile()"
 _HAS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.7
+_disable: Any = torch.compiler.disable
 
 
-@functools.partial(torch.compiler.disable, **({"reason": _REASON} if _HAS_REASON else {}))
+@functools.partial(_disable, **({"reason": _REASON} if _HAS_REASON else {}))
 def _uncompiled(guider: PerturbedGuider, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return guider.after(module, args, kwargs, output)
