@@ -348,9 +348,7 @@ def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) ->
     for item in wanted:
         if isinstance(item, str):
             saved = item not in methods() and is_place(item)
-            chosen.append(
-                Method.from_pretrained(item) if saved else method_for(item, models[0], pair=len(models) > 1)
-            )
+            chosen.append(Method.from_pretrained(item) if saved else method_for(item, models[0], pair=len(models) > 1))
         elif isinstance(item, Method):
             chosen.append(item)
         else:
@@ -367,8 +365,7 @@ def check_conflicts(chosen: Iterable[Method]) -> None:
     for method in chosen:
         if method.role and method.role in taken:
             raise DitAttnError(
-                f"{method.slug} and {taken[method.role]} cannot run together: {_ROLES[method.role]}; "
-                "enable one of them"
+                f"{method.slug} and {taken[method.role]} cannot run together: {_ROLES[method.role]}; enable one of them"
             )
         taken[method.role] = method.slug
         if method.has_twin:

@@ -22,6 +22,8 @@ _CASES = {
     "ltx": ("test_ltx_video", "TestLtxVideo"),
     "flux": ("test_flux", "TestFlux"),
     "pixart": ("test_pixart", "TestPixArt"),
+    "cogview4": ("test_cogview_4", "TestCogView4"),
+    "easyanimate": ("test_easyanimate", "TestEasyAnimate"),
     "sd3": ("test_sd3", "TestSD3"),
     "cogvideox": ("test_cogvideox", "TestCogVideoX5b"),
 }

@@ -18,10 +18,19 @@ from dit_attn.processors.attach.attention_processor import (
     wrapped_by,
 )
 from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
-from dit_attn.processors.attach.components import component_name, unwrap
+from dit_attn.processors.attach.components import component_name, is_of_class, unwrap
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
-from dit_attn.processors.attach.hooks import ContextHook, ForwardHook, GuidanceHook, SaveHook, TwinHook
+from dit_attn.processors.attach.hooks import (
+    CompileHook,
+    ContextHook,
+    ForwardHook,
+    GuidanceHook,
+    GuidedCall,
+    SaveHook,
+    TwinHook,
+    guide_compiled,
+)
 from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.rotary import check_positions
@@ -196,6 +205,9 @@ def install_hooks(session: Session) -> None:
         owner = session.owner
         outer = [part for part in vars(owner).values() if _compiles(part, model)] if owner is not None else []
         session.guider.handle = (outer or [model])[0].register_forward_hook(GuidanceHook(session), with_kwargs=True)
+        model.__dict__["compile"] = CompileHook(model, session)
+        if not outer:
+            guide_compiled(model, session)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = ContextHook(model, session)
     if session.learned.methods:
@@ -222,20 +234,23 @@ def detach(model: torch.nn.Module) -> None:
         if session.twin is not None:
             session.twin.release()
     for key, behind in list(model._forward_hooks.items()):
-        if isinstance(behind, (GuidanceHook, TwinHook)):  # a copied model has no handle
+        if is_of_class(behind, GuidanceHook) or is_of_class(behind, TwinHook):  # a copied model has no handle
             del model._forward_hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, ForwardHook):
+        if is_of_class(hook, ForwardHook):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
     unfollow_checkpoints(model)
-    for name, kind in (("cache_context", ContextHook), ("save_pretrained", SaveHook)):
-        if isinstance(model.__dict__.get(name), kind):
+    for name, kind in (("cache_context", ContextHook), ("save_pretrained", SaveHook), ("compile", CompileHook)):
+        if is_of_class(model.__dict__.get(name), kind):
             del model.__dict__[name]
-    if isinstance(model._modules.get(CHILD), LearnedModules):
+    if is_of_class(model._modules.get(CHILD), LearnedModules):
         del model._modules[CHILD]
+    guided: Any = model._compiled_call_impl
+    if is_of_class(guided, GuidedCall):
+        model._compiled_call_impl = guided.forward
 
 
 def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
@@ -344,4 +359,5 @@ def _compiles(part: Any, model: torch.nn.Module) -> bool:
 
 
 def _forward_hook(model: torch.nn.Module) -> ForwardHook | None:
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ForwardHook)), None)
+    hooks: Any = model._forward_pre_hooks.values()
+    return next((hook for hook in hooks if is_of_class(hook, ForwardHook)), None)

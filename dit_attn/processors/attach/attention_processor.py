@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
-from dit_attn.processors.attach.checkpoint import check_recomputation
+from dit_attn.processors.attach.checkpoint import check_caller
 from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.traced_call import copy_with_attention
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.layer import Layer, layer_by_id
@@ -46,6 +47,7 @@ class _Slot(threading.local):
 
 
 _SLOT = _Slot()
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
 def tap_of(processor: Any) -> str | None:
@@ -183,10 +185,15 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
+    traced = copy_with_attention(stock_call, _traced_sdpa)
+    in_slot = None if traced is None else _with_slot(traced)
+
     @functools.wraps(stock_call)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
+        if in_slot is not None and torch.compiler.is_compiling():
+            return in_slot(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         with _TorchTap(self._dit_run, self._dit_layer):
@@ -230,9 +237,28 @@ def _on_sdpa(
     if torch.compiler.is_compiling():
         out = _compiled_attention(layer.handle, run.handle, args, parallel=False)
     else:
-        check_recomputation(run)
+        check_caller(run)
         out = dispatch_attention(run, layer, args, functools.partial(_stock_torch, func))
     return out.transpose(1, 2)
+
+
+def _traced_sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Torch's own signature: the attention call of such a processor in a compiled graph."""
+    layer, run = _SLOT.layer, _SLOT.run
+    assert layer is not None and run is not None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=_SLOT.turn)
+    _SLOT.turn += 1
+    return _compiled_attention(layer, run, args, parallel=False).transpose(1, 2)
 
 
 def _backend(
@@ -255,7 +281,7 @@ def _backend(
     if torch.compiler.is_compiling():
         return _compiled_attention(layer, run, args, parallel=_parallel_config is not None)
     session = _session_of(run)
-    check_recomputation(session)
+    check_caller(session)
     return _dispatch_backend(session, layer_by_id(int(layer)), args, _parallel_config)
 
 
@@ -296,6 +322,8 @@ def _session_of(run: torch.Tensor) -> Session:
 
 
 def _compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, parallel: bool) -> torch.Tensor:
+    if _is_exporting():
+        raise DitAttnError("torch.export would freeze the decisions of this run; call dit_attn.disable(...) first")
     q, k, v = args.q, args.k, args.v
     grad = torch.is_grad_enabled()
     training = grad and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.processors.attach.components import is_of_class
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.layer import Layer
 
@@ -47,23 +48,24 @@ def follow_checkpoints(session: Session) -> None:
         return
     for module in session.model.modules():
         stock = module.__dict__.get(_NAME)
-        if stock is not None and not isinstance(stock, CheckpointHook):
+        if stock is not None and not is_of_class(stock, CheckpointHook):
             module.__dict__[_NAME] = CheckpointHook(stock, session)
 
 
 def unfollow_checkpoints(model: torch.nn.Module) -> None:
     """Restore the checkpointing functions of a transformer."""
     for module in model.modules():
-        hook = module.__dict__.get(_NAME)
-        if isinstance(hook, CheckpointHook):
+        hook: Any = module.__dict__.get(_NAME)
+        if is_of_class(hook, CheckpointHook):
             module.__dict__[_NAME] = hook.stock
 
 
-def check_recomputation(session: Session) -> None:
-    """Refuse an attention call that backward makes, unless it is one that a session can follow.
+def check_caller(session: Session) -> None:
+    """Refuse an attention call that backward or another thread makes, unless it is one that a session can follow.
 
     Raises:
-        DitAttnError: the block was checkpointed in another way than by ``enable_gradient_checkpointing``.
+        DitAttnError: the block was checkpointed in another way than by ``enable_gradient_checkpointing``, or another
+            thread is running the transformer.
     """
     in_backward = getattr(torch._C, "_current_graph_task_id", None)
     if session.methods and not session.recomputing and in_backward is not None and in_backward() != -1:
@@ -71,6 +73,8 @@ def check_recomputation(session: Session) -> None:
             "dit_attn cannot follow this gradient checkpointing; use the model's enable_gradient_checkpointing(), or "
             "disable the method"
         )
+    if session.methods and not session.recomputing:
+        session.check_thread()
 
 
 _NAME = "_gradient_checkpointing_func"

@@ -25,13 +25,16 @@ def backend_member() -> Any:
     """Return the member of ``AttentionBackendName`` our processors hand to ``dispatch_attention_fn``.
 
     It is not entered in the enumeration's maps: users cannot select it by name, since it means nothing without a
-    session.
+    session. A package that is loaded again has a member of its own: layers that the first one wrapped still call it.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    member = str.__new__(AttentionBackendName, BACKEND_VALUE)
-    member._name_ = "DIT_ATTN"
-    member._value_ = BACKEND_VALUE
+    loads = sum(str(member.value).startswith(BACKEND_VALUE) for member in registry._backends)
+    value = BACKEND_VALUE + (f"_{loads + 1}" if loads else "")
+    member = str.__new__(AttentionBackendName, value)
+    member._name_ = value.upper()
+    member._value_ = value
     return member
 
 

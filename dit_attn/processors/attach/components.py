@@ -32,3 +32,8 @@ def is_data_parallel(part: Any) -> bool:
     while hasattr(part, "_orig_mod"):
         part = part._orig_mod
     return unwrap(part) is not part
+
+
+def is_of_class(value: Any, kind: type) -> bool:
+    """Return whether ``value`` is of class ``kind``, or of what that class was before its module was loaded again."""
+    return (type(value).__module__, type(value).__qualname__) == (kind.__module__, kind.__qualname__)

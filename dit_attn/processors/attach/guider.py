@@ -8,9 +8,9 @@ to 1, so an update that is added to all branches of a step passes through any of
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
 
 _CONTEXT = "dit_attn_perturbed"
+
+
+class HasForward(Protocol):
+    """What a guider needs of the object whose call it stands behind: a transformer, or its compiled call."""
+
+    forward: Callable[..., Any]
 
 
 class PerturbedGuider:
@@ -52,6 +58,7 @@ class PerturbedGuider:
         for name in self.plan.skipped:
             perturbed_pass.skip_forward(model.get_submodule(name))
         self.handle: Any = None  # of the hook behind the transformer
+        self.outside = False  # whether the transformer is compiled in place, and the guider runs behind its graph
         self.prefix: Prefix | None = None
         self._step_hook: StepHook | None = None
         self._plain = LayerCalls(session.layers)  # of the pass that runs, or ran last
@@ -62,6 +69,7 @@ class PerturbedGuider:
         """Return the guider of a copied transformer, whose blocks need not be there yet."""
         guider = copy.copy(self)
         guider.session, guider.handle, guider.prefix, guider._step_hook = session, None, None, None
+        guider.outside = False  # copies of a compiled model are not compiled
         guider.begin_run()
         return guider
 
@@ -135,7 +143,7 @@ class PerturbedGuider:
             self.prefix.record()
         return None
 
-    def after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, module: HasForward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Guide after a call of the transformer; return the output the pipeline gets."""
         session = self.session
         if session.perturbed is not None and not self._appended:
@@ -212,7 +220,7 @@ class PerturbedGuider:
         return last is None or last.run != clock.run or clock.step - last.evaluated >= self.method.interval
 
     def _evaluate(
-        self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any, branches: Sequence[str]
+        self, module: HasForward, args: Any, kwargs: dict[str, Any], output: Any, branches: Sequence[str]
     ) -> None:
         """Run the perturbed pass and store ``c - p``."""
         session, index = self.session, _index(branches)

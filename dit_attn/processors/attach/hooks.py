@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -91,22 +92,27 @@ def _(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> None:
     return None
 
 
-class ContextHook:
-    """Stands in for ``model.cache_context`` and stores what the pipeline says about the call."""
+class _StandIn:
+    """Stands in for a method of the transformer, in its instance dictionary."""
 
     def __init__(self, model: torch.nn.Module, session: Session | None) -> None:
         self._model, self.session = weakref.ref(model), session
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ContextHook:
-        return ContextHook(memo[id(self._model())], copy.deepcopy(self.session, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StandIn:
+        return type(self)(memo[id(self._model())], copy.deepcopy(self.session, memo))
 
     def __reduce__(self) -> Any:
-        return ContextHook, (self._model(), None)  # a saved model comes back without methods
+        return type(self), (self._model(), None)  # a saved model comes back without methods
+
+
+class ContextHook(_StandIn):
+    """Stands in for ``model.cache_context`` and stores what the pipeline says about the call."""
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
         model: Any = self._model()
-        session = self.session or SimpleNamespace()
+        session = self.session or SimpleNamespace(context=None)
+        outer = session.context
         session.context = SimpleNamespace(
             name=name, step_index=kwargs.get("step_index"), num_inference_steps=kwargs.get("num_inference_steps")
         )
@@ -114,7 +120,7 @@ class ContextHook:
             with type(model).cache_context(model, name, **kwargs):
                 yield
         finally:
-            session.context = None
+            session.context = outer
 
 
 class SaveHook:
@@ -157,7 +163,7 @@ class GuidanceHook:
         return GuidanceHook, (None,)  # a saved model comes back without methods
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.session is None or self.session.guider is None:
+        if self.session is None or self.session.guider is None or self.session.guider.outside:
             return output
         return _uncompiled(self.session.guider, module, args, kwargs, output)
 
@@ -179,6 +185,44 @@ class TwinHook:
             self.session.twin.release()
 
 
-@torch.compiler.disable
+class CompileHook(_StandIn):
+    """Stands in for ``model.compile``, whose graph has no room for a second pass: guidance runs behind it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        model: Any = self._model()
+        type(model).compile(model, *args, **kwargs)
+        if self.session is not None:
+            guide_compiled(model, self.session)
+
+
+class GuidedCall:
+    """Stands in for the compiled call of a transformer, and runs a session's guider behind it.
+
+    Args:
+        forward: the compiled call.
+        session: the session.
+    """
+
+    def __init__(self, forward: Callable[..., Any], session: Session) -> None:
+        self.forward, self.session = forward, session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output, guider = self.forward(*args, **kwargs), self.session.guider
+        return output if guider is None else guider.after(self, args, kwargs, output)
+
+
+def guide_compiled(model: torch.nn.Module, session: Session) -> None:
+    """Run a session's guider behind a transformer that was compiled in place; nothing happens where it was not."""
+    compiled = model._compiled_call_impl
+    if session.guider is not None and compiled is not None:
+        model._compiled_call_impl, session.guider.outside = GuidedCall(compiled, session), True
+
+
+_REASON = "enable a guidance method after torch.compile(transformer), or compile in place: transformer.compile()"
+_HAS_REASON = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.7
+_disable: Any = torch.compiler.disable
+
+
+@functools.partial(_disable, **({"reason": _REASON} if _HAS_REASON else {}))
 def _uncompiled(guider: PerturbedGuider, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return guider.after(module, args, kwargs, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import component_name
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
@@ -63,6 +65,8 @@ class Session(TransformerRun):
         self.learned = LearnedModules()
         self._awaited = 0  # number of the run whose end will be seen
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()
+        self._thread = 0  # that made the last call
+        self._lock = threading.Lock()
         _SESSIONS.add(self)
 
     def module(self, layer: Layer) -> Any:
@@ -74,17 +78,33 @@ class Session(TransformerRun):
 
     def on_forward(self, values: dict[str, Any]) -> None:
         """See the base class; the other transformer of the pipeline has had its turn and drops its state."""
-        super().on_forward(values)
-        if self.guider is not None and self.pass_name == PLAIN:
-            self.guider.begin_pass()
-        if self.pipe is not None and self._awaited != self.clock.run:
-            end = functools.partial(_end_run, weakref.ref(self), self.clock.run)
-            self._awaited = self.clock.run if on_run_end(self.pipe, end) else 0
+        with self._lock:
+            if self._awaited and self._awaited == self.clock.run:
+                self.check_thread()
+            self._thread = threading.get_ident()
+            super().on_forward(values)
+            if self.guider is not None and self.pass_name == PLAIN:
+                self.guider.begin_pass()
+            if self.pipe is not None and self._awaited != self.clock.run:
+                end = functools.partial(_end_run, weakref.ref(self), self.clock.run)
+                self._awaited = self.clock.run if on_run_end(self.pipe, end) else 0
         last = _LAST_CALLED.get(id(self.clock))
         if last is not self:
             if last is not None:
                 last.drop_state()
             _LAST_CALLED[id(self.clock)] = self
+
+    def check_thread(self) -> None:
+        """Refuse a call of another thread than the one whose run this is.
+
+        Raises:
+            DitAttnError: two threads run the transformer at once.
+        """
+        if self.methods and self._thread not in (0, threading.get_ident()):
+            raise DitAttnError(
+                "another thread is running this transformer; give each thread its own copy (copy.deepcopy), or run "
+                "them in turns"
+            )
 
     def drop_state(self) -> None:
         """Free what the methods stored from step to step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 
-next_id = itertools.count(1).__next__
-"""Number for the next handle; layers and run states share the sequence."""
+from dit_attn.errors import DitAttnError
+
+next_id = itertools.count(time.time_ns()).__next__
+"""Number for the next handle; layers and run states share the sequence. A package that is loaded again has another."""
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 KINDS = {"self": "self attention", "cross": "cross attention", "image": "cross attention to an image"}
@@ -58,6 +61,9 @@ class LayerStats:
     seconds: float = 0.0
     error: float | None = None
     measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
+
+
+STALE = "this model was compiled with another load of dit_attn, or is gone; call dit_attn.enable(...) on it again"
 
 
 class Layer:
@@ -146,5 +152,11 @@ def kinds_at(sites: Iterable[str], text: str) -> frozenset[str]:
 
 
 def layer_by_id(number: int) -> Layer:
-    """Return the layer behind a handle."""
+    """Return the layer behind a handle.
+
+    Raises:
+        DitAttnError: it is gone: a graph was compiled before the package was loaded again.
+    """
+    if number not in _LAYERS:
+        raise DitAttnError(STALE)
     return _LAYERS[number]

@@ -13,7 +13,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import KINDS, PLAIN, Layer, kinds_at, new_handle, next_id
+from dit_attn.processors.core.layer import KINDS, PLAIN, STALE, Layer, kinds_at, new_handle, next_id
 from dit_attn.processors.core.tokens import TokenLayout, Tokens
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
@@ -194,5 +194,11 @@ class RunState:
 
 
 def run_by_handle(handle: torch.Tensor) -> RunState:
-    """Return the run behind the 0-d tensor that names it in compiled graphs."""
+    """Return the run behind the 0-d tensor that names it in compiled graphs.
+
+    Raises:
+        DitAttnError: it is gone: a graph was compiled before the package was loaded again.
+    """
+    if int(handle) not in _RUNS:
+        raise DitAttnError(STALE)
     return _RUNS[int(handle)]

@@ -107,6 +107,7 @@ def session_like(methods: Any) -> tuple[Any, Layer]:
     run: Any
     run, layer = host_run(methods)
     run.detached, run.recomputing, run.module = False, False, lambda layer: None
+    run.check_thread = lambda: None
     return run, layer
 
 

@@ -123,8 +123,14 @@ def test_the_guider_gets_the_output_and_without_one_it_stays() -> None:
     model.register_forward_hook(hooks.GuidanceHook(session), with_kwargs=True)
     x = torch.zeros(1)
     assert model(x) is x
-    session.guider = SimpleNamespace(after=lambda module, args, kwargs, output: (module is model, args, kwargs, output))
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        return (module is model, args, kwargs, output)
+
+    session.guider = SimpleNamespace(after=after, outside=False)
     assert model(x, frames=2) == (True, (x,), {"frames": 2}, x)
+    session.guider.outside = True  # behind the graph of a transformer that is compiled in place
+    assert model(x) is x
 
 
 # -- copies and files -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.layer import Layer, LayerStats, layer_by_id, new_handle
 
 
@@ -16,7 +17,7 @@ def test_a_layer_is_found_by_its_handle_as_long_as_it_exists() -> None:
     number = first.id
     del first
     gc.collect()
-    with pytest.raises(KeyError):
+    with pytest.raises(DitAttnError, match="another load of dit_attn, or is gone"):
         layer_by_id(number)
     assert Layer("blocks.0.attn1", 0).id > number  # numbers are not given twice
 

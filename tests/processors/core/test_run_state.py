@@ -46,7 +46,7 @@ def test_a_run_is_found_by_its_handle_as_long_as_it_exists() -> None:
     assert layer.id != run.id  # one sequence of numbers for both
     del run
     gc.collect()
-    with pytest.raises(KeyError):
+    with pytest.raises(DitAttnError, match="another load of dit_attn, or is gone"):
         run_by_handle(handle)
 
 
