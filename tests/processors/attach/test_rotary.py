@@ -226,7 +226,7 @@ def test_a_table_is_moved_again_for_another_layout_and_other_sines(measured: lis
     tables = Tables(*tiny("cogvideox"))
     session: Any = tables.session
     tables.maps.append(HALF)
-    cos, sin = tables.kwargs["image_rotary_emb"]
+    cos, sin = (table.clone() for table in tables.kwargs["image_rotary_emb"])  # none was changed in place
     first = rotary._move(session, tables.layer, [cos, sin], "real")
     assert rotary._move(session, tables.layer, [cos, sin], "real") is first and len(measured) == 1
     other = rotary._move(session, tables.layer, [cos, -sin], "real")
