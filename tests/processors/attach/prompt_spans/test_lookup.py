@@ -162,6 +162,12 @@ def test_a_loop_gives_the_arguments_of_a_call() -> None:
     assert rows == [uncond, cond] and uncond != cond
 
 
+def test_samples_of_the_prompts_of_a_loop_stand_next_to_each_other() -> None:
+    pipe, _ = pipeline_of(CASES["sd3"])
+    rows = observed(pipe, "red", 4, branch="cond", prompt=["a red cube", "a small house"])
+    assert rows[0] == rows[1] != [] and rows[2] == rows[3] == []
+
+
 def test_an_inner_context_keeps_the_prompt_of_the_outer_one() -> None:
     pipe, _ = pipeline_of(CASES["sd3"])
     with dit_attn.run_context(pipe, step=0, steps=4, prompt="a red cube"):
