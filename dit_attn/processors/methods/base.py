@@ -98,7 +98,7 @@ class Method:
 
     @property
     def weights(self) -> str | None:
-        """Where the tensors that the method starts from were saved, see :class:`~dit_attn.processors.methods.learned.LearnedMethod`."""
+        """Where the tensors that the method starts from were saved; a setting of methods that learn."""
         return None
 
     @property
