@@ -311,12 +311,13 @@ def _checked(
     models = _transformers(target)
     chosen, clock = _resolve(models, wanted), Clock()
     pipe = None if isinstance(target, torch.nn.Module) else target
-    learned = [attach.prepare(model, chosen, clock, pipe).learned for model in models]
-    if any(part.methods for part in learned) and any(is_data_parallel(part) for part in _parts(target).values()):
-        raise DitAttnError(
-            "the transformer is wrapped for data-parallel training, which would not see the tensors that a method "
-            "learns; enable it before accelerator.prepare or DistributedDataParallel"
-        )
+    for model, part in zip(models, _parts(target).values()):
+        learned = attach.prepare(model, chosen, clock, pipe, previous=attach.session_of(model)).learned
+        if is_data_parallel(part) and not set(learned.parameters()) <= set(model.parameters()):
+            raise DitAttnError(
+                "the transformer is wrapped for data-parallel training, which would not see the tensors that a method "
+                "learns; enable it before accelerator.prepare or DistributedDataParallel"
+            )
     return models, chosen, clock, pipe
 
 

@@ -240,6 +240,10 @@ def test_a_transformer_that_is_wrapped_for_several_processes_is_refused() -> Non
         dit_attn.enable(Pipe(transformer=wrapper), SpanLift())
     assert not values(model)
     dit_attn.enable(wrapper, SPARSE)
+    dit_attn.enable(model, SpanLift())
+    known = values(model)
+    dit_attn.enable(wrapper, SPARSE, SpanLift())  # the wrapper has these
+    assert all(x is y for x, y in zip(values(model), known, strict=True))
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
