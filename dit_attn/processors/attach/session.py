@@ -32,6 +32,8 @@ from dit_attn.processors.methods.base import Method
 _LAST_CALLED: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
+_NO_TAP = "no method applies, it has no softmax attention to tap; set the stock processor again"
+
 
 class Session(TransformerRun):
     """State of the enabled methods on one transformer. Made by ``enable``; nothing in it needs to be reset by hand.
@@ -183,7 +185,7 @@ class Session(TransformerRun):
             )
         return found + [
             f"{count} layers run {kind}, set since enable: "
-            + ("the methods apply to it" if tap else "no method applies, it has no softmax attention to tap")
+            + ("the methods apply to it" if tap else _NO_TAP)
             for (kind, tap), count in Counter(self.replaced.values()).items()
         ]
 

@@ -134,7 +134,7 @@ def test_a_processor_without_attention_set_while_enabled_runs_untouched_and_is_w
         assert same(plain, forward(model, inputs)) and same(plain, forward(model, inputs))
     assert len(caught) == 1
     (added,) = set(dit_attn.summary(model).warnings) - set(before)
-    assert "no method applies, it has no softmax attention" in added
+    assert "no method applies, it has no softmax attention to tap; set the stock processor again" in added
     dit_attn.disable(model)
     assert same(plain, forward(model, inputs))
 
