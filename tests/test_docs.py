@@ -225,29 +225,6 @@ def test_the_cross_attention_bias_of_the_page_is_its_formula(lift_prompt: Any) -
 
 
 @pytest.fixture
-def learn_text(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The class that learns, likewise."""
-    monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
-    module = types.ModuleType("dit_attn.processors.methods.learn_text")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(block("extend/add_a_method.md", '"""Image rows attend more or less').compiled(), module.__dict__)
-    return module.LearnText  # type: ignore[attr-defined]
-
-
-def test_the_training_of_the_page_moves_the_tensors_and_brings_them_back(
-    learn_text: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, args = tiny("cogvideox")
-    batches = [(args, forward(model, args) + 1)] * 2
-    names = {"dit_attn": dit_attn, "torch": torch, "transformer": model, "batches": batches}
-    exec(block("compose.md", 'session = dit_attn.enable(transformer, "learn-text")').compiled(), names)
-    tensors = [x for name, x in model.named_parameters() if name.startswith("dit_attn.learn_text.")]
-    assert len(tensors) == len(dit_attn.summary(model).layers) and all(x.any() for x in tensors)
-    assert learn_text(weights="runs/text") == dit_attn.Method.from_pretrained("runs/text")
-
-
-@pytest.fixture
 def lift_words(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class of the page about prompts, likewise."""
     monkeypatch.setattr(base, "REGISTRY", dict(base.REGISTRY))
