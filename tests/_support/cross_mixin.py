@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attach, attention_processor
+from dit_attn.processors.attach import attach, attention_processor, intercepted_call
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
@@ -232,8 +232,9 @@ class CrossMixin:
             raise AssertionError("stock attention was computed")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_processor, "_stock_torch", refuse)
-            patch.setattr(attention_processor, "_stock_backend", refuse)
+            patch.setattr(intercepted_call, "stock_torch", refuse)
+            patch.setattr(attention_processor, "stock_torch", refuse)
+            patch.setattr(intercepted_call, "_stock_backend", refuse)
             assert same(stock, self.call(net, args))
         layers = attach.session_of(net).layers  # type: ignore[union-attr]
         assert not Outputs.seen and len(layers) == self.sockets + self.cross_sockets

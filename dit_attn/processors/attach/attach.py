@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.attach.attention_processor import (
     is_wrapped,
     tap_of,
@@ -19,7 +17,7 @@ from dit_attn.processors.attach.attention_processor import (
 )
 from dit_attn.processors.attach.checkpoint import unfollow_checkpoints
 from dit_attn.processors.attach.components import component_name, is_of_class, unwrap
-from dit_attn.processors.attach.families import Family, family_of
+from dit_attn.processors.attach.families import family_of
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.hooks import (
     CompileHook,
@@ -36,10 +34,11 @@ from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.rotary import check_positions
 from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.sites import check_taps, checked_kinds, cross_layers, eligible_layers, wanted_kinds
 from dit_attn.processors.attach.twin_pass import TwinRunner
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import SITES, Layer, kinds_at
+from dit_attn.processors.core.layer import Layer, kinds_at
 from dit_attn.processors.core.parameters import CHILD, LearnedModules
 from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods.base import Method
@@ -115,12 +114,12 @@ def prepare(
     Raises:
         DitAttnError: unsupported family, a layer without softmax attention, or a method that does not fit the model.
     """
-    kinds = _wanted_kinds(model, methods, sites)
+    kinds = wanted_kinds(model, methods, sites)
     family = family_of(model, kinds)
     session = Session(model, family, methods, clock, pipe)
     if "self" in kinds:
         names = eligible_layers(model, family)
-        _check_taps(model, names)
+        check_taps(model, names)
         for name in names:
             session.add_layer(name)
     if kinds - {"self"}:
@@ -150,7 +149,7 @@ def add_cross_layers(session: Session) -> list[Layer]:
     """
     model, known = session.model, {layer.name for layer in session.layers}
     names = [name for name in cross_layers(model, session.family) if name not in known]
-    _check_taps(model, names)
+    check_taps(model, names)
     return [session.add_layer(name, session.family.calls_of(model.get_submodule(name))) for name in names]
 
 
@@ -171,7 +170,7 @@ def observed(session: Session, observer: Observer, sites: Sequence[str]) -> Iter
     Raises:
         DitAttnError: the model has no cross attention.
     """
-    kinds = _checked_kinds(session.model, session.family, sites, "the observer")
+    kinds = checked_kinds(session.model, session.family, sites, "the observer")
     added = add_cross_layers(session) if kinds - {"self"} else []
 
     def chosen(call: AttentionCall, request: Request, out: torch.Tensor) -> None:
@@ -251,72 +250,6 @@ def detach(model: torch.nn.Module) -> None:
     guided: Any = model._compiled_call_impl
     if is_of_class(guided, GuidedCall):
         model._compiled_call_impl = guided.forward
-
-
-def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
-    """Return the module paths of the attention layers the family row lists, in the order of the model.
-
-    Raises:
-        DitAttnError: the row matches no layer of this model.
-    """
-    names = _matching(model, family.layers)
-    if not names:
-        raise DitAttnError(
-            f"no attention layer of {type(model).__name__} matches {', '.join(family.layers)}; "
-            "this version of diffusers may have renamed them"
-        )
-    return names
-
-
-def cross_layers(model: torch.nn.Module, family: Family) -> list[str]:
-    """Return the module paths of the cross-attention layers the family row lists, in the order of the model."""
-    return _matching(model, family.cross_layers)
-
-
-def _matching(model: torch.nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Module paths of the attention layers that match one of the patterns."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        and hasattr(module, "processor")
-    ]
-
-
-def _check_taps(model: torch.nn.Module, names: list[str]) -> None:
-    refused = [name for name in names if tap_of(model.get_submodule(name).processor) is None]
-    if refused:
-        kind = type(model.get_submodule(refused[0]).processor).__name__
-        raise DitAttnError(
-            f"{len(refused)} layers of {type(model).__name__} have no softmax attention to tap "
-            f"({kind}: {', '.join(refused[:4])}{', ...' if len(refused) > 4 else ''}); remove the custom processor"
-        )
-
-
-def _wanted_kinds(model: torch.nn.Module, methods: Sequence[Method], sites: Sequence[str]) -> frozenset[str]:
-    """Kinds of attention calls that methods or an observer want, self attention where there are none.
-
-    Raises:
-        DitAttnError: unsupported family, or cross attention is wanted of a model without.
-    """
-    family = family_of(model, ())
-    wanted = {method.slug or type(method).__name__: method.sites for method in methods}
-    if sites:
-        wanted["the observer"] = tuple(sites)
-    kinds = [_checked_kinds(model, family, where, who) for who, where in wanted.items()]
-    return frozenset().union(*kinds) if kinds else frozenset({"self"})
-
-
-def _checked_kinds(model: torch.nn.Module, family: Family, sites: Sequence[str], who: str) -> frozenset[str]:
-    unknown = [site for site in sites if site not in SITES]
-    if unknown or isinstance(sites, str):
-        raise DitAttnError(f"{who}: sites must be a tuple of {', '.join(SITES)}, got {shorten(sites)}")
-    kinds = kinds_at(sites, family.text_kind)
-    if "cross" in kinds and not cross_layers(model, family):
-        raise DitAttnError(
-            f"{who} needs cross attention, and {type(model).__name__} has none: its text is part of the sequence"
-        )
-    return kinds
 
 
 def set_processor(module: Any, processor: Any) -> None:

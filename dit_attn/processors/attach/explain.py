@@ -16,6 +16,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.layer_shape import head_count, head_size
+from dit_attn.processors.attach.sites import eligible_layers
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
@@ -108,7 +109,7 @@ def explain_run(
             raise DitAttnError(f"{name} must be a whole number of at least 1, got {value!r}")
     grid = visual_grid(model, pipe, height, width, num_frames)
     tokens = grid[0] * grid[1] * grid[2]
-    names = attach.eligible_layers(model, family)
+    names = eligible_layers(model, family)
     for method in methods:
         method.check_model(type(model).__name__, len(names))
         method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])

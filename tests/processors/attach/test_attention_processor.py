@@ -28,21 +28,7 @@ from dit_attn.processors.attach.attention_processor import (
 from dit_attn.processors.core.layer import Layer
 from tests._support.compose import SPARSE, forward, tiny
 from tests._support.core_calls import JOINT, host_run, random_args, stock_attention
-
-
-class TorchProcessor:
-    """Calls torch's attention directly; its rows depend on one setting of its own."""
-
-    def __init__(self, scale: float = 0.3) -> None:
-        self.scale = scale
-
-    def __call__(
-        self, attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any = None, rope: Any = None
-    ) -> torch.Tensor:
-        """(B, S, H, D) in and out."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=True)
-        return out.transpose(1, 2)
+from tests._support.wrapped_processors import BLOCKS, TorchProcessor, session_like, wrapped
 
 
 class DecoratedProcessor(TorchProcessor):
@@ -100,21 +86,6 @@ def test_a_processor_without_attention_is_refused_with_its_layer() -> None:
 
 
 # -- wrap and unwrap --------------------------------------------------------------------------------------------------
-
-
-def session_like(methods: Any) -> tuple[Any, Layer]:
-    """A run of one layer that answers what processors ask of a session."""
-    run: Any
-    run, layer = host_run(methods)
-    run.detached, run.recomputing, run.module = False, False, lambda layer: None
-    run.check_thread = lambda: None
-    return run, layer
-
-
-def wrapped(stock: Any, methods: Any = ()) -> tuple[Any, Any, Layer]:
-    """A wrapped processor with its run and layer; it is called with ``None`` as its attention module."""
-    run, layer = session_like(methods)
-    return wrap_processor(stock, run, layer), run, layer  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("stock", [TorchProcessor(0.5), WanAttnProcessor()], ids=["torch", "dispatch"])
@@ -190,7 +161,6 @@ def test_a_processor_is_copied_with_the_run_of_the_copied_model() -> None:
 
 # -- the calls --------------------------------------------------------------------------------------------------------
 
-BLOCKS: dict[str, Any] = {"q_block": 32, "kv_block": 32, "dense_steps": 0}
 
 
 def test_a_processor_that_calls_torch_goes_through_the_method() -> None:
@@ -283,27 +253,3 @@ def wrapped_as_dispatch(processor: Any) -> tuple[Any, Layer]:
     clone: Any = object.__new__(attention_processor._derive(type(processor), "dispatch"))
     clone.__dict__.update(_dit_layer=layer, _dit_run=run, _dit_stock=processor, _dit_dense_backend=None)
     return clone, layer
-
-
-@pytest.mark.parametrize("trained", ["", "transformer", "method"])
-def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not_trained(trained: str) -> None:
-    model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList([torch.nn.Module()])
-    processor, run, layer = wrapped(TorchProcessor(), [dit_attn.BlockSparse(density=0.3, **BLOCKS)])
-    model.blocks[0].processor = processor
-    run.module = lambda layer: model.blocks[0]
-    args = random_args(scale=0.3)
-    layer.learned = {1: torch.nn.Linear(1, 1).requires_grad_(trained == "method")}
-    grads = (True, trained == "transformer")
-    given = (layer.handle, run.handle, args.q, args.k, args.v, None, 0.3, False, True, False, *grads)
-    if trained:
-        with pytest.raises(dit_attn.DitAttnError, match=r"cannot be trained inside torch\.compile"):
-            torch.ops.dit_attn.attend(*given)
-        return
-    out = torch.ops.dit_attn.attend(*given)
-    assert out.is_contiguous() and layer.stats.sparse_calls == 1
-    assert torch.equal(out, processor(model.blocks[0], args.q, args.k, args.v))
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(x) for x in (args.q, args.k, args.v)]
-        shape = torch.ops.dit_attn.attend(layer.handle, run.handle, *fakes, *given[5:]).shape
-    assert shape == out.shape
