@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
@@ -42,40 +44,45 @@ _TWIN = "twin pass"
 _ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
 
 
-def enable(target: Any, *wanted: str | Method) -> Session:
+def enable(target: Any, *wanted: str | Method, **settings: Any) -> Session:
     """Enable methods on a pipeline or transformer. Nothing else about it changes.
 
     Enabling again replaces what was enabled before.
+
+        dit_attn.enable(pipe, "re-ttention")                # settings from the preset for this model
+        dit_attn.enable(pipe, "block-sparse", density=0.5)  # one of them changed
+        dit_attn.enable(pipe, dit_attn.ReTtention(density=0.1), dit_attn.SoftPAG(heads="20"))
 
     Args:
         target: a diffusers pipeline, or its transformer.
         wanted: methods by slug (settings from the model's preset), as a saved file (``"path.json"``), its folder or
             ``"org/name"`` on the Hub, or as :class:`Method` instances; without any, the layers are wrapped and
             every call uses stock attention.
+        settings: settings of the one method that is given by name, in place of those of the preset or file.
 
     Returns:
         The session (of the first transformer, when the pipeline has two).
 
     Raises:
-        DitAttnError: unknown method or family, methods that conflict, a layer that cannot be wrapped. Nothing is
-            changed then.
+        DitAttnError: unknown method, setting or family, methods that conflict, a layer that cannot be wrapped. Nothing
+            is changed then.
     """
-    models, chosen, clock, pipe = _checked(target, wanted)  # before anything is changed
+    models, chosen, clock, pipe = _checked(target, wanted, settings)  # before anything is changed
     sessions = [attach.attach(model, chosen, clock, pipe) for model in models]
     return sessions[0]
 
 
-def check(target: Any, *wanted: str | Method) -> None:
+def check(target: Any, *wanted: str | Method, **settings: Any) -> None:
     """Raise what :func:`enable` would raise, and change nothing. The weights may be on the meta device.
 
     Args:
         target: a pipeline or transformer.
-        wanted: methods, as for :func:`enable`.
+        wanted, settings: methods, as for :func:`enable`.
 
     Raises:
         DitAttnError: as for :func:`enable`.
     """
-    _checked(target, wanted)
+    _checked(target, wanted, settings)
 
 
 def disable(target: Any) -> None:
@@ -85,11 +92,11 @@ def disable(target: Any) -> None:
 
 
 @contextmanager
-def enabled(target: Any, *wanted: str | Method) -> Iterator[Session]:
+def enabled(target: Any, *wanted: str | Method, **settings: Any) -> Iterator[Session]:
     """Enable methods for the length of a ``with`` block; what was enabled before is restored at its end."""
     models = _transformers(target)
     before = [(model, session) for model in models if (session := attach.session_of(model)) is not None]
-    session = enable(target, *wanted)
+    session = enable(target, *wanted, **settings)
     try:
         yield session
     finally:
@@ -305,11 +312,11 @@ def supported() -> dict[str, dict[str, Any]]:
 
 
 def _checked(
-    target: Any, wanted: tuple[str | Method, ...]
+    target: Any, wanted: tuple[str | Method, ...], settings: Mapping[str, Any]
 ) -> tuple[list[torch.nn.Module], tuple[Method, ...], Clock, Any]:
     """The transformers, the methods, their clock and the pipeline of a call that passes every check."""
     models = _transformers(target)
-    chosen, clock = _resolve(models, wanted), Clock()
+    chosen, clock = _resolve(models, wanted, settings), Clock()
     pipe = None if isinstance(target, torch.nn.Module) else target
     for model, part in zip(models, _parts(target).values()):
         learned = attach.prepare(model, chosen, clock, pipe, previous=attach.session_of(model)).learned
@@ -333,6 +340,8 @@ def _components(target: Any) -> dict[str, torch.nn.Module]:
 def _parts(target: Any) -> dict[str, Any]:
     """The same, as they are wrapped."""
     if isinstance(target, torch.nn.Module):
+        if "UNet" in type(target).__name__:
+            raise DitAttnError(f"{type(target).__name__} is a UNet; the methods are for diffusion transformers")
         return {"transformer": target}
     parts = {name: getattr(target, name, None) for name in COMPONENTS}
     found = {name: part for name, part in parts.items() if part is not None}
@@ -344,7 +353,14 @@ def _parts(target: Any) -> dict[str, Any]:
     return found
 
 
-def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) -> tuple[Method, ...]:
+def _resolve(
+    models: list[torch.nn.Module], wanted: tuple[str | Method, ...], settings: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Method, ...]:
+    if settings and (len(wanted) != 1 or not isinstance(wanted[0], str)):
+        raise DitAttnError(
+            f"{', '.join(settings)}: settings are for one method that is given by name, as in enable(pipe, "
+            '"block-sparse", density=0.5); several methods are given as instances with theirs'
+        )
     chosen = []
     for item in wanted:
         if isinstance(item, str):
@@ -353,11 +369,30 @@ def _resolve(models: list[torch.nn.Module], wanted: tuple[str | Method, ...]) ->
         elif isinstance(item, Method):
             chosen.append(item)
         else:
-            raise DitAttnError(
-                f"a method is a slug, a saved file or a Method instance, got {item!r}; slugs: {', '.join(methods())}"
-            )
+            raise _no_method(item)
+    if settings:
+        chosen = [_with_settings(chosen[0], settings)]
     check_conflicts(chosen)
     return tuple(chosen)
+
+
+def _with_settings(method: Method, settings: Mapping[str, Any]) -> Method:
+    names = [field.name for field in dataclasses.fields(method)]
+    for name in settings:
+        if name not in names:
+            raise unknown(f"setting of {method.slug}", name, names)
+    return dataclasses.replace(method, **settings)
+
+
+def _no_method(item: Any) -> DitAttnError:
+    """The error for what is neither a name nor a method."""
+    if isinstance(item, type) and issubclass(item, Method):
+        return DitAttnError(f"{item.__name__} is a class; give an instance of it: {item.__name__}()")
+    if isinstance(item, (list, tuple)):
+        return DitAttnError('methods are given one by one, not as a list: enable(pipe, "softpag", "re-ttention")')
+    return DitAttnError(
+        f"a method is a name, a saved file or a Method instance, got {shorten(item)}; names: {', '.join(methods())}"
+    )
 
 
 def check_conflicts(chosen: Iterable[Method]) -> None:

@@ -1,0 +1,55 @@
+"""What a user gives ``enable`` is a method, or one clear line that says what to give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn import BlockSparse, DitAttnError, ReTtention, api
+from dit_attn.processors.methods.presets import method_for
+from tests._support.compose import tiny
+
+
+def test_settings_by_keyword_replace_those_of_the_preset(tmp_path: Path) -> None:
+    model, _ = tiny("wan")
+    session = dit_attn.enable(model, "block-sparse", density=0.5, q_block=32)
+    preset: Any = method_for("block-sparse", model)
+    assert session.methods == (BlockSparse(**{**preset.__dict__, "density": 0.5, "q_block": 32}),)
+    BlockSparse(density=0.2, kv_block=64).save_pretrained(tmp_path)
+    with dit_attn.enabled(model, str(tmp_path), density=0.3) as session:
+        assert session.methods == (BlockSparse(density=0.3, kv_block=64),)
+    api.check(model, "re-ttention", density=0.4)
+
+
+class UNet2DConditionModel(torch.nn.Module):
+    """By its name a UNet of diffusers."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "line"),
+    [
+        (("block-sparse",), {"densty": 0.5}, r"unknown setting of block-sparse 'densty'.* Did you mean 'density'\?"),
+        (("block-sparse",), {"density": 2.0}, r"block-sparse\.density must be"),
+        (("block-sparse", "softpag"), {"density": 0.5}, r"^density: settings are for one method that is given by name"),
+        ((BlockSparse(),), {"density": 0.5}, "several methods are given as instances with theirs"),
+        ((), {"density": 0.5}, "settings are for one method"),
+        ((ReTtention,), {}, r"ReTtention is a class; give an instance of it: ReTtention\(\)"),
+        ((["softpag", "re-ttention"],), {}, "one by one, not as a list"),
+        ((5,), {}, "got 5; names: .*block-sparse"),
+    ],
+)
+def test_what_is_no_method_is_one_line(wanted: tuple[Any, ...], settings: dict[str, Any], line: str) -> None:
+    model, _ = tiny("wan")
+    with pytest.raises(DitAttnError, match=line) as found:
+        dit_attn.enable(model, *wanted, **settings)
+    assert "\n" not in str(found.value)
+    assert not any(type(p).__name__.startswith("DitAttn") for p in model.attn_processors.values())  # type: ignore[operator,union-attr]
+
+
+def test_a_unet_is_called_a_unet() -> None:
+    with pytest.raises(DitAttnError, match="UNet2DConditionModel is a UNet; the methods are for"):
+        dit_attn.enable(UNet2DConditionModel(), "block-sparse")
