@@ -134,6 +134,17 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         dit_attn.enable(net, dit_attn.BlockSparse(density=1.0, q_block=32, kv_block=32, dense_steps=0))
         assert same(before, self.call(net, args))
 
+    def test_a_masked_call_under_autocast_is_stock_or_sparse(self, net: Any, args: Any) -> None:
+        if not any("mask" in name for name in args):
+            pytest.skip("the model takes no mask")
+        with torch.autocast("cpu", torch.bfloat16):
+            before = self.call(net, args)
+            dit_attn.enable(net)
+            assert same(before, self.call(net, args))
+            dit_attn.enable(net, SPARSE)
+            self.call(net, args)
+        assert dit_attn.summary(net).sparse_calls == self.sockets
+
     def test_only_the_declared_layers_are_socketed(self, net: Any) -> None:
         dit_attn.enable(net)
         processors = {name: getattr(module, "processor", None) for name, module in net.named_modules()}
