@@ -14,7 +14,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 
-NUMBERS = 5  # integers that describe a rule, padded with zeros
+NUMBERS = 4  # integers that describe a rule, padded with zeros
 FREE = -(1 << 30)
 """In place of a position: a token outside of the grid, which attends to every key and is attended to by every query."""
 UNLIMITED = 1 << 30
@@ -112,8 +112,8 @@ class WindowMask(ElementMask):
 
     Attributes:
         window: size along each axis, ``UNLIMITED`` for all of it.
-        starts: (1, 3, Sq) int32, first position of each query's window, ``FREE`` for text.
-        places: (1, 3, Sk) int32, position of each key, ``FREE`` for text.
+        starts: (1, Sq, 3) int32, first position of each query's window, ``FREE`` for text.
+        places: (1, Sk, 3) int32, position of each key, ``FREE`` for text.
     """
 
     kind: ClassVar[int] = 1
@@ -122,21 +122,21 @@ class WindowMask(ElementMask):
     places: torch.Tensor
 
     def numbers(self) -> tuple[int, ...]:
-        return (*self.window, self.starts.shape[2], self.places.shape[2])
+        return (*self.window, 0)
 
     def tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.starts, self.places
 
     def size_mismatch(self, q_len: int, kv_len: int, q_block: int, kv_block: int) -> str | None:
-        if self.starts.shape[2] >= q_len and self.places.shape[2] >= kv_len:
+        if self.starts.shape[1] >= q_len and self.places.shape[1] >= kv_len:
             return None
-        return f"windows of {self.starts.shape[2]} x {self.places.shape[2]} tokens for {q_len} x {kv_len}"
+        return f"windows of {self.starts.shape[1]} x {self.places.shape[1]} tokens for {q_len} x {kv_len}"
 
     def from_block(self, block: int, q_block: int) -> WindowMask:
-        return replace(self, starts=self.starts[:, :, block * q_block :])
+        return replace(self, starts=self.starts[:, block * q_block :])
 
     def allowed(self, q: torch.Tensor, k: torch.Tensor, batch: int = 0) -> torch.Tensor:
-        starts, places = self.starts[0], self.places[0]
+        starts, places = self.starts[0].T, self.places[0].T
         q, k = q.clamp(max=starts.shape[1] - 1).long(), k.clamp(max=places.shape[1] - 1).long()
         attended = torch.ones((), dtype=torch.bool, device=starts.device)
         for axis, size in enumerate(self.window):
@@ -146,7 +146,7 @@ class WindowMask(ElementMask):
         return attended | (starts[0][q] == FREE) | (places[0][k] == FREE)
 
     def factors(self, tiles: Tiles) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        starts, places = self.starts[0], self.places[0]
+        starts, places = self.starts[0].T, self.places[0].T
         q = tiles.rows[:, None] * tiles.q_block + torch.arange(tiles.tokens, device=starts.device)
         k = tiles.columns[..., None] * tiles.kv_block + torch.arange(tiles.kv_block, device=starts.device)
         exists = (k < places.shape[1]).flatten(1)
@@ -186,7 +186,7 @@ class BandMask(ElementMask):
     q_shift: int = 0
 
     def numbers(self) -> tuple[int, ...]:
-        return (self.before, self.after, self.sinks, self.q_shift, *(0,) * (NUMBERS - 4))
+        return (self.before, self.after, self.sinks, self.q_shift)
 
     def from_block(self, block: int, q_block: int) -> BandMask:
         return replace(self, q_shift=self.q_shift + block * q_block)

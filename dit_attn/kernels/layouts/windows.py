@@ -282,9 +282,9 @@ def _with_text(start: int, cells: int, seq: int, block: int) -> torch.Tensor:
 
 
 def _table(rows: list[torch.Tensor], start: int, seq: int) -> torch.Tensor:
-    """(1, 3, S) int32, a number for each axis and grid token; ``FREE`` for text."""
-    table = torch.full((1, len(rows), seq), FREE, dtype=torch.int32)
-    table[0, :, start : start + len(rows[0])] = torch.stack(rows).to(torch.int32)
+    """(1, S, 3) int32, a number for each grid token and axis; ``FREE`` for text."""
+    table = torch.full((1, seq, len(rows)), FREE, dtype=torch.int32)
+    table[0, start : start + len(rows[0])] = torch.stack(rows, 1).to(torch.int32)
     return table
 
 

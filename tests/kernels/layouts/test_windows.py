@@ -186,7 +186,7 @@ def test_time_inside_the_tile_leaves_most_blocks_full() -> None:
     assert layout.density == pytest.approx(0.2255, abs=1e-4)
     full = float(layout.full_kv_num_blocks.sum() / layout.kv_num_blocks.sum())  # type: ignore[union-attr]
     assert full == pytest.approx(0.832, abs=1e-3)
-    assert isinstance(layout.elements, WindowMask) and layout.elements.places.shape == (1, 3, 21 * 68 * 120)
+    assert isinstance(layout.elements, WindowMask) and layout.elements.places.shape == (1, 21 * 68 * 120, 3)
 
 
 class Largest(TorchDispatchMode):

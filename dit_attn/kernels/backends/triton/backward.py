@@ -50,7 +50,7 @@ def row_stats(lse, delta, base, rows, q_len):
 @triton.jit(
     do_not_specialize=[
         "q_len", "kv_len", "kcap", "tiles", "i_b", "i_h", "c_b", "c_h", "ma_b", "ma_h",
-        "n0", "n1", "n2", "n3", "n4",
+        "n0", "n1", "n2", "n3",
     ]
 )  # fmt: skip
 def dq_kernel(
@@ -58,7 +58,7 @@ def dq_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dq_b, dq_s, dq_h,
     i_b, i_h, c_b, c_h, km_b, kb_b, kb_h, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, kcap,
-    n0, n1, n2, n3, n4,
+    n0, n1, n2, n3,
     BM: tl.constexpr, BN: tl.constexpr, Q_SPLIT: tl.constexpr, KV_SPLIT: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     RAGGED: tl.constexpr, ELEMENTS: tl.constexpr, KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr,
@@ -145,7 +145,7 @@ def dq_kernel(
                 allowed = element_allowed(
                     q_tokens, k_tokens, mask_row, mb + b64 * mb_b, mask_row,
                     ((step % KV_SPLIT) * BN + columns)[None, :],
-                    ELEMENTS, n0, n1, n2, n3, n4,
+                    ELEMENTS, n0, n1, n2, n3,
                 )  # fmt: skip
                 attended = attended & (allowed | (entry < full))
             used = (tl.max(attended.to(tl.int32), 0) != 0)[:, None]
@@ -176,7 +176,7 @@ def dq_kernel(
 @triton.jit(
     do_not_specialize=[
         "q_len", "kv_len", "qcap", "tiles", "i_b", "i_h", "c_b", "c_h", "ma_b", "ma_h",
-        "n0", "n1", "n2", "n3", "n4",
+        "n0", "n1", "n2", "n3",
     ]
 )  # fmt: skip
 def dkv_kernel(
@@ -185,7 +185,7 @@ def dkv_kernel(
     q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, g_b, g_s, g_h, dk_b, dk_s, dk_h, dv_b, dv_s, dv_h,
     i_b, i_h, c_b, c_h, km_b, kb_b, kb_h, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, qcap,
-    n0, n1, n2, n3, n4,
+    n0, n1, n2, n3,
     BM: tl.constexpr, BN: tl.constexpr, Q_SPLIT: tl.constexpr, KV_SPLIT: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     ELEMENTS: tl.constexpr, KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
@@ -254,7 +254,7 @@ def dkv_kernel(
                 allowed = element_allowed(
                     tl.minimum(rows, q_len - 1)[:, None], tl.minimum(keys, kv_len - 1)[None, :],
                     mask_row, mb + b64 * mb_b, mask_row, (keys % (BN * KV_SPLIT))[None, :],
-                    ELEMENTS, n0, n1, n2, n3, n4,
+                    ELEMENTS, n0, n1, n2, n3,
                 )  # fmt: skip
                 attended = attended & (allowed | (step // Q_SPLIT < full))
             p = tl.where(attended, tl.exp2(s * c + bias[None, :] - logs[:, None]), 0.0)

@@ -71,22 +71,22 @@ def store_rows(base, rows, stride, limit, x, FIRST: tl.constexpr, WIDTH: tl.cons
 @triton.jit
 def axis_allowed(starts, places, size):
     """Evaluate the window rule along one axis; pointers (M, 1) to first positions and (1, N) to positions of keys."""
-    start = tl.load(starts)
-    place = tl.load(places)
-    return (place >= start) & (place < start + size)
+    # Volatile: kept out of the loops they do not change in, where three tables of a tile would cost too many registers.
+    distance = tl.load(places, volatile=True) - tl.load(starts, volatile=True)
+    inside = distance.to(tl.uint32) < size.to(tl.uint32)
+    return inside | ((distance + (1 << 29)).to(tl.uint32) >= (1 << 30))  # far: one of them is FREE, which is text
 
 
 @triton.jit
 def element_allowed(
     q, k, ma, mb, bits_row, key_in_block, KIND: tl.constexpr,
-    n0, n1, n2, n3, n4,
+    n0, n1, n2, n3,
 ):  # fmt: skip
     """Evaluate an element mask for q (M, 1) and k (1, N) token numbers; (M, N) bool. Kinds: ``element_masks.py``."""
-    if KIND == 1:  # a window of n0 x n1 x n2 positions; tables (3, n3) of queries, (3, n4) of keys
-        allowed = axis_allowed(ma + q, mb + k, n0)
-        allowed = allowed & axis_allowed(ma + n3 + q, mb + n4 + k, n1)
-        allowed = allowed & axis_allowed(ma + 2 * n3 + q, mb + 2 * n4 + k, n2)
-        allowed = allowed | (tl.load(ma + q) <= -(1 << 30)) | (tl.load(mb + k) <= -(1 << 30))  # text is free
+    if KIND == 1:  # a window of n0 x n1 x n2 positions; tables (Sq, 3) of queries, (Sk, 3) of keys
+        allowed = axis_allowed(ma + 3 * q, mb + 3 * k, n0)
+        allowed = allowed & axis_allowed(ma + 3 * q + 1, mb + 3 * k + 1, n1)
+        allowed = allowed & axis_allowed(ma + 3 * q + 2, mb + 3 * k + 2, n2)
     elif KIND == 2:  # band of n0 keys before and n1 after, n2 sink keys, queries shifted by n3
         distance = k - (q + n3)
         allowed = ((distance >= -n0) & (distance <= n1)) | (k < n2)
@@ -132,7 +132,7 @@ def plain_step(s, c, m, l):
     do_not_specialize=[
         "q_len", "kv_len", "kcap", "nv", "words", "value_shift", "tiles",
         "i_b", "i_h", "c_b", "c_h", "bits_b", "bits_h", "ma_b", "ma_h",
-        "n0", "n1", "n2", "n3", "n4",
+        "n0", "n1", "n2", "n3",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -149,7 +149,7 @@ def forward_kernel(
     cb_b, cb_h, cr_b, cr_h, bits_b, bits_h,
     rs_b, rs_h, ra_b, ra_h, bl_b, ma_b, ma_h, mb_b,
     heads, ratio, tiles, q_len, kv_len, kcap, nv, words, value_shift,
-    n0, n1, n2, n3, n4,
+    n0, n1, n2, n3,
     BM: tl.constexpr, BN: tl.constexpr, EN: tl.constexpr, BV: tl.constexpr,
     Q_SPLIT: tl.constexpr, KV_SPLIT: tl.constexpr, UNIT: tl.constexpr,
     DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
@@ -292,7 +292,7 @@ def forward_kernel(
                 k_tokens = tl.minimum(keys, kv_len - 1)[None, :]
                 allowed = element_allowed(
                     q_tokens, k_tokens, bits_row, mb + b64 * mb_b, bits_row,
-                    ((step % parts) * EN + narrow)[None, :], ELEMENTS, n0, n1, n2, n3, n4,
+                    ((step % parts) * EN + narrow)[None, :], ELEMENTS, n0, n1, n2, n3,
                 )  # fmt: skip
                 attended = attended & (allowed | (entry < full))
             if RANK > 0:
