@@ -73,7 +73,7 @@ def test_a_change_of_density_changes_nothing_that_triton_compiles_for() -> None:
         comp = Terms(compensation=pooled_compensation(p.k, p.v, 16))
         stats = torch.empty(1, HEADS, 2100)
         lists = triton_select._lists(p.q.transpose(1, 2)[:, :, :17], 17, None, chosen, None, False)
-        choice = triton_select.plan_select(None, scores, None, chosen, None, None, 1.0, lists)
+        choice = triton_select.plan_select(None, scores, None, (chosen, None, None, None), 1.0, lists)
         gradients = plan_backward(p, p.q, stats, p.q, stats, p.q, p.q, p.q, None)
         launches.append([forward(p), forward(p, comp), *gradients, choice])
     for few, many in zip(*launches):
