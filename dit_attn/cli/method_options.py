@@ -37,7 +37,7 @@ class MethodSpec:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        settings = ",".join(f"{key}={_written(value)}" for key, value in self.settings.items())
+        settings = ",".join(f"{key}={written(value)}" for key, value in self.settings.items())
         name = f'"{self.name}"' if _JOIN.search(self.name) or ":" in self.name[2:] else self.name
         return f"{name}:{settings}" if settings else name
 
@@ -177,13 +177,13 @@ def _bare(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] in _QUOTES and text[-1] == text[0] else text
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value in the grammar of ``--method``."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         rows = [isinstance(item, (list, tuple)) for item in value]
-        text = ",".join(f"[{_written(item)}]" if row else _written(item) for item, row in zip(value, rows))
+        text = ",".join(f"[{written(item)}]" if row else written(item) for item, row in zip(value, rows))
         return f"[{text}]" if any(rows) else text
     text = str(value)
     plain = not any(separator.search(text) for separator in (_JOIN, _COMMA)) and text[:1] not in _QUOTES

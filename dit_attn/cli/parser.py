@@ -75,7 +75,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
     group = parser.add_argument_group(title, description or None)
     for flag in flags:
         if flag.positional:
-            group.add_argument(flag.dest, metavar=flag.metavar, type=_reader(flag), help=flag.text)
+            optional: dict[str, Any] = {"nargs": flag.nargs, "default": argparse.SUPPRESS} if flag.nargs else {}
+            group.add_argument(flag.dest, metavar=flag.metavar, type=_reader(flag), help=flag.text, **optional)
             continue
         names = sorted([f"--{flag.name}", *flag.short], key=lambda name: name.startswith("--"))
         extra: dict[str, Any] = {"dest": flag.dest, "help": flag.text, "default": argparse.SUPPRESS}

@@ -14,6 +14,7 @@ from dit_attn.cli.parser import Parser
 GROUPS = {
     "generate": ["model", "methods", "prompts", "size", "sampling", "output", "run"],
     "models": ["output"],
+    "methods": ["method", "output"],
     "explain": ["model", "methods", "size", "output", "run"],
     "doctor": ["output"],
     "demo": ["output", "run"],

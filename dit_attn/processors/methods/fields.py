@@ -56,7 +56,7 @@ def _describe_one(kind: Any) -> str:
         return f"a list (a,b,...), each item {describe(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    return _NAMES.get(kind, str(kind))
+    return _NAMES.get(kind, "a JSON object" if typing.get_origin(kind) is dict else str(kind))
 
 
 @functools.cache

@@ -1,0 +1,134 @@
+"""``dit-attn methods``: the methods, and the settings of one of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import typing
+from typing import TYPE_CHECKING, Any
+
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.cli.table import Table, fields, show
+
+if TYPE_CHECKING:
+    from dit_attn.processors.methods.base import Method
+
+GROUPS = {
+    "method": (
+        flags.Flag(
+            "name", "method to describe", default="all, one line each", metavar="NAME", positional=True, nargs="?"
+        ),
+    ),
+    "output": flags.only(flags.OUTPUT, "json"),
+}
+_EXAMPLES = """examples:
+  dit-attn methods
+  dit-attn methods block-sparse
+"""
+_PAPER = re.compile(r"\barXiv (\d{4}\.\d{4,5})")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``methods``."""
+    parsers.describe(
+        parser,
+        "methods [NAME] [--json]",
+        "List the methods; with a name, its settings with type, range, default and an example.",
+        _EXAMPLES,
+    )
+    parsers.add_groups(parser, GROUPS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list, or one method. Returns 0.
+
+    Raises:
+        DitAttnError: no method of that name.
+    """
+    options = flags.merge(args, GROUPS)
+    from dit_attn.processors.methods import methods
+    from dit_attn.processors.methods.base import method_class
+
+    if "name" in options:
+        data = describe(method_class(options["name"]))
+        if options.get("json"):
+            print(json.dumps(data, indent=1))
+        else:
+            _show_one(data)
+        return 0
+    rows = [overview(cls) for _, cls in sorted(methods().items())]
+    if options.get("json"):
+        print(json.dumps(rows, indent=1))
+    else:
+        table = Table(
+            ("method", "kind", "what it does", "paper"),
+            [(row["method"], row["kind"], row["summary"], row["paper"] or "") for row in rows],
+            folded=("what it does",),
+        )
+        show(table, "", "`dit-attn methods NAME` lists the settings of one.")
+    return 0
+
+
+def overview(cls: type[Method]) -> dict[str, Any]:
+    """Return what a method is in one line, as JSON values: slug, kind, first line of its docstring, arXiv number."""
+    text = inspect.getdoc(cls) or ""
+    found = _PAPER.search(inspect.getdoc(sys.modules[cls.__module__]) or "")
+    return {
+        "method": cls.slug,
+        "class": cls.__name__,
+        "kind": cls.role,
+        "summary": text.partition("\n\n")[0].replace("\n", " "),
+        "paper": f"arXiv {found[1]}" if found else None,
+    }
+
+
+def describe(cls: type[Method]) -> dict[str, Any]:
+    """Return a method and its settings as JSON values: the fields of its class, its own before inherited ones."""
+    from dit_attn.cli.method_options import MethodSpec
+    from dit_attn.processors.methods.fields import describe as describe_type
+
+    hints, defaults = typing.get_type_hints(cls), cls().to_dict()
+    own = inspect.get_annotations(cls)
+    settings = [
+        {
+            "name": field.name,
+            "default": defaults[field.name],
+            "type": describe_type(hints[field.name]),
+            **{key: field.metadata.get(key) for key in ("low", "high", "choices", "help")},
+        }
+        for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+    ]
+    shown = next((row["name"] for row in settings if row["default"] not in (None, "", [])), None)
+    spec = MethodSpec(cls.slug, {shown: defaults[shown]} if shown else {})
+    example = f'dit-attn generate --model tiny-image --method {spec} --prompt "a large red circle at the left on white"'
+    return {**overview(cls), "settings": settings, "example": example}
+
+
+def _show_one(data: dict[str, Any]) -> None:
+    from dit_attn.cli.method_options import written
+
+    about = {"method": f"{data['method']} ({data['kind']}; dit_attn.{data['class']})", "does": data["summary"]}
+    if data["paper"]:
+        number = data["paper"].removeprefix("arXiv ")
+        about["paper"] = f"{data['paper']}, https://arxiv.org/abs/{number}"
+    rows = [
+        (row["name"], written(row["default"]) or "(empty)", _allowed(row), row["help"] or "")
+        for row in data["settings"]
+    ]
+    table = Table(("setting", "default", "allowed", "what it sets"), rows, folded=("allowed", "what it sets"))
+    show(fields({**about, "example": data["example"]}), "", table)
+
+
+def _allowed(row: dict[str, Any]) -> str:
+    """The type of a setting, with its range or choices."""
+    low, high, choices = row["low"], row["high"], row["choices"]
+    if choices is not None:
+        return f"{'any of ' if row['type'].startswith('a list') else ''}{', '.join(map(str, choices))}"
+    if low is None and high is None:
+        return str(row["type"])
+    return f"{row['type']}, {f'at least {low:g}' if high is None else f'{low:g} to {high:g}'}"
