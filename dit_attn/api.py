@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dit_attn.errors import DitAttnError, shorten, unknown
+from dit_attn.files import is_place
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
@@ -23,7 +24,7 @@ from dit_attn.processors.attach.summary import Summary, summarize
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods import methods
-from dit_attn.processors.methods.base import Method, is_place
+from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.presets import method_for
 
 __all__ = [

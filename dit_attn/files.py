@@ -304,3 +304,8 @@ def read_weights(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise DitAttnError(f"{file} holds a {type(state).__name__} and no state dict; save model.state_dict()")
     return state
+
+
+def is_place(name: str) -> bool:
+    """Return whether a text names saved settings (a file, a folder, ``org/name``) rather than a method's slug."""
+    return "/" in name or name.endswith(".json") or os.path.isdir(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from dit_attn import api
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.model_source import Source
@@ -27,6 +26,8 @@ def check_run(source: Source, jobs: Sequence[Job], methods: Iterable[Method] = (
         DitAttnError: methods that conflict, a layer or head that the model does not have, a file of heads that cannot
             be read; a size that the pipeline refuses.
     """
+    from dit_attn import api  # imports torch
+
     methods = tuple(methods)
     api.check_conflicts(methods)
     job_files.check_calls(jobs, source.pipeline)

@@ -13,7 +13,7 @@ from typing import Any
 from dit_attn import files
 from dit_attn.cli.model_source import Source, describe, go_offline_where_there_is_no_hub
 from dit_attn.cli.options import Options
-from dit_attn.cli.progress import on_terminal
+from dit_attn.cli.progress import loading_libraries, on_terminal
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -56,14 +56,17 @@ class LoadConfig:
         Raises:
             DitAttnError: no such model, device or adapter; a combination that this machine or pipeline cannot do.
         """
-        device = pick_device(options.get("device", "auto"))
-        offload = options.get("cpu_offload")
-        if offload and device.type == "cpu":
-            raise DitAttnError(f"--cpu-offload {offload} needs a GPU to load onto, and the device is cpu; leave it out")
         lora = tuple(options.get("lora", ()))
         parse_loras(lora)
-        quiet(show_progress)
-        source = describe(options["model"], options.get("revision"), options.get("variant"))
+        offload = options.get("cpu_offload")
+        with loading_libraries(not options.get("json")):
+            device = pick_device(options.get("device", "auto"))
+            if offload and device.type == "cpu":
+                raise DitAttnError(
+                    f"--cpu-offload {offload} needs a GPU to load onto, and the device is cpu; leave it out"
+                )
+            quiet(show_progress)
+            source = describe(options["model"], options.get("revision"), options.get("variant"))
         _check_takes_adapters(lora, source.pipeline)
         dtype = pick_dtype(options.get("dtype", "auto"), source, device)
         rest = options.pick("variant", "attention_backend", "vae_tiling", "vae_slicing", "compile")

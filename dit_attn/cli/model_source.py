@@ -61,7 +61,7 @@ def describe(name: str, revision: str | None = None, variant: str | None = None)
     Raises:
         DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
     """
-    kind, path, defaults = _locate(name, revision)
+    kind, path, defaults = locate(name, revision)
     if variant and kind == "embedded":
         raise DitAttnError(
             f"--variant {shorten(variant)}: {name} is embedded and has one kind of weights; leave it out"
@@ -119,7 +119,15 @@ def _bare(pipeline: Any, parts: dict[str, Any]) -> Any:
     return pipe
 
 
-def _locate(name: str, revision: str | None) -> tuple[str, str, dict[str, Any]]:
+def locate(name: str, revision: str | None = None) -> tuple[str, str, dict[str, Any]]:
+    """Find a model by its name alone; nothing heavy is imported.
+
+    Returns:
+        ``kind``, ``path`` and ``defaults`` of :class:`Source`.
+
+    Raises:
+        DitAttnError: there is no such model.
+    """
     from dit_attn import models
 
     entries = models.available()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -24,6 +26,21 @@ def progress_bar(total: int, desc: str, unit: str = "item", shown: bool = True, 
     from tqdm import tqdm
 
     return tqdm(total=total, desc=desc, unit=unit, disable=not (shown and on_terminal()) or total < least)
+
+
+@contextmanager
+def loading_libraries(shown: bool = True) -> Iterator[None]:
+    """Say on a terminal that torch and diffusers are being imported, which takes seconds, where they are not yet.
+
+    Args:
+        shown: ``False`` for commands that print JSON alone.
+    """
+    line = StatusLine(shown and "diffusers" not in sys.modules)
+    line("loading torch and diffusers ...")
+    try:
+        yield
+    finally:
+        line("")
 
 
 class StatusLine:

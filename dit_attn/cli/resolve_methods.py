@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.errors import DitAttnError, shorten, unknown
+from dit_attn.files import is_place
 
 if typing.TYPE_CHECKING:
     from dit_attn.processors.methods.base import Method
@@ -53,7 +54,7 @@ def resolve(specs: Sequence[MethodSpec], model: Any, preset: str | None) -> tupl
 
 
 def _method(spec: MethodSpec, preset: dict[str, dict[str, Any]]) -> Method:
-    from dit_attn.processors.methods.base import Method, is_place, method_class
+    from dit_attn.processors.methods.base import Method, method_class
 
     if is_place(spec.name):
         base = Method.from_pretrained(spec.name)

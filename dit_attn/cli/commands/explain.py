@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import show
 
 if TYPE_CHECKING:
@@ -57,8 +59,9 @@ class ExplainConfig:
         from dit_attn.cli import load_pipeline, method_options, model_source, resolve_methods
 
         specs = method_options.method_specs(options)
-        load_pipeline.quiet(show_progress=False)
-        source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
+        with loading_libraries(not options.get("json")):
+            load_pipeline.quiet(show_progress=False)
+            source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
         methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
         size = {key: options.get(key, source.defaults.get(key)) for key in ("height", "width", "num_frames")}
         return cls(source, methods, **size, **options.pick("json"))
@@ -84,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import dit_attn
 
-    config = ExplainConfig.from_options(flags.merge(args, GROUPS))
+    options = flags.merge(args, GROUPS)
+    check_early(options)
+    config = ExplainConfig.from_options(options)
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
     found = dit_attn.explain(config.source.without_weights, *config.methods, **size)
     if config.json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
 from dit_attn.cli.progress import on_terminal
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped
@@ -87,9 +88,10 @@ class GenerateConfig:
         from dit_attn.cli.load_pipeline import LoadConfig
 
         specs = method_options.method_specs(options)
+        jobs = job_files.make_jobs(options.values, {})  # before torch is imported: what is wrong is reported at once
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
-        jobs = job_files.make_jobs(options.values, load.source.defaults)
+        jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]
         check_run(load.source, jobs, methods)
         folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
         sheet = options.get("contact_sheet", len(jobs) > 1)
@@ -119,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import outputs, run_record, runner, workers
 
-    config = GenerateConfig.from_options(flags.merge(args, GROUPS))
+    options = flags.merge(args, GROUPS)
+    check_early(options)
+    config = GenerateConfig.from_options(options)
     if config.dry_run:
         live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
         return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0

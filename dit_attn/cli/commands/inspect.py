@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
 from dit_attn.cli.progress import on_terminal
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped, reason
@@ -18,7 +19,6 @@ from dit_attn.errors import DitAttnError, RunStopped, reason
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.load_pipeline import LoadConfig
-    from dit_attn.cli.model_source import Source
     from dit_attn.cli.run_record import Run
     from dit_attn.pipelines.inspect.inspection import Inspection
     from dit_attn.processors.methods.base import Method
@@ -92,6 +92,7 @@ class InspectConfig:
         from dit_attn.cli.load_pipeline import LoadConfig
 
         specs = method_options.method_specs(options)
+        job = only_job(options)  # before torch is imported: what is wrong is reported at once
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         source = load.source
         if source.transformer is None:
@@ -100,7 +101,7 @@ class InspectConfig:
                 "inspect"
             )
         methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
-        job = only_job(options, source)
+        job = replace(job, call={**source.defaults, **job.call})
         check_run(source, [job], methods)
         name = "-".join(["inspect", Path(source.path).name or "model", *(method.slug for method in methods)])
         folder = outputs.folder_of(options.get("output"), Path("outputs") / name)
@@ -129,7 +130,9 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import load_pipeline, outputs, run_record
 
-    config = InspectConfig.from_options(flags.merge(args, GROUPS))
+    options = flags.merge(args, GROUPS)
+    check_early(options)
+    config = InspectConfig.from_options(options)
     live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:
         return _print_plan(live, config)
@@ -139,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
     return _make(live, config)
 
 
-def only_job(options: flags.Options, source: Source) -> Job:
-    """Make the one item of the command.
+def only_job(options: flags.Options) -> Job:
+    """Make the one item of the command, without the arguments that the model needs.
 
     Raises:
         DitAttnError: no prompt, or several.
@@ -149,7 +152,7 @@ def only_job(options: flags.Options, source: Source) -> Job:
 
     if len(options.get("prompt", [])) > 1:
         raise DitAttnError("inspect looks at one run; give one --prompt TEXT")
-    return job_files.make_jobs(options.values, source.defaults)[0]
+    return job_files.make_jobs(options.values, {})[0]
 
 
 def _make(live: Run, config: InspectConfig) -> int:

@@ -8,7 +8,6 @@ transformer (:mod:`dit_attn.processors.core.parameters`).
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,11 +276,6 @@ class Method:
 
     def _contents(self) -> dict[str, bytes]:
         return saved.contents(self.to_dict(), saved.saved_tensors(self.weights) if self.weights else {})
-
-
-def is_place(name: str) -> bool:
-    """Return whether a text names saved settings (a file, a folder, ``org/name``) rather than a slug."""
-    return "/" in name or name.endswith(".json") or os.path.isdir(name)
 
 
 def method_class(slug: object) -> type[Method]:

@@ -7,6 +7,8 @@ import importlib
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.errors import DitAttnError, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,4 +126,7 @@ def run(args: argparse.Namespace) -> int:
             settings = (what, name) == ("model", "density")
             remedy = "write it as a setting, --method NAME:density=0.25" if settings else "leave it out"
             raise DitAttnError(f"--{flag} is not for bench {what}; {remedy}")
-    return int(importlib.import_module(f"dit_attn.cli.commands.bench.{what}").run(options))
+    check_early(options)
+    with loading_libraries(not options.get("json")):
+        module = importlib.import_module(f"dit_attn.cli.commands.bench.{what}")
+    return int(module.run(options))

@@ -18,13 +18,14 @@ from dit_attn.cli.options import Options
 from dit_attn.cli.progress import StatusLine
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.files import is_place
 from dit_attn.models import architectures
 from dit_attn.models.architectures import ARCHITECTURES, Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
 from dit_attn.pipelines.benchmark.frozen_step import Competitor, make_competitor
-from dit_attn.processors.methods.base import Method, is_place
+from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.sparse import as_sparse
 
 ON_CPU = {"layers": 2, "heads": 2, "tokens": 4096}  # what a CPU gets without sizes and --full

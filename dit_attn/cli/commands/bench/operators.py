@@ -17,11 +17,12 @@ from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.files import is_place
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import equal_cost, operator_error
 from dit_attn.pipelines.benchmark.equal_cost import MethodFamily
-from dit_attn.processors.methods.base import Method, is_place
+from dit_attn.processors.methods.base import Method
 
 SOURCES = ("synthetic", "tiny-image", "tiny-video")
 BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-video": 36}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 
 if TYPE_CHECKING:
@@ -73,9 +75,11 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS, replaced=("prompt", "prompts", "held_out"))
-    from dit_attn.cli import runner
-    from dit_attn.cli.commands.compare import run as compare_run
-    from dit_attn.cli.commands.compare.config import CompareConfig
+    check_early(options)
+    with loading_libraries(not options.get("json")):
+        from dit_attn.cli import runner
+        from dit_attn.cli.commands.compare import run as compare_run
+        from dit_attn.cli.commands.compare.config import CompareConfig
 
     config = CompareConfig.from_options(options)
     if config.dry_run:

@@ -8,6 +8,8 @@ import sys
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.early_check import check_early
+from dit_attn.cli.progress import loading_libraries
 
 OBJECTIVES = (
     "clip-world", "verifier", "verifier-whole", "fid-world", "drawn-world", "clip", "style", "pickscore", "hpsv2",
@@ -97,9 +99,11 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS)
-    from dit_attn.cli.commands.search import plan
-    from dit_attn.cli.commands.search import run as search_run
-    from dit_attn.cli.commands.search.config import HeadSearchConfig
+    check_early(options)
+    with loading_libraries(not options.get("json")):
+        from dit_attn.cli.commands.search import plan
+        from dit_attn.cli.commands.search import run as search_run
+        from dit_attn.cli.commands.search.config import HeadSearchConfig
 
     config = HeadSearchConfig.from_options(options)
     if config.dry_run:
