@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError, shorten, unknown
+from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
@@ -371,17 +371,9 @@ def _resolve(
         else:
             raise _no_method(item)
     if settings:
-        chosen = [_with_settings(chosen[0], settings)]
+        chosen = [dataclasses.replace(chosen[0], **settings)]
     check_conflicts(chosen)
     return tuple(chosen)
-
-
-def _with_settings(method: Method, settings: Mapping[str, Any]) -> Method:
-    names = [field.name for field in dataclasses.fields(method)]
-    for name in settings:
-        if name not in names:
-            raise unknown(f"setting of {method.slug}", name, names)
-    return dataclasses.replace(method, **settings)
 
 
 def _no_method(item: Any) -> DitAttnError:
