@@ -237,7 +237,7 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, with the slug under ``"method"``."""
-        return {"method": self.slug, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+        return {"method": self.slug, **{k: plain(v) for k, v in dataclasses.asdict(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Method:
@@ -308,5 +308,6 @@ def method_class(slug: object) -> type[Method]:
     return REGISTRY[slug]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def plain(value: Any) -> Any:
+    """Return a setting as a JSON value: tuples become lists."""
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
