@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_attn.errors import DitAttnError, shorten, unknown
+from dit_attn.errors import DitAttnError, shorten
 from dit_attn.files import is_place
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
@@ -26,6 +26,9 @@ from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods import methods
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.presets import method_for
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModelMixin
 
 __all__ = [
     "attn_processors",
@@ -45,7 +48,7 @@ _TWIN = "twin pass"
 _ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
 
 
-def enable(target: Any, *wanted: str | Method, **settings: Any) -> Session:
+def enable(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **settings: Any) -> Session:
     """Enable methods on a pipeline or transformer. Nothing else about it changes.
 
     Enabling again replaces what was enabled before.
@@ -73,7 +76,7 @@ def enable(target: Any, *wanted: str | Method, **settings: Any) -> Session:
     return sessions[0]
 
 
-def check(target: Any, *wanted: str | Method, **settings: Any) -> None:
+def check(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **settings: Any) -> None:
     """Raise what :func:`enable` would raise, and change nothing. The weights may be on the meta device.
 
     Args:
@@ -86,14 +89,14 @@ def check(target: Any, *wanted: str | Method, **settings: Any) -> None:
     _checked(target, wanted, settings)
 
 
-def disable(target: Any) -> None:
+def disable(target: DiffusionPipeline | ModelMixin) -> None:
     """Remove every method: bit-equal to never enabled. Calling it twice is fine."""
     for model in _transformers(target):
         attach.detach(model)
 
 
 @contextmanager
-def enabled(target: Any, *wanted: str | Method, **settings: Any) -> Iterator[Session]:
+def enabled(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **settings: Any) -> Iterator[Session]:
     """Enable methods for the length of a ``with`` block; what was enabled before is restored at its end."""
     models = _transformers(target)
     before = [(model, session) for model in models if (session := attach.session_of(model)) is not None]
@@ -111,7 +114,7 @@ def enabled(target: Any, *wanted: str | Method, **settings: Any) -> Iterator[Ses
 
 
 def run_context(
-    target: Any,
+    target: DiffusionPipeline | ModelMixin,
     *,
     step: int | None = None,
     steps: int | None = None,
@@ -151,7 +154,7 @@ def run_context(
     return declare(_transformers(target), step, steps, branch, window, prompt)
 
 
-def watch(pipe: Any) -> None:
+def watch(pipe: DiffusionPipeline) -> None:
     """Record the runs of a stock pipeline, without a method or a wrapped layer, until :func:`disable`.
 
     :func:`summary` then warns of guidance that was requested and did not happen (``warnings``).
@@ -165,7 +168,9 @@ def watch(pipe: Any) -> None:
 
 
 @contextmanager
-def observing(target: Any, observer: Observer, sites: Sequence[str] = ("self",)) -> Iterator[None]:
+def observing(
+    target: DiffusionPipeline | ModelMixin, observer: Observer, sites: Sequence[str] = ("self",)
+) -> Iterator[None]:
     """Call a function after every attention call of a pipeline or transformer; nothing about the run changes.
 
     The observer gets the calls of the enabled methods, or of the stock run where none is enabled. Enable first, then
@@ -198,7 +203,7 @@ def observing(target: Any, observer: Observer, sites: Sequence[str] = ("self",))
         yield
 
 
-def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
+def attn_processors(target: DiffusionPipeline | ModelMixin, *wanted: str | Method) -> dict[str, Any]:
     """Return the attention processors of ``enable``, for ``transformer.set_attn_processor(...)``.
 
     The dictionary names every attention layer, as diffusers requires; layers that no method applies to keep their
@@ -226,7 +231,7 @@ def attn_processors(target: Any, *wanted: str | Method) -> dict[str, Any]:
     return {name: ours.get(name.removesuffix(".processor"), processor) for name, processor in stock.items()}
 
 
-def summary(target: Any) -> Summary:
+def summary(target: DiffusionPipeline | ModelMixin) -> Summary:
     """Summarize the last run: sparse calls, fallbacks and why, density, time.
 
     Raises:
@@ -240,7 +245,7 @@ def summary(target: Any) -> Summary:
 
 
 def explain(
-    target: Any,
+    target: DiffusionPipeline | ModelMixin,
     *wanted: str | Method,
     height: int | None = None,
     width: int | None = None,
@@ -263,7 +268,12 @@ def explain(
 
 
 def spans(
-    pipe: Any, prompt: str | list[str], pieces: Piece | list[Piece], *, negative: bool = False, **call: Any
+    pipe: DiffusionPipeline,
+    prompt: str | list[str],
+    pieces: Piece | list[Piece],
+    *,
+    negative: bool = False,
+    **call: Any,
 ) -> list[PromptSpan]:
     """Return which tokens of the text a piece of the prompt becomes, by the pipeline's own tokenizers.
 
@@ -372,17 +382,9 @@ def _resolve(
         else:
             raise _no_method(item)
     if settings:
-        chosen = [_with_settings(chosen[0], settings)]
+        chosen = [dataclasses.replace(chosen[0], **settings)]
     check_conflicts(chosen)
     return tuple(chosen)
-
-
-def _with_settings(method: Method, settings: Mapping[str, Any]) -> Method:
-    names = [field.name for field in dataclasses.fields(method)]
-    for name in settings:
-        if name not in names:
-            raise unknown(f"setting of {method.slug}", name, names)
-    return dataclasses.replace(method, **settings)
 
 
 def _no_method(item: Any) -> DitAttnError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,10 @@ def test_what_is_no_method_is_one_line(wanted: tuple[Any, ...], settings: dict[s
 def test_a_unet_is_called_a_unet() -> None:
     with pytest.raises(DitAttnError, match="UNet2DConditionModel is a UNet; the methods are for"):
         dit_attn.enable(UNet2DConditionModel(), "block-sparse")
+
+
+def test_the_types_of_the_public_functions_are_those_of_diffusers_and_load_nothing() -> None:
+    for function in (dit_attn.enable, dit_attn.disable, dit_attn.summary, dit_attn.explain):
+        assert "DiffusionPipeline | ModelMixin" in str(inspect.signature(function))
+    code = "import sys, dit_attn; sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attach
+from dit_attn.processors.attach import attach, sites
 from dit_attn.processors.attach.families import families
 from dit_attn.processors.core import cfg
 from dit_attn.processors.methods.base import Method
@@ -115,9 +115,10 @@ def fake(monkeypatch: pytest.MonkeyPatch, method: Method, style: str, scale: Any
     pipe = FakePipe(style, scale, **more)
     wan = next(row for row in families() if row.name == "wan")
     row = dataclasses.replace(wan, cfg=STYLES[style])
-    monkeypatch.setattr(attach, "family_of", lambda model, kinds=(): row)
+    for module in (attach, sites):
+        monkeypatch.setattr(module, "family_of", lambda model, kinds=(): row)
+        monkeypatch.setattr(module, "tap_of", lambda *_: "torch")
     monkeypatch.setattr(attach, "eligible_layers", lambda *_: ["blocks.0.attn1", "blocks.1.attn1"])
-    monkeypatch.setattr(attach, "tap_of", lambda *_: "torch")
     monkeypatch.setattr(attach, "session_processors", lambda *_: {})
     monkeypatch.setattr(attach, "rewrap", lambda *_: None)
     pipe.transformer.eval()  # as `from_pretrained` leaves it

@@ -57,8 +57,8 @@ def middle_call(pipe: FrozenPipeline) -> tuple[AttentionCall, int]:
         if call.layer.index == call.layer_count // 2:
             chosen[:] = [call]
 
-    disable(pipe)
-    with observing(pipe, observe):
+    disable(pipe.target)
+    with observing(pipe.target, observe):
         pipe.run_step()
     if not chosen:
         why = f": {reasons[0]}" if reasons else ""

@@ -44,8 +44,14 @@ class FrozenPipeline:
     """
 
     def __init__(self, transformer: torch.nn.Module, inputs: dict[str, Any], device: torch.device) -> None:
-        self.transformer, self.inputs, self.device = transformer, inputs, device
+        self.transformer: Any = transformer
+        self.inputs, self.device = inputs, device
         self.step = 0
+
+    @property
+    def target(self) -> Any:
+        """This object, where a pipeline of diffusers is expected."""
+        return self
 
     def set_step(self, step: int) -> None:
         """Make the next calls belong to this step, from 0."""

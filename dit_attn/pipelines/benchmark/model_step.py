@@ -124,11 +124,11 @@ def time_steps(
     found: dict[Any, StepTimes] = {None: StepTimes()}
     for turn in range(repeats + 1):
         on_progress(f"steps, round {turn} of {repeats}: dense")
-        disable(pipe)
+        disable(pipe.target)
         _time_step(pipe, found[None], turn)
         for one in competitors:
             on_progress(f"steps, round {turn} of {repeats}: {one.label}")
-            with enabled(pipe, one.method) as session:
+            with enabled(pipe.target, one.method) as session:
                 for phase in one.phases:
                     pipe.set_step(phase.step)
                     times = found.setdefault((one.label, phase.name), StepTimes())

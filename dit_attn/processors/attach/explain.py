@@ -17,16 +17,17 @@ from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.layer_shape import head_count, head_size
 from dit_attn.processors.attach.sites import eligible_layers
+from dit_attn.processors.attach.value_table import html_table, methods_text, text_table
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
 from dit_attn.processors.methods.head_budget import is_full
-from dit_attn.processors.methods.presets import preset_for
+from dit_attn.processors.methods.presets import PresetUse, preset_for, preset_use
 
 _TEXT_TOKENS = 512  # assumed length of the text in a joint sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Estimate for one transformer call and one run. Prints as a table; ``to_dict()`` gives JSON values.
 
@@ -47,6 +48,7 @@ class Explanation:
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
             pass is one sample through the transformer), and their ``work`` without the blocks that are reused or
             skipped; ``None`` without one.
+        presets: for methods whose settings are those of ``preset``, but for the ``changed`` ones.
     """
 
     family: str
@@ -62,18 +64,32 @@ class Explanation:
     methods: tuple[dict[str, Any], ...]
     memory: int = 0
     guidance: dict[str, float] | None = None
+    presets: tuple[PresetUse, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        gain = f", up to {self.speedup:.2f}x for the step" if self.speedup is not None else ""
+        share = f"density {100 * self.density:.1f} %" if self.density is not None else "density decided by the data"
+        methods = methods_text(self.methods, self.presets)
+        return f"<Explanation: {methods}, {self.tokens:,} tokens, {share}{gain}>"
+
     def __str__(self) -> str:
+        return text_table(self._rows(), label=14)
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
         t, h, w = self.grid
         rows = [
             (
                 "family",
                 self.family + (f" (preset {self.preset})" if self.preset else " (no preset for this checkpoint)"),
             ),
+            *(("preset", str(use)) for use in self.presets),
             ("visual tokens", f"{self.tokens:,} = {t} x {h} x {w}"),
             ("layers", f"{self.layers} attention layers can be wrapped"),
             ("attention", f"{100 * self.attention_share:.1f} % of the operations of a step"),
@@ -91,7 +107,7 @@ class Explanation:
         if self.guidance is not None:
             rows.append(("guidance", _guidance_line(self.guidance)))
         rows += [("fallback", reason) for reason in self.fallbacks]
-        return "\n".join(f"{key:<14} {value}" for key, value in rows)
+        return rows
 
 
 def explain_run(
@@ -116,7 +132,8 @@ def explain_run(
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     density, fallbacks = _expected_density(methods, len(names), tokens)
-    preset = preset_for(model, pair=getattr(pipe, "transformer_2", None) is not None)
+    pair = getattr(pipe, "transformer_2", None) is not None
+    preset = preset_for(model, pair=pair)
     return Explanation(
         family=family.name,
         preset=preset.name if preset else None,
@@ -131,6 +148,7 @@ def explain_run(
         methods=tuple(method.to_dict() for method in methods),
         memory=_memory(model, methods, names, tokens),
         guidance=_guidance(model, methods),
+        presets=tuple(use for method in methods if (use := preset_use(method, model, pair))),
     )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.value_table import html_table, methods_text, text_table
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from dit_attn.processors.core.layer import LayerStats
+from dit_attn.processors.methods.presets import PresetUse, preset_use
 
 _CONTEXT = "with dit_attn.run_context(transformer"
 
@@ -56,6 +59,7 @@ class GuidanceSummary:
             the guided steps; ``None`` in runs without an unconditional branch.
         orthogonal: orthogonal component of the update, in units of ``|c - u|``; ``None`` likewise.
         relative: ``|D| / |c|``, mean over the guided steps; ``None`` where no step was guided.
+        perturbed: what the perturbed pass changes: layers with their heads, or blocks that it skips.
     """
 
     evaluations: int
@@ -64,9 +68,11 @@ class GuidanceSummary:
     parallel: float | None
     orthogonal: float | None
     relative: float | None
+    perturbed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [
+        lines = ["; ".join(self.perturbed)] if self.perturbed else []
+        lines += [
             f"{self.evaluations} perturbed passes, {_percent(self.reused)} of their blocks reused, "
             f"{self.steps} guided steps"
         ]
@@ -79,9 +85,11 @@ class GuidanceSummary:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
     """Report of the last run of one pipeline or transformer. Prints as a table; ``to_dict()`` gives JSON values.
+
+    Printed settings are those that differ from the model's preset, or from the defaults; ``methods`` has all of them.
 
     Attributes:
         families: family of every transformer.
@@ -95,17 +103,19 @@ class Summary:
         source: where steps and branches come from: ``pipeline call`` (the pipeline that ran), ``run_context``,
             ``cache_context`` (as given in a loop), or ``time steps`` (of the calls; the number of steps is unknown).
         cross_layers: one entry per layer of the cross attention, where a method applies to it; totals leave them out.
+        presets: for methods whose settings are those of the model's preset, but for the ``changed`` ones.
     """
 
     families: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
     runs: int
     steps: int
-    layers: tuple[LayerSummary, ...] = field(repr=False)
+    layers: tuple[LayerSummary, ...]
     guidance: GuidanceSummary | None = None
     warnings: tuple[str, ...] = ()
     source: str = ""
-    cross_layers: tuple[LayerSummary, ...] = field(default=(), repr=False)
+    cross_layers: tuple[LayerSummary, ...] = ()
+    presets: tuple[PresetUse, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -137,6 +147,11 @@ class Summary:
         return (self.sparse_calls * (self.density or 0.0) + (self.calls - self.sparse_calls)) / self.calls
 
     @property
+    def seconds(self) -> float:
+        """Time in sparse calls (host time)."""
+        return sum(layer.seconds for layer in self.layers)
+
+    @property
     def worst_error(self) -> tuple[float, str] | None:
         """Largest measured error and its layer, ``None`` when no method set ``max_error``."""
         found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
@@ -155,11 +170,22 @@ class Summary:
         totals = ("calls", "sparse_calls", "biased_calls", "density", "run_density", "fallbacks")
         return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
+    def __repr__(self) -> str:
+        density = f"density {_percent(self.density)} in sparse calls, {self.seconds:.2f} s in method"
+        return f"<Summary: {methods_text(self.methods, self.presets)}, runs {self.runs}, {density}>"
+
     def __str__(self) -> str:
+        return text_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
         sparse_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
         rows = [
             ("family", ", ".join(self.families)),
-            ("methods", "; ".join(_settings(method) for method in self.methods) or "none"),
+            ("methods", methods_text(self.methods, self.presets)),
+            *(("preset", str(use)) for use in self.presets),
             ("runs", f"{self.runs} (last: {self.steps} steps)"),
             *([("known from", self.source)] if self.source else ()),
         ]
@@ -169,7 +195,7 @@ class Summary:
             ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
             *([("biased calls", f"{self.biased_calls} of {self.calls} attention calls, sparse or dense")] * biased),
             ("density", f"{_percent(self.density)} in sparse calls, {_percent(self.run_density)} over the run"),
-            ("time in method", f"{sum(layer.seconds for layer in self.layers):.2f} s"),
+            ("time in method", f"{self.seconds:.2f} s"),
             *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
             *(("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
         ]
@@ -179,7 +205,7 @@ class Summary:
             rows.append(("cross attention", _cross_text(self.cross_layers)))
         rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
         rows += [("warning", text) for text in self.warnings]
-        return "\n".join(f"{key:<16} {value}" for key, value in rows)
+        return rows
 
 
 def summarize(sessions: dict[str, Session]) -> Summary:
@@ -211,6 +237,9 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             for layer in session.layers
             if layer.kind == "cross"
         ),
+        presets=tuple(
+            use for method in first.methods if (use := preset_use(method, first.model, pair=len(sessions) > 1))
+        ),
     )
 
 
@@ -225,7 +254,8 @@ def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
 
 
 def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
-    guiders = [session.guider for session in sessions.values() if session.guider is not None and session.ran]
+    guided = [session for session in sessions.values() if session.guider is not None and session.ran]
+    guiders = [session.guider for session in guided if session.guider is not None]
     if not guiders:
         return None
     strengths = [guider.strength for guider in guiders]
@@ -243,7 +273,24 @@ def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
         parallel=mean("parallel"),
         orthogonal=mean("orthogonal"),
         relative=mean("relative"),
+        perturbed=tuple(dict.fromkeys(text for session in guided for text in _perturbed(session))),
     )
+
+
+def _perturbed(session: Session) -> Iterator[str]:
+    """Yield the layers and heads, or the blocks, that a guidance method changes in its pass."""
+    assert session.guider is not None
+    plan = session.guider.plan
+    by_heads: dict[str, list[str]] = {}
+    for name, strengths in plan.strengths.items():
+        count = head_count(session.model.get_submodule(name))
+        numbers = ", ".join(map(str, sorted(strengths)))
+        heads = f"all {count} heads" if len(strengths) == count else f"heads {numbers}"
+        by_heads.setdefault(heads.replace("all 1 heads", "its one head"), []).append(name)
+    for heads, names in by_heads.items():
+        yield f"perturbed: {', '.join(names)}, {heads}"
+    if plan.skipped:
+        yield f"skipped: {', '.join(plan.skipped)}"
 
 
 def _warnings(session: Session) -> list[str]:
@@ -295,11 +342,6 @@ def _layer(name: str, stats: LayerStats) -> LayerSummary:
         name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
         stats.biased_calls, stats.scaled_calls, stats.replaced_calls,
     )  # fmt: skip
-
-
-def _settings(method: dict[str, Any]) -> str:
-    values = ", ".join(f"{k}={v}" for k, v in method.items() if k != "method" and v is not None)
-    return f"{method['method']}({values})"
 
 
 def _percent(value: float | None) -> str:

@@ -8,10 +8,11 @@ transformer (:mod:`dit_attn.processors.core.parameters`).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -21,7 +22,10 @@ from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.parameters import LayerShape, on_device
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods import saved
-from dit_attn.processors.methods.fields import check_fields
+from dit_attn.processors.methods.fields import check_fields, check_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
@@ -75,9 +79,17 @@ class TwinPass:
     first_layer: int = 0
 
 
-@dataclass(frozen=True)
+class _InitSignature:
+    """The signature of a method class is that of its constructor, whatever ``__new__`` checks."""
+
+    def __get__(self, instance: object, owner: Any) -> inspect.Signature:
+        _, *parameters = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature(parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of every method.
+    """Base of every method. Settings are keywords.
 
     Class attributes:
         slug: name used by ``enable(pipe, slug)`` and on the command line.
@@ -94,6 +106,11 @@ class Method:
     role: ClassVar[str] = ""
     min_tokens: ClassVar[int] = 0
     sites: ClassVar[tuple[str, ...]] = ("self",)
+    __signature__: ClassVar[_InitSignature] = _InitSignature()
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        check_names(cls, args, settings)
+        return super().__new__(cls)
 
     @property
     def weights(self) -> str | None:
@@ -219,7 +236,7 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, with the slug under ``"method"``."""
-        return {"method": self.slug, **{k: _plain(v) for k, v in dataclasses.asdict(self).items()}}
+        return {"method": self.slug, **{k: plain(v) for k, v in dataclasses.asdict(self).items()}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Method:
@@ -232,10 +249,6 @@ class Method:
             raise DitAttnError('method settings are an object with the slug under "method"; save them again')
         settings = dict(data)
         cls = method_class(settings.pop("method"))
-        names = {spec.name: spec for spec in dataclasses.fields(cls)}
-        for name in settings:
-            if name not in names:
-                raise unknown(f"setting of {cls.slug}", name, names)
         return cls(**settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -289,5 +302,6 @@ def method_class(slug: object) -> type[Method]:
     return REGISTRY[slug]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def plain(value: Any) -> Any:
+    """Return a setting as a JSON value: tuples become lists."""
+    return [plain(item) for item in value] if isinstance(value, tuple) else value

@@ -18,7 +18,7 @@ from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mea
 from dit_attn.processors.methods.sparse import SparseMethod
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSparse(SparseMethod):
     """Attend to the best key blocks of every query block.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import numbers
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from dit_attn.errors import DitAttnError, shorten, unknown
@@ -35,6 +37,39 @@ def check_fields(method: Any) -> None:
             object.__setattr__(method, spec.name, fitted)
         if fitted is not None:
             _check_range(name, spec, fitted, hints[spec.name])
+
+
+def check_names(cls: Any, args: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are no keywords, and keywords that are no settings.
+
+    Args:
+        cls: the class of the method.
+        args: positional arguments of its constructor.
+        settings: keywords of its constructor.
+
+    Raises:
+        DitAttnError: a positional argument, or an unknown setting.
+    """
+    names = [spec.name for spec in dataclasses.fields(cls) if spec.init]
+    if args:
+        raise DitAttnError(f"settings are keywords: {cls.__name__}({_as_keyword(cls, args[0])})")
+    for name in settings:
+        if name not in names:
+            raise unknown(f"setting of {cls.slug or cls.__name__}", name, names)
+
+
+def _as_keyword(cls: Any, value: Any) -> str:
+    """``name=value`` with the first setting that takes the value, of the class before those of its bases."""
+    own = inspect.get_annotations(cls)
+    specs = sorted((spec for spec in dataclasses.fields(cls) if spec.init), key=lambda spec: spec.name not in own)
+    for spec in specs:
+        hint = _hints(cls)[spec.name]
+        try:
+            _check_range(spec.name, spec, _fit(value, hint), hint)
+        except ValueError:  # of another type, or out of its range
+            continue
+        return f"{spec.name}={shorten(value)}"
+    return ", ".join(f"{spec.name}=..." for spec in specs[:1])
 
 
 def union_of(hint: Any) -> tuple[Any, ...]:

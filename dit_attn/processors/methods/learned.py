@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dit_attn.processors.methods.base import Method, setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LearnedMethod(Method):
     """A method with a module per layer: what ``parameters_for`` returns, trained with the transformer or alone."""
 

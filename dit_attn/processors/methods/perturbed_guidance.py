@@ -27,7 +27,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 Layers = dict[str, int | None]  # addressable layers, in order, with their number of heads
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PerturbedGuidance(Method):
     """Base of the guidance methods: one perturbed pass, over the conditional rows, is added to every guided step.
 

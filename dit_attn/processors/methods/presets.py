@@ -10,6 +10,8 @@ from typing import Any
 from dit_attn.errors import unknown
 from dit_attn.processors.methods.base import Method
 
+PROVENANCES = {"paper": "from the paper", "measured": "measured on this model", "guess": "a guess, not measured"}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -72,6 +74,53 @@ def preset_for(model: Any, name: str | None = None, pair: bool = False) -> Prese
             raise unknown("preset", name, found)
         return found[name]
     return next((preset for preset in presets() if preset.matches(model, pair)), None)
+
+
+@dataclass(frozen=True)
+class PresetUse:
+    """How the settings of a method relate to the preset of its model.
+
+    Attributes:
+        method: the method's slug.
+        preset: name of the preset.
+        provenance: where its numbers come from: ``paper | measured | guess``.
+        changed: settings with another value than in the preset.
+    """
+
+    method: str
+    preset: str
+    provenance: str
+    changed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        others = "the other settings of " if self.changed else ""
+        return f"{self.preset} for {others}{self.method} ({PROVENANCES[self.provenance]})"
+
+
+def preset_use(method: Method, model: Any, pair: bool = False) -> PresetUse | None:
+    """Compare the settings of a method with those of the model's preset.
+
+    Args:
+        method: the method.
+        model, pair: as for :func:`preset_for`.
+
+    Returns:
+        ``None`` where no preset has the method, or the settings are closer to the defaults.
+    """
+    preset = preset_for(model, pair=pair)
+    if preset is None or method.slug not in preset.methods:
+        return None
+    given = method.to_dict()
+    changed = changed_settings(given, method_for(method.slug, model, pair).to_dict())
+    if len(changed) > len(changed_settings(given, type(method)().to_dict())):
+        return None
+    return PresetUse(method.slug, preset.name, preset.methods[method.slug].get("provenance", "guess"), changed)
+
+
+def changed_settings(settings: dict[str, Any], base: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the settings that differ from ``base``; unset ones are left out."""
+    given = {name: value for name, value in settings.items() if name != "method" and value is not None}
+    return tuple(name for name, value in given.items() if name not in base or base[name] != value)
 
 
 def method_for(slug: str, model: Any, pair: bool = False) -> Method:

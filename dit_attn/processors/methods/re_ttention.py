@@ -32,7 +32,7 @@ DTYPES = {"model": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 FP8_MAX = 448.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReTtention(SparseMethod):
     """Run dense steps first, then periods of one refresh and a few steps with a thin fixed mask.
 

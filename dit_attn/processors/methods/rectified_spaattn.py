@@ -38,7 +38,7 @@ COMPENSATIONS = ("none", "paper", "repo", "merge")
 ORDERS = ("auto", "hilbert", "tiles", "none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RectifiedSpaAttn(SparseMethod):
     """Attend to the best key blocks along a space-filling curve and compensate for the others.
 

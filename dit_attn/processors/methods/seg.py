@@ -11,7 +11,7 @@ from dit_attn.processors.methods.base import setting
 from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuidance, middle_layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SEG(PerturbedGuidance):
     """Guide away from attention whose queries a Gaussian has blurred within their frame.
 

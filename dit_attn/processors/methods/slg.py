@@ -11,7 +11,7 @@ from dit_attn.processors.methods.base import setting
 from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuidance, block_numbers, blocks_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SLG(PerturbedGuidance):
     """Guide away from a pass that skips blocks; the defaults are those of the SD3.5 reference.
 

@@ -12,7 +12,7 @@ from dit_attn.processors.methods.base import setting
 from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuidance, middle_layer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SoftPAG(PerturbedGuidance):
     """Guide away from perturbed heads: a head's attention matrix A becomes ``(1 - u) A + u R`` (eq. 7).
 

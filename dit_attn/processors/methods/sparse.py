@@ -15,7 +15,7 @@ from dit_attn.processors.methods.base import Method, Phase, resolve_count, setti
 from dit_attn.processors.methods.head_budget import HeadBudget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SparseMethod(Method):
     """Base of a method that decides which keys the visual rows attend to.
 

@@ -12,7 +12,7 @@ from dit_attn.processors.methods.base import setting
 from dit_attn.processors.methods.perturbed_guidance import Layers, PerturbedGuidance, block_numbers, blocks_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class STG(PerturbedGuidance):
     """Guide away from a pass that skips self-attention or blocks; made for videos.
 

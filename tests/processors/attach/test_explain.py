@@ -13,6 +13,7 @@ import dit_attn
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.attention_processor import is_wrapped
 from dit_attn.processors.attach.explain import Explanation, visual_grid
+from dit_attn.processors.methods.presets import PresetUse
 from tests._support.compose import tiny, tiny_pipeline
 
 SIZE = {"height": 256, "width": 320, "num_frames": 13}
@@ -194,7 +195,8 @@ FOUND = Explanation(
 
 
 def test_the_text_says_every_figure_once() -> None:
-    rows = [(line[:14].strip(), line[15:]) for line in str(FOUND).splitlines()]
+    text = str(FOUND).replace("\n" + 15 * " ", " ")  # where a long line goes on
+    rows = [(line[:14].strip(), line[15:]) for line in text.splitlines()]
     assert rows == [
         ("family", "wan (preset wan-1.3b)"),
         ("visual tokens", "32,760 = 21 x 30 x 52"),
@@ -229,3 +231,14 @@ def test_an_estimate_of_a_pipeline_changes_nothing_on_it() -> None:
     assert found.family == "wan"
     assert not any(is_wrapped(getattr(module, "processor", None)) for module in pipe.transformer.modules())
     assert not pipe.transformer._forward_hooks and not pipe.transformer._forward_pre_hooks
+
+
+def test_repr_is_one_line_and_a_notebook_gets_a_table() -> None:
+    assert repr(FOUND) == "<Explanation: block-sparse, 32,760 tokens, density 25.0 %, up to 1.88x for the step>"
+    assert "density decided by the data>" in repr(replace(FOUND, density=None, speedup=None))
+    assert FOUND._repr_html_().count("<tr>") == len(FOUND._rows())
+
+
+def test_the_preset_of_a_method_and_its_provenance_are_said() -> None:
+    found = replace(FOUND, presets=(PresetUse("block-sparse", "wan-1.3b", "paper"),))
+    assert "preset         wan-1.3b for block-sparse (from the paper)" in str(found).splitlines()

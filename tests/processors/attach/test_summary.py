@@ -16,6 +16,8 @@ from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.summary import GuidanceSummary, LayerSummary, Summary, _unknown, summarize
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
+from dit_attn.processors.methods.presets import PresetUse
+from tests._support.compose import tiny
 from tests._support.fake_pipeline import fake
 
 LAYERS = (
@@ -98,6 +100,44 @@ def test_the_text_says_what_ran_and_what_did_not() -> None:
     biased = report(layers=(*LAYERS, LayerSummary("blocks.3", 4, 2, 0.5, 0.0, {}, biased_calls=3)))
     assert biased.biased_calls == biased.to_dict()["biased_calls"] == 3
     assert lines(biased)["biased calls"] == ["3 of 14 attention calls, sparse or dense"]
+
+
+def test_settings_are_those_that_differ_from_the_preset_whose_provenance_is_said() -> None:
+    use = PresetUse("block-sparse", "wan2.1-14b", "guess", ("density",))
+    rows = lines(report(presets=(use,), methods=({"method": "block-sparse", "density": 0.3, "kv_block": 32},)))
+    assert rows["methods"] == ["block-sparse(density=0.3)"]
+    assert rows["preset"] == ["wan2.1-14b for the other settings of block-sparse (a guess, not measured)"]
+    rows = lines(report(presets=(PresetUse("block-sparse", "tiny-image", "measured"),)))
+    assert rows["methods"] == ["block-sparse"]
+    assert rows["preset"] == ["tiny-image for block-sparse (measured on this model)"]
+
+
+def test_repr_is_one_line_with_method_density_and_time() -> None:
+    assert repr(report()) == (
+        "<Summary: block-sparse(density=0.3), runs 2, density 30.0 % in sparse calls, 0.75 s in method>"
+    )
+
+
+def test_a_notebook_gets_the_rows_of_the_text_as_a_table() -> None:
+    found = report(guidance=GUIDANCE, warnings=("<careful>",))
+    page = found._repr_html_()
+    assert page.startswith("<table") and "block-sparse(density=0.3)" in page and "&lt;careful&gt;" in page
+    assert page.count("<tr>") == len(str(found).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (dit_attn.SoftPAG(heads="0:0,1;1:0,1"), "perturbed: blocks.0.attn1, blocks.1.attn1, all 2 heads"),
+        (dit_attn.SoftPAG(heads="1:1"), "perturbed: blocks.1.attn1, heads 1"),
+        (dit_attn.SLG(layers="1"), "skipped: blocks.1"),
+        (dit_attn.SoftPAG(), "perturbed: blocks.1.attn1, all 2 heads"),  # the middle layer
+    ],
+)
+def test_the_layers_and_heads_that_guidance_perturbs_are_named(method: dit_attn.Method, text: str) -> None:
+    model, _ = tiny("wan")
+    dit_attn.enable(model, method)
+    assert f"guidance         {text}" in str(dit_attn.summary(model))
 
 
 def test_the_text_of_a_run_with_guidance_alone_leaves_the_sparse_rows_out() -> None:
@@ -209,7 +249,7 @@ def test_guidance_that_was_asked_for_and_did_not_happen_is_told(monkeypatch: pyt
     pipe.guides = False  # as a pipeline that was given no negative prompt
     pipe()
     (warning,) = dit_attn.summary(pipe).warnings
-    assert "guidance_scale 3 had no effect" in warning and warning in str(dit_attn.summary(pipe))
+    assert "guidance_scale 3 had no effect" in warning and warning in " ".join(str(dit_attn.summary(pipe)).split())
 
 
 # -- what could not be known ------------------------------------------------------------------------------------------

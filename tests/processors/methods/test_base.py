@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import json
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -175,3 +179,41 @@ def test_enable_refuses_what_it_does_not_know() -> None:
         dit_attn.enable(torch.nn.Linear(2, 2))
     with pytest.raises(DitAttnError, match="no diffusion transformer"):
         dit_attn.enable(object())
+
+
+# -- keywords ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "value", "example"),
+    [
+        (dit_attn.BlockSparse, 0.5, "BlockSparse(density=0.5)"),
+        (dit_attn.SoftPAG, "3:0", "SoftPAG(heads='3:0')"),
+        (dit_attn.SoftPAG, 3.0, "SoftPAG(scale=3.0)"),  # out of the range of u
+        (dit_attn.BlockSparse, object(), "BlockSparse(density=...)"),  # what no setting takes
+    ],
+)
+def test_a_positional_setting_is_answered_with_its_keyword(cls: Any, value: object, example: str) -> None:
+    with pytest.raises(DitAttnError) as error:
+        cls(value)
+    assert str(error.value) == f"settings are keywords: {example}"
+
+
+@pytest.mark.parametrize("cls", methods().values(), ids=methods())
+def test_every_constructor_takes_keywords_alone_and_shows_them(cls: Any) -> None:
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters) == [spec.name for spec in dataclasses.fields(cls)]
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_a_misspelt_setting_of_a_constructor_names_the_closest_one() -> None:
+    wrong: dict[str, Any] = {"densty": 0.5}
+    with pytest.raises(DitAttnError, match=r"unknown setting of block-sparse 'densty'\. Did you mean 'density'\?"):
+        dit_attn.BlockSparse(**wrong)
+    with pytest.raises(DitAttnError, match=r"Did you mean 'density'\?"):
+        dataclasses.replace(dit_attn.BlockSparse(), **wrong)
+
+
+def test_methods_are_copied_and_pickled_without_their_constructor() -> None:
+    method = dit_attn.BlockSparse(density=0.5)
+    assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 import dit_attn
 from dit_attn import DitAttnError, RectifiedSpaAttn, ReTtention
 from dit_attn.cli.model_source import describe
-from dit_attn.processors.methods.presets import method_for, preset_for, presets
+from dit_attn.processors.methods.presets import PROVENANCES, PresetUse, method_for, preset_for, preset_use, presets
 from tests._support.compose import tiny_pipeline
 
 WAN_5B = {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48}
@@ -128,3 +129,18 @@ def test_an_unknown_preset_is_named_and_an_unknown_model_gets_the_defaults() -> 
         preset_for(None, "wan")
     assert preset_for(torch.nn.Linear(1, 1)) is None
     assert method_for("re-ttention", torch.nn.Linear(1, 1)) == ReTtention()
+
+
+def test_settings_are_compared_with_the_preset_where_they_are_closer_to_it_than_to_the_defaults() -> None:
+    model = type("PixArtTransformer2DModel", (), {"config": {"num_attention_heads": 2, "num_layers": 6}})()
+    use = preset_use(method_for("block-sparse", model), model)
+    assert use == PresetUse("block-sparse", "tiny-image", "guess")
+    changed = dataclasses.replace(method_for("block-sparse", model), density=0.7)
+    assert preset_use(changed, model) == PresetUse("block-sparse", "tiny-image", "guess", ("density",))
+    assert preset_use(dit_attn.BlockSparse(density=0.7), model) is None
+    assert preset_use(dit_attn.SLG(), model) is None  # the preset has no such method
+
+
+def test_every_provenance_has_words() -> None:
+    found = {settings["provenance"] for preset in presets() for settings in preset.methods.values()}
+    assert found <= set(PROVENANCES)
