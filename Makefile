@@ -1,4 +1,4 @@
-# make demo   generate an image and a clip with the embedded models, dense and sparse, and show what happened
+# make demo   generate an image and a video with the embedded models, dense and with the best methods, as one strip
 # make test   lint, types and tests
 # make docs   build the docs site into outputs/site; fails on a broken link
 # make package   build wheel and sdist, install the wheel into a fresh environment, and run it there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,10 +27,38 @@ def test_every_family_that_is_offered_is_tested() -> None:
     assert not [row.name for row in families() if not row.refused and row.name not in cases]
 
 
-@pytest.mark.parametrize("page", result_tables.PAGES)
-def test_the_comparison_is_what_the_records_say(page: str) -> None:
-    expected = result_tables.table(full=result_tables.PAGES[page])
-    assert result_tables.shown(page) == expected, "run: python -m tests._support.result_tables"
+def test_the_comparison_is_what_the_records_say() -> None:
+    assert result_tables.current() == result_tables.table(), "run: python -m tests._support.result_tables"
+
+
+IMAGES, VIDEOS = result_tables.rows()
+RECOMMENDED = {
+    "re-ttention": VIDEOS["re-ttention:density=0.0625,mask=selected"],
+    "rectified-spaattn": IMAGES["rectified-spaattn:density=0.25"],
+    "block-sparse": IMAGES["block-sparse:density=0.25"],
+}
+
+
+@pytest.mark.parametrize("slug", RECOMMENDED)
+def test_a_recommendation_quotes_its_record(slug: str) -> None:
+    row = RECOMMENDED[slug]
+    share, decibels = 100 * row["attention_flops"]["value"], row["psnr"]["value"]
+    line = next(line for line in README.splitlines() if line.startswith("| ") and f"| `{slug}`" in line)
+    assert f"{share:.0f} % of the attention: {decibels:.0f} dB" in line
+
+
+@pytest.mark.parametrize(("rows", "slug"), [(IMAGES, "rectified-spaattn"), (VIDEOS, "re-ttention")])
+def test_a_recommended_method_follows_prompts_as_often_as_dense_and_the_baseline_does_not(rows: Any, slug: str) -> None:
+    followed = {label: row["verifier"]["whole"]["value"] for label, row in rows.items()}
+    best = next(label for label, row in rows.items() if row == RECOMMENDED[slug])
+    assert followed[best] >= followed["dense"] > followed["block-sparse:density=0.25"]
+
+
+def test_no_cell_above_the_fold_is_longer_than_a_line() -> None:
+    text = README[: README.index("<details>")]
+    cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")]
+    shown = [re.sub(r"\]\([^)]*\)", "]", cell).strip() for cell in cells]
+    assert len(shown) > 40 and not [cell for cell in shown if len(cell) > 80]
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))

@@ -36,7 +36,7 @@ COMMANDS = {
     "methods": Command("methods", "list the methods, or the settings of one"),
     "explain": Command("explain", "say what a method can gain on a model, before a run"),
     "doctor": Command("doctor", "check versions, devices and kernels"),
-    "demo": Command("demo", "generate with the embedded models, dense and sparse, and make an image of both"),
+    "demo": Command("demo", "an image and a video of the embedded models, dense and with the best methods"),
     "train": Command("train", "train an embedded model from its recipe"),
     "compare": Command("compare.command", "measure methods next to dense on your prompts, and make a page of it"),
     "inspect": Command("inspect", "measure what attention does in a run, by layer, head and step, with a page"),

@@ -218,7 +218,6 @@ def test_explain_refuses(cli, words, parts):
     ("words", "parts"),
     [
         (("--steps", "0"), ["--steps must be at least 1"]),
-        (("--prompts", "-2"), ["--prompts must be at least 1"]),
         (("--device", "cuda:99"), ["cuda:99"]),
         (("--sheet", "/proc/nowhere/demo.png"), ["cannot write"]),
         (("extra",), ["'extra'"]),

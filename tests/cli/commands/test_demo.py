@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -12,29 +13,51 @@ from dit_attn.cli.outputs import Media
 from dit_attn.eval.shapes_world import world
 
 
-def test_demo_makes_files_tables_and_a_picture_of_a_stock_side_and_a_sparse_side(cli, tmp_path):
-    outcome = cli("demo", "-o", "out", "--prompts", "1", "--steps", "1", "--sheet", "docs/demo.png")
+def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path):
+    outcome = cli("demo", "-o", "out", "--sheet", "docs/demo.png")
     assert outcome.code == 0, outcome.err
     data = json.loads((tmp_path / "out/demo.json").read_text())
-    assert [item["model"] for item in data["items"]] == list(demo.PROMPTS)
-    assert "attention calls" in outcome.out
+    expected = [(item.model, method) for item in demo.SHOWS for method in ("dense", *item.methods)]
+    assert [(item["model"], item["method"]) for item in data["items"]] == expected
     for item in data["items"]:
-        assert item["prompt"] in outcome.out
-        dense, sparse = (json.loads((tmp_path / path).with_suffix(".json").read_text()) for path in item["files"])
-        assert dense["summary"] is None and dense["methods"] == []
-        assert sparse["summary"]["sparse_calls"] > 0 and sparse["methods"][0]["method"] == "block-sparse"
-        assert (dense["prompt"], dense["seed"]) == (sparse["prompt"], sparse["seed"])
-        assert dense["sha256"] != sparse["sha256"]
-    assert Image.open(tmp_path / "docs/demo.png").size == Image.open(tmp_path / "out/demo.png").size
+        sidecar = json.loads((tmp_path / item["file"]).with_suffix(".json").read_text())
+        assert (sidecar["prompt"], sidecar["seed"]) == (item["prompt"], item["seed"])
+        assert item["met"] == item["attributes"] >= 6, item
+        if item["method"] == "dense":
+            assert item["density"] == 1.0 and sidecar["methods"] == [] and sidecar["summary"] is None
+        else:
+            assert item["density"] < 0.5 and sidecar["summary"]["sparse_calls"] > 0
+            assert item["method"].startswith(sidecar["methods"][0]["method"])
+    strip = Image.open(tmp_path / "out/demo.png")
+    assert strip.height <= 250
+    assert strip.tobytes() == Image.open(tmp_path / "docs/demo.png").tobytes()
+    assert outcome.out.splitlines()[-1] == data["gained"]
+    assert data["gained"].count("(prompt followed)") == len(demo.SHOWS)
 
 
-@pytest.mark.parametrize("prompt", [prompt for prompts in demo.PROMPTS.values() for prompt in prompts])
-def test_demo_shows_captions_that_no_model_was_trained_on(prompt):
-    assert world.held_out(world.parse(prompt))
+@pytest.mark.parametrize("item", demo.SHOWS, ids=lambda item: item.model)
+def test_demo_shows_captions_that_no_model_was_trained_on(item):
+    assert world.held_out(world.parse(item.prompt))
+
+
+def test_the_last_line_says_what_each_first_method_saved_and_when_it_lost_the_prompt():
+    made = [
+        demo.Output(item.model, item.prompt, item.seed, method, "", 1.0 if method == "dense" else 0.25, 6, 6)
+        for item in demo.SHOWS
+        for method in ("dense", *item.methods)
+    ]
+    first = demo.SHOWS[0].model
+    assert demo.gained(made).startswith(
+        f"Saved: 75 % of the attention on {first} with rectified-spaattn (prompt followed)"
+    )
+    made[1] = replace(made[1], met=5)
+    assert "rectified-spaattn (prompt not followed, unlike dense)" in demo.gained(made)
+    made[0] = replace(made[0], met=5)
+    assert "rectified-spaattn (prompt not followed)" in demo.gained(made)
 
 
 def test_demo_reads_the_caption_back_from_the_pixels():
-    prompt = demo.PROMPTS["tiny-image"][0]
+    prompt = demo.SHOWS[0].prompt
     drawn = world.render_scenes([world.parse(prompt)], 128)[0].permute(1, 2, 0).numpy()
     right, total = demo._met(prompt, Media((drawn * 255).round().astype("uint8")[None], False))
     assert right == total > 0
