@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
 from html import escape
@@ -24,10 +25,11 @@ def text_table(rows: Rows, label: int = 16, width: int | None = None) -> str:
     Args:
         rows: names and values; a line break in a value is kept.
         label: columns of the names.
-        width: columns of a line; default: those of the terminal, at most 100.
+        width: columns of a line; default: those of the terminal, at most 100, and 100 where the output is no terminal.
     """
     if width is None:
-        width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
+        terminal = shutil.get_terminal_size((_WIDEST, 24)).columns if sys.stdout.isatty() else _WIDEST
+        width = min(_WIDEST, max(_NARROWEST, terminal))
     indent = " " * (label + 1)
     wrap = textwrap.TextWrapper(width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     lines = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -31,6 +32,8 @@ def test_lines_are_as_wide_as_the_terminal_and_at_most_100_columns(
     columns: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback: os.terminal_size((columns, 24)))
+    assert max(len(line) for line in text_table([("name", "a " * 300)]).splitlines()) > 98  # not a terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     widths = [len(line) for line in text_table([("name", "a " * 300)]).splitlines()]
     assert longest - 2 <= max(widths) <= longest
 
