@@ -40,7 +40,7 @@ def check_fields(method: Any) -> None:
 
 
 def check_names(cls: Any, args: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
-    """Refuse settings that are no keywords, and keywords that are no settings.
+    """Refuse keywords that are no settings, and of a method with a name settings that are no keywords.
 
     Args:
         cls: the class of the method.
@@ -51,7 +51,7 @@ def check_names(cls: Any, args: tuple[Any, ...], settings: Mapping[str, Any]) ->
         DitAttnError: a positional argument, or an unknown setting.
     """
     names = [spec.name for spec in dataclasses.fields(cls) if spec.init]
-    if args:
+    if args and cls.slug:
         raise DitAttnError(f"settings are keywords: {cls.__name__}({_as_keyword(cls, args[0])})")
     for name in settings:
         if name not in names:
