@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attention_processor, perturbed_pass
+from dit_attn.processors.attach import attention_processor, intercepted_call, perturbed_pass
 from dit_attn.processors.core.call import SDPAArgs
 from tests._support.outputs import same, tensors
 
@@ -44,11 +44,11 @@ def by_hand(layer_name: str, head: int, u: float) -> Iterator[None]:
             out[:, :, head] = exact[:, :, head].to(out.dtype)
         return out
 
-    attention_processor.dispatch_attention = perturbed
+    attention_processor.dispatch_attention = intercepted_call.dispatch_attention = perturbed
     try:
         yield
     finally:
-        attention_processor.dispatch_attention = stock
+        attention_processor.dispatch_attention = intercepted_call.dispatch_attention = stock
 
 
 def combined(cond: Any, perturbed: Any, weight: float) -> list[torch.Tensor]:

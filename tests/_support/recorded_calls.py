@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.processors.attach import attention_processor
+from dit_attn.processors.attach import attention_processor, intercepted_call
 from dit_attn.processors.core import call, dispatch, executor
 from dit_attn.processors.core.tokens import Tokens
 
@@ -44,11 +44,11 @@ def watching() -> Iterator[list[Seen]]:
         seen.append(Seen(layer.name, *given, tokens, run.clock.step, branches, out))
         return out
 
-    attention_processor.dispatch_attention = record
+    attention_processor.dispatch_attention = intercepted_call.dispatch_attention = record
     try:
         yield seen
     finally:
-        attention_processor.dispatch_attention = stock
+        attention_processor.dispatch_attention = intercepted_call.dispatch_attention = stock
 
 
 @contextmanager

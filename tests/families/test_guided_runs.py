@@ -334,7 +334,7 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
     with pytest.raises(InterruptedError):
         run(pipe, kwargs)
     inject_at.remove()
-    assert type(vars(pipe.scheduler)["step"]).__name__ == "StepHook"  # it waits for a step that never came
+    assert "step" not in vars(pipe.scheduler)  # what waited for a step that never came has ended with the run
     session.guider.method = dit_attn.SoftPAG(heads="2", inject="step", start=0.5)
     assert same(run(pipe, kwargs), later)
     assert type(pipe.scheduler).step is scheduler_step

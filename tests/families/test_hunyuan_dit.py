@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -45,6 +46,7 @@ class TestHunyuanDiT(ImageCase):
     kinds = ("image",)
     untouched = ("attn2",)
     cross_sockets = 2
+    cross_keys = MappingProxyType({"cross": 8})  # four of each encoder
 
     def model(self) -> torch.nn.Module:
         return HunyuanDiT2DModel(

@@ -46,6 +46,10 @@ def test_pushing_uploads_the_method_and_the_result(tmp_path: Path, monkeypatch: 
             sent[path_in_repo] = json.loads(path_or_fileobj)
             return "address"
 
+        def create_commit(self, repo: str, operations: Any, **_: Any) -> str:
+            sent.update({part.path_in_repo: json.loads(part.path_or_fileobj) for part in operations})
+            return "commit"
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert HeadSet.load(saved(tmp_path)).push_to_hub("me/heads") == "address"
     assert sent["heads.json"]["heads"] == [["transformer_blocks.0.attn", 0, 0.5]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.prompt_spans.recorded_tokenizer import TokenLog, TokenRow, recording_copy
 from tests._support.tiny_tokenizers import KINDS, tokenizer
 
-CONVERT = "transformers.convert_slow_tokenizer.convert_slow_tokenizer"
+# Not by attribute: transformers may have a function of that name.
+CONVERT = importlib.import_module("transformers.convert_slow_tokenizer")
 PROMPTS = [
     "a red cube",
     "A  red Cube,\nand a naïve café ball!",
@@ -167,7 +169,7 @@ class Slow(PreTrainedTokenizer):
 def test_a_slow_tokenizer_is_read_by_its_fast_form(side: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ends of a text and its padding are one token here."""
     fast = tokenizer("llama")
-    monkeypatch.setattr(CONVERT, lambda slow: fast.backend_tokenizer)
+    monkeypatch.setattr(CONVERT, "convert_slow_tokenizer", lambda slow: fast.backend_tokenizer)
     text = "a red cube and a blue ball on the grass"
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     slow = Slow(fast, padding_side=side)
@@ -182,6 +184,6 @@ def test_a_slow_tokenizer_is_read_by_its_fast_form(side: str, length: int, monke
 
 def test_a_fast_form_that_tokenizes_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = tokenizer("t5").backend_tokenizer
-    monkeypatch.setattr(CONVERT, lambda slow: other)
+    monkeypatch.setattr(CONVERT, "convert_slow_tokenizer", lambda slow: other)
     with pytest.raises(DitAttnError, match="reads 'a red cube' in another way; load the fast tokenizer"):
         recorded(Slow(tokenizer("llama")), "a red cube")
