@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 
 from tests._support import torchvision
 
-# A loaded machine is no fault of the code under test: neither a slow example nor slow drawing fails.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Drawing examples slowly is a fault of a loaded machine, not of the code under test.
+settings.register_profile("any-machine", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-machine")
 
 torchvision.install()
