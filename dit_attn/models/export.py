@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn import files
-from dit_attn.models import nets
+from dit_attn.models import nets, registry
 from dit_attn.models.loop import Run
 
 
@@ -20,7 +20,10 @@ def pipeline_of(run: Run) -> Any:
 
 
 def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Collect the content of `training.json`: recipe, seed, progress, versions, hardware and measured figures."""
+    """Collect the content of `training.json`: recipe, seed, progress, versions, hardware and measured figures.
+
+    A tail adds the same of the weights that it went on from.
+    """
     heads = run.model.parts["transformer"].config["num_attention_heads"]
     return {
         "name": run.recipe.name,
@@ -32,6 +35,7 @@ def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any
         "environment": environment(),
         "figures": figures or {},
         "log": run.log,
+        **({"went_on_from": registry.info(run.recipe.name).training} if run.recipe.is_tail else {}),
     }
 
 

@@ -99,6 +99,7 @@ class Run:
         """
         state = {
             "name": self.recipe.name,
+            "tail": self.recipe.is_tail,
             "seed": self.seed,
             "step": self.step,
             "seconds": self.seconds,
@@ -127,13 +128,16 @@ class Run:
             raise DitAttnError(f"nothing to resume: {path} does not exist; leave out --resume to start a new run")
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            name = state["name"]
+            name, tail = state["name"], state.get("tail", False)
         except Exception as error:
             raise DitAttnError(
                 f"{path} is not a readable training checkpoint ({type(error).__name__}); delete it and start again"
             ) from error
         if name != self.recipe.name:
             raise DitAttnError(f"{path} belongs to {name!r}, not {self.recipe.name!r}; choose another --output")
+        if tail != self.recipe.is_tail:
+            kind, flag = ("a tail", "add --tail") if tail else ("a whole training", "leave out --tail")
+            raise DitAttnError(f"{path} belongs to {kind} of {name!r}; {flag} or choose another --output")
         self.seed, self.step, self.seconds, self.log = (state[k] for k in ("seed", "step", "seconds", "log"))
         self.model.load_state_dict(state["model"])
         self.average = state["average"]

@@ -1,4 +1,4 @@
-"""A start from another embedded model: what a joint transformer can copy from a cross-attention one.
+"""A start from an embedded model: from itself, or what a joint transformer can copy from a cross-attention one.
 
 `tiny-joint` and `tiny-image` have the same width, depth, patch and objective. Whatever acts on image tokens alone has
 a counterpart: patch embedding, time embedding, modulation, feed-forward and self-attention. Text reaches the image
@@ -21,7 +21,9 @@ SHARED = 0.5  # of a narrow head's directions: the leading ones of the wide head
 
 @torch.no_grad()
 def warm_start(model: Any, source: str) -> None:
-    """Start a `Trainee` of family "joint" from the embedded model `source` (a `PixArtSigmaPipeline`), in place.
+    """Start a `Trainee` from the embedded model `source`, in place.
+
+    Of the same family, every weight is taken; family "joint" takes what it can from a `PixArtSigmaPipeline`.
 
     Raises:
         DitAttnError: width or depth differ.
@@ -29,6 +31,15 @@ def warm_start(model: Any, source: str) -> None:
     from dit_attn.models.registry import load
 
     pipeline = load(source)
+    if type(pipeline.transformer) is type(model.transformer):
+        for name, part in model.parts.items():
+            part.load_state_dict(getattr(pipeline, name).state_dict())
+    else:
+        _take_joint(model, pipeline, source)
+
+
+def _take_joint(model: Any, pipeline: Any, source: str) -> None:
+    """What a joint transformer can copy from a cross-attention one."""
     old, new = pipeline.transformer, model.transformer
     if old.inner_dim != new.inner_dim or len(old.transformer_blocks) != len(new.transformer_blocks):
         raise DitAttnError(

@@ -237,6 +237,7 @@ def test_commands_without_arguments_refuse_them(cli, command):
     [
         (("nothing",), ["'nothing'", "tiny-image"]),
         (("tiny-image", "--steps", "0"), ["--steps must be at least 1, got '0'"]),
+        (("world-clip", "--tail"), ["--tail is for the pipelines", "leave it out"]),
     ],
 )
 def test_train_refuses(cli, words, parts):

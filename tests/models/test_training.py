@@ -196,6 +196,12 @@ def test_dropped_captions_are_empty_prompts():
     assert batch.mask.sum(1).tolist() == [1] * 4  # the end token alone
 
 
+def test_rates_of_a_tail_are_lower_and_fall_nearly_from_the_first_step():
+    whole, tail = recipe("tiny-image"), recipe("tiny-image", tail=True)
+    assert tail.lr < whole.lr and tail.muon_lr < whole.muon_lr
+    assert tail.lr_scale(tail.steps // 2) < 0.6 and {stage.size for stage in tail.stages} == {128}
+
+
 def test_interval_is_wilsons():
     low, high = evaluate.interval(50, 100)
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)

@@ -1,7 +1,8 @@
-"""A warm start takes over what acts on image tokens, and splits heads without losing what they attend to."""
+"""A warm start takes over what acts on image tokens, and splits heads; a tail takes over the model's own weights."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from dit_attn import models
 from dit_attn.errors import DitAttnError
-from dit_attn.models import loop, nets, warmstart
-from dit_attn.models.recipe import Stage, recipe
+from dit_attn.models import export, loop, nets, warmstart
+from dit_attn.models.recipe import TAILS, Stage, recipe
 
 
 def _run(**changes):
@@ -83,3 +84,36 @@ def test_another_width_is_refused_in_one_line(monkeypatch):
     with pytest.raises(DitAttnError, match="layers of width 128") as error:
         _run()
     assert "\n" not in str(error.value)
+
+
+def _tail(name):
+    return loop.Run(recipe(name, tail=True), seed=0, device=torch.device("cpu"))
+
+
+def _cold():
+    return loop.Run(recipe("tiny-image"), seed=0, device=torch.device("cpu"))
+
+
+def test_resume_of_a_whole_training_as_a_tail_is_refused_and_the_reverse(tmp_path):
+    _cold().save(tmp_path)
+    with pytest.raises(DitAttnError, match="belongs to a whole training of 'tiny-image'; leave out --tail"):
+        _tail("tiny-image").restore(tmp_path)
+    _tail("tiny-image").save(tmp_path)
+    with pytest.raises(DitAttnError, match="belongs to a tail of 'tiny-image'; add --tail"):
+        _cold().restore(tmp_path)
+    _tail("tiny-image").restore(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(TAILS))
+def test_a_tail_starts_at_the_shipped_weights_of_every_part(name):
+    started, shipped = _tail(name).averaged(), models.load(name)
+    for part, module in started.parts.items():
+        for key, value in getattr(shipped, part).state_dict().items():
+            assert torch.equal(module.state_dict()[key], value), (part, key)
+
+
+def test_a_tail_records_what_it_went_on_from(tmp_path):
+    export.export(_tail("tiny-image"), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["went_on_from"] == models.info("tiny-image").training
+    assert "went_on_from" not in export.provenance(_cold())

@@ -1,4 +1,4 @@
-"""``dit-attn train NAME``: train an embedded model from nothing, on a CPU or a GPU, resumable at any moment."""
+"""``dit-attn train NAME``: train an embedded model, on a CPU or a GPU, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ GROUPS = {
                    positional=True),
     ),
     "training": (
+        flags.Flag("tail", "go on from the shipped weights, at full size and falling rates", bool),
         flags.Flag("steps", "optimizer steps; stages and learning rate stretch with it", int, "the recipe's", low=1),
         flags.Flag("minutes", "stop after this many minutes, with a checkpoint to resume from", float, "no limit"),
         flags.Flag("seed", "seed of weights and data; fixed by --resume", int, "0", low=0),
@@ -45,6 +46,7 @@ GROUPS = {
 _EXAMPLES = """examples:
   dit-attn train tiny-image --minutes 30
   dit-attn train tiny-image --resume
+  dit-attn train tiny-image --tail --output outputs/tail
 """
 
 
@@ -55,6 +57,7 @@ class TrainConfig:
     Attributes:
         name: of the model.
         output: folder of the run.
+        tail: go on from the shipped weights.
         steps: optimizer steps; ``None``: those of the recipe.
         minutes: time limit; ``None`` for none.
         checkpoint_minutes: between checkpoints.
@@ -68,6 +71,7 @@ class TrainConfig:
 
     name: str
     output: Path
+    tail: bool = False
     steps: int | None = None
     minutes: float | None = None
     checkpoint_minutes: float = 5.0
@@ -94,7 +98,10 @@ class TrainConfig:
                 raise DitAttnError(f"--{name.replace('_', '-')} is {options[name]:g}, but must be more than 0")
         if options["name"] not in (*RECIPES, NAME):
             raise unknown("model", options["name"], (*RECIPES, NAME))
-        output = Path(options.get("output", Path("outputs") / f"train-{options['name']}")).expanduser()
+        if options.get("tail") and options["name"] == NAME:
+            raise DitAttnError(f"--tail is for the pipelines, not for {NAME}; leave it out")
+        folder = f"tail-{options['name']}" if options.get("tail") else f"train-{options['name']}"
+        output = Path(options.get("output", Path("outputs") / folder)).expanduser()
         return cls(**{**options.values, "output": output})
 
 
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
     if config.name == NAME:
         return _train_clip(config)
-    chosen, output = recipe(config.name), config.output
+    chosen, output = recipe(config.name, tail=config.tail), config.output
     job = _start(config, chosen.with_steps(config.steps) if config.steps else chosen)
     try:
         fit(
@@ -243,5 +250,6 @@ def _finish(job: Run, output: Path, count: int) -> None:
 
 
 def _how_to_resume(config: TrainConfig) -> str:
+    tail = " --tail" if config.tail else ""
     steps = f" --steps {config.steps}" if config.steps else ""
-    return f"continue with `dit-attn train {config.name} --output {config.output}{steps} --resume`"
+    return f"continue with `dit-attn train {config.name}{tail} --output {config.output}{steps} --resume`"
