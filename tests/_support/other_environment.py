@@ -83,6 +83,11 @@ def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
             yield name, "passed", ""
 
 
+def seconds(report: Path) -> float:
+    """Seconds of a JUnit file, all of its tests together."""
+    return round(sum(float(suite.get("time") or 0) for suite in ElementTree.parse(report).iter("testsuite")), 1)
+
+
 def read_report(report: Path) -> dict[str, Any]:
     """Counts of a JUnit file, its failed tests with their error, its skip reasons with their number."""
     every = list(outcomes(report))

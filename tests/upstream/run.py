@@ -13,30 +13,32 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from tests._support.other_environment import ROOT, commit, environment, outcomes, versions, write_record
+from tests._support.other_environment import ROOT, commit, environment, outcomes, seconds, versions, write_record
 
 PLUGIN = Path(__file__).parent / "plugin"
 ARMS = ("pass-through", "block-sparse", "rectified-spaattn", "re-ttention", "softpag")
 PACKAGES = ("httpx", "parameterized", "requests", "sentencepiece")
 
 
-def run_arm(python: Path, checkout: Path, scratch: Path, arm: str, given: list[str]) -> dict[str, Any]:
-    """Outcome and message of every test, and what the plug-in counted; ``arm`` is ``"stock"`` for neither."""
-    report, counts = scratch / f"{arm}.xml", scratch / f"{arm}.json"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path(checkout), "DIT_ATTN_COUNTS": str(counts)}
-    if arm != "stock":
-        env["DIT_ATTN_METHOD"] = arm
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dit_attn_upstream"]
-    started = time.perf_counter()
-    done = subprocess.run([*command, *given, f"--junitxml={report}"], cwd=checkout, env=env, check=False)
+def run_arm(python: Path, checkout: Path, reports: Path, arm: str, given: list[str]) -> dict[str, Any]:
+    """Outcome and message of every test, and what the plug-in counted; ``arm`` is ``"stock"`` for neither.
+
+    An arm whose report lies in ``reports`` is read from there and not run again.
+    """
+    report, counts = reports / f"{arm}.xml", reports / f"{arm}.json"
     if not report.exists():
-        raise SystemExit(f"pytest ended with {done.returncode} and no report on {arm}; see above")
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path(checkout), "DIT_ATTN_COUNTS": str(counts)}
+        if arm != "stock":
+            env["DIT_ATTN_METHOD"] = arm
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dit_attn_upstream"]
+        done = subprocess.run([*command, *given, f"--junitxml={report}"], cwd=checkout, env=env, check=False)
+        if not report.exists():
+            raise SystemExit(f"pytest ended with {done.returncode} and no report on {arm}; see above")
     return {
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": seconds(report),
         "tests": {name: (outcome, message) for name, outcome, message in outcomes(report)},
         "counts": json.loads(counts.read_text()) if counts.exists() else {},
     }
@@ -71,6 +73,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/upstream.json"))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--tests", nargs="+", default=["tests/models/transformers", "tests/pipelines"])
+    parser.add_argument("--reports", type=Path, help="keep the reports here; a later call runs only the arms it lacks")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, default=[], help="what follows is given to pytest")
     options = parser.parse_args()
     checkout = options.diffusers.expanduser().resolve()
@@ -79,11 +82,12 @@ def main() -> int:
     given = [*options.tests, *options.pytest]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="upstream-") as folder:
-        scratch = Path(folder)
-        python = environment(scratch / "environment", PACKAGES)
-        stock = run_arm(python, checkout, scratch, "stock", given)
+        reports = Path(folder) if options.reports is None else options.reports.expanduser().resolve()
+        reports.mkdir(parents=True, exist_ok=True)
+        python = environment(Path(folder) / "environment", PACKAGES)
+        stock = run_arm(python, checkout, reports, "stock", given)
         for arm in options.arms:
-            results[arm] = compare(stock, run_arm(python, checkout, scratch, arm, given))
+            results[arm] = compare(stock, run_arm(python, checkout, reports, arm, given))
             write_record(
                 options.output,
                 f"make test-upstream DIFFUSERS=path (arms: {' '.join(results)}; tests: {' '.join(given)})",

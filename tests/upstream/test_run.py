@@ -52,7 +52,14 @@ def test_the_plug_in_enables_the_method_on_every_model_a_test_builds(tmp_path: P
     assert found["counts"] == {"models": 3, "calls carried out": 1}
     (name, change), *rest = found["differs"].items()
     assert name.endswith("test_a_stock_processor") and change.startswith("passed -> failed: ") and not rest
-    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 0)
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 0) and found["seconds"] > 0
+
+
+def test_an_arm_whose_report_is_there_is_not_run_again(tmp_path: Path) -> None:
+    report = '<testsuites><testsuite time="2.5"><testcase classname="m" name="a"/></testsuite></testsuites>'
+    (tmp_path / "stock.xml").write_text(report)
+    arm = run.run_arm(Path("no interpreter"), tmp_path, tmp_path, "stock", [])
+    assert arm == {"seconds": 2.5, "tests": {"m::a": ("passed", "")}, "counts": {}}
 
 
 def test_a_test_that_is_missing_or_skipped_differs() -> None:
