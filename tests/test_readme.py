@@ -31,6 +31,15 @@ def test_the_comparison_is_what_the_records_say() -> None:
     assert result_tables.current() == result_tables.table(), "run: python -m tests._support.result_tables"
 
 
+def test_the_dense_rows_are_those_of_the_records_and_their_intervals_overlap() -> None:
+    shown = result_tables.current(result_tables.BASELINES)
+    assert shown == result_tables.baselines(), "run: python -m tests._support.result_tables"
+    for name in result_tables.MODELS:
+        made = [result_tables.dense(pattern.format(name)) for pattern in result_tables.OF_MODELS.values()]
+        bounds = [found["ci95"] for found in made if found]
+        assert max(low for low, _ in bounds) <= min(high for _, high in bounds) and len(bounds) >= 3, name
+
+
 IMAGES, VIDEOS = result_tables.rows()
 RECOMMENDED = {
     "re-ttention": VIDEOS["re-ttention:density=0.0625,mask=selected"],

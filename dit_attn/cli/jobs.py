@@ -225,9 +225,19 @@ def _line(data: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
             out[name] = convert(flag, value, f"{name} in {where}")
     if "prompt" not in out:
         raise DitAttnError(f"{where} has no prompt; every line needs one")
-    if "image" in out and not Path(out["image"]).expanduser().is_absolute():
-        out["image"] = str(path.parent / out["image"])
-    return out
+    if "pipeline_kwargs" in out:
+        out["pipeline_kwargs"] = _images_beside(path, out["pipeline_kwargs"])
+    return _images_beside(path, out)
+
+
+def _images_beside(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a line of ``file``, with paths of images from its folder."""
+    return {
+        name: str(file.parent / value)
+        if name in _IMAGE_KEYS and isinstance(value, str) and not Path(value).expanduser().is_absolute()
+        else value
+        for name, value in settings.items()
+    }
 
 
 def check_calls(jobs: Sequence[Job], pipeline: Any) -> None:

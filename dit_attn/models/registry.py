@@ -80,7 +80,7 @@ MODELS: dict[str, ModelInfo] = {
             "guidance_scale": 2.0,
             "max_sequence_length": 16,
         },
-        example="a large blue square moving right fast on white",
+        example="a large purple circle moving left fast on black",
     ),
     "tiny-joint": ModelInfo(
         name="tiny-joint",

@@ -1,4 +1,4 @@
-"""The table of the sparse methods, made from the records: ``python -m tests._support.result_tables`` writes it."""
+"""The tables of the results page, made from the records: ``python -m tests._support.result_tables`` writes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
+COMPARISON = ("<!-- comparison: begin -->", "<!-- comparison: end -->")
+BASELINES = ("<!-- baselines: begin -->", "<!-- baselines: end -->")
 RECORDS = ("benchmarks/readers/tiny-image.json", "benchmarks/readers/tiny-video.json")
+MODELS = ("tiny-image", "tiny-video", "tiny-joint")
+OF_MODELS = {  # tables of pages, by the records that they are made of
+    "[embedded models](models.md#how-well-they-do)": "models/{}",
+    "[guidance](methods/softpag.md#measured), more captions": "guidance/{}_[0-9]*",
+    "[guidance](methods/softpag.md#measured), all competitors": "guidance/{}",
+    "[block-sparse](methods/block_sparse.md#measured)": "quality/{}",
+    "the sparse methods, above": "readers/{}",
+}
 PAGE = "docs/results.md"
 
 
@@ -46,17 +55,42 @@ def _interval(estimate: dict[str, Any], factor: float, digits: int) -> str:
     return f"{factor * estimate['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def current() -> str:
-    """Return the table that the page shows now."""
+def baselines() -> str:
+    """Return the Markdown table of the dense rows of every record, by model."""
+    lines = [["table", *(f"`{name}`" for name in MODELS)], ["---"] * 4]
+    for title, pattern in OF_MODELS.items():
+        lines.append([title, *(_baseline(pattern.format(name)) for name in MODELS)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def dense(pattern: str) -> dict[str, Any] | None:
+    """Return how often dense follows the prompt in a record: ``value``, ``ci95`` and ``n``; ``None`` without one."""
+    for path in sorted((ROOT / "benchmarks").glob(f"{pattern}.json")):
+        data = json.loads(path.read_text())
+        if "whole_caption" in data:
+            found = data["whole_caption"]
+            return {"value": found["accuracy"], "ci95": found["ci95"], "n": found["of"]}
+        return next(row["verifier"]["whole"] for row in data["headline"] if row["label"] == "dense")
+    return None
+
+
+def _baseline(pattern: str) -> str:
+    found = dense(pattern)
+    return f"{_interval(found, 100.0, 0)} of {found['n']}" if found else ""
+
+
+def current(marks: tuple[str, str] = COMPARISON) -> str:
+    """Return the table that the page shows now between two marks."""
     text = (ROOT / PAGE).read_text()
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    return text[text.index(marks[0]) + len(marks[0]) : text.index(marks[1])].strip()
 
 
 def main() -> None:
-    """Write the table between its marks."""
-    text = (ROOT / PAGE).read_text()
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
-    (ROOT / PAGE).write_text(text[:start] + "\n" + table() + "\n" + text[stop:])
+    """Write the tables between their marks."""
+    for (begin, end), made in ((COMPARISON, table()), (BASELINES, baselines())):
+        text = (ROOT / PAGE).read_text()
+        start, stop = text.index(begin) + len(begin), text.index(end)
+        (ROOT / PAGE).write_text(text[:start] + "\n" + made + "\n" + text[stop:])
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def test_a_picture_of_a_line_is_beside_the_file(tmp_path):
     path.write_text('{"prompt": "a", "image": "cat.png"}')
     (job,) = make_jobs({"prompts": str(path)}, {})
     assert job.call["image"] == str(tmp_path / "cat.png")
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,image,pipeline_kwargs\na,cat.png,"{""mask_image"": ""m.png"", ""strength"": 0.5}"\n')
+    (job,) = make_jobs({"prompts": str(path), "pipeline_kwargs": {"mask_image": "of-the-flag.png"}}, {})
+    assert job.call == {"image": str(tmp_path / "cat.png"), "mask_image": str(tmp_path / "m.png"), "strength": 0.5}
+    (job,) = make_jobs({"prompt": ["a"], "pipeline_kwargs": {"mask_image": "of-the-flag.png"}}, {})
+    assert job.call["mask_image"] == "of-the-flag.png"
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ GROUPS = {
 _EXAMPLES = """examples:
   dit-attn generate --model tiny-image \\
       --prompt "a large red circle at the left on white"
-  dit-attn generate --model tiny-video --method block-sparse:density=0.2 \\
-      --prompt "a large blue square moving right fast on white"
+  dit-attn generate --model tiny-video --method re-ttention:mask=selected \\
+      --prompt "a large purple circle moving left fast on black"
   dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
-      --prompts prompts.jsonl --method block-sparse --resume
+      --prompts prompts.jsonl --method re-ttention --resume
 """
 
 

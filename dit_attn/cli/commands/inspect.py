@@ -42,7 +42,7 @@ GROUPS = {
 }
 _EXAMPLES = """examples:
   dit-attn inspect --model tiny-video \\
-      --prompt "a large blue square moving right fast on white"
+      --prompt "a large purple circle moving left fast on black"
   dit-attn inspect --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat" \\
       --rows 32 --no-overhead --method block-sparse:density=0.25 \\
       --output outputs/wan-inspect

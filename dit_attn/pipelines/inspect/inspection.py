@@ -4,7 +4,7 @@
     from dit_attn.pipelines.inspect import inspect
 
     pipe = models.load("tiny-video")
-    found = inspect(pipe, {"prompt": "a large blue square moving right fast on white", "seed": 0})
+    found = inspect(pipe, {"prompt": "a large purple circle moving left fast on black", "seed": 0})
     found.tensors["blocks_90"].nanmean((0, 2, 3))  # one number per layer
     found.save("outputs/inspect")
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dit_attn import models
 from dit_attn.cli.commands import demo
+from dit_attn.cli.jobs import make_jobs
 from dit_attn.cli.outputs import Media
 from dit_attn.eval.shapes_world import world
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path):
@@ -38,6 +44,16 @@ def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path):
 @pytest.mark.parametrize("item", demo.SHOWS, ids=lambda item: item.model)
 def test_demo_shows_captions_that_no_model_was_trained_on(item):
     assert world.held_out(world.parse(item.prompt))
+
+
+def test_the_video_that_pages_and_help_show_is_the_one_that_is_verified_here_at_the_default_seed():
+    (item,) = (item for item in demo.SHOWS if item.model == "tiny-video")
+    (job,) = make_jobs({"prompt": [item.prompt]}, {})
+    assert (job.seed, models.info("tiny-video").example) == (item.seed, item.prompt)
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "dit_attn/cli/commands").rglob("*.py")]
+    quoted = [text for page in pages for text in re.findall(r'"(a (?:large|small) [^"]+ on \w+)"', page.read_text())]
+    videos = [text for text in quoted if "moving" in text or "standing" in text]
+    assert len(videos) >= 8 and set(videos) == {item.prompt}
 
 
 def test_the_last_line_says_what_each_first_method_saved_and_when_it_lost_the_prompt():

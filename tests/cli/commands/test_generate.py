@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ def test_a_method_is_on_the_pipeline_and_in_the_sidecar(cli, tmp_path):
 
 def test_a_video_is_an_mp4_with_a_strip_in_the_sheet(cli, tmp_path):
     outcome = cli(
-        *("generate", "--model", "tiny-video", "--prompt", "a large blue square moving right fast on white"),
+        *("generate", "--model", "tiny-video", "--prompt", "a large purple circle moving left fast on black"),
         *("--steps", "1", "--fps", "5", "--contact-sheet", "-o", "out", "--method", "block-sparse"),
     )
     assert outcome.code == 0, outcome.err
@@ -83,6 +85,28 @@ def test_an_image_becomes_a_video_where_the_pipeline_takes_one(cli, image_to_vid
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     assert report["done"] == 1 and report["items"][0]["file"].endswith(".mp4")
+
+
+def test_a_row_with_a_good_image_and_a_mask_changes_what_the_mask_shows_alone(cli, flux_model, tmp_path):
+    model = tmp_path / "inpaint"
+    shutil.copytree(flux_model, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxInpaintPipeline"}))
+    (tmp_path / "rows").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "rows/good.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(tmp_path / "rows/mask.png")
+    row = 'a scratch,7,good.png,"{""mask_image"": ""mask.png"", ""strength"": 1.0, ""max_sequence_length"": 16}"'
+    (tmp_path / "rows/defects.csv").write_text(f"prompt,seed,image,pipeline_kwargs\n{row}\n")
+    words = ("generate", "--model", model, "--prompts", "rows/defects.csv", "--height", "32", "--width", "32")
+    outcome = cli(*words, "--steps", "2", "--method", "rectified-spaattn", "-o", "out")
+    assert outcome.code == 0, outcome.err
+    (sidecar,) = sidecars(tmp_path / "out")
+    assert sidecar["seed"] == 7 and sidecar["call"]["mask_image"] == str(Path("rows/mask.png"))
+    painted = np.asarray(Image.open(tmp_path / "out" / sidecar["file"]).convert("RGB")).astype(int)
+    good = np.asarray(Image.open(tmp_path / "rows/good.png")).astype(int)
+    assert abs(painted - good)[:, :16].max() <= 2 < abs(painted - good)[:, 16:].mean()
 
 
 def test_an_adapter_changes_the_output_with_its_scale(cli, tmp_path):
