@@ -15,12 +15,12 @@ from dit_attn.files import is_place
 from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.components import COMPONENTS, is_data_parallel, unwrap
 from dit_attn.processors.attach.explain import Explanation, explain_run
-from dit_attn.processors.attach.families import families
 from dit_attn.processors.attach.prompt_spans import PromptSpan, find_spans
 from dit_attn.processors.attach.prompt_spans.pieces import Piece
 from dit_attn.processors.attach.run_context import declare
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.summary import Summary, summarize
+from dit_attn.processors.attach.supported import SupportedFamilies, supported_families
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods import methods
@@ -250,21 +250,25 @@ def explain(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    num_inference_steps: int | None = None,
 ) -> Explanation:
     """Estimate a run before it is made: tokens, fraction of attention, upper bound of the speed-up, fallbacks.
+
+        print(dit_attn.explain(pipe, "re-ttention", height=720, width=1280, num_frames=81))
 
     Args:
         target: a pipeline or transformer.
         wanted: methods, as for :func:`enable`.
         height, width: pixels; default: the pipeline's own.
         num_frames: frames of a video; default: the pipeline's own.
+        num_inference_steps: steps of the run; default: the pipeline's own, 50 for a bare transformer.
 
     Raises:
         DitAttnError: unsupported family or method, settings that do not fit this model, or an invalid size.
     """
     models = _transformers(target)
     pipe = None if isinstance(target, torch.nn.Module) else target
-    return explain_run(models[0], pipe, _resolve(models, wanted), height, width, num_frames)
+    return explain_run(models[0], pipe, _resolve(models, wanted), height, width, num_frames, num_inference_steps)
 
 
 def spans(
@@ -304,22 +308,15 @@ def spans(
     return find_spans(pipe, arguments, asked, negative)
 
 
-def supported() -> dict[str, dict[str, Any]]:
-    """Return the families with their methods.
+def supported() -> SupportedFamilies:
+    """Return the families with their methods: a dictionary that prints as a table.
+
+        dit_attn.supported()["wan"]["methods"]
 
     Returns:
         ``{family: {"models": ..., "transformers": [...], "methods": [slugs], "refused": reason or None}}``.
     """
-    slugs = sorted(methods())
-    return {
-        row.name: {
-            "models": row.models,
-            "transformers": list(row.transformers),
-            "methods": [] if row.refused else slugs,
-            "refused": row.refused,
-        }
-        for row in families()
-    }
+    return supported_families()
 
 
 def _checked(

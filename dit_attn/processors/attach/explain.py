@@ -17,7 +17,7 @@ from dit_attn.processors.attach import attach
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.layer_shape import head_count, head_size
 from dit_attn.processors.attach.sites import eligible_layers
-from dit_attn.processors.attach.value_table import html_table, methods_text, text_table
+from dit_attn.processors.attach.value_table import html_table, methods_text, percent, text_table
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
 from dit_attn.processors.methods.base import Method, resolve_count
@@ -25,6 +25,7 @@ from dit_attn.processors.methods.head_budget import is_full
 from dit_attn.processors.methods.presets import PresetUse, preset_for, preset_use
 
 _TEXT_TOKENS = 512  # assumed length of the text in a joint sequence
+_STEPS = 50  # assumed, where no pipeline says how many
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +50,7 @@ class Explanation:
             pass is one sample through the transformer), and their ``work`` without the blocks that are reused or
             skipped; ``None`` without one.
         presets: for methods whose settings are those of ``preset``, but for the ``changed`` ones.
+        steps: of the run.
     """
 
     family: str
@@ -65,22 +67,30 @@ class Explanation:
     memory: int = 0
     guidance: dict[str, float] | None = None
     presets: tuple[PresetUse, ...] = ()
+    steps: int = _STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return asdict(self)
 
     def __repr__(self) -> str:
-        gain = f", up to {self.speedup:.2f}x for the step" if self.speedup is not None else ""
-        share = f"density {100 * self.density:.1f} %" if self.density is not None else "density decided by the data"
-        methods = methods_text(self.methods, self.presets)
-        return f"<Explanation: {methods}, {self.tokens:,} tokens, {share}{gain}>"
+        found = [methods_text(self.methods, self.presets), f"{self.tokens:,} tokens"]
+        if self.density is None:
+            found.append("density decided by the data")
+        elif self._sparse:
+            found.append(f"density {percent(self.density)}, up to {self.speedup:.2f}x for a step")
+        return f"<Explanation: {', '.join(found)}>"
 
     def __str__(self) -> str:
         return text_table(self._rows(), label=14)
 
     def _repr_html_(self) -> str:
         return html_table(self._rows())
+
+    @property
+    def _sparse(self) -> bool:
+        """Whether the density says anything: without a sparse method it is 1."""
+        return self.density != 1.0 or (bool(self.methods) and self.guidance is None)
 
     def _rows(self) -> list[tuple[str, str]]:
         t, h, w = self.grid
@@ -92,15 +102,13 @@ class Explanation:
             *(("preset", str(use)) for use in self.presets),
             ("visual tokens", f"{self.tokens:,} = {t} x {h} x {w}"),
             ("layers", f"{self.layers} attention layers can be wrapped"),
-            ("attention", f"{100 * self.attention_share:.1f} % of the operations of a step"),
+            ("attention", f"{percent(self.attention_share)} of the operations of a step"),
         ]
-        if self.density is not None and self.speedup is not None:
+        if self.density is not None and self.speedup is not None and self._sparse:
+            bound = f"{self.attention_speedup:.2f}x for attention, {self.speedup:.2f}x for a step"
             rows += [
-                ("density", f"{100 * self.density:.1f} % of dense attention over the run"),
-                (
-                    "upper bound",
-                    f"{self.attention_speedup:.2f}x for attention, {self.speedup:.2f}x for the step (arithmetic)",
-                ),
+                ("density", f"{percent(self.density)} of dense attention over {self.steps} steps"),
+                ("upper bound", f"{bound}, by the number of operations"),
             ]
         if self.memory:
             rows.append(("memory", f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"))
@@ -117,10 +125,12 @@ def explain_run(
     height: int | None,
     width: int | None,
     num_frames: int | None,
+    num_inference_steps: int | None = None,
 ) -> Explanation:
     """Estimate a run; arguments as for :func:`dit_attn.explain`."""
     family = family_of(model)
-    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+    given = {"height": height, "width": width, "num_frames": num_frames, "num_inference_steps": num_inference_steps}
+    for name, value in given.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise DitAttnError(f"{name} must be a whole number of at least 1, got {value!r}")
     grid = visual_grid(model, pipe, height, width, num_frames)
@@ -131,7 +141,8 @@ def explain_run(
         method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
-    density, fallbacks = _expected_density(methods, len(names), tokens)
+    steps = num_inference_steps or _call_default(pipe, "num_inference_steps") or _STEPS
+    density, fallbacks = _expected_density(methods, len(names), tokens, steps)
     pair = getattr(pipe, "transformer_2", None) is not None
     preset = preset_for(model, pair=pair)
     return Explanation(
@@ -149,6 +160,7 @@ def explain_run(
         memory=_memory(model, methods, names, tokens),
         guidance=_guidance(model, methods),
         presets=tuple(use for method in methods if (use := preset_use(method, model, pair))),
+        steps=steps,
     )
 
 
@@ -279,15 +291,16 @@ def _guidance_line(found: dict[str, float]) -> str:
     )
 
 
-def _expected_density(methods: tuple[Method, ...], layers: int, tokens: int) -> tuple[float | None, tuple[str, ...]]:
-    """Mean density over a run, and the fallbacks. Dense steps as fractions count as such, absolute ones out of 50."""
+def _expected_density(
+    methods: tuple[Method, ...], layers: int, tokens: int, steps: int
+) -> tuple[float | None, tuple[str, ...]]:
+    """Mean density over a run, and the fallbacks."""
     fallbacks = ["cross attention and text refiners: never wrapped"]
     if tokens < MIN_TOKENS:
         return 1.0, (*fallbacks, f"all calls: sequence under {MIN_TOKENS} tokens")
     sparse: Any = next((method for method in methods if method.role == "sparse"), None)
     if sparse is None:
         return 1.0, tuple(fallbacks)
-    steps = 50
     dense = resolve_count(sparse.dense_steps, steps) + resolve_count(sparse.dense_last_steps, steps)
     if dense:
         fallbacks.append(f"{dense} of {steps} steps: dense by setting")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit_attn.processors.attach.layer_shape import head_count
+from dit_attn.processors.attach.guidance_summary import GuidanceSummary, summarize_guidance
 from dit_attn.processors.attach.session import Session
-from dit_attn.processors.attach.value_table import html_table, methods_text, text_table
+from dit_attn.processors.attach.value_table import html_table, methods_text, percent, text_table
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from dit_attn.processors.core.layer import LayerStats
 from dit_attn.processors.methods.presets import PresetUse, preset_use
@@ -33,6 +33,8 @@ class LayerSummary:
         biased_calls: calls with a logit bias, sparse or dense.
         scaled_calls: calls with another softmax scale.
         replaced_calls: calls whose output a method replaced.
+        dense_calls: calls in stock attention that were timed: those a sparse method left dense, on the CPU.
+        dense_seconds: their time.
     """
 
     name: str
@@ -45,44 +47,8 @@ class LayerSummary:
     biased_calls: int = 0
     scaled_calls: int = 0
     replaced_calls: int = 0
-
-
-@dataclass(frozen=True)
-class GuidanceSummary:
-    """What a guidance method did in the last run.
-
-    Attributes:
-        evaluations: perturbed passes.
-        steps: guided steps.
-        reused: fraction of the blocks of these passes that was reused from the plain passes.
-        parallel: equivalent guidance scale: what the update adds to the scale of classifier-free guidance, mean over
-            the guided steps; ``None`` in runs without an unconditional branch.
-        orthogonal: orthogonal component of the update, in units of ``|c - u|``; ``None`` likewise.
-        relative: ``|D| / |c|``, mean over the guided steps; ``None`` where no step was guided.
-        perturbed: what the perturbed pass changes: layers with their heads, or blocks that it skips.
-    """
-
-    evaluations: int
-    steps: int
-    reused: float
-    parallel: float | None
-    orthogonal: float | None
-    relative: float | None
-    perturbed: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = ["; ".join(self.perturbed)] if self.perturbed else []
-        lines += [
-            f"{self.evaluations} perturbed passes, {_percent(self.reused)} of their blocks reused, "
-            f"{self.steps} guided steps"
-        ]
-        if self.parallel is not None and self.orthogonal is not None:
-            lines.append(
-                f"equivalent guidance scale {self.parallel:+.2f}; orthogonal component {self.orthogonal:.2f} |c - u|"
-            )
-        elif self.relative is not None:
-            lines.append(f"guidance update {self.relative:.2f} |c| (no unconditional branch to compare with)")
-        return "\n".join(lines)
+    dense_calls: int = 0
+    dense_seconds: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,6 +118,13 @@ class Summary:
         return sum(layer.seconds for layer in self.layers)
 
     @property
+    def call_speedup(self) -> float | None:
+        """Time of a dense call over that of a sparse one, in layers that ran both; ``None`` without a timed one."""
+        both = [layer for layer in self.layers if layer.sparse_calls and layer.dense_calls]
+        sparse = sum(layer.seconds / layer.sparse_calls for layer in both)
+        return sum(layer.dense_seconds / layer.dense_calls for layer in both) / sparse if sparse else None
+
+    @property
     def worst_error(self) -> tuple[float, str] | None:
         """Largest measured error and its layer, ``None`` when no method set ``max_error``."""
         found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
@@ -167,12 +140,16 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, totals included."""
-        totals = ("calls", "sparse_calls", "biased_calls", "density", "run_density", "fallbacks")
+        totals = ("calls", "sparse_calls", "biased_calls", "density", "run_density", "call_speedup", "fallbacks")
         return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
     def __repr__(self) -> str:
-        density = f"density {_percent(self.density)} in sparse calls, {self.seconds:.2f} s in method"
-        return f"<Summary: {methods_text(self.methods, self.presets)}, runs {self.runs}, {density}>"
+        found = [methods_text(self.methods, self.presets), f"runs {self.runs}" if self.runs else "no run yet"]
+        if self.sparse_calls:
+            found += [f"density {percent(self.density)} in sparse calls", f"{self.seconds:.2f} s in method"]
+        elif self.runs and self.guidance is not None:
+            found.append(f"{self.guidance.steps} guided steps")
+        return f"<Summary: {', '.join(found)}>"
 
     def __str__(self) -> str:
         return text_table(self._rows())
@@ -181,31 +158,41 @@ class Summary:
         return html_table(self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
-        sparse_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
         rows = [
             ("family", ", ".join(self.families)),
             ("methods", methods_text(self.methods, self.presets)),
             *(("preset", str(use)) for use in self.presets),
-            ("runs", f"{self.runs} (last: {self.steps} steps)"),
-            *([("known from", self.source)] if self.source else ()),
         ]
-        biased = self.biased_calls > 0
-        sparse = [
-            ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
-            ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
-            *([("biased calls", f"{self.biased_calls} of {self.calls} attention calls, sparse or dense")] * biased),
-            ("density", f"{_percent(self.density)} in sparse calls, {_percent(self.run_density)} over the run"),
-            ("time in method", f"{self.seconds:.2f} s"),
-            *(("worst error", f"{error:.3g} of the norm, {name}") for error, name in filter(None, [self.worst_error])),
-            *(("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()),
-        ]
+        guidance = self.guidance.rows(self.steps) if self.guidance is not None else []
+        warnings = [("warning", text) for text in self.warnings]
+        if not self.runs:
+            return [*rows, *guidance, ("runs", "none yet: call the pipeline, then ask again"), *warnings]
+        rows.append(("runs", f"{self.runs} (last: {self.steps} steps)"))
+        if self.source:
+            rows.append(("known from", self.source))
         if self.guidance is None or set(self.fallbacks) != {ONLY_GUIDANCE}:
-            rows += sparse
+            rows += self._sparse_rows()
         if self.cross_layers:
             rows.append(("cross attention", _cross_text(self.cross_layers)))
-        rows += [("guidance", line) for line in (str(self.guidance).splitlines() if self.guidance else ())]
-        rows += [("warning", text) for text in self.warnings]
-        return rows
+        return [*rows, *guidance, *warnings]
+
+    def _sparse_rows(self) -> list[tuple[str, str]]:
+        sparse_layers = sum(layer.sparse_calls > 0 for layer in self.layers)
+        gain = self.call_speedup
+        compared = "" if gain is None else f"; a sparse call takes {1 / gain:.2f} of the time of a dense one"
+        rows = [
+            ("layers", f"{sparse_layers} of {len(self.layers)} sparse"),
+            ("sparse calls", f"{self.sparse_calls} of {self.calls} attention calls"),
+        ]
+        if self.biased_calls:
+            rows.append(("biased calls", f"{self.biased_calls} of {self.calls} attention calls, sparse or dense"))
+        rows += [
+            ("density", f"{percent(self.density)} in sparse calls, {percent(self.run_density)} over the run"),
+            ("time in method", f"{self.seconds:.2f} s{compared}"),
+        ]
+        if self.worst_error is not None:
+            rows.append(("worst error", "{:.3g} of the norm, {}".format(*self.worst_error)))
+        return rows + [("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()]
 
 
 def summarize(sessions: dict[str, Session]) -> Summary:
@@ -228,7 +215,7 @@ def summarize(sessions: dict[str, Session]) -> Summary:
             for layer in session.layers
             if layer.kind == "self"
         ),
-        guidance=_guidance(sessions),
+        guidance=summarize_guidance(sessions.values()),
         warnings=tuple(dict.fromkeys(text for session in sessions.values() for text in _warnings(session))),
         source=next((session.source for session in sessions.values() if session.ran), ""),
         cross_layers=tuple(
@@ -251,46 +238,6 @@ def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
         reasons.update(layer.fallbacks)
     stock = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common())
     return f"{biased} of {calls} calls biased, {replaced} replaced, {len(layers)} layers{stock}"
-
-
-def _guidance(sessions: dict[str, Session]) -> GuidanceSummary | None:
-    guided = [session for session in sessions.values() if session.guider is not None and session.ran]
-    guiders = [session.guider for session in guided if session.guider is not None]
-    if not guiders:
-        return None
-    strengths = [guider.strength for guider in guiders]
-    evaluations = sum(guider.evaluations for guider in guiders)
-    blocks = sum(guider.evaluations * len(guider.blocks) for guider in guiders)
-
-    def mean(name: str) -> float | None:
-        values = [value for strength in strengths for value in getattr(strength, name)]
-        return sum(values) / len(values) if values else None
-
-    return GuidanceSummary(
-        evaluations=evaluations,
-        steps=sum(strength.steps for strength in strengths),
-        reused=sum(guider.reused_blocks for guider in guiders) / blocks if blocks else 0.0,
-        parallel=mean("parallel"),
-        orthogonal=mean("orthogonal"),
-        relative=mean("relative"),
-        perturbed=tuple(dict.fromkeys(text for session in guided for text in _perturbed(session))),
-    )
-
-
-def _perturbed(session: Session) -> Iterator[str]:
-    """Yield the layers and heads, or the blocks, that a guidance method changes in its pass."""
-    assert session.guider is not None
-    plan = session.guider.plan
-    by_heads: dict[str, list[str]] = {}
-    for name, strengths in plan.strengths.items():
-        count = head_count(session.model.get_submodule(name))
-        numbers = ", ".join(map(str, sorted(strengths)))
-        heads = f"all {count} heads" if len(strengths) == count else f"heads {numbers}"
-        by_heads.setdefault(heads.replace("all 1 heads", "its one head"), []).append(name)
-    for heads, names in by_heads.items():
-        yield f"perturbed: {', '.join(names)}, {heads}"
-    if plan.skipped:
-        yield f"skipped: {', '.join(plan.skipped)}"
 
 
 def _warnings(session: Session) -> list[str]:
@@ -340,9 +287,5 @@ def _layer(name: str, stats: LayerStats) -> LayerSummary:
     density = float(stats.computed) / stats.sparse_calls if stats.sparse_calls else None
     return LayerSummary(
         name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
-        stats.biased_calls, stats.scaled_calls, stats.replaced_calls,
+        stats.biased_calls, stats.scaled_calls, stats.replaced_calls, stats.dense_calls, stats.dense_seconds,
     )  # fmt: skip
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"

@@ -72,3 +72,8 @@ def methods_text(methods: Iterable[dict[str, Any]], presets: Iterable[PresetUse]
     """Return the methods with the settings that differ from the model's preset, or from the defaults."""
     changed = {use.method: use.changed for use in presets}
     return "; ".join(method_text(method, changed.get(method["method"])) for method in methods) or "none"
+
+
+def percent(value: float | None) -> str:
+    """Return ``"25.0 %"`` for 0.25, ``"-"`` for ``None``."""
+    return "-" if value is None else f"{100 * value:.1f} %"

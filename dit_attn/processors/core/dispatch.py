@@ -85,7 +85,11 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     out = _carry_out(call, request, args.mesh)
     layer.stats.scaled_calls += request.scale_factor != 1.0
     if out is None:
+        started = time.perf_counter()
         local = stock(args.rescaled(request.scale_factor))
+        if request.declined and args.q.device.type == "cpu":
+            layer.stats.dense_calls += 1
+            layer.stats.dense_seconds += time.perf_counter() - started
         out = local if exchange is None or not request.recorders else exchange.to_heads(local)
     else:
         local = out if exchange is None else exchange.gather_heads(out)

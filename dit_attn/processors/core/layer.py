@@ -46,6 +46,8 @@ class LayerStats:
         replaced_calls: calls whose output a method replaced; nothing was computed.
         computed: sum over the sparse calls of the attention computed, as a fraction of dense (all rows, all keys).
         seconds: time spent in sparse calls (host time; on an accelerator it is the time to enqueue them).
+        dense_calls: calls in stock attention that were timed: those that a sparse method left dense, on the CPU.
+        dense_seconds: their time.
         error: relative L2 error measured on sampled rows of the first sparse call, the largest where densities change
             over the run; ``None`` where no bound is set.
         measured: densities whose error was measured.
@@ -59,6 +61,8 @@ class LayerStats:
     fallbacks: Counter[str] = field(default_factory=Counter)
     computed: float | torch.Tensor = 0.0
     seconds: float = 0.0
+    dense_calls: int = 0
+    dense_seconds: float = 0.0
     error: float | None = None
     measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
 

@@ -118,6 +118,25 @@ def test_dense_steps_and_layers_count_as_dense(settings: dict[str, Any], density
     assert ("density 1 by setting" in text) == ("densities" in settings)
 
 
+def test_counts_of_steps_are_out_of_those_of_the_run() -> None:
+    method = dit_attn.BlockSparse(density=0.25, dense_steps=5, **BLOCKS)
+    assert wan(method).steps == 50 and "5 of 50 steps: dense by setting" in wan(method).fallbacks
+    found = wan(method, num_inference_steps=20)
+    assert found.steps == 20 and found.density == pytest.approx(0.75 * 0.25 + 0.25) and "over 20 steps" in str(found)
+    pipe, kwargs = tiny_pipeline("pixart")  # whose call makes 20
+    size = {name: kwargs[name] for name in ("height", "width")}
+    assert dit_attn.explain(pipe, **size).steps == 20
+    with pytest.raises(DitAttnError, match="num_inference_steps must be a whole number"):
+        wan(method, num_inference_steps=0)
+
+
+def test_without_a_sparse_method_no_density_is_printed() -> None:
+    for methods in ((), (dit_attn.SoftPAG(heads="1:0"),)):
+        found = wan(*methods)
+        assert found.density == 1.0 and "density" not in str(found) + repr(found) and "bound" not in str(found)
+    assert "100.0 % of dense" in str(wan(dit_attn.BlockSparse(density=1.0, dense_steps=0)))
+
+
 def test_a_density_that_the_data_decides_is_unknown() -> None:
     found = wan(dit_attn.BlockSparse(top_p=0.9, **BLOCKS))
     assert found.density is found.attention_speedup is found.speedup is None
@@ -202,8 +221,8 @@ def test_the_text_says_every_figure_once() -> None:
         ("visual tokens", "32,760 = 21 x 30 x 52"),
         ("layers", "30 attention layers can be wrapped"),
         ("attention", "62.5 % of the operations of a step"),
-        ("density", "25.0 % of dense attention over the run"),
-        ("upper bound", "4.00x for attention, 1.88x for the step (arithmetic)"),
+        ("density", "25.0 % of dense attention over 50 steps"),
+        ("upper bound", "4.00x for attention, 1.88x for a step, by the number of operations"),
         ("memory", "3.0 GiB stored from step to step (one sample, both branches)"),
         (
             "guidance",
@@ -234,7 +253,7 @@ def test_an_estimate_of_a_pipeline_changes_nothing_on_it() -> None:
 
 
 def test_repr_is_one_line_and_a_notebook_gets_a_table() -> None:
-    assert repr(FOUND) == "<Explanation: block-sparse, 32,760 tokens, density 25.0 %, up to 1.88x for the step>"
+    assert repr(FOUND) == "<Explanation: block-sparse, 32,760 tokens, density 25.0 %, up to 1.88x for a step>"
     assert "density decided by the data>" in repr(replace(FOUND, density=None, speedup=None))
     assert FOUND._repr_html_().count("<tr>") == len(FOUND._rows())
 

@@ -31,7 +31,7 @@ def video() -> Any:
     """The embedded video pipeline, and the embeddings of the two branches."""
     pipe = models.load("tiny-video")
     pipe.set_progress_bar_config(disable=True)
-    texts = ("a large blue square moving right fast on white", "")
+    texts = ("a large purple circle moving left fast on black", "")
     encoded = [pipe.encode_prompt(t, do_classifier_free_guidance=False, max_sequence_length=16)[0] for t in texts]
     yield pipe, dict(zip(("cond", "uncond"), encoded))
     dit_attn.disable(pipe)

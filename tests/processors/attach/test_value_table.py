@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 import dit_attn
-from dit_attn.processors.attach.value_table import html_table, method_text, text_table
+from dit_attn.processors.attach.value_table import html_table, method_text, percent, text_table
 
 WORDS = "one two three four five six"
 
@@ -70,3 +70,7 @@ def test_settings_that_are_the_defaults_are_not_shown() -> None:
     assert method_text(dit_attn.BlockSparse(top_p=0.9).to_dict()) == "block-sparse(top_p=0.9)"
     assert method_text({"method": "block-sparse", "density": 0.25}, ("density",)) == "block-sparse(density=0.25)"
     assert method_text({"method": "of another package", "a": 1}) == "of another package(a=1)"
+
+
+def test_shares_are_printed_in_percent() -> None:
+    assert (percent(0.25), percent(1.0), percent(None)) == ("25.0 %", "100.0 %", "-")

@@ -161,6 +161,18 @@ def test_density_one_is_bit_equal_to_stock_and_counted_as_a_fallback() -> None:
     assert done.request.layout is None and layer.stats.fallbacks == {"density 1": 1} and not layer.stats.sparse_calls
 
 
+def test_dense_calls_are_timed_where_a_sparse_method_left_them_dense() -> None:
+    run, layer = host_run([BlockSparse(density=0.3, q_block=32, kv_block=32, dense_steps=1)])
+    for step, timed in ((0, 1), (1, 1)):
+        run.clock.step = step
+        Dispatched(run, layer, random_args())
+        assert layer.stats.dense_calls == timed and layer.stats.dense_seconds > 0
+    assert layer.stats.sparse_calls == 1 and layer.stats.seconds > 0
+    run, layer = host_run([dit_attn.SoftPAG()])
+    Dispatched(run, layer, random_args())
+    assert layer.stats.dense_calls == layer.stats.dense_seconds == 0
+
+
 class ValueOnly(TorchFunctionMode):
     """A mode of other code around the attention call."""
 
