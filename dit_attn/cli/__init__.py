@@ -20,7 +20,8 @@ class Command(NamedTuple):
     """One command.
 
     Attributes:
-        module: under ``dit_attn.cli.commands``; it has ``add_arguments(parser)`` and ``run(args) -> exit code``.
+        module: under ``dit_attn.cli.commands``; it has its flags by title as ``GROUPS``, ``add_arguments(parser)`` and
+            ``run(args) -> exit code``.
         help: the line of ``dit-attn --help``.
         shares: whether several processes (``torchrun``, ``accelerate launch``) share its work.
     """
@@ -44,6 +45,7 @@ COMMANDS = {
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
+    "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),
 }
 _LONGEST = 1500  # characters of an error line
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -115,6 +117,11 @@ def _dispatch(words: list[str]) -> int:
             f"accelerate launch (commands that share their work: {sharing})"
         )
     return int(_module(args.command).run(args))
+
+
+def groups_of(name: str) -> dict[str, Sequence[Any]]:
+    """Return the flags of a command by title of their group."""
+    return dict(_module(name).GROUPS)
 
 
 def _module(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, reason
 
@@ -82,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the findings. Returns 0, or 1 when a kernel gives wrong numbers; a missing GPU is no fault."""
     options = flags.merge(args, GROUPS)
-    checks = check_kernels()
+    with loading_libraries(not options.get("json")):
+        checks = check_kernels()
     data: dict[str, Any] = {
         "versions": _versions(),
         "devices": _devices(),

@@ -89,6 +89,8 @@ class GenerateConfig:
 
         specs = method_options.method_specs(options)
         jobs = job_files.make_jobs(options.values, {})  # before torch is imported: what is wrong is reported at once
+        for job in jobs:
+            job_files.check_images(job)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
         jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]

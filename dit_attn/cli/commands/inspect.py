@@ -152,7 +152,9 @@ def only_job(options: flags.Options) -> Job:
 
     if len(options.get("prompt", [])) > 1:
         raise DitAttnError("inspect looks at one run; give one --prompt TEXT")
-    return job_files.make_jobs(options.values, {})[0]
+    job = job_files.make_jobs(options.values, {})[0]
+    job_files.check_images(job)
+    return job
 
 
 def _make(live: Run, config: InspectConfig) -> int:

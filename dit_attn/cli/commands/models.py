@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 
 NOTE = (
@@ -33,9 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn import models
 
     options = flags.merge(args, GROUPS)
+    with loading_libraries(not options.get("json")):
+        families = dit_attn.supported()
     data: dict[str, Any] = {
         "embedded": [_entry(entry) for entry in models.available().values()],
-        "families": dit_attn.supported(),
+        "families": families,
         "note": NOTE,
     }
     if options.get("json"):

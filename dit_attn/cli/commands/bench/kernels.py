@@ -13,13 +13,10 @@ from dit_attn.cli import load_pipeline, outputs
 from dit_attn.cli.commands.bench import plot
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
-from dit_attn.errors import DitAttnError, unknown
 from dit_attn.kernels.benchmark import inputs, measure
 from dit_attn.kernels.benchmark.third_party import THIRD_PARTY
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
-
-_RECORDED = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,39 +54,17 @@ class KernelBenchConfig:
 
     @classmethod
     def from_options(cls, options: Options) -> KernelBenchConfig:
-        """Check the flags.
+        """Read the flags, which :mod:`~dit_attn.cli.commands.bench.early` has checked.
 
         Raises:
-            DitAttnError: a size out of range, an unknown shape, a device that is not there.
+            DitAttnError: a device that is not there.
         """
-        kind = options.get("inputs", "random")
-        if kind.endswith(_RECORDED):
-            for name in ("shape", "seq", "heads", "dim", "batch"):
-                if name in options:
-                    raise DitAttnError(
-                        f"--{name} is not for recorded --inputs, which have their own size; leave it out"
-                    )
-        elif kind not in inputs.KINDS:
-            raise DitAttnError(f"--inputs is random, structured or a {_RECORDED} file of bench capture, got {kind}")
-        if options.get("shape") is not None and options["shape"] not in measure.SHAPES:
-            raise unknown("--shape", options["shape"], measure.SHAPES)
-        if not options.get("sharpness", 1.0) > 0.0:
-            raise DitAttnError(
-                f"--sharpness must be above 0, got {options['sharpness']}: it is the spread of the logits"
-            )
-        for value in options.get("density", ()):
-            if not 0.0 < value <= 1.0:
-                raise DitAttnError(
-                    f"--density must be above 0 and at most 1, got {value}: it is the part of blocks computed"
-                )
         known = measure.SHAPES[options["shape"]] if "shape" in options else (4096, 4, 128)
         seq, heads, dim = (options.get(name, size) for name, size in zip(("seq", "heads", "dim"), known))
         shape = inputs.Shape(options.get("batch", 1), seq, heads, dim, options.get("block", 128))
         values = options.pick("backend", "inputs", "sharpness", "repeats", "threads", "json")
         values |= {name: tuple(value) for name, value in options.pick("dtype", "density", "against").items()}
         values |= {name: Path(text).expanduser() for name, text in options.pick("output", "plot").items()}
-        if "plot" in values:
-            plot.check(values["plot"])
         return cls(load_pipeline.pick_device(options.get("device", "auto")), shape, **values)
 
 

@@ -17,10 +17,10 @@ from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import StatusLine
 from dit_attn.cli.table import Table, show
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError
 from dit_attn.files import is_place
 from dit_attn.models import architectures
-from dit_attn.models.architectures import ARCHITECTURES, Architecture
+from dit_attn.models.architectures import Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
@@ -70,22 +70,13 @@ class ModelBenchConfig:
 
     @classmethod
     def from_options(cls, options: Options) -> ModelBenchConfig:
-        """Check the flags.
+        """Read the flags, which :mod:`~dit_attn.cli.commands.bench.early` has checked.
 
         Raises:
-            DitAttnError: an unknown transformer or method, a size out of range, a method the model cannot take, a
-                device that is not there, too little memory.
+            DitAttnError: a size out of range, a method the model cannot take, a device that is not there, too little
+                memory.
         """
-        names = [row.name for row in ARCHITECTURES]
-        if "config" not in options:
-            raise DitAttnError(f"bench model needs --config; one of: {', '.join(names)}")
-        if options["config"] not in names:
-            raise unknown("--config", options["config"], names)
-        if "tokens" in options and ("height" in options or "width" in options):
-            raise DitAttnError("--tokens and --height or --width say the same twice; give one of them")
         types = options.get("dtype", [])
-        if len(types) > 1:
-            raise DitAttnError(f"--dtype {' '.join(types)}: bench model takes one of float32, bfloat16, float16")
         published = architectures.architecture(options["config"])
         device = load_pipeline.pick_device(options.get("device", "auto"))
         small = "bfloat16" if device.type == "cuda" else "float32"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.early_check import check_early
+from dit_attn.cli.commands.calibrate import early
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped, reason
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    early.check(options)
     with loading_libraries(not options.get("json")):
         from dit_attn.cli.commands.calibrate import run as calibrate_run
         from dit_attn.cli.commands.calibrate.config import CalibrateConfig

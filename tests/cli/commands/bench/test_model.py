@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dit_attn.cli.commands.bench.command import CONFIGS
+from dit_attn.cli.commands.bench.early import CONFIGS
 from dit_attn.models.architectures import ARCHITECTURES
 from dit_attn.pipelines.benchmark.model_step import NOTE
 
