@@ -57,6 +57,7 @@ GROUPS = {
                    metavar="FILE"),
         flags.Flag("plot", "draw speed-up against density here (.png or .svg)", metavar="FILE"),
         flags.Flag("json", "print JSON instead of a table", bool),
+        flags.Flag("verbose", "also print processor times, and the target of an attention call", bool),
     ),
     "run": (
         flags.DEVICE,
@@ -89,7 +90,7 @@ JOBS = {
                 "dtype", "batch", "repeats"),
     "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "words"),
     "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",
-              "dtype", "batch", "repeats", "words"),
+              "dtype", "batch", "repeats", "verbose", "words"),
     "windows": ("heads", "dim", "batch", "repeats"),
     "capture": ("source", "steps", "height", "width", "frames", "dtype"),
 }  # fmt: skip

@@ -95,6 +95,7 @@ def run(options: Options) -> int:
         "repeats": config.repeats,
         "sharpness": config.sharpness,
         "inputs": given.kind,
+        "densities": list(config.density),
         "rows": {name: [row.to_dict() for row in report.rows] for name, report in found.items()},
         "dense": {name: measure.rounded(report.dense) for name, report in found.items()},
         "failed": {name: report.failed for name, report in found.items()},
@@ -135,12 +136,30 @@ def _command(config: KernelBenchConfig) -> str:
     return " ".join(map(str, words))
 
 
+def same_work(record: dict[str, Any]) -> list[str]:
+    """Return a line for densities that come to the same number of blocks, which is the same work."""
+    shape, lines = record["shape"], []
+    blocks = -(-shape["seq"] // shape["block"])
+    rows = next(iter(record["rows"].values()), [])
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for density, row in zip(record["densities"], rows):
+        found.setdefault((row["density"], *row["counts"].values()), []).append(density)
+    for (density, *_), given in found.items():
+        if len(given) > 1:
+            names = " and ".join(f"{value:g}" for value in given)
+            lines.append(
+                f"densities {names} come to the same blocks ({100 * density:.1f} % of {blocks} a row): their rows are "
+                "the same work; give a smaller --block, or more tokens"
+            )
+    return lines
+
+
 def _show(record: dict[str, Any]) -> None:
     shape, place = record["shape"], record["environment"]
     others = list(dict.fromkeys(name for rows in record["rows"].values() for row in rows for name in row["others"]))
     table = [
         (
-            name, f"{row['density']:.3f}", f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms",
+            name, f"{100 * row['density']:.1f} %", f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms",
             f"{row['speedup']:.2f}x", f"{row['efficiency']:.2f}", f"{row['selection_ms']:.2f} ms",
             f"{row['error']:.1e}", f"{row['dense_error']:.1e}", f"{row['tflops']:.3g}",
             *(f"{row['others'][other]:.1f} ms" if other in row["others"] else "-" for other in others),
@@ -149,13 +168,14 @@ def _show(record: dict[str, Any]) -> None:
         for row in rows
     ]  # fmt: skip
     titles = (
-        "type", ">density", ">dense", ">sparse", ">speed-up", ">efficiency", ">selection", ">error", ">(dense)",
+        "type", ">computed", ">dense", ">sparse", ">speed-up", ">efficiency", ">selection", ">error", ">(dense)",
         ">TFLOP/s", *(f">{other}" for other in others),
     )  # fmt: skip
     show(
         f"B {shape['batch']}, S {shape['seq']}, H {shape['heads']}, D {shape['dim']}, blocks of {shape['block']} on "
         f"{record['device']}: {place['hardware']}, {place['threads']} threads, torch {place['torch']}",
         Table(titles, table),
+        *same_work(record),
         *(
             f"{name}  {library}: not measured, {why}"
             for name, failed in record["failed"].items()

@@ -153,10 +153,27 @@ def _show(record: dict[str, Any]) -> None:
     report: list[str | Table] = [by_layer, "", Table(titles, figures)]
     if checked:
         ratio = checked["ratio"]
-        report.append(f"errors, calibrated over uniform: {_figure(ratio)} over {ratio['n']} items")
+        report += ["", verdict(ratio)]
         if "head_ratio" in checked:
             report.append(f"errors, calibrated over the same cost by layer alone: {_figure(checked['head_ratio'])}")
     show(*report, "", fields({"saved": record["file"], "use": f"--method {record['file']}"}))
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """Return in words whether calibrated densities are better than one density for all, at the same cost.
+
+    Args:
+        ratio: of the errors: ``value``, ``ci95`` (``None`` with one item), ``n`` items.
+    """
+    count = f"{ratio['n']} item{'s' * (ratio['n'] != 1)}"
+    text = f"{ratio['value']:.2f} times the error of one density for all, on {count}"
+    if not ratio["ci95"]:
+        return f"Verdict: {text}; too few to tell: check more, --held-out 12 or --check 8"
+    low, high = ratio["ci95"]
+    text += f" (95 %: {low:.2f} to {high:.2f})"
+    if high < 1.0:
+        return f"Verdict: better, {text}"
+    return f"Verdict: worse, {text}; use one density" if low > 1.0 else f"Verdict: no difference shown, {text}"
 
 
 def _figure(found: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.commands.compare import early
+from dit_attn.cli.commands.compare.same_work import same_work
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1, default=str))
     else:
         files = {"figures": config.folder / "results.json", "page": config.folder / "report.html"}
-        show(summary_table(results), "", fields(files))
+        show(summary_table(results), *same_work(results), "", fields(files))
     runner.warn((text for item in results["takes"] for text in item["warnings"]), len(results["takes"]))
     failed = [item for item in results["takes"] if item["error"]]
     if failed:

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
@@ -55,6 +55,34 @@ _EXAMPLES = """examples:
   dit-attn eval outputs/wan --export vbench --output outputs/vbench
 """
 _FILES = ("folder", "reference", "captions", "inception", "lpips_weights", "vbench_info", "output")
+
+
+class Unit(NamedTuple):
+    """How a score is written: ``digits`` after the point, times ``scale``, with ``name`` behind it."""
+
+    digits: int = 3
+    scale: float = 1.0
+    name: str = ""
+
+    def text(self, value: float) -> str:
+        """Return a value with its unit."""
+        return f"{self.scale * value:.{self.digits}f}{self.name}"
+
+
+_PERCENT = Unit(0, 100.0, " %")
+UNITS = {
+    "psnr": Unit(1, name=" dB"),
+    "fid": Unit(2),
+    "fid-world": Unit(2),
+    "is": Unit(2),
+    "clip": Unit(1),
+    "clip-world": Unit(1),
+    "temporal": Unit(2),
+    "verifier": _PERCENT,
+    "saturation": Unit(1, 100.0, " %"),
+    "artifact-rate": _PERCENT,
+    "edge-width": Unit(2, name=" px"),
+}
 
 
 @dataclass(frozen=True)
@@ -273,10 +301,10 @@ def _versions() -> dict[str, str]:
 def _show(record: dict[str, Any]) -> None:
     rows, notes = [], []
     for found in record["scores"]:
-        label = found["label"]
-        value = "no value" if found["value"] is None else f"{found['value']:.4f}"
-        spread = f"{found['spread']:.4f}" if found.get("spread") is not None else ""
-        ci95 = f"{found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}" if found.get("ci95") else ""
+        label, unit = found["label"], UNITS.get(found["metric"], Unit())
+        value = "no value" if found["value"] is None else unit.text(found["value"])
+        spread = unit.text(found["spread"]) if found.get("spread") is not None else ""
+        ci95 = " to ".join(map(unit.text, found["ci95"])) if found.get("ci95") else ""
         against = str(found["reference"]) if found.get("reference") else ""
         rows.append((label, value, spread, ci95, found.get("better", "higher"), str(found["samples"]), against))
         notes += [f"{label}: caution: {found['caution']}"] if found.get("caution") else []
