@@ -104,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
         raise DitAttnError(f"unknown flag {shorten(rest[0])}.{hint} `dit-attn {chosen} --help` lists them")
     if rest:
         raise DitAttnError(
-            f"dit-attn {chosen} does not know what to do with {shorten(rest[0])}; texts with spaces need quotes"
+            f"dit-attn {chosen} does not know what to do with {shorten(rest[0])}; {_remedy(rest[0], flags)}"
         )
     args.argv = words
     rank, size = process_rank()
@@ -117,6 +117,17 @@ def _dispatch(words: list[str]) -> int:
             f"accelerate launch (commands that share their work: {sharing})"
         )
     return int(_module(args.command).run(args))
+
+
+def _remedy(word: str, flags: Sequence[str]) -> str:
+    """What to do about a word that belongs to no flag: the flag that takes it, where it is a known name."""
+    from dit_attn import models
+    from dit_attn.cli.method_index import known_methods
+
+    for flag, names in (("--model", models.available()), ("--method", known_methods())):
+        if flag in flags and word.partition(":")[0] in names:
+            return f"write {flag} {word}"
+    return "texts with spaces need quotes"
 
 
 def groups_of(name: str) -> dict[str, Sequence[Any]]:

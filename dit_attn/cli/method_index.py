@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ def check_method(name: str, settings: dict[str, Any]) -> None:
         if name not in known:
             raise unknown("method", name, known)
         known[name](**typed_settings(known[name], settings))
+
+
+def check_roles(names: Iterable[str]) -> None:
+    """Refuse methods of one role, which cannot run together. What saved methods do is not known here.
+
+    Args:
+        names: slugs or places of the methods that are enabled together.
+
+    Raises:
+        DitAttnError: two of them have the same role.
+    """
+    known, found = known_methods(), {}
+    for name in names:
+        role = known[name].role if name in known else ""
+        if role and role in found:
+            raise DitAttnError(
+                f"{name} and {found[role]} cannot run together: both are {role} methods; enable one of them"
+            )
+        found[role] = name
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_attn import files
+from dit_attn.cli.built_in_shape import built_in_shape
 from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
@@ -155,7 +156,9 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
         return "hub", name, {}
     if "/" in name or name.startswith((".", "~")):
         raise DitAttnError(f"--model {cut(name, 100)}: there is no such folder; check the path")
-    raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
+    shape = built_in_shape(name)
+    public = f"Or give a local folder, or org/name on the Hugging Face Hub{f', e.g. {shape.example}' if shape else ''}."
+    raise unknown("model", name, entries, public)
 
 
 def _trained_defaults(folder: Path) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         message = re.sub(r"^argument \S+: (?=--|unknown )", "", message)
+        message = re.sub(r"^argument (?:-\w/)?(\S+): expected (at least )?one argument", r"\1 needs a value", message)
+        message = re.sub(r"^the following arguments are required: (.+)", r"\1 is missing", message)
         raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:

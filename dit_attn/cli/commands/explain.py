@@ -89,13 +89,14 @@ def _offline_shape(options: flags.Options) -> BuiltInShape | None:
     if kind != "hub":
         return None
     try:
-        return check_reachable(path, options.get("revision"))
+        check_reachable(path, options.get("revision"))
     except DitAttnError as error:
         shape = built_in_shape(path)
         if shape is None:
             known = ", ".join(one.title for one in SHAPES)
             raise DitAttnError(f"{error}. Shapes that are built in: {known}") from error
         return shape
+    return None
 
 
 def _built_in(shape: BuiltInShape) -> tuple[Any, Any, dict[str, int]]:
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     import dit_attn
 
     options = flags.merge(args, GROUPS)
-    check_early(options, reachable=False)
+    check_early(options, reachable=False, together=True)
     config = ExplainConfig.from_options(options)
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
     found = dit_attn.explain(config.target, *config.methods, **size, num_inference_steps=config.steps)

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import outputs, run_record, runner, workers
 
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    check_early(options, together=True)
     config = GenerateConfig.from_options(options)
     if config.dry_run:
         live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import load_pipeline, outputs, run_record
 
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    check_early(options, together=True)
     config = InspectConfig.from_options(options)
     live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:

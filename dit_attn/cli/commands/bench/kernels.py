@@ -140,7 +140,7 @@ def same_work(record: dict[str, Any]) -> list[str]:
     """Return a line for densities that come to the same number of blocks, which is the same work."""
     shape, lines = record["shape"], []
     blocks = -(-shape["seq"] // shape["block"])
-    rows = next(iter(record["rows"].values()), [])
+    rows: list[dict[str, Any]] = next(iter(record["rows"].values()), [])
     found: dict[tuple[Any, ...], list[float]] = {}
     for density, row in zip(record["densities"], rows):
         found.setdefault((row["density"], *row["counts"].values()), []).append(density)

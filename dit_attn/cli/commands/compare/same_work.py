@@ -13,11 +13,11 @@ def same_work(results: dict[str, Any]) -> list[str]:
     Args:
         results: as ``results.json`` holds them.
     """
-    found: dict[tuple[float, float], list[str]] = {}
+    found: dict[tuple[Any, ...], list[str]] = {}
     for row in results["headline"]:
         figures = [(row.get(name) or {}).get("value") for name in ("attention_flops", "psnr")]
         if None not in figures:
-            found.setdefault((figures[0], figures[1]), []).append(row["label"])
+            found.setdefault(tuple(figures), []).append(row["label"])
     return [
         f"{' and '.join(labels)} computed the same attention and made the same pixels: at this size their settings "
         "come to the same blocks"
