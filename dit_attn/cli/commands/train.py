@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_attn.cli import load_pipeline
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.progress import loading_libraries
@@ -136,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         from dit_attn.models.recipe import recipe
         from dit_attn.models.world_clip import NAME
 
+        load_pipeline.quiet(show_progress=False)
     if config.name == NAME:
         return _train_clip(config)
     chosen, output = recipe(config.name, tail=config.tail), config.output
@@ -187,10 +189,8 @@ def _train_clip(config: TrainConfig) -> int:
 
 def _device(name: str) -> Any:
     """The torch device of ``--device``; ``auto`` is a CUDA GPU or the CPU, on which alone training was tried."""
-    from dit_attn.cli.load_pipeline import pick_device
-
-    device = pick_device(name)
-    return pick_device("cpu") if device.type == "mps" else device
+    device = load_pipeline.pick_device(name)
+    return load_pipeline.pick_device("cpu") if device.type == "mps" else device
 
 
 def _start(config: TrainConfig, recipe: Recipe) -> Run:
@@ -240,7 +240,8 @@ def _finish(job: Run, output: Path, count: int) -> None:
     if count:
         short, figures, samples = _score(job, count)
         outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        print("held-out captions: " + ", ".join(f"{name} {value:.3f}" for name, value in short.items()))
+        figures_text = ", ".join(f"{name.replace('_', ' ')} {100 * value:.0f} %" for name, value in short.items())
+        print(f"right on {count} held-out captions: {figures_text}")
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 

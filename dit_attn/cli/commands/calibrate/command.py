@@ -148,7 +148,7 @@ def _show(record: dict[str, Any]) -> None:
         label = name if name != "uniform" else f"uniform, density {record['uniform']['density']:.3g}"
         cost = checked[name]["cost"] if checked else found["cost"]
         measured = (_figure(checked[name]["error"]),) if checked else ()
-        figures.append((label, f"{cost:.3f}", f"{found['error']:.4f}", *measured))
+        figures.append((label, f"{100 * cost:.1f} %", f"{found['error']:.4f}", *measured))
     titles = ("densities", ">attention computed", ">expected error", *((">checked error [95 %]",) if checked else ()))
     report: list[str | Table] = [by_layer, "", Table(titles, figures)]
     if checked:
