@@ -57,7 +57,7 @@ GROUPS = {
                    metavar="FILE"),
         flags.Flag("plot", "draw speed-up against density here (.png or .svg)", metavar="FILE"),
         flags.Flag("json", "print JSON instead of a table", bool),
-        flags.Flag("verbose", "also print processor times, and the target of an attention call", bool),
+        flags.Flag("verbose", "also print targets, and processor times of bench model", bool),
     ),
     "run": (
         flags.DEVICE,
@@ -88,7 +88,8 @@ _SHARED = ("what", "output", "json", "device", "threads")
 JOBS = {
     "kernels": ("shape", "seq", "heads", "dim", "block", "density", "backend", "against", "inputs", "sharpness", "plot",
                 "dtype", "batch", "repeats"),
-    "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "words"),
+    "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "verbose",
+                  "words"),
     "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",
               "dtype", "batch", "repeats", "verbose", "words"),
     "windows": ("heads", "dim", "batch", "repeats"),

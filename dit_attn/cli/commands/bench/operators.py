@@ -24,6 +24,9 @@ from dit_attn.pipelines.benchmark.equal_cost import MethodFamily
 from dit_attn.processors.methods.base import Method
 
 BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-video": 36}
+_TITLES = (
+    "method", ">attention computed", ">L2 error [95 %]", ">shift", ">RMS error", ">call", ">against dense",
+)  # fmt: skip
 _RUN = 50  # steps of a run, to see whether a method has several kinds of them
 
 
@@ -45,6 +48,7 @@ class OperatorBenchConfig:
         threads: of torch; ``None`` leaves them.
         output: file of the record.
         json: print JSON.
+        verbose: print the targets too.
     """
 
     families: tuple[MethodFamily, ...]
@@ -60,6 +64,7 @@ class OperatorBenchConfig:
     threads: int | None = None
     output: Path | None = None
     json: bool = False
+    verbose: bool = False
 
     @classmethod
     def from_options(cls, options: Options) -> OperatorBenchConfig:
@@ -73,7 +78,7 @@ class OperatorBenchConfig:
         variants, names = method_options.method_variants(options), tuple(options.get("family", ()))
         families = equal_cost.select_families(names, block) if names or not variants else []
         families += [_family(specs, block) for specs in variants]
-        values = options.pick("prompts", "steps", "every", "threads", "json")
+        values = options.pick("prompts", "steps", "every", "threads", "json", "verbose")
         values |= {"grid": tuple(grid), "family": names, "methods": tuple(map(method_options.label, variants))}
         if "density" in options:
             values["density"] = tuple(sorted(options["density"], reverse=True))
@@ -113,7 +118,7 @@ def run(options: Options) -> int:
     if config.json:
         print(json.dumps(record, indent=1, default=str))
     else:
-        _show(record)
+        _show(record, config.verbose)
     return 0
 
 
@@ -160,14 +165,14 @@ def _command(config: OperatorBenchConfig) -> str:
     return " ".join(map(str, words))
 
 
-def _show(record: dict[str, Any]) -> None:
-    """Print every row, errors at equal cost, and the targets."""
+def _show(record: dict[str, Any], verbose: bool) -> None:
+    """Print every row, errors at equal cost, and where it is asked for the targets."""
     place = record["environment"]
     rows = [
         (
-            row["label"], f"{row['cost']:.3f}", _figure(row["l2"]), f"{row['shift']['value']:.4f}",
-            f"{row['rms']['value']:.4f}", f"{1e3 * row['seconds']:.1f}",
-            f"{row['seconds'] / record['dense_seconds']:.2f}",
+            row["label"], f"{100 * row['cost']:.1f} %", _figure(row["l2"]), f"{row['shift']['value']:.4f}",
+            f"{row['rms']['value']:.4f}", f"{1e3 * row['seconds']:.1f} ms",
+            f"{record['dense_seconds'] / row['seconds']:.2f}x",
         )
         for row in record["rows"]
     ]  # fmt: skip
@@ -175,8 +180,9 @@ def _show(record: dict[str, Any]) -> None:
     for cost, found in record["equal_cost"]["rms"].items():
         best = list(found.items())[:5]
         if best:
-            lines.append(f"at cost {cost}, rms: " + "; ".join(f"{name} {figure['value']:.4f}" for name, figure in best))
-    for target in record["targets"]:
+            errors = "; ".join(f"{name} {figure['value']:.4f}" for name, figure in best)
+            lines.append(f"RMS error where {100 * float(cost):.0f} % is computed: {errors}")
+    for target in record["targets"] if verbose else ():
         ratios = ", ".join(f"{cost}: {_figure(figure)}" for cost, figure in target["at"].items())
         verdict = "met" if target["met"] else "missed"
         lines.append(f"default over {target['against']}, {target['error']} <= {target['limit']} {verdict}: {ratios}")
@@ -184,7 +190,7 @@ def _show(record: dict[str, Any]) -> None:
         f"{record['source']}: {record['prompts']} runs, {record['calls']} calls, blocks of {record['block']}; "
         f"{place['hardware']}, {place['threads']} threads, torch {place['torch']}",
         f"intervals: {record['intervals']}",
-        Table(("method", ">cost", ">l2 [95 %]", ">shift", ">rms", ">ms", ">x dense"), rows),
+        Table(_TITLES, rows),
         *lines,
     )
 

@@ -166,7 +166,7 @@ def verdict(ratio: dict[str, Any]) -> str:
         ratio: of the errors: ``value``, ``ci95`` (``None`` with one item), ``n`` items.
     """
     count = f"{ratio['n']} item{'s' * (ratio['n'] != 1)}"
-    text = f"{ratio['value']:.2f} times the error of one density for all, on {count}"
+    text = f"{ratio['value']:.2f} times the error of one density for all, over {count}"
     if not ratio["ci95"]:
         return f"Verdict: {text}; too few to tell: check more, --held-out 12 or --check 8"
     low, high = ratio["ci95"]

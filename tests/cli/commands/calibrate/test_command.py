@@ -204,7 +204,7 @@ def test_the_file_goes_to_the_hub_and_stays_here_when_that_fails(
 @pytest.mark.parametrize(
     ("value", "ci95", "words"),
     [
-        (0.8, None, "0.80 times the error of one density for all, on 1 item; too few to tell"),
+        (0.8, None, "0.80 times the error of one density for all, over 1 item; too few to tell"),
         (0.8, (0.7, 0.9), "Verdict: better, 0.80 times"),
         (0.98, (0.9, 1.1), "Verdict: no difference shown, 0.98 times"),
         (1.2, (1.1, 1.3), "Verdict: worse, 1.20 times"),
