@@ -16,11 +16,11 @@ _ACTIONS: dict[Any, Any] = {bool: "store_true", "on-or-off": argparse.BooleanOpt
 # What several --method mean, for the help of commands that run one pipeline and of those that compare.
 TOGETHER = (
     "method to enable, with its settings, or a file of settings, or org/name on the Hub; NAME:... + NAME:... enables "
-    "several together, and so does repeating it (default: none)"
+    "several together, and so does repeating it; `dit-attn methods` lists them (default: none)"
 )
 VARIANTS = (
     "variant to measure: a method with its settings, or a file of settings, or org/name on the Hub; NAME:... + "
-    "NAME:... enables several together; repeat for more variants"
+    "NAME:... enables several together; repeat for more variants; `dit-attn methods` lists them"
 )
 _WIDTH = 100  # columns of help on a wide terminal
 

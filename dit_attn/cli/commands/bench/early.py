@@ -35,7 +35,7 @@ def _kernels(options: Options) -> None:
             if name in options:
                 raise DitAttnError(f"--{name} is not for recorded --inputs, which have their own size; leave it out")
         if not Path(kind).expanduser().is_file():
-            raise DitAttnError(f"--inputs {kind}: there is no such file; make one with `dit-attn bench capture`")
+            raise DitAttnError(f"cannot read {kind}: there is no such file; make one with `dit-attn bench capture`")
     elif kind not in kinds:
         raise DitAttnError(f"--inputs is random, structured or a {RECORDED} file of bench capture, got {kind}")
     shapes = constant("dit_attn.kernels.benchmark.measure", "SHAPES")
