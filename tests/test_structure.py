@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_attn"
 
 # What each part may import of the package, besides itself; the parts stand in order, downhill. The longest name counts.
-_BASE = {"dit_attn.errors", "dit_attn.files", "dit_attn.hub", "dit_attn.contact_sheet", "dit_attn"}
+_BASE = {
+    "dit_attn.errors", "dit_attn.files", "dit_attn.hub", "dit_attn.settings", "dit_attn.contact_sheet", "dit_attn",
+}  # fmt: skip
 _KERNELS = _BASE | {"dit_attn.kernels"}
 _CORE = _KERNELS | {"dit_attn.processors", "dit_attn.processors.core"}
 _GUIDANCE = _CORE | {"dit_attn.processors.guidance"}
@@ -39,6 +41,7 @@ ALLOWED = {
     "dit_attn.contact_sheet": {"dit_attn.errors", "dit_attn.files"},
     "dit_attn.files": {"dit_attn.errors"},
     "dit_attn.hub": {"dit_attn.errors"},
+    "dit_attn.settings": {"dit_attn.errors"},
     "dit_attn.errors": set(),
 }
 NO_DIFFUSERS = ("kernels", "processors/core", "processors/methods", "processors/guidance")

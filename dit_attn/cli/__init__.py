@@ -20,7 +20,8 @@ class Command(NamedTuple):
     """One command.
 
     Attributes:
-        module: under ``dit_attn.cli.commands``; it has ``add_arguments(parser)`` and ``run(args) -> exit code``.
+        module: under ``dit_attn.cli.commands``; it has its flags by title as ``GROUPS``, ``add_arguments(parser)`` and
+            ``run(args) -> exit code``.
         help: the line of ``dit-attn --help``.
         shares: whether several processes (``torchrun``, ``accelerate launch``) share its work.
     """
@@ -44,6 +45,7 @@ COMMANDS = {
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
+    "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),
 }
 _LONGEST = 1500  # characters of an error line
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -102,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
         raise DitAttnError(f"unknown flag {shorten(rest[0])}.{hint} `dit-attn {chosen} --help` lists them")
     if rest:
         raise DitAttnError(
-            f"dit-attn {chosen} does not know what to do with {shorten(rest[0])}; texts with spaces need quotes"
+            f"dit-attn {chosen} does not know what to do with {shorten(rest[0])}; {_remedy(rest[0], flags)}"
         )
     args.argv = words
     rank, size = process_rank()
@@ -115,6 +117,22 @@ def _dispatch(words: list[str]) -> int:
             f"accelerate launch (commands that share their work: {sharing})"
         )
     return int(_module(args.command).run(args))
+
+
+def _remedy(word: str, flags: Sequence[str]) -> str:
+    """What to do about a word that belongs to no flag: the flag that takes it, where it is a known name."""
+    from dit_attn import models
+    from dit_attn.cli.method_index import known_methods
+
+    for flag, names in (("--model", models.available()), ("--method", known_methods())):
+        if flag in flags and word.partition(":")[0] in names:
+            return f"write {flag} {word}"
+    return "texts with spaces need quotes"
+
+
+def groups_of(name: str) -> dict[str, Sequence[Any]]:
+    """Return the flags of a command by title of their group."""
+    return dict(_module(name).GROUPS)
 
 
 def _module(name: str) -> Any:

@@ -140,13 +140,20 @@ def typed_arguments(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: where they were given, for messages.
 
     Raises:
-        DitAttnError: one does not fit.
+        DitAttnError: one does not fit, or this command sets it itself.
     """
+    for name in given:
+        _refuse_reserved(name)
     numbers = {_CALL_NAMES.get(name, name): flag for name, flag in LINE_FLAGS.items() if flag.kind in (int, float)}
     return {
         name: convert(numbers[name], value, f"{name} in {where}") if name in numbers and value is not None else value
         for name, value in given.items()
     }
+
+
+def _refuse_reserved(name: str) -> None:
+    if name in RESERVED:
+        raise DitAttnError(f"pipeline argument {name!r} is set by this command; use {RESERVED[name]}")
 
 
 def read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -258,14 +265,22 @@ def check_calls(jobs: Sequence[Job], pipeline: Any) -> None:
             remedy = f"give {flags[missing[0]]}" if missing[0] in flags else "give it with --pipeline-kwargs"
             raise DitAttnError(f"{pipeline.__name__} needs {missing[0]}; {remedy} ({job.where})")
         for key in job.call:
-            if key in RESERVED:
-                raise DitAttnError(f"pipeline argument {key!r} is set by this command; use {RESERVED[key]}")
+            _refuse_reserved(key)
             if key not in taken and key in flags:
                 raise DitAttnError(f"{pipeline.__name__} takes no {key}; leave out {flags[key]} ({job.where})")
             if key not in taken:
                 raise unknown(f"argument of {pipeline.__name__}", key, [name for name in taken if name not in RESERVED])
-        for key, path in job.images().items():
-            load_image(path, f"{key} ({job.where})" if key != "image" else "--image")
+        check_images(job)
+
+
+def check_images(job: Job) -> None:
+    """Refuse images of a job that are not there or cannot be read.
+
+    Raises:
+        DitAttnError: so it is.
+    """
+    for key, path in job.images().items():
+        load_image(path, f"{key} ({job.where})" if key != "image" else "--image")
 
 
 def check_inputs(jobs: Sequence[Job], pipe: Any) -> None:

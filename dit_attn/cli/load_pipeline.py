@@ -59,12 +59,13 @@ class LoadConfig:
         lora = tuple(options.get("lora", ()))
         parse_loras(lora)
         offload = options.get("cpu_offload")
+        no_gpu = DitAttnError(f"--cpu-offload {offload} needs a GPU to load onto, and the device is cpu; leave it out")
+        if offload and options.get("device") == "cpu":  # before torch is imported
+            raise no_gpu
         with loading_libraries(not options.get("json")):
             device = pick_device(options.get("device", "auto"))
             if offload and device.type == "cpu":
-                raise DitAttnError(
-                    f"--cpu-offload {offload} needs a GPU to load onto, and the device is cpu; leave it out"
-                )
+                raise no_gpu
             quiet(show_progress)
             source = describe(options["model"], options.get("revision"), options.get("variant"))
         _check_takes_adapters(lora, source.pipeline)
@@ -76,6 +77,9 @@ class LoadConfig:
 def pick_device(name: str) -> Any:
     """Return the torch device of ``--device``; ``auto`` prefers an accelerator.
 
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+
     Raises:
         DitAttnError: no such device on this machine.
     """
@@ -85,17 +89,12 @@ def pick_device(name: str) -> Any:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DitAttnError(f"unknown --device {shorten(name)}; use auto, cpu, cuda, cuda:N or mps") from error
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         why = _no_cuda() if not torch.cuda.is_available() else f"this machine has {torch.cuda.device_count()}"
         raise DitAttnError(f"--device {name}: no such GPU ({why}); use --device cpu, or see `dit-attn doctor`")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DitAttnError("--device mps: no Apple GPU here; use --device cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise DitAttnError(f"--device {shorten(name)} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 
 

@@ -7,13 +7,11 @@ methods that run together in one.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dit_attn.cli.method_index import check_names
 from dit_attn.errors import DitAttnError, shorten, unknown
 
 if TYPE_CHECKING:
@@ -82,8 +80,7 @@ def method_variants(options: Options) -> list[Variant]:
     one.
 
     Raises:
-        DitAttnError: bad grammar, a setting without a method, or one that could belong to several; a method or a
-            setting that does not exist.
+        DitAttnError: bad grammar, a setting without a method, or one that could belong to several.
     """
     named = [parse_method(text) for kind, text in options.words if kind == "method"]
     variants = named or _from_config(options.config.get("method"))
@@ -99,9 +96,6 @@ def method_variants(options: Options) -> list[Variant]:
             raise DitAttnError(f"--set {shorten(text)} is not KEY=VALUE; write for instance --set density=0.25")
         before = variants[position] if named and position >= 0 else None
         _set(variants, before, key.strip(), _bare(value.strip()), f"--set {text}")
-    for spec in itertools.chain.from_iterable(variants):
-        if spec.name != CALL:
-            check_names(spec.name, spec.settings)
     return variants
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_attn import files
+from dit_attn.cli.built_in_shape import built_in_shape
 from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
@@ -61,11 +62,7 @@ def describe(name: str, revision: str | None = None, variant: str | None = None)
     Raises:
         DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
     """
-    kind, path, defaults = locate(name, revision)
-    if variant and kind == "embedded":
-        raise DitAttnError(
-            f"--variant {shorten(variant)}: {name} is embedded and has one kind of weights; leave it out"
-        )
+    kind, path, defaults = locate(name, revision, variant)
     index = _model_index(name, kind, path, revision)
     transformer = _transformer(path, revision, index)
     return Source(
@@ -119,14 +116,17 @@ def _bare(pipeline: Any, parts: dict[str, Any]) -> Any:
     return pipe
 
 
-def locate(name: str, revision: str | None = None) -> tuple[str, str, dict[str, Any]]:
+def locate(name: str, revision: str | None = None, variant: str | None = None) -> tuple[str, str, dict[str, Any]]:
     """Find a model by its name alone; nothing heavy is imported.
+
+    Args:
+        name, revision, variant: as for :func:`describe`.
 
     Returns:
         ``kind``, ``path`` and ``defaults`` of :class:`Source`.
 
     Raises:
-        DitAttnError: there is no such model.
+        DitAttnError: there is no such model, or a folder is none; a revision or variant of an embedded one.
     """
     from dit_attn import models
 
@@ -136,11 +136,19 @@ def locate(name: str, revision: str | None = None) -> tuple[str, str, dict[str, 
             raise DitAttnError(
                 f"--revision {shorten(revision)} is for models of the Hub; {name} is embedded: leave it out"
             )
+        if variant:
+            raise DitAttnError(
+                f"--variant {shorten(variant)}: {name} is embedded and has one kind of weights; leave it out"
+            )
         return "embedded", str(entries[name].folder), models.call_defaults(name)
     if not name:
         raise DitAttnError("--model is empty; give an embedded model, a local folder, or org/name")
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # pathlib raises for names that no file can have
+        if not (folder / "model_index.json").is_file():
+            raise DitAttnError(
+                f"{folder} is not a diffusers pipeline (no model_index.json); give the folder that holds it"
+            )
         return "folder", str(folder), _trained_defaults(folder)
     if os.path.exists(folder):
         raise DitAttnError(f"--model {name} is a file; give the folder that holds model_index.json")
@@ -148,7 +156,9 @@ def locate(name: str, revision: str | None = None) -> tuple[str, str, dict[str, 
         return "hub", name, {}
     if "/" in name or name.startswith((".", "~")):
         raise DitAttnError(f"--model {cut(name, 100)}: there is no such folder; check the path")
-    raise unknown("model", name, entries, "Or give a local folder, or org/name on the Hugging Face Hub.")
+    shape = built_in_shape(name)
+    public = f"Or give a local folder, or org/name on the Hugging Face Hub{f', e.g. {shape.example}' if shape else ''}."
+    raise unknown("model", name, entries, public)
 
 
 def _trained_defaults(folder: Path) -> dict[str, Any]:
@@ -165,24 +175,43 @@ def _trained_defaults(folder: Path) -> dict[str, Any]:
 def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
-    if kind != "hub" and not (Path(path) / "model_index.json").is_file():
-        advice = "reinstall dit-attn" if kind == "embedded" else "give the folder that holds it"
-        raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); {advice}")
+    if kind == "embedded" and not (Path(path) / "model_index.json").is_file():
+        raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); reinstall dit-attn")
     offline = kind == "hub" and go_offline_where_there_is_no_hub()
     try:
         return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
     except (OSError, ValueError) as error:
         if offline:
-            raise DitAttnError(
-                f"{shorten(name)} is not in the local cache and the Hugging Face Hub cannot be reached; check the "
-                "network (or HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
-            ) from error
+            raise _unreachable(name) from error
         if kind == "hub":
             raise DitAttnError(
                 f"cannot get {shorten(name)} from the Hugging Face Hub ({reason(error)}); check the name, --revision "
                 "and the network, or give a local folder. It is no embedded model and no folder here"
             ) from error
         raise DitAttnError(f"model_index.json in {path} cannot be read ({reason(error)}); download it again") from error
+
+
+def check_reachable(name: str, revision: str | None = None) -> None:
+    """Refuse a Hub model that is not in the local cache while the Hub cannot be reached; nothing heavy is imported.
+
+    Raises:
+        DitAttnError: so it is.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    except ValueError:  # no name of a repository: the Hub's own message is better
+        return
+    if not isinstance(cached, str) and go_offline_where_there_is_no_hub():
+        raise _unreachable(name)
+
+
+def _unreachable(name: str) -> DitAttnError:
+    return DitAttnError(
+        f"{shorten(name)} is not in the local cache and the Hugging Face Hub cannot be reached; check the network (or "
+        "HF_HUB_OFFLINE), or give a local folder. It is no embedded model and no folder here"
+    )
 
 
 def _pipeline_class(name: str, index: dict[str, Any]) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dit_attn import files
@@ -15,6 +18,7 @@ DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 MAX_SEED = 2**63 - 1
 PATHS = ("FILE", "DIR", "FOLDER", "PATH")  # metavars of flags that name a place
 SWITCHES = (bool, "on-or-off")  # kinds of flags without a value
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,4})?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Flag:
         name: without dashes in front, e.g. ``"num-frames"``; the key in a configuration file, dashes or underscores.
         help: one line, with the unit.
         kind: ``str``, ``int``, ``float``, ``bool`` (a switch), ``"on-or-off"`` (with a ``--no-`` form), ``dict`` (a
-            JSON object) or ``"switch-or-dict"``.
+            JSON object), ``"switch-or-dict"`` or ``"device"``.
         default: what happens without it, for the help; ``"required"`` where the command needs it.
         many: may be repeated.
         nargs: several values in a row, as argparse writes it.
@@ -34,6 +38,7 @@ class Flag:
         short: one-letter or alternative spellings, dashes included.
         metavar: placeholder in the help.
         positional: given by its place on the command line, without its name.
+        exists: names a file (``metavar="FILE"``) or a folder that must be there.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Flag:
     short: tuple[str, ...] = ()
     metavar: str | None = None
     positional: bool = False
+    exists: bool = False
 
     @property
     def dest(self) -> str:
@@ -102,8 +108,9 @@ OUTPUT = (
     Flag("contact-sheet", "image of all items, sheet.png", "on-or-off", "on for two items or more"),
     Flag("json", "print a JSON report instead of text", bool),
 )
+DEVICE = Flag("device", "auto, cpu, cuda, cuda:N, mps", "device", "auto", metavar="NAME")
 RUN = (
-    Flag("device", "auto, cpu, cuda, cuda:N, mps", default="auto", metavar="NAME"),
+    DEVICE,
     Flag("cpu-offload", "keep parts on the CPU until needed: model (saves GB of GPU memory) or group (saves most)",
          choices=("model", "group"), metavar="WHAT"),
     Flag("attention-backend", "attention backend of diffusers for all dense calls", default="diffusers' own",
@@ -206,9 +213,21 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
         raise DitAttnError(f"{where} must be text, got {shorten(value)}")
     if flag.choices and value not in flag.choices:
         raise unknown(where, value, flag.choices)
+    if flag.kind == "device" and not _DEVICE.fullmatch(value):
+        raise DitAttnError(f"unknown {where} {shorten(value)}; use auto, cpu, cuda, cuda:N or mps")
     if flag.metavar in PATHS and value:
-        files.user_path(value, where)
+        _check_path(flag, files.user_path(value, where), f"{where} {value}")
     return value
+
+
+def _check_path(flag: Flag, path: Path, where: str) -> None:
+    kind, other = ("file", "folder") if flag.metavar == "FILE" else ("folder", "file")
+    if flag.metavar != "PATH" and (path.is_dir() if kind == "file" else path.is_file()):
+        raise DitAttnError(f"{where} is a {other}; give a {kind}")
+    if flag.exists and not path.exists():
+        raise DitAttnError(f"{where}: there is no such {kind}; check the path")
+    if flag.exists and not os.access(path, os.R_OK):
+        raise DitAttnError(f"{where} cannot be read (permission denied); check its permissions")
 
 
 def _number(flag: Flag, value: Any, where: str) -> int | float:

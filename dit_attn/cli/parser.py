@@ -16,11 +16,11 @@ _ACTIONS: dict[Any, Any] = {bool: "store_true", "on-or-off": argparse.BooleanOpt
 # What several --method mean, for the help of commands that run one pipeline and of those that compare.
 TOGETHER = (
     "method to enable, with its settings, or a file of settings, or org/name on the Hub; NAME:... + NAME:... enables "
-    "several together, and so does repeating it (default: none)"
+    "several together, and so does repeating it; `dit-attn methods` lists them (default: none)"
 )
 VARIANTS = (
     "variant to measure: a method with its settings, or a file of settings, or org/name on the Hub; NAME:... + "
-    "NAME:... enables several together; repeat for more variants"
+    "NAME:... enables several together; repeat for more variants; `dit-attn methods` lists them"
 )
 _WIDTH = 100  # columns of help on a wide terminal
 
@@ -62,6 +62,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         message = re.sub(r"^argument \S+: (?=--|unknown )", "", message)
+        message = re.sub(r"^argument (?:-\w/)?(\S+): expected (at least )?one argument", r"\1 needs a value", message)
+        message = re.sub(r"^the following arguments are required: (.+)", r"\1 is missing", message)
         raise DitAttnError(f"{message.rstrip('.')}; see `{self.prog} --help`")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:

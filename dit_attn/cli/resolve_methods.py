@@ -6,12 +6,13 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.files import is_place
+from dit_attn.settings import describe, union_of
 
 if typing.TYPE_CHECKING:
     from dit_attn.processors.methods.base import Method
@@ -62,16 +63,30 @@ def _method(spec: MethodSpec, preset: dict[str, dict[str, Any]]) -> Method:
     else:
         cls = method_class(spec.name)
         settings = {k: v for k, v in preset.get(spec.name, {}).items() if k != "provenance"}
-    hints = typing.get_type_hints(cls)
-    names = [spec.name for spec in dataclasses.fields(cls)]
-    for key, value in spec.settings.items():
-        if key not in names:
-            raise unknown(f"setting of {cls.slug}", key, names)
-        settings[key] = typed(value, hints[key], f"{cls.slug}.{key}")
+    for key, value in typed_settings(cls, spec.settings).items():
+        settings[key] = value
         for other in _INSTEAD.get(key, ()):
             if other not in spec.settings:
                 settings.pop(other, None)
     return Method.from_dict({**settings, "method": cls.slug})
+
+
+def typed_settings(cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert settings to the types of a method's fields.
+
+    Args:
+        cls: the method, or anything with its fields and slug.
+        settings: text, or values from YAML.
+
+    Raises:
+        DitAttnError: no setting of that name, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [spec.name for spec in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in names:
+            raise unknown(f"setting of {cls.slug}", key, names)
+    return {key: typed(value, hints[key], f"{cls.slug}.{key}") for key, value in settings.items()}
 
 
 def typed(value: Any, hint: Any, where: str) -> Any:
@@ -85,8 +100,6 @@ def typed(value: Any, hint: Any, where: str) -> Any:
     Raises:
         DitAttnError: it does not fit.
     """
-    from dit_attn.processors.methods.fields import describe, union_of
-
     kinds = union_of(hint)
     for kind in sorted(kinds, key=_strictness):
         try:

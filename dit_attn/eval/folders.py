@@ -11,7 +11,8 @@ import torch
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Unreadable, decode
+from dit_attn.eval.listing import media_files
+from dit_attn.eval.media import Unreadable, decode
 
 
 @dataclass
@@ -84,34 +85,6 @@ def read_folder(path: Path, captions: Path | None = None) -> Folder:
         first, why = folder.skipped[0]
         raise DitAttnError(f"nothing to measure: none of {len(files)} files of {path} can be read; {first}: {why}")
     return folder
-
-
-def media_files(path: Path) -> list[Path]:
-    """List images and videos of a folder by name, without hidden files and the sheet of ``dit-attn generate``.
-
-    Raises:
-        DitAttnError: no such folder, or none in it.
-    """
-    what = f"images ({', '.join(IMAGE_SUFFIXES[:3])}, ...) or videos ({', '.join(VIDEO_SUFFIXES[:2])}, ...)"
-    if not path.is_dir():
-        raise DitAttnError(f"no folder {path}; give a folder of {what}")
-    try:
-        files = sorted(file for file in path.iterdir() if is_media(file))
-        inner = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(map(is_media, sub.iterdir())))
-    except OSError as error:
-        raise DitAttnError(f"cannot look into {path} ({error.strerror}); check its permissions") from error
-    if not files:
-        raise DitAttnError(
-            f"no image or video in {path}; "
-            + (f"give one of its folders: {', '.join(inner[:6])}" if inner else f"give a folder of {what}")
-        )
-    return files
-
-
-def is_media(file: Path) -> bool:
-    """Tell whether a file counts, by its name."""
-    known = file.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-    return known and not file.name.startswith(".") and file.stem != "sheet" and not file.is_dir()
 
 
 def resized(frames: torch.Tensor, size: int) -> torch.Tensor:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dit_attn.eval.listing import VIDEO_SUFFIXES
+
 if TYPE_CHECKING:
     from PIL import Image
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".gif")
 
 GRAY = "gray became RGB"
 ALPHA = "transparency was composed on white"

@@ -131,7 +131,7 @@ class Architecture:
         try:
             torch.set_default_dtype(dtype)
             with torch.device(device):
-                model = self._class()(**self.config)
+                model = self.build_class()(**self.config)
         except torch.OutOfMemoryError as error:
             raise DitAttnError(f"{self.name} in {dtype} does not fit on {device}; take fewer --layers") from error
         finally:
@@ -141,7 +141,7 @@ class Architecture:
     def parameters(self) -> int:
         """Count its weights."""
         with torch.device("meta"):
-            return sum(weight.numel() for weight in self._class()(**self.config).parameters())
+            return sum(weight.numel() for weight in self.build_class()(**self.config).parameters())
 
     def bytes_needed(self, dtype: torch.dtype, batch: int) -> int:
         """Estimate the bytes of the weights and of the activations of a step."""
@@ -174,7 +174,8 @@ class Architecture:
         with torch.device(device):
             return self.inputs(CallShape(self.grid, self.text, self.head_dim, batch, dtype, generator))
 
-    def _class(self) -> Any:
+    def build_class(self) -> Any:
+        """Import and return its diffusers class."""
         import diffusers
 
         return getattr(diffusers, self.transformer)

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from dit_attn.cli import load_pipeline
 
@@ -44,7 +45,7 @@ MODEL = ("--model", "tiny-image")
         ((*MODEL, *PROMPT, "--device", "meta"), ["'meta'"]),
         ((*MODEL, *PROMPT, "--height", "33"), ["divisible by 8", "a red circle"]),
         ((*MODEL, *PROMPT, "--num-frames", "9"), ["takes no num_frames", "--num-frames"]),
-        ((*MODEL, *PROMPT, "--image", "x.png"), ["takes no image", "--image"]),
+        ((*MODEL, *PROMPT, "--image", "x.png"), ["--image x.png", "no such file"]),
         ((*MODEL, *PROMPT, "--pipeline-kwargs", "{"), ["--pipeline-kwargs", "not JSON"]),
         ((*MODEL, *PROMPT, "--pipeline-kwargs", "[1]"), ["JSON object"]),
         ((*MODEL, *PROMPT, "--pipeline-kwargs", '{"etaa": 1}'), ["'etaa'", "Did you mean 'eta'"]),
@@ -112,6 +113,11 @@ def test_adapters_for_a_pipeline_that_takes_none_are_refused_before_it_is_loaded
     (tmp_path / "adapter.safetensors").write_bytes(b"x")
     words = ("generate", *MODEL, *PROMPT, "--lora", tmp_path / "adapter.safetensors")
     cli(*words).refused("PixArtSigmaPipeline takes no LoRA adapters", "leave out --lora")
+
+
+def test_an_image_for_a_pipeline_that_takes_none_is_refused(cli, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    cli("generate", *MODEL, *PROMPT, "--image", "x.png", "-o", "out").refused("takes no image", "--image")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\n half"])
@@ -207,7 +213,8 @@ def test_a_model_without_a_transformer_takes_no_method(cli, folder_model, tmp_pa
         ((*MODEL, "--height", "2", "--width", "2"), ["smaller than one token"]),
         ((*MODEL, "--height", "0"), ["at least 1"]),
         ((*MODEL, "--config", "none.yaml"), ["No such file"]),
-        ((*MODEL, "--steps", "3"), ["unknown flag '--steps'"]),
+        ((*MODEL, "--seed", "3"), ["unknown flag '--seed'"]),
+        (("--model", "org/nowhere"), ["'org/nowhere'", "cannot be reached", "built in: Wan 2.1 1.3B"]),
     ],
 )
 def test_explain_refuses(cli, words, parts):

@@ -15,7 +15,7 @@ GROUPS = {
     "generate": ["model", "methods", "prompts", "size", "sampling", "output", "run"],
     "models": ["output"],
     "methods": ["method", "output"],
-    "explain": ["model", "methods", "size", "output", "run"],
+    "explain": ["model", "methods", "size", "sampling", "output", "run"],
     "doctor": ["output"],
     "demo": ["output", "run"],
     "train": ["model", "training", "evaluation", "output", "run"],
@@ -27,6 +27,7 @@ GROUPS = {
     ],
     "eval": ["files", "metrics", "export", "output", "run"],
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
+    "completion": ["shell"],
 }
 TAKE_METHODS = ("generate", "explain", "compare", "inspect", "calibrate", "search", "bench")
 

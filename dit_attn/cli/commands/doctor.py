@@ -13,6 +13,7 @@ from typing import Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, reason
 
@@ -82,7 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the findings. Returns 0, or 1 when a kernel gives wrong numbers; a missing GPU is no fault."""
     options = flags.merge(args, GROUPS)
-    checks = check_kernels()
+    with loading_libraries(not options.get("json")):
+        checks = check_kernels()
     data: dict[str, Any] = {
         "versions": _versions(),
         "devices": _devices(),
@@ -90,11 +92,35 @@ def run(args: argparse.Namespace) -> int:
         "optional": _optional(),
         "kernels": [asdict(check) for check in checks],
     }
+    data["ready"] = readiness(data)
     if options.get("json"):
         print(json.dumps(data, indent=1))
     else:
         _show(data)
     return 1 if any(check.status == "wrong" for check in checks) else 0
+
+
+def readiness(data: dict[str, Any]) -> str:
+    """Return in one line what this machine is ready for, and what to do for more.
+
+    Args:
+        data: the findings, as ``--json`` prints them.
+    """
+    wrong = sorted({check["backend"] for check in data["kernels"] if check["status"] == "wrong"})
+    missing = sorted(name for name, version in data["versions"].items() if version is None)
+    if wrong or missing:
+        what = f"{', '.join(wrong)} gives wrong numbers; report it" if wrong else f"{', '.join(missing)} is missing"
+        return f"Not ready: {what}." if wrong else f"Not ready: {what}; reinstall dit-attn."
+    gpus = [device for device in data["devices"] if device["device"].startswith("cuda:")]
+    if not gpus:
+        why = next((device["why"] for device in data["devices"] if device.get("why")), "")
+        remedy = "install a torch with CUDA (pytorch.org/get-started) for a GPU" if "built without" in why else why
+        return f"Ready: CPU only; {remedy}." if remedy else "Ready: CPU only."
+    names = ", ".join(f"{device['device']} ({device['name']})" for device in gpus)
+    triton = next((one for one in data["kernels"] if one["backend"] == "triton" and one["device"] == "cuda"), None)
+    if triton is None or triton["status"] == "ok":
+        return f"Ready: {names}, with the Triton kernels."
+    return f"Ready: {names}, without the Triton kernels: {triton['why']}."
 
 
 def check_kernels(budget: float = BUDGET_SECONDS) -> list[KernelCheck]:
@@ -271,4 +297,6 @@ def _show(data: dict[str, Any]) -> None:
         ),
         "",
         Table(("", "", ""), optional, title="Optional libraries"),
+        "",
+        data["ready"],
     )

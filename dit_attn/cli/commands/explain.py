@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
 from dit_attn.cli.early_check import check_early
+from dit_attn.cli.model_source import check_reachable, locate
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import show
+from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
-    from dit_attn.cli.model_source import Source
     from dit_attn.processors.methods.base import Method
 
 GROUPS = {
     "model": flags.MODEL,
     "methods": flags.PRESET,
     "size": flags.SIZE,
+    "sampling": flags.only(flags.SAMPLING, "steps"),
     "output": flags.only(flags.OUTPUT, "json"),
     "run": flags.only(flags.RUN, "config"),
 }
@@ -36,17 +39,23 @@ class ExplainConfig:
     """One command, checked.
 
     Attributes:
-        source: the model.
+        model: name of the model.
+        about: its pipeline, or whose built-in shape it is.
+        target: the pipeline without weights, or the transformer.
         methods: what is explained.
         height, width, num_frames: size in pixels and frames; ``None``: the model's own.
+        steps: denoising steps; ``None``: the model's own.
         json: print JSON.
     """
 
-    source: Source
+    model: str
+    about: str
+    target: Any
     methods: tuple[Method, ...]
     height: int | None
     width: int | None
     num_frames: int | None
+    steps: int | None
     json: bool = False
 
     @classmethod
@@ -54,17 +63,52 @@ class ExplainConfig:
         """Check the flags.
 
         Raises:
-            DitAttnError: unknown model, method or setting.
+            DitAttnError: unknown model, method or setting; a Hub model that is neither there nor known here.
         """
         from dit_attn.cli import load_pipeline, method_options, model_source, resolve_methods
 
-        specs = method_options.method_specs(options)
+        specs, shape = method_options.method_specs(options), _offline_shape(options)
         with loading_libraries(not options.get("json")):
             load_pipeline.quiet(show_progress=False)
-            source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
-        methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
-        size = {key: options.get(key, source.defaults.get(key)) for key in ("height", "width", "num_frames")}
-        return cls(source, methods, **size, **options.pick("json"))
+            if shape is None:
+                source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
+                known, stand_in = source.defaults, source.transformer
+                about, target = source.pipeline.__name__, source.without_weights
+            else:
+                stand_in, target, known = _built_in(shape)
+                about = f"offline: built-in shape of {shape.title}"
+        methods = resolve_methods.resolve(specs, stand_in, options.get("preset"))
+        size = {name: options.get(name, known.get(name)) for name in ("height", "width", "num_frames")}
+        steps = options.get("steps", known.get("num_inference_steps"))
+        return cls(options["model"], about, target, methods, **size, steps=steps, **options.pick("json"))
+
+
+def _offline_shape(options: flags.Options) -> BuiltInShape | None:
+    """The built-in shape of a Hub model that is neither cached nor reachable, ``None`` for what can be read."""
+    kind, path, _ = locate(options["model"], options.get("revision"), options.get("variant"))
+    if kind != "hub":
+        return None
+    try:
+        check_reachable(path, options.get("revision"))
+    except DitAttnError as error:
+        shape = built_in_shape(path)
+        if shape is None:
+            known = ", ".join(one.title for one in SHAPES)
+            raise DitAttnError(f"{error}. Shapes that are built in: {known}") from error
+        return shape
+    return None
+
+
+def _built_in(shape: BuiltInShape) -> tuple[Any, Any, dict[str, int]]:
+    """What presets know the transformer by, the transformer without weights, and the size it is used at."""
+    from accelerate import init_empty_weights
+
+    from dit_attn.models.architectures import architecture
+
+    row = architecture(shape.config)
+    with init_empty_weights():
+        model = row.build_class()(**row.config)
+    return row.stand_in, model, dict(zip(("num_frames", "height", "width"), row.pixels))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +117,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "explain --model NAME [--method NAME] [options]",
         "Print tokens, attention's share of the operations, the largest possible speed-up, and which calls will fall "
-        "back to stock attention. Weights are neither downloaded nor loaded.",
+        "back to stock attention. Weights are neither downloaded nor loaded; without a network, shapes of well-known "
+        "models are built in.",
         _EXAMPLES,
     )
     parsers.add_groups(parser, GROUPS, parsers.TOGETHER)
@@ -88,12 +133,12 @@ def run(args: argparse.Namespace) -> int:
     import dit_attn
 
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    check_early(options, reachable=False, together=True)
     config = ExplainConfig.from_options(options)
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
-    found = dit_attn.explain(config.source.without_weights, *config.methods, **size)
+    found = dit_attn.explain(config.target, *config.methods, **size, num_inference_steps=config.steps)
     if config.json:
-        print(json.dumps({"model": config.source.name, **size, **found.to_dict()}, indent=1))
+        print(json.dumps({"model": config.model, "about": config.about, **size, **found.to_dict()}, indent=1))
     else:
-        show(f"{'model':<14} {config.source.name} ({config.source.pipeline.__name__})", str(found))
+        show(f"{'model':<14} {config.model} ({config.about})", str(found))
     return 0

@@ -89,6 +89,8 @@ class GenerateConfig:
 
         specs = method_options.method_specs(options)
         jobs = job_files.make_jobs(options.values, {})  # before torch is imported: what is wrong is reported at once
+        for job in jobs:
+            job_files.check_images(job)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
         jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]
@@ -122,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import outputs, run_record, runner, workers
 
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    check_early(options, together=True)
     config = GenerateConfig.from_options(options)
     if config.dry_run:
         live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)

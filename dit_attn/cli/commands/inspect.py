@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli import load_pipeline, outputs, run_record
 
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    check_early(options, together=True)
     config = InspectConfig.from_options(options)
     live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
     if config.dry_run:
@@ -152,7 +152,9 @@ def only_job(options: flags.Options) -> Job:
 
     if len(options.get("prompt", [])) > 1:
         raise DitAttnError("inspect looks at one run; give one --prompt TEXT")
-    return job_files.make_jobs(options.values, {})[0]
+    job = job_files.make_jobs(options.values, {})[0]
+    job_files.check_images(job)
+    return job
 
 
 def _make(live: Run, config: InspectConfig) -> int:

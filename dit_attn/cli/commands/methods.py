@@ -7,16 +7,16 @@ import dataclasses
 import inspect
 import json
 import re
-import sys
 import typing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.method_index import known_methods, module_text
+from dit_attn.cli.method_options import MethodSpec, written
 from dit_attn.cli.table import Table, fields, show
-
-if TYPE_CHECKING:
-    from dit_attn.processors.methods.base import Method
+from dit_attn.errors import unknown
+from dit_attn.settings import describe as describe_type
 
 GROUPS = {
     "method": (
@@ -51,17 +51,17 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: no method of that name.
     """
     options = flags.merge(args, GROUPS)
-    from dit_attn.processors.methods import methods
-    from dit_attn.processors.methods.base import method_class
-
+    known = known_methods()
     if "name" in options:
-        data = describe(method_class(options["name"]))
+        if options["name"] not in known:
+            raise unknown("method", options["name"], known)
+        data = describe(known[options["name"]])
         if options.get("json"):
             print(json.dumps(data, indent=1))
         else:
             _show_one(data)
         return 0
-    rows = [overview(cls) for _, cls in sorted(methods().items())]
+    rows = [overview(cls) for cls in known.values()]
     if options.get("json"):
         print(json.dumps(rows, indent=1))
     else:
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def overview(cls: type[Method]) -> dict[str, Any]:
+def overview(cls: Any) -> dict[str, Any]:
     """Return what a method is in one line, as JSON values: slug, kind, first line of its docstring, arXiv number."""
     text = inspect.getdoc(cls) or ""
-    found = _PAPER.search(inspect.getdoc(sys.modules[cls.__module__]) or "")
+    found = _PAPER.search(module_text(cls))
     return {
         "method": cls.slug,
         "class": cls.__name__,
@@ -87,14 +87,12 @@ def overview(cls: type[Method]) -> dict[str, Any]:
     }
 
 
-def describe(cls: type[Method]) -> dict[str, Any]:
+def describe(cls: Any) -> dict[str, Any]:
     """Return a method and its settings as JSON values: the fields of its class, its own before inherited ones."""
-    from dit_attn.cli.method_options import MethodSpec
-    from dit_attn.processors.methods.fields import describe as describe_type
-
-    hints, defaults = typing.get_type_hints(cls), cls().to_dict()
-    own = inspect.get_annotations(cls)
-    settings = [
+    hints, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    unset = {field.name: field.metadata.get("unset", field.default) for field in dataclasses.fields(cls)}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in unset.items()}
+    settings: list[dict[str, Any]] = [
         {
             "name": field.name,
             "default": defaults[field.name],
@@ -110,8 +108,6 @@ def describe(cls: type[Method]) -> dict[str, Any]:
 
 
 def _show_one(data: dict[str, Any]) -> None:
-    from dit_attn.cli.method_options import written
-
     about = {"method": f"{data['method']} ({data['kind']}; dit_attn.{data['class']})", "does": data["summary"]}
     if data["paper"]:
         number = data["paper"].removeprefix("arXiv ")

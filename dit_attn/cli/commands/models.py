@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 
 NOTE = (
@@ -33,9 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn import models
 
     options = flags.merge(args, GROUPS)
+    with loading_libraries(not options.get("json")):
+        families = dit_attn.supported()
     data: dict[str, Any] = {
         "embedded": [_entry(entry) for entry in models.available().values()],
-        "families": dit_attn.supported(),
+        "families": families,
         "note": NOTE,
     }
     if options.get("json"):
@@ -62,31 +65,36 @@ def _entry(entry: Any) -> dict[str, Any]:
 
 def _show(data: dict[str, Any]) -> None:
     embedded = Table(
-        ("name", "what it makes", "pipeline", ">tokens", ">size", "try"),
+        ("name", "what it makes", ">attributes right", ">tokens", ">size", "pipeline", "try"),
         [
             (
-                entry["name"], entry["description"] + _quality(entry), entry["pipeline"], f"{entry['tokens']:,}",
-                f"{entry['megabytes']} MB", f'"{entry["example"]}"',
+                entry["name"], entry["description"], _score(entry), f"{entry['tokens']:,}",
+                f"{entry['megabytes']} MB", entry["pipeline"], f'"{entry["example"]}"',
             )
             for entry in data["embedded"]
         ],
         title="Embedded models (--model NAME; nothing is downloaded):\n",
         folded=("what it makes", "try"),
     )  # fmt: skip
+    slugs = sorted({slug for row in data["families"].values() for slug in row["methods"]})
     families = Table(
         ("family", "models", "methods"),
-        [
-            (name, row["models"], f"none: {row['refused']}" if row["refused"] else ", ".join(row["methods"]))
-            for name, row in data["families"].items()
-        ],
-        title="Families (--model org/name or a local diffusers folder):\n",
+        [(name, row["models"], _methods(row, slugs)) for name, row in data["families"].items()],
+        title="Families (--model org/name or a local diffusers folder), all of them with the methods "
+        f"{', '.join(slugs)}, where nothing else is said:\n",
         folded=("models", "methods"),
     )
-    show(embedded, "", families, "", NOTE)
+    show(embedded, "", families.without_empty(), "", NOTE)
 
 
-def _quality(entry: dict[str, Any]) -> str:
+def _methods(row: dict[str, Any], slugs: list[str]) -> str:
+    """What is to be said of the methods of a family: nothing where it takes all of them."""
+    if row["refused"]:
+        return f"none: {row['refused']}"
+    return "" if row["methods"] == slugs else ", ".join(row["methods"])
+
+
+def _score(entry: dict[str, Any]) -> str:
+    """How many attributes of held-out captions an embedded model draws right."""
     overall = (entry["figures"] or {}).get("all_attributes")
-    return (
-        f", {100 * overall['accuracy']:.0f} % of attributes right on {overall['of']} held-out checks" if overall else ""
-    )
+    return f"{100 * overall['accuracy']:.0f} % of {overall['of']:,}" if overall else "not recorded"

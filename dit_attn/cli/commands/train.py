@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_attn.cli import load_pipeline
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
+from dit_attn.cli.source_index import constant
 from dit_attn.errors import DitAttnError, unknown
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ GROUPS = {
     ),
     "output": (flags.Flag("output", "folder of the run", default="outputs/train-NAME", short=("-o",), metavar="DIR"),),
     "run": (
-        flags.Flag("device", "auto, cpu, cuda or cuda:N", default="auto"),
+        flags.DEVICE,
         flags.Flag("threads", "CPU threads of torch", int, "torch's own choice", low=1),
         flags.Flag("resume", "continue from the checkpoint in --output", bool),
     ),
@@ -88,20 +91,25 @@ class TrainConfig:
         """Check the flags.
 
         Raises:
-            DitAttnError: an unknown model, or a time that is not above 0.
+            DitAttnError: an unknown model, a time that is not above 0, a device that cannot train, or a folder that
+                holds another run.
         """
-        from dit_attn.models.recipe import RECIPES
-        from dit_attn.models.world_clip import NAME
-
+        names = (*constant("dit_attn.models.recipe", "RECIPES"), constant("dit_attn.models.world_clip", "NAME"))
         for name in ("minutes", "checkpoint_minutes"):
             if name in options and options[name] <= 0.0:
                 raise DitAttnError(f"--{name.replace('_', '-')} is {options[name]:g}, but must be more than 0")
-        if options["name"] not in (*RECIPES, NAME):
-            raise unknown("model", options["name"], (*RECIPES, NAME))
-        if options.get("tail") and options["name"] == NAME:
-            raise DitAttnError(f"--tail is for the pipelines, not for {NAME}; leave it out")
+        if options["name"] not in names:
+            raise unknown("model", options["name"], names)
+        clip = options["name"] == names[-1]
+        if options.get("tail") and clip:
+            raise DitAttnError(f"--tail is for the pipelines, not for {names[-1]}; leave it out")
+        if options.get("device") == "mps":
+            raise DitAttnError("--device mps cannot train; use auto, cpu, cuda or cuda:N")
         folder = f"tail-{options['name']}" if options.get("tail") else f"train-{options['name']}"
         output = Path(options.get("output", Path("outputs") / folder)).expanduser()
+        checkpoint = constant("dit_attn.models.world_clip" if clip else "dit_attn.models.loop", "CHECKPOINT")
+        if not options.get("resume") and (output / checkpoint).exists():
+            raise DitAttnError(f"{output} already holds a run; add --resume to continue it or choose another --output")
         return cls(**{**options.values, "output": output})
 
 
@@ -124,10 +132,12 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: an argument or the output folder does not fit.
     """
     config = TrainConfig.from_options(flags.merge(args, GROUPS))
-    from dit_attn.models.loop import fit
-    from dit_attn.models.recipe import recipe
-    from dit_attn.models.world_clip import NAME
+    with loading_libraries():
+        from dit_attn.models.loop import fit
+        from dit_attn.models.recipe import recipe
+        from dit_attn.models.world_clip import NAME
 
+        load_pipeline.quiet(show_progress=False)
     if config.name == NAME:
         return _train_clip(config)
     chosen, output = recipe(config.name, tail=config.tail), config.output
@@ -156,7 +166,7 @@ def _train_clip(config: TrainConfig) -> int:
     from dit_attn.models import world_clip
 
     output = config.output
-    device = _prepared(config, world_clip.CHECKPOINT)
+    device = _prepared(config)
     recipe = world_clip.Recipe()
     job = world_clip.Training(replace(recipe, steps=config.steps or recipe.steps), config.seed, device)
     if config.resume:
@@ -178,43 +188,29 @@ def _train_clip(config: TrainConfig) -> int:
 
 
 def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DitAttnError(f"unknown --device {name!r}; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DitAttnError(f"--device {name!r} cannot train; use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DitAttnError(
-            f"--device {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu"
-        )
-    return device
+    """The torch device of ``--device``; ``auto`` is a CUDA GPU or the CPU, on which alone training was tried."""
+    device = load_pipeline.pick_device(name)
+    return load_pipeline.pick_device("cpu") if device.type == "mps" else device
 
 
 def _start(config: TrainConfig, recipe: Recipe) -> Run:
     """Begin a run, or restore the one in the output folder with ``--resume``."""
-    from dit_attn.models.loop import CHECKPOINT, Run
+    from dit_attn.models.loop import Run
 
-    job = Run(recipe, config.seed, _prepared(config, CHECKPOINT))
+    job = Run(recipe, config.seed, _prepared(config))
     if config.resume:
         job.restore(config.output)
     return job
 
 
-def _prepared(config: TrainConfig, checkpoint: str) -> Any:
-    """Return the device, once the folder is there; a folder that holds another run is refused."""
+def _prepared(config: TrainConfig) -> Any:
+    """Return the device, once the folder is there."""
     import torch
 
     output = config.output
     device = _device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    if not config.resume and (output / checkpoint).exists():
-        raise DitAttnError(f"{output} already holds a run; add --resume to continue it or choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -244,7 +240,8 @@ def _finish(job: Run, output: Path, count: int) -> None:
     if count:
         short, figures, samples = _score(job, count)
         outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        print("held-out captions: " + ", ".join(f"{name} {value:.3f}" for name, value in short.items()))
+        figures_text = ", ".join(f"{name.replace('_', ' ')} {100 * value:.0f} %" for name, value in short.items())
+        print(f"right on {count} held-out captions: {figures_text}")
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 

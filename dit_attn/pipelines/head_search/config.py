@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.guidance.perturbation import JOINTS, TARGETS
-from dit_attn.processors.methods.base import setting
-from dit_attn.processors.methods.fields import check_fields
+from dit_attn.settings import check_fields, setting
 
 STRATEGY_NAMES = ("greedy", "halving", "gradient")
 

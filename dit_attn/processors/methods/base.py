@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,26 +22,14 @@ from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.parameters import LayerShape, on_device
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods import saved
-from dit_attn.processors.methods.fields import check_fields, check_names
+from dit_attn.settings import check_fields, check_names
+from dit_attn.settings import setting as setting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
-
-
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
-    """Declare a field of a method with its help text and its inclusive numeric range.
-
-    Args:
-        default: default value (immutable).
-        help: one line for documentation and the command line.
-        low: smallest allowed value.
-        high: largest allowed value.
-        extra: further metadata, e.g. ``choices=(...)``.
-    """
-    return field(default=default, metadata={"help": help, "low": low, "high": high, **extra})
 
 
 def resolve_count(amount: float | int, total: int) -> int:

@@ -37,7 +37,7 @@ class BlockSparse(SparseMethod):
     slug: ClassVar[str] = "block-sparse"
 
     density: float | tuple[float, ...] | None = setting(
-        None, "fraction of key blocks attended to, of all heads or of each", low=1e-6, high=1.0
+        None, "fraction of key blocks attended to, of all heads or of each", low=1e-6, high=1.0, unset=0.25
     )
     top_p: float | tuple[float, ...] | None = setting(
         None, "pooled softmax mass attended to, of all heads or of each", low=1e-6, high=1.0

@@ -13,6 +13,10 @@ def test_models_lists_what_can_be_used_and_says_that_weights_have_terms(cli):
     for name in (*models.available(), *supported()):
         assert name in outcome.out
     assert "licences" in outcome.out
+    assert outcome.out.count("rectified-spaattn") == 1  # what holds for all families is said once
+    lines = {line.split()[0]: line for line in outcome.out.splitlines() if line.strip()}
+    for name in models.available():
+        assert " % of " in lines[name] or "not recorded" in lines[name]
     data = json.loads(cli("models", "--json").out)
     assert {entry["name"] for entry in data["embedded"]} == set(models.available())
     assert data["families"] == supported()

@@ -134,3 +134,11 @@ def test_recorded_inputs_that_are_gone_are_named(capsys: Any) -> None:
     assert main(["bench", "kernels", "--inputs", "gone.safetensors"]) == 2
     error = capsys.readouterr().err.strip()
     assert "cannot read gone.safetensors" in error and "\n" not in error
+
+
+def test_densities_that_come_to_the_same_blocks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--seq", "256", "--heads", "1", "--dim", "16", "--block", "32", "--repeats", "1", "--dtype", "float32"]
+    assert main(["bench", "kernels", *flags, "--density", "0.5", "0.125", "0.0625"]) == 0
+    out = capsys.readouterr().out
+    assert "densities 0.125 and 0.0625 come to the same blocks (12.5 % of 8 a row)" in out
+    assert out.count("come to the same") == 1

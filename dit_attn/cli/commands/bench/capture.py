@@ -14,7 +14,6 @@ from dit_attn.cli import load_pipeline, model_source, outputs
 from dit_attn.cli.captions import held_out_captions
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.options import Options
-from dit_attn.errors import DitAttnError
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.inspect.capture import capture_call
@@ -42,19 +41,16 @@ class CaptureConfig:
 
     @classmethod
     def from_options(cls, options: Options) -> CaptureConfig:
-        """Check the flags.
+        """Read the flags, which :mod:`~dit_attn.cli.commands.bench.early` has checked.
 
         Raises:
-            DitAttnError: no file, an unknown model, a device that is not there.
+            DitAttnError: an unknown model, a device that is not there.
         """
-        output = options.get("output", "")
-        if not output.endswith(".safetensors"):
-            raise DitAttnError("bench capture needs --output FILE.safetensors: where q, k and v shall be saved")
         source = model_source.describe(options.get("source", "tiny-image"))
         device = load_pipeline.pick_device(options.get("device", "auto"))
         dtype = load_pipeline.pick_dtype(options.get("dtype", ["auto"])[0], source, device)
         load = LoadConfig(source, device, dtype)
-        return cls(load, options.pick(*SIZES), Path(output).expanduser(), **options.pick("threads", "json"))
+        return cls(load, options.pick(*SIZES), Path(options["output"]).expanduser(), **options.pick("threads", "json"))
 
 
 def run(options: Options) -> int:

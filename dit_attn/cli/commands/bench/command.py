@@ -7,12 +7,11 @@ import importlib
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.early_check import check_early
+from dit_attn.cli.commands.bench import early
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.errors import DitAttnError, unknown
 
 DTYPES = ("float32", "bfloat16", "float16")
-CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma")
 GROUPS = {
     "what": (
         flags.Flag("what", "kernels, windows, operators, model or capture", default="required", metavar="WHAT",
@@ -42,7 +41,7 @@ GROUPS = {
         flags.Flag("family", "only these rows of the table", default="all, or none with --method", nargs="+"),
     ),
     "model": (
-        flags.Flag("config", f"the transformer: {', '.join(CONFIGS)}", default="none; model needs it"),
+        flags.Flag("config", f"the transformer: {', '.join(early.CONFIGS)}", default="none; model needs it"),
         flags.Flag("random-weights", "given for clarity: there are no others here", bool, "on"),
         flags.Flag("layers", "layers", int, "2 on a CPU, else the real number", low=1),
         flags.Flag("tokens", "visual tokens, at least: scales the image", int, "4096 on a CPU, else the real number",
@@ -58,9 +57,10 @@ GROUPS = {
                    metavar="FILE"),
         flags.Flag("plot", "draw speed-up against density here (.png or .svg)", metavar="FILE"),
         flags.Flag("json", "print JSON instead of a table", bool),
+        flags.Flag("verbose", "also print targets, and processor times of bench model", bool),
     ),
     "run": (
-        flags.Flag("device", "auto, cpu, cuda, cuda:N", default="auto"),
+        flags.DEVICE,
         flags.Flag("dtype", "types; model takes one", default="float32 bfloat16; model: by device",
                    choices=DTYPES, nargs="+", metavar="TYPE"),
         flags.Flag("batch", "batch", int, "1", low=1),
@@ -88,9 +88,10 @@ _SHARED = ("what", "output", "json", "device", "threads")
 JOBS = {
     "kernels": ("shape", "seq", "heads", "dim", "block", "density", "backend", "against", "inputs", "sharpness", "plot",
                 "dtype", "batch", "repeats"),
-    "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "words"),
+    "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "verbose",
+                  "words"),
     "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",
-              "dtype", "batch", "repeats", "words"),
+              "dtype", "batch", "repeats", "verbose", "words"),
     "windows": ("heads", "dim", "batch", "repeats"),
     "capture": ("source", "steps", "height", "width", "frames", "dtype"),
 }  # fmt: skip
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             settings = (what, name) == ("model", "density")
             remedy = "write it as a setting, --method NAME:density=0.25" if settings else "leave it out"
             raise DitAttnError(f"--{flag} is not for bench {what}; {remedy}")
-    check_early(options)
+    early.check(options)
     with loading_libraries(not options.get("json")):
         module = importlib.import_module(f"dit_attn.cli.commands.bench.{what}")
     return int(module.run(options))

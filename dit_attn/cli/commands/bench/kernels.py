@@ -13,13 +13,10 @@ from dit_attn.cli import load_pipeline, outputs
 from dit_attn.cli.commands.bench import plot
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
-from dit_attn.errors import DitAttnError, unknown
 from dit_attn.kernels.benchmark import inputs, measure
 from dit_attn.kernels.benchmark.third_party import THIRD_PARTY
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
-
-_RECORDED = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,39 +54,17 @@ class KernelBenchConfig:
 
     @classmethod
     def from_options(cls, options: Options) -> KernelBenchConfig:
-        """Check the flags.
+        """Read the flags, which :mod:`~dit_attn.cli.commands.bench.early` has checked.
 
         Raises:
-            DitAttnError: a size out of range, an unknown shape, a device that is not there.
+            DitAttnError: a device that is not there.
         """
-        kind = options.get("inputs", "random")
-        if kind.endswith(_RECORDED):
-            for name in ("shape", "seq", "heads", "dim", "batch"):
-                if name in options:
-                    raise DitAttnError(
-                        f"--{name} is not for recorded --inputs, which have their own size; leave it out"
-                    )
-        elif kind not in inputs.KINDS:
-            raise DitAttnError(f"--inputs is random, structured or a {_RECORDED} file of bench capture, got {kind}")
-        if options.get("shape") is not None and options["shape"] not in measure.SHAPES:
-            raise unknown("--shape", options["shape"], measure.SHAPES)
-        if not options.get("sharpness", 1.0) > 0.0:
-            raise DitAttnError(
-                f"--sharpness must be above 0, got {options['sharpness']}: it is the spread of the logits"
-            )
-        for value in options.get("density", ()):
-            if not 0.0 < value <= 1.0:
-                raise DitAttnError(
-                    f"--density must be above 0 and at most 1, got {value}: it is the part of blocks computed"
-                )
         known = measure.SHAPES[options["shape"]] if "shape" in options else (4096, 4, 128)
         seq, heads, dim = (options.get(name, size) for name, size in zip(("seq", "heads", "dim"), known))
         shape = inputs.Shape(options.get("batch", 1), seq, heads, dim, options.get("block", 128))
         values = options.pick("backend", "inputs", "sharpness", "repeats", "threads", "json")
         values |= {name: tuple(value) for name, value in options.pick("dtype", "density", "against").items()}
         values |= {name: Path(text).expanduser() for name, text in options.pick("output", "plot").items()}
-        if "plot" in values:
-            plot.check(values["plot"])
         return cls(load_pipeline.pick_device(options.get("device", "auto")), shape, **values)
 
 
@@ -120,6 +95,7 @@ def run(options: Options) -> int:
         "repeats": config.repeats,
         "sharpness": config.sharpness,
         "inputs": given.kind,
+        "densities": list(config.density),
         "rows": {name: [row.to_dict() for row in report.rows] for name, report in found.items()},
         "dense": {name: measure.rounded(report.dense) for name, report in found.items()},
         "failed": {name: report.failed for name, report in found.items()},
@@ -160,12 +136,30 @@ def _command(config: KernelBenchConfig) -> str:
     return " ".join(map(str, words))
 
 
+def same_work(record: dict[str, Any]) -> list[str]:
+    """Return a line for densities that come to the same number of blocks, which is the same work."""
+    shape, lines = record["shape"], []
+    blocks = -(-shape["seq"] // shape["block"])
+    rows: list[dict[str, Any]] = next(iter(record["rows"].values()), [])
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for density, row in zip(record["densities"], rows):
+        found.setdefault((row["density"], *row["counts"].values()), []).append(density)
+    for (density, *_), given in found.items():
+        if len(given) > 1:
+            names = " and ".join(f"{value:g}" for value in given)
+            lines.append(
+                f"densities {names} come to the same blocks ({100 * density:.1f} % of {blocks} a row): their rows are "
+                "the same work; give a smaller --block, or more tokens"
+            )
+    return lines
+
+
 def _show(record: dict[str, Any]) -> None:
     shape, place = record["shape"], record["environment"]
     others = list(dict.fromkeys(name for rows in record["rows"].values() for row in rows for name in row["others"]))
     table = [
         (
-            name, f"{row['density']:.3f}", f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms",
+            name, f"{100 * row['density']:.1f} %", f"{row['dense_ms']:.1f} ms", f"{row['sparse_ms']:.1f} ms",
             f"{row['speedup']:.2f}x", f"{row['efficiency']:.2f}", f"{row['selection_ms']:.2f} ms",
             f"{row['error']:.1e}", f"{row['dense_error']:.1e}", f"{row['tflops']:.3g}",
             *(f"{row['others'][other]:.1f} ms" if other in row["others"] else "-" for other in others),
@@ -174,13 +168,14 @@ def _show(record: dict[str, Any]) -> None:
         for row in rows
     ]  # fmt: skip
     titles = (
-        "type", ">density", ">dense", ">sparse", ">speed-up", ">efficiency", ">selection", ">error", ">(dense)",
+        "type", ">computed", ">dense", ">sparse", ">speed-up", ">efficiency", ">selection", ">error", ">(dense)",
         ">TFLOP/s", *(f">{other}" for other in others),
     )  # fmt: skip
     show(
         f"B {shape['batch']}, S {shape['seq']}, H {shape['heads']}, D {shape['dim']}, blocks of {shape['block']} on "
         f"{record['device']}: {place['hardware']}, {place['threads']} threads, torch {place['torch']}",
         Table(titles, table),
+        *same_work(record),
         *(
             f"{name}  {library}: not measured, {why}"
             for name, failed in record["failed"].items()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from dit_attn.cli import load_pipeline, method_options, outputs, resolve_methods
+from dit_attn.cli.commands.bench.model_table import report
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import StatusLine
-from dit_attn.cli.table import Table, show
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.cli.table import show
+from dit_attn.errors import DitAttnError
 from dit_attn.files import is_place
 from dit_attn.models import architectures
-from dit_attn.models.architectures import ARCHITECTURES, Architecture
+from dit_attn.models.architectures import Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
@@ -51,6 +52,7 @@ class ModelBenchConfig:
         threads: of torch; ``None`` leaves them.
         output: file of the record.
         json: print JSON.
+        verbose: print processor times and targets too.
     """
 
     published: Architecture
@@ -67,25 +69,17 @@ class ModelBenchConfig:
     threads: int | None = None
     output: Path | None = None
     json: bool = False
+    verbose: bool = False
 
     @classmethod
     def from_options(cls, options: Options) -> ModelBenchConfig:
-        """Check the flags.
+        """Read the flags, which :mod:`~dit_attn.cli.commands.bench.early` has checked.
 
         Raises:
-            DitAttnError: an unknown transformer or method, a size out of range, a method the model cannot take, a
-                device that is not there, too little memory.
+            DitAttnError: a size out of range, a method the model cannot take, a device that is not there, too little
+                memory.
         """
-        names = [row.name for row in ARCHITECTURES]
-        if "config" not in options:
-            raise DitAttnError(f"bench model needs --config; one of: {', '.join(names)}")
-        if options["config"] not in names:
-            raise unknown("--config", options["config"], names)
-        if "tokens" in options and ("height" in options or "width" in options):
-            raise DitAttnError("--tokens and --height or --width say the same twice; give one of them")
         types = options.get("dtype", [])
-        if len(types) > 1:
-            raise DitAttnError(f"--dtype {' '.join(types)}: bench model takes one of float32, bfloat16, float16")
         published = architectures.architecture(options["config"])
         device = load_pipeline.pick_device(options.get("device", "auto"))
         small = "bfloat16" if device.type == "cuda" else "float32"
@@ -96,7 +90,7 @@ class ModelBenchConfig:
         competitors = _competitors(variants, arch, options.get("preset"))
         batch = options.get("batch", 1)
         arch.check_memory(device, dtype, batch, _cached(competitors, arch, dtype.itemsize, batch))
-        values = options.pick("preset", "full", "batch", "repeats", "threads", "json")
+        values = options.pick("preset", "full", "batch", "repeats", "threads", "json", "verbose")
         if "output" in options:
             values["output"] = Path(options["output"]).expanduser()
         labels = tuple(method_options.label(variant) for variant in given)
@@ -144,7 +138,7 @@ def run(options: Options) -> int:
     if config.json:
         print(json.dumps(record, indent=1))
     else:
-        _show(record)
+        show(*report(record, config.verbose))
     return 0
 
 
@@ -230,58 +224,3 @@ def _command(config: ModelBenchConfig) -> str:
 def load_average() -> list[float] | None:
     """Return the load of the machine over 1, 5 and 15 minutes; ``None`` where there is no such figure."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def _show(record: dict[str, Any]) -> None:
-    model, dense, place = record["model"], record["dense"], record["environment"]
-    pixels = model["pixels"]
-    size = "real size" if model["real_size"] else "scaled"
-    titles = (
-        "method", "step", ">time", ">ratio [range]", ">of CPU time", ">ceiling", ">density", ">memory", ">attention",
-        ">of CPU time", ">choosing", ">target",
-    )  # fmt: skip
-    show(
-        f"{model['config']} ({size}): {model['layers']} layers, {model['heads']} heads of {model['head_dim']}, "
-        f"{model['parameters'] / 1e6:,.0f} million random weights, {pixels['frames']} x {pixels['height']} x "
-        f"{pixels['width']} = {model['visual_tokens']:,} tokens and {model['text_tokens']} of text",
-        f"{record['device']}, {record['dtype']}: {place['hardware']}, {place['threads']} threads, torch "
-        f"{place['torch']}; {record['repeats']} rounds in turns, medians; load {record['load_average']['before']}",
-        f"dense step {dense['seconds']['median']:.3f} s [{dense['seconds']['min']:.3f}, "
-        f"{dense['seconds']['max']:.3f}], attention {100 * dense['attention_share']:.1f} % of it "
-        f"({dense['attention_calls']} calls of {dense['attention_ms']['median']:.1f} ms), {_memory(dense)}",
-        "",
-        Table(titles, [_cells(row) for row in record["rows"]]),
-        "",
-        *(
-            f"{row['label']}, {row['phase']}: {count} of {row['calls']} calls stayed dense: {reason}"
-            for row in record["rows"]
-            for reason, count in row["fallbacks"].items()
-        ),
-        f"ratio: to the dense step; target: {record['target']}",
-        f"memory: {record['memory']}",
-        record["note"],
-    )
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    ratio, attention = row["ratio"], row["attention"]
-    step = (
-        row["label"], row["phase"], f"{row['seconds']['median']:.3f} s",
-        f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]", _cpu(row, "ratio_cpu"),
-        f"{row['ceiling']:.2f}x", f"{row['step_density']:.3f}", _memory(row),
-    )  # fmt: skip
-    if attention is None:
-        return step
-    met = "pass" if attention["met"] else "FAIL"
-    target = "" if attention["target"] is None else f"{attention['target']:.2f}x {met}"
-    choosing = f"{100 * attention['plan_share']:.1f} %"
-    return (*step, f"{attention['speedup']:.2f}x", _cpu(attention, "speedup_cpu"), choosing, target)
-
-
-def _cpu(row: dict[str, Any], name: str) -> str:
-    value = row[name]
-    return "-" if value is None else f"{value['median'] if isinstance(value, dict) else value:.2f}"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.early_check import check_early
+from dit_attn.cli.commands.calibrate import early
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped, reason
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    early.check(options)
     with loading_libraries(not options.get("json")):
         from dit_attn.cli.commands.calibrate import run as calibrate_run
         from dit_attn.cli.commands.calibrate.config import CalibrateConfig
@@ -148,15 +148,32 @@ def _show(record: dict[str, Any]) -> None:
         label = name if name != "uniform" else f"uniform, density {record['uniform']['density']:.3g}"
         cost = checked[name]["cost"] if checked else found["cost"]
         measured = (_figure(checked[name]["error"]),) if checked else ()
-        figures.append((label, f"{cost:.3f}", f"{found['error']:.4f}", *measured))
+        figures.append((label, f"{100 * cost:.1f} %", f"{found['error']:.4f}", *measured))
     titles = ("densities", ">attention computed", ">expected error", *((">checked error [95 %]",) if checked else ()))
     report: list[str | Table] = [by_layer, "", Table(titles, figures)]
     if checked:
         ratio = checked["ratio"]
-        report.append(f"errors, calibrated over uniform: {_figure(ratio)} over {ratio['n']} items")
+        report += ["", verdict(ratio)]
         if "head_ratio" in checked:
             report.append(f"errors, calibrated over the same cost by layer alone: {_figure(checked['head_ratio'])}")
     show(*report, "", fields({"saved": record["file"], "use": f"--method {record['file']}"}))
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """Return in words whether calibrated densities are better than one density for all, at the same cost.
+
+    Args:
+        ratio: of the errors: ``value``, ``ci95`` (``None`` with one item), ``n`` items.
+    """
+    count = f"{ratio['n']} item{'s' * (ratio['n'] != 1)}"
+    text = f"{ratio['value']:.2f} times the error of one density for all, over {count}"
+    if not ratio["ci95"]:
+        return f"Verdict: {text}; too few to tell: check more, --held-out 12 or --check 8"
+    low, high = ratio["ci95"]
+    text += f" (95 %: {low:.2f} to {high:.2f})"
+    if high < 1.0:
+        return f"Verdict: better, {text}"
+    return f"Verdict: worse, {text}; use one density" if low > 1.0 else f"Verdict: no difference shown, {text}"
 
 
 def _figure(found: dict[str, Any]) -> str:

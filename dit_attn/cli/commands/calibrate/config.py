@@ -13,6 +13,7 @@ from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import shuffled_captions
 from dit_attn.cli.check_run import check_run
+from dit_attn.cli.commands.calibrate import early
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
@@ -65,7 +66,6 @@ class CalibrateConfig:
         """
         specs = method_options.method_specs(options)
         load = LoadConfig.from_options(options)
-        _check(options)
         source = load.source
         if source.transformer is None:
             raise DitAttnError(
@@ -73,15 +73,11 @@ class CalibrateConfig:
                 "calibrate"
             )
         methods = resolve_methods.resolve(specs, source.transformer, options.get("preset"))
-        if len(methods) != 1:
-            raise DitAttnError(
-                f"calibrate takes one method, got {len(methods)}; give --method NAME, e.g. rectified-spaattn"
-            )
         items, check = make_items(options, source)
         check_run(source, [*items, *check], methods)
         steps = steps_of([*items, *check], source.pipeline)
         plan = make_plan(
-            methods[0], options.get("parts"), _densities(options), options.get("every"), steps,
+            methods[0], options.get("parts"), early.densities(options), options.get("every"), steps,
             options.get("by_head", False),
         )  # fmt: skip
         name = f"calibrate-{Path(source.path).name or 'model'}-{plan.method.slug}"
@@ -118,57 +114,17 @@ def steps_of(jobs: Sequence[Job], pipeline: Any) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
-def _check(options: Options) -> None:
-    if "cost" in options and "error" in options:
-        raise DitAttnError("--cost and --error are two budgets; give one of them")
-    for name in ("cost", "error"):
-        if options.get(name) == 0.0:
-            raise DitAttnError(f"--{name} must be above 0, got 0")
-    if "check" in options and "held_out" in options:
-        raise DitAttnError("--check and --held-out are two sets of items to compare on; give one of them")
-    repo = options.get("push_to_hub")
-    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
-        raise DitAttnError(f"--push-to-hub must be ORG/NAME, got {repo!r}")
-
-
-def _densities(options: Options) -> list[float] | None:
-    if "densities" not in options:
-        return None
-    try:
-        return [float(part) for part in options["densities"].split(",")]
-    except ValueError as error:
-        raise DitAttnError(
-            f"--densities must be numbers with commas between, such as 0.5,0.25,0.125, got {options['densities']!r}"
-        ) from error
-
-
 def make_items(options: Options, source: Source) -> tuple[list[Job], list[Job]]:
     """Make the items to calibrate on and those to compare on.
 
     Raises:
         DitAttnError: no prompts, too few of them, captions for a model that is not embedded, an item twice.
     """
-    values = dict(options.values)
-    written = "prompt" in options or "prompts" in options
-    for name in ("held_out",) if written else ("held_out", "check"):
-        if options.get(name) and source.kind != "embedded":
-            raise DitAttnError(
-                f"--{name.replace('_', '-')} {options[name]} without prompts is for embedded models, which know the "
-                f"shapes world, not for {source.name}; give --prompts FILE with --items N --check N"
-            )
+    values, written = dict(options.values), early.has_prompts(options)
+    early.check_captions(options, source.kind)
     if not written:
-        if source.kind != "embedded":
-            raise DitAttnError("no prompt; give --prompts FILE or --prompt TEXT several times")
         values["prompt"] = shuffled_captions(source.defaults, False, options.get("items", ITEMS))
-    jobs = job_files.make_jobs(values, source.defaults)
-    count = options.get("check", 0) if written else 0
-    items = options.get("items", max(len(jobs) - count, 1))
-    if items + count > len(jobs):
-        raise DitAttnError(
-            f"--items {items} and --check {count} need {items + count} prompts, there are {len(jobs)}; give more "
-            "prompts or smaller numbers"
-        )
-    check = jobs[items : items + count]
+    items, check = early.split(options, job_files.make_jobs(values, source.defaults))
     number = options.get("held_out", 0 if written else options.get("check", 0))
     if number:
         texts = {
@@ -178,10 +134,10 @@ def make_items(options: Options, source: Source) -> tuple[list[Job], list[Job]]:
         }
         texts.pop("prompts", None)
         check = job_files.make_jobs(texts, source.defaults)
-    found = [*jobs[:items], *check]
+    found = [*items, *check]
     for i, job in enumerate(found):
         if any(replace(job, index=0, where="") == replace(other, index=0, where="") for other in found[:i]):
             raise DitAttnError(
                 f"{job.where}: {job.prompt!r} with seed {job.seed} is there twice; leave one of them out"
             )
-    return jobs[:items], check
+    return items, check

@@ -70,9 +70,15 @@ def run_all(config: CalibrateConfig) -> dict[str, Any]:
         log.on_result = lambda key: bar.update()
         found = calibrate(
             pipe, item_runner(pipe, jobs), items, plan, log, check=check, cost=config.cost, error=config.error,
-            provenance=_provenance(config), on_progress=bar.set_postfix_str,
+            provenance=_provenance(config), on_progress=lambda text: bar.set_postfix_str(short_label(text, [*jobs])),
         )  # fmt: skip
     return _written(config, found)
+
+
+def short_label(text: str, items: list[str]) -> str:
+    """Return what a bar says of a run: the number of the item in place of its name, which would take the bar's room."""
+    name, _, what = text.partition(": ")
+    return f"item {items.index(name) + 1}: {what}" if name in items else text
 
 
 def item_runner(pipe: Any, jobs: dict[str, Job]) -> RunItem:

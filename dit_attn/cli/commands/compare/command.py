@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.early_check import check_early
+from dit_attn.cli.commands.compare import early
+from dit_attn.cli.commands.compare.same_work import same_work
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 
@@ -21,11 +22,12 @@ _OWN = (
     flags.Flag("held-out", "so many held-out captions of the shapes world, for embedded models", int, low=1),
     flags.Flag("metrics", "scores besides PSNR and SSIM, e.g. fid-world,clip-world,lpips; none turns them off",
                default="fid-world,clip-world for embedded models, else none", metavar="NAME,NAME"),
-    flags.Flag("inception", "weights of the Inception network, for fid and kid", metavar="FILE"),
+    flags.Flag("inception", "weights of the Inception network, for fid and kid", metavar="FILE", exists=True),
     flags.Flag("clip", "folder or Hub name of a CLIP model, for clip", default="openai/clip-vit-large-patch14",
                metavar="MODEL"),
     flags.Flag("lpips", "backbone of LPIPS", default="alex", choices=("alex", "vgg", "squeeze")),
-    flags.Flag("lpips-weights", "torchvision's weights of that backbone", default="its cache", metavar="FILE"),
+    flags.Flag("lpips-weights", "torchvision's weights of that backbone", default="its cache", metavar="FILE",
+               exists=True),
     flags.Flag("match-strength", "for every guidance method, also the guidance scale that moves the prediction as far "
                "along c - u", bool),
     flags.Flag("maps", "map density and error of every layer and step on the first item", "on-or-off", "on"),
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS, replaced=("prompt", "prompts", "held_out"))
-    check_early(options)
+    early.check(options)
     with loading_libraries(not options.get("json")):
         from dit_attn.cli import runner
         from dit_attn.cli.commands.compare import run as compare_run
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1, default=str))
     else:
         files = {"figures": config.folder / "results.json", "page": config.folder / "report.html"}
-        show(summary_table(results), "", fields(files))
+        show(summary_table(results), *same_work(results), "", fields(files))
     runner.warn((text for item in results["takes"] for text in item["warnings"]), len(results["takes"]))
     failed = [item for item in results["takes"] if item["error"]]
     if failed:

@@ -7,40 +7,47 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.commands.eval.items import report_skipped
+from dit_attn.cli.commands.eval.items import ITEM_METRICS, judged, report_skipped
+from dit_attn.cli.progress import loading_libraries
+from dit_attn.cli.source_index import constant
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.eval.listing import folders_with_media, media_files
 
 GROUPS = {
     "files": (
         flags.Flag("folder", "images or videos", default="required", metavar="FOLDER", positional=True),
-        flags.Flag("reference", "folder to compare with; pairs are matched by file name", metavar="FOLDER"),
+        flags.Flag("reference", "folder to compare with; pairs are matched by file name", metavar="FOLDER",
+                   exists=True),
         flags.Flag("captions", ".jsonl (file, prompt) or .txt (a line per file)",
-                   default="the JSON files that generate writes", metavar="FILE"),
+                   default="the JSON files that generate writes", metavar="FILE", exists=True),
     ),
     "metrics": (
         flags.Flag("metric", "metrics; repeatable", default="all that need no network and fit", many=True,
                    short=("--metrics",), metavar="NAME,NAME"),
         flags.Flag("size", "bring everything to N x N pixels first", int, "as it is", low=1),
-        flags.Flag("inception", "weights of the Inception network", default="torchvision's cache", metavar="FILE"),
+        flags.Flag("inception", "weights of the Inception network", default="torchvision's cache", metavar="FILE",
+                   exists=True),
         flags.Flag("clip", "folder or Hub name of a CLIP model", default="openai/clip-vit-large-patch14",
                    metavar="MODEL"),
         flags.Flag("lpips", "backbone of LPIPS: alex, vgg, squeeze", default="alex", metavar="NET"),
-        flags.Flag("lpips-weights", "torchvision's weights of that backbone", default="its cache", metavar="FILE"),
+        flags.Flag("lpips-weights", "torchvision's weights of that backbone", default="its cache", metavar="FILE",
+                   exists=True),
     ),
     "export": (
         flags.Flag("export", "measure nothing; give the videos the names of another benchmark", choices=("vbench",)),
-        flags.Flag("vbench-info", "VBench_full_info.json: count what VBench's own prompts still lack", metavar="FILE"),
+        flags.Flag("vbench-info", "VBench_full_info.json: count what VBench's own prompts still lack", metavar="FILE",
+                   exists=True),
     ),
     "output": (
         flags.Flag("output", "write the JSON here; with --export, the folder to fill", short=("-o",), metavar="PATH"),
         flags.Flag("json", "print JSON instead of a table", bool),
     ),
-    "run": (flags.Flag("device", "auto, cpu, cuda, cuda:N", default="auto"),),
+    "run": (flags.DEVICE,),
 }  # fmt: skip
 _EXAMPLES = """examples:
   dit-attn eval outputs/tiny-image-block-sparse \\
@@ -48,6 +55,34 @@ _EXAMPLES = """examples:
   dit-attn eval outputs/wan --export vbench --output outputs/vbench
 """
 _FILES = ("folder", "reference", "captions", "inception", "lpips_weights", "vbench_info", "output")
+
+
+class Unit(NamedTuple):
+    """How a score is written: ``digits`` after the point, times ``scale``, with ``name`` behind it."""
+
+    digits: int = 3
+    scale: float = 1.0
+    name: str = ""
+
+    def text(self, value: float) -> str:
+        """Return a value with its unit."""
+        return f"{self.scale * value:.{self.digits}f}{self.name}"
+
+
+_PERCENT = Unit(0, 100.0, " %")
+UNITS = {
+    "psnr": Unit(1, name=" dB"),
+    "fid": Unit(2),
+    "fid-world": Unit(2),
+    "is": Unit(2),
+    "clip": Unit(1),
+    "clip-world": Unit(1),
+    "temporal": Unit(2),
+    "verifier": _PERCENT,
+    "saturation": Unit(1, 100.0, " %"),
+    "artifact-rate": _PERCENT,
+    "edge-width": Unit(2, name=" px"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +142,9 @@ class EvalConfig:
             raise DitAttnError(
                 f"--output {config.output} is a folder; give a file, e.g. {config.output / 'scores.json'}"
             )
+        if not config.export:
+            for folder in filter(None, (config.folder, config.reference)):
+                media_files(folder)
         return config
 
 
@@ -138,8 +176,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure_all(config: EvalConfig) -> int:
     from dit_attn.cli import load_pipeline, outputs
-    from dit_attn.eval import folders
-    from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
+
+    with loading_libraries(not config.json):
+        from dit_attn.eval import folders
+        from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 
     if config.output:
         outputs.prepare_folder(config.output.parent)
@@ -177,13 +217,11 @@ def wanted(given: list[str] | None) -> list[str]:
     Raises:
         DitAttnError: an unknown one.
     """
-    from dit_attn.cli.commands.eval.items import ITEM_METRICS
-    from dit_attn.eval.metrics import METRICS
-
+    known = (*constant("dit_attn.eval.metrics", "METRICS"), *ITEM_METRICS)
     names = [name.strip() for text in given or () for name in text.split(",")]
     for name in names:
-        if name not in (*METRICS, *ITEM_METRICS):
-            raise unknown("--metric", name, (*METRICS, *ITEM_METRICS))
+        if name not in known:
+            raise unknown("--metric", name, known)
     return list(dict.fromkeys(names))
 
 
@@ -200,22 +238,22 @@ def fitting(folder: Any, reference: Any) -> list[str]:
     Raises:
         DitAttnError: there is none.
     """
-    from dit_attn.cli.commands.eval.items import judged
-
     names = ["psnr", "ssim"] if reference is not None and set(folder.names) & set(reference.names) else []
     names += ["temporal"] if folder.has_video and all(len(frames) > 2 for frames in folder.frames) else []
     names += ["verifier"] if any(judged(folder)) else []
     if not names:
+        inner = folders_with_media(folder.path)
+        remedy = f"{folder.path} may not be the folder you mean: {inner}" if inner else (
+            "give --reference FOLDER, or --metric fid, clip, ..."
+        )  # fmt: skip
         raise DitAttnError(
-            "nothing can be measured without a reference of the same names, videos, or a network; give --reference "
-            "FOLDER, or --metric fid, clip, ..."
+            f"nothing can be measured without a reference of the same names, videos, or a network; {remedy}"
         )
     return names
 
 
 def measure(name: str, folder: Any, reference: Any, size: int | None, networks: Any, device: Any) -> dict[str, Any]:
     """Compute one score, as JSON values."""
-    from dit_attn.cli.commands.eval.items import ITEM_METRICS
     from dit_attn.eval import folders
     from dit_attn.eval.metrics import METRICS, score
 
@@ -263,10 +301,10 @@ def _versions() -> dict[str, str]:
 def _show(record: dict[str, Any]) -> None:
     rows, notes = [], []
     for found in record["scores"]:
-        label = found["label"]
-        value = "no value" if found["value"] is None else f"{found['value']:.4f}"
-        spread = f"{found['spread']:.4f}" if found.get("spread") is not None else ""
-        ci95 = f"{found['ci95'][0]:.3f} to {found['ci95'][1]:.3f}" if found.get("ci95") else ""
+        label, unit = found["label"], UNITS.get(found["metric"], Unit())
+        value = "no value" if found["value"] is None else unit.text(found["value"])
+        spread = unit.text(found["spread"]) if found.get("spread") is not None else ""
+        ci95 = " to ".join(map(unit.text, found["ci95"])) if found.get("ci95") else ""
         against = str(found["reference"]) if found.get("reference") else ""
         rows.append((label, value, spread, ci95, found.get("better", "higher"), str(found["samples"]), against))
         notes += [f"{label}: caution: {found['caution']}"] if found.get("caution") else []

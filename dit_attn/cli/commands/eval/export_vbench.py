@@ -17,7 +17,8 @@ from dit_attn.cli.commands.eval.items import report_skipped
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError
 from dit_attn.eval import folders, vbench
-from dit_attn.eval.media import VIDEO_SUFFIXES, Unreadable, check_video, decode
+from dit_attn.eval.listing import VIDEO_SUFFIXES, is_media, media_files
+from dit_attn.eval.media import Unreadable, check_video, decode
 
 FPS = 8  # of videos that do not say, as in VBench's own sampling code
 _RECORD = "export.json"
@@ -88,15 +89,15 @@ def find_sources(folder: Path, out: Path) -> list[Source]:
     """
     if folder.is_dir():
         inner = [sub for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.absolute() != out / "videos"]
-        if not any(map(folders.is_media, folder.iterdir())):
-            found = [Source(sub, sub.name, folders.media_files(sub)) for sub in inner if _has_videos(sub)]
+        if not any(map(is_media, folder.iterdir())):
+            found = [Source(sub, sub.name, media_files(sub)) for sub in inner if _has_videos(sub)]
             if found:
                 return found
-    return [Source(folder, "", folders.media_files(folder))]
+    return [Source(folder, "", media_files(folder))]
 
 
 def _has_videos(folder: Path) -> bool:
-    return any(folders.is_media(file) and file.suffix.lower() in VIDEO_SUFFIXES for file in folder.iterdir())
+    return any(is_media(file) and file.suffix.lower() in VIDEO_SUFFIXES for file in folder.iterdir())
 
 
 def _videos(source: Source, captions: Path | None, skipped: list[tuple[str, str]]) -> list[vbench.Video]:

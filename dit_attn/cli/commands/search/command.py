@@ -8,7 +8,7 @@ import sys
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.early_check import check_early
+from dit_attn.cli.commands.search import early
 from dit_attn.cli.progress import loading_libraries
 
 OBJECTIVES = (
@@ -47,10 +47,11 @@ _SCORERS = (
     flags.Flag("style", "objective style: words in front of every prompt", metavar="TEXT"),
     flags.Flag("clip", "objectives clip and style: CLIP model, folder or Hub name, or clip-world",
                default="openai/clip-vit-large-patch14"),
-    flags.Flag("weights", "objectives pickscore, hpsv2, aesthetic: folder of the scorer", metavar="DIR"),
-    flags.Flag("weights-head", "objective aesthetic: file with the layers on top", metavar="FILE"),
+    flags.Flag("weights", "objectives pickscore, hpsv2, aesthetic: folder of the scorer", metavar="DIR", exists=True),
+    flags.Flag("weights-head", "objective aesthetic: file with the layers on top", metavar="FILE",
+               exists=True),
     flags.Flag("reference", "objective fid-world: folder of reference images", default="the captions, drawn",
-               metavar="DIR"),
+               metavar="DIR", exists=True),
 )  # fmt: skip
 GROUPS = {
     "model": (*flags.MODEL, *flags.WEIGHTS),
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     options = flags.merge(args, GROUPS)
-    check_early(options)
+    early.check(options)
     with loading_libraries(not options.get("json")):
         from dit_attn.cli.commands.search import plan
         from dit_attn.cli.commands.search import run as search_run

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from dit_attn.cli.commands.bench.command import CONFIGS
+from dit_attn.cli.commands.bench.early import CONFIGS
+from dit_attn.cli.commands.bench.model_table import what_it_can_gain
 from dit_attn.models.architectures import ARCHITECTURES
 from dit_attn.pipelines.benchmark.model_step import NOTE
 
@@ -20,9 +21,12 @@ def test_the_table_and_the_record(cli, tmp_path) -> None:
     more = ("--method", "re-ttention:density=0.25,q_block=32,kv_block=32,period=3")
     done = cli("bench", "model", *words, *more, "-o", tmp_path / "deep" / "found.json")
     assert done.code == 0, done.err
-    assert "wan2.1-1.3b (scaled): 2 layers, 1 heads of 128" in done.out and NOTE in done.out
+    assert "wan2.1-1.3b (scaled): 2 layers, 1 heads of 128" in done.out
+    assert "81 frames of 112 x 64 pixels: 588 tokens" in done.out
     assert "refresh" in done.out and "mean of 3 steps" in done.out
-    assert ("pass" in done.out) or ("FAIL" in done.out)
+    for column in ("whole step", "against dense [range]", "best possible", "attention alone", "choosing blocks"):
+        assert column in done.out
+    assert not {"pass", "FAIL", "target", "CPU time"} & set(done.out.split()) and NOTE not in done.out
     record = json.loads((tmp_path / "deep" / "found.json").read_text())
     assert {"command", "commit", "environment", "load_average", "note", "memory", "target"} <= record.keys()
     assert record["command"].startswith("dit-attn bench model --config wan2.1-1.3b --random-weights --method")
@@ -30,6 +34,25 @@ def test_the_table_and_the_record(cli, tmp_path) -> None:
     assert [row["phase"] for row in record["rows"]] == ["sparse", "refresh", "sparse", "mean of 3 steps"]
     assert "dense_layers" not in record["rows"][0]["fallbacks"]
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_targets_and_processor_times_are_for_those_who_ask(cli) -> None:
+    done = cli("bench", "model", "--config", "flux", *SMALL, "--method", SPARSE, "--verbose")
+    assert done.code == 0, done.err
+    assert ("pass" in done.out or "FAIL" in done.out) and "CPU time" in done.out and NOTE in done.out
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.13, "At 1,050 tokens attention is 13 % of a dense step: too short for sparse attention to pay; a step can "
+               "become at most 1.15x as fast, were attention free."),
+        (0.5, "At 1,050 tokens attention is 50 % of a dense step; a step can become at most 2.00x as fast"),
+        (1.0, "the whole step can gain what attention gains"),
+    ],
+)  # fmt: skip
+def test_what_a_step_can_gain_is_said_in_words(share, text) -> None:
+    assert text in what_it_can_gain({"dense": {"attention_share": share}, "model": {"visual_tokens": 1050}})
 
 
 def test_the_recorded_command_repeats_the_measurement(cli) -> None:
@@ -73,7 +96,8 @@ def test_help_says_that_weights_do_not_matter(capsys) -> None:
         (("--config", "flux", "--method", "block-sparse:density=2"), ("density", "2")),
         (("--config", "flux", "--method", "block-sparse:density=1"), ("keeps everything",)),
         (("--config", "flux", "--method", SPARSE, "--method", SPARSE), ("twice",)),
-        (("--config", "flux", "--method", "block-sparse + re-ttention"), ("is not one sparse method", "re-ttention")),
+        (("--config", "flux", "--method", "block-sparse + re-ttention"), ("cannot run together", "re-ttention")),
+        (("--config", "flux", "--method", "block-sparse + softpag"), ("is not one sparse method", "softpag")),
         (("--config", "flux", "--layers", 1), ("--layers", "2")),
         (("--config", "flux", "--frames", 9), ("--frames", "images")),
         (("--config", "flux", "--tokens", 0), ("--tokens", "at least 1")),

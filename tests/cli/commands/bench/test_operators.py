@@ -13,7 +13,7 @@ FEW = ("--family", "default", "none hilbert", "paper hilbert", "--density", 0.5,
 
 
 def test_the_table_the_record_and_the_verdict_on_the_targets(cli, tmp_path) -> None:
-    done = cli("bench", "operators", *SMALL, *FEW, "--threads", 1, "-o", tmp_path / "deep" / "found.json")
+    done = cli("bench", "operators", *SMALL, *FEW, "--threads", 1, "--verbose", "-o", tmp_path / "deep" / "found.json")
     assert done.code == 0, done.err
     assert "default 0.5" in done.out and "default over none hilbert, l2 <= 0.35" in done.out
     record = json.loads((tmp_path / "deep" / "found.json").read_text())
@@ -22,6 +22,11 @@ def test_the_table_the_record_and_the_verdict_on_the_targets(cli, tmp_path) -> N
     assert [row["family"] for row in record["rows"]] == ["default"] * 3 + ["none hilbert"] * 3 + ["paper hilbert"] * 3
     assert all(row["l2"]["n"] == 2 for row in record["rows"]) and record["calls"] == 2 * 6 * 2
     assert [target["limit"] for target in record["targets"]] == [limit for _, _, limit in equal_cost.TARGETS]
+
+
+def test_targets_are_for_those_who_ask(cli) -> None:
+    done = cli("bench", "operators", *SMALL, "--family", "default", "--density", 0.5, "--threads", 1)
+    assert done.code == 0 and "attention computed" in done.out and "default over" not in done.out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import dit_attn
 from dit_attn import Method, models
 from dit_attn.cli.captions import shuffled_captions
 from dit_attn.cli.commands.calibrate import run as calibrate_run
+from dit_attn.cli.commands.calibrate.command import verdict
 from dit_attn.eval.shapes_world import world
 
 FILE = "dit_attn_method.json"
@@ -198,3 +199,21 @@ def test_the_file_goes_to_the_hub_and_stays_here_when_that_fails(
     refused = calibrate("--output", "out", "--resume", "--push-to-hub", "me/mine")
     refused.refused("cannot upload to me/mine", "nobody there", f"out/{FILE}", "--resume")
     assert (tmp_path / "out" / FILE).is_file() and store.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "ci95", "words"),
+    [
+        (0.8, None, "0.80 times the error of one density for all, over 1 item; too few to tell"),
+        (0.8, (0.7, 0.9), "Verdict: better, 0.80 times"),
+        (0.98, (0.9, 1.1), "Verdict: no difference shown, 0.98 times"),
+        (1.2, (1.1, 1.3), "Verdict: worse, 1.20 times"),
+    ],
+)
+def test_the_verdict_is_in_words(value: float, ci95: Any, words: str) -> None:
+    assert words in verdict({"value": value, "ci95": ci95, "n": 1 if ci95 is None else 9})
+
+
+def test_the_bar_names_an_item_by_its_number() -> None:
+    assert calibrate_run.short_label("a-red_s42_ab12: dense", ["x", "a-red_s42_ab12"]) == "item 2: dense"
+    assert calibrate_run.short_label("choosing", ["x"]) == "choosing"

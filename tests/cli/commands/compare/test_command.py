@@ -168,7 +168,7 @@ def test_a_network_that_is_not_there_is_refused_before_anything_is_loaded(compar
     monkeypatch.setattr("dit_attn.cli.load_pipeline.load_pipeline", lambda *args: pytest.fail("loaded"))
     words = ("--prompt", CAPTION, *METHOD)
     compare(*words, "--metrics", "lpips").refused("LPIPS needs", "PSNR and SSIM")
-    compare(*words, "--metrics", "lpips", "--lpips-weights", "/nowhere/a.pth").refused("/nowhere/a.pth", "alexnet-owt")
+    compare(*words, "--metrics", "lpips", "--lpips-weights", "/nowhere/a.pth").refused("/nowhere/a.pth", "no such file")
     compare(*words, "--metrics", "clip", "--clip", "/nowhere/clip").refused("/nowhere/clip", "clip-world")
     compare(*words, "--metrics", "fid", "--inception", "/nowhere/i.pth").refused("nception")
 

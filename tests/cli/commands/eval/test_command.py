@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def test_pairs_are_matched_by_name_and_scored(cli, folders):
     (folders / "made" / "b.png").rename(folders / "made" / "c.png")
     outcome = cli("eval", "made", "--reference", "true")
     assert outcome.code == 0 and "left out, only in one folder: b, c" in outcome.out
+    assert re.search(r"^psnr +[23]\d\.\d dB ", outcome.out, re.M) and re.search(r"^ssim +0\.\d{3} ", outcome.out, re.M)
 
 
 def test_lpips_takes_its_backbone_and_its_weights_from_the_command_line(cli, folders):
@@ -108,6 +110,7 @@ def test_captions_of_the_shapes_world_are_verified(cli, tmp_path):
     (verifier,) = json.loads(outcome.out)["scores"]
     assert outcome.code == 0, outcome.err
     assert verifier["value"] == 0.5 and verifier["samples"] == 2
+    assert re.search(r"^prompt met .* 50 % ", cli("eval", "drawn").out, re.M)
 
 
 def test_bad_input_is_one_line_and_exit_2(cli, folders):
@@ -118,6 +121,9 @@ def test_bad_input_is_one_line_and_exit_2(cli, folders):
     cli("eval", "nowhere").refused("no folder nowhere")
     cli("eval", "empty").refused("no image or video in empty")
     cli("eval", "made").refused("give --reference")
+    (folders / "made" / "inner-dense").mkdir()
+    (folders / "made" / "inner-dense" / "a.png").write_bytes((folders / "made" / "a.png").read_bytes())
+    cli("eval", "made").refused("made may not be the folder you mean", "try: dit-attn eval made/inner-dense")
     cli("eval", "made", "--metric", "fidd").refused("unknown --metric 'fidd'")
     cli("eval", "made", "--metric", "psnr").refused("compares with reference images")
     cli("eval", "true", "--metric", "clip").refused("a caption for every file, 4 of 4 have none, first a")

@@ -77,5 +77,6 @@ def test_a_video_without_prompt_is_refused(export, videos):
     export("made", "-o", "out").refused("VBench's names are prompts", "give --captions FILE")
 
 
-def test_prompts_of_vbench_belong_to_its_export(cli, videos):
+def test_prompts_of_vbench_belong_to_its_export(cli, videos, tmp_path):
+    (tmp_path / "info.json").write_text("[]")
     cli("eval", "made", "--vbench-info", "info.json").refused("--vbench-info belongs to --export vbench")

@@ -1,4 +1,7 @@
-"""Check the settings of a dataclass once, where it is made: type, range and choices of every field."""
+"""The settings of a dataclass: declared with help, range and choices, and checked once, where it is made.
+
+Nothing heavy is imported here, so that the command line can check settings before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,20 @@ from typing import Any
 from dit_attn.errors import DitAttnError, shorten, unknown
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
+    """Declare a field of a method with its help text and its inclusive numeric range.
+
+    Args:
+        default: default value (immutable).
+        help: one line for documentation and the command line.
+        low: smallest allowed value.
+        high: largest allowed value.
+        extra: further metadata, e.g. ``choices=(...)``, or ``unset=0.25``: the value of a field that is not given.
+    """
+    metadata = {"help": help, "low": low, "high": high, **extra}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_fields(method: Any) -> None:
