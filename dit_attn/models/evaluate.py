@@ -21,6 +21,7 @@ import torch
 from dit_attn import files
 from dit_attn.contact_sheet import flow, tile
 from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world.outline import mean_outline
 from dit_attn.eval.shapes_world.verify import verify_image, verify_video
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class Sample:
     def right(self) -> bool:
         """Tell whether every attribute is right."""
         return all(self.verdict.values())
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Return the output as (F, H, W, 3); an image is one frame."""
+        return self.output[None] if self.output.ndim == 3 else self.output
 
 
 def generate(
@@ -92,9 +98,24 @@ def _rate(flags: Iterable[bool]) -> dict[str, Any]:
     }
 
 
+def _mean(values: Iterable[float | None]) -> dict[str, Any]:
+    """Mean of the values that are there, with its 95 % interval (normal approximation)."""
+    found = np.array([value for value in values if value is not None])
+    if not len(found):
+        return {"mean": None, "of": 0, "ci95": None}
+    mean = float(found.mean())
+    half = 1.959964 * float(found.std(ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else math.inf
+    ci95 = None if math.isinf(half) else [round(mean - half, 4), round(mean + half, 4)]
+    return {"mean": round(mean, 4), "of": len(found), "ci95": ci95}
+
+
 def table(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Compute accuracy per attribute, over all attributes, per full caption, and by seen or never-seen pair."""
+    """Compute accuracy per attribute, over all attributes, per full caption, and by seen or never-seen pair.
+
+    ``outlines`` holds the mean ``perimeter`` and ``edge-width`` of the objects (`shapes_world.outline`).
+    """
     attributes = list(samples[0].verdict) if samples else []
+    outlines = [mean_outline(s.frames) for s in samples]
     groups = {
         "seen_pairs": [s for s in samples if not world.never_seen(s.item)],
         "never_seen_pairs": [s for s in samples if world.never_seen(s.item)],
@@ -104,6 +125,7 @@ def table(samples: Sequence[Sample]) -> dict[str, Any]:
         "all_attributes": _rate(right for s in samples for right in s.verdict.values()),
         "whole_caption": _rate(s.right for s in samples),
         **{name: _rate(s.right for s in part) for name, part in groups.items()},
+        "outlines": {name: _mean(one[name] for one in outlines) for name in ("perimeter", "edge-width")},
     }
 
 
@@ -124,10 +146,9 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 8, height: int = 128
     """Draw the samples with captions and wrong attributes; green borders mark what is right, red ones the rest."""
     cells = []
     for sample in samples:
-        frames = sample.output[None] if sample.output.ndim == 3 else sample.output
         wrong = ", ".join(name for name, right in sample.verdict.items() if not right)
         note, border = (f"wrong: {wrong}", WRONG) if wrong else ("", RIGHT)
-        pixels = (frames * 255).round().astype(np.uint8)
+        pixels = (sample.frames * 255).round().astype(np.uint8)
         cells.append(tile(pixels, world.caption(sample.item), note, height, strip=4, border=border))
     return flow(cells, width=columns * (height + 8))
 

@@ -223,7 +223,7 @@ def _prepared(config: TrainConfig, checkpoint: str) -> Any:
 
 
 def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
-    """(accuracy per attribute, full table, samples) on `count` held-out captions, through the stock pipeline."""
+    """(accuracy per attribute and outlines, full table, samples) on held-out captions, through the stock pipeline."""
     from dit_attn.models.evaluate import evaluate
     from dit_attn.models.export import pipeline_of
     from dit_attn.models.registry import call_defaults
@@ -231,7 +231,9 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     pipeline = pipeline_of(job).to(job.device)
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
-    return {**short, "whole_caption": figures["whole_caption"]["accuracy"]}, figures, samples
+    short["whole_caption"] = figures["whole_caption"]["accuracy"]
+    outlines = {name: cell["mean"] for name, cell in figures["outlines"].items() if cell["of"]}
+    return {**short, **outlines}, figures, samples
 
 
 def _finish(job: Run, output: Path, count: int) -> None:

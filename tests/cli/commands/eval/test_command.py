@@ -147,3 +147,25 @@ def test_saturation_and_artifacts_of_a_folder(cli, tmp_path):
     for metric, words in (("artifact-rate", "shapes world only"), ("saturation", "--reference")):
         outcome = cli("eval", "strong", "--captions", "captions.txt", "--metric", metric)
         assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_outlines_of_a_folder(cli, tmp_path):
+    scenes = [item for item in world.held_out_sample("image", 3) if isinstance(item, world.Scene)]
+    drawn = (world.render_scenes(scenes, 64) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    ragged = drawn[:, 2::4, 2::4].repeat(4, 1).repeat(4, 2)
+    for name, pictures in (("drawn", drawn), ("ragged", ragged), ("empty", np.full_like(drawn, 255))):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    scores = {}
+    for name in ("drawn", "ragged"):
+        outcome = cli("eval", name, "--metrics", "perimeter,edge-width", "--json")
+        assert outcome.code == 0, outcome.err
+        scores[name] = json.loads(outcome.out)["scores"]
+    assert [one["value"] for one in scores["drawn"]] == pytest.approx([1.0, 1.0], abs=0.05)
+    assert [one["label"] for one in scores["drawn"]] == ["perimeter (1 = drawn)", "edge-width (px, 1 = drawn)"]
+    rough = scores["ragged"][0]
+    assert rough["value"] > 1.06 and rough["ci95"] and rough["better"] == "lower"
+    cli("eval", "empty", "--metric", "perimeter").refused("no object on a plain background in any of 3 files")
+    (tmp_path / "captions.txt").write_text("a cat\na dog\na cow\n")
+    cli("eval", "drawn", "--captions", "captions.txt", "--metric", "edge-width").refused("shapes world only")
