@@ -21,8 +21,8 @@ PIPELINE_FOLDER = "pipeline"
 
 GROUPS = {
     "model": (
-        flags.Flag("name", "tiny-image, tiny-video, tiny-joint or world-clip", default="required", metavar="NAME",
-                   positional=True),
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi or world-clip", default="required",
+                   metavar="NAME", positional=True),
     ),
     "training": (
         flags.Flag("tail", "go on from the shipped weights, at full size and falling rates", bool),
@@ -232,8 +232,10 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
     short["whole_caption"] = figures["whole_caption"]["accuracy"]
-    outlines = {name: cell["mean"] for name, cell in figures["outlines"].items() if cell["of"]}
-    return {**short, **outlines}, figures, samples
+    short |= {name: cell["mean"] for name, cell in figures["outlines"].items() if cell["of"]}
+    for name, group in figures.get("objects", {}).items():
+        short |= {f"{name}:{word}": cell["accuracy"] for word, cell in group.items()}
+    return short, figures, samples
 
 
 def _finish(job: Run, output: Path, count: int) -> None:
