@@ -210,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.steps}
     call.update({key: value for key, value in given.items() if value is not None})
     kind = recipe(args.name).kind
+    steps: int | None
     if args.run:
         pipeline, steps = _of_run(args.run, recipe(args.name, tail=args.tail))
     else:

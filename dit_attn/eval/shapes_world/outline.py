@@ -85,10 +85,11 @@ def contour_length(field: np.ndarray, level: float = 0.5) -> float:
     corners = padded[:-1, :-1], padded[:-1, 1:], padded[1:, 1:], padded[1:, :-1]  # clockwise from the top left
     sides = [_crossing(corners[i], corners[(i + 1) % 4]) for i in range(4)]
     at = [(where, np.stack(_place(i, t))) for i, (where, t) in enumerate(sides)]
-    count = sum(where.astype(int) for where, _ in at)
-    total = sum(np.where(where, point, 0.0) for where, point in at)
-    squares = sum(np.where(where, point * point, 0.0).sum(0) for where, point in at)
-    lone = np.sqrt(np.maximum(2 * squares - (total * total).sum(0), 0.0))  # |p - q| of the two points of a cell
+    crossed = np.stack([where for where, _ in at])
+    points = np.where(crossed[:, None], np.stack([point for _, point in at]), 0.0)  # (side, x or y, row, column)
+    total = np.square(points.sum(0)).sum(0)
+    lone = np.sqrt(np.maximum(2 * np.square(points).sum((0, 1)) - total, 0.0))  # |p - q| of the two points of a cell
+    count = crossed.sum(0)
     # In a saddle the contour cuts off the two corners whose sign the middle does not have.
     middle = sum(corners) > 0
     top, right, bottom, left = (point for _, point in at)

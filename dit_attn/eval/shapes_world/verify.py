@@ -143,7 +143,7 @@ def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, floa
     shape = torch.arange(len(SHAPES)).repeat_interleave(len(fits))
     grid = torch.tensor(fits, dtype=torch.float32).repeat(len(SHAPES), 1)
     near = window_around(x, y, extent, body.shape, margin=4)
-    masks = coverage(shape, grid[:, :2], grid[:, 2], *body.shape, near).numpy() > 0.5
+    masks = coverage(shape, grid[:, :2], grid[:, 2], body.shape[0], body.shape[1], near).numpy() > 0.5
     inter = (masks & body[near]).sum((1, 2))
     union = (masks | body[near]).sum((1, 2))
     overlaps = inter / np.maximum(union, 1)

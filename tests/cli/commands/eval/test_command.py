@@ -10,7 +10,7 @@ from PIL import Image
 
 from dit_attn.eval.folders import read_folder
 from dit_attn.eval.media import read_frames
-from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world import multi, world
 from tests._support.random_weights import lpips_weights
 
 pytest.importorskip("torchmetrics")
@@ -169,3 +169,19 @@ def test_outlines_of_a_folder(cli, tmp_path):
     cli("eval", "empty", "--metric", "perimeter").refused("no object on a plain background in any of 3 files")
     (tmp_path / "captions.txt").write_text("a cat\na dog\na cow\n")
     cli("eval", "drawn", "--captions", "captions.txt", "--metric", "edge-width").refused("shapes world only")
+
+
+def test_scenes_of_several_objects_are_verified_by_their_captions(cli, tmp_path):
+    scenes = [*multi.held_out_sample(3, objects=(2, 4)), *multi.held_out_sample(1, objects=(2, 2), filled=True)]
+    drawn = (multi.render_scenes(scenes, 64) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    (tmp_path / "made").mkdir()
+    for i, picture in enumerate(drawn):
+        Image.fromarray(picture).save(tmp_path / "made" / f"{i}.png")
+    (tmp_path / "captions.txt").write_text("".join(f"{multi.caption(scene)}\n" for scene in scenes))
+    words = ("eval", "made", "--captions", "captions.txt", "--json", "--metric")
+    outcome = cli(*words, "verifier,artifact-rate,perimeter")
+    assert outcome.code == 0, outcome.err
+    verifier, artifacts, perimeter = json.loads(outcome.out)["scores"]
+    assert verifier["value"] == 1.0 and verifier["samples"] == 4 and {"present", "fill"} <= set(verifier["by"])
+    assert artifacts["value"] == 0.0 and artifacts["samples"] == perimeter["samples"] == 3  # fills have darker colors
+    assert perimeter["value"] == pytest.approx(1.0, abs=0.01)
