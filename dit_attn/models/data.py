@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world import items as world_items
+from dit_attn.eval.shapes_world import multi, world
 from dit_attn.models.autoencoders import space_to_depth
-from dit_attn.models.nets import TEXT_LENGTH
 from dit_attn.models.recipe import VIDEO_FRAMES, Recipe, Stage
 
 
@@ -21,8 +21,8 @@ class Batch:
         clean: latents in [-1, 1], (B, 3, H, W) for images and (B, 12, F, H / 2, W / 2) for videos.
         noise: Gaussian noise of the same shape.
         level: (B,) noise level s in (0, 1); the model sees `(1 - s) clean + s noise`.
-        ids: (B, 16) int64 token ids.
-        mask: (B, 16) int64, 1 on tokens.
+        ids: (B, text length) int64 token ids.
+        mask: (B, text length) int64, 1 on tokens.
     """
 
     clean: torch.Tensor
@@ -43,16 +43,20 @@ def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generato
     items: list[Any]
     if recipe.kind == "image":
         items = list(world.sample_scenes(stage.batch, generator, stage.single))
+    elif recipe.kind == "multi":
+        items = list(multi.sample_scenes(stage.batch, generator, stage.objects, stage.filled))
     else:
         items = list(world.sample_videos(stage.batch, generator))
     clean = render(items, stage, generator, device)
     drop = (torch.rand(stage.batch, generator=generator) < recipe.caption_drop).tolist()
-    texts = ["" if gone else world.caption(item) for gone, item in zip(drop, items, strict=True)]
+    texts = ["" if gone else world_items.caption(item) for gone, item in zip(drop, items, strict=True)]
     return corrupt(clean, texts, stage, tokenizer, generator)
 
 
 def render(items: list[Any], stage: Stage, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Draw `items` as latents in [-1, 1] at the size of `stage`."""
+    if isinstance(items[0], multi.MultiScene):
+        return multi.render_scenes(items, stage.size, generator=generator, device=device) * 2 - 1
     if isinstance(items[0], world.Scene):
         return world.render_scenes(items, stage.size, generator=generator, device=device) * 2 - 1
     shown: Any = {"first": stage.frames, "generator": generator, "device": device}
@@ -65,7 +69,7 @@ def corrupt(clean: torch.Tensor, texts: list[str], stage: Stage, tokenizer: Any,
     level = torch.sigmoid(torch.randn(len(clean), generator=generator))
     level = stage.shift * level / (1 + (stage.shift - 1) * level)
     noise = torch.randn(clean.shape, generator=generator)
-    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    tokens = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     device = clean.device
     ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
     return Batch(clean, noise.to(device), level.to(device), ids, mask)

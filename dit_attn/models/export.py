@@ -24,14 +24,13 @@ def provenance(run: Run, figures: dict[str, Any] | None = None) -> dict[str, Any
 
     A tail adds the same of the weights that it went on from.
     """
-    heads = run.model.parts["transformer"].config["num_attention_heads"]
     return {
         "name": run.recipe.name,
         "seed": run.seed,
         "steps_done": run.step,
         "training_seconds": round(run.seconds, 1),
         "recipe": asdict(run.recipe),
-        "model": {"hidden": nets.HIDDEN, "layers": nets.LAYERS, "heads": heads, "text_width": nets.TEXT_WIDTH},
+        "model": {name: getattr(run.recipe.net, name) for name in ("hidden", "layers", "heads", "text_width")},
         "environment": environment(),
         "figures": figures or {},
         "log": run.log,

@@ -63,8 +63,8 @@ class Run:
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
-        self.tokenizer = nets.build_tokenizer()
-        self.model = Trainee(self.recipe.family, self.tokenizer)
+        self.tokenizer = nets.build_tokenizer(self.recipe.kind, self.recipe.net.text_length)
+        self.model = Trainee(self.recipe.family, self.tokenizer, self.recipe.net)
         if self.recipe.warm_start:
             warm_start(self.model, self.recipe.warm_start)
         self.model.to(self.device)
@@ -87,7 +87,7 @@ class Run:
 
     def averaged(self) -> Trainee:
         """Copy the model with the averaged weights, for evaluation and export."""
-        model = Trainee(self.recipe.family, self.tokenizer)
+        model = Trainee(self.recipe.family, self.tokenizer, self.recipe.net)
         model.load_state_dict({k: v.cpu() for k, v in self.average.items()})
         return model.eval().requires_grad_(False)
 

@@ -8,25 +8,19 @@ from typing import Any
 
 import torch
 
-from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world import multi, world
 from dit_attn.models.autoencoders import exact_kl, exact_wan
+from dit_attn.models.recipe import NetSize
 
-TEXT_LENGTH = 16
-TEXT_WIDTH = 64
-HIDDEN = 128
-LAYERS = 6
-HEADS = 2
-JOINT_HEADS = 8  # of `tiny-joint`: more and narrower heads, so that single heads can be addressed
-CLIP_WIDTH = TEXT_WIDTH // 2  # two CLIP encoders, concatenated, are as wide as the T5
 FLOW_SHIFT = 3.0
 
 
-def build_tokenizer() -> Any:
-    """Build a word-level tokenizer over the words of the world, with `</s>` appended."""
+def build_tokenizer(kind: str, length: int) -> Any:
+    """Build a word-level tokenizer of `length` over the words that captions of `kind` have, with `</s>` appended."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "</s>", "<unk>", *world.vocabulary()]
+    words = ["<pad>", "</s>", "<unk>", *(multi if kind == "multi" else world).vocabulary()]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     punctuation = [normalizers.Replace(mark, " ") for mark in ",.;"]
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *punctuation])
@@ -37,13 +31,13 @@ def build_tokenizer() -> Any:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=TEXT_LENGTH,
+        model_max_length=length,
         padding_side="right",
     )
 
 
-def build_text_encoder(family: str, vocab_size: int) -> Any:
-    """Build an untrained two-layer T5 (families "image", "joint") or UMT5 ("video") encoder of width `TEXT_WIDTH`."""
+def build_text_encoder(family: str, vocab_size: int, size: NetSize) -> Any:
+    """Build an untrained T5 (families "image", "joint") or UMT5 ("video") encoder."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
     classes: dict[str, tuple[Any, Any]] = {
@@ -54,11 +48,11 @@ def build_text_encoder(family: str, vocab_size: int) -> Any:
     config_class, model_class = classes[family]
     config = config_class(
         vocab_size=vocab_size,
-        d_model=TEXT_WIDTH,
+        d_model=size.text_width,
         d_kv=32,
-        d_ff=128,
-        num_layers=2,
-        num_heads=2,
+        d_ff=2 * size.text_width,
+        num_layers=size.text_layers,
+        num_heads=size.text_width // 32,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
         pad_token_id=0,
@@ -68,18 +62,19 @@ def build_text_encoder(family: str, vocab_size: int) -> Any:
     return model_class(config)
 
 
-def build_clip_encoder(vocab_size: int) -> Any:
-    """Build an untrained two-layer CLIP text encoder of width `CLIP_WIDTH` for the same tokens as the T5."""
+def build_clip_encoder(vocab_size: int, size: NetSize) -> Any:
+    """Build an untrained two-layer CLIP text encoder for the tokens of the T5; two of them are as wide as it is."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+    width = size.text_width // 2
     config = CLIPTextConfig(
         vocab_size=vocab_size,
-        hidden_size=CLIP_WIDTH,
-        intermediate_size=2 * CLIP_WIDTH,
-        projection_dim=CLIP_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=size.text_length,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=1,
@@ -87,18 +82,18 @@ def build_clip_encoder(vocab_size: int) -> Any:
     return CLIPTextModelWithProjection(config)
 
 
-def build_image_transformer() -> Any:
+def build_image_transformer(size: NetSize) -> Any:
     """Build the PixArt transformer of `tiny-image`: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens."""
     from diffusers import PixArtTransformer2DModel
 
     net: Any = PixArtTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HIDDEN // HEADS,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.hidden // size.heads,
         in_channels=3,
         out_channels=3,
-        num_layers=LAYERS,
-        cross_attention_dim=HIDDEN,
-        caption_channels=TEXT_WIDTH,
+        num_layers=size.layers,
+        cross_attention_dim=size.hidden,
+        caption_channels=size.text_width,
         sample_size=128,
         patch_size=4,
         interpolation_scale=1,
@@ -109,20 +104,20 @@ def build_image_transformer() -> Any:
     return net
 
 
-def build_video_transformer() -> Any:
+def build_video_transformer(size: NetSize) -> Any:
     """Build the Wan transformer of `tiny-video`: 9 frames of 48 x 48 pixels = 1,296 tokens."""
     from diffusers import WanTransformer3DModel
 
     net: Any = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=HEADS,
-        attention_head_dim=HIDDEN // HEADS,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.hidden // size.heads,
         in_channels=12,
         out_channels=12,
-        text_dim=TEXT_WIDTH,
+        text_dim=size.text_width,
         freq_dim=128,
-        ffn_dim=4 * HIDDEN,
-        num_layers=LAYERS,
+        ffn_dim=4 * size.hidden,
+        num_layers=size.layers,
         rope_max_seq_len=128,
     )
     torch.nn.init.zeros_(net.proj_out.weight)
@@ -130,8 +125,8 @@ def build_video_transformer() -> Any:
     return net
 
 
-def build_joint_transformer() -> Any:
-    """Build the SD3 transformer of `tiny-joint`: patches of 4 x 4 pixels, 1,024 image tokens and 32 of text.
+def build_joint_transformer(size: NetSize) -> Any:
+    """Build an SD3 transformer: patches of 4 x 4 pixels, 128 x 128 pixels = 1,024 tokens, and those of the text twice.
 
     Without `pos_embed_max_size` the position table is rescaled to other sizes instead of cropped.
     """
@@ -143,12 +138,12 @@ def build_joint_transformer() -> Any:
         patch_size=4,
         in_channels=3,
         out_channels=3,
-        num_layers=LAYERS,
-        attention_head_dim=HIDDEN // JOINT_HEADS,
-        num_attention_heads=JOINT_HEADS,
-        joint_attention_dim=TEXT_WIDTH,
-        caption_projection_dim=HIDDEN,
-        pooled_projection_dim=2 * CLIP_WIDTH,
+        num_layers=size.layers,
+        attention_head_dim=size.hidden // size.heads,
+        num_attention_heads=size.heads,
+        joint_attention_dim=size.text_width,
+        caption_projection_dim=size.hidden,
+        pooled_projection_dim=2 * (size.text_width // 2),
         pos_embed_max_size=unlimited,
     )
     torch.nn.init.zeros_(net.proj_out.weight)
@@ -156,17 +151,17 @@ def build_joint_transformer() -> Any:
     return net
 
 
-def build_parts(family: str, vocab_size: int) -> dict[str, Any]:
+def build_parts(family: str, vocab_size: int, size: NetSize) -> dict[str, Any]:
     """Build the trained parts of a pipeline by their names in it: transformer and text encoders.
 
     Family "joint" trains one CLIP encoder, which its pipeline has twice.
     """
     builders = {"image": build_image_transformer, "video": build_video_transformer, "joint": build_joint_transformer}
-    parts = {"transformer": builders[family]()}
+    parts = {"transformer": builders[family](size)}
     if family != "joint":
-        return {**parts, "text_encoder": build_text_encoder(family, vocab_size)}
-    clip = build_clip_encoder(vocab_size)
-    return {**parts, "text_encoder": clip, "text_encoder_3": build_text_encoder(family, vocab_size)}
+        return {**parts, "text_encoder": build_text_encoder(family, vocab_size, size)}
+    clip = build_clip_encoder(vocab_size, size)
+    return {**parts, "text_encoder": clip, "text_encoder_3": build_text_encoder(family, vocab_size, size)}
 
 
 def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:

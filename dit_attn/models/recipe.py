@@ -5,9 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_attn.errors import unknown
+from dit_attn.errors import DitAttnError, unknown
 
 VIDEO_FRAMES = 9
+
+
+@dataclass(frozen=True)
+class NetSize:
+    """Size of a transformer and of its text encoders.
+
+    Args:
+        hidden: width of the transformer.
+        layers: its blocks.
+        heads: of each block, `hidden / heads` wide.
+        text_width: of the T5; the two CLIP encoders of family "joint" have half of it each.
+        text_layers: of the T5.
+        text_length: tokens of a prompt, end token and padding counted.
+    """
+
+    hidden: int = 128
+    layers: int = 6
+    heads: int = 2
+    text_width: int = 64
+    text_layers: int = 2
+    text_length: int = 16
 
 
 @dataclass(frozen=True)
@@ -21,6 +42,8 @@ class Stage:
         batch: samples per step.
         shift: timestep shift of the noise level, larger for larger inputs (Esser et al. 2024, eq. 23).
         single: one-object scenes only.
+        objects: least and most objects of a scene, for kind "multi".
+        filled: share of scenes whose objects have fill words, for kind "multi".
     """
 
     share: float
@@ -29,6 +52,8 @@ class Stage:
     batch: int
     shift: float
     single: bool = False
+    objects: tuple[int, int] = (1, 4)
+    filled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,9 +62,10 @@ class Recipe:
 
     name: str
     family: str  # "image" (PixArt), "video" (Wan) or "joint" (SD3)
-    kind: str  # "image" or "video"
+    kind: str  # "image", "video" or "multi" (images of several different objects)
     steps: int
     stages: tuple[Stage, ...]
+    net: NetSize = NetSize()
     lr: float = 1e-3
     muon_lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.98)
@@ -118,9 +144,23 @@ RECIPES: dict[str, Recipe] = {
             Stage(share=0.2524, size=64, frames=1, batch=8, shift=2.0),
             Stage(share=0.0874, size=128, frames=1, batch=4, shift=3.0),
         ),
+        net=NetSize(heads=8),  # more and narrower heads, so that single heads can be addressed
         decay_share=0.15,
         precision="no",
         warm_start="tiny-image",
+    ),
+    "tiny-multi": Recipe(
+        name="tiny-multi",
+        family="joint",
+        kind="multi",
+        steps=8000,
+        stages=(
+            Stage(share=0.5, size=64, frames=1, batch=16, shift=1.7, objects=(2, 2)),
+            Stage(share=0.38, size=64, frames=1, batch=16, shift=1.7, filled=0.1),
+            Stage(share=0.12, size=128, frames=1, batch=4, shift=3.0, filled=0.1),
+        ),
+        net=NetSize(hidden=192, heads=3, text_layers=3, text_length=40),
+        decay_share=0.25,
     ),
 }
 
@@ -141,9 +181,10 @@ def recipe(name: str, *, tail: bool = False) -> Recipe:
     """Return the recipe of the embedded model `name`, or the one that goes on from its shipped weights.
 
     Raises:
-        DitAttnError: no such model.
+        DitAttnError: no such model, or a tail of one without shipped weights.
     """
-    chosen = TAILS if tail else RECIPES
-    if name not in chosen:
-        raise unknown("model", name, chosen)
-    return chosen[name]
+    if name not in RECIPES:
+        raise unknown("model", name, RECIPES)
+    if tail and name not in TAILS:
+        raise DitAttnError(f"{name!r} has no shipped weights that a tail could go on from; leave out --tail")
+    return TAILS[name] if tail else RECIPES[name]

@@ -99,12 +99,33 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
+UNSHIPPED: dict[str, ModelInfo] = {
+    "tiny-multi": ModelInfo(
+        name="tiny-multi",
+        pipeline="StableDiffusion3Pipeline",
+        description="text to image, 128 x 128 pixels, scenes of one to four different objects",
+        tokens=1024,
+        call_defaults={
+            "height": 128,
+            "width": 128,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+            "max_sequence_length": 40,
+        },
+        example="a large red circle at the left and a small green cross at the right on white",
+    ),
+}
+"""Models that have a recipe to train them and no weights in the package yet."""
+
+
 def info(name: str) -> ModelInfo:
     """Return the entry of `name`.
 
     Raises:
         DitAttnError: no such embedded model.
     """
+    if name in UNSHIPPED:
+        raise DitAttnError(f"{name!r} has no weights in the package yet; train it with `dit-attn train {name}`")
     if name not in MODELS:
         raise unknown("embedded model", name, MODELS)
     return MODELS[name]
@@ -118,12 +139,13 @@ def available() -> dict[str, ModelInfo]:
 def call_defaults(name: str) -> dict[str, Any]:
     """Return the keyword arguments for a call of the pipeline `name`; override what you like and pass them on.
 
-    `tiny-video` requests 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame.
+    `tiny-video` requests 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame. Models
+    whose weights do not ship yet are known too.
 
     Raises:
         DitAttnError: no such embedded model.
     """
-    return dict(info(name).call_defaults)
+    return dict((UNSHIPPED.get(name) or info(name)).call_defaults)
 
 
 def load(name: str, dtype: Any = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dit_attn.models import nets
+from dit_attn.models.recipe import NetSize
 
 
 class Trainee(torch.nn.Module):
@@ -16,12 +17,14 @@ class Trainee(torch.nn.Module):
     Args:
         family: "image" (PixArt, masked text), "video" (Wan, text zeroed where there is none) or "joint" (SD3, text
             tokens in one sequence with the image's, no mask).
+        tokenizer: its number of words is that of the text encoders.
+        size: of the networks.
     """
 
-    def __init__(self, family: str, tokenizer: Any):
+    def __init__(self, family: str, tokenizer: Any, size: NetSize):
         super().__init__()
         self.family = family
-        self.names = tuple(parts := nets.build_parts(family, len(tokenizer)))
+        self.names = tuple(parts := nets.build_parts(family, len(tokenizer), size))
         for name, part in parts.items():
             self.add_module(name, part)
 

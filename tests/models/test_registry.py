@@ -14,6 +14,7 @@ from dit_attn import models
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import world
 from dit_attn.models import registry
+from dit_attn.models.recipe import RECIPES
 
 NAMES = ["tiny-image", "tiny-video", "tiny-joint"]
 
@@ -95,6 +96,18 @@ def test_unknown_name_is_refused_with_the_list():
     with pytest.raises(DitAttnError, match=r"tiny-image.*tiny-video") as error:
         models.load("tiny-imge")
     assert "Did you mean 'tiny-image'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(registry.UNSHIPPED))
+def test_a_recipe_without_weights_is_no_embedded_model_and_says_how_to_make_one(name):
+    assert name in RECIPES and name not in models.available() and models.call_defaults(name)["height"] == 128
+    for ask in (models.load, models.info):
+        with pytest.raises(DitAttnError, match=f"no weights in the package yet; train it with `dit-attn train {name}`"):
+            ask(name)
+
+
+def test_every_recipe_has_an_entry_and_the_reverse():
+    assert {*models.available(), *registry.UNSHIPPED} == set(RECIPES)
 
 
 def test_missing_weights_are_refused_with_the_remedy(monkeypatch, tmp_path):

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.models import evaluate, export, loop, nets
+from dit_attn.eval.shapes_world import items as world_items
+from dit_attn.eval.shapes_world import multi, world
+from dit_attn.models import evaluate, export, loop
 from dit_attn.models.data import corrupt, draw
-from dit_attn.models.recipe import RECIPES, Stage, recipe
+from dit_attn.models.recipe import RECIPES, NetSize, Stage, recipe
 
 NAMES = sorted(RECIPES)
 
 
-@pytest.fixture(autouse=True)
-def small_nets(monkeypatch):
-    monkeypatch.setattr(nets, "HIDDEN", 32)
-    monkeypatch.setattr(nets, "HEADS", 2)
-    monkeypatch.setattr(nets, "JOINT_HEADS", 4)
-    monkeypatch.setattr(nets, "LAYERS", 2)
+SMALL = {
+    name: NetSize(hidden=32, layers=2, heads=4 if family == "joint" else 2, text_length=chosen.net.text_length)
+    for name, chosen in RECIPES.items()
+    for family in [chosen.family]
+}
 
 
 def _tiny(name, steps=4, **changes):
     stages = (Stage(0.5, 16, 1, 4, 1.0), Stage(0.5, 16 if name == "tiny-video" else 32, 1, 2, 2.0))
     if name == "tiny-video":
         stages = (stages[0], replace(stages[1], frames=3))
-    return replace(recipe(name), steps=steps, warmup=2, stages=stages, warm_start="", **changes)
+    return replace(recipe(name), steps=steps, warmup=2, stages=stages, net=SMALL[name], warm_start="", **changes)
 
 
 def _run(name, steps=4, **changes):
@@ -160,10 +163,11 @@ def test_training_calls_the_parts_as_the_stock_pipeline_does(name):
         seen.update({"hidden_states": args[0] if args else None, **kwargs, "out": out[0]})
 
     pipeline.transformer.register_forward_hook(note, with_kwargs=True)
-    call = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
+    call = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0}
+    call["max_sequence_length"] = run.recipe.net.text_length
     binning = {"use_resolution_binning": False, "clean_caption": False}
-    extra = {"tiny-image": binning, "tiny-video": {"num_frames": 1}, "tiny-joint": {}}
-    pipeline(text, output_type="latent", generator=torch.Generator().manual_seed(0), **call, **extra[name])
+    extra = {"tiny-image": binning, "tiny-video": {"num_frames": 1}}
+    pipeline(text, output_type="latent", generator=torch.Generator().manual_seed(0), **call, **extra.get(name, {}))
     level = seen["timestep"].float().expand(len(seen["hidden_states"])) / 1000
     stage = Stage(1.0, 16, 1, 1, 1.0)
     tokens = corrupt(torch.zeros(1, 3, 16, 16), [text], stage, run.tokenizer, torch.Generator())
@@ -210,16 +214,51 @@ def test_interval_is_wilsons():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_scores_ground_truth_as_right(name):
-    from dit_attn.eval.shapes_world import world
-
     kind = recipe(name).kind
-    items = world.held_out_sample(kind, 12)
-    if kind == "image":
-        outputs = world.render_scenes(items, 64).permute(0, 2, 3, 1).numpy()
-    else:
+    items = world_items.held_out_sample(kind, 5 if kind == "video" else 12)
+    if kind == "video":
         outputs = world.render_videos(items, 9, 48).permute(0, 2, 3, 4, 1).numpy()
-    samples = [evaluate.Sample(i, o, evaluate._verify(o, i)) for i, o in zip(items, outputs)]
+    else:
+        drawn = multi.render_scenes(items, 64) if kind == "multi" else world.render_scenes(items, 64)
+        outputs = drawn.permute(0, 2, 3, 1).numpy()
+    samples = [evaluate.judged(i, o) for i, o in zip(items, outputs)]
     result = evaluate.table(samples)
     assert result["whole_caption"]["accuracy"] == 1.0
-    assert result["seen_pairs"]["of"] + result["never_seen_pairs"]["of"] == 12
+    assert result["seen_pairs"]["of"] + result["never_seen_pairs"]["of"] == len(items)
+    for figure in result["outlines"].values():
+        assert figure["of"] == len(items) and figure["mean"] == pytest.approx(1.0, abs=0.03)
+        assert figure["ci95"][0] <= figure["mean"] <= figure["ci95"][1]
     assert evaluate.contact_sheet(samples).size[0] > 100
+
+
+def test_figures_of_objects_count_each_by_the_number_in_its_scene_and_words_where_it_is_present():
+    """Of each pair the first object is drawn in the color of the second, and the second is left out."""
+    scenes = [scene for scene in multi.held_out_sample(16) if len(scene.objects) < 3]
+    samples = []
+    for scene in scenes:
+        first, *rest = scene.objects
+        shown = (replace(first, color=rest[0].color if rest else first.color),)
+        image = multi.render_scenes([multi.MultiScene(shown, scene.background)], 64)[0]
+        samples.append(evaluate.judged(scene, image.permute(1, 2, 0).numpy()))
+    found = evaluate.table(samples)["objects"]
+    one, two = found["1"], found["2"]
+    assert one["present"]["accuracy"] == one["color_given_present"]["accuracy"] == 1.0
+    assert two["present"]["right"] == 4 and two["present"]["of"] == 8
+    assert two["color_given_present"]["right"] == 0 and two["color_given_present"]["of"] == 4
+    assert two["leak_given_present"]["right"] == 4 and two["shape_given_present"]["accuracy"] == 1.0
+    assert found["all"]["present"]["of"] == 12
+    assert "objects" not in evaluate.table([evaluate.judged(world.Scene("circle", "red", "large", "left", 1, "white"),
+                                                            np.ones((64, 64, 3)))])
+
+
+def test_a_checkpoint_is_scored_as_the_run_it_belongs_to(tmp_path, monkeypatch, capsys):
+    """``python -m dit_attn.models.evaluate tiny-multi --run DIR``, with a model that has no shipped weights."""
+    run = _run("tiny-multi")
+    run.step = 3
+    run.save(tmp_path)
+    monkeypatch.setitem(RECIPES, "tiny-multi", run.recipe)
+    words = ["--count", "2", "--steps", "1", "--run", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    assert evaluate.main(["tiny-multi", *words]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record == json.loads(capsys.readouterr().out)
+    assert record["training_steps"] == 3 and record["objects"]["all"]["present"]["of"] == 3

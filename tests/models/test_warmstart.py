@@ -10,8 +10,8 @@ import torch
 
 from dit_attn import models
 from dit_attn.errors import DitAttnError
-from dit_attn.models import export, loop, nets, warmstart
-from dit_attn.models.recipe import TAILS, Stage, recipe
+from dit_attn.models import export, loop, warmstart
+from dit_attn.models.recipe import TAILS, NetSize, Stage, recipe
 
 
 def _run(**changes):
@@ -72,17 +72,16 @@ def test_the_pooled_text_starts_without_influence_and_the_source_stays_whole():
     run = _run()
     time = run.model.transformer.time_text_embed
     level = torch.full((2,), 500.0)
-    pooled = torch.randn(2, 2 * nets.CLIP_WIDTH)
+    pooled = torch.randn(2, run.recipe.net.text_width)
     assert torch.equal(time(level, pooled), time(level, torch.zeros_like(pooled)))
     source = models.load("tiny-image")
     for key, value in source.text_encoder.state_dict().items():
         assert torch.equal(run.model.text_encoder_3.state_dict()[key], value), key
 
 
-def test_another_width_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(nets, "HIDDEN", 64)
+def test_another_width_is_refused_in_one_line():
     with pytest.raises(DitAttnError, match="layers of width 128") as error:
-        _run()
+        _run(net=NetSize(hidden=64, heads=8))
     assert "\n" not in str(error.value)
 
 

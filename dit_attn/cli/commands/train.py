@@ -24,8 +24,8 @@ PIPELINE_FOLDER = "pipeline"
 
 GROUPS = {
     "model": (
-        flags.Flag("name", "tiny-image, tiny-video, tiny-joint or world-clip", default="required", metavar="NAME",
-                   positional=True),
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi or world-clip", default="required",
+                   metavar="NAME", positional=True),
     ),
     "training": (
         flags.Flag("tail", "go on from the shipped weights, at full size and falling rates", bool),
@@ -219,7 +219,7 @@ def _prepared(config: TrainConfig) -> Any:
 
 
 def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
-    """(accuracy per attribute, full table, samples) on `count` held-out captions, through the stock pipeline."""
+    """(accuracy per attribute and outlines, full table, samples) on held-out captions, through the stock pipeline."""
     from dit_attn.models.evaluate import evaluate
     from dit_attn.models.export import pipeline_of
     from dit_attn.models.registry import call_defaults
@@ -227,7 +227,11 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     pipeline = pipeline_of(job).to(job.device)
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
-    return {**short, "whole_caption": figures["whole_caption"]["accuracy"]}, figures, samples
+    short["whole_caption"] = figures["whole_caption"]["accuracy"]
+    short |= {name: cell["mean"] for name, cell in figures["outlines"].items() if cell["of"]}
+    for name, group in figures.get("objects", {}).items():
+        short |= {f"{name}:{word}": cell["accuracy"] for word, cell in group.items()}
+    return short, figures, samples
 
 
 def _finish(job: Run, output: Path, count: int) -> None:

@@ -7,6 +7,7 @@ shifts and sizes), its extent and its center. A video gets the same per frame, p
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,11 @@ class DetectedObject:
 
 def _nearest(color: np.ndarray, table: dict[str, tuple[float, float, float]]) -> str:
     return min(table, key=lambda name: float(np.square(color - np.array(table[name])).sum()))
+
+
+def nearest_color(rgb: np.ndarray) -> str:
+    """Name the palette entry nearest to (3,) RGB."""
+    return _nearest(rgb, COLORS)
 
 
 def as_array(image: Any) -> np.ndarray:
@@ -125,7 +131,7 @@ def _describe(pixels: np.ndarray, smooth: np.ndarray, region: np.ndarray) -> Det
     shape, overlap, (x, y, extent) = _match(body, box)
     size = min(SIZES, key=lambda name: abs(SIZES[name] - extent))
     red, green, blue = map(float, rgb)
-    return DetectedObject(shape, overlap, _nearest(rgb, COLORS), size, x, y, extent, (red, green, blue))
+    return DetectedObject(shape, overlap, nearest_color(rgb), size, x, y, extent, (red, green, blue))
 
 
 def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, float, tuple[float, float, float]]:
@@ -136,12 +142,22 @@ def _match(body: np.ndarray, box: tuple[float, float, float]) -> tuple[str, floa
     fits = [(x + i, y + j, extent * k) for i in offsets for j in offsets for k in (0.82, 0.91, 1.0)]
     shape = torch.arange(len(SHAPES)).repeat_interleave(len(fits))
     grid = torch.tensor(fits, dtype=torch.float32).repeat(len(SHAPES), 1)
-    masks = coverage(shape, grid[:, :2], grid[:, 2], *body.shape).numpy() > 0.5
-    inter = (masks & body).sum((1, 2))
-    union = (masks | body).sum((1, 2))
+    near = window_around(x, y, extent, body.shape, margin=4)
+    masks = coverage(shape, grid[:, :2], grid[:, 2], body.shape[0], body.shape[1], near).numpy() > 0.5
+    inter = (masks & body[near]).sum((1, 2))
+    union = (masks | body[near]).sum((1, 2))
     overlaps = inter / np.maximum(union, 1)
     best = int(overlaps.argmax())
     return SHAPES[int(shape[best])], float(overlaps[best]), fits[best % len(fits)]
+
+
+def window_around(x: float, y: float, extent: float, shape: tuple[int, ...], margin: int) -> tuple[slice, slice]:
+    """Return the rows and columns of a (H, W) canvas within ``extent`` of a point and ``margin`` pixels more."""
+    spans = []
+    for at, size in ((y, shape[0]), (x, shape[1])):
+        low, high = math.floor((at - extent) * size) - margin, math.ceil((at + extent) * size) + margin
+        spans.append(slice(max(low, 0), min(high, size)))
+    return spans[0], spans[1]
 
 
 def verify_image(image: Any, scene: Scene) -> dict[str, bool]:

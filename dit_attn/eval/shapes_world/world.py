@@ -202,19 +202,27 @@ def _distances(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> tuple[torch
     return circle, square, triangle, cross
 
 
-def coverage(shape: torch.Tensor, center: torch.Tensor, extent: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def coverage(
+    shape: torch.Tensor,
+    center: torch.Tensor,
+    extent: torch.Tensor,
+    height: int,
+    width: int,
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+) -> torch.Tensor:
     """Compute how much of each pixel a shape covers, anti-aliased over one pixel: (N, height, width).
 
     Args:
         shape: (N,) int64 index into `SHAPES`.
         center: (N, 2) x and y as fractions of the canvas.
         extent: (N,) half extent as a fraction of the canvas.
+        window: rows and columns to compute only.
     """
-    ys = (torch.arange(height, device=center.device) + 0.5) / height
-    xs = (torch.arange(width, device=center.device) + 0.5) / width
+    ys = ((torch.arange(height, device=center.device) + 0.5) / height)[window[0]]
+    xs = ((torch.arange(width, device=center.device) + 0.5) / width)[window[1]]
     x = xs[None, None, :] - center[:, 0, None, None]
     y = ys[None, :, None] - center[:, 1, None, None]
-    out = torch.empty(len(shape), height, width, device=center.device)
+    out = torch.empty(len(shape), len(ys), len(xs), device=center.device)
     for index in range(len(SHAPES)):
         rows = (shape == index).nonzero()[:, 0]
         if len(rows):

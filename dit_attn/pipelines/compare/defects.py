@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.shapes_world import artifacts, world
+from dit_attn.eval.shapes_world import artifacts, items, multi
 
 PALETTE, AGAINST = "palette of the shapes world", "against dense"
 
 
 def is_world_caption(caption: str | None) -> bool:
-    """Return whether a text is a caption of the shapes world."""
+    """Return whether a text is a caption of the shapes world, whose objects have one color each: no fill words."""
     try:
-        world.parse(caption or "")
+        item = items.parse(caption or "")
     except DitAttnError:
         return False
-    return True
+    return not (isinstance(item, multi.MultiScene) and item.filled)
 
 
 def saturation(frames: np.ndarray, dense: np.ndarray | None, caption: str | None) -> float:

@@ -68,15 +68,15 @@ def verify_caption(frames: np.ndarray, prompt: str) -> dict[str, bool] | None:
         frames: (F, H, W, 3) uint8; one frame is an image.
         prompt: the caption.
     """
-    from dit_attn.eval.shapes_world import verify, world
+    from dit_attn.eval.shapes_world import items, world
 
     try:
-        item = world.parse(prompt)
+        item = items.parse(prompt)
     except DitAttnError:
         return None
-    if isinstance(item, world.VideoScene):
-        return verify.verify_video(list(frames), item) if len(frames) > 1 else None
-    return verify.verify_image(frames[0], item)
+    if isinstance(item, world.VideoScene) and len(frames) == 1:
+        return None
+    return items.verify(list(frames), item)
 
 
 def saturation(frames: np.ndarray) -> float:

@@ -9,17 +9,18 @@ import pytest
 from dit_attn.cli.commands import train
 from dit_attn.cli.parser import Parser
 from dit_attn.errors import DitAttnError
-from dit_attn.models import loop, nets
+from dit_attn.models import loop
 from dit_attn.models import recipe as recipes
 from dit_attn.models.recipe import Stage
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(nets, "HIDDEN", 32)
-    monkeypatch.setattr(nets, "LAYERS", 1)
-    tiny = replace(recipes.RECIPES["tiny-image"], steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),))
-    monkeypatch.setitem(recipes.RECIPES, "tiny-image", tiny)
+    for name in ("tiny-image", "tiny-multi"):
+        chosen = recipes.RECIPES[name]
+        net = replace(chosen.net, hidden=32, layers=1, heads=2)
+        tiny = replace(chosen, steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),), net=net)
+        monkeypatch.setitem(recipes.RECIPES, name, tiny)
 
 
 def _run(*words):
@@ -33,6 +34,13 @@ def test_a_run_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "pipeline/model_index.json").is_file()
     assert (tmp_path / "samples.png").is_file()
     assert "pipeline written to" in capsys.readouterr().out
+
+
+def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_path, capsys):
+    assert _run("tiny-multi", "--output", tmp_path, "--device", "cpu", "--final-count", 2) == 0
+    assert "2:color_given_present" in capsys.readouterr().out
+    with pytest.raises(DitAttnError, match="'tiny-multi' has no shipped weights that a tail could go on from"):
+        _run("tiny-multi", "--tail", "--output", tmp_path / "tail")
 
 
 def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path, monkeypatch, capsys):

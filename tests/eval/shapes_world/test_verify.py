@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world import verify, world
 from dit_attn.eval.shapes_world.verify import verify_image, verify_video
 
 
@@ -112,3 +112,15 @@ def test_all_image_types_give_the_same_verdict():
 def test_something_that_is_no_image_is_refused():
     with pytest.raises(DitAttnError, match="must be"):
         verify_image(np.zeros((8, 8)), SCENE)
+
+
+def test_matching_in_a_window_is_matching_on_the_full_canvas(monkeypatch):
+    """Rough, blurred and touching objects, at the border too, get the same description to the last bit."""
+    generator = torch.Generator().manual_seed(4)
+    scenes = [world.all_scenes()[i] for i in torch.randperm(1152, generator=generator)[:10].tolist()]
+    images = _degrade(world.render_scenes(scenes, 48, 72, generator=generator), "both")
+    images = torch.cat([images, images.roll(24, 3), images.roll(14, 2)])
+    near = [verify.detect_objects(image) for image in images]
+    monkeypatch.setattr(verify, "window_around", lambda *args, **options: (slice(None), slice(None)))
+    assert near == [verify.detect_objects(image) for image in images]
+    assert sum(map(len, near)) > 30

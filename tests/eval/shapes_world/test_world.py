@@ -107,3 +107,11 @@ def test_a_still_video_does_not_change_and_a_moving_one_does():
     frames = world.render_videos([still, moving], 9, 48)
     assert torch.equal(frames[0, :, 0], frames[0, :, -1])
     assert not torch.equal(frames[1, :, 0], frames[1, :, -1])
+
+
+def test_coverage_of_a_window_is_that_part_of_the_full_canvas():
+    shape = torch.arange(4)
+    center, extent = torch.tensor([[0.2, 0.3], [0.5, 0.5], [0.9, 0.4], [0.6, 0.95]]), torch.full((4,), 0.21)
+    full = world.coverage(shape, center, extent, 48, 80)
+    window = (slice(5, 30), slice(20, 71))
+    assert torch.equal(world.coverage(shape, center, extent, 48, 80, window), full[:, 5:30, 20:71])

@@ -74,6 +74,40 @@ def artifact_rate(folder: Any, reference: Any) -> Figure:
     return {**_figure(label, values), "by": _by(found), **_unjudged(without, "captions of no world")}
 
 
+def perimeter(folder: Any, reference: Any) -> Figure:
+    """Length of the objects' outlines over that of the best-fitting drawings (``shapes_world.outline``): 1 is smooth.
+
+    Raises:
+        DitAttnError: all files have captions of something else, or no object was found.
+    """
+    return _outline("perimeter", "", folder)
+
+
+def edge_width(folder: Any, reference: Any) -> Figure:
+    """Width of the objects' edges in pixels (``shapes_world.outline``): drawn ones have 1.
+
+    Raises:
+        DitAttnError: all files have captions of something else, or no object was found.
+    """
+    return _outline("edge-width", "px, ", folder)
+
+
+def _outline(name: str, unit: str, folder: Any) -> Figure:
+    """One figure of :func:`mean_outline`, mean over the files that have objects of the shapes world."""
+    from dit_attn.eval.shapes_world.outline import mean_outline
+    from dit_attn.pipelines.compare.defects import is_world_caption
+
+    ours = [caption is None or is_world_caption(caption) for caption in folder.captions]
+    if not any(ours):
+        raise DitAttnError(f"{name} knows images of the shapes world only; these captions are of none")
+    values = [mean_outline(_pixels(frames))[name] if our else None for frames, our in zip(folder.frames, ours)]
+    without = [one for one, value in zip(folder.names, values) if value is None]
+    if len(without) == len(values):
+        raise DitAttnError(f"{name} found no object on a plain background in any of {len(values)} files")
+    figure = _figure(f"{name} ({unit}1 = drawn)", [value for value in values if value is not None])
+    return {**figure, **_unjudged(without, "captions of no world, or no object")}
+
+
 def saturation(folder: Any, reference: Any) -> Figure:
     """Share of over-saturated pixels among the colored ones, mean over the files (``eval.artifacts.oversaturated``).
 
@@ -108,6 +142,8 @@ ITEM_METRICS: dict[str, Callable[[Any, Any], Figure]] = {
     "verifier": verifier,
     "saturation": saturation,
     "artifact-rate": artifact_rate,
+    "perimeter": perimeter,
+    "edge-width": edge_width,
 }
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit_attn.eval.folders import read_folder
 from dit_attn.eval.media import read_frames
-from dit_attn.eval.shapes_world import world
+from dit_attn.eval.shapes_world import multi, world
 from tests._support.random_weights import lpips_weights
 
 pytest.importorskip("torchmetrics")
@@ -153,3 +153,41 @@ def test_saturation_and_artifacts_of_a_folder(cli, tmp_path):
     for metric, words in (("artifact-rate", "shapes world only"), ("saturation", "--reference")):
         outcome = cli("eval", "strong", "--captions", "captions.txt", "--metric", metric)
         assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_outlines_of_a_folder(cli, tmp_path):
+    scenes = [item for item in world.held_out_sample("image", 3) if isinstance(item, world.Scene)]
+    drawn = (world.render_scenes(scenes, 64) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    ragged = drawn[:, 2::4, 2::4].repeat(4, 1).repeat(4, 2)
+    for name, pictures in (("drawn", drawn), ("ragged", ragged), ("empty", np.full_like(drawn, 255))):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.png")
+    scores = {}
+    for name in ("drawn", "ragged"):
+        outcome = cli("eval", name, "--metrics", "perimeter,edge-width", "--json")
+        assert outcome.code == 0, outcome.err
+        scores[name] = json.loads(outcome.out)["scores"]
+    assert [one["value"] for one in scores["drawn"]] == pytest.approx([1.0, 1.0], abs=0.05)
+    assert [one["label"] for one in scores["drawn"]] == ["perimeter (1 = drawn)", "edge-width (px, 1 = drawn)"]
+    rough = scores["ragged"][0]
+    assert rough["value"] > 1.06 and rough["ci95"] and rough["better"] == "lower"
+    cli("eval", "empty", "--metric", "perimeter").refused("no object on a plain background in any of 3 files")
+    (tmp_path / "captions.txt").write_text("a cat\na dog\na cow\n")
+    cli("eval", "drawn", "--captions", "captions.txt", "--metric", "edge-width").refused("shapes world only")
+
+
+def test_scenes_of_several_objects_are_verified_by_their_captions(cli, tmp_path):
+    scenes = [*multi.held_out_sample(3, objects=(2, 4)), *multi.held_out_sample(1, objects=(2, 2), filled=True)]
+    drawn = (multi.render_scenes(scenes, 64) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    (tmp_path / "made").mkdir()
+    for i, picture in enumerate(drawn):
+        Image.fromarray(picture).save(tmp_path / "made" / f"{i}.png")
+    (tmp_path / "captions.txt").write_text("".join(f"{multi.caption(scene)}\n" for scene in scenes))
+    words = ("eval", "made", "--captions", "captions.txt", "--json", "--metric")
+    outcome = cli(*words, "verifier,artifact-rate,perimeter")
+    assert outcome.code == 0, outcome.err
+    verifier, artifacts, perimeter = json.loads(outcome.out)["scores"]
+    assert verifier["value"] == 1.0 and verifier["samples"] == 4 and {"present", "fill"} <= set(verifier["by"])
+    assert artifacts["value"] == 0.0 and artifacts["samples"] == perimeter["samples"] == 3  # fills have darker colors
+    assert perimeter["value"] == pytest.approx(1.0, abs=0.01)
