@@ -19,7 +19,7 @@ def window_mask(grid: tuple[int, ...], window: tuple[int, ...], clip: bool = Fal
 
 
 def window_bias(tokens: Tokens, window: tuple[int, ...], clip: bool = False) -> torch.Tensor:
-    """(1, 1, S, S) logit bias, 0 or ``-inf``: visual rows see their window and all that is not visual, others everything."""
+    """(1, 1, S, S) logit bias, 0 or ``-inf``: visual rows see their window and all text, others everything."""
     (span,) = tokens.visual
     assert span.grid is not None
     allowed = torch.ones(tokens.seq_len, tokens.seq_len, dtype=torch.bool)

@@ -1,8 +1,9 @@
-"""Inward windows (FreeSwim, arXiv 2511.14712): self attention of sizes above the native one, in windows of the native one.
+"""Inward windows (FreeSwim, arXiv 2511.14712): self attention above the native size, in windows of the native size.
 
-A model that makes an image or a video larger than it was trained for sees more keys per query, at greater distances, than
-it ever did: layouts repeat or dissolve. Here every visual token attends to as many keys as at the native size, from a window
-around it that moves inward at the border, so that tokens there have no fewer. All frames of a video are in the window.
+A model that makes an image or a video larger than it was trained for sees more keys per query, at greater distances,
+than it ever did: layouts repeat or dissolve. Here every visual token attends to as many keys as at the native size,
+from a window around it that moves inward at the border, so that tokens there have no fewer. All frames of a video are
+in the window.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ _POOLED = 32  # tokens per pooled key, at most
 class InwardWindow(SparseMethod):
     """Attend to a window of the native size around every visual token, and to all of the text.
 
-    Sizes are in tokens. A window that covers the grid is bit-equal to stock attention; the layers of a run at the native
-    size are. The rows of the text attend to everything.
+    Sizes are in tokens. Where the window covers the grid, as at the native size, a run is bit-equal to the stock one.
+    The rows of the text attend to everything.
 
     Attributes:
         native: (h, w) of the size the model was trained at.
-        window: (h, w) or (t, h, w) of the window; ``native``; or ``reference``, the odd number that is at least as large,
-            as in the paper's code.
+        window: (h, w) or (t, h, w) of the window; ``native``; or ``reference``, the odd number that is at least as
+            large, as in the paper's code.
         frames: frames in the window where ``window`` does not say; ``None`` for all of them.
-        snap: move windows to the borders of tiles, which leaves no tile partly computed: ``yes``, ``no``, or ``auto``: on
-            CPUs, where tiles of about ``kv_block`` tokens divide the grid and are at most half as long as the window.
+        snap: move windows to the borders of tiles, which leaves no tile partly computed: ``yes``, ``no``, or ``auto``:
+            on CPUs, where tiles of about ``kv_block`` tokens divide the grid and are at most half as long as it is.
         tile: (t, h, w) of a tile; ``None`` for the best one that divides the grid.
         border: whether the window moves ``inward`` at a border or is cut off there (``clip``, not with ``snap="yes"``).
-        outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (only with snapped windows).
+        outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (with snapped windows).
         rotary: positions in the rotary embedding: ``plain``, or ``interpolated`` into the range of the native size.
         temperature: factor of the softmax scale of windowed calls; ``entropy`` for the root of ln(keys in the window) /
             ln(keys at the native size).
@@ -75,7 +76,9 @@ class InwardWindow(SparseMethod):
         ):
             if isinstance(value, tuple) and (len(value) not in lengths or min(value) < 1):
                 axes = " or ".join({2: "(h, w)", 3: "(t, h, w)"}[n] for n in lengths)
-                raise DitAttnError(f"{self.slug}.{name} must be {axes} in tokens, each at least 1, got {shorten(value)}")
+                raise DitAttnError(
+                    f"{self.slug}.{name} must be {axes} in tokens, each at least 1, got {shorten(value)}"
+                )
         if isinstance(self.temperature, (int, float)) and not 0.0 < self.temperature < math.inf:
             raise DitAttnError(f"{self.slug}.temperature must be above 0, got {self.temperature!r}")
         if self.snap == "yes" and self.border == "clip":
@@ -96,8 +99,8 @@ class InwardWindow(SparseMethod):
     def _native_size(self) -> tuple[int, int]:
         if self.native is None:
             raise DitAttnError(
-                f"{self.slug} does not know the size the model was trained at; give native=(h, w) in tokens, e.g. (30, 52) "
-                "for 480 x 832 pixels at 16 pixels per token"
+                f"{self.slug} does not know the size the model was trained at; give native=(h, w) in tokens, "
+                "e.g. (30, 52) for 480 x 832 pixels at 16 pixels per token"
             )
         return self.native[0], self.native[1]
 
@@ -116,7 +119,9 @@ class InwardWindow(SparseMethod):
             sizes = (self.frames or t, *(2 * (n // 2) + 1 if odd else n for n in self._native_size()))
         return min(sizes[0], t), min(sizes[1], h), min(sizes[2], w)
 
-    def layout(self, grid: Grid, others: int = 0, device: torch.device | str = "cpu") -> tuple[BlockLayout, Grid | None]:
+    def layout(
+        self, grid: Grid, others: int = 0, device: torch.device | str = "cpu"
+    ) -> tuple[BlockLayout, Grid | None]:
         """Return the layout of the visual rows in tile order, and the tile; ``None`` for the default one.
 
         Args:
@@ -151,7 +156,7 @@ class InwardWindow(SparseMethod):
         divides = not any(n % side for n, side in zip(grid, tile, strict=True))
         fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
         if self.snap == "yes" and not divides:
-            raise DitAttnError(f"{self.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap=\"yes\"")
+            raise DitAttnError(f'{self.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
         wanted = self.snap == "yes" or self.outside == "pooled" or (self.snap == "auto" and device == "cpu")
         snapped = wanted and divides and self.border == "inward" and (fine or self.snap == "yes")
         return (tile if given is not None or snapped or fine else None), snapped

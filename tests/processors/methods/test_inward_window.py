@@ -28,7 +28,9 @@ def method(**changes: Any) -> InwardWindow:
     return InwardWindow(**{"native": NATIVE, "kv_block": 16, "q_block": 32, **changes})
 
 
-def call(grid: tuple[int, int, int] = GRID, text: int = 0, kind: str = "video", spans: tuple[Span, ...] = ()) -> AttentionCall:
+def call(
+    grid: tuple[int, int, int] = GRID, text: int = 0, kind: str = "video", spans: tuple[Span, ...] = ()
+) -> AttentionCall:
     spans = spans or (*((Span("text", text),) if text else ()), visual_span(kind, grid))
     tokens = TokenLayout(spans).resolve(sum(span.length or 0 for span in spans))
     assert tokens is not None
@@ -45,7 +47,9 @@ def answer(settings: InwardWindow, of: AttentionCall) -> tuple[Request, torch.Te
     return request, executor.run(of, request, executor.dense_rows(of))
 
 
-def by_definition(of: AttentionCall, window: tuple[int, int, int], scale: float = 1.0, clip: bool = False) -> torch.Tensor:
+def by_definition(
+    of: AttentionCall, window: tuple[int, int, int], scale: float = 1.0, clip: bool = False
+) -> torch.Tensor:
     """Float64 attention of (B, S, H, D): each visual row in its window and all of the text, text rows in everything."""
     assert of.tokens is not None
     scaled: Any = SimpleNamespace(q=of.q, k=of.k, v=of.v, mask=None, scale=of.q.shape[-1] ** -0.5 * scale)
@@ -69,7 +73,9 @@ def test_the_window_is_the_native_size_the_odd_one_or_what_is_given(changes: Any
 
 
 @pytest.mark.parametrize("text", [0, 7])
-@pytest.mark.parametrize("changes", [{}, {"border": "clip"}, {"frames": 1}, {"tile": (1, 5, 7)}, {"window": "reference"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"border": "clip"}, {"frames": 1}, {"tile": (1, 5, 7)}, {"window": "reference"}]
+)
 def test_exact_windows_equal_their_definition(text: int, changes: Any) -> None:
     settings, of = method(snap="no", **changes), call(text=text)
     request, out = answer(settings, of)
@@ -151,7 +157,11 @@ def test_a_model_at_its_native_size_is_bit_equal_and_a_larger_picture_is_not() -
 
 @pytest.mark.parametrize(
     "changes, factor",
-    [({}, 1.0), ({"temperature": 1.25}, 1.25), ({"temperature": "entropy", "window": (16, 12)}, math.log(384, 192) ** 0.5)],
+    [
+        ({}, 1.0),
+        ({"temperature": 1.25}, 1.25),
+        ({"temperature": "entropy", "window": (16, 12)}, math.log(384, 192) ** 0.5),
+    ],
 )
 def test_the_temperature_multiplies_the_scale(changes: Any, factor: float) -> None:
     settings, of = method(snap="no", **changes), call()
