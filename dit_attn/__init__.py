@@ -29,6 +29,7 @@ _EXPORTS = {
     "BlockSparse": "dit_attn.processors.methods.block_sparse",
     "RectifiedSpaAttn": "dit_attn.processors.methods.rectified_spaattn",
     "ReTtention": "dit_attn.processors.methods.re_ttention",
+    "InwardWindow": "dit_attn.processors.methods.inward_window",
     "SoftPAG": "dit_attn.processors.methods.softpag",
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.seg import SEG
@@ -71,6 +73,7 @@ __all__ = [
     "BlockSparse",
     "DitAttnError",
     "Explanation",
+    "InwardWindow",
     "Method",
     "PromptSpan",
     "ReTtention",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 _METHODS = {
     "BlockSparse": "block_sparse",
+    "InwardWindow": "inward_window",
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
@@ -21,6 +22,7 @@ _METHODS = {
 
 if TYPE_CHECKING:
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.seg import SEG
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
 
-__all__ = ["SEG", "SLG", "STG", "BlockSparse", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
+__all__ = ["SEG", "SLG", "STG", "BlockSparse", "InwardWindow", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,9 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor
+from dit_attn.processors.core.call import Request
 from dit_attn.processors.core.positions import PositionMap
+from dit_attn.processors.core.tokens import VISUAL
 from dit_attn.processors.methods.re_ttention import MASKS
 from tests._support.cross_mixin import CrossMixin, Observed, Scaled, check_observations, valid_rows
 from tests._support.guidance_mixin import GuidedMixin
@@ -27,6 +29,7 @@ from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
 from tests._support.span_biases import SpanBiases, bias_matrix
+from tests._support.window_masks import window_bias
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
 RECTIFIED = tuple(
@@ -206,6 +209,23 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         self.call(net, args)
         assert all(request.layout is not None for _, request, _ in Observed.seen)
         check_observations(self.sockets)
+
+    def test_windows_equal_their_definition_and_one_of_the_whole_grid_is_stock(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, dit_attn.InwardWindow(window=self.grid))
+        assert same(stock, self.call(net, args))
+        window = tuple((n + 1) // 2 for n in self.grid)
+        dit_attn.enable(net, dit_attn.InwardWindow(window=window, snap="no", q_block=32, kv_block=16))
+        with requests() as seen:
+            self.call(net, args)
+        if len([kind for kind in self.kinds if kind in VISUAL]) > 1:
+            assert not seen
+            return
+        assert len(seen) == self.sockets
+        for seen_call, _, out in seen:
+            rows = valid_rows(seen_call)
+            expected = reference(seen_call, Request(), window_bias(seen_call.tokens, window))
+            torch.testing.assert_close(out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:

@@ -1,0 +1,202 @@
+"""Inward windows (FreeSwim, arXiv 2511.14712): self attention above the native size, in windows of the native size.
+
+A model that makes an image or a video larger than it was trained for sees more keys per query, at greater distances,
+than it ever did: layouts repeat or dissolve. Here every visual token attends to as many keys as at the native size,
+from a window around it that moves inward at the border, so that tokens there have no fewer. All frames of a video are
+in the window.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from dit_attn.errors import DitAttnError, shorten
+from dit_attn.kernels import BlockLayout, inward_window, pooled_compensation, snapped_window, token_order, window_tile
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.positions import PositionMap, PositionSite
+from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.sparse import SparseMethod
+
+Grid = tuple[int, int, int]
+_POOLED = 32  # tokens per pooled key, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class InwardWindow(SparseMethod):
+    """Attend to a window of the native size around every visual token, and to all of the text.
+
+    Sizes are in tokens. Where the window covers the grid, as at the native size, a run is bit-equal to the stock one.
+    The rows of the text attend to everything.
+
+    Attributes:
+        native: (h, w) of the size the model was trained at.
+        window: (h, w) or (t, h, w) of the window; ``native``; or ``reference``, the odd number that is at least as
+            large, as in the paper's code.
+        frames: frames in the window where ``window`` does not say; ``None`` for all of them.
+        snap: move windows to the borders of tiles, which leaves no tile partly computed: ``yes``, ``no``, or ``auto``:
+            on CPUs, where tiles of about ``kv_block`` tokens divide the grid and are at most half as long as it is.
+        tile: (t, h, w) of a tile; ``None`` for the best one that divides the grid.
+        border: whether the window moves ``inward`` at a border or is cut off there (``clip``, not with ``snap="yes"``).
+        outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (with snapped windows).
+        rotary: positions in the rotary embedding: ``plain``, or ``interpolated`` into the range of the native size.
+        temperature: factor of the softmax scale of windowed calls; ``entropy`` for the root of ln(keys in the window) /
+            ln(keys at the native size).
+
+    Raises:
+        DitAttnError: a value out of range, or settings that contradict each other.
+    """
+
+    slug: ClassVar[str] = "inward-window"
+    min_tokens: ClassVar[int] = 0
+
+    native: tuple[int, ...] | None = setting(None, "(h, w) of the size the model was trained at, in tokens")
+    window: Literal["native", "reference"] | tuple[int, ...] = setting(
+        "native", "(h, w) or (t, h, w) tokens, native, or reference (odd, as in the paper's code)"
+    )
+    frames: int | None = setting(None, "frames in the window; none for all", low=1)
+    snap: str = setting("auto", "move windows to the borders of tiles", choices=("auto", "yes", "no"))
+    tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a tile")
+    border: str = setting("inward", "what a window does at a border", choices=("inward", "clip"))
+    outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
+    rotary: str = setting("plain", "positions in the rotary embedding", choices=("plain", "interpolated"))
+    temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
+    kv_block: int = setting(64, "tokens per tile, at most", low=8, high=1024)
+    dense_steps: float | int = setting(0.0, "dense steps at the start (fraction or count)", low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, lengths in (
+            ("native", self.native, (2,)),
+            ("window", self.window, (2, 3)),
+            ("tile", self.tile, (3,)),
+        ):
+            if isinstance(value, tuple) and (len(value) not in lengths or min(value) < 1):
+                axes = " or ".join({2: "(h, w)", 3: "(t, h, w)"}[n] for n in lengths)
+                raise DitAttnError(
+                    f"{self.slug}.{name} must be {axes} in tokens, each at least 1, got {shorten(value)}"
+                )
+        if isinstance(self.temperature, (int, float)) and not 0.0 < self.temperature < math.inf:
+            raise DitAttnError(f"{self.slug}.temperature must be above 0, got {self.temperature!r}")
+        if self.snap == "yes" and self.border == "clip":
+            raise DitAttnError(f'{self.slug}.border "clip" needs exact windows; leave snap="yes" out')
+        if self.snap == "no" and self.outside == "pooled":
+            raise DitAttnError(f'{self.slug}.outside "pooled" needs snapped windows; leave snap="no" out')
+
+    def check_model(self, transformer: str, layers: int) -> None:
+        """Refuse settings that refer to a native size nobody said; arguments as in the base class.
+
+        Raises:
+            DitAttnError: as in the base class, or ``native`` is needed.
+        """
+        super().check_model(transformer, layers)
+        if isinstance(self.window, str) or self.rotary != "plain" or self.temperature == "entropy":
+            self._native_size()
+
+    def _native_size(self) -> tuple[int, int]:
+        if self.native is None:
+            raise DitAttnError(
+                f"{self.slug} does not know the size the model was trained at; give native=(h, w) in tokens, "
+                "e.g. (30, 52) for 480 x 832 pixels at 16 pixels per token"
+            )
+        return self.native[0], self.native[1]
+
+    @property
+    def moves_positions(self) -> bool:
+        """Whether positions are interpolated."""
+        return self.rotary != "plain"
+
+    def window_of(self, grid: Grid) -> Grid:
+        """Return the window (t, h, w) on a grid, at most the grid itself."""
+        t, h, w = grid
+        if isinstance(self.window, tuple):
+            sizes = self.window if len(self.window) == 3 else (self.frames or t, *self.window)
+        else:
+            odd = self.window == "reference"
+            sizes = (self.frames or t, *(2 * (n // 2) + 1 if odd else n for n in self._native_size()))
+        return min(sizes[0], t), min(sizes[1], h), min(sizes[2], w)
+
+    def layout(
+        self, grid: Grid, others: int = 0, device: torch.device | str = "cpu"
+    ) -> tuple[BlockLayout, Grid | None]:
+        """Return the layout of the visual rows in tile order, and the tile; ``None`` for the default one.
+
+        Args:
+            grid: (T, H, W) visual tokens.
+            others: tokens of the sequence that are not visual; all rows attend to them.
+            device: where the lists are.
+
+        Raises:
+            DitAttnError: ``snap="yes"``, and no tile divides the grid.
+        """
+        window = self.window_of(grid)
+        tile, snapped = self._tile(grid, window, torch.device(device).type)
+        order = token_order("tiles", grid, tile=tile)
+        kv_block = self.kv_block if tile is None else math.prod(tile)
+        q_block = kv_block * self._joined(grid, tile, kv_block)
+        if snapped:
+            layout = snapped_window(
+                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
+                device=device,
+            )  # fmt: skip
+        else:
+            layout = inward_window(
+                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
+                inward=self.border == "inward", device=device,
+            )  # fmt: skip
+        return layout, tile
+
+    def _tile(self, grid: Grid, window: Grid, device: str) -> tuple[Grid | None, bool]:
+        """The tile of the order, ``None`` for the default one, and whether windows are snapped to it."""
+        given = self.tile
+        tile = window_tile(grid, self.kv_block) if given is None else (given[0], given[1], given[2])
+        divides = not any(n % side for n, side in zip(grid, tile, strict=True))
+        fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
+        if self.snap == "yes" and not divides:
+            raise DitAttnError(f'{self.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
+        wanted = self.snap == "yes" or self.outside == "pooled" or (self.snap == "auto" and device == "cpu")
+        snapped = wanted and divides and self.border == "inward" and (fine or self.snap == "yes")
+        return (tile if given is not None or snapped or fine else None), snapped
+
+    def _joined(self, grid: Grid, tile: Grid | None, kv_block: int) -> int:
+        """Tiles of keys per block of queries: as many along a row as ``q_block`` holds and as divide it."""
+        if tile is None or grid[2] % tile[2]:
+            return 1
+        row = grid[2] // tile[2]
+        return max(n for n in range(1, row + 1) if row % n == 0 and (n == 1 or n * kv_block <= self.q_block))
+
+    def plan(self, call: AttentionCall, request: Request) -> None:
+        """Set the layout, the token order, the scale and the pooled keys."""
+        assert call.tokens is not None
+        grids = [span.grid for span in call.tokens.visual]
+        if len(grids) != 1 or grids[0] is None:
+            request.decline("windows need one image or video in the sequence")
+            return
+        grid = grids[0]
+        window = self.window_of(grid)
+        if window == grid:
+            request.decline("the window covers the picture")
+            return
+        others = call.tokens.seq_len - math.prod(grid)
+        layout, tile = self.layout(grid, others, call.q.device)
+        request.permuted = rows = request.permute(call, "tiles", tile)
+        request.layout = layout
+        request.multiply_scale(self._temperature(window, grid))
+        if self.outside == "pooled" and layout.density < 1.0:
+            size = next(n for n in range(min(_POOLED, layout.kv_block), 0, -1) if layout.kv_block % n == 0)
+            request.compensation = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask)
+
+    def _temperature(self, window: Grid, grid: Grid) -> float:
+        if isinstance(self.temperature, (int, float)):
+            return float(self.temperature)
+        return math.sqrt(math.log(math.prod(window)) / math.log(grid[0] * math.prod(self._native_size())))
+
+    def positions(self, site: PositionSite) -> PositionMap | None:
+        """Place the tokens of a larger grid within the range of the native one."""
+        if self.rotary == "plain" or site.grid is None:
+            return None
+        h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
+        return PositionMap(scale=(1.0, h, w)) if (h, w) != (1.0, 1.0) else None
