@@ -54,10 +54,15 @@ def runs(block: CodeBlock) -> bool:
 
 
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded models make two steps, so that a page takes seconds."""
+def small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded models make two steps at half of their size, so that a page takes seconds; methods stay sparse."""
     stock = models.call_defaults
-    monkeypatch.setattr(models, "call_defaults", lambda name: {**stock(name), "num_inference_steps": 2})
+
+    def small(name: str) -> dict[str, Any]:
+        call = stock(name)
+        return {**call, "num_inference_steps": 2, "height": call["height"] // 2, "width": call["width"] // 2}
+
+    monkeypatch.setattr(models, "call_defaults", small)
 
 
 RUNNABLE = [page for page in PAGES if any(runs(found) for found in code_blocks(page, "python"))]
@@ -65,7 +70,7 @@ RUNNABLE = [page for page in PAGES if any(runs(found) for found in code_blocks(p
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=[page.relative_to(ROOT).as_posix() for page in RUNNABLE])
 def test_the_code_of_a_page_runs_from_top_to_bottom(
-    page: Path, few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, small_calls: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}

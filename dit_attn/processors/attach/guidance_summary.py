@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.session import Session
-from dit_attn.processors.attach.value_table import percent
+from dit_attn.processors.attach.value_table import percent, text_table
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,14 @@ class GuidanceSummary:
     relative: float | None
     perturbed: tuple[str, ...] = ()
 
-    def rows(self, steps: int) -> list[tuple[str, str]]:
+    def __str__(self) -> str:
+        return text_table(self.rows())
+
+    def rows(self, steps: int = 0) -> list[tuple[str, str]]:
         """Return the printed lines, with their names.
 
         Args:
-            steps: of the run; 0 before the first one.
+            steps: of the run; 0 where it is unknown, as before the first one.
         """
         guided = [f"{self.steps} of {steps} steps"] if steps else []
         rows = [("guidance", ", ".join(["; ".join(self.perturbed), *guided]))]

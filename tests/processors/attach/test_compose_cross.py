@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,9 +14,8 @@ import dit_attn
 from dit_attn.processors.attach import attach
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.methods.base import Method
-from tests._support.compose import SPARSE, case, forward, pipeline_run, requires, same, tiny, tiny_pipeline
+from tests._support.compose import SPARSE, case, forward, pipeline_run, same, tiny, tiny_pipeline
 from tests._support.cross_mixin import Scaled, TextBiases
-from tests._support.ranks import run_ranks
 from tests.families import test_wan
 
 
@@ -133,30 +131,3 @@ def test_unknown_sites_and_observers_of_what_is_not_there_are_refused_in_one_lin
     with refused, dit_attn.observing(flux, print, ("cross",)):
         pass
     assert not attach.session_of(flux).observers  # type: ignore[union-attr]
-
-
-def rank(index: int, folder: Path) -> None:
-    """One of two ranks: cross attention of a sequence that is split over them."""
-    from diffusers import ContextParallelConfig
-
-    torch.accelerator.device_count = lambda: 1  # type: ignore[assignment]  # diffusers divides by it; a CPU has none
-    results = {}
-    for name in ("wan", "ltx"):
-        model, args = tiny(name)
-        if name == "ltx":
-            args |= {"encoder_hidden_states": args["encoder_hidden_states"][:, :6], "encoder_attention_mask": None}
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))  # type: ignore[operator]
-        stock = forward(model, args)
-        dit_attn.enable(model, TextBiases())
-        same_as_stock = torch.equal(stock, forward(model, args))
-        results[name] = same_as_stock, [layer.fallbacks for layer in dit_attn.summary(model).cross_layers]
-    if index == 0:
-        torch.save(results, folder / "results.pt")
-
-
-def test_cross_attention_of_a_split_sequence_is_left_to_stock_and_counted(tmp_path: Path) -> None:
-    requires("ContextParallelConfig")
-    run_ranks(rank, 2, tmp_path)
-    found = torch.load(tmp_path / "results.pt", weights_only=False)
-    assert found["wan"] == (True, [{"unknown token layout for 160 tokens": 1}] * 2)
-    assert found["ltx"] == (True, [{"cross attention": 1}] * 2)

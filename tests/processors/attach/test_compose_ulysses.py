@@ -12,6 +12,7 @@ import torch
 import dit_attn
 from dit_attn.processors.core.positions import PositionMap
 from tests._support.compose import SPARSE, forward, pipeline_run, requires, tiny, tiny_pipeline
+from tests._support.cross_mixin import TextBiases
 from tests._support.position_maps import Placed
 from tests._support.ranks import run_ranks
 from tests._support.span_biases import HeadBiases
@@ -71,6 +72,15 @@ def rank(index: int, folder: Path) -> None:
     dit_attn.enable(pipe, *GUIDED)
     results["guided"] = pipeline_run(pipe, kwargs)
     results["guided passes"] = dit_attn.summary(pipe).to_dict()["guidance"]["evaluations"]
+    for name in ("wan", "ltx"):
+        model, args = tiny(name)
+        if name == "ltx":
+            args |= {"encoder_hidden_states": args["encoder_hidden_states"][:, :6], "encoder_attention_mask": None}
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))  # type: ignore[operator]
+        stock = forward(model, args)
+        dit_attn.enable(model, TextBiases())
+        same_as_stock = torch.equal(stock, forward(model, args))
+        results[f"{name} cross"] = same_as_stock, [layer.fallbacks for layer in dit_attn.summary(model).cross_layers]
     if index == 0:
         torch.save(results, folder / "results.pt")
 
@@ -156,3 +166,8 @@ def test_a_guided_run_with_biases_and_a_layout_is_that_of_one_process(parallel: 
     torch.testing.assert_close(parallel["guided"], single, atol=1e-4, rtol=1e-3)
     guidance = dit_attn.summary(pipe).guidance
     assert guidance is not None and parallel["guided passes"] == guidance.evaluations > 0
+
+
+def test_cross_attention_of_a_split_sequence_is_left_to_stock_and_counted(parallel: dict[str, Any]) -> None:
+    assert parallel["wan cross"] == (True, [{"unknown token layout for 160 tokens": 1}] * 2)
+    assert parallel["ltx cross"] == (True, [{"cross attention": 1}] * 2)

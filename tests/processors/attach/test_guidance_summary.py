@@ -26,6 +26,7 @@ def test_the_lines_say_what_was_perturbed_what_it_cost_and_how_strong_it_was() -
         ("cost", "one extra pass a step; 50.0 % of the blocks reused from the plain passes"),
         ("update", "equivalent guidance scale -0.03; orthogonal component 4.33 |cond - uncond|"),
     ]
+    assert str(found()).splitlines()[0] == f"guidance         {WHAT}"
     few = dict(found(evaluations=3, reused=0.0).rows(20))
     assert few["guidance"].endswith("8 of 20 steps") and few["cost"] == "3 extra passes"
     assert dict(found(steps=20, evaluations=20).rows(20))["cost"].startswith("one extra pass a step")

@@ -24,10 +24,11 @@ SPARSE = dit_attn.BlockSparse(density=0.25, dense_steps=0.25, q_block=32, kv_blo
 
 
 def load(name: str) -> tuple[Any, dict[str, Any]]:
-    """An embedded pipeline, and arguments of a call of four steps."""
+    """An embedded pipeline, and arguments of a call of four steps at half of its size."""
     pipe = models.load(name)
     pipe.set_progress_bar_config(disable=True)
     call = {**models.call_defaults(name), "num_inference_steps": 4, "output_type": "latent", "prompt": PROMPT}
+    call |= {"height": 64, "width": 64}
     return pipe, call
 
 
@@ -79,7 +80,7 @@ def test_a_pipeline_of_another_task_counts_its_own_steps_and_scale() -> None:
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     other = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(5))
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     arguments = {**call, "num_inference_steps": 8, "image": image, "strength": 0.75, "guidance_scale": 4.0}
     for method in (SPARSE, dit_attn.SLG(layers="3", scale=2.0, start=0.0, stop=0.34, inject="cond")):
         dit_attn.enable(other, method)
