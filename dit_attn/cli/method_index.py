@@ -66,7 +66,8 @@ def check_roles(names: Iterable[str]) -> None:
     Raises:
         DitAttnError: two of them have the same role.
     """
-    known, found = known_methods(), {}
+    known = known_methods()
+    found: dict[str, str] = {}  # name by role
     for name in names:
         role = known[name].role if name in known else ""
         if role and role in found:

@@ -99,6 +99,8 @@ WRONG = [
     (("train", "tiny-image", "--minutes", "0"), "must be more than 0"),
     (("train", "tiny-image", "--device", "mps"), "--device mps cannot train"),
     (("train", "tiny-image", "-o", "run"), "already holds a run"),
+    (("demo", "--steps", "0"), "--steps must be at least 1"),
+    (("demo", "--output", "words.txt"), "--output words.txt is a file"),
     (("methods", "blok-sparse"), "Did you mean 'block-sparse'"),
 ]
 RIGHT = [
@@ -111,6 +113,7 @@ RIGHT = [
     ("bench", "kernels"),
     ("eval", "parent/m-dense"),
     ("train", "tiny-image"),
+    ("demo",),
     ("models",),
     ("doctor",),
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
+from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class DemoConfig:
 
         values = options.pick("steps", "json")
         values |= {name: Path(text).expanduser() for name, text in options.pick("output", "sheet").items()}
-        return cls(load_pipeline.pick_device(options.get("device", "auto")), options.argv, **values)
+        with loading_libraries(not options.get("json")):
+            device = load_pipeline.pick_device(options.get("device", "auto"))
+            load_pipeline.quiet(show_progress=False)
+        return cls(device, options.argv, **values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,17 +140,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: an argument does not fit, or the output folder cannot be written.
     """
-    import torch
-
     from dit_attn import contact_sheet
-    from dit_attn.cli import load_pipeline, outputs
+    from dit_attn.cli import outputs
 
     config = DemoConfig.from_options(flags.merge(args, GROUPS))
     sheets = [config.output / "demo.png", *([config.sheet] if config.sheet else [])]
     for path in sheets:
         outputs.prepare_folder(path.parent)
-    load_pipeline.quiet(show_progress=False)
     if config.device.type == "cpu":
+        import torch
+
         torch.set_num_threads(1)  # tiny operations: on a busy machine more threads only wait for each other
     started = time.perf_counter()
     made: list[Output] = []

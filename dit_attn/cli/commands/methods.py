@@ -127,4 +127,7 @@ def _allowed(row: dict[str, Any]) -> str:
         return f"{'any of ' if row['type'].startswith('a list') else ''}{', '.join(map(str, choices))}"
     if low is None and high is None:
         return str(row["type"])
-    return f"{row['type']}, {f'at least {low:g}' if high is None else f'{low:g} to {high:g}'}"
+    if high is None:
+        return f"{row['type']}, at least {low:g}"
+    tiny = low is not None and 0.0 < low < 1e-3  # stands for what is above 0
+    return f"{row['type']}, {f'above 0, at most {high:g}' if tiny else f'{low:g} to {high:g}'}"

@@ -244,8 +244,12 @@ def _finish(job: Run, output: Path, count: int) -> None:
     if count:
         short, figures, samples = _score(job, count)
         outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        figures_text = ", ".join(f"{name.replace('_', ' ')} {100 * value:.0f} %" for name, value in short.items())
-        print(f"right on {count} held-out captions: {figures_text}")
+        outlines = figures["outlines"]  # ratios and pixels; the others are shares
+        texts = (
+            f"{name} {value:.2f}" if name in outlines else f"{name} {100 * value:.0f} %"
+            for name, value in short.items()
+        )  # fmt: skip
+        print(f"on {count} held-out captions: {', '.join(texts)}")
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 

@@ -43,7 +43,8 @@ def test_ranges_choices_and_the_paper_are_shown(cli):
     assert "arXiv 2506.10978, https://arxiv.org/abs/2506.10978" in text
     assert "a number, 0 to 1" in text
     assert "identity, uniform, mean-query" in text
-    assert "any of text, first-frame, diagonal" in cli("methods", "block-sparse").out
+    text = cli("methods", "block-sparse").out
+    assert "any of text, first-frame, diagonal" in text and "above 0, at most 1" in text
 
 
 def test_settings_of_the_method_itself_come_before_inherited_ones(cli):

@@ -39,16 +39,18 @@ def what_it_can_gain(record: dict[str, Any]) -> str:
 def _heading(record: dict[str, Any]) -> list[str | Table]:
     model, dense, place = record["model"], record["dense"], record["environment"]
     pixels, seconds = model["pixels"], dense["seconds"]
+    size = "real size" if model["real_size"] else "scaled"
     frames = f"{pixels['frames']} frames of " if pixels["frames"] > 1 else ""
+    layers, heads = _count(model["layers"], "layer"), _count(model["heads"], "head")
+    calls, rounds = _count(dense["attention_calls"], "attention call"), _count(record["repeats"], "round")
     return [
-        f"{model['config']} ({'real size' if model['real_size'] else 'scaled'}): {model['layers']} layers, "
-        f"{model['heads']} heads of {model['head_dim']}, {model['parameters'] / 1e6:,.0f} million random weights; "
-        f"{frames}{pixels['width']} x {pixels['height']} pixels: {model['visual_tokens']:,} tokens and "
+        f"{model['config']} ({size}): {layers}, {heads} of {model['head_dim']}, {model['parameters'] / 1e6:,.0f} million "
+        f"random weights; {frames}{pixels['width']} x {pixels['height']} pixels: {model['visual_tokens']:,} tokens and "
         f"{model['text_tokens']} of text",
-        f"{record['device']}, {record['dtype']}: {place['hardware']}, {place['threads']} threads, torch "
-        f"{place['torch']}; {record['repeats']} rounds in turns, medians; load {record['load_average']['before']}",
-        f"dense step {seconds['median']:.3g} s [{seconds['min']:.3g}, {seconds['max']:.3g}]: "
-        f"{dense['attention_calls']} attention calls of {dense['attention_ms']['median']:.1f} ms; {_memory(dense)}",
+        f"{record['device']}, {record['dtype']}: {place['hardware']}, {_count(place['threads'], 'thread')}, torch "
+        f"{place['torch']}; {rounds} in turns, medians; load {record['load_average']['before']}",
+        f"dense step {seconds['median']:.3g} s [{seconds['min']:.3g}, {seconds['max']:.3g}]: {calls} of "
+        f"{dense['attention_ms']['median']:.1f} ms; {_memory(dense)}",
     ]
 
 
@@ -64,7 +66,8 @@ def _table(rows: list[dict[str, Any]], verbose: bool) -> Table:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     ratio, attention = row["ratio"], row["attention"]
-    against = f"{row['speedup']:.2f}x [{1.0 / ratio['max']:.2f}, {1.0 / ratio['min']:.2f}]"
+    spread = f" [{1.0 / ratio['max']:.2f}, {1.0 / ratio['min']:.2f}]" if ratio["min"] < ratio["max"] else ""
+    against = f"{row['speedup']:.2f}x{spread}"
     alone = (f"{attention['speedup']:.2f}x", _percent(attention["plan_share"])) if attention else ("", "")
     step = (row["label"], row["phase"], f"{row['seconds']['median']:.3g} s", against, f"{row['ceiling']:.2f}x")
     return (*step, alone[0], _percent(row["step_density"]), alone[1], _memory(row))
@@ -75,6 +78,10 @@ def _verbose_cells(row: dict[str, Any]) -> tuple[str, ...]:
     target = attention.get("target")
     met = "" if target is None else f"{target:.2f}x {'pass' if attention['met'] else 'FAIL'}"
     return (_times(row["speedup_cpu"]), _times(attention.get("speedup_cpu")), met)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _times(value: float | None) -> str:

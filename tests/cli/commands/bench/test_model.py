@@ -21,7 +21,7 @@ def test_the_table_and_the_record(cli, tmp_path) -> None:
     more = ("--method", "re-ttention:density=0.25,q_block=32,kv_block=32,period=3")
     done = cli("bench", "model", *words, *more, "-o", tmp_path / "deep" / "found.json")
     assert done.code == 0, done.err
-    assert "wan2.1-1.3b (scaled): 2 layers, 1 heads of 128" in done.out
+    assert "wan2.1-1.3b (scaled): 2 layers, 1 head of 128" in done.out
     assert "81 frames of 112 x 64 pixels: 588 tokens" in done.out
     assert "refresh" in done.out and "mean of 3 steps" in done.out
     for column in ("whole step", "against dense [range]", "best possible", "attention alone", "choosing blocks"):
