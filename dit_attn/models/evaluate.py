@@ -199,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
     parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--size", type=int, help="height and width in pixels (default: the model's own)")
     parser.add_argument("--run", type=Path, help="folder of a training run: score its checkpoint, not shipped weights")
     parser.add_argument("--tail", action="store_true", help="the run in --run is a tail")
     parser.add_argument("--output", type=Path, help="JSON file (default: only print)")
@@ -208,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     call = call_defaults(args.name)
     given = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.steps}
+    given |= {"height": args.size, "width": args.size}
     call.update({key: value for key, value in given.items() if value is not None})
     kind = recipe(args.name).kind
     steps: int | None
@@ -217,6 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline, steps = load(args.name), info(args.name).training.get("steps_done")
     figures, samples = evaluate(pipeline, kind, call, args.count, args.seed, args.batch)
     words = [args.name, "--count", args.count, "--seed", args.seed, "--batch", args.batch]
+    for flag in ("guidance_scale", "steps", "size", "run"):
+        if getattr(args, flag) is not None:
+            words += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
+    words += ["--tail"] * args.tail
     command = " ".join(map(str, ["python -m dit_attn.models.evaluate", *words]))
     record = {
         "model": args.name,

@@ -13,7 +13,7 @@ import torch
 from dit_attn import models
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import world
-from dit_attn.models import registry
+from dit_attn.models import nets, registry
 from dit_attn.models.recipe import RECIPES
 
 NAMES = ["tiny-image", "tiny-video", "tiny-joint"]
@@ -85,6 +85,13 @@ def test_every_word_of_the_world_is_a_token(name):
     tokenizer = models.load(name).tokenizer
     unknown = [w for w in world.vocabulary() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
     assert not unknown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tokens_of_a_recipe_are_those_of_the_shipped_model(name):
+    chosen = RECIPES[name]
+    built = nets.build_tokenizer(chosen.kind, chosen.net.text_length)
+    assert built.get_vocab() == models.load(name).tokenizer.get_vocab()
 
 
 def test_changing_the_returned_defaults_does_not_change_the_registry():

@@ -257,8 +257,10 @@ def test_a_checkpoint_is_scored_as_the_run_it_belongs_to(tmp_path, monkeypatch, 
     run.step = 3
     run.save(tmp_path)
     monkeypatch.setitem(RECIPES, "tiny-multi", run.recipe)
-    words = ["--count", "2", "--steps", "1", "--run", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    words = ["--count", "2", "--steps", "1", "--size", "32", "--run", str(tmp_path)]
+    words += ["--output", str(tmp_path / "out.json")]
     assert evaluate.main(["tiny-multi", *words]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert record == json.loads(capsys.readouterr().out)
+    assert record["command"].endswith(f"--steps 1 --size 32 --run {tmp_path}") and record["call"]["width"] == 32
     assert record["training_steps"] == 3 and record["objects"]["all"]["present"]["of"] == 3

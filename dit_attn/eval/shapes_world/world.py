@@ -191,15 +191,17 @@ def held_out_sample(kind: str, count: int, seed: int = 0) -> list[Item]:
 # ---------------------------------------------------------------------------------------------- drawing
 
 
-def _distances(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Signed distances to the four `SHAPES` of half extent `r` at the origin, negative inside."""
+def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """Signed distance to one of the `SHAPES` of half extent `r` at the origin, negative inside."""
+    if shape == "circle":
+        return (x * x + y * y).sqrt() - r
     ax, ay = x.abs(), y.abs()
-    circle = (x * x + y * y).sqrt() - r
-    square = torch.maximum(ax, ay) - r
-    triangle = torch.maximum(y - r, (2 * ax - y - r) / 5**0.5)
+    if shape == "square":
+        return torch.maximum(ax, ay) - r
+    if shape == "triangle":
+        return torch.maximum(y - r, (2 * ax - y - r) / 5**0.5)
     arm = r / 3
-    cross = torch.minimum(torch.maximum(ax - r, ay - arm), torch.maximum(ax - arm, ay - r))
-    return circle, square, triangle, cross
+    return torch.minimum(torch.maximum(ax - r, ay - arm), torch.maximum(ax - arm, ay - r))
 
 
 def coverage(
@@ -223,10 +225,10 @@ def coverage(
     x = xs[None, None, :] - center[:, 0, None, None]
     y = ys[None, :, None] - center[:, 1, None, None]
     out = torch.empty(len(shape), len(ys), len(xs), device=center.device)
-    for index in range(len(SHAPES)):
+    for index, name in enumerate(SHAPES):
         rows = (shape == index).nonzero()[:, 0]
         if len(rows):
-            distance = _distances(x[rows], y[rows], extent[rows, None, None])[index]
+            distance = _distance(name, x[rows], y[rows], extent[rows, None, None])
             out[rows] = (0.5 - distance * min(height, width)).clamp(0, 1)
     return out
 

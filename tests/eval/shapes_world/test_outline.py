@@ -38,6 +38,13 @@ def test_drawn_images_have_the_outline_of_a_drawing(size):
             assert one.perimeter == pytest.approx(1.0, abs=0.01) and one.edge_width == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_canvas_that_is_not_square_is_measured_the_same_way():
+    scenes = [world.all_scenes()[i] for i in (5, 400, 800, 1100)]
+    for image in world.render_scenes(scenes, 64, 96, generator=torch.Generator().manual_seed(2)):
+        for one in measure_outlines(image):
+            assert one.perimeter == pytest.approx(1.0, abs=0.02) and one.edge_width == pytest.approx(1.0, abs=0.1)
+
+
 def test_a_staircase_of_four_pixels_is_as_much_longer_as_its_steps():
     """Of a circle, the steps of a grid measure 8 r instead of 2 pi r."""
     (one,) = measure_outlines(_blocks(_draw(CIRCLE, 128), 4))

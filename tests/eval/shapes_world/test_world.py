@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import world
 
 EVERYTHING = (*world.all_scenes(), *world.all_videos())
+DIGEST = "4654dc22614efec1a4fd03862e84856e0fdf28e9bad24273f7cca76ce4d78838"
 
 
 def test_every_caption_parses_back_to_its_item():
@@ -115,3 +119,28 @@ def test_coverage_of_a_window_is_that_part_of_the_full_canvas():
     full = world.coverage(shape, center, extent, 48, 80)
     window = (slice(5, 30), slice(20, 71))
     assert torch.equal(world.coverage(shape, center, extent, 48, 80, window), full[:, 5:30, 20:71])
+
+
+def test_captions_and_their_split_are_those_that_the_shipped_models_were_trained_on():
+    text = "\n".join(f"{world.caption(item)} {world.held_out(item)}" for item in EVERYTHING)
+    assert hashlib.sha256(text.encode()).hexdigest() == DIGEST
+
+
+def test_drawings_are_those_of_the_formula():
+    """In float64: 1 inside, 0 outside, and the signed distance over one pixel between."""
+    scenes = [scene for scene in world.all_scenes() if scene.count == 1][::53]
+    y, x = (np.mgrid[:64, :64] + 0.5) / 64
+    for scene, image in zip(scenes, world.render_scenes(scenes, 64)):
+        r, arm = world.SIZES[scene.size], world.SIZES[scene.size] / 3
+        dx, dy = x - world.PLACES[scene.place][0], y - world.PLACES[scene.place][1]
+        ax, ay = abs(dx), abs(dy)
+        distance = {
+            "circle": np.hypot(dx, dy) - r,
+            "square": np.maximum(ax, ay) - r,
+            "triangle": np.maximum(dy - r, (2 * ax - dy - r) / 5**0.5),
+            "cross": np.minimum(np.maximum(ax - r, ay - arm), np.maximum(ax - arm, ay - r)),
+        }[scene.shape]
+        share = np.clip(0.5 - 64 * distance, 0, 1)[..., None]
+        color, ground = np.array(world.COLORS[scene.color]), np.array(world.BACKGROUNDS[scene.background])
+        wanted = share * color + (1 - share) * ground
+        assert np.abs(image.permute(1, 2, 0).numpy() - wanted).max() < 1e-4
