@@ -124,8 +124,10 @@ def headline(found: Sequence[Verdict], prompts: int, attention_share: float | No
     if best.kind in ("good", "look"):
         return f"{best.label} {best.claim}."
     if "few" in kinds:
-        few = sorted((one for one in found if one.prompts), key=lambda one: one.prompts)
-        return f"Too few prompts to decide ({prompts}): {_would_do(few)}."
+        needed = [one.prompts for one in found if one.prompts]
+        first, last = needed[0], max(needed)
+        more = f" for the best so far, {last:,} for every method" if last > first else ""
+        return f"Too few prompts to decide ({prompts}): {first:,} would do{more}."
     if kinds == {"bad"}:
         return "No method keeps quality." if any(one.chip != "failed" for one in found) else "Every item failed."
     if all(one.chip == "no better than dense" for one in found):
@@ -135,14 +137,6 @@ def headline(found: Sequence[Verdict], prompts: int, attention_share: float | No
         hint = f" Attention is {100 * attention_share:.0f} % of the operations of a dense step at this size."
     words = "is faster than dense here" if kinds == {"none"} else "is faster than dense and keeps quality"
     return f"No method {words}.{hint}"
-
-
-def _would_do(few: Sequence[Verdict]) -> str:
-    """How many prompts would decide the first and the last of undecided methods, sorted by that."""
-    first, last = few[0], few[-1]
-    if first.prompts == last.prompts:
-        return f"{first.prompts:,} would do"
-    return f"{first.prompts:,} would do for {first.label}, {last.prompts:,} for every method"
 
 
 def speed_estimate(row: dict[str, Any], prompts: int) -> Estimate | None:

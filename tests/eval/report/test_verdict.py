@@ -134,9 +134,11 @@ def test_a_headline_without_a_winner_says_why(rows: list[dict[str, Any]], words:
 
 def test_a_headline_of_few_prompts_says_how_many_would_do() -> None:
     found = verdicts([dense(2), row(lost=1, prompts=2), row("other", prompts=2)], 2)
-    first, last = sorted(found, key=lambda one: one.prompts)
-    words = f"{first.prompts} would do for {first.label}, {last.prompts} for every method."
-    assert headline(found, 2) == f"Too few prompts to decide (2): {words}"
+    lossy, same = sorted(found, key=lambda one: one.quality)
+    assert found[0] == same and same.prompts > lossy.prompts
+    assert headline(found, 2) == f"Too few prompts to decide (2): {same.prompts} would do."
+    later = f"{lossy.prompts} would do for the best so far, {same.prompts} for every method."
+    assert headline(found[::-1], 2) == f"Too few prompts to decide (2): {later}"
     assert headline(found[:1], 2) == f"Too few prompts to decide (2): {found[0].prompts} would do."
 
 
