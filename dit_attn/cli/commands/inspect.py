@@ -202,7 +202,7 @@ def _inspected(live: Run, config: InspectConfig) -> Inspection:
         found.save(live.folder)
     except OSError as error:
         raise DitAttnError(f"cannot write to --output {live.folder} ({error.strerror}); choose another") from error
-    outputs.write_text(page(found.meta, found.tensors), live.folder / PAGE)
+    outputs.write_text(page(found.meta, found.tensors, live.folder), live.folder / PAGE)
     return found
 
 
@@ -229,8 +229,9 @@ def means(found: Inspection) -> dict[str, float]:
 
 
 def _show(found: Inspection, folder: Path) -> None:
-    """Print the means of every statistic, the cost of measuring, and the files."""
+    """Print the means of every statistic, the density to set, the cost of measuring, and the files."""
     from dit_attn.eval.attention_stats import describe, ordered
+    from dit_attn.eval.report.density_advice import density_advice
     from dit_attn.eval.report.inspect_page import overhead
     from dit_attn.pipelines.inspect.inspection import META, TENSORS
 
@@ -242,7 +243,9 @@ def _show(found: Inspection, folder: Path) -> None:
         rows.append((about.title, *each, about.unit))
     statistics = Table(("statistic", *(f">{name}" for name in branches), "unit"), rows, folded=("statistic", "unit"))
     files = fields({"page": folder / PAGE, "tensors": folder / TENSORS, "meaning": folder / META})
-    show(statistics, "", overhead(found.meta["timing"]), "", files)
+    advice = density_advice(found.meta, found.tensors)
+    words = [f"{advice.sentence} {advice.detail}", ""] if advice else []
+    show(statistics, "", *words, overhead(found.meta["timing"]), "", files)
 
 
 def _print_plan(live: Run, config: InspectConfig) -> int:

@@ -1,29 +1,42 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = id => document.getElementById(id);
-const dense = data.labels[0];
+const dense = data.variants[0], methods = data.variants.slice(1);  // best first
+const MOST = 8;  // methods next to the slider; the select has all of them
 
-function media(entry, text) {
-  const node = document.createElement(entry.video ? "video" : "img");
-  if (entry.video) {
-    Object.assign(node, { muted: true, loop: true, playsInline: true });
-    node.setAttribute("aria-label", text);
-  } else {
-    node.alt = text;
-  }
-  node.src = entry.src;
+function make(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
   return node;
 }
 
-function words(item, label) { return label + ": " + item.prompt + ", seed " + item.seed; }
-
-function option(select, value, text) {
-  const node = document.createElement("option");
-  Object.assign(node, { value, textContent: text });
-  select.append(node);
+function media(entry, text) {
+  if (!entry.video) return make("img", { alt: text, src: entry.src });
+  const node = make("video", { muted: true, loop: true, playsInline: true, src: entry.src });
+  node.setAttribute("aria-label", text);
+  return node;
 }
 
+function label(variant) {  // a chunk is never broken
+  const parts = variant.chunks.flatMap(chunk => [
+    chunk.startsWith(" ") ? " " : "", make("span", { textContent: chunk.trim() })]);
+  return make("span", { className: "label" }, ...parts);
+}
+
+function words(item, variant) { return variant.label + ": " + item.prompt + ", seed " + item.seed; }
+
+function figure(item, variant) {
+  const entry = item.files[variant.label], caption = make("figcaption", {}, label(variant));
+  if (entry.judged) {
+    const text = entry.wrong.length ? "wrong " + entry.wrong.join(", ") : "right";
+    caption.append(make("small", { textContent: text, className: entry.wrong.length ? "wrong" : "" }));
+  }
+  return make("figure", {}, media(entry, words(item, variant)), caption);
+}
+
+function option(select, value, text) { select.append(make("option", { value, textContent: text })); }
+
 data.items.forEach((item, i) => option(element("item"), i, (i + 1) + ". " + item.prompt + " (seed " + item.seed + ")"));
-data.labels.slice(1).forEach(label => option(element("variant"), label, label));
+methods.forEach((variant, i) => option(element("variant"), i, variant.label));
 
 function cut() {
   const share = element("slider").value;
@@ -33,20 +46,32 @@ function cut() {
 }
 
 function show() {
-  const item = data.items[element("item").value], label = element("variant").value, stage = element("stage");
+  const item = data.items[element("item").value], variant = methods[element("variant").value], stage = element("stage");
   stage.replaceChildren();
-  element("other").textContent = label;
-  if (!item) return;
-  const below = item.files[label], above = item.files[dense];
-  if (!below || !above) { stage.textContent = "This item was not made by both."; return; }
-  const under = media(below, words(item, label)), over = media(above, words(item, dense));
+  element("row").replaceChildren();
+  element("other").textContent = variant ? variant.label : "";
+  if (!item || !variant) return;
+  neighbors(item);
+  const below = item.files[variant.label], above = item.files[dense.label];
+  if (!below || !above) { stage.textContent = "This item was not made by both."; run(true); return; }
+  const over = media(above, words(item, dense));
   over.classList.add("over");
-  const edge = document.createElement("div");
-  edge.className = "edge";
-  stage.append(under, over, edge);
+  stage.append(media(below, words(item, variant)), over, make("div", { className: "edge" }));
   element("play").hidden = !below.video;
   cut();
   run(true);
+}
+
+function neighbors(item) {  // dense and the best methods; a click puts one under the slider
+  for (const variant of [dense, ...methods.slice(0, MOST)]) {
+    if (!item.files[variant.label]) continue;
+    const node = figure(item, variant), place = methods.indexOf(variant);
+    if (place < 0) { element("row").append(node); continue; }
+    const button = make("button", { type: "button", title: "compare dense with " + variant.label }, node);
+    button.setAttribute("aria-pressed", String(place === Number(element("variant").value)));
+    button.addEventListener("click", () => { element("variant").value = place; show(); });
+    element("row").append(button);
+  }
 }
 
 function run(on) {  // all videos; a browser may refuse to start them without a click
@@ -58,7 +83,7 @@ function run(on) {  // all videos; a browser may refuse to start them without a 
 }
 
 function together() {  // videos of one item keep the time of the first
-  for (const group of document.querySelectorAll(".stage, .row")) {
+  for (const group of document.querySelectorAll(".pair, .item")) {
     const videos = [...group.querySelectorAll("video")];
     for (const video of videos.slice(1)) {
       if (Math.abs(video.currentTime - videos[0].currentTime) > 0.08) video.currentTime = videos[0].currentTime;
@@ -66,28 +91,21 @@ function together() {  // videos of one item keep the time of the first
   }
 }
 
+function list() {  // all items, made when they are first looked at
+  if (element("items").childElementCount) return;
+  for (const item of data.items) {
+    const row = make("div", { className: "row" });
+    for (const variant of data.variants) if (item.files[variant.label]) row.append(figure(item, variant));
+    const text = make("p", { textContent: item.prompt + " (seed " + item.seed + ")" });
+    element("items").append(make("section", { className: "item" }, text, row));
+  }
+  run(element("play").textContent === "pause");
+}
+
 element("slider").addEventListener("input", cut);
 element("item").addEventListener("change", show);
 element("variant").addEventListener("change", show);
 element("play").addEventListener("click", event => run(event.target.textContent === "play"));
-
-for (const item of data.items) {
-  const box = document.createElement("section"), text = document.createElement("p"), row = document.createElement("div");
-  box.className = "item";
-  row.className = "row";
-  text.textContent = item.prompt + " (seed " + item.seed + ")";
-  for (const label of data.labels) {
-    const entry = item.files[label];
-    if (!entry) continue;
-    const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-    const node = media(entry, words(item, label));
-    node.loading = "lazy";
-    caption.textContent = label + (!entry.judged ? "" : entry.wrong.length ? ": wrong " + entry.wrong.join(", ") : ": right");
-    figure.append(node, caption);
-    row.append(figure);
-  }
-  box.append(text, row);
-  element("items").append(box);
-}
-show();  // after the items: it starts every video
+element("all").addEventListener("toggle", list);
+show();
 setInterval(together, 500);

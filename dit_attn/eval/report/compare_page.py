@@ -1,21 +1,25 @@
-"""The page of a comparison of methods: figures, quality against speed, outputs next to each other, and maps."""
+"""The page of a comparison of methods: what each is worth, outputs next to each other, figures, intervals and maps."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_attn.eval.report.compare_maps import map_section
+from dit_attn.eval.report.digits import decimals
+from dit_attn.eval.report.estimates import Estimate
+from dit_attn.eval.report.interval_plot import Axis, IntervalPlot, IntervalRow
+from dit_attn.eval.report.media_source import file_address, is_video
 from dit_attn.eval.report.metric_labels import COLUMNS as METRICS
-from dit_attn.eval.report.plot import Plot
-from dit_attn.eval.report.render import render
+from dit_attn.eval.report.render import chunks, render
 from dit_attn.eval.report.table import Cell, Table
+from dit_attn.eval.report.verdict import RULE, TOLERANCE, headline, quality_estimate, speed_estimate, verdicts
 
-TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
 LARGEST = 24 << 20  # bytes of images and videos that are put into the page; beyond that it links to the files
-COLORS = ("#555f6b", "#1f6fb4", "#c2551b", "#2c8a4b", "#8a3fa0", "#a88400", "#b0305c", "#267f86")
+SHOWN_VERDICTS = 6  # the others are folded
+COLORS = ("#77818d", "#1f6fb4", "#c2551b", "#2c8a4b", "#8a3fa0", "#a88400", "#b0305c", "#267f86")
 
 
 def page(results: dict[str, Any], folder: Path, show: int = 24) -> str:
@@ -27,22 +31,31 @@ def page(results: dict[str, Any], folder: Path, show: int = 24) -> str:
         show: items on the page at most.
     """
     items = shown_items(results, folder, show)
-    rows = results["headline"]
-    labels = [row["label"] for row in rows]
+    found = verdicts(results["headline"], results["prompts"])
+    by_label = {row["label"]: row for row in results["headline"]}
+    rows = [results["headline"][0], *(by_label[one.label] for one in found)]
+    chips = {one.label: (one.kind, one.chip) for one in found}
+    variants = [
+        {"label": row["label"], "chunks": chunks(row["label"]), "chip": chips.get(row["label"], ("", ""))}
+        for row in rows
+    ]
     return render(
         "compare_page.html",
         title=f"{results['model']['model']}: methods compared with dense attention",
         about=about(results),
-        sentences=sentences(rows),
-        table=table(rows),
+        headline=headline(found, results["prompts"], results.get("attention_share")),
+        verdicts=found,
+        shown=SHOWN_VERDICTS,
+        rule=RULE,
+        table=table(rows, MAIN),
+        more=table(rows, MORE),
         notes=notes(rows),
-        plot=quality_plot(rows),
-        key=[(color(i), label) for i, label in enumerate(labels)],
+        plot=interval_plot(rows, results["prompts"]),
         maps=map_section(results["maps"], results["takes"]),
         missing=missing(results, len(items)),
         command=results["command"],
         facts={**results["environment"], **results["versions"], "commit": results["commit"]}.items(),
-        data={"labels": labels, "items": items},
+        data={"variants": variants, "items": items},
     )
 
 
@@ -60,10 +73,8 @@ def shown_items(results: dict[str, Any], folder: Path, show: int) -> list[dict[s
     inside = sum((folder / entry["file"]).stat().st_size for entry in files) <= LARGEST
     for entry in files:
         path = folder / entry.pop("file")
-        kind = TYPES.get(path.suffix.lower(), "image/png")
-        entry["video"] = kind.startswith("video")
-        link = path.relative_to(folder).as_posix()
-        entry["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if inside else link
+        entry["video"] = is_video(path)
+        entry["src"] = file_address(path) if inside else path.relative_to(folder).as_posix()
     return chosen
 
 
@@ -86,37 +97,6 @@ def about(results: dict[str, Any]) -> str:
     )
 
 
-def sentences(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Say what the figures mean: (label, rest of the sentence) of every method but dense."""
-    found = []
-    for row in rows[1:]:
-        parts = []
-        if row["speedup"]:
-            ratio = row["speedup"]["value"]
-            speed = f"is {ratio:.2f}x as fast as dense" if ratio >= 1 else f"is slower than dense ({ratio:.2f}x)"
-            parts.append(speed + _unsure(row["speedup"], 1.0))
-        if row["attention_flops"]:
-            parts.append(f"computes {row['attention_flops']['value']:.0%} of the attention")
-        change = (row["verifier"] or {}).get("change")
-        if change:
-            points = 100 * change["value"]
-            more = "more" if points > 0 else "less"
-            word = "as often as" if abs(points) < 0.05 else f"{abs(points):.0f} points {more} often than"
-            parts.append(f"follows the prompt {word} dense{_unsure(change, 0.0)}")
-        elif row["ssim"]:
-            parts.append(f"has a similarity (SSIM) of {row['ssim']['value']:.3f} to dense")
-        *first, last = parts or ["has no figures"]
-        found.append((row["label"], f"{', '.join(first)}{' and ' if first else ''}{last}."))
-    return found
-
-
-def _unsure(figure: dict[str, Any], neutral: float) -> str:
-    interval = figure["ci95"]
-    if interval is None:
-        return " (one prompt: no interval)"
-    return " (within the noise)" if interval[0] <= neutral <= interval[1] else ""
-
-
 def missing(results: dict[str, Any], shown: int) -> str:
     """Say what the page does not show."""
     failed = sum(result["error"] is not None for result in results["takes"])
@@ -130,29 +110,38 @@ def missing(results: dict[str, Any], shown: int) -> str:
 
 # -- table and plot ----------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    ("seconds per item", "seconds", 1.0, "{:.2f}"),
-    ("speed-up", "speedup", 1.0, "{:.2f}x"),
-    ("attention computed, % of dense", "attention_flops", 100.0, "{:.0f} %"),
-    ("prompt followed (verifier)", "verifier.whole", 100.0, "{:.0f} %"),
-    ("attributes right", "verifier.attributes", 100.0, "{:.0f} %"),
-    ("equivalent guidance scale", "parallel", 1.0, "{:+.2f}"),
-    ("orthogonal component", "sideways", 1.0, "{:.2f}"),
-    ("color saturation", "saturation", 1.0, "{:.3f}"),
-    ("PSNR to dense, dB", "psnr", 1.0, "{:.1f}"),
-    ("SSIM to dense", "ssim", 1.0, "{:.3f}"),
-    *((metric.title, f"metrics.{name}", 1.0, f"{{:.{metric.digits}f}}") for name, metric in METRICS.items()),
-    ("temporal consistency", "temporal", 1.0, "{:.3f}"),
+# Title, key, scale, form and the digits after the point at most.
+Column = tuple[str, str, float, str, int]
+MAIN: tuple[Column, ...] = (
+    ("seconds per item", "seconds", 1.0, "{:.{places}f}", 2),
+    ("speed-up", "speedup", 1.0, "{:.{places}f}x", 2),
+    ("attention computed, % of dense", "attention_flops", 100.0, "{:.{places}f} %", 0),
+    ("prompt followed (verifier)", "verifier.whole", 100.0, "{:.{places}f} %", 0),
+    ("PSNR to dense, dB", "psnr", 1.0, "{:.{places}f}", 1),
+    ("SSIM to dense", "ssim", 1.0, "{:.{places}f}", 3),
+)
+MORE: tuple[Column, ...] = (
+    ("attributes right", "verifier.attributes", 100.0, "{:.{places}f} %", 0),
+    ("equivalent guidance scale", "parallel", 1.0, "{:+.{places}f}", 2),
+    ("orthogonal component", "sideways", 1.0, "{:.{places}f}", 2),
+    ("color saturation", "saturation", 1.0, "{:.{places}f}", 3),
+    *((metric.title, f"metrics.{name}", 1.0, "{:.{places}f}", metric.digits) for name, metric in METRICS.items()),
+    ("temporal consistency", "temporal", 1.0, "{:.{places}f}", 3),
 )
 LOWER = {metric.title for metric in METRICS.values() if metric.better == "lower"} | {"seconds per item"}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Build the table of figures; columns without a figure are left out."""
-    columns = [column for column in COLUMNS if any(_figure(row, column[1]) for row in rows)]
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> Table | None:
+    """Build a table of figures; columns without a figure are left out, ``None`` where nothing is left."""
+    columns = [column for column in columns if any(_figure(row, column[1]) for row in rows)]
+    if not columns:
+        return None
     head = [Cell(title, "lower is better" if title in LOWER else "") for title, *_ in columns]
     body = [
-        [Cell(row["label"], dot=color(i)), *(_cell(_figure(row, key), scale, form) for _, key, scale, form in columns)]
+        [
+            Cell(row["label"], dot=color(i)),
+            *(_cell(_figure(row, key), scale, form, most) for _, key, scale, form, most in columns),
+        ]
         for i, row in enumerate(rows)
     ]
     return Table("table of figures", ["method", *head], body)
@@ -187,42 +176,88 @@ def _figure(row: dict[str, Any], key: str) -> dict[str, Any] | None:
     return found
 
 
-def _cell(figure: dict[str, Any] | None, scale: float, form: str) -> Cell:
+def _cell(figure: dict[str, Any] | None, scale: float, form: str, most: int) -> Cell:
+    """A figure with as many digits as its interval allows, at most those of the column."""
     if figure is None or figure["value"] is None:
         return Cell("-", hint="not applicable" if figure is None else figure["why"])
-    text, note = form.format(scale * figure["value"]), ""
+    note, places = "", most
     if figure["ci95"] and figure["ci95"][0] < figure["ci95"][1]:
-        note = " to ".join(form.format(scale * x).split(" ")[0] for x in figure["ci95"])
-    return Cell(text, note)
+        ends = [scale * end for end in figure["ci95"]]
+        places = decimals((ends[1] - ends[0]) / 2, most)
+        note = " to ".join(form.format(end, places=places).split(" ")[0] for end in ends)
+    return Cell(form.format(scale * figure["value"], places=places), note)
 
 
-def quality_plot(rows: Sequence[dict[str, Any]]) -> Plot | None:
-    """Plot quality against speed; quality is the verifier's where prompts can be judged, else SSIM."""
-    judged = any(_figure(row, "verifier.whole") for row in rows)
-    key, title, digits = ("verifier.whole", "prompt followed", "0%") if judged else ("ssim", "SSIM to dense", "3f")
-    points = []
-    for i, row in enumerate(rows):
-        quality = _figure(row, key)
-        if row["speedup"] and quality:
-            points.append((color(i), row["label"], row["speedup"], quality))
-    if not points:
+def interval_plot(rows: Sequence[dict[str, Any]], prompts: int) -> IntervalPlot | None:
+    """Plot speed-up and quality of every method with their intervals, as the verdicts use them.
+
+    Quality is the change in prompts followed where prompts can be judged, else SSIM to dense.
+    """
+    methods = [(row, color(i)) for i, row in enumerate(rows) if i]
+    speeds = [_ends(speed_estimate(row, prompts), math.exp) for row, _ in methods]
+    judged = any(quality_estimate(row, prompts) for row, _ in methods)
+    if judged:
+        qualities = [_ends(quality_estimate(row, prompts), lambda share: 100 * share) for row, _ in methods]
+    else:
+        qualities = [_recorded(row["ssim"]) for row, _ in methods]
+    if not any(speeds) and not any(qualities):
         return None
-    xs = [x for *_, speed, _ in points for x in (speed["ci95"] or [speed["value"]])]
-    ys = [y for *_, quality in points for y in (quality["ci95"] or [quality["value"]])]
-    low, high = min(ys), max(ys)
-    room = 0.08 * (high - low or 0.1)
-    plot = Plot(
-        f"{title} against speed-up, one point a method",
-        (min(0.9, *xs), max(1.1, *xs)),
-        (max(0.0, low - room), min(1.0, high + room)),  # both qualities lie in [0, 1]
-        "speed-up over dense",
-        title,
+    times = Axis.over(
+        "speed-up over dense", _values(speeds, 4.0), lambda x: f"{x:g}x", (1.0, "as fast as dense"), limits=(0.0, 1e9)
     )
-    plot.ticks("{:.2f}x".format, f"{{:.{digits}}}".format)
-    for shade, label, speed, quality in points:
-        if speed["ci95"]:
-            plot.line([(end, quality["value"]) for end in speed["ci95"]], "bar", shade)
-        if quality["ci95"]:
-            plot.line([(speed["value"], end) for end in quality["ci95"]], "bar", shade)
-        plot.point(speed["value"], quality["value"], "method", shade, label)
-    return plot
+    if judged:
+        title, mark = "prompts followed, change in points", (0.0, "as often as dense")
+        quality = Axis.over(title, [*_values(qualities, 100.0), -100 * TOLERANCE], _signed, mark, 20.0)
+    else:
+        quality = Axis.over("SSIM to dense", _values(qualities, 1.0), "{:g}".format, (1.0, "equal to dense"), 0.1)
+    cells, said = [], []
+    for (row, shade), speed, good in zip(methods, speeds, qualities, strict=True):
+        texts = [_times(speed), (_points if judged else _plain)(good)]
+        places = [axis.interval(*one, text) if one else None for axis, one, text in
+                  zip((times, quality), (speed, good), texts, strict=True)]  # fmt: skip
+        cells.append(IntervalRow(row["label"], shade, places))
+        said.append(f"{row['label']}: speed-up {texts[0]}, {'change' if judged else 'SSIM'} {texts[1]}")
+    return IntervalPlot("; ".join(said), (times, quality), cells)
+
+
+_Ends = tuple[float, float, float]  # value, low and high
+
+
+def _ends(found: Estimate | None, scale: Callable[[float], float]) -> _Ends | None:
+    if found is None:
+        return None
+    low, high = (scale(end) if math.isfinite(end) else end for end in (found.low, found.high))
+    return scale(found.value), low, high
+
+
+def _recorded(figure: dict[str, Any] | None) -> _Ends | None:
+    return None if not figure else (figure["value"], *(figure["ci95"] or (figure["value"], figure["value"])))
+
+
+def _values(found: Sequence[_Ends | None], most: float) -> list[float]:
+    """Values and ends that an axis has to hold; intervals beyond ``most`` are cut, not the values."""
+    ends = [min(max(end, -most), most) for one in found if one for end in one[1:]]
+    return [*ends, *(one[0] for one in found if one)]
+
+
+def _signed(points: float) -> str:
+    return f"{points:+g}" if points else "0"
+
+
+def _times(one: _Ends | None) -> str:
+    return _said(one, "{:.2f}x", "{:.2f}")
+
+
+def _points(one: _Ends | None) -> str:
+    return _said(one, "{:+.0f} points", "{:+.0f}")
+
+
+def _plain(one: _Ends | None) -> str:
+    return _said(one, "{:.3f}", "{:.3f}")
+
+
+def _said(one: _Ends | None, value: str, end: str) -> str:
+    if one is None:
+        return "-"
+    known = math.isfinite(one[1]) and math.isfinite(one[2])
+    return value.format(one[0]) + (f" ({end.format(one[1])} to {end.format(one[2])})" if known else " (no interval)")

@@ -1,14 +1,17 @@
-"""The page of an inspection: heat maps of every attention statistic by layer, step and head."""
+"""The page of an inspection: which density to set, the item, and heat maps of every attention statistic."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_attn.eval.attention_stats import BEST, MASS, SELECTED, Statistic, describe, ordered
+from dit_attn.eval.report.density_advice import DensityAdvice, density_advice
 from dit_attn.eval.report.heatmap import HeatMap, heat_map
+from dit_attn.eval.report.media_source import file_address, is_video
 from dit_attn.eval.report.plot import Plot
 from dit_attn.eval.report.render import render
 from dit_attn.eval.report.table import Cell, Row, Table
@@ -17,18 +20,22 @@ BRANCHES = {"cond": "with the prompt", "uncond": "without the prompt"}
 Tensors = dict[str, torch.Tensor]
 
 
-def page(meta: dict[str, Any], tensors: Tensors) -> str:
+def page(meta: dict[str, Any], tensors: Tensors, folder: Path | None = None) -> str:
     """Render ``inspect.html``.
 
     Args:
         meta: ``inspect.json``.
         tensors: by statistic, (branches, layers, steps, heads) fp32, NaN for holes.
+        folder: where the item is that ``meta`` names; ``None`` shows none.
     """
-    names = ordered(tensors)
+    names, advice = ordered(tensors), density_advice(meta, tensors)
     return render(
         "inspect_page.html",
         title=f"{meta.get('model', 'A run')}: what its attention does",
         about=about(meta),
+        advice=advice,
+        layers=layer_bars(advice),
+        item=shown_item(meta, folder),
         findings=findings(meta, tensors),
         curve_words=curve_words(meta),
         curve=curve(tensors),
@@ -52,21 +59,41 @@ def about(meta: dict[str, Any]) -> str:
     return f"{item}{what}, run with {methods}; at most {meta['rows']} query rows of every attention call."
 
 
+def shown_item(meta: dict[str, Any], folder: Path | None) -> dict[str, Any] | None:
+    """Return address, kind and words of the item, ``None`` where its file is not there."""
+    path = folder / Path(meta["file"]).name if folder is not None and meta.get("file") else None
+    if path is None or not path.is_file():
+        return None
+    words = f"{meta.get('prompt', 'the item')}, seed {meta.get('noise_seed', '?')}"
+    return {"src": file_address(path), "video": is_video(path), "words": words}
+
+
+def layer_bars(advice: DensityAdvice | None) -> list[tuple[str, str, str]]:
+    """Return (layer, density as text, width in percent) of every layer, in their order."""
+    found = advice.layers.items() if advice else ()
+    return [
+        (name, "-" if math.isnan(x) else f"{x:.2f}", "0" if math.isnan(x) else f"{100 * x:.0f}") for name, x in found
+    ]
+
+
 def findings(meta: dict[str, Any], tensors: Tensors) -> list[str]:
     """Say what the figures mean, a sentence each."""
     layers, by_layer = meta["axes"]["layer"], tensors["blocks_90"].nanmean((0, 2, 3))
     low, high = (_extreme(by_layer, largest) for largest in (False, True))
+    least, most = _percent(float(by_layer[low])), _percent(float(by_layer[high]))
     found = [
-        f"90 % of the softmax mass lies in {_mean(tensors['keys_90']):.0%} of the keys, or in "
-        f"{_mean(tensors['blocks_90']):.0%} of the {meta['block']}-token key blocks: {by_layer[low]:.0%} in "
-        f"{layers[low]}, {by_layer[high]:.0%} in {layers[high]}.",
-        f"At density 25 % the best blocks hold {_mean(tensors['best_25']):.0%} of the mass and a selection by block "
-        f"means recalls {_mean(tensors['recall_25']):.0%}.",
+        f"90 % of the softmax mass lies in {_percent(_mean(tensors['keys_90']))} of the keys, or in "
+        f"{_percent(_mean(tensors['blocks_90']))} of the {meta['block']}-token key blocks: {least} in {layers[low]}, "
+        f"{most} in {layers[high]}.",
+        f"At density 25 % the best blocks hold {_percent(_mean(tensors['best_25']))} of the mass and a selection by "
+        f"block means recalls {_percent(_mean(tensors['recall_25']))}.",
     ]
     if "same_frame" in tensors:
-        found.append(f"{_mean(tensors['same_frame']):.0%} of what a row attends to in the video is in its own frame.")
+        found.append(
+            f"{_percent(_mean(tensors['same_frame']))} of what a row attends to in the video is in its own frame."
+        )
     text = [name for name in tensors if name.startswith("mass.text")]
-    found += [f"The prompt's tokens get {_mean(tensors[name]):.0%} of the mass." for name in text]
+    found += [f"The prompt's tokens get {_percent(_mean(tensors[name]))} of the mass." for name in text]
     if not text:
         found.append("The sequence of these layers has no text tokens, so there is no text mass.")
     return [*found, overhead(meta["timing"]), *_skipped(meta)]
@@ -79,8 +106,8 @@ def overhead(timing: dict[str, Any]) -> str:
         return f"The measured run took {measured}, {timing['watching_seconds']:.1f} s of it in the measurements."
     changed = "the same result bit for bit" if timing["unchanged"] else "another result: the run is not deterministic"
     return (
-        f"Measuring cost {timing['overhead']:.0%} ({measured} against {timing['plain_seconds']:.1f} s plain) and left "
-        f"{changed}."
+        f"Measuring cost {_percent(timing['overhead'])} ({measured} against {timing['plain_seconds']:.1f} s plain) and "
+        f"left {changed}."
     )
 
 
@@ -158,7 +185,8 @@ def section(meta: dict[str, Any], name: str, tensor: torch.Tensor) -> dict[str, 
     maps.append(heat_map(by_head.tolist(), axes["layer"], axes["head"], heads, about.unit, scale))
     even = uniform(meta, name)
     more = "" if even is None else f" Uniform attention would give {even:.3g}."
-    return {"anchor": _anchor(name), "title": about.title, "reading": about.reading + more, "maps": maps}
+    mean = f"{_mean(tensor):.3g} {about.unit}"
+    return {"title": about.title, "mean": mean, "reading": about.reading + more, "maps": maps}
 
 
 def curve(tensors: Tensors) -> Plot:
@@ -171,17 +199,23 @@ def curve(tensors: Tensors) -> Plot:
             points.append((_mean(tensors["blocks_90"]), MASS))
         found[kind] = sorted((x, y) for x, y in points if not math.isnan(y))
     titles = {"best": "best blocks", "means": "block means"}
-    said = ", ".join(f"{titles[kind]} at {x:.0%}: {y:.0%}" for kind, points in found.items() for x, y in points)
+    said = ", ".join(
+        f"{titles[kind]} at {_percent(x)}: {_percent(y)}" for kind, points in found.items() for x, y in points
+    )
     ends = (0.0, 1.0)
     label = f"softmax mass covered against density of key blocks; {said}"
-    plot = Plot(label, ends, ends, "density of key blocks", "softmax mass covered")
-    plot.ticks("{:.0%}".format, "{:.0%}".format)
+    plot = Plot(label, ends, ends, "density of key blocks", "softmax mass covered", left=68)
+    plot.ticks(_percent, _percent, 6)
     plot.line([(0.0, 0.0), (1.0, 1.0)], "even")
     for kind, points in found.items():
         plot.line([(0.0, 0.0), *points, (1.0, 1.0)], kind)
         for x, y in points:
-            plot.point(x, y, kind, title=f"{titles[kind]}, {x:.0%}: {y:.0%}")
+            plot.point(x, y, kind, title=f"{titles[kind]}, {_percent(x)}: {_percent(y)}")
     return plot
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _caption(about: Statistic, branch: str, axes: dict[str, Any]) -> str:
@@ -203,7 +237,3 @@ def _extreme(values: torch.Tensor, largest: bool) -> int:
 
 def _mean(tensor: torch.Tensor) -> float:
     return float(tensor.nanmean())
-
-
-def _anchor(name: str) -> str:
-    return "s-" + name.replace(".", "-")

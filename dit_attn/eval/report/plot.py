@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +57,7 @@ class Plot:
     @property
     def right(self) -> int:
         """Pixel of the right end of the horizontal axis."""
-        return self.width - 16
+        return self.width - 24
 
     @property
     def top(self) -> int:
@@ -76,14 +77,10 @@ class Plot:
         return round(across, 1), round(self.floor - (y - y0) / ((y1 - y0) or 1.0) * (self.floor - self.top), 1)
 
     def ticks(self, x: Callable[[float], str] | None, y: Callable[[float], str], count: int = 5) -> None:
-        """Put ``count`` even ticks on each axis, written by ``x`` (no ticks for ``None``) and ``y``."""
-        for i in range(count):
-            share = i / (count - 1)
-            along = self.x_range[0] + share * (self.x_range[1] - self.x_range[0])
-            up = self.y_range[0] + share * (self.y_range[1] - self.y_range[0])
-            if x is not None:
-                self.x_ticks.append((self.at(along, 0)[0], x(along)))
-            self.y_ticks.append((self.at(0, up)[1], y(up)))
+        """Put about ``count`` round ticks on each axis, written by ``x`` (no ticks for ``None``) and ``y``."""
+        if x is not None:
+            self.x_ticks += [(self.at(value, 0)[0], x(value)) for value in round_ticks(*self.x_range, count)]
+        self.y_ticks += [(self.at(0, value)[1], y(value)) for value in round_ticks(*self.y_range, count)]
 
     def line(self, values: Sequence[tuple[float, float]], kind: str, color: str = "") -> None:
         """Draw a line through ``values``."""
@@ -97,3 +94,15 @@ class Plot:
     def point(self, x: float, y: float, kind: str, color: str = "", title: str = "") -> None:
         """Draw a dot."""
         self.points.append(Point(*self.at(x, y), kind, color, title))
+
+
+def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about ``count`` multiples of 1, 2 or 5 times a power of ten in [low, high]."""
+    width = high - low
+    if width <= 0.0 or not math.isfinite(width):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(width / count))
+    steps = [power * factor for factor in (1, 2, 5, 10)]
+    step = min(steps, key=lambda step: abs(math.floor(width / step) + 1 - count))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(place * step, 12) for place in range(first, last + 1)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 
 from dit_attn.eval.report.heatmap import SCALE, rgb
 
@@ -23,7 +23,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters["breakable"] = breakable
+    found.filters["chunks"] = chunks
     stops = ", ".join(rgb(i / (len(SCALE) - 1)) for i in range(len(SCALE)))
     found.globals["gradient"] = f"linear-gradient(90deg, {stops})"
     return found
@@ -34,6 +34,6 @@ def render(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-def breakable(label: object) -> Markup:
-    """Escape a label and let a narrow column break it after ``,`` and ``:``."""
-    return Markup(escape(label).replace(",", Markup(",<wbr>")).replace(":", Markup(":<wbr>")))
+def chunks(label: object) -> list[str]:
+    """Split the label of a method where a narrow column may break it: behind ``:`` and ``,``, in front of ``+``."""
+    return re.split(r"(?<=[:,])(?=\S)|(?= \+ )", str(label))

@@ -1,17 +1,20 @@
-"""The page of a search for heads: what was found, score by round, every head's score, images before and after."""
+"""The page of a search for heads: whether to use them, images before and after, score by round, every head's score."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from dit_attn.eval.report.digits import write_figure, write_value
+from dit_attn.eval.report.estimates import mean_estimate
 from dit_attn.eval.report.heatmap import HeatMap, heat_map
+from dit_attn.eval.report.media_source import data_address
 from dit_attn.eval.report.plot import Plot
 from dit_attn.eval.report.render import render
+from dit_attn.eval.report.search_verdict import found_sets, search_verdict
 from dit_attn.eval.report.table import Cell, Row, Table
 
 SMALLEST = 128  # pixels of an image's height on the page; smaller ones are enlarged without smoothing
@@ -30,6 +33,7 @@ def page(found: dict[str, Any], grid: Sequence[dict[str, Any]], fps: int = 8) ->
         "search_page.html",
         title=f"{found['model'] or found['transformer']}: heads for {about['objective']}",
         about=summary(found),
+        verdict=search_verdict(found),
         findings=findings(found),
         heads=heads_table(found),
         checks=[check_section(name, checks, about) for name, checks in found["checks"].items()],
@@ -48,9 +52,10 @@ def summary(found: dict[str, Any]) -> str:
     """Say in one line what was searched and how."""
     about = found["search"]
     count = sum(found["layers"].values())
+    rounds = f"{_many(about['rounds'], 'round')} of {_many(about['per_round'], 'head')}"
     return (
-        f"{about['strategy']} search over {count} heads of {len(found['layers'])} layers, {about['rounds']} rounds of "
-        f"{about['per_round']} heads, {len(about['pairs'])} pairs of prompt and noise; strength u = {about['u']:g}, "
+        f"{about['strategy']} search over {count} heads of {len(found['layers'])} layers, {rounds}, "
+        f"{_many(len(about['pairs']), 'pair')} of prompt and noise; strength u = {about['u']:g}, "
         f"scale w = {found['scale']:g}, guidance scale {about['guidance_scale']:g}."
     )
 
@@ -59,30 +64,31 @@ def findings(found: dict[str, Any]) -> list[str]:
     """Say what the figures mean, a sentence each."""
     out = []
     for name, checks in found["checks"].items():
-        label = list(_sets(checks))[-1]
-        gain = checks[label]["gain"]
+        label = list(found_sets(checks))[-1]
+        gain, others = checks[label]["gain"], [one for key, one in checks.items() if key.startswith("random")]
         if gain is None:
             out.append(f"On the {_words(name)} pairs the found heads have no finite score.")
             continue
         way = "raise" if gain["value"] > 0 else "lower"
         out.append(
-            f"On the {_words(name)} pairs the found heads {way} the score by {abs(gain['value']):.4g} over no "
-            f"guidance{_unsure(gain)}."
+            f"On the {_words(name)} pairs the found heads {way} the score by "
+            f"{write_value(abs(gain['value']), gain['ci95'])} over no guidance{_unsure(gain)}."
         )
-        others = [one["gain"] for key, one in checks.items() if key.startswith("random") and one["gain"]]
-        if others:
-            mean = sum(one["value"] for one in others) / len(others)
-            out.append(f"As many random heads change it by {mean:+.4g} there ({_many(len(others), 'random set')}).")
+        known = [one["gain"]["value"] for one in others if one["gain"]]
+        if known:
+            mean = write_value(sum(known) / len(known), gain["ci95"], "+")
+            out.append(f"As many random heads change it by {mean} there ({_many(len(known), 'random set')}).")
         lead = found["search"].get("best_layer", {}).get("lead", {}).get(name)
         if lead is not None:
             layer, way = found["search"]["best_layer"]["name"], "above" if lead["value"] > 0 else "below"
             out.append(
                 f"All heads of {layer}, the best layer on the searched pairs, change it by "
-                f"{checks[layer]['gain']['value']:+.4g} there; the heads are {abs(lead['value']):.4g} {way} it"
-                f"{_unsure(lead)}."
+                f"{write_figure(checks[layer]['gain'], '+')[0]} there; the heads are "
+                f"{write_value(abs(lead['value']), lead['ci95'])} {way} it{_unsure(lead)}."
             )
     spread = {layer for layer, _, _ in found["heads"]}
-    out.append(f"The {len(found['heads'])} heads lie in {len(spread)} of {len(found['layers'])} layers.")
+    verb = "lies" if len(found["heads"]) == 1 else "lie"
+    out.append(f"The {_many(len(found['heads']), 'head')} {verb} in {len(spread)} of {len(found['layers'])} layers.")
     images = sum(found["search"]["images"].values())
     out.append(f"{images:,} images were made; the full greedy search takes {found['search']['images_of_greedy']:,} "
                "for its candidates.")  # fmt: skip
@@ -110,14 +116,9 @@ def _many(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _sets(checks: dict[str, Any]) -> dict[str, Any]:
-    """The sets of the search, in their order, without those they are compared with."""
-    return {name: one for name, one in checks.items() if not name.startswith(("none", "layer", "random"))}
-
-
 def _unsure(figure: dict[str, Any]) -> str:
-    ends = figure["ci95"]
-    return "" if ends and (ends[0] > 0 or ends[1] < 0) else ", within the noise"
+    known = mean_estimate(figure, figure["n"])
+    return "" if known.low > 0 or known.high < 0 else ", within the noise"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -129,10 +130,12 @@ def heads_table(found: dict[str, Any]) -> Table:
     for number, one in enumerate(found["rounds"], 1):
         scores = {(layer, head): value for layer, head, value in one["scores"]}
         joined.update({(layer, head): (number, scores.get((layer, head))) for layer, head in one["chosen"]})
+    none = found["checks"].get("searched", {}).get("none", {}).get("score")  # how well a score is known
+    width = none["ci95"] if none else None
     rows = []
     for layer, index, u in found["heads"]:
         number, score = joined.get((layer, index), ("-", None))
-        rows.append([layer, index, f"{u:g}", number, "-" if score is None else f"{score:.4g}"])
+        rows.append([layer, index, f"{u:g}", number, "-" if score is None else write_value(score, width)])
     head = ["layer", "head", "strength u", "round", "score of the set with it"]
     return Table("the heads that were found", head, rows)
 
@@ -150,7 +153,7 @@ def check_section(name: str, checks: dict[str, Any], about: dict[str, Any]) -> d
 def checks_table(name: str, checks: dict[str, Any]) -> Table:
     """List the scores of all sets, with intervals."""
     rows: list[Row] = [
-        [_label(label), len(one["heads"]), _cell(one["score"]), _cell(one["gain"], "+.4g")]
+        [_label(label), len(one["heads"]), Cell(*write_figure(one["score"])), Cell(*write_figure(one["gain"], "+"))]
         for label, one in checks.items()
     ]
     return Table(f"scores on the {_words(name)} pairs", ["set", "heads", "score", "gain over no guidance"], rows)
@@ -160,12 +163,6 @@ def cost_table(about: dict[str, Any]) -> Table:
     """Count images and transformer passes by purpose."""
     rows = [[name, f"{count:,}", f"{about['passes'][name]:,}"] for name, count in about["images"].items()]
     return Table("images and passes", ["for", "images", "transformer passes of one sample"], rows)
-
-
-def _cell(figure: dict[str, Any] | None, form: str = ".4g") -> Cell:
-    if figure is None:
-        return Cell("-")
-    return Cell(f"{figure['value']:{form}}", " to ".join(f"{end:{form}}" for end in figure["ci95"] or ()))
 
 
 def _label(name: str) -> str:
@@ -206,7 +203,7 @@ def score_plot(name: str, checks: dict[str, Any], about: dict[str, Any]) -> Plot
     ends = [x for _, score in points for x in (*(score["ci95"] or ()), score["value"])] + random
     low, high = min(ends), max(ends)
     room = 0.06 * (high - low or 1.0)
-    said = ", ".join(f"{_label(label)} {score['value']:.4g}" for label, score in points)
+    said = ", ".join(f"{_label(label)} {write_figure(score)[0]}" for label, score in points)
     plot = Plot(
         f"{about['objective']} by round, {_words(name)} pairs: {said}",
         (0.0, max(len(points) - 1.0, 1.0)),
@@ -225,7 +222,7 @@ def score_plot(name: str, checks: dict[str, Any], about: dict[str, Any]) -> Plot
     for i, (label, score) in enumerate(points):
         if score["ci95"]:
             plot.line([(i, end) for end in score["ci95"]], "best")
-        plot.point(i, score["value"], "best", title=f"{_label(label)}: {score['value']:.4g}")
+        plot.point(i, score["value"], "best", title=f"{_label(label)}: {write_figure(score)[0]}")
         if i % every == 0:
             plot.x_ticks.append((plot.at(i, low)[0], "none" if label == "none" else label.removeprefix("round ")))
     return plot
@@ -255,4 +252,4 @@ def _source(frames: np.ndarray, fps: int) -> str:
     file, kind = io.BytesIO(), "GIF" if len(shown) > 1 else "PNG"
     extra: dict[str, Any] = {"save_all": True, "append_images": shown[1:], "duration": 1000 // fps, "loop": 0}
     shown[0].save(file, kind, **(extra if kind == "GIF" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_address(file.getvalue(), f"image/{kind.lower()}")

@@ -39,3 +39,8 @@ class Table:
     label: str
     head: Sequence[Cell | str]
     rows: Sequence[Row]
+
+    def title(self, column: int) -> str:
+        """Return the heading of a column as text."""
+        head = self.head[column]
+        return head if isinstance(head, str) else head.text

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dit_attn.cli import runner
+from dit_attn.eval.report.density_advice import density_advice
 from dit_attn.pipelines.inspect.inspection import Inspection
 from tests.cli.conftest import FAST
 
@@ -41,6 +42,9 @@ def test_it_writes_the_item_the_numbers_and_the_page_and_says_what_watching_cost
     assert meta["axes"]["step"] == ["step 1", "step 2"] and meta["methods"] == []
     assert (tmp_path / "out" / meta["file"]).is_file()
     page = (tmp_path / "out" / "inspect.html").read_text()
+    advice = density_advice(meta, found.tensors)
+    assert advice is not None and advice.sentence in done.out and advice.sentence in page
+    assert 'src="data:image/png;base64,' in page  # the item
     assert "tiny-image: what its attention does" in page and meta["command"].split()[0] in page
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dit_attn.eval import attention_stats as stats
+from dit_attn.eval.report.density_advice import density_advice
 from dit_attn.eval.report.inspect_page import page
 
 NAMES = (*stats.STATISTICS, "mass.text", "mass.video")
@@ -46,13 +47,42 @@ def test_the_page_says_what_the_figures_say_and_needs_nothing_else() -> None:
     meta, tensors = inspection()
     html = page(meta, tensors)
     text = words(html)
-    assert f"in {float(tensors['blocks_90'].nanmean()):.0%} of the 64-token key blocks" in text
-    assert "Measuring cost 25% (2.5 s against 2.0 s plain) and left the same result bit for bit." in text
+    assert f"in {100 * float(tensors['blocks_90'].nanmean()):.0f} % of the 64-token key blocks" in text
+    assert "Measuring cost 25 % (2.5 s against 2.0 s plain) and left the same result bit for bit." in text
     assert "2 of 12 calls were not measured: causal attention." in text
-    assert f"The prompt's tokens get {float(tensors['mass.text'].nanmean()):.0%} of the mass." in text
+    assert f"The prompt's tokens get {100 * float(tensors['mass.text'].nanmean()):.0f} % of the mass." in text
     assert "Uniform attention would give 0.333." in text and "Uniform attention would give 0.25." in text
     assert "<red>" not in html and "<b>:" not in html and "a &lt; b" in html
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", html) and "http" not in html
+
+
+def test_the_density_to_set_stands_first_and_every_layer_has_its_own() -> None:
+    meta, tensors = inspection()
+    html = page(meta, tensors)
+    advice = density_advice(meta, tensors)
+    text = words(html)
+    assert advice is not None and text.index(advice.sentence) < text.index(advice.detail) < text.index("softmax mass")
+    bars = re.findall(r'<span class="name">(.*?)</span>.*?width:(\d+)%.*?<span class="amount">([\d.]+)</span>', html)
+    wanted = [(escape(name), f"{100 * x:.0f}", f"{x:.2f}") for name, x in advice.layers.items()]
+    assert bars == wanted
+
+
+def test_the_item_is_on_the_page(tmp_path: Path) -> None:
+    meta, tensors = inspection()
+    assert "<video" not in page(meta, tensors, tmp_path) and "<img" not in page(meta, tensors)
+    (tmp_path / "item.mp4").write_bytes(b"film")
+    meta["file"] = "../somewhere/item.mp4"  # only the name counts
+    html = page(meta, tensors, tmp_path)
+    assert 'src="data:video/mp4;base64,ZmlsbQ=="' in html and "a &lt;red&gt; circle, seed 3" in html
+    (tmp_path / "item.png").write_bytes(b"image")
+    assert "data:image/png;base64,aW1hZ2U=" in page({**meta, "file": "item.png"}, tensors, tmp_path)
+
+
+def test_the_versions_stand_there_once_and_folded() -> None:
+    meta, tensors = inspection()
+    meta |= {"environment": {"torch": "9.8.7", "hardware": "a CPU"}, "versions": {"torch": "9.8.7", "diffusers": "6"}}
+    html = page(meta, tensors)
+    assert html.count("9.8.7") == 1 and html.index("<summary>How it was made") < html.index("9.8.7")
 
 
 def test_every_statistic_has_a_sentence_and_a_map_for_each_branch_and_the_heads() -> None:
@@ -105,6 +135,9 @@ def test_a_person_can_use_the_page(browser: Any, tmp_path: Path) -> None:
     path.write_text(page(meta, tensors), encoding="utf-8")
     browser.get(path.as_uri())
     assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollHeight <= 3 * innerHeight")
+    for summary in browser.find_elements(By.CSS_SELECTOR, ".part > summary"):
+        summary.click()
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     drawings = browser.find_elements(By.TAG_NAME, "svg")
     assert len(drawings) == 1 + 3 * len(NAMES) and all(one.get_attribute("aria-label") for one in drawings)

@@ -6,7 +6,7 @@ from dit_attn.eval.report.plot import Plot
 
 
 def plot() -> Plot:
-    return Plot("label", (0.0, 2.0), (-1.0, 1.0), "x", "y", width=216, height=156, left=100, bottom=44)
+    return Plot("label", (0.0, 2.0), (-1.0, 1.0), "x", "y", width=224, height=156, left=100, bottom=44)
 
 
 def test_the_ends_of_the_ranges_lie_at_the_ends_of_the_axes() -> None:

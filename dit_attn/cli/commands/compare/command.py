@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=1, default=str))
     else:
         files = {"figures": config.folder / "results.json", "page": config.folder / "report.html"}
-        show(summary_table(results), *same_work(results), "", fields(files))
+        show(summary_table(results), *same_work(results), "", verdict_table(results), "", fields(files))
     runner.warn((text for item in results["takes"] for text in item["warnings"]), len(results["takes"]))
     failed = [item for item in results["takes"] if item["error"]]
     if failed:
@@ -152,6 +152,16 @@ def summary_table(results: dict[str, Any]) -> Table:
     return Table((*columns, *(f">{name}" for name in metrics)), rows, folded=("variant",))
 
 
+def verdict_table(results: dict[str, Any]) -> Table:
+    """Return what each method is worth, best first, under the headline; the words are those of the page."""
+    from dit_attn.eval.report.verdict import headline, verdicts
+
+    found = verdicts(results["headline"], results["prompts"])
+    rows = [(one.chip, one.label, one.sentence) for one in found]
+    title = headline(found, results["prompts"], results["attention_share"])
+    return Table(("verdict", "variant", "why"), rows, title, folded=("variant", "why"))
+
+
 def _figure(
     data: dict[str, Any] | None, digits: int, scale: float = 1.0, unit: str = "", interval: bool = False
 ) -> str:
@@ -159,7 +169,7 @@ def _figure(
     if data is None or data["value"] is None:
         return "-"
     text = f"{scale * data['value']:.{digits}f}{unit}"
-    if interval and data["ci95"]:
+    if interval and data["ci95"] and data["ci95"][0] < data["ci95"][1]:
         low, high = data["ci95"]
         text += f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
     return text

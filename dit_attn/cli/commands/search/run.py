@@ -15,7 +15,9 @@ from dit_attn.cli.commands.search.config import HeadSearchConfig
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.cli.workers import join_workers
+from dit_attn.eval.report.digits import write_figure
 from dit_attn.eval.report.search_page import page
+from dit_attn.eval.report.search_verdict import search_verdict
 from dit_attn.pipelines.head_search import HeadHunter, HeadSet, Objective, ScorerOptions, make_objective
 from dit_attn.pipelines.head_search.evaluation import Arm
 from dit_attn.pipelines.head_search.head_set import FILE_NAME
@@ -185,19 +187,19 @@ def _facts(config: HeadSearchConfig, live: run_record.Run, seconds: float, worke
 
 
 def show_result(found: HeadSet, folder: Path) -> None:
-    """Print scores, cost and files."""
-    about = found.search
+    """Print scores, the verdict, cost and files; the command to use the heads only where they are better for sure."""
+    about, verdict = found.search, search_verdict(found.to_dict())
     parts: list[str | Table] = []
     for name, checks in found.checks.items():
         rows = [
-            (label, _figure(one["score"]), "" if one["gain"] is None else _figure(one["gain"]))
+            (label, _figure(one["score"]), "" if one["gain"] is None else _figure(one["gain"], "+"))
             for label, one in checks.items()
         ]
         parts += [Table(("", "score [95 %]", "gain [95 %]"), rows, f"{about['objective']} on {_on(name)}"), ""]
     if "best_layer" in about:
         best = about["best_layer"]
         parts += [
-            f"heads over {best['name']}, best when searched: {_figure(lead)} on {_on(name)}"
+            f"heads over {best['name']}, best when searched: {_figure(lead, '+')} on {_on(name)}"
             for name, lead in best["lead"].items()
         ]
         parts.append("")
@@ -210,19 +212,22 @@ def show_result(found: HeadSet, folder: Path) -> None:
         "images": f"{total} ({cost}); {sum(about['passes'].values())} transformer passes",
         "file": file,
         "page": folder / PAGE,
-        "use": f"dit-attn generate --model {found.model} --method softpag --set heads={file} "
-        f"--set scale={found.scale:g} --prompt ...",
     }
-    show(*parts, fields(summary))
+    if verdict.use:
+        summary["use"] = (
+            f"dit-attn generate --model {found.model} --method softpag --set heads={file} "
+            f"--set scale={found.scale:g} --prompt ..."
+        )
+    show(*parts, f"Verdict: {verdict.chip}. {verdict.sentence} {verdict.advice}", "", fields(summary))
 
 
 def _on(name: str) -> str:
     return f"{name.replace('_', ' ')} pairs"
 
 
-def _figure(found: dict[str, Any] | None) -> str:
+def _figure(found: dict[str, Any] | None, sign: str = "") -> str:
     """A number with its interval."""
     if found is None:
         return "no finite score"
-    value = f"{found['value']:.4g}"
-    return value if not found["ci95"] else f"{value} ({found['ci95'][0]:.4g} to {found['ci95'][1]:.4g})"
+    value, spread = write_figure(found, sign)
+    return f"{value} ({spread})" if spread else value

@@ -11,6 +11,7 @@ import pytest
 
 from dit_attn.cli import runner
 from dit_attn.cli.commands.compare.config import wanted_metrics
+from dit_attn.eval.report.verdict import headline, verdicts
 from dit_attn.eval.shapes_world import world
 
 CAPTION = "a large red circle at the left on white"
@@ -182,8 +183,12 @@ def test_resume_makes_nothing_that_is_there_and_only_what_is_missing(first, tmp_
     assert first().code == 0
     made = counted(monkeypatch)
     before = json.loads((tmp_path / "out/results.json").read_text())
-    assert first("--resume").code == 0 and made == []
+    again = first("--resume")
+    assert again.code == 0 and made == []
     assert json.loads((tmp_path / "out/results.json").read_text())["takes"] == before["takes"]
+    found = verdicts(before["headline"], before["prompts"])  # the terminal and the page say the same
+    words = [headline(found, before["prompts"], before["attention_share"]), found[0].chip, found[0].sentence]
+    assert all(text in again.out and text in (tmp_path / "out/report.html").read_text() for text in words)
     (gone,) = (tmp_path / "out/block-sparse-density-0-5-dense-steps-0").glob("*s1.png")
     gone.unlink()
     assert first("--resume").code == 0
