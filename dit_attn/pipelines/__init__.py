@@ -1,4 +1,4 @@
-"""Procedures that drive a stock pipeline, one folder per job: compare, calibrate, inspect, benchmark, head_search.
+"""Procedures that drive a stock pipeline, one folder per job.
 
 Importing this package loads nothing heavy; the names below are loaded at first use. Each folder re-exports what a user
 calls, such as ``from dit_attn.pipelines.compare import compare``.
@@ -13,6 +13,7 @@ _EXPORTS = {
     "Comparison": "dit_attn.pipelines.compare",
     "HeadHunter": "dit_attn.pipelines.head_search",
     "HeadSet": "dit_attn.pipelines.head_search",
+    "HighResolution": "dit_attn.pipelines.high_resolution",
     "Inspection": "dit_attn.pipelines.inspect",
     "MeasurementLog": "dit_attn.pipelines.measurement_log",
     "SearchConfig": "dit_attn.pipelines.head_search",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.calibrate import Calibration
     from dit_attn.pipelines.compare import Comparison, Variant
     from dit_attn.pipelines.head_search import HeadHunter, HeadSet, SearchConfig
+    from dit_attn.pipelines.high_resolution import HighResolution
     from dit_attn.pipelines.inspect import Inspection
     from dit_attn.pipelines.measurement_log import MeasurementLog
 
@@ -31,6 +33,7 @@ __all__ = [
     "Comparison",
     "HeadHunter",
     "HeadSet",
+    "HighResolution",
     "Inspection",
     "MeasurementLog",
     "SearchConfig",
