@@ -13,7 +13,7 @@ import pytest
 from tests._support.other_environment import ROOT, outcomes
 from tests.upstream import run
 
-TESTS = '''
+TESTS = """
 import torch
 import dit_attn
 from diffusers import WanTransformer3DModel
@@ -39,7 +39,7 @@ def test_one_call():
     with torch.no_grad():
         model(torch.randn(1, 4, 2, 8, 8), torch.tensor([5]), torch.randn(1, 3, 8))
     assert True
-'''
+"""
 
 
 def test_the_plug_in_enables_the_method_on_every_model_a_test_builds(tmp_path: Path) -> None:
@@ -66,6 +66,19 @@ def test_a_test_that_is_missing_or_skipped_differs() -> None:
     stock = {"tests": {"a": ("passed", ""), "b": ("passed", ""), "c": ("failed", "x")}}
     arm = {"tests": {"a": ("skipped", "why"), "c": ("failed", "y")}, "seconds": 1.0, "counts": {}}
     assert run.compare(stock, arm)["differs"] == {"a": "passed -> skipped: why", "b": "passed -> missing"}
+
+
+def test_what_the_package_refuses_in_a_line_is_counted_by_the_line() -> None:
+    stock = {"tests": {name: ("passed", "") for name in "abc"}}
+    line = "dit_attn.errors.DitAttnError: cannot be trained; disable it"
+    arm = {
+        "tests": {"a": ("failed", line), "b": ("failed", line), "c": ("failed", "assert 1")},
+        "seconds": 1.0,
+        "counts": {},
+    }
+    found = run.compare(stock, arm)
+    assert found["refused"] == {"cannot be trained; disable it": 2}
+    assert found["differs"] == {"c": "passed -> failed: assert 1"}
 
 
 def test_a_folder_that_is_no_work_tree_is_refused(tmp_path: Path) -> None:
