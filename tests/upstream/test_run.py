@@ -69,7 +69,7 @@ def test_a_test_that_is_missing_or_skipped_differs() -> None:
 
 
 def test_what_the_package_refuses_in_a_line_is_counted_by_the_line() -> None:
-    stock = {"tests": {name: ("passed", "") for name in "abc"}}
+    stock = {"tests": dict.fromkeys("abc", ("passed", ""))}
     line = "dit_attn.errors.DitAttnError: cannot be trained; disable it"
     arm = {
         "tests": {"a": ("failed", line), "b": ("failed", line), "c": ("failed", "assert 1")},
