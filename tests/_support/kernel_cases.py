@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dit_attn.kernels import device
-from dit_attn.kernels.backends.gather import tiling
+from dit_attn.kernels.backends.gather import head_groups
 from dit_attn.kernels.layouts import flex_mask, patterns, windows
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.token_order import token_order
@@ -27,7 +27,7 @@ def tight(on: bool = True) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if on:
             patch.setattr(device, "CHUNK_SIZES", {"cpu": device.ChunkSizes(chunk=1, group=0, pooled=1)})
-            patch.setattr(tiling, "COPY_LIMIT", 0.0)
+            patch.setattr(head_groups, "COPY_LIMIT", 0.0)
         yield
 
 

@@ -14,7 +14,8 @@ import torch
 from dit_attn.contact_sheet import Tile, grid
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.patterns import band, from_lengths, sink_window
-from dit_attn.kernels.layouts.windows import inward_window
+from dit_attn.kernels.layouts.token_order import token_order
+from dit_attn.kernels.layouts.windows import inward_window, snapped_window
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,27 +54,42 @@ def draw(layout: BlockLayout, batch: int = 0, head: int = 0, scale: int = 3) -> 
 
 
 def contact_sheet(layouts: dict[str, BlockLayout], columns: int = 3) -> Image.Image:
-    """Draw several layouts with their names, in a grid of ``columns``."""
-    cells = [Tile((draw(layout),), name) for name, layout in layouts.items()]
+    """Draw several layouts with their names and densities, about equally large, in a grid of ``columns``."""
+    longest = max(layout.kv_len for layout in layouts.values())
+    cells = [
+        Tile((draw(layout, scale=max(1, round(longest / layout.kv_len))),), name, f"density {layout.density:.2f}")
+        for name, layout in layouts.items()
+    ]
     return grid([cells[i : i + columns] for i in range(0, len(cells), columns)])
+
+
+def documented_layouts() -> dict[str, BlockLayout]:
+    """Return the layouts of the documentation's image by their captions; the second row is one window three times."""
+    blocks: dict[str, Any] = {"q_block": 16, "kv_block": 16}
+    sizes: dict[str, Any] = {"q_len": 104, "kv_len": 104, **blocks}
+    rng = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 1, 7, 7, generator=rng)
+    forced = torch.eye(7, dtype=torch.bool) | (torch.arange(7) == 6)
+    grid, window, text = (16, 24), (8, 8), 16
+    tiles = token_order("tiles", grid, tile=(1, 4, 4))
+    return {
+        "from_topk(k=3), forced": BlockLayout.from_topk(scores, 3, forced[None, None], **sizes),
+        "band(before=20, after=8)": band(104, 104, 20, 8, **blocks),
+        "sink_window(sinks=10, window=24)": sink_window(104, 10, 24, **blocks),
+        "inward_window, row-major": inward_window(grid, window, text_after=text, **blocks),
+        "inward_window, tiles of 4 x 4": inward_window(grid, window, order=tiles, text_after=text, **blocks),
+        "snapped_window, tiles of 4 x 4": snapped_window(grid, window, order=tiles, text_after=text, **blocks),
+        "inward_window((4, 5, 5), (3, 3, 3))": inward_window((4, 5, 5), (3, 3, 3), text_after=4, **blocks),
+        "inward_window, tiles, stride=4": inward_window(
+            grid, window, order=tiles, stride=4, text_after=text, **blocks
+        ),
+        "from_lengths([30, 50, 24])": from_lengths(torch.tensor([30, 50, 24]), 104, **blocks),
+    }
 
 
 def main() -> int:
     """Draw the image of the documentation into the file named on the command line."""
-    blocks: dict[str, Any] = {"q_block": 16, "kv_block": 16}
-    rng = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, 1, 7, 7, generator=rng)
-    forced = torch.eye(7, dtype=torch.bool) | (torch.arange(7) == 6)
-    sizes: dict[str, Any] = {"q_len": 104, "kv_len": 104, **blocks}
-    layouts = {
-        "from_topk(k=3), forced": BlockLayout.from_topk(scores, 3, forced[None, None], **sizes),
-        "inward_window((10, 10), 5), text": inward_window((10, 10), 5, text_after=4, **blocks),
-        "inward_window((4, 5, 5), (3, 3, 3))": inward_window((4, 5, 5), (3, 3, 3), text_after=4, **blocks),
-        "band(before=20, after=8)": band(104, 104, 20, 8, **blocks),
-        "sink_window(sinks=10, window=24)": sink_window(104, 10, 24, **blocks),
-        "from_lengths([30, 50, 24])": from_lengths(torch.tensor([30, 50, 24]), 104, **blocks),
-    }
-    contact_sheet(layouts).save(Path(sys.argv[1]))
+    contact_sheet(documented_layouts()).save(Path(sys.argv[1]))
     return 0
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from dit_attn.kernels import inward_window, plan_blocks, sparse_attention
-from dit_attn.kernels.backends.gather.threads import run_parts
+from dit_attn.kernels import BlockLayout, inward_window, plan_blocks, sparse_attention
+from dit_attn.kernels.backends.gather.forward import precision
+from dit_attn.kernels.backends.gather.head_groups import split_heads
+from dit_attn.kernels.backends.gather.threads import run_items, run_parts
+from dit_attn.kernels.problem import Problem
 
 CPU = torch.device("cpu")
 
@@ -85,3 +89,66 @@ def test_an_error_is_raised_to_the_caller() -> None:
 
     with pytest.raises(ValueError, match="at 0"):
         run_parts(work, 100, CPU)
+
+
+@pytest.mark.parametrize("batch, heads, key_heads", ((1, 2, 2), (1, 3, 3), (2, 4, 2)))
+def test_heads_side_by_side_are_exact(batch: int, heads: int, key_heads: int) -> None:
+    q = torch.randn(batch, 1100, heads, 48)
+    k, v = torch.randn(2, batch, 1100, key_heads, 48)
+    mask = torch.rand(batch, 1100) > 0.2
+    bias = 0.3 * torch.randn(batch, heads, 1100)
+    layout = inward_window((25, 44), (9, 11), q_block=64, kv_block=64)
+    call = partial(sparse_attention, layout=layout, key_mask=mask, key_bias=bias, return_lse=True)
+    found = call(q, k, v, backend="gather")
+    exact = call(q.double(), k.double(), v.double(), backend="reference")
+    torch.set_num_threads(1)
+    alone = call(q, k, v, backend="gather")
+    for a, b, reference in zip(found, alone, exact):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a.double(), reference.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_every_thread_computes_heads_of_its_own_and_all_share_the_last() -> None:
+    seen: list[tuple[int, str, int]] = []
+
+    def work(i: int) -> None:
+        seen.append((i, threading.current_thread().name, torch.get_num_threads()))
+        assert i == 4 or not torch.is_grad_enabled()
+
+    run_items(work, 5, CPU)
+    own = threading.current_thread().name
+    assert sorted(i for i, *_ in seen) == [0, 1, 2, 3, 4]
+    assert {cores for i, name, cores in seen if name != own} == {1} and seen[-1] == (4, own, 2)
+
+
+@pytest.mark.parametrize("n, device, at_once", ((1, CPU, True), (4, CPU, False), (4, torch.device("meta"), True)))
+def test_heads_that_cannot_go_side_by_side_are_computed_in_turn(n: int, device: torch.device, at_once: bool) -> None:
+    calls: list[tuple[int, str]] = []
+    run_items(lambda i: calls.append((i, threading.current_thread().name)), n, device, at_once)
+    assert calls == [(i, threading.current_thread().name) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "seq, heads, ranges, fits",
+    (
+        (1024, 4, ((0, 0, 2), (0, 2, 4)), True),  # as many groups as threads, though all heads fit one
+        (4096, 2, ((0, 0, 1), (0, 1, 2)), True),
+        (16384, 2, ((0, 0, 1), (0, 1, 2)), False),  # two copies at once would be half of q, k, v and o
+        (16384, 8, tuple((0, h, h + 1) for h in range(8)), True),
+    ),
+)
+def test_groups_of_heads_go_side_by_side_where_memory_allows(
+    seq: int, heads: int, ranges: tuple[tuple[int, int, int], ...], fits: bool
+) -> None:
+    q = torch.empty(1, seq, heads, 64)
+    layout = BlockLayout.dense(seq, seq, q_block=128, kv_block=128)
+    split = split_heads(Problem(q, q, q, layout, 1.0, None, None), precision(q.dtype, CPU), threads=2)
+    assert split.ranges == ranges and split.fits is fits
+
+
+def test_an_error_in_a_head_is_raised_to_the_caller() -> None:
+    def work(i: int) -> None:
+        raise ValueError(f"head {i}")
+
+    with pytest.raises(ValueError, match="head 0"):
+        run_items(work, 2, CPU)

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dit_attn.kernels.backends.gather.head_groups import HeadGroup, Precision, gather_heads, split_heads
 from dit_attn.kernels.backends.gather.tile_buffers import TileBuffers, iter_chunks
-from dit_attn.kernels.backends.gather.tiling import (
-    HeadGroup,
-    Precision,
-    QueryTiles,
-    TileBucket,
-    iter_buckets,
-    iter_head_groups,
-    iter_query_tiles,
-)
+from dit_attn.kernels.backends.gather.tiling import QueryTiles, TileBucket, iter_buckets, iter_query_tiles
 from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspace
 from dit_attn.kernels.problem import LOG2E, NEG_INF, Problem
 
@@ -90,8 +83,10 @@ def gather_backward(
     db = None
     if bias_grad and problem.key_bias is not None:
         db = torch.zeros(problem.key_bias.shape, dtype=lse.dtype, device=q.device)
+    split = split_heads(problem, kind)
     with borrow_workspace() as workspace:
-        for group in iter_head_groups(problem, kind, workspace):
+        for index in range(len(split.ranges)):
+            group = gather_heads(problem, kind, split, index, workspace)
             bias = torch.zeros_like(group.bias) if db is not None and group.bias is not None else None
             sums = _Sums(torch.zeros_like(group.k.rows), torch.zeros_like(group.v.rows), bias)
             for tiles in iter_query_tiles(problem, group):

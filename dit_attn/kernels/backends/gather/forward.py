@@ -17,17 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_attn.kernels.backends.gather.threads import LARGE, run_parts
+from dit_attn.kernels.backends.gather.head_groups import HeadGroup, Precision, gather_heads, split_heads
+from dit_attn.kernels.backends.gather.threads import LARGE, run_items, run_parts
 from dit_attn.kernels.backends.gather.tile_buffers import TileBuffers, iter_chunks
-from dit_attn.kernels.backends.gather.tiling import (
-    HeadGroup,
-    Precision,
-    QueryTiles,
-    TileBucket,
-    iter_buckets,
-    iter_head_groups,
-    iter_query_tiles,
-)
+from dit_attn.kernels.backends.gather.tiling import QueryTiles, TileBucket, iter_buckets, iter_query_tiles
 from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspace
 from dit_attn.kernels.problem import LN2, LOG2E, NEG_INF, Problem
 
@@ -63,11 +56,17 @@ def gather_attention(problem: Problem, rounded_logits: bool = False) -> tuple[to
     kind = precision(q.dtype, q.device, rounded_logits)
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=kind.logits, device=q.device)
-    with borrow_workspace() as workspace:
-        for group in iter_head_groups(problem, kind, workspace, allow_in_place=True):
+    large = problem.on_host and out.numel() > LARGE
+    split = split_heads(problem, kind, torch.get_num_threads() if large else 1, allow_in_place=True)
+
+    def heads(index: int) -> None:
+        with borrow_workspace() as workspace:
+            group = gather_heads(problem, kind, split, index, workspace)
             norms = _key_norms(problem, group)
             for tiles in iter_query_tiles(problem, group):
                 _forward_tiles(problem, group, tiles, workspace, out, lse, norms)
+
+    run_items(heads, len(split.ranges), q.device, at_once=large and split.fits)
     return out, lse
 
 

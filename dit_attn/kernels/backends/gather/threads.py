@@ -1,16 +1,18 @@
 """Threads that compute tiles side by side, each on one core.
 
 torch splits every operation over its threads and waits for all of them; a chunk takes about ten short operations. Where
-other processes hold a core, each wait costs a turn of the scheduler. Parts of a call on threads of their own wait once.
+other processes hold a core, each wait costs a turn of the scheduler. Parts of a call on threads of their own wait once,
+and heads on threads of their own once for a call.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -40,15 +42,33 @@ def run_parts(work: Callable[[int, int], None], n: int, device: torch.device, la
     if device.type != "cpu" or threads == 1 or not large or n < PARTS * threads:
         work(0, n)
         return
+    step = -(-n // (PARTS * threads))
+    _on_threads(threads, [partial(work, low, min(low + step, n)) for low in range(0, n, step)])
+
+
+def run_items(work: Callable[[int], None], n: int, device: torch.device, at_once: bool = True) -> None:
+    """Call ``work(i)`` for every ``i`` below ``n``, as many side by side as torch uses threads on a CPU.
+
+    What would keep some of the threads idle, all items where they may not be in memory ``at_once`` and any remainder,
+    is called on the caller's thread, where ``work`` may use the threads itself (:func:`run_parts`).
+    """
+    threads = torch.get_num_threads()
+    alone = n % threads if at_once and threads > 1 and device.type == "cpu" else n
+    if alone < n:
+        _on_threads(threads, [partial(work, i) for i in range(n - alone)])
+    for i in range(n - alone, n):
+        work(i)
+
+
+def _on_threads(threads: int, calls: Sequence[Callable[[], None]]) -> None:
     inference = torch.is_inference_mode_enabled()
 
-    def run(low: int, high: int) -> None:
+    def run(call: Callable[[], None]) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            work(low, high)
+            call()
 
-    step = -(-n // (PARTS * threads))
     executor = _threads(threads)
-    for part in [executor.submit(run, low, min(low + step, n)) for low in range(0, n, step)]:
+    for part in [executor.submit(run, call) for call in calls]:
         part.result()
 
 

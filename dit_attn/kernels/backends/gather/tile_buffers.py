@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dit_attn.kernels.backends.gather.tiling import HeadGroup, QueryTiles, TileBucket, TileMask
+from dit_attn.kernels.backends.gather.head_groups import HeadGroup
+from dit_attn.kernels.backends.gather.tiling import QueryTiles, TileBucket, TileMask
 from dit_attn.kernels.backends.gather.workspace import Workspace
 from dit_attn.kernels.device import chunk_sizes
 from dit_attn.kernels.problem import LOG2E, NEG_INF, Problem

@@ -1,4 +1,4 @@
-"""Partition of a call for the gather backend: groups of heads, tiles of equal query blocks, buckets of equal widths."""
+"""Partition of a group of heads for the gather backend: tiles of equal query blocks, buckets of equal widths."""
 
 from __future__ import annotations
 
@@ -6,54 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from dit_attn.kernels.backends.gather.key_blocks import KeyBlocks, blocks_in_place, copied_blocks
-from dit_attn.kernels.backends.gather.workspace import Workspace
-from dit_attn.kernels.device import chunk_sizes
+from dit_attn.kernels.backends.gather.head_groups import HeadGroup
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.element_masks import ElementMask, Tiles
-from dit_attn.kernels.problem import LOG2E, NEG_INF, Problem
-
-COPY_LIMIT = 0.25
-"""Largest copy of one head's K and V, as a fraction of q, k, v and o; a larger one is not made."""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The dtypes of a computation.
-
-    Attributes:
-        keys: of the product of q and k.
-        logits: of the softmax.
-        values: of the product of the probabilities and v.
-    """
-
-    keys: torch.dtype
-    logits: torch.dtype
-    values: torch.dtype
-
-
-@dataclass(frozen=True)
-class HeadGroup:
-    """Key heads ``g0:g1`` of one batch row, in blocks.
-
-    Attributes:
-        batch, g0, g1: batch row and range of key heads.
-        k, v: their blocks.
-        bias: (heads|1, nk, kv_block) in base-2 units, ``-inf`` where there is no key; or ``None``.
-        logits: dtype of the softmax.
-        low_rank: (heads|1 * nk, kv_block * R), the key side of the low-rank bias; or ``None``.
-    """
-
-    batch: int
-    g0: int
-    g1: int
-    k: KeyBlocks
-    v: KeyBlocks
-    bias: torch.Tensor | None
-    logits: torch.dtype
-    low_rank: torch.Tensor | None = None
+from dit_attn.kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -168,83 +125,6 @@ class TileBucket:
             x.index_copy_(0, self.members[low:high], value.to(x.dtype))
         elif value._base is not x:  # not the slot itself
             x[low:high].copy_(value)
-
-
-def iter_head_groups(
-    problem: Problem, kind: Precision, workspace: Workspace, allow_in_place: bool = False
-) -> Iterator[HeadGroup]:
-    """Iterate over the key heads of every batch row, as many at a time as the chunk size allows.
-
-    The buffers of one group are reused by the next.
-
-    Args:
-        problem: the call.
-        kind: its dtypes.
-        workspace: where copies are made.
-        allow_in_place: do not copy keys and values where the copy of a head would exceed ``COPY_LIMIT``.
-    """
-    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
-    tokens = layout.nk * layout.kv_block
-    per_head = tokens * (k.shape[-1] * kind.keys.itemsize + v.shape[-1] * kind.values.itemsize)
-    queries = q.shape[1] * problem.ratio * (q.shape[-1] + v.shape[-1]) * q.itemsize
-    limit = chunk_sizes(k.device).group
-    size = max(1, min(k.shape[2], limit // max(per_head, queries)))
-    inputs = q.shape[0] * k.shape[2] * (queries + layout.kv_len * (k.shape[-1] + v.shape[-1]) * k.itemsize)
-    large = problem.on_host and per_head > max(limit, COPY_LIMIT * inputs)
-    in_place = allow_in_place and large and layout.kv_len >= layout.kv_block
-
-    def blocks(x: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype, name: str) -> KeyBlocks:
-        if in_place:
-            return blocks_in_place(x, layout, mask, dtype)
-        return copied_blocks(x, layout, mask, dtype, name, workspace)
-
-    key_mask = problem.key_mask
-    if key_mask is not None and problem.on_host and bool(key_mask.all()):
-        key_mask = None
-    for b in range(k.shape[0]):
-        for g0 in range(0, k.shape[2], size):
-            g1 = min(g0 + size, k.shape[2])
-            mask = None if key_mask is None else key_mask[b]
-            heads = slice(g0 * problem.ratio, g1 * problem.ratio)
-            yield HeadGroup(
-                batch=b,
-                g0=g0,
-                g1=g1,
-                k=blocks(k[b, :, g0:g1], mask, kind.keys, "group k"),
-                v=blocks(v[b, :, g0:g1], mask, kind.values, "group v"),
-                bias=_bias(problem, b, heads, mask, kind.logits),
-                logits=kind.logits,
-                low_rank=_low_rank(problem, b, heads, mask, kind.logits, workspace),
-            )
-
-
-def _low_rank(
-    problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype, workspace: Workspace
-) -> torch.Tensor | None:
-    """(heads|1 * nk, kv_block * R), the key side of the low-rank bias; ``None`` if there is none."""
-    if problem.low_rank is None:
-        return None
-    k = problem.low_rank[1]
-    k = k[b if k.shape[0] > 1 else 0]
-    k = k[heads] if k.shape[0] > 1 else k
-    return copied_blocks(k.transpose(0, 1), problem.layout, mask, dtype, "group rank", workspace).rows
-
-
-def _bias(
-    problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """(heads|1, nk, kv_block) in base-2 units, ``-inf`` on keys that do not exist; ``None`` if nothing is added."""
-    layout, bias = problem.layout, problem.key_bias
-    if mask is None and bias is None:
-        return None
-    if bias is None:
-        rows = torch.zeros(1, layout.kv_len, dtype=dtype, device=problem.q.device)
-    else:
-        rows = bias[b if bias.shape[0] > 1 else 0].to(dtype) * LOG2E
-        rows = rows[heads] if bias.shape[1] > 1 else rows
-    if mask is not None:
-        rows = rows.masked_fill(~mask, NEG_INF)
-    return F.pad(rows, (0, layout.nk * layout.kv_block - layout.kv_len), value=NEG_INF).unflatten(1, (layout.nk, -1))
 
 
 def iter_query_tiles(problem: Problem, group: HeadGroup) -> Iterator[QueryTiles]:
