@@ -88,8 +88,7 @@ def without_caches(model: torch.nn.Module, shared_only: bool = False) -> Iterato
         shared_only: only those that share one state among the branches of a step (PyramidAttentionBroadcast,
             FasterCache). They would return the result of another branch, and store this one's for the next.
     """
-    registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
-    hooks = [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
+    hooks = _model_hooks(model)
     if shared_only:
         caches = [hook for hook in hooks if hook._is_stateful and "state" in vars(hook)]
     else:  # the blocks behind the first one of a FirstBlockCache are stateless, and follow its state
@@ -103,6 +102,28 @@ def without_caches(model: torch.nn.Module, shared_only: bool = False) -> Iterato
     finally:
         for reference, forward in zip(references, forwards):
             reference.forward = forward
+
+
+@contextmanager
+def inner_cache_context(model: Any, name: str) -> Iterator[None]:
+    """Give the step caches of diffusers a context of its own for the length of a ``with`` block.
+
+    The context around it is theirs again afterwards; ``cache_context`` itself leaves none.
+    """
+    managers = [value for hook in _model_hooks(model) for value in vars(hook).values() if hasattr(value, "set_context")]
+    before = [(manager, vars(manager).get("_context", vars(manager).get("_current_context"))) for manager in managers]
+    try:
+        with type(model).cache_context(model, name):
+            yield
+    finally:
+        for manager, context in before:
+            manager.set_context(context)
+
+
+def _model_hooks(model: torch.nn.Module) -> list[Any]:
+    """The hooks of diffusers on a model's modules."""
+    registries = filter(None, (getattr(module, "_diffusers_hook", None) for module in model.modules()))
+    return [hook for registry in registries for hook in getattr(registry, "hooks", {}).values()]
 
 
 # Blocks diffusers' own registry lacks, or holds wrongly: the inputs that come out again, in the order of the outputs.

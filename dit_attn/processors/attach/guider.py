@@ -241,7 +241,7 @@ class PerturbedGuider:
             stack.enter_context(perturbed_pass.replaced_forwards(replaced))
             if step_cache.is_cached(model):
                 stack.enter_context(compat.without_caches(model, shared_only=True))
-                stack.enter_context(type(model).cache_context(model, _CONTEXT))
+                stack.enter_context(compat.inner_cache_context(model, _CONTEXT))
             forward = stack.enter_context(step_cache.uncached_forward(model, module.forward, self._state))
             perturbed = forward(*args, **kwargs)
         expected = {name for name in expected if perturbed_pass.block_of(name) not in left_out}

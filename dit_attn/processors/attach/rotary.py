@@ -190,11 +190,16 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
             and len(entry.maps) == len(maps)
             and all(a.same(b) for a, b in zip(entry.maps, maps))
         ):
-            return leaves if entry.leaves is None else entry.leaves
-    moved = _moved(session, leaves, form, place, place.tokens, maps)
-    del kept[: max(0, len(kept) + 1 - _KEPT)]
-    kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, session.layout, maps, moved))
-    return leaves if moved is None else moved
+            moved = entry.leaves
+            break
+    else:
+        moved = _moved(session, leaves, form, place, place.tokens, maps)
+        del kept[: max(0, len(kept) + 1 - _KEPT)]
+        kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, session.layout, maps, moved))
+    if moved is None:
+        return leaves
+    layer.stats.moved.setdefault("; ".join(map(str, maps)), set()).add(session.clock.step)
+    return moved
 
 
 @dataclass

@@ -121,8 +121,7 @@ class Session(TransformerRun):
         kind = type(processor).__name__
         if tap is None and (kind, None) not in self.replaced.values():
             warnings.warn(
-                f"dit_attn: {layer.name} runs {kind}, set since enable, which has no softmax attention to tap: "
-                "no method applies there",
+                f"dit_attn: {layer.name} runs {kind}, set since enable: {_NO_TAP}",
                 stacklevel=2,
             )
         self.replaced[layer.name] = (kind, tap)

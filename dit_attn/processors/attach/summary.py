@@ -9,9 +9,11 @@ from typing import Any
 
 from dit_attn.processors.attach.guidance_summary import GuidanceSummary, summarize_guidance
 from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.summary_parts import PositionsSummary, TwinSummary, positions_of, twin_of
 from dit_attn.processors.attach.value_table import html_table, methods_text, percent, text_table
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from dit_attn.processors.core.layer import LayerStats
+from dit_attn.processors.core.remedies import with_remedy
 from dit_attn.processors.methods.presets import PresetUse, preset_use
 
 _CONTEXT = "with dit_attn.run_context(transformer"
@@ -70,6 +72,8 @@ class Summary:
             ``cache_context`` (as given in a loop), or ``time steps`` (of the calls; the number of steps is unknown).
         cross_layers: one entry per layer of the cross attention, where a method applies to it; totals leave them out.
         presets: for methods whose settings are those of the model's preset, but for the ``changed`` ones.
+        twin: passes that a method asked for in addition to the pipeline's, ``None`` without such a method.
+        positions: where and how methods moved the positions of tokens, ``None`` where none was moved.
     """
 
     families: tuple[str, ...]
@@ -82,6 +86,8 @@ class Summary:
     source: str = ""
     cross_layers: tuple[LayerSummary, ...] = ()
     presets: tuple[PresetUse, ...] = ()
+    twin: TwinSummary | None = None
+    positions: PositionsSummary | None = None
 
     @property
     def calls(self) -> int:
@@ -174,6 +180,7 @@ class Summary:
             rows += self._sparse_rows()
         if self.cross_layers:
             rows.append(("cross attention", _cross_text(self.cross_layers)))
+        rows += [(name, str(part)) for name in ("positions", "twin") if (part := getattr(self, name)) is not None]
         return [*rows, *guidance, *warnings]
 
     def _sparse_rows(self) -> list[tuple[str, str]]:
@@ -192,7 +199,7 @@ class Summary:
         ]
         if self.worst_error is not None:
             rows.append(("worst error", "{:.3g} of the norm, {}".format(*self.worst_error)))
-        return rows + [("fallback", f"{count} x {reason}") for reason, count in self.fallbacks.items()]
+        return rows + [("fallback", f"{count} x {with_remedy(reason)}") for reason, count in self.fallbacks.items()]
 
 
 def summarize(sessions: dict[str, Session]) -> Summary:
@@ -227,6 +234,8 @@ def summarize(sessions: dict[str, Session]) -> Summary:
         presets=tuple(
             use for method in first.methods if (use := preset_use(method, first.model, pair=len(sessions) > 1))
         ),
+        twin=twin_of(sessions),
+        positions=positions_of(sessions),
     )
 
 
@@ -236,7 +245,7 @@ def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
     reasons: Counter[str] = Counter()
     for layer in layers:
         reasons.update(layer.fallbacks)
-    stock = "".join(f"; {count} x {reason}" for reason, count in reasons.most_common())
+    stock = "".join(f"; {count} x {with_remedy(reason)}" for reason, count in reasons.most_common())
     return f"{biased} of {calls} calls biased, {replaced} replaced, {len(layers)} layers{stock}"
 
 

@@ -16,6 +16,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core import executor, sequence_parallel
 from dit_attn.processors.core.call import AttentionCall, CallMethod, Request, SDPAArgs
 from dit_attn.processors.core.layer import KINDS, Layer
+from dit_attn.processors.core.remedies import with_remedy
 from dit_attn.processors.core.run_state import RunState
 
 ONLY_GUIDANCE = "stock path: only guidance is enabled"
@@ -260,7 +261,7 @@ def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Te
 
 def _disable_layer(layer: Layer, reason: str) -> None:
     layer.disabled = reason
-    warnings.warn(f"dit_attn: {layer.name} goes back to dense attention: {reason}", stacklevel=2)
+    warnings.warn(f"dit_attn: {layer.name} goes back to dense attention: {with_remedy(reason)}", stacklevel=2)
 
 
 def _fallback(layer: Layer, reason: str, stock: Stock, args: SDPAArgs) -> torch.Tensor:

@@ -44,6 +44,7 @@ class LayerStats:
         biased_calls: calls with a logit bias, sparse or dense.
         scaled_calls: calls with another softmax scale, stock attention included.
         replaced_calls: calls whose output a method replaced; nothing was computed.
+        moved: steps at which the layer's tokens had other positions, by what moved them.
         computed: sum over the sparse calls of the attention computed, as a fraction of dense (all rows, all keys).
         seconds: time spent in sparse calls (host time; on an accelerator it is the time to enqueue them).
         dense_calls: calls in stock attention that were timed: those that a sparse method left dense, on the CPU.
@@ -58,6 +59,7 @@ class LayerStats:
     biased_calls: int = 0
     scaled_calls: int = 0
     replaced_calls: int = 0
+    moved: dict[str, set[int]] = field(default_factory=dict)
     fallbacks: Counter[str] = field(default_factory=Counter)
     computed: float | torch.Tensor = 0.0
     seconds: float = 0.0

@@ -64,6 +64,13 @@ class PositionMap:
         """Whether it can move a token at all."""
         return self.scale != (1.0, 1.0, 1.0) or self.offset != (0.0, 0.0, 0.0)
 
+    def __str__(self) -> str:
+        moves = []
+        for axis, scale, offset in zip(AXES, self.scale, self.offset):
+            numbers = [*([f"x{scale:g}"] if scale != 1.0 else ()), *([f"{offset:+g}"] if offset else ())]
+            moves += [f"{axis} {' '.join(numbers)}"] if numbers else []
+        return f"{', '.join(moves) or 'nothing'}{'' if self.region is None else ' in a region'}"
+
     def same(self, other: PositionMap) -> bool:
         """Return whether both move the same tokens in the same way."""
         numbers = (self.scale, self.offset, self.origin) == (other.scale, other.offset, other.origin)

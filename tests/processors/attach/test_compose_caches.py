@@ -55,6 +55,26 @@ def test_a_cache_keeps_its_decisions(name: str, kind: str) -> None:
     assert 0 < summary.sparse_calls == summary.calls < full
 
 
+@pytest.mark.parametrize("kind", ["FirstBlockCacheConfig", "TaylorSeerCacheConfig"])
+def test_a_perturbed_pass_leaves_the_cache_context_that_several_calls_share(kind: str) -> None:
+    chosen = requires(kind)(threshold=10.0) if kind.startswith("First") else config(kind, None)
+    outputs, ran = [], []
+    for guided in (False, True):
+        model, args = tiny("flux")
+        args["timestep"] = torch.tensor([0.9])
+        if guided:
+            dit_attn.enable(model, dit_attn.SoftPAG(heads="1"))
+        model.enable_cache(chosen)  # type: ignore[operator]
+        seen: list[bool] = []
+        model.transformer_blocks[-1].norm2.register_forward_hook(lambda *_, seen=seen: seen.append(True))
+        with model.cache_context("cond"):  # type: ignore[operator]
+            first = forward(model, args)
+            outputs.append((first, forward(model, args | {"timestep": torch.tensor([0.5])})))
+        ran.append(len(seen))
+    assert ran[1] == 2 * ran[0]  # the cache answers in the second pass of either
+    assert not any(same(plain, guided) for plain, guided in zip(*outputs))
+
+
 def test_fused_and_switched_adapters_are_exact() -> None:
     peft = pytest.importorskip("peft")
     outputs = []

@@ -130,7 +130,7 @@ def test_a_processor_without_attention_set_while_enabled_runs_untouched_and_is_w
     before = dit_attn.summary(model).warnings
     model.set_attn_processor(Zero())
     assert tap_of(Zero()) is None
-    with pytest.warns(UserWarning, match="runs Zero, set since enable, .* no method applies there") as caught:
+    with pytest.warns(UserWarning, match="runs Zero, set since enable: no method applies, .* set the stock") as caught:
         assert same(plain, forward(model, inputs)) and same(plain, forward(model, inputs))
     assert len(caught) == 1
     (added,) = set(dit_attn.summary(model).warnings) - set(before)

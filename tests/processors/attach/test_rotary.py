@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dit_attn
 from dit_attn.processors.attach import attach, rotary
+from dit_attn.processors.attach.summary_parts import PositionsSummary
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.core.sequence_parallel import Exchange
@@ -253,6 +254,7 @@ def test_layers_steps_and_branches_may_differ() -> None:
     assert not same(stock, pipeline_run(pipe, kwargs, 2))
     branches = (("cond",), ("uncond",))
     assert sites == [(step, layer, branch) for step in (0, 1) for branch in branches for layer in (0, 1)]
+    assert dit_attn.summary(pipe).positions == PositionsSummary(2, 1, ("w +2 in a region",))
     dit_attn.disable(pipe)
     assert same(stock, pipeline_run(pipe, kwargs, 2))
 

@@ -15,6 +15,7 @@ from dit_attn.processors.attach.guidance_summary import GuidanceSummary
 from dit_attn.processors.attach.pipeline_call import PipelineCall
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.summary import LayerSummary, Summary, _unknown, summarize
+from dit_attn.processors.attach.summary_parts import PositionsSummary, TwinSummary
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.dispatch import ONLY_GUIDANCE
 from dit_attn.processors.methods.presets import PresetUse
@@ -93,13 +94,27 @@ def test_the_text_says_what_ran_and_what_did_not() -> None:
         "density": ["30.0 % in sparse calls, 72.0 % over the run"],
         "time in method": ["0.75 s"],
         "worst error": ["0.07 of the norm, blocks.1"],
-        "fallback": ["2 x dense step", "2 x cross attention", "2 x dense layer"],
+        "fallback": [
+            "2 x dense step",
+            "2 x cross attention; no method computes such a layer; nothing to do",
+            "2 x dense layer",
+        ],
         "warning": ["careful"],
     }
     assert lines(report(methods=()))["methods"] == ["none"]
     biased = report(layers=(*LAYERS, LayerSummary("blocks.3", 4, 2, 0.5, 0.0, {}, biased_calls=3)))
     assert biased.biased_calls == biased.to_dict()["biased_calls"] == 3
     assert lines(biased)["biased calls"] == ["3 of 14 attention calls, sparse or dense"]
+
+
+def test_twin_passes_and_moved_positions_have_rows_of_their_own() -> None:
+    found = report(twin=TwinSummary(3, 0.5), positions=PositionsSummary(4, 2, ("h x0.5, w x0.5",)))
+    rows = lines(found)
+    assert rows["twin"] == ["3 passes in addition to the pipeline's, which used 50.0 % of their blocks again"]
+    assert rows["positions"] == ["moved at 4 steps in 2 layers: h x0.5, w x0.5"]
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["twin"] == {"passes": 3, "reused": 0.5} and data["positions"]["steps"] == 4
+    assert report().to_dict()["twin"] is report().to_dict()["positions"] is None
 
 
 def test_settings_are_those_that_differ_from_the_preset_whose_provenance_is_said() -> None:

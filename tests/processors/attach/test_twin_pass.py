@@ -14,6 +14,7 @@ from diffusers import FirstBlockCacheConfig
 
 import dit_attn
 from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.summary_parts import TwinSummary
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.methods import base
@@ -105,6 +106,7 @@ def test_blocks_before_the_first_that_differs_run_once() -> None:
     # the first block's cross attention is the twin's in either case: it is the twin's block
     torch.testing.assert_close(first, expected, atol=1e-6, rtol=1e-5)
     assert session.twin is not None and session.twin.reused_blocks == 1
+    assert dit_attn.summary(model).twin == TwinSummary(passes=1, reused=1 / len(model.blocks))
     assert all("forward" not in vars(block) for block in model.blocks)
 
 

@@ -104,3 +104,9 @@ def test_a_site_knows_its_visual_tokens() -> None:
     site = PositionSite(Layer("attn", 0), spans, Clock())
     assert site.num_tokens == 28 and site.grid == (2, 3, 4)
     assert PositionSite(Layer("attn", 0), (), Clock()).grid is None
+
+
+def test_a_map_is_told_by_the_axes_it_changes() -> None:
+    assert str(PositionMap(scale=(1, 0.5, 0.5))) == "h x0.5, w x0.5"
+    assert str(PositionMap(scale=(1, 2, 1), offset=(-1.5, 3, 0), region=slice(4))) == "t -1.5, h x2 +3 in a region"
+    assert str(PositionMap()) == "nothing"

@@ -1,0 +1,50 @@
+"""What a user can do about the reasons for which attention calls stay with stock attention."""
+
+from __future__ import annotations
+
+import re
+
+_RETRY = "dit_attn.enable(...) tries the layer again"
+_TOKENS = "pass the text and latents that the model's own pipeline passes, or report it with the pipeline's name"
+_NAMED = "name the calls: dit_attn.run_context"
+
+REMEDIES: tuple[tuple[str, str], ...] = (
+    # As the settings of the method ask for, or because there is nothing to do.
+    (r"dense (step|layer)|density 1|nothing requested|only observed|no method .*|stock path: .*", ""),
+    (r"sequence under \d+ tokens", "dense attention is as fast there; sample larger images or videos"),
+    (r"cross attention|causal attention", "no method computes such a layer; nothing to do"),
+    (r"visual tokens are not consecutive", "use methods without a sparse layout on this model"),
+    # The call's arguments and surroundings.
+    (r"unknown token layout .*|layout of .*", _TOKENS),
+    (r"attention mask of shape .*", "give a mask of the keys, (B, Sk) or (B, 1, 1, Sk)"),
+    (r"square attention mask", "leave out masks that differ from query to query, or methods with a sparse layout"),
+    (r"\w+ attention mask", "pass a tensor: transformer.set_attention_backend('native')"),
+    (r"attention dropout", "call transformer.eval(), or set the dropout to 0"),
+    (r"\w+ is active around the attention call", "leave that mode for runs with a method"),
+    (r"the (branch|latents|first step) .*", _NAMED),
+    # Several devices.
+    (r"ring attention .*", "set ring_degree=1 and ulysses_degree to the number of ranks"),
+    (r"ulysses_anything .*", "set ulysses_anything=False"),
+    (r"(parts of )?.* do(es)? not split evenly .*", "choose a size and a text length that divide by the ranks"),
+    # Settings that do not fit together.
+    (r"\w+ for \d+ heads, the layer has \d+", "give one number, or one for each head of the layer"),
+    (r"it computes its rows itself, .*", "use block-sparse or rectified-spaattn with the other method"),
+    (r"compensation .* does not know the logit bias .*", "set compensation='merge'"),
+    (r"error .* is above max_error .*", f"raise density or max_error, or list the layer in dense_layers; {_RETRY}"),
+    # Faults.
+    (r"kernel gave NaN or infinity", f"look for NaN in the inputs and the weights; {_RETRY}"),
+    (r"kernel failed: OutOfMemoryError.*", "use a smaller batch or size; the next run tries the layer again"),
+    (r"kernel failed: .*", f"run dit-attn doctor, which tests the kernels; {_RETRY}"),
+)
+"""Patterns of the reasons, and what to do; the first that matches counts. Empty where there is nothing to do."""
+
+
+def remedy(reason: str) -> str | None:
+    """Return what to do about a reason, empty for nothing; ``None`` for reasons of methods from elsewhere."""
+    return next((text for pattern, text in REMEDIES if re.fullmatch(pattern, reason, re.DOTALL)), None)
+
+
+def with_remedy(reason: str) -> str:
+    """Return the reason and, after a semicolon, what to do about it."""
+    text = remedy(reason)
+    return f"{reason}; {text}" if text else reason
