@@ -188,11 +188,17 @@ def ulysses_mesh(parallel_config: Any) -> Any | None:
     return config._ulysses_mesh
 
 
-def split_args(args: SDPAArgs, parallel_config: Any) -> SDPAArgs:
-    """Return the arguments of an attention call with what diffusers' parallel settings say of its sequence."""
+def split_args(args: SDPAArgs, parallel_config: Any, full_keys: bool = False) -> SDPAArgs:
+    """Return the arguments of an attention call with what diffusers' parallel settings say of its sequence.
+
+    Args:
+        args: the call.
+        parallel_config: the settings.
+        full_keys: whether every rank has all keys.
+    """
     if parallel_config is None:
         return args
     try:
-        return replace(args, mesh=ulysses_mesh(parallel_config))
+        return replace(args, mesh=ulysses_mesh(parallel_config), full_keys=full_keys)
     except NotImplementedError as error:
         return replace(args, unsupported=str(error))

@@ -26,7 +26,10 @@ _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since 
 def dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
     """Dispatch a call that came through diffusers' ``dispatch_attention_fn``."""
     stock = functools.partial(_stock_backend, run, layer, parallel_config)
-    return dispatch_attention(run, layer, compat.split_args(args, parallel_config), stock)
+    split, full_keys = parallel_config, False
+    if layer.kind == "cross" and parallel_config is None:  # the rows are split and need no exchange: the keys are not
+        split, full_keys = getattr(run.module(layer).processor, "_parallel_config", None), True
+    return dispatch_attention(run, layer, compat.split_args(args, split, full_keys), stock)
 
 
 def _stock_backend(run: Session, layer: Layer, parallel_config: Any, args: SDPAArgs) -> torch.Tensor:

@@ -33,6 +33,7 @@ class SDPAArgs:
         dropout: dropout probability of the attention weights.
         gqa: whether the model asked torch for grouped-query attention.
         mesh: device mesh over which the sequence is split (Ulysses); q, k and v are this rank's shard then.
+        full_keys: with a mesh, whether every rank has all keys and heads of k and v, as some cross attention has.
         unsupported: reason why no method can handle the way this call is split over devices, or ``None``.
         turn: position among the attention calls of one call of the processor, from 0: some attend to the text and to
             an image one after the other.
@@ -47,6 +48,7 @@ class SDPAArgs:
     dropout: float = 0.0
     gqa: bool = False
     mesh: Any = None
+    full_keys: bool = False
     unsupported: str | None = None
     turn: int = 0
 

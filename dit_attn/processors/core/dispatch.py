@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,19 +63,17 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     methods = run.methods_for(layer.call_kind)
     reason = _unsupported_reason(run, methods, layer, args)
     exchange = None
+    here = args
     if reason is None and args.mesh is not None:
-        if layer.kind == "cross" or args.q.shape[1] != args.k.shape[1]:
+        if layer.kind == "self" and args.q.shape[1] != args.k.shape[1]:
             return _fallback(layer, "cross attention", stock, args)
         try:
             exchange = sequence_parallel.exchange_for(args.mesh, run.layout, args.q.shape[1])
+            here = exchange.scatter_heads(args, layer.kind == "cross")
         except NotImplementedError as error:
             reason = str(error)
     if reason is not None:
         return _fallback(layer, reason, stock, args)
-    here = args
-    if exchange is not None:
-        q, k, v, mask = exchange.scatter_heads(args.q, args.k, args.v, args.mask)
-        here = replace(args, q=q, k=k, v=v, mask=mask)
     call = _new_call(run, layer, here, (0, 1) if exchange is None else exchange.shard)
     reason = executor.unsupported_reason_call(call)
     if reason is not None:

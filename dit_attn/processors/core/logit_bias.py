@@ -56,13 +56,15 @@ def factor_bias(
         keys: (B|1, H|1 or Hk, Sk, r), finite.
         first: the first of the n rows.
         shard: rank and number of the devices that share the heads; factors for the heads of all are cut to those here.
-            All devices must agree on whether there is a bias, so one that is zero for the heads here is kept.
+            Where the heads of ``keys`` can be either, they are what those of ``rows`` are. All devices must agree on
+            whether there is a bias, so one that is zero for the heads here is kept.
 
     Raises:
         DitAttnError: a factor does not fit the call.
     """
     batch, seq_len, heads, _ = q.shape
-    rows, keys = _own_heads(rows, (heads,), shard), _own_heads(keys, (heads, k.shape[2]), shard)
+    keys = _own_key_heads(rows, keys, heads, k.shape[2], shard)
+    rows = _own_heads(rows, (heads,), shard)
     given = (("rows", rows, {1, heads}), ("keys", keys, {1, heads, k.shape[2]}))
     for name, x, head_sizes in given:
         if x.ndim != 4 or x.shape[0] not in (1, batch) or x.shape[1] not in head_sizes or not x.is_floating_point():
@@ -154,6 +156,26 @@ def _own_heads(x: torch.Tensor, heads: tuple[int, ...], shard: tuple[int, int]) 
     rank, world = shard
     count = next((n for n in heads if x.ndim > 1 and x.shape[1] == n * world and x.shape[1] not in (1, *heads)), None)
     return x if count is None else x.narrow(1, rank * count, count)
+
+
+def _own_key_heads(
+    rows: torch.Tensor, keys: torch.Tensor, heads: int, key_heads: int, shard: tuple[int, int]
+) -> torch.Tensor:
+    """:func:`_own_heads` of a factor of keys, of query heads or of key heads, those of this device or of all.
+
+    Raises:
+        DitAttnError: its heads are as many as the query heads here and the key heads of all, and ``rows`` do not tell.
+    """
+    world = shard[1]
+    if keys.ndim < 2 or keys.shape[1] != heads or not 1 < heads == key_heads * world:
+        return _own_heads(keys, (heads, key_heads), shard)
+    given = rows.shape[1] if rows.ndim > 1 else 1
+    if given == 1:
+        raise DitAttnError(
+            f"a bias whose keys have {heads} heads fits the query heads of this device and the key heads of the model; "
+            f"give keys of the model's {heads * world} query heads, or rows with heads"
+        )
+    return keys if given == heads else keys.narrow(1, shard[0] * key_heads, key_heads)
 
 
 def merged_bias(biases: Sequence[RowBias], first: int, last: int) -> LogitBias | None:

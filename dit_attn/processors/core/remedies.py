@@ -25,7 +25,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     # Several devices.
     (r"ring attention .*", "set ring_degree=1 and ulysses_degree to the number of ranks"),
     (r"ulysses_anything .*", "set ulysses_anything=False"),
-    (r"(parts of )?.* do(es)? not split evenly .*", "choose a size and a text length that divide by the ranks"),
+    (r"\d+ key heads do not split evenly .*", "set ulysses_degree to a divisor of the key heads"),
+    (r"parts of .* do not split evenly .*", "choose a size and a text length that divide by the ranks"),
     # Settings that do not fit together.
     (r"\w+ for \d+ heads, the layer has \d+", "give one number, or one for each head of the layer"),
     (r"it computes its rows itself, .*", "use block-sparse or rectified-spaattn with the other method"),

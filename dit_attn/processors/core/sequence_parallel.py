@@ -5,12 +5,13 @@ Each of P ranks holds S / P tokens of all heads before the exchange and all S to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 
+from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.tokens import TokenLayout, Tokens
 
 
@@ -32,21 +33,41 @@ class Exchange:
         """This rank and the number of ranks."""
         return self.mesh.get_local_rank(), self.mesh.size()
 
-    def scatter_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Exchange local (B, S/P, H, D) for (B, S, H/P, D); a key mask that is local to the rank is gathered."""
-        local = k.shape[1]
-        q, k, v = (self.to_heads(x) for x in (q, k, v))
-        if mask is not None and mask.shape[-1] == local:
-            mask = self.gather_tokens(mask, -1)
-        return q, k, v, mask
+    def scatter_heads(self, args: SDPAArgs, cross: bool = False) -> SDPAArgs:
+        """Exchange local (B, S/P, H, D) for (B, S, H/P, D); a key mask that is local to the rank is gathered.
+
+        Args:
+            args: the call on this rank.
+            cross: whether the keys are another sequence, split evenly over the ranks or in full on each.
+
+        Raises:
+            NotImplementedError: the key heads of full keys do not split evenly.
+        """
+        k, v, mask, local = args.k, args.v, args.mask, args.k.shape[1]
+        if args.full_keys:
+            k, v = self._own_heads(k), self._own_heads(v)
+            if mask is not None and mask.ndim == 4 and mask.shape[1] == args.q.shape[2]:
+                mask = self._own_heads(mask, 1)
+        else:
+            k, v = (_to_heads(x, self.mesh) if cross else self.to_heads(x) for x in (k, v))
+            if mask is not None and mask.shape[-1] == local:
+                mask = self._gathered(mask, -1) if cross else self.gather_tokens(mask, -1)
+        return replace(args, q=self.to_heads(args.q), k=k, v=v, mask=mask)
+
+    def _own_heads(self, x: torch.Tensor, dim: int = 2) -> torch.Tensor:
+        rank, world = self.shard
+        if x.shape[dim] % world:
+            raise NotImplementedError(f"{x.shape[dim]} key heads do not split evenly over {world} ranks")
+        return x.chunk(world, dim)[rank]
 
     def gather_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Return all S tokens of a tensor of which each rank has S / P along ``dim``, in the order of the model."""
+        return self._ordered(self._gathered(x, dim), dim)
+
+    def _gathered(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.mesh.size())]
         torch.distributed.all_gather(parts, x.contiguous(), group=self.mesh.get_group())
-        return self._ordered(torch.cat(parts, dim=dim), dim)
+        return torch.cat(parts, dim=dim)
 
     def own_tokens(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Return this rank's S / P tokens of a tensor of all S."""

@@ -21,6 +21,7 @@ from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.logit_bias import factor_bias
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, random_args
 from tests._support.recorded_calls import reference
@@ -396,3 +397,26 @@ def test_the_sampled_error_is_measured_against_biased_attention() -> None:
     request.layout = BlockLayout.dense(VISUAL, SEQ, 16, 16)
     request.add_span_bias(call, slice(None), slice(0, 12), 3.0)
     assert executor.sampled_error(call, request, run(call, request)) < 1e-5
+
+
+# -- heads that are split over devices, of a model with fewer key heads ------------------------------------------------
+
+
+@pytest.mark.parametrize("of_the_model", (False, True))
+def test_heads_of_keys_that_could_be_either_are_those_of_the_rows(of_the_model: bool) -> None:
+    """Eight query heads and four key heads on two devices: four query heads here, as many as key heads in all."""
+    q, k = torch.randn(1, 10, 4, 8), torch.randn(1, 10, 2, 8)
+    keys = torch.arange(1.0, 5.0).view(1, 4, 1, 1).expand(-1, -1, 10, 1)
+    rows = torch.ones(1, 8 if of_the_model else 4, 10, 1)
+    found = factor_bias(q, k, rows, keys, 0, shard=(1, 2))
+    assert found is not None and found.rows.shape[1] == 4
+    assert found.keys[0, :, 0, 0].tolist() == ([3, 3, 4, 4] if of_the_model else [1, 2, 3, 4])
+
+
+def test_heads_of_keys_that_could_be_either_are_refused_where_the_rows_have_none() -> None:
+    q, k = torch.randn(1, 10, 4, 8), torch.randn(1, 10, 2, 8)
+    rows, keys = torch.ones(1, 1, 10, 1), torch.ones(1, 4, 10, 1)
+    with pytest.raises(dit_attn.DitAttnError, match="give keys of the model's 8 query heads, or rows with heads"):
+        factor_bias(q, k, rows, keys, 0, shard=(1, 2))
+    for heads, shard in ((8, (1, 2)), (2, (1, 2)), (4, (0, 1))):  # of the model, key heads here, one device
+        assert factor_bias(q, k, rows, torch.ones(1, heads, 10, 1), 0, shard) is not None

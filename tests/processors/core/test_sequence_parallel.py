@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from dit_attn import BlockSparse, RectifiedSpaAttn
 from dit_attn.processors.core import sequence_parallel
-from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.call import AttentionCall, Request, SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, random_args, stock_attention
@@ -151,7 +152,8 @@ def test_every_rank_holds_all_tokens_of_its_heads_and_gets_its_shard_back(
         key_mask = None if mask is None else sharded(mask, parts, world, mesh.rank)
         exchange = sequence_parallel.exchange_for(mesh, layout, local[0].shape[1])
         assert (exchange.order is None) == (not joint)
-        *found, found_mask = exchange.scatter_heads(*local, key_mask)  # type: ignore[arg-type]
+        here = exchange.scatter_heads(SDPAArgs(*local, key_mask))
+        found, found_mask = (here.q, here.k, here.v), here.mask
         mine = slice(mesh.rank * heads, (mesh.rank + 1) * heads)
         assert all(torch.equal(x, full[:, :, mine]) for x, full in zip(found, (q, k, v), strict=True))
         assert (found_mask is None) if mask is None else torch.equal(found_mask, mask)
@@ -166,9 +168,46 @@ def test_a_mask_of_the_full_sequence_is_not_gathered() -> None:
 
     def work(mesh: Mesh) -> bool:
         x = torch.zeros(1, 12, 2, 4)
-        return sequence_parallel.Exchange(mesh).scatter_heads(x, x, x, mask)[3] is mask
+        return sequence_parallel.Exchange(mesh).scatter_heads(SDPAArgs(x, x, x, mask)).mask is mask
 
     assert Ranks(2).run(work) == [True, True]
+
+
+@pytest.mark.parametrize("full_keys", (False, True))
+@pytest.mark.parametrize("mask_heads", (None, 1, 4))
+def test_every_rank_holds_all_tokens_and_all_keys_of_its_heads_in_cross_attention(
+    full_keys: bool, mask_heads: int | None
+) -> None:
+    """The text is split evenly, or every rank has all of it; the parts of the sequence are in another order."""
+    parts, draw = [6, 24], torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, tokens, 4, 5, generator=draw) for tokens in (30, 10))
+    mask = None if mask_heads is None else torch.rand(2, mask_heads, 1, 10, generator=draw) > 0.3
+    if mask_heads == 4 and not full_keys:
+        mask = None  # heads of a mask are not exchanged
+
+    def work(mesh: Mesh) -> None:
+        mine = slice(2 * mesh.rank, 2 * mesh.rank + 2)
+        text, own = k, mask
+        if not full_keys:
+            text = k.chunk(2, 1)[mesh.rank]
+            own = None if mask is None else mask.chunk(2, -1)[mesh.rank]
+        exchange = sequence_parallel.exchange_for(mesh, JOINT, 15)
+        args = SDPAArgs(sharded(q, parts, 2, mesh.rank), text, text + 1, own, mesh=mesh, full_keys=full_keys)
+        found = exchange.scatter_heads(args, cross=True)
+        assert torch.equal(found.q, q[:, :, mine])
+        assert torch.equal(found.k, k[:, :, mine]) and torch.equal(found.v, k[:, :, mine] + 1)
+        expected = mask[:, mine] if mask is not None and mask_heads == 4 else mask
+        assert (found.mask is None) if expected is None else torch.equal(found.mask, expected)
+
+    Ranks(2).run(work)
+
+
+def test_full_keys_whose_heads_do_not_split_evenly_are_refused() -> None:
+    x = torch.zeros(1, 12, 6, 4)
+    args = SDPAArgs(x, x[:, :, :3], x[:, :, :3], full_keys=True)
+    mesh: Any = SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 0)
+    with pytest.raises(NotImplementedError, match="3 key heads do not split evenly over 2 ranks"):
+        sequence_parallel.Exchange(mesh).scatter_heads(args, cross=True)
 
 
 def test_layouts_that_are_unknown_or_do_not_split_evenly_are_refused() -> None:
