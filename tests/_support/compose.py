@@ -25,6 +25,7 @@ _CASES = {
     "cogview4": ("test_cogview_4", "TestCogView4"),
     "easyanimate": ("test_easyanimate", "TestEasyAnimate"),
     "sd3": ("test_sd3", "TestSD3"),
+    "cosmos25": ("test_cosmos", "TestCosmosPredict25"),
     "cogvideox": ("test_cogvideox", "TestCogVideoX5b"),
 }
 

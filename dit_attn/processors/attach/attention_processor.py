@@ -189,7 +189,7 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
-    traced = copy_with_attention(stock_call, _traced_sdpa)
+    traced = copy_with_attention(stock_call, _traced_sdpa, compat.dispatchers(_backend))
     in_slot = None if traced is None else _with_slot(traced)
 
     @functools.wraps(stock_call)

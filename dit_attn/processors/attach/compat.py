@@ -66,6 +66,26 @@ def dispatch(
     return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
 
 
+def dispatchers(function: Callable[..., torch.Tensor]) -> dict[Any, Callable[..., torch.Tensor]]:
+    """Return what reaches ``function``, a backend, in the place of ``dispatch_attention_fn``; by what it replaces.
+
+    For processors that name no backend and so get the active one; any but torch's own stays.
+    """
+    try:
+        from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+    except ImportError:
+        return {}
+    ours = register_backend(function)
+
+    def dispatch_native(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("backend") is None and registry.get_active_backend()[0] == AttentionBackendName.NATIVE:
+            kwargs["backend"] = ours
+        return dispatch_attention_fn(*args, **kwargs)
+
+    return {dispatch_attention_fn: dispatch_native}
+
+
 def copy_registry_entry(stock: type, derived: type) -> None:
     """Let diffusers' class-keyed processor registry (used by its layer-skip hooks) know a derived class."""
     try:

@@ -7,18 +7,21 @@ of tensors, such as ``unflatten``, and fails there; the copy needs no mode.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 
 
-def copy_with_attention(function: Callable[..., Any], attention: Callable[..., Any]) -> Callable[..., Any] | None:
+def copy_with_attention(
+    function: Callable[..., Any], attention: Callable[..., Any], others: Mapping[Any, Callable[..., Any]] | None = None
+) -> Callable[..., Any] | None:
     """Return a copy of ``function``, and of the helpers of its module, that calls ``attention``.
 
     Args:
         function: a processor's ``__call__``.
         attention: takes the arguments of ``F.scaled_dot_product_attention``.
+        others: what is called in the place of other functions, by these.
 
     Returns:
         The copy; ``None`` where the code finds the attention in another way than by a global name.
@@ -29,6 +32,7 @@ def copy_with_attention(function: Callable[..., Any], attention: Callable[..., A
     replaced = types.ModuleType("functional")
     vars(replaced).update({**vars(F), "scaled_dot_product_attention": attention})
     other = {id(F): replaced, id(F.scaled_dot_product_attention): attention}
+    other.update({id(stock): ours for stock, ours in (others or {}).items()})
     names = {name: other[id(value)] for name, value in function.__globals__.items() if id(value) in other}
     if not names:
         return None
@@ -37,7 +41,8 @@ def copy_with_attention(function: Callable[..., Any], attention: Callable[..., A
     scope.pop("__name__", None)
     for name in function.__code__.co_names:
         helper = function.__globals__.get(name)
-        if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
+        own = isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__
+        if own and name not in names:
             scope[name] = _copy(helper, scope)
     return _copy(function, scope)
 

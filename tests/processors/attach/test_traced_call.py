@@ -27,6 +27,10 @@ def by_name(self: Any, x: Any) -> Any:
     return scaled_dot_product_attention(x, x, x)
 
 
+def by_other(self: Any, x: Any) -> Any:
+    return helper(x)
+
+
 def test_only_the_attention_call_is_another_one_in_helpers_too() -> None:
     x = torch.tensor([[[[-1.0, 2.0]]]])
     copied = copy_with_attention(by_helper, attention)
@@ -37,6 +41,12 @@ def test_only_the_attention_call_is_another_one_in_helpers_too() -> None:
     assert copied is not None and copied(None, x)[0] == "ours"
     assert isinstance(by_helper(None, x), torch.Tensor) and isinstance(by_name(None, x), torch.Tensor)
     assert F.scaled_dot_product_attention is scaled_dot_product_attention
+
+
+def test_other_functions_may_be_replaced_too() -> None:
+    copied = copy_with_attention(by_other, attention, {helper: attention})
+    assert copied is not None and copied(None, 3) == ("ours", (3,), {})
+    assert copy_with_attention(by_other, attention) is None
 
 
 def test_code_that_finds_attention_in_another_way_is_not_copied() -> None:
