@@ -19,6 +19,7 @@ WARM = dit_attn.BlockSparse(density=0.25, q_block=32, kv_block=32, dense_steps=1
 
 _CASES = {
     "wan": ("test_wan", "TestWan"),
+    "vace": ("test_wan", "TestWanVace"),
     "ltx": ("test_ltx_video", "TestLtxVideo"),
     "flux": ("test_flux", "TestFlux"),
     "pixart": ("test_pixart", "TestPixArt"),

@@ -297,7 +297,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         later[name] = args[name] + small if session.family.time_grows else args[name] - small
         with requests() as seen:
             self.call(net, args)
-            layout = next(iter(session.layers[-1].state.values())).layout
+            layout = next(iter(seen[-1][0].layer.state.values())).layout
             self.call(net, later)
         refreshes, answers = seen[: self.sockets], seen[self.sockets :]
         assert len(refreshes) == len(answers) == self.sockets

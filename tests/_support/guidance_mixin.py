@@ -75,7 +75,7 @@ class GuidedMixin:
 
     def test_a_guided_call_equals_the_written_out_map(self, net: Any, args: Any) -> None:
         session = dit_attn.enable(net)
-        layer = session.layers[-1].name
+        layer = session.stack_layers[-1]
         plain = self.call(net, args)
         session.reset()
         with by_hand(layer, 0, 0.6):
@@ -89,7 +89,7 @@ class GuidedMixin:
         assert any(not torch.equal(a, b) for a, b in zip(tensors(plain), tensors(guided), strict=True))
 
     def test_taking_blocks_over_changes_no_bit(self, net: Any, args: Any) -> None:
-        layer = dit_attn.enable(net).layers[-1].name
+        layer = dit_attn.enable(net).stack_layers[-1]
         results = []
         for share in (True, False):
             dit_attn.enable(net, dit_attn.SoftPAG(heads=layer, share_prefix=share))

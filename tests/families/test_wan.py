@@ -101,6 +101,10 @@ class TestChronoEdit(WanLike):
 
 
 class TestWanVace(WanLike):
+    """Two blocks, and one of the control branch next to them."""
+
+    sockets = cross_sockets = 3
+
     def model(self) -> torch.nn.Module:
         return WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=8)
 
@@ -119,6 +123,18 @@ class TestWanVace(WanLike):
             transformer=transformer.eval(),
         )
         return pipe, self.run_arguments()
+
+
+def test_guidance_perturbs_blocks_and_leaves_the_control_branch() -> None:
+    model = TestWanVace().model().eval()
+    session = dit_attn.enable(model, dit_attn.SoftPAG(), SPARSE)
+    assert [layer.name for layer in session.layers] == ["blocks.0.attn1", "blocks.1.attn1", "vace_blocks.0.attn1"]
+    assert session.guider is not None and session.guider.blocks == ["blocks.0", "blocks.1"]
+    with torch.no_grad():
+        model(**TestWanVace().inputs())
+    found = dit_attn.summary(model)
+    assert found.guidance is not None and found.guidance.perturbed == ("perturbed: blocks.1.attn1, all 2 heads",)
+    assert [layer.sparse_calls for layer in found.layers] == [2, 2, 2]  # in the perturbed pass too
 
 
 def two_transformer_pipeline() -> WanPipeline:

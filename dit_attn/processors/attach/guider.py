@@ -51,8 +51,7 @@ class PerturbedGuider:
     def __init__(self, method: PerturbedGuidance, session: TransformerRun) -> None:
         self.method, self.session = method, session
         model = session.model
-        names = [layer.name for layer in session.layers if layer.kind == "self"]
-        layers = {name: head_count(model.get_submodule(name)) for name in names}
+        layers = {name: head_count(model.get_submodule(name)) for name in session.stack_layers}
         self.blocks = perturbed_pass.block_order(model, list(layers))
         self.plan = method.perturbation(layers, self.blocks)
         for name in self.plan.skipped:

@@ -15,7 +15,9 @@ from dit_attn.processors.methods.base import Method
 
 
 def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
-    """Return the module paths of the attention layers the family row lists, in the order of the model.
+    """Return the module paths of the self and joint attention layers the family row lists, in the order of the model.
+
+    Those of a branch next to the stack of blocks come last.
 
     Raises:
         DitAttnError: the row matches no layer of this model.
@@ -26,7 +28,7 @@ def eligible_layers(model: torch.nn.Module, family: Family) -> list[str]:
             f"no attention layer of {type(model).__name__} matches {', '.join(family.layers)}; "
             "this version of diffusers may have renamed them"
         )
-    return names
+    return [*names, *_matching(model, family.side_layers)]
 
 
 def cross_layers(model: torch.nn.Module, family: Family) -> list[str]:

@@ -209,6 +209,11 @@ class TransformerRun(RunState):
                 layer.stateless = reason
                 layer.drop_state()
 
+    @property
+    def stack_layers(self) -> list[str]:
+        """Names of the self-attention layers in the stacks of blocks, which guidance numbers."""
+        return [layer.name for layer in self.layers if layer.kind == "self" and not self.family.is_side(layer.name)]
+
     def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
         """See the base class; the prompts are those of the pipeline that is running, or of a ``run_context``."""
         return self._prompts.find(self, self.model, self.pipe, self.owner, call, piece)

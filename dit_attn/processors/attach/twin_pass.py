@@ -34,9 +34,11 @@ class TwinRunner:
 
     def __init__(self, method: Method, session: TransformerRun) -> None:
         self.method, self.session = method, session
-        layers = [layer.name for layer in session.layers if layer.kind == "self"]
+        layers = session.stack_layers
         self.blocks = perturbed_pass.block_order(session.model, layers) if layers else []
         self._layers = layers
+        every = [layer for layer in session.layers if layer.kind == "self"]
+        self._reusable = len(every) == len(layers)  # a side branch adds to the blocks, and may differ
         self._run = 0
         self.evaluations = self.reused_blocks = 0
         self._reuse = ExitStack()  # what replaces blocks of the plain pass
@@ -64,7 +66,7 @@ class TwinRunner:
         prefix = None
         if len(index) < len(branches):
             given = ((), batch.take_call(model, args, kwargs, index, len(branches), session.family.batch_axes))
-        else:
+        elif self._reusable:
             prefix = perturbed_pass.shareable_prefix(session, self.blocks, self._first_block(twin.first_layer), kwargs)
         if prefix is not None:
             prefix.record()

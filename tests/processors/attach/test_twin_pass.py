@@ -110,6 +110,19 @@ def test_blocks_before_the_first_that_differs_run_once() -> None:
     assert all("forward" not in vars(block) for block in model.blocks)
 
 
+def test_no_block_is_reused_next_to_a_control_branch_that_differs() -> None:
+    model, args = tiny("vace")
+    expected = dual_reference(model, args, first_layer=1)  # the layer of the branch comes last
+    session = dit_attn.enable(model, Dual(first_layer=1))
+    first = [args[name] for name in ("hidden_states", "timestep", "encoder_hidden_states")]
+    control = [args[name] for name in ("control_hidden_states", "control_hidden_states_scale")]
+    with torch.no_grad():
+        found = model(*first, None, *control, return_dict=False)[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert session.twin is not None and (session.twin.evaluations, session.twin.reused_blocks) == (1, 0)
+    assert session.twin.blocks == ["blocks.0", "blocks.1"]
+
+
 def test_a_plain_pass_that_fails_gives_the_blocks_back() -> None:
     model, args = tiny("wan")
     dit_attn.enable(model, Dual(first_layer=1))

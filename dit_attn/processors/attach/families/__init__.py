@@ -7,6 +7,7 @@ write one.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Family:
         models: names users know, for the printed table.
         transformers: class names of the transformers (exact).
         layers: shell patterns of the module paths of self and joint attention layers that can be wrapped.
+        side_layers: the same of self attention in a branch next to the stack of blocks; methods apply there, guidance
+            and twin passes do not change it. They are numbered after the layers of the stack.
         cross_layers: the same of the layers whose keys are the text.
         added_calls: kinds of the attention calls of a cross-attention layer, in order, where it attends to more than
             the text: by the name of the layer's attribute that is not ``None`` then.
@@ -56,6 +59,7 @@ class Family:
     forward_args: tuple[str, ...]
     layout: LayoutFunction = field(repr=False)
     cross_layers: tuple[str, ...] = ()
+    side_layers: tuple[str, ...] = ()
     added_calls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cfg: CFGRule = SEPARATE
     timestep: str = "timestep"
@@ -70,6 +74,10 @@ class Family:
     def text_kind(self) -> str:
         """Kind of the attention calls whose keys are or contain the text."""
         return "cross" if self.cross_layers else "self"
+
+    def is_side(self, layer: str) -> bool:
+        """Return whether a layer, by its module path, is in a branch next to the stack of blocks."""
+        return any(fnmatch.fnmatchcase(layer, pattern) for pattern in self.side_layers)
 
     def calls_of(self, layer: Any) -> tuple[str, ...]:
         """Return the kinds of the attention calls of a cross-attention layer, in order."""
