@@ -14,6 +14,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"sequence under \d+ tokens", "dense attention is as fast there; sample larger images or videos"),
     (r"cross attention|causal attention", "no method computes such a layer; nothing to do"),
     (r"visual tokens are not consecutive", "use methods without a sparse layout on this model"),
+    (r"windows need one image or video in the sequence", "leave out reference images, or use another method"),
+    (r"the window covers the picture", "nothing is left out: choose a smaller window"),
     # The call's arguments and surroundings.
     (r"unknown token layout .*|layout of .*", _TOKENS),
     (r"attention mask of shape .*", "give a mask of the keys, (B, Sk) or (B, 1, 1, Sk)"),

@@ -46,7 +46,8 @@ def test_only_the_attention_call_is_another_one_in_helpers_too() -> None:
 def test_other_functions_may_be_replaced_too() -> None:
     copied = copy_with_attention(by_other, attention, {helper: attention})
     assert copied is not None and copied(None, 3) == ("ours", (3,), {})
-    assert copy_with_attention(by_other, attention) is None
+    alone = copy_with_attention(by_other, attention)
+    assert alone is not None and alone(None, 3) == ("ours", (3, 3, 3), {"scale": 2.0})  # the helper's own code
 
 
 def test_code_that_finds_attention_in_another_way_is_not_copied() -> None:
