@@ -11,9 +11,9 @@ import pytest
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
-@pytest.fixture(params=((1280, 900), (390, 844)), ids=("desktop", "phone"))
+@pytest.fixture(params=((1280, 900), (390, 844)), ids=("desktop", "phone"), scope="session")
 def browser(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A headless Chromium at two widths."""
+    """A headless Chromium at two widths, each started once; a test opens its page and has read the log to the end."""
     webdriver = pytest.importorskip("selenium.webdriver")
     if BROWSER is None or DRIVER is None:
         pytest.skip("no chromium and chromedriver on this machine")

@@ -19,6 +19,7 @@ from dit_attn.eval.report.estimates import Estimate, change_estimate, ratio_esti
 
 TOLERANCE = 0.1  # share of the prompts by which quality may differ and still count as kept
 NO_GAIN = 1.05  # a speed-up that is surely below is none
+LITTLE = 0.25  # share of a dense step below which attention is named as the reason that nothing is gained
 CLOSE = 0.9  # SSIM to dense from which images count as close
 RANKS = {"good": 0, "look": 1, "few": 2, "none": 3, "bad": 4}
 
@@ -133,8 +134,9 @@ def headline(found: Sequence[Verdict], prompts: int, attention_share: float | No
     if all(one.chip == "no better than dense" for one in found):
         return "No method follows more prompts than dense."
     hint = ""
-    if attention_share is not None:
-        hint = f" Attention is {100 * attention_share:.0f} % of the operations of a dense step at this size."
+    if attention_share is not None and attention_share < LITTLE:
+        share = f"{100 * attention_share:.0f} % of the operations of a dense step"
+        hint = f" Attention is {share} at this size: too little to gain from."
     words = "is faster than dense here" if kinds == {"none"} else "is faster than dense and keeps quality"
     return f"No method {words}.{hint}"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dit_attn.eval.report.verdict import Verdict, headline, verdict, verdicts
+from dit_attn.eval.report.verdict import Verdict, headline, speed_estimate, verdict, verdicts
 from dit_attn.pipelines.compare.statistics import difference_figure, mean_figure, ratio_figure
 
 PROMPTS = 100
@@ -111,16 +111,18 @@ def test_guidance_is_judged_by_quality_and_its_cost_is_said(won: int, lost: int,
 
 
 def test_the_best_method_comes_first_and_the_headline_names_it() -> None:
-    rows = [dense(), row("lossy", lost=40), row("slow", speed=0.7), row("good", speed=1.2), row("better", speed=1.5)]
+    far = row("far", verifier=None, ssim=mean_figure([0.5]))
+    few = row("few", lost=20, won=20)
+    rows = [dense(), row("lossy", lost=40), row("slow", speed=0.7), few, far, row("good"), row("better", speed=1.5)]
     found = verdicts(rows, PROMPTS)
-    assert [one.label for one in found] == ["better", "good", "slow", "lossy"]
+    assert [one.label for one in found] == ["better", "good", "far", "few", "slow", "lossy"]
     assert headline(found, PROMPTS) == "better keeps quality and is 1.5x as fast as dense."
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([row(speed=0.7)], "No method is faster than dense here. Attention is 13 % of the operations of a dense step"),
+        ([row(speed=0.7)], "No method is faster than dense here. Attention is 13 % of the operations"),
         ([row(lost=40)], "No method keeps quality."),
         ([row(lost=40), row("slow", speed=0.7)], "No method is faster than dense and keeps quality."),
         ([row(items=0)], "Every item failed."),
@@ -145,3 +147,11 @@ def test_a_headline_of_few_prompts_says_how_many_would_do() -> None:
 def test_seeds_of_one_prompt_are_no_further_prompts() -> None:
     one = row(prompts=40)
     assert decided(one, 40).kind == "good" and verdict(one, dense(40), 4).kind == "few"
+    wide, narrow = (speed_estimate(one, count) for count in (4, 40))
+    assert wide is not None and narrow is not None and wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_a_headline_blames_short_attention_only_where_it_is_short() -> None:
+    assert (
+        headline(verdicts([dense(), row(speed=0.7)], PROMPTS), PROMPTS, 0.5) == "No method is faster than dense here."
+    )
