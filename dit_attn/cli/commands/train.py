@@ -242,16 +242,28 @@ def _finish(job: Run, output: Path, count: int) -> None:
 
     figures: dict[str, Any] = {}
     if count:
-        short, figures, samples = _score(job, count)
+        _, figures, samples = _score(job, count)
         outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        outlines = figures["outlines"]  # ratios and pixels; the others are shares
-        texts = (
-            f"{name} {value:.2f}" if name in outlines else f"{name} {100 * value:.0f} %"
-            for name, value in short.items()
-        )  # fmt: skip
-        print(f"on {count} held-out captions: {', '.join(texts)}")
+        print("\n".join(_report_lines(figures, count)))
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
+
+
+def _report_lines(figures: dict[str, Any], count: int) -> list[str]:
+    """Figures of `models.evaluate.table` in words: shares in percent, outlines as they are, objects by their number."""
+
+    def percent(cells: dict[str, Any]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {100 * cell['accuracy']:.0f} %" for name, cell in cells.items())
+
+    whole = {**figures["attributes"], "whole_caption": figures["whole_caption"]}
+    lines = [f"on {count} held-out captions: {percent(whole)}"]
+    drawn = {name: cell["mean"] for name, cell in figures["outlines"].items() if cell["of"]}
+    if drawn:
+        lines.append("outlines, 1 is drawn: " + ", ".join(f"{name} {value:.2f}" for name, value in drawn.items()))
+    for number, group in figures.get("objects", {}).items():
+        name = {"all": "all objects", "1": "the object of a scene of 1"}.get(number, f"objects of scenes of {number}")
+        lines.append(f"{name}: {percent(group)}")
+    return lines
 
 
 def _how_to_resume(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -38,9 +39,20 @@ def test_a_run_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
 
 def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_path, capsys):
     assert _run("tiny-multi", "--output", tmp_path, "--device", "cpu", "--final-count", 2) == 0
-    assert "2:color_given_present" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "on 2 held-out captions: background " in out and "whole caption 0 %" in out
+    assert re.search(r"objects of scenes of 2: present \d+ %, color given present \d+ %", out)
     with pytest.raises(DitAttnError, match="'tiny-multi' has no shipped weights that a tail could go on from"):
         _run("tiny-multi", "--tail", "--output", tmp_path / "tail")
+
+
+def test_outlines_are_told_in_their_own_unit_and_shares_in_percent():
+    share = {"accuracy": 0.5}
+    figures = {"attributes": {"color": share}, "whole_caption": share}
+    assert train._report_lines({**figures, "outlines": {"perimeter": {"mean": 1.164, "of": 2}}}, 2) == [
+        "on 2 held-out captions: color 50 %, whole caption 50 %",
+        "outlines, 1 is drawn: perimeter 1.16",
+    ]
 
 
 def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path, monkeypatch, capsys):
