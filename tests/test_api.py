@@ -58,6 +58,11 @@ def test_a_unet_is_called_a_unet() -> None:
         dit_attn.enable(UNet2DConditionModel(), "block-sparse")
 
 
+@pytest.mark.parametrize("function", [dit_attn.enable, dit_attn.explain, dit_attn.supported, dit_attn.run_context])
+def test_help_shows_an_example(function: Any) -> None:
+    assert f"dit_attn.{function.__name__}(" in str(inspect.getdoc(function))
+
+
 def test_the_types_of_the_public_functions_are_those_of_diffusers_and_load_nothing() -> None:
     for function in (dit_attn.enable, dit_attn.disable, dit_attn.summary, dit_attn.explain):
         assert "DiffusionPipeline | ModelMixin" in str(inspect.signature(function))
