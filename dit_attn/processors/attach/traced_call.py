@@ -41,8 +41,9 @@ def copy_with_attention(
     scope.pop("__name__", None)
     for name in function.__code__.co_names:
         helper = function.__globals__.get(name)
-        own = isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__
-        if own and name not in names:
+        if not isinstance(helper, types.FunctionType) or name in names:
+            continue
+        if helper.__module__ == function.__module__:
             scope[name] = _copy(helper, scope)
     return _copy(function, scope)
 
