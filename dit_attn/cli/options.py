@@ -169,7 +169,7 @@ def merge(
         replaced: flags that together name one thing: any of them on the command line replaces all of the file.
 
     Raises:
-        DitAttnError: a required flag is missing, or a bad configuration file.
+        DitAttnError: a required flag is missing, a file that must be there is not, or a bad configuration file.
     """
     flags = [flag for group in groups.values() for flag in group]
     own = {flag.dest: flag for flag in flags}
@@ -180,6 +180,9 @@ def merge(
     if any(name in given for name in replaced):
         config = {name: value for name, value in config.items() if name not in replaced}
     values = {**{name: value for name, value in config.items() if name in own}, **given}
+    for name, value in values.items():
+        if own[name].exists and value:
+            _check_exists(own[name], value)
     if "model" in own and own["model"].default == "required" and "model" not in values:
         raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones)")
     return Options(values, list(getattr(args, "words", [])), methods, tuple(getattr(args, "argv", ())))
@@ -224,9 +227,15 @@ def _check_path(flag: Flag, path: Path, where: str) -> None:
     kind, other = ("file", "folder") if flag.metavar == "FILE" else ("folder", "file")
     if flag.metavar != "PATH" and (path.is_dir() if kind == "file" else path.is_file()):
         raise DitAttnError(f"{where} is a {other}; give a {kind}")
-    if flag.exists and not path.exists():
+
+
+def _check_exists(flag: Flag, value: str) -> None:
+    """Refuse a file or folder that is not there or cannot be read."""
+    path, where = files.user_path(value, f"--{flag.name}"), f"--{flag.name} {value}"
+    if not path.exists():
+        kind = "file" if flag.metavar == "FILE" else "folder"
         raise DitAttnError(f"{where}: there is no such {kind}; check the path")
-    if flag.exists and not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK):
         raise DitAttnError(f"{where} cannot be read (permission denied); check its permissions")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_attn.cli import options
-from dit_attn.cli.options import Flag, convert, read_config
+from dit_attn.cli.options import DEVICE, RUN, Flag, convert, merge, only, read_config
 from dit_attn.errors import DitAttnError
 
 ALL = options.SHARED
@@ -94,3 +96,30 @@ def test_a_configuration_file_that_is_not_there_or_not_text_is_refused(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DitAttnError, match="cannot read"):
         read_config(str(tmp_path / "binary.yaml"), ALL)
+
+
+def test_a_file_that_must_be_there_is_asked_for_in_flags_and_in_the_configuration_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flag = Flag("weights", "a file", metavar="FILE", exists=True)
+    groups = {"files": (flag,), "run": only(RUN, "config")}
+    (tmp_path / "c.yaml").write_text("weights: absent.pth\n")
+    for flags in ({"weights": "absent.pth"}, {"config": "c.yaml"}):
+        with pytest.raises(DitAttnError, match=r"--weights absent\.pth: there is no such file; check the path"):
+            merge(argparse.Namespace(**flags), groups)
+    (tmp_path / "absent.pth").write_bytes(b"x")
+    assert merge(argparse.Namespace(config="c.yaml"), groups)["weights"] == "absent.pth"
+
+
+@pytest.mark.parametrize(("metavar", "kind", "other"), [("FILE", "file", "folder"), ("DIR", "folder", "file")])
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path, metavar, kind, other):
+    place = tmp_path / "place"
+    place.mkdir() if kind == "file" else place.write_bytes(b"x")
+    with pytest.raises(DitAttnError, match=f"--place .*place is a {other}; give a {kind}"):
+        convert(Flag("place", "somewhere", metavar=metavar), str(place), "--place")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "meta", "cuda:x"])
+def test_a_device_is_one_of_those_that_torch_names_here(name):
+    with pytest.raises(DitAttnError, match=f"unknown --device '{name}'; use auto, cpu, cuda, cuda:N or mps"):
+        convert(DEVICE, name, "--device")
+    assert convert(DEVICE, "cuda:1", "--device") == "cuda:1"

@@ -44,9 +44,9 @@ def _heading(record: dict[str, Any]) -> list[str | Table]:
     layers, heads = _count(model["layers"], "layer"), _count(model["heads"], "head")
     calls, rounds = _count(dense["attention_calls"], "attention call"), _count(record["repeats"], "round")
     return [
-        f"{model['config']} ({size}): {layers}, {heads} of {model['head_dim']}, {model['parameters'] / 1e6:,.0f} million "
-        f"random weights; {frames}{pixels['width']} x {pixels['height']} pixels: {model['visual_tokens']:,} tokens and "
-        f"{model['text_tokens']} of text",
+        f"{model['config']} ({size}): {layers}, {heads} of {model['head_dim']}, {model['parameters'] / 1e6:,.0f} "
+        f"million random weights; {frames}{pixels['width']} x {pixels['height']} pixels: "
+        f"{model['visual_tokens']:,} tokens and {model['text_tokens']} of text",
         f"{record['device']}, {record['dtype']}: {place['hardware']}, {_count(place['threads'], 'thread')}, torch "
         f"{place['torch']}; {rounds} in turns, medians; load {record['load_average']['before']}",
         f"dense step {seconds['median']:.3g} s [{seconds['min']:.3g}, {seconds['max']:.3g}]: {calls} of "
