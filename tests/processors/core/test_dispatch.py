@@ -259,6 +259,28 @@ def test_nan_of_the_input_ends_with_the_run_and_nan_of_the_kernel_does_not(monke
     assert not layer.disabled_run
 
 
+def test_results_are_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, layer = host_run([SPARSE])
+    looked: list[Any] = []
+    monkeypatch.setattr(dispatch, "_is_finite", lambda out, mesh: looked.append(out) or True)
+    for expected in (1, 1, 2):
+        run.clock.run += expected == 2
+        Dispatched(run, layer, random_args())
+        assert len(looked) == expected
+
+
+def test_a_call_that_several_methods_decline_is_one_fallback() -> None:
+    class Declines:
+        role, min_tokens, sites = "", 0, ("self",)
+
+        def request(self, call: AttentionCall, request: Request) -> None:
+            request.decline("not here")
+
+    run, layer = host_run([BlockSparse(density=1.0), Declines()])
+    assert Dispatched(run, layer, random_args()).stock_calls == 1
+    assert layer.stats.fallbacks == {"not here": 1}
+
+
 def test_a_perturbed_pass_changes_the_rows_behind_the_plain_ones() -> None:
     plain = Dispatched(*host_run([SPARSE]), random_args())
     run, layer = host_run([SPARSE], rows=1)
