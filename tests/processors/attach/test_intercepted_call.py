@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,6 +37,32 @@ def test_the_operator_of_compiled_graphs_is_the_dispatch_of_its_layer_and_is_not
         fakes = [mode.from_tensor(x) for x in (args.q, args.k, args.v)]
         shape = torch.ops.dit_attn.attend(layer.handle, run.handle, *fakes, *given[5:]).shape
     assert shape == out.shape
+
+
+def test_the_result_of_stock_attention_is_contiguous_as_the_graph_expects() -> None:
+    model = torch.nn.Module()
+    model.processor = processor = wrapped(TorchProcessor(), [dit_attn.BlockSparse(density=1.0)])[0]
+    run, layer = processor._dit_run, processor._dit_layer
+    run.module = lambda layer: model
+    args = random_args()
+    out = torch.ops.dit_attn.attend(
+        layer.handle, run.handle, args.q, args.k, args.v, None, None, False, True, False, False, False
+    )
+    assert out.is_contiguous() and layer.stats.fallbacks == {"density 1": 1}
+
+
+@pytest.mark.parametrize("parallel", (False, True))
+def test_a_call_that_is_not_parallel_stays_so_in_a_parallel_model(
+    parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(intercepted_call, "dispatch_backend", lambda *args: given.append(args[-1]) or args[2].q.clone())
+    run, layer = host_run([])
+    kind = type("Kind", (), {"_dit_tap": "dispatch", "_parallel_config": "two ranks"})
+    run.module = lambda layer: SimpleNamespace(processor=kind())  # type: ignore[attr-defined]
+    x = torch.zeros(1, 4, 1, 8)
+    torch.ops.dit_attn.attend(layer.handle, run.handle, x, x, x, None, None, False, False, parallel, False, False)
+    assert given == ["two ranks" if parallel else None]
 
 
 def test_a_session_is_found_by_its_handle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dit_attn.processors.guidance.perturbation import Perturbation
 from tests._support.compose import forward, tiny
 from tests._support.core_calls import GRID, JOINT, TEXT, VISUAL, Dispatched, host_run, random_args, stock_attention
 from tests._support.recorded_calls import reference
+from tests._support.span_biases import SpanBiases
 
 BLOCKS: dict[str, Any] = {"q_block": 32, "kv_block": 32, "dense_steps": 0}
 CALL = {**models.call_defaults("tiny-image"), "height": 64, "width": 64, "num_inference_steps": 2}
@@ -237,6 +239,46 @@ def test_a_kernel_that_fails_disables_its_layer_and_no_other(monkeypatch: pytest
     assert layer.disabled == "kernel failed: RuntimeError: no image for this device"
     assert Dispatched(run, layer, args).stock_calls == 1 and layer.stats.fallbacks == {layer.disabled: 2}
     assert Dispatched(run, other, args).stock_calls == 0
+
+
+@pytest.mark.filterwarnings("ignore:dit_attn. blocks.0 goes back to dense attention")
+def test_nan_of_the_input_ends_with_the_run_and_nan_of_the_kernel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, layer = host_run([SPARSE, SpanBiases()])
+    args = random_args()
+    poisoned = replace(args, v=torch.full_like(args.v, float("nan")))
+    Dispatched(run, layer, poisoned)
+    assert (layer.disabled, layer.disabled_run) == ("kernel gave NaN or infinity", True)
+    layer.begin_run()
+    run.clock.run += 1
+    assert layer.disabled is None
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "sparse_attention", lambda q, *args, **kwargs: torch.full_like(q, float("nan")))
+        Dispatched(run, layer, args)
+    assert (layer.disabled, layer.disabled_run) == ("kernel gave NaN or infinity", False)
+    Dispatched(run, layer, poisoned)  # with the bias alone: says nothing about the kernel
+    assert not layer.disabled_run
+
+
+def test_results_are_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, layer = host_run([SPARSE])
+    looked: list[Any] = []
+    monkeypatch.setattr(dispatch, "_is_finite", lambda out, mesh: looked.append(out) or True)
+    for expected in (1, 1, 2):
+        run.clock.run += expected == 2
+        Dispatched(run, layer, random_args())
+        assert len(looked) == expected
+
+
+def test_a_call_that_several_methods_decline_is_one_fallback() -> None:
+    class Declines:
+        role, min_tokens, sites = "", 0, ("self",)
+
+        def request(self, call: AttentionCall, request: Request) -> None:
+            request.decline("not here")
+
+    run, layer = host_run([BlockSparse(density=1.0), Declines()])
+    assert Dispatched(run, layer, random_args()).stock_calls == 1
+    assert layer.stats.fallbacks == {"not here": 1}
 
 
 def test_a_perturbed_pass_changes_the_rows_behind_the_plain_ones() -> None:
