@@ -22,7 +22,7 @@ from tests._support.other_environment import ROOT, commit, environment, outcomes
 PLUGIN = Path(__file__).parent / "plugin"
 ARMS = ("pass-through", "block-sparse", "rectified-spaattn", "re-ttention", "softpag")
 REFUSAL = "dit_attn.errors.DitAttnError: "
-PACKAGES = ("httpx", "parameterized", "requests", "sentencepiece")
+PACKAGES = ("httpx", "parameterized", "requests", "requests-mock", "sentencepiece")
 
 
 def run_arm(python: Path, checkout: Path, reports: Path, arm: str, given: list[str]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run_arm(python: Path, checkout: Path, reports: Path, arm: str, given: list[s
 
     An arm whose report lies in ``reports`` is read from there and not run again.
     """
-    report, counts = reports / f"{arm}.xml", reports / f"{arm}.json"
+    report, counts, made_at = (reports / f"{arm}.{ending}" for ending in ("xml", "json", "commit"))
     if not report.exists():
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path(checkout), "DIT_ATTN_COUNTS": str(counts)}
         if arm != "stock":
@@ -39,7 +39,9 @@ def run_arm(python: Path, checkout: Path, reports: Path, arm: str, given: list[s
         done = subprocess.run([*command, *given, f"--junitxml={report}"], cwd=checkout, env=env, check=False)
         if not report.exists():
             raise SystemExit(f"pytest ended with {done.returncode} and no report on {arm}; see above")
+        made_at.write_text(commit())
     return {
+        "commit": made_at.read_text().strip() if made_at.exists() else "unknown",
         "seconds": seconds(report),
         "tests": {name: (outcome, message) for name, outcome, message in outcomes(report)},
         "counts": json.loads(counts.read_text()) if counts.exists() else {},
@@ -72,9 +74,10 @@ def compare(stock: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def totals(arm: dict[str, Any]) -> dict[str, Any]:
-    """Number of tests by outcome, and seconds."""
+    """Number of tests by outcome, seconds, and the commit that ran them."""
     every = [outcome for outcome, _ in arm["tests"].values()]
-    return {**{key: every.count(key) for key in ("passed", "failed", "skipped")}, "seconds": arm["seconds"]}
+    counts = {key: every.count(key) for key in ("passed", "failed", "skipped")}
+    return {**counts, "seconds": arm["seconds"], "commit": arm["commit"]}
 
 
 def main() -> int:

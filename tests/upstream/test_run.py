@@ -58,13 +58,14 @@ def test_the_plug_in_enables_the_method_on_every_model_a_test_builds(tmp_path: P
 def test_an_arm_whose_report_is_there_is_not_run_again(tmp_path: Path) -> None:
     report = '<testsuites><testsuite time="2.5"><testcase classname="m" name="a"/></testsuite></testsuites>'
     (tmp_path / "stock.xml").write_text(report)
+    (tmp_path / "stock.commit").write_text("abc")
     arm = run.run_arm(Path("no interpreter"), tmp_path, tmp_path, "stock", [])
-    assert arm == {"seconds": 2.5, "tests": {"m::a": ("passed", "")}, "counts": {}}
+    assert arm == {"commit": "abc", "seconds": 2.5, "tests": {"m::a": ("passed", "")}, "counts": {}}
 
 
 def test_a_test_that_is_missing_or_skipped_differs() -> None:
     stock = {"tests": {"a": ("passed", ""), "b": ("passed", ""), "c": ("failed", "x")}}
-    arm = {"tests": {"a": ("skipped", "why"), "c": ("failed", "y")}, "seconds": 1.0, "counts": {}}
+    arm = {"tests": {"a": ("skipped", "why"), "c": ("failed", "y")}, "seconds": 1.0, "commit": "", "counts": {}}
     assert run.compare(stock, arm)["differs"] == {"a": "passed -> skipped: why", "b": "passed -> missing"}
 
 
@@ -74,6 +75,7 @@ def test_what_the_package_refuses_in_a_line_is_counted_by_the_line() -> None:
     arm = {
         "tests": {"a": ("failed", line), "b": ("failed", line), "c": ("failed", "assert 1")},
         "seconds": 1.0,
+        "commit": "",
         "counts": {},
     }
     found = run.compare(stock, arm)
