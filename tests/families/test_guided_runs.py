@@ -345,8 +345,8 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
 def test_a_reader_sees_the_plain_passes_as_without_guidance(case: Any, reader: str) -> None:
     """The perturbed pass leaves no trace in what a reader remembers: with a push of nothing, all bits agree."""
     pipe, kwargs = real(case)
-    cls = methods()[reader]
-    read = cls(density=0.4, q_block=32, kv_block=32, dense_steps=0)  # type: ignore[call-arg]
+    budget: dict[str, Any] = {"window": (3, 3)} if reader == "inward-window" else {"density": 0.4}
+    read = methods()[reader](q_block=32, kv_block=32, dense_steps=0, **budget)  # type: ignore[call-arg]
     dit_attn.enable(pipe, read)
     alone = run(pipe, kwargs, steps=4)
     guidance = dit_attn.SoftPAG(heads="1", scale=1e-30, inject="step")

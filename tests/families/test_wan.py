@@ -133,7 +133,9 @@ def test_guidance_perturbs_blocks_and_leaves_the_control_branch() -> None:
     with torch.no_grad():
         model(**TestWanVace().inputs())
     found = dit_attn.summary(model)
-    assert found.guidance is not None and found.guidance.perturbed == ("perturbed: blocks.1.attn1, all 2 heads",)
+    assert found.guidance is not None and found.guidance.perturbed == (
+        "softpag on layer 1 (blocks.1.attn1), all 2 heads (the default, none were named)",
+    )
     assert [layer.sparse_calls for layer in found.layers] == [2, 2, 2]  # in the perturbed pass too
 
 

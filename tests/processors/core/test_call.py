@@ -52,7 +52,7 @@ def test_arguments_of_a_call_cannot_be_changed_and_default_to_plain_attention() 
     x = torch.zeros(1, 4, 2, 8)
     args = SDPAArgs(x, x, x)
     rest = [getattr(args, spec.name) for spec in fields(args)[3:]]
-    assert rest == [None, None, False, 0.0, False, None, None, 0]
+    assert rest == [None, None, False, 0.0, False, None, False, None, 0]
     with pytest.raises(FrozenInstanceError):
         args.scale = 1.0  # type: ignore[misc]
 
