@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -83,8 +84,9 @@ class InwardWindow(SparseMethod):
             raise DitAttnError(f"{self.slug}.temperature must be above 0, got {self.temperature!r}")
         if self.snap == "yes" and self.border == "clip":
             raise DitAttnError(f'{self.slug}.border "clip" needs exact windows; leave snap="yes" out')
-        if self.snap == "no" and self.outside == "pooled":
-            raise DitAttnError(f'{self.slug}.outside "pooled" needs snapped windows; leave snap="no" out')
+        if self.outside == "pooled" and (self.snap == "no" or self.border == "clip"):
+            exact = 'snap="no"' if self.snap == "no" else 'border="clip"'
+            raise DitAttnError(f'{self.slug}.outside "pooled" needs snapped windows; leave {exact} out')
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse settings that refer to a native size nobody said; arguments as in the base class.
@@ -133,7 +135,7 @@ class InwardWindow(SparseMethod):
             DitAttnError: ``snap="yes"``, and no tile divides the grid.
         """
         window = self.window_of(grid)
-        tile, snapped = self._tile(grid, window, torch.device(device).type)
+        tile, snapped = _tile_of(self, grid, window, torch.device(device).type)
         order = token_order("tiles", grid, tile=tile)
         kv_block = self.kv_block if tile is None else math.prod(tile)
         q_block = kv_block * self._joined(grid, tile, kv_block)
@@ -148,18 +150,6 @@ class InwardWindow(SparseMethod):
                 inward=self.border == "inward", device=device,
             )  # fmt: skip
         return layout, tile
-
-    def _tile(self, grid: Grid, window: Grid, device: str) -> tuple[Grid | None, bool]:
-        """The tile of the order, ``None`` for the default one, and whether windows are snapped to it."""
-        given = self.tile
-        tile = window_tile(grid, self.kv_block) if given is None else (given[0], given[1], given[2])
-        divides = not any(n % side for n, side in zip(grid, tile, strict=True))
-        fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
-        if self.snap == "yes" and not divides:
-            raise DitAttnError(f'{self.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
-        wanted = self.snap == "yes" or self.outside == "pooled" or (self.snap == "auto" and device == "cpu")
-        snapped = wanted and divides and self.border == "inward" and (fine or self.snap == "yes")
-        return (tile if given is not None or snapped or fine else None), snapped
 
     def _joined(self, grid: Grid, tile: Grid | None, kv_block: int) -> int:
         """Tiles of keys per block of queries: as many along a row as ``q_block`` holds and as divide it."""
@@ -182,10 +172,13 @@ class InwardWindow(SparseMethod):
             return
         others = call.tokens.seq_len - math.prod(grid)
         layout, tile = self.layout(grid, others, call.q.device)
+        if self.outside == "pooled" and layout.elements is not None:
+            request.decline("pooled keys need tiles that divide the picture")
+            return
         request.permuted = rows = request.permute(call, "tiles", tile)
         request.layout = layout
         request.multiply_scale(self._temperature(window, grid))
-        if self.outside == "pooled" and layout.density < 1.0:
+        if self.outside == "pooled":
             size = next(n for n in range(min(_POOLED, layout.kv_block), 0, -1) if layout.kv_block % n == 0)
             request.compensation = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask)
 
@@ -200,3 +193,17 @@ class InwardWindow(SparseMethod):
             return None
         h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
         return PositionMap(scale=(1.0, h, w)) if (h, w) != (1.0, 1.0) else None
+
+
+@lru_cache(maxsize=256)
+def _tile_of(method: InwardWindow, grid: Grid, window: Grid, device: str) -> tuple[Grid | None, bool]:
+    """The tile of the order, ``None`` for the default one, and whether windows are snapped to it."""
+    given = method.tile
+    tile = window_tile(grid, method.kv_block) if given is None else (given[0], given[1], given[2])
+    divides = not any(n % side for n, side in zip(grid, tile, strict=True))
+    fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
+    if method.snap == "yes" and not divides:
+        raise DitAttnError(f'{method.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
+    wanted = method.snap == "yes" or method.outside == "pooled" or (method.snap == "auto" and device == "cpu")
+    snapped = wanted and divides and method.border == "inward" and (fine or method.snap == "yes")
+    return (tile if given is not None or snapped or fine else None), snapped

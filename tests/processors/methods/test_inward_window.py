@@ -136,6 +136,12 @@ def test_a_window_that_covers_the_picture_is_left_to_stock_attention() -> None:
     assert request.empty and request.declined == ["the window covers the picture"]
 
 
+def test_pooled_keys_without_tiles_that_divide_the_picture_leave_it_to_stock_attention() -> None:
+    request = Request()
+    method(outside="pooled").request(call(grid=(1, 37, 41)), request)
+    assert request.empty and request.declined == ["pooled keys need tiles that divide the picture"]
+
+
 def test_a_sequence_with_references_is_left_to_stock_attention() -> None:
     spans = (Span("text", 5), visual_span("image", (1, 16, 24)), visual_span("reference", (1, 16, 24)))
     request = Request()
@@ -197,6 +203,7 @@ def test_interpolated_positions_stay_within_the_native_range() -> None:
         ({"temperature": "hot"}, "temperature must be"),
         ({"snap": "yes", "border": "clip"}, 'border "clip" needs exact windows'),
         ({"snap": "no", "outside": "pooled"}, '"pooled" needs snapped windows'),
+        ({"border": "clip", "outside": "pooled"}, '"pooled" needs snapped windows; leave border="clip" out'),
         ({"densities": (0.5,)}, "has no density"),
     ],
 )
