@@ -54,6 +54,7 @@ class RunState:
         self.methods, self.clock, self.cfg, self.mask_rule = tuple(methods), clock, cfg, mask_rule
         self.text_kind = text_kind
         self._methods = {kind: tuple(m for m in methods if kind in kinds_at(m.sites, text_kind)) for kind in KINDS}
+        self._guided = {kind: all(m.role == "guidance" for m in found) for kind, found in self._methods.items()}
         self._counts: Counter[str] = Counter()
         self.layers: list[Layer] = []
         self.layout: TokenLayout | None = None
@@ -83,6 +84,10 @@ class RunState:
     def methods_for(self, kind: str) -> tuple[CallMethod, ...]:
         """Return the enabled methods that apply to attention calls of a kind."""
         return self._methods[kind]
+
+    def only_guidance(self, kind: str) -> bool:
+        """Return whether all methods that apply to attention calls of a kind work on the perturbed pass alone."""
+        return self._guided[kind]
 
     @property
     def window(self) -> Hashable:
