@@ -25,7 +25,7 @@ CASES: dict[str, Any] = {
     "wan": Wan, "wan-2.2": Wan, "hunyuan-video": HunyuanVideo, "cogvideox": CogVideoX, "ltx": LtxVideo, "flux": Flux,
     "qwen-image": QwenImage,
 }  # fmt: skip
-FRAMES = {"ltx": 9}  # of the others 5
+FRAMES = {"ltx": 9, "cogvideox": 9}  # of the others 5
 
 
 def pipeline(name: str) -> tuple[Any, dict[str, Any]]:
