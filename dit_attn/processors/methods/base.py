@@ -28,6 +28,10 @@ from dit_attn.settings import setting as setting
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+TWIN = "twin"
+"""Name of the pass that :meth:`Method.twin` asks for."""
+Grid = tuple[int, int, int]
+
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
 
@@ -150,6 +154,19 @@ class Method:
             branches: guidance branch of every batch row of the call.
         """
         return None
+
+    def twin_at(self, grid: Grid | None) -> bool:
+        """Return whether a twin pass makes a difference on a (T, H, W) grid of visual tokens."""
+        return True
+
+    def twin_work(self, steps: int, branches: int) -> float:
+        """Return how many samples go through the transformer in twin passes, per step, as a mean over a run.
+
+        Args:
+            steps: of the run.
+            branches: 2 with classifier-free guidance, else 1.
+        """
+        return 0.0
 
     @property
     def has_twin(self) -> bool:
