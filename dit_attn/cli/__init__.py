@@ -43,6 +43,7 @@ COMMANDS = {
     "inspect": Command("inspect", "measure what attention does in a run, by layer, head and step, with a page"),
     "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
+    "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them"),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
     "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),
