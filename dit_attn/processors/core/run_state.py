@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -67,6 +68,7 @@ class RunState:
         self._batch = 1
         self._all_perturbed = False
         self._tokens: dict[int, Tokens | None] = {}
+        self._named: tuple[Any, tuple[str, ...]] = (None, ())  # branches of every row, and of which call
         _RUNS[self.id] = self
 
     @property
@@ -115,7 +117,7 @@ class RunState:
 
     def begin_call(self, rows: int) -> None:
         """Note that a transformer call of ``rows`` batch rows begins."""
-        self._batch = rows
+        self._batch, self._named = rows, (None, ())
         for layer in self.layers:
             layer.begin_call(self.window, self.pass_name)
 
@@ -184,6 +186,13 @@ class RunState:
         return None
 
     def _branch_names(self, rows: int) -> tuple[str, ...]:
+        clock = self.clock
+        key = (rows, clock.run, clock.step, clock.call, clock.context, clock.position)
+        if self._named[0] != key:  # asked at every layer
+            self._named = key, self._find_branch_names(rows)
+        return self._named[1]
+
+    def _find_branch_names(self, rows: int) -> tuple[str, ...]:
         if self._all_perturbed:
             return ("perturbed",) * rows
         if self._pass_branches:
@@ -199,6 +208,7 @@ def run_by_handle(handle: torch.Tensor) -> RunState:
     Raises:
         DitAttnError: it is gone: a graph was compiled before the package was loaded again.
     """
-    if int(handle) not in _RUNS:
+    run = _RUNS.get(int(handle))
+    if run is None:
         raise DitAttnError(STALE)
-    return _RUNS[int(handle)]
+    return run

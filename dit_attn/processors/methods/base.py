@@ -229,6 +229,15 @@ class Method:
         """Return the method with all layers in the same phase at every step, itself where they are anyway."""
         return self
 
+    def at_native_size(self, native: tuple[int, int], keep: bool = True) -> Method:
+        """Return the method for a model trained at (h, w) tokens, itself where its settings do not refer to that.
+
+        Args:
+            native: (h, w) tokens.
+            keep: leave a native size in the settings as it is.
+        """
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, with the slug under ``"method"``."""
         return {"method": self.slug, **{k: plain(v) for k, v in dataclasses.asdict(self).items()}}

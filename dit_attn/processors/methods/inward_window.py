@@ -9,7 +9,7 @@ in the window.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Literal
 
@@ -105,6 +105,10 @@ class InwardWindow(SparseMethod):
                 "e.g. (30, 52) for 480 x 832 pixels at 16 pixels per token"
             )
         return self.native[0], self.native[1]
+
+    def at_native_size(self, native: tuple[int, int], keep: bool = True) -> InwardWindow:
+        """Return the windows for a model trained at (h, w) tokens; arguments as in the base class."""
+        return self if keep and self.native is not None else replace(self, native=native)
 
     @property
     def moves_positions(self) -> bool:
