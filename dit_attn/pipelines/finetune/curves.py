@@ -41,7 +41,7 @@ class CurveConfig:
         model: embedded model.
         densities: critical fraction of SLA, one set of arms each.
         points: training steps at which the arms are scored, ascending; 0 is before training.
-        count: held-out prompts.
+        count: held-out prompts; 0 measures the distance to the dense model alone, on held-out calls of it.
         steps: denoising steps; ``None`` for the model's own.
         runs, calls_per_run: of the dense model, that examples are drawn from.
         batch, lr: of the training.
@@ -115,6 +115,8 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
     kind = "video" if "num_frames" in config.call else "image"
 
     def score(pipe: Any, key: str, sparse: bool = True) -> None:
+        if not config.count:
+            return
         found = evaluate(pipe, kind, config.call, config.count, config.seed)[0]
         cost = summary(pipe).run_density if sparse else 1.0
         log.add(key, {"whole_caption": found["whole_caption"], "all": found["all_attributes"], "computed": cost})
@@ -131,7 +133,7 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
         for arm in arms(pipe, config.model, density):
             for point in config.points if arm.trained else config.points[:1]:
                 key = f"{arm.name} @ {point}"
-                if key in log.rows:
+                if f"{key}: loss" in log.rows or (key in log.rows and not point):
                     continue
                 if point == 0:
                     with enabled(pipe, arm.method):
@@ -140,6 +142,7 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
                 job = _trained(arm, point, config, examples, folder / arm.name.replace(" ", "-"))
                 score(job.pipe, key)
                 log.add(f"{key}: loss", job.log)
+                on_progress(f"{key}: held-out loss {job.log[0]['held_out']:.4g} to {job.log[-1]['held_out']:.4g}")
     return {"config": asdict(config), "rows": dict(log.rows)}
 
 
@@ -175,13 +178,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_attn.pipelines.finetune.curves", description=__doc__)
     parser.add_argument("--model", default="tiny-video", choices=sorted(models.available()))
     parser.add_argument("--quick", action="store_true", help="one density, 60 steps, 24 prompts in 8 denoising steps")
+    parser.add_argument("--count", type=int, help="held-out prompts; 0 for the distance to the dense model alone")
     parser.add_argument("--output", type=Path, required=True, help="folder; started again, it goes on")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = QUICK if args.quick else CurveConfig()
-    config = CurveConfig(**{**asdict(chosen), "model": args.model})
+    given = {"model": args.model, **({} if args.count is None else {"count": args.count})}
+    config = CurveConfig(**{**asdict(chosen), **given})
     found = measure(config, args.output, lambda line: print(line, flush=True))
     words = [*sys.argv[1:]] if argv is None else [*map(str, argv)]
     record = {
