@@ -15,6 +15,7 @@ _METHODS = {
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
+    "SLA": "sla",
     "SLG": "slg",
     "STG": "stg",
     "SoftPAG": "softpag",
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
 
-__all__ = ["SEG", "SLG", "STG", "BlockSparse", "InwardWindow", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
+__all__ = ["SEG", "SLA", "SLG", "STG", "BlockSparse", "InwardWindow", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
 
 
 def __getattr__(name: str) -> object:

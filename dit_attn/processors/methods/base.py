@@ -210,6 +210,13 @@ class Method:
         """
         return None
 
+    def continues(self, other: Method) -> bool:
+        """Return whether the tensors of ``other``, enabled before, stay when this method takes its place.
+
+        By default they do where it is the same settings and names no ``weights``.
+        """
+        return self == other and self.weights is None
+
     def parameters(self, call: AttentionCall) -> torch.nn.Module:
         """Return the method's module for the layer of a call, on the device of the call.
 
