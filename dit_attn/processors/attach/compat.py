@@ -227,3 +227,9 @@ def split_args(args: SDPAArgs, parallel_config: Any, full_keys: bool = False) ->
         return replace(args, mesh=ulysses_mesh(parallel_config), full_keys=full_keys)
     except NotImplementedError as error:
         return replace(args, unsupported=str(error))
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device a pipeline computes on, also where its parts are offloaded."""
+    device = getattr(pipe, "_execution_device", None)
+    return device if isinstance(device, torch.device) else pipe.transformer.device

@@ -135,12 +135,16 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         tokens=run.tokens(args.q.shape[1]) if cross or args.q.shape[1] == args.k.shape[1] else None,
         clock=run.clock,
         branches=run.branches(args.q.shape[0], layer.rows[0]),
+        samples=run.samples(args.q.shape[0], layer.rows[0]),
         layer_count=run.count(layer.kind),
         mask_rule=run.mask_rule,
         kind=layer.call_kind,
         shard=shard,
         pass_name=run.pass_name,
+        shared=run.shared,
+        reports=run.reports,
         find_piece=run.find_piece,
+        find_prompts=run.find_prompts,
     )
 
 
