@@ -74,6 +74,7 @@ class PassStates:
 
     def __init__(self) -> None:
         self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
+        self.current: dict[Any, Any] = {}
         self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {}
         self.drop()
 
@@ -88,7 +89,7 @@ class PassStates:
 
     def drop(self) -> None:
         """Empty the state of every window and pass."""
-        self.current: dict[Any, Any] = {}
+        self.current = {}
         self._states = {self._place: self.current}
 
 

@@ -83,3 +83,16 @@ def test_a_copy_of_a_guided_transformer_is_guided_alone(share_prefix: bool) -> N
     assert not torch.equal(forward(clone, args), expected)
     session.reset()
     assert torch.equal(forward(model, args), expected)
+
+
+@pytest.mark.parametrize("methods", [(), METHODS])
+def test_a_session_is_of_one_thread_only_where_it_has_methods(methods: tuple[dit_attn.BlockSparse, ...]) -> None:
+    model = torch.nn.Linear(1, 1)
+    session = Session(model, WAN, methods, Clock())
+    session.check_thread()  # nothing has run
+    session._thread = -1  # another one made the last call
+    if methods:
+        with pytest.raises(dit_attn.DitAttnError, match="another thread is running this transformer"):
+            session.check_thread()
+    else:
+        session.check_thread()
