@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import dit_attn
 from dit_attn.processors.attach.attach import prepare, session_of
 from dit_attn.processors.attach.families import families
-from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.session import Session, _end_run
 from dit_attn.processors.core.clock import Clock
 from tests._support.compose import forward, tiny
 
@@ -96,3 +97,14 @@ def test_a_session_is_of_one_thread_only_where_it_has_methods(methods: tuple[dit
             session.check_thread()
     else:
         session.check_thread()
+
+
+def test_a_run_that_ends_late_frees_nothing_of_the_next_one() -> None:
+    model = torch.nn.Linear(1, 1)
+    session = Session(model, WAN, METHODS, Clock(run=2))
+    layer = session.add_layer("blocks.0.attn1")
+    layer.state["kept"] = 1
+    _end_run(weakref.ref(session), 1)
+    assert layer.state == {"kept": 1}
+    _end_run(weakref.ref(session), 2)
+    assert layer.state == {}
