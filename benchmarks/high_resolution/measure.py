@@ -220,19 +220,25 @@ def main() -> None:
     parser.add_argument("--factors", type=int, nargs="+", help="of the native size")
     parser.add_argument("--sigmas", type=float, nargs="+", default=list(SIGMAS))
     parser.add_argument("--steps", type=int, help="of a full schedule (default: the model's)")
-    parser.add_argument("--only", default="", help="arms whose name has this text, and native, bilinear and dense ones")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="names of the arms, besides native (default: all)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--filled", action="store_true", help="tiny-joint: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="two items, the smallest factor, sigma .7, 6 steps")
+    parser.add_argument("--quick", action="store_true", help="two items, the smallest factor, sigma .9, 2 steps")
     args = parser.parse_args()
     if args.quick:
-        args.count, args.sigmas, args.steps = 2, [0.7], 6
+        args.count, args.sigmas, args.steps = 2, [0.9], 2
         args.factors = [FACTORS[args.model][0]]
+    if args.threads:
+        torch.set_num_threads(args.threads)
     bench = Bench(args.model, args.steps)
     arms = bench.arms(tuple(args.factors or FACTORS[args.model]), tuple(args.sigmas))
-    kept = ("native", "bilinear", "direct dense", "two stages dense")
-    arms = [arm for arm in arms if args.only in arm.name or arm.name in kept]
+    if args.only:
+        unknown = {*args.only} - {arm.name for arm in arms}
+        if unknown:
+            parser.error(f"no such arm: {', '.join(sorted(unknown))}; there are {', '.join({a.name: 0 for a in arms})}")
+        arms = [arm for arm in arms if arm.name in ("native", *args.only)]
     kind = KINDS[args.model]
     chosen = items.multi.held_out_sample(args.count, objects=(1, 3), filled=True) if args.filled else (
         items.held_out_sample(kind, args.count)
@@ -271,6 +277,8 @@ def main() -> None:
 def _words(args: argparse.Namespace) -> list[str]:
     sigmas, factors = (" ".join(map(str, x)) for x in (args.sigmas, args.factors or FACTORS[args.model]))
     more = [f"--steps {args.steps}"] * bool(args.steps) + ["--filled"] * args.filled
+    more += [f"--only {' '.join(map(repr, args.only))}"] * bool(args.only)
+    more += [f"--threads {args.threads}"] * bool(args.threads)
     return [args.model, f"--count {args.count}", f"--sigmas {sigmas}", f"--factors {factors}", *more]
 
 

@@ -290,7 +290,8 @@ class InwardWindow(SparseMethod):
         if kind == "dype":
             h, w = (scale ** (2.0 * site.clock.noise**2) for scale in (h, w))
         bands = {"interpolated": "all", "dype": "ntk"}.get(kind, kind)
-        native = (float(site.grid[0]), *map(float, self._native_size()))
+        rows, columns = self._native_size()
+        native = (float(site.grid[0]), float(rows), float(columns))
         return PositionMap(scale=(1.0, h, w), bands=bands, native=native) if (h, w) != (1.0, 1.0) else None
 
 
