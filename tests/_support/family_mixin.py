@@ -28,6 +28,7 @@ from tests._support.position_maps import Placed, Tables, along
 from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
+from tests._support.sla_reference import sparse_linear
 from tests._support.span_biases import SpanBiases, bias_matrix
 from tests._support.two_streams import two_streams
 from tests._support.window_masks import window_bias
@@ -302,6 +303,23 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         visual = slice(*call.tokens.visual_range)
         expected = rectified(call, settings, request.layout)
         torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
+
+    def test_sparse_linear_run_equals_its_equations(self, net: Any, args: Any) -> None:
+        settings = dit_attn.SLA(density=0.3, negligible=0.2, q_block=32, kv_block=32)
+        dit_attn.enable(net, settings)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, value in net.named_parameters():
+                if name.startswith("dit_attn."):
+                    value.normal_(std=0.3)
+        with requests() as seen:
+            self.call(net, args)
+        assert len(seen) == self.sockets
+        call, request, out = seen[-1]
+        assert request.compute_visual is not None
+        learned = call.layer.learned[id(attach.session_of(net).methods[0])]
+        expected = sparse_linear(call, settings, learned.weight.detach(), learned.bias.detach())
+        torch.testing.assert_close(out[:, call.visual].double(), expected, atol=2e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("mask", sorted(MASKS))
     def test_reshaped_run_equals_its_equations(self, net: Any, args: Any, mask: str) -> None:

@@ -61,9 +61,14 @@ def dispatch(
     """Call the stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    if "parallel_config" in inspect.signature(dispatch_attention_fn).parameters:
+    if _takes_parallel_config(dispatch_attention_fn):
         kwargs["parallel_config"] = parallel_config
     return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
+
+
+@functools.cache
+def _takes_parallel_config(function: Callable[..., Any]) -> bool:
+    return "parallel_config" in inspect.signature(function).parameters
 
 
 def dispatchers(function: Callable[..., torch.Tensor]) -> dict[Any, Callable[..., torch.Tensor]]:

@@ -42,6 +42,17 @@ def resolve_count(amount: float | int, total: int) -> int:
     return max(0, min(int(count), total))
 
 
+def in_steps(clock: Clock, start: float | int, stop: float | int) -> bool:
+    """Return whether the current step is between two bounds, fractions of the run or counts; ``stop`` is excluded.
+
+    With an unknown number of steps, fractions are of the noise that is removed.
+    """
+    if clock.total:
+        return resolve_count(start, clock.total) <= clock.step < resolve_count(stop, clock.total)
+    after = clock.progress >= start if isinstance(start, float) else clock.step >= start
+    return after and (clock.progress < stop if isinstance(stop, float) else clock.step < stop)
+
+
 @dataclass(frozen=True)
 class Phase:
     """A kind of step in a method's run.
@@ -209,6 +220,13 @@ class Method:
             shape: sizes of the layer.
         """
         return None
+
+    def continues(self, other: Method) -> bool:
+        """Return whether the tensors of ``other``, enabled before, stay when this method takes its place.
+
+        By default they do where it is the same settings and names no ``weights``.
+        """
+        return self == other and self.weights is None
 
     def parameters(self, call: AttentionCall) -> torch.nn.Module:
         """Return the method's module for the layer of a call, on the device of the call.
