@@ -100,9 +100,9 @@ class Recipe:
         left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
         return min(1.0, (step + 1) / self.warmup, max(0.02, left))
 
-    def with_steps(self, steps: int) -> Recipe:
-        """Return the same recipe over another number of steps."""
-        return replace(self, steps=steps)
+    def stretched(self, steps: int, rate: float = 1.0) -> Recipe:
+        """Return the same recipe over another number of steps, its learning rates times ``rate``."""
+        return replace(self, steps=steps, lr=self.lr * rate, muon_lr=self.muon_lr * rate)
 
 
 RECIPES: dict[str, Recipe] = {

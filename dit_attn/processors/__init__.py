@@ -15,9 +15,12 @@ _METHODS = {
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
+    "SLA": "sla",
     "SLG": "slg",
     "STG": "stg",
     "SoftPAG": "softpag",
+    "SaaS": "saas",
+    "SubjectIsolation": "subject_isolation",
 }
 
 if TYPE_CHECKING:
@@ -25,12 +28,27 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+    from dit_attn.processors.methods.saas import SaaS
     from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
+    from dit_attn.processors.methods.subject_isolation import SubjectIsolation
 
-__all__ = ["SEG", "SLG", "STG", "BlockSparse", "InwardWindow", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
+__all__ = [
+    "SEG",
+    "SLA",
+    "SLG",
+    "STG",
+    "BlockSparse",
+    "InwardWindow",
+    "ReTtention",
+    "RectifiedSpaAttn",
+    "SaaS",
+    "SoftPAG",
+    "SubjectIsolation",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -73,8 +73,8 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path, monkeypatch, capsys)
         return original(self)
 
     monkeypatch.setattr(loop.Run, "batch", batch)
-    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu") == 130
-    assert "--resume" in capsys.readouterr().err
+    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--rate", 0.3) == 130
+    assert "--rate 0.3 --resume" in capsys.readouterr().err
     monkeypatch.setattr(loop.Run, "batch", original)
     assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--resume", "--final-count", 0) == 0
     assert (tmp_path / "pipeline/model_index.json").is_file()
@@ -93,6 +93,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
         (["tiny-imag"], "Did you mean 'tiny-image'"),
         (["tiny-image", "--steps", "0"], "--steps must be at least 1, got '0'"),
         (["tiny-image", "--minutes", "-1"], "--minutes is -1"),
+        (["tiny-image", "--rate", "0"], "--rate is 0, but must be more than 0"),
         (["tiny-image", "--minutes", "nan"], "--minutes must be a number, got 'nan'"),
         (["tiny-image", "--seed", "-1"], "--seed must be at least 0, got '-1'"),
         (["tiny-image", "--threads", "0"], "--threads must be at least 1, got '0'"),
