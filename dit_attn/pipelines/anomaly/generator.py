@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn import files
+from dit_attn.api import enabled
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
 from dit_attn.pipelines.anomaly.blend import Blend, blended
@@ -187,8 +188,6 @@ class AnomalyGenerator:
     @torch.no_grad()
     def _sample(self, orders: Sequence[Order], images: torch.Tensor, masks: torch.Tensor, control: bool) -> Any:
         """Painted views (B, 3, size, size) in [0, 1]."""
-        import dit_attn
-
         backbone, config, pipe = self.backbone, self.config, self.backbone.pipe
         family, device = backbone.family, backbone.device
         masks = masks.to(device)
@@ -206,7 +205,7 @@ class AnomalyGenerator:
                 text = self.concept.extend(text, family.masked, pairs, masks)
                 stack.enter_context(applied(self.concept, pipe.transformer))
             if self.methods:
-                stack.enter_context(dit_attn.enabled(pipe, *self.methods))
+                stack.enter_context(enabled(pipe, *self.methods))
             blend = Blend(*packed, lambda level: wide if level > config.dilate_above else exact)
             stack.enter_context(blended(pipe.scheduler, blend))
             latents = packed[1].to(backbone.dtype)  # pipelines multiply it by their first level
