@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 _METHODS = {
     "BlockSparse": "block_sparse",
     "InwardWindow": "inward_window",
+    "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
@@ -24,6 +25,7 @@ _METHODS = {
 if TYPE_CHECKING:
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.inward_window import InwardWindow
+    from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.seg import SEG
@@ -32,7 +34,18 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
 
-__all__ = ["SEG", "SLA", "SLG", "STG", "BlockSparse", "InwardWindow", "ReTtention", "RectifiedSpaAttn", "SoftPAG"]
+__all__ = [
+    "SEG",
+    "SLA",
+    "SLG",
+    "STG",
+    "BlockSparse",
+    "InwardWindow",
+    "MoH",
+    "ReTtention",
+    "RectifiedSpaAttn",
+    "SoftPAG",
+]
 
 
 def __getattr__(name: str) -> object:

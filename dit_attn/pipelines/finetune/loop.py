@@ -16,6 +16,7 @@ from dit_attn.errors import DitAttnError, RunStopped, reason
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
+from dit_attn.processors.methods.learned import LearnedMethod
 
 CHECKPOINT = "checkpoint.pt"
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -102,7 +103,11 @@ class Finetune:
         """Return the loss of one example."""
         example = example.to(self.device)
         arguments, target, weight = prepare(example, self.about, self.config, generator, self._ask_teacher)
-        return weighted_error(self.predict(arguments), target, weight)
+        loss = weighted_error(self.predict(arguments), target, weight)
+        if isinstance(self.method, LearnedMethod):
+            added = self.method.auxiliary_loss(self.session.learned.modules())
+            loss = loss if added is None else loss + added
+        return loss
 
     def train_step(self) -> float:
         """Do one optimizer step and return its loss.

@@ -88,6 +88,7 @@ class Layer:
         state: what methods store for this layer from step to step, of the window and the pass that the transformer is
             called for; emptied when a new run begins.
         learned: modules of the methods that learn, by the method's ``id``.
+        inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
@@ -105,6 +106,7 @@ class Layer:
         self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {self._place: self.state}
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
+        self.inputs: torch.Tensor | None = None
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 

@@ -138,6 +138,11 @@ class Method:
         """Whether :meth:`positions` is to be asked; models without rotary tables are refused then."""
         return type(self).positions is not Method.positions
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether the method asks for ``call.layer.inputs``, the hidden states that enter a self-attention layer."""
+        return False
+
     def twin(self, clock: Clock, branches: Sequence[str]) -> TwinPass | None:
         """Return the pass through the transformer to run before the plain one of a call, ``None`` for none.
 
