@@ -16,7 +16,6 @@ from dit_attn.errors import DitAttnError, RunStopped, reason
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
-from dit_attn.processors.methods.learned import LearnedMethod
 
 CHECKPOINT = "checkpoint.pt"
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -104,10 +103,8 @@ class Finetune:
         example = example.to(self.device)
         arguments, target, weight = prepare(example, self.about, self.config, generator, self._ask_teacher)
         loss = weighted_error(self.predict(arguments), target, weight)
-        if isinstance(self.method, LearnedMethod):
-            added = self.method.auxiliary_loss(self.session.learned.modules())
-            loss = loss if added is None else loss + added
-        return loss
+        added = self.method.auxiliary_loss(self.session.learned.modules())
+        return loss if added is None else loss + added
 
     def train_step(self) -> float:
         """Do one optimizer step and return its loss.
