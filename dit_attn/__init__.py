@@ -30,6 +30,7 @@ _EXPORTS = {
     "RectifiedSpaAttn": "dit_attn.processors.methods.rectified_spaattn",
     "ReTtention": "dit_attn.processors.methods.re_ttention",
     "InwardWindow": "dit_attn.processors.methods.inward_window",
+    "SLA": "dit_attn.processors.methods.sla",
     "SoftPAG": "dit_attn.processors.methods.softpag",
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
     from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEG",
+    "SLA",
     "SLG",
     "STG",
     "BlockSparse",

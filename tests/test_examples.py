@@ -100,6 +100,20 @@ def test_own_loop_makes_the_video_of_the_pipeline(script: Any) -> None:
     assert [layer.density for layer in found.layers] == [layer.density for layer in expected.layers]
 
 
+def test_fine_tuning_writes_what_enable_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["finetune_sla.py", "--tiny", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "finetune_sla.py"), run_name="__main__")
+    assert {"method", "transformer", "checkpoint.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert "sla" in capsys.readouterr().out
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["finetune_sla.py"])
+    with pytest.raises(SystemExit, match="no CUDA GPU here"):
+        runpy.run_path(str(EXAMPLES / "finetune_sla.py"), run_name="__main__")
+
+
 def test_two_experts_with_one_method_share_a_schedule(script: Any) -> None:
     (summary,) = script("wan_two_experts", "--tiny").summaries
     used = {layer.name.split(".")[0] for layer in summary.layers if layer.calls}
@@ -150,7 +164,7 @@ def test_the_page_names_every_example() -> None:
     page = (EXAMPLES / "README.md").read_text()
     named = set(re.findall(r"\]\(([^)#/]+)\)", page))
     assert named == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "tiny"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "finetune_sla", "tiny"}
 
 
 def test_the_notebook_runs_and_shows_what_it_says() -> None:

@@ -176,9 +176,20 @@ def load_pipeline(config: LoadConfig, bar: bool = False) -> Any:
     if config.attention_backend is not None:
         _backend(pipe, config.attention_backend)
     _place(pipe, config.cpu_offload, config.device)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=not (bar and on_terminal()), leave=False, position=1, desc="steps")
+    show_steps(pipe, "steps", bar)
     return pipe
+
+
+def show_steps(pipe: Any, desc: str, bar: bool = True) -> None:
+    """Let a pipeline draw a bar over its steps, on terminals.
+
+    Args:
+        pipe: the pipeline.
+        desc: what the steps are of.
+        bar: ``False`` for none at all.
+    """
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=not (bar and on_terminal()), leave=False, position=1, desc=desc)
 
 
 def compile_pipeline(pipe: Any, arguments: dict[str, Any] | None) -> None:

@@ -16,6 +16,8 @@ from dit_attn.cli import model_source, outputs
 from dit_attn.cli.load_pipeline import LoadConfig, parse_loras
 
 if TYPE_CHECKING:
+    from dit_attn.cli.high_resolution import TwoStages
+    from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
@@ -62,6 +64,8 @@ class Run:
         fps: frames per second of videos.
         results: filled as the run goes.
         tiles: cells of the contact sheet by index of the job, when there will be one.
+        stages: every item is made in two stages; the methods are enabled in the second alone.
+        last_summary: what the methods did in the last item that was made in stages.
     """
 
     pipe: Any
@@ -73,6 +77,8 @@ class Run:
     watched: bool = False
     results: list[ItemResult] = field(default_factory=list)
     tiles: dict[int, contact_sheet.Tile] = field(default_factory=dict)
+    stages: TwoStages | None = None
+    last_summary: Summary | None = None
 
 
 def new_run(
@@ -82,6 +88,7 @@ def new_run(
     argv: Sequence[str],
     fps: int | None = None,
     pipe: Any = None,
+    stages: TwoStages | None = None,
 ) -> Run:
     """Make a run without results.
 
@@ -92,6 +99,7 @@ def new_run(
         argv: the command line, for the sidecars.
         fps: frames per second of videos; ``None``: those of the model.
         pipe: the pipeline, if it is loaded.
+        stages: how every item is made in two stages.
     """
     source = load.source
     setup = {
@@ -104,10 +112,11 @@ def new_run(
         "variant": load.variant,
         "lora": [{**spec, "fingerprint": _fingerprint(spec["lora_id"])} for spec in parse_loras(load.lora)],
         "attention_backend": load.attention_backend,
+        **({} if stages is None else {"high_resolution": stages.to_dict()}),
     }
     facts = {"device": _device_name(load.device), "versions": versions(), "command": shlex.join(["dit-attn", *argv])}
     fps = fps or frames_per_second(source.pipeline, source.kind == "embedded")
-    return Run(pipe, methods, folder, setup, facts, fps)
+    return Run(pipe, methods, folder, setup, facts, fps, stages=stages)
 
 
 def methods_enabled(run: Run) -> AbstractContextManager[Any]:
@@ -121,6 +130,7 @@ def describe_setup(run: Run) -> dict[str, str]:
     return {
         "model": f"{setup['model']} ({setup['pipeline']}, {setup['dtype']}, {run.facts['device']})",
         "methods": "; ".join(outputs.to_json(method) for method in setup["methods"]) or "none (stock attention)",
+        **({} if run.stages is None else {"stages": run.stages.describe()}),
         "folder": str(run.folder),
     }
 

@@ -6,17 +6,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dit_attn
 from dit_attn import contact_sheet
-from dit_attn.cli import outputs
+from dit_attn.cli import load_pipeline, outputs
 from dit_attn.cli.jobs import Job, load_image
 from dit_attn.cli.outputs import Finished, Media
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.errors import DitAttnError, RunStopped, reason
+
+if TYPE_CHECKING:
+    from dit_attn.processors.attach.summary import Summary
 
 
 def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Finished]:
@@ -90,15 +94,9 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
     Raises:
         outputs.NotFinite: NaN in the output.
     """
-    import inspect
-
     import torch
 
-    arguments = {**job.call, **{key: load_image(path, key) for key, path in job.images().items()}}
-    taken = inspect.signature(type(pipe).__call__).parameters
-    arguments |= {"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed)}
-    if "output_type" in taken:
-        arguments["output_type"] = "np"
+    arguments = call_arguments(pipe, job)
     _synchronize(torch)
     started = time.perf_counter()
     result = pipe(**arguments)
@@ -106,9 +104,41 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
     return outputs.media_of(result), time.perf_counter() - started
 
 
+def call_arguments(pipe: Any, job: Job) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for a job, with a CPU generator of its own."""
+    import inspect
+
+    import torch
+
+    arguments = {**job.call, **{key: load_image(path, key) for key, path in job.images().items()}}
+    arguments |= {"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed)}
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        arguments["output_type"] = "np"
+    return arguments
+
+
+def _make_in_stages(run: Run, job: Job) -> tuple[Media, float, ItemFacts]:
+    """Make an item in two stages; the third value is what its sidecar says of them."""
+    assert run.stages is not None
+    path = run.stages.native_file(job, run.folder, run.setup)
+
+    def on_stage(name: str) -> None:
+        load_pipeline.show_steps(run.pipe, name)
+
+    made = run.stages.make(run.pipe, call_arguments(run.pipe, job), path, on_stage)
+    run.last_summary = made.summary or run.last_summary
+    seconds = {name: round(value, 4) for name, value in made.seconds.items()}
+    about = {"native_pass": str(path.relative_to(run.folder)), "sigma": made.sigma, "steps": made.steps}
+    facts = ItemFacts(made.summary, {"stages": {**about, "seconds": seconds}})
+    return outputs.media_of(made.output), sum(made.seconds.values()), facts
+
+
 def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
     head = (job.index, job.prompt, job.seed)
     try:
+        if run.stages is not None:
+            media, seconds, facts = _make_in_stages(run, job)
+            return save_item(run, job, media, seconds, facts), media
         media, seconds = call_pipeline(run.pipe, job)
         return save_item(run, job, media, seconds), media
     except RunStopped:
@@ -123,10 +153,25 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
         return ItemResult(*head, "failed", error=_hint(why, error)), None
 
 
-def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
-    """Write the output and its sidecar; the methods must still be enabled, for their summary."""
+@dataclass(frozen=True)
+class ItemFacts:
+    """What an item's sidecar says where its pipeline cannot be asked any more.
+
+    Attributes:
+        summary: of the methods.
+        more: further entries.
+    """
+
+    summary: Summary | None
+    more: dict[str, Any]
+
+
+def save_item(run: Run, job: Job, media: Media, seconds: float, facts: ItemFacts | None = None) -> ItemResult:
+    """Write the output and its sidecar; without ``facts`` the methods must still be enabled, for their summary."""
     digest = job.digest(run.setup)
-    found = dit_attn.summary(run.pipe) if run.methods or run.watched else None
+    if facts is None:
+        facts = ItemFacts(dit_attn.summary(run.pipe) if run.methods or run.watched else None, {})
+    found = facts.summary
     summary = found if run.methods else None
     warnings = found.warnings if found else ()
     settings = {"prompt": job.prompt, "seed": job.seed, "call": job.call, **run.setup}
@@ -141,6 +186,7 @@ def save_item(run: Run, job: Job, media: Media, seconds: float) -> ItemResult:
             "fps": run.fps if media.video else None,
             **settings,
             **run.facts,
+            **facts.more,
             "seconds": round(seconds, 4),
             "summary": summary.to_dict() if summary else None,
             "warnings": list(warnings),

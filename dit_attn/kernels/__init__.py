@@ -8,6 +8,7 @@ from dit_attn.kernels.layouts.flex_mask import from_flex, to_flex
 from dit_attn.kernels.layouts.patterns import band, from_lengths, from_segments, sink_window
 from dit_attn.kernels.layouts.token_order import TokenOrder, token_order
 from dit_attn.kernels.layouts.windows import inward_window, snapped_window, window_tile
+from dit_attn.kernels.linear.functional import linear_attention
 from dit_attn.kernels.numeric_guard import numeric_guard
 from dit_attn.kernels.selection.pooling import pool_blocks
 from dit_attn.kernels.selection.select import BlockPlan, block_scores, plan_blocks, plan_scores, select_blocks
@@ -30,6 +31,7 @@ __all__ = [
     "from_lengths",
     "from_segments",
     "inward_window",
+    "linear_attention",
     "numeric_guard",
     "plan_blocks",
     "plan_scores",

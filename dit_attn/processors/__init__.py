@@ -15,6 +15,7 @@ _METHODS = {
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
+    "SLA": "sla",
     "SLG": "slg",
     "STG": "stg",
     "SoftPAG": "softpag",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
     from dit_attn.processors.methods.seg import SEG
+    from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEG",
+    "SLA",
     "SLG",
     "STG",
     "BlockSparse",

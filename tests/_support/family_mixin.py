@@ -28,7 +28,9 @@ from tests._support.position_maps import Placed, Tables, along
 from tests._support.recorded_calls import Seen, reference, requests, watching
 from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
+from tests._support.sla_reference import sparse_linear
 from tests._support.span_biases import SpanBiases, bias_matrix
+from tests._support.two_streams import two_streams
 from tests._support.window_masks import window_bias
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
@@ -227,6 +229,21 @@ class FamilyMixin(CrossMixin, GuidedMixin):
             expected = reference(seen_call, Request(), window_bias(seen_call.tokens, window))
             torch.testing.assert_close(out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
 
+    def test_the_text_of_a_dense_twin_pass_replaces_that_of_windows(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, dit_attn.InwardWindow(window=self.grid, override="text"))
+        assert same(stock, self.call(net, args))
+        window = tuple((n + 1) // 2 for n in self.grid)
+        settings = {"window": window, "snap": "no", "q_block": 32, "kv_block": 16, "interval": 1}
+        dit_attn.enable(net, dit_attn.InwardWindow(**settings, override="text"))
+        with two_streams(net) as seen:
+            self.call(net, args)
+        if len([kind for kind in self.kinds if kind in VISUAL]) > 1:
+            assert not seen.replaced
+            return
+        seen.check(window)
+        assert seen.replaced
+
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:
         stock = self.call(net, args)
@@ -286,6 +303,23 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         visual = slice(*call.tokens.visual_range)
         expected = rectified(call, settings, request.layout)
         torch.testing.assert_close(out[:, visual].double(), expected, atol=2e-5, rtol=1e-4)
+
+    def test_sparse_linear_run_equals_its_equations(self, net: Any, args: Any) -> None:
+        settings = dit_attn.SLA(density=0.3, negligible=0.2, q_block=32, kv_block=32)
+        dit_attn.enable(net, settings)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, value in net.named_parameters():
+                if name.startswith("dit_attn."):
+                    value.normal_(std=0.3)
+        with requests() as seen:
+            self.call(net, args)
+        assert len(seen) == self.sockets
+        call, request, out = seen[-1]
+        assert request.compute_visual is not None
+        learned = call.layer.learned[id(attach.session_of(net).methods[0])]
+        expected = sparse_linear(call, settings, learned.weight.detach(), learned.bias.detach())
+        torch.testing.assert_close(out[:, call.visual].double(), expected, atol=2e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("mask", sorted(MASKS))
     def test_reshaped_run_equals_its_equations(self, net: Any, args: Any, mask: str) -> None:

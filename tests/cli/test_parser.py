@@ -22,14 +22,16 @@ GROUPS = {
     "compare": ["model", "methods", "prompts", "comparison", "size", "sampling", "output", "run"],
     "inspect": ["model", "methods", "prompts", "measurements", "size", "sampling", "output", "run"],
     "calibrate": ["model", "methods", "prompts", "calibration", "size", "sampling", "output", "run"],
+    "finetune": ["what", "model", "methods", "examples", "training", "merge", "output", "run"],
     "search": [
         *("model", "methods", "search", "guidance", "objectives", "prompts", "size", "sampling", "output", "run"),
     ],
+    "anomaly": ["job", "model", "data", "training", "generation", "output", "run"],
     "eval": ["files", "metrics", "export", "output", "run"],
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
     "completion": ["shell"],
 }
-TAKE_METHODS = ("generate", "explain", "compare", "inspect", "calibrate", "search", "bench")
+TAKE_METHODS = ("generate", "explain", "compare", "inspect", "calibrate", "finetune", "search", "bench")
 
 
 def parser_of(command):

@@ -203,6 +203,8 @@ def test_dropped_captions_are_empty_prompts():
 def test_rates_of_a_tail_are_lower_and_fall_nearly_from_the_first_step():
     whole, tail = recipe("tiny-image"), recipe("tiny-image", tail=True)
     assert tail.lr < whole.lr and tail.muon_lr < whole.muon_lr
+    second = tail.stretched(7, 0.5)
+    assert (second.steps, second.lr, second.muon_lr) == (7, tail.lr / 2, tail.muon_lr / 2)
     assert tail.lr_scale(tail.steps // 2) < 0.6 and {stage.size for stage in tail.stages} == {128}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_attn.cli import high_resolution
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.early_check import check_early
@@ -33,6 +34,7 @@ GROUPS = {
     "prompts": flags.PROMPT,
     "size": flags.SIZE,
     "sampling": flags.SAMPLING,
+    "high resolution": high_resolution.FLAGS,
     "output": flags.OUTPUT,
     "run": flags.RUN,
 }
@@ -45,6 +47,8 @@ _EXAMPLES = """examples:
       --prompt "a large red circle at the left and a large blue cross at the right on white"
   dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --prompts prompts.jsonl --method re-ttention --resume
+  dit-attn generate --model Wan-AI/Wan2.1-T2V-14B-Diffusers \\
+      --height 2160 --width 3840 --high-resolution --prompt "a cat"
 """
 
 
@@ -63,6 +67,7 @@ class GenerateConfig:
         resume: skip items that are there already.
         dry_run, json: print the plan and stop; print JSON.
         device_given: whether ``--device`` was; else every process takes a GPU of its own.
+        stages: every item is made in two stages.
     """
 
     load: LoadConfig
@@ -76,6 +81,7 @@ class GenerateConfig:
     dry_run: bool = False
     json: bool = False
     device_given: bool = False
+    stages: high_resolution.TwoStages | None = None
 
     @classmethod
     def from_options(cls, options: flags.Options) -> GenerateConfig:
@@ -97,12 +103,20 @@ class GenerateConfig:
         specs = with_subjects(options, specs, jobs)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
+        stages = high_resolution.TwoStages.from_options(options, load, jobs, methods)
+        methods = methods if stages is None else stages.methods
         jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]
         check_run(load.source, jobs, methods)
         folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
         sheet = options.get("contact_sheet", len(jobs) > 1)
         rest = {"device_given": "device" in options, **options.pick("fps", "resume", "dry_run", "json")}
-        return cls(load, methods, tuple(jobs), folder, options.argv, sheet, **rest)
+        return cls(load, methods, tuple(jobs), folder, options.argv, sheet, stages=stages, **rest)
+
+    def new_run(self) -> Run:
+        """Return a run of it without results."""
+        from dit_attn.cli import run_record
+
+        return run_record.new_run(self.load, self.methods, self.folder, self.argv, self.fps, stages=self.stages)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,18 +139,19 @@ def run(args: argparse.Namespace) -> int:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import outputs, run_record, runner, workers
+    from dit_attn.cli import outputs, runner, workers
     from dit_attn.cli.subjects import check_tokens
 
     options = flags.merge(args, GROUPS)
+    high_resolution.check_flags(options)
     check_early(options, together=True)
     config = GenerateConfig.from_options(options)
     if config.dry_run:
-        live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+        live = config.new_run()
         return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0
     device, worker = workers.join_workers(config.load.device, config.device_given)
     config = replace(config, load=replace(config.load, device=device))
-    live = run_record.new_run(config.load, config.methods, config.folder, config.argv, config.fps)
+    live = config.new_run()
     outputs.prepare_folder(config.folder)
     jobs = worker.part(config.jobs)
     done = runner.find_finished(jobs, config.folder, live.setup) if config.resume else {}
@@ -192,7 +207,7 @@ def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) 
     elif live.methods and made_here:
         import dit_attn
 
-        print(dit_attn.summary(live.pipe))
+        print(dit_attn.summary(live.pipe) if live.stages is None else live.last_summary)
     runner.warn((text for item in live.results for text in item.warnings), total)
     failed = [item for item in live.results if item.status == "failed"]
     if failed:
@@ -221,7 +236,7 @@ def _load(live: Run, load: LoadConfig) -> None:
 
     started = time.perf_counter()
     live.pipe = load_pipeline.load_pipeline(load, bar=True)
-    if live.methods:
+    if live.methods and live.stages is None:
         dit_attn.enable(live.pipe, *live.methods)
     else:
         with suppress(DitAttnError):  # a family that cannot be watched is generated with all the same

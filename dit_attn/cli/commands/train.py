@@ -24,12 +24,13 @@ PIPELINE_FOLDER = "pipeline"
 
 GROUPS = {
     "model": (
-        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi or world-clip", default="required",
-                   metavar="NAME", positional=True),
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi, tiny-inspect or world-clip",
+                   default="required", metavar="NAME", positional=True),
     ),
     "training": (
         flags.Flag("tail", "go on from the shipped weights, at full size and falling rates", bool),
         flags.Flag("steps", "optimizer steps; stages and learning rate stretch with it", int, "the recipe's", low=1),
+        flags.Flag("rate", "factor on the learning rates, e.g. .3 for a second tail", float, "1"),
         flags.Flag("minutes", "stop after this many minutes, with a checkpoint to resume from", float, "no limit"),
         flags.Flag("seed", "seed of weights and data; fixed by --resume", int, "0", low=0),
         flags.Flag("checkpoint-minutes", "minutes between checkpoints", float, "5"),
@@ -62,6 +63,7 @@ class TrainConfig:
         output: folder of the run.
         tail: go on from the shipped weights.
         steps: optimizer steps; ``None``: those of the recipe.
+        rate: factor on the learning rates of the recipe.
         minutes: time limit; ``None`` for none.
         checkpoint_minutes: between checkpoints.
         seed: of weights and data.
@@ -76,6 +78,7 @@ class TrainConfig:
     output: Path
     tail: bool = False
     steps: int | None = None
+    rate: float = 1.0
     minutes: float | None = None
     checkpoint_minutes: float = 5.0
     seed: int = 0
@@ -95,14 +98,15 @@ class TrainConfig:
                 holds another run.
         """
         names = (*constant("dit_attn.models.recipe", "RECIPES"), constant("dit_attn.models.world_clip", "NAME"))
-        for name in ("minutes", "checkpoint_minutes"):
+        for name in ("rate", "minutes", "checkpoint_minutes"):
             if name in options and options[name] <= 0.0:
                 raise DitAttnError(f"--{name.replace('_', '-')} is {options[name]:g}, but must be more than 0")
         if options["name"] not in names:
             raise unknown("model", options["name"], names)
         clip = options["name"] == names[-1]
-        if options.get("tail") and clip:
-            raise DitAttnError(f"--tail is for the pipelines, not for {names[-1]}; leave it out")
+        for flag in ("tail", "rate"):
+            if clip and flag in options:
+                raise DitAttnError(f"--{flag} is for the pipelines, not for {names[-1]}; leave it out")
         if options.get("device") == "mps":
             raise DitAttnError("--device mps cannot train; use auto, cpu, cuda or cuda:N")
         folder = f"tail-{options['name']}" if options.get("tail") else f"train-{options['name']}"
@@ -141,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     if config.name == NAME:
         return _train_clip(config)
     chosen, output = recipe(config.name, tail=config.tail), config.output
-    job = _start(config, chosen.with_steps(config.steps) if config.steps else chosen)
+    job = _start(config, chosen.stretched(config.steps or chosen.steps, config.rate))
     try:
         fit(
             job,
@@ -225,6 +229,8 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     from dit_attn.models.registry import call_defaults
 
     pipeline = pipeline_of(job).to(job.device)
+    if job.recipe.kind == "inspect":
+        return _score_painting(pipeline, call_defaults(job.recipe.name)["height"], count)
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
     short["whole_caption"] = figures["whole_caption"]["accuracy"]
@@ -232,6 +238,17 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     for name, group in figures.get("objects", {}).items():
         short |= {f"{name}:{word}": cell["accuracy"] for word, cell in group.items()}
     return short, figures, samples
+
+
+def _score_painting(pipeline: Any, size: int, count: int) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
+    """The same of a model that paints defects: mean ratio with the word, and with the prompt of the normal product."""
+    from dit_attn.pipelines.anomaly.base_gate import evaluate_base
+
+    pipeline.set_progress_bar_config(disable=True)
+    figures, painted = evaluate_base(pipeline, size, count)
+    groups = {name: figures[name] for name in ("seen_pairs", "held_out_pairs") if figures[name]["of"]}
+    short = {f"{name}:{arm}": group[arm]["ratio"] for name, group in groups.items() for arm in ("word", "control")}
+    return short, figures, painted
 
 
 def _finish(job: Run, output: Path, count: int) -> None:
@@ -243,8 +260,15 @@ def _finish(job: Run, output: Path, count: int) -> None:
     figures: dict[str, Any] = {}
     if count:
         _, figures, samples = _score(job, count)
-        outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        print("\n".join(_report_lines(figures, count)))
+        if job.recipe.kind == "inspect":
+            from dit_attn.contact_sheet import flow
+            from dit_attn.pipelines.anomaly.base_gate import report_lines
+
+            sheet, lines = flow([one.cell for one in samples[:64]]), report_lines(figures)
+        else:
+            sheet, lines = contact_sheet(samples[:64]), _report_lines(figures, count)
+        outputs.write_image(sheet, output / "samples.png")
+        print("\n".join(lines))
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 
@@ -269,4 +293,5 @@ def _report_lines(figures: dict[str, Any], count: int) -> list[str]:
 def _how_to_resume(config: TrainConfig) -> str:
     tail = " --tail" if config.tail else ""
     steps = f" --steps {config.steps}" if config.steps else ""
-    return f"continue with `dit-attn train {config.name}{tail} --output {config.output}{steps} --resume`"
+    rate = f" --rate {config.rate:g}" if config.rate != 1.0 else ""
+    return f"continue with `dit-attn train {config.name}{tail} --output {config.output}{steps}{rate} --resume`"

@@ -29,6 +29,7 @@ from dit_attn.pipelines.benchmark.step_table import AttentionTimes
 from dit_attn.processors.core import dispatch, executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.parameters import untrained_modules
 from dit_attn.processors.methods.sparse import SparseMethod
 
 _DENSE_KERNELS = {
@@ -142,7 +143,10 @@ def _call_at(call: AttentionCall, method: SparseMethod, step: int, state: dict[A
     dense = {index % count for index in method.dense_layers}
     index = next((i for i in range(count) if i not in dense), call.layer.index)
     rows = (0, call.q.shape[0])
-    layer = SimpleNamespace(name=call.layer.name, index=index, rows=rows, state=state, stateless=None)
+    learned = untrained_modules(method, call)
+    layer = SimpleNamespace(
+        name=call.layer.name, index=index, rows=rows, state=state, stateless=None, learned=learned
+    )  # fmt: skip
     return dataclasses.replace(call, layer=cast(Any, layer), clock=Clock(run=1, step=step, total=STEPS))
 
 

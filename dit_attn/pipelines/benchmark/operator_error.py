@@ -23,6 +23,7 @@ from dit_attn.pipelines.compare import statistics
 from dit_attn.processors.core import dispatch, executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
+from dit_attn.processors.core.parameters import untrained_modules
 from dit_attn.processors.core.tokens import TokenLayout, visual_span
 from dit_attn.processors.methods.base import Method
 
@@ -62,7 +63,8 @@ class OperatorProbe:
         if executor.unsupported_reason(call) or call.clock.step % self.step_stride != self.step_stride // 2:
             return
         real = call.layer
-        made = SimpleNamespace(name=real.name, index=real.index, state={}, stateless=None)
+        learned = untrained_modules(self.method, call)
+        made = SimpleNamespace(name=real.name, index=real.index, state={}, stateless=None, learned=learned)
         layer = self._layers.setdefault(real.name, made)
         layer.rows = real.rows
         repeated = dataclasses.replace(call, layer=layer)

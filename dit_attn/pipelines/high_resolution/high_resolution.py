@@ -12,20 +12,28 @@ the large size, where attention is windowed.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dit_attn.api import enabled
+from dit_attn.api import enabled, explain, resolve, summary
 from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.pipelines.high_resolution import late_start
-from dit_attn.pipelines.high_resolution.latents import FILTERS, encode, enlarged, form_of, pixels_per_token
+from dit_attn.pipelines.high_resolution.estimate import HighResolutionEstimate, check_store, estimate
+from dit_attn.pipelines.high_resolution.latents import FILTERS, SPACES, encode, enlarged, form_of, pixels_per_token
+from dit_attn.pipelines.high_resolution.native_pass import Generators, NativePass, generator_states
+from dit_attn.processors.attach import compat
+from dit_attn.processors.attach.summary import Summary
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.inward_window import InwardWindow
 
 WINDOW = InwardWindow.slug
+STAGES = ("native pass", "upscale", "encode", "denoise", "decode")
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,24 @@ class HighResolutionResult:
 
     Attributes:
         output: the pipeline's output of the second stage, of the ``output_type`` that was asked for.
-        native: images (B, C, H, W) or clips (B, C, F, H, W) of the first stage, fp32 in [0, 1], on the CPU.
+        first: the native pass, to go on from again.
         sigma: noise level that the second stage began at.
         steps: steps of the second stage.
+        seconds: time of every stage that was run, of :data:`STAGES`.
+        summary: what the methods did in the second stage, ``None`` where attention is dense.
     """
 
     output: Any
-    native: torch.Tensor
+    first: NativePass
     sigma: float
     steps: int
+    seconds: dict[str, float]
+    summary: Summary | None = None
+
+    @property
+    def native(self) -> torch.Tensor:
+        """Images (B, C, H, W) or clips (B, C, F, H, W) of the first stage, fp32, on the CPU: in [0, 1], or latents."""
+        return self.first.values.float()
 
     @property
     def images(self) -> Any:
@@ -59,26 +76,39 @@ class HighResolution:
     """Make images or clips above the native size of a model, without training.
 
     Args:
-        pipe: a stock pipeline: PixArt, Stable Diffusion 3, Flux or Wan. Nothing of it is changed.
+        pipe: a stock pipeline: PixArt, Stable Diffusion 3, Flux, Qwen-Image, Wan, HunyuanVideo, CogVideoX or LTX.
+            Nothing of it is changed.
         method: attention of the second stage: ``"inward-window"`` with the native size of the call, a method, a saved
-            file or a repository, or ``None`` for dense attention.
+            file or a repository, several of them, or ``None`` for dense attention. Windows that do not say their
+            native size get that of the call.
         sigma: noise level at which the second stage begins, in (0, 1]: 1 is noise alone. The first step of the
             pipeline's own schedule that is not above it is taken.
-        upscale: filter that enlarges the native pixels: ``bicubic``, ``bilinear`` or ``nearest-exact``.
+        upscale: filter that enlarges the native pass: ``bicubic``, ``bilinear`` or ``nearest-exact``.
+        space: what is enlarged: ``pixel``, which are decoded and encoded, or ``latent``.
+        tiling: encode and decode the large size in tiles, which saves memory.
 
     Raises:
         DitAttnError: a value out of range, or a pipeline that is not supported.
     """
 
     def __init__(
-        self, pipe: Any, method: str | Method | None = WINDOW, *, sigma: float = 0.5, upscale: str = "bicubic"
+        self,
+        pipe: Any,
+        method: str | Method | Sequence[str | Method] | None = WINDOW,
+        *,
+        sigma: float = 0.5,
+        upscale: str = "bicubic",
+        space: str = "pixel",
+        tiling: bool = False,
     ) -> None:
         form_of(pipe)
-        if not 0.0 < sigma <= 1.0:
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0.0 < sigma <= 1.0:
             raise DitAttnError(f"sigma must be above 0 and at most 1, got {shorten(sigma)}")
-        if upscale not in FILTERS:
-            raise unknown("filter", upscale, FILTERS)
-        self.pipe, self.method, self.sigma, self.upscale = pipe, method, sigma, upscale
+        for name, value, known in (("filter", upscale, FILTERS), ("space", space, SPACES)):
+            if value not in known:
+                raise unknown(name, value, known)
+        self.pipe, self.sigma, self.upscale, self.space, self.tiling = pipe, sigma, upscale, space, tiling
+        self.method = method
 
     def __call__(
         self,
@@ -86,9 +116,12 @@ class HighResolution:
         *,
         height: int,
         width: int,
-        native: tuple[int, int] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        native: Size | None = None,
+        first: NativePass | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
+        on_stage: Callable[[str], None] | None = None,
+        on_first: Callable[[NativePass], Any] | None = None,
         **call: Any,
     ) -> HighResolutionResult:
         """Run both stages.
@@ -97,8 +130,11 @@ class HighResolution:
             prompt: as the pipeline takes it.
             height, width: of the result in pixels.
             native: (height, width) of the first stage in pixels; ``None`` for the pipeline's own default.
+            first: an earlier native pass of the same prompt, size and generator, which is not run again.
             generator: of the noise of both stages.
             output_type: of the second stage.
+            on_stage: callback(name) when a stage of :data:`STAGES` begins.
+            on_first: callback(native pass) when that has been run.
             call: further arguments of the pipeline, for both stages; ``latents`` are those of the first.
 
         Raises:
@@ -106,53 +142,227 @@ class HighResolution:
                 below ``sigma``.
         """
         pipe, size = self.pipe, native or self.default_size()
-        self._check(height, width, size)
+        self.check(height, width, size, call.get("num_inference_steps"))
+        self.check_store(height, width, size, call.get("num_frames"))
+        stages = _Stages(on_stage)
         given = {"latents": call.pop("latents")} if "latents" in call else {}
         shared = {**call, "prompt": prompt, "generator": generator}
-        with late_start.recorded(pipe.scheduler) as schedule:
-            first = pipe(**shared, **given, height=size[0], width=size[1], output_type="pt")
-        start = late_start.late_start(pipe.scheduler, schedule, self.sigma)
+        if first is None:
+            stages.begin("native pass")
+            first = self.native_pass(native=size, **shared, **given)
+            if on_first is not None:
+                on_first(first)
+        elif first.space != self.space:
+            raise DitAttnError(f"the native pass is in {first.space} space, asked for is {self.space}; make it again")
+        else:
+            first.restore(generator)
+        start = late_start.late_start(pipe.scheduler, first.schedule, self.sigma)
         form = form_of(pipe)
-        pixels = first.frames.transpose(1, 2) if form.video else first.images
-        clean = encode(pipe, enlarged(pixels, height, width, self.upscale))
-        noised = start.noised(clean, _noise_like(clean, generator))
-        latents = form.pack(pipe, noised).to(pipe.transformer.dtype)
-        with self._attention(size), late_start.beginning_at(pipe.scheduler, schedule, start):
-            output = pipe(**shared, height=height, width=width, latents=latents, output_type=output_type)
-        return HighResolutionResult(output, pixels.float().cpu(), start.level, start.steps)
+        with self._tiles():
+            noised = start.noised(clean := self._clean(first, height, width, stages), _noise_like(clean, generator))
+            latents = form.pack(pipe, noised).to(pipe.transformer.dtype)
+            methods = self.methods(size)
+            stages.begin("denoise")
+            with (
+                late_start.beginning_at(pipe.scheduler, first.schedule, start),
+                _at_decode(pipe, lambda: stages.begin("decode")),
+            ):
+                call = {**shared, "height": height, "width": width, "latents": latents, "output_type": output_type}
+                output, found = self._denoised(methods, call)
+        return HighResolutionResult(output, first, start.level, start.steps, stages.end(), found)
 
-    def default_size(self) -> tuple[int, int]:
+    def native_pass(
+        self, prompt: Any = None, *, native: Size | None = None, generator: Generators = None, **call: Any
+    ) -> NativePass:
+        """Run the first stage alone; arguments as for the call of the object."""
+        pipe, form = self.pipe, form_of(self.pipe)
+        height, width = native or self.default_size()
+        kind = "pt" if self.space == "pixel" else "latent"
+        with late_start.recorded(pipe.scheduler) as schedule:
+            output = pipe(prompt=prompt, **call, generator=generator, height=height, width=width, output_type=kind)
+        values = output.frames if form.video else output.images
+        if self.space == "latent":
+            values = form.unpack(pipe, values, *self.tokens((height, width)))
+        elif form.video:
+            values = values.transpose(1, 2)
+        return NativePass(values.detach().cpu(), self.space, schedule, generator_states(generator))
+
+    def methods(self, native: Size) -> tuple[Method, ...]:
+        """Return the methods of the second stage after a native pass of (height, width) pixels."""
+        given = self.method
+        several = () if given is None else (given,) if isinstance(given, (str, Method)) else tuple(given)
+        tokens = self.tokens(native)
+        named = [InwardWindow(native=tokens) if one == WINDOW else one for one in several]
+        return tuple(one.at_native_size(tokens) for one in resolve(self.pipe, *named))
+
+    def tokens(self, size: Size) -> Size:
+        """Return (h, w) tokens of (height, width) pixels."""
+        unit = pixels_per_token(self.pipe)
+        return size[0] // unit, size[1] // unit
+
+    def default_size(self) -> Size:
         """Return the (height, width) in pixels that the pipeline makes when it is not asked for a size."""
         given = inspect.signature(self.pipe.__call__).parameters
         height, width = (given[name].default for name in ("height", "width"))
         if height is None or width is None:
-            tokens = getattr(self.pipe, "default_sample_size", None) or self.pipe.transformer.config.sample_size
-            height = width = tokens * self.pipe.vae_scale_factor
+            config, scale = self.pipe.transformer.config, self._pixels_per_latent()
+            sides = (config.get("sample_height"), config.get("sample_width"))
+            tokens = getattr(self.pipe, "default_sample_size", None) or config.get("sample_size")
+            height, width = (int(side or tokens) * scale for side in sides)
         return int(height), int(width)
 
-    def _check(self, height: int, width: int, native: tuple[int, int]) -> None:
+    def check(self, height: int, width: int, native: Size, steps: int | None = None) -> None:
+        """Refuse sizes and steps that do not fit; weights need not be loaded.
+
+        Args:
+            height, width: of the result in pixels.
+            native: (height, width) of the first stage in pixels.
+            steps: of the full schedule, if known.
+
+        Raises:
+            DitAttnError: so it is.
+        """
         unit = pixels_per_token(self.pipe)
         for name, value, least in (("height", height, native[0]), ("width", width, native[1])):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise DitAttnError(f"{name} must be at least the native {least} pixels, got {shorten(value)}")
             for length in (value, least):
-                if length % unit:
+                if length % unit or not length:
                     raise DitAttnError(
                         f"{name} must be a multiple of {unit} pixels, the side of a token, got {length}; "
                         f"the nearest is {max(unit, round(length / unit) * unit)}"
                     )
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise DitAttnError(f"num_inference_steps must be a whole number of at least 1, got {shorten(steps)}")
 
-    def _attention(self, native: tuple[int, int]) -> AbstractContextManager[Any]:
-        if self.method is None:
-            return nullcontext()
-        method = self.method
-        if method == WINDOW:
-            unit = pixels_per_token(self.pipe)
-            method = InwardWindow(native=(native[0] // unit, native[1] // unit))
-        return enabled(self.pipe, method)
+    def check_store(
+        self, height: int, width: int, native: Size, num_frames: int | None, device: torch.device | None = None
+    ) -> None:
+        """Refuse what the methods store from step to step where it is larger than the memory that it is kept in.
+
+        Args:
+            height, width: of the result in pixels.
+            native: (height, width) of the first stage in pixels.
+            num_frames: of clips; ``None`` for the pipeline's own.
+            device: that the pipeline will compute on; ``None`` for where it is.
+
+        Raises:
+            DitAttnError: so it is.
+        """
+        for method in self.methods(native):
+            if method.has_twin:
+                found = explain(self.pipe, method, height=height, width=width, num_frames=num_frames)
+                if method.twin_at(found.grid):
+                    check_store(found.memory, method.cache_on_host, device or compat.execution_device(self.pipe))
+
+    def explain(
+        self,
+        height: int,
+        width: int,
+        *,
+        native: Size | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guided: bool = True,
+    ) -> HighResolutionEstimate:
+        """Estimate tokens, memory and the share of the time of every stage; nothing is run.
+
+        Args:
+            height, width: of the result in pixels.
+            native: (height, width) of the first stage in pixels; ``None`` for the pipeline's own default.
+            num_frames: of clips; ``None`` for the pipeline's own.
+            num_inference_steps: of the full schedule; ``None`` for the pipeline's own.
+            guided: whether every step has a pass without the prompt.
+
+        Raises:
+            DitAttnError: as for the call.
+        """
+        size = native or self.default_size()
+        self.check(height, width, size, num_inference_steps)
+        methods = self.methods(size)
+        sizes = (size, (height, width))
+        return estimate(self.pipe, methods, *sizes, self.sigma, self.space, num_frames, num_inference_steps, guided)
+
+    def _pixels_per_latent(self) -> int:
+        return pixels_per_token(self.pipe) // form_of(self.pipe).patch(self.pipe)[1]
+
+    def _clean(self, first: NativePass, height: int, width: int, stages: _Stages) -> torch.Tensor:
+        """Latents of the enlarged native pass, fp32, on the pipeline's device."""
+        pipe = self.pipe
+        stages.begin("upscale")
+        values = first.values.to(compat.execution_device(pipe))
+        if self.space == "latent":
+            side = self._pixels_per_latent()
+            return enlarged(values, height // side, width // side, self.upscale, "latent")
+        values = enlarged(values, height, width, self.upscale)
+        stages.begin("encode")
+        return encode(pipe, values)
+
+    def _denoised(self, methods: tuple[Method, ...], call: dict[str, Any]) -> tuple[Any, Summary | None]:
+        if not methods:
+            return self.pipe(**call), None
+        with enabled(self.pipe, *methods):
+            return self.pipe(**call), summary(self.pipe)
+
+    @contextmanager
+    def _tiles(self) -> Iterator[None]:
+        vae = self.pipe.vae
+        if not self.tiling or getattr(vae, "use_tiling", False):
+            yield
+            return
+        if not hasattr(vae, "enable_tiling"):
+            raise DitAttnError(f"{type(vae).__name__} cannot work in tiles; leave out tiling")
+        vae.enable_tiling()
+        try:
+            yield
+        finally:
+            vae.use_tiling = False
 
 
-def _noise_like(clean: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+class _Stages:
+    """Times the stages one after the other."""
+
+    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
+        self._on_stage, self._name, self._since = on_stage, "", 0.0
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, name: str) -> None:
+        if name == self._name:
+            return
+        self.end()
+        self._name, self._since = name, time.perf_counter()
+        if self._on_stage is not None:
+            self._on_stage(name)
+
+    def end(self) -> dict[str, float]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self._name:
+            self._seconds[self._name] = time.perf_counter() - self._since
+        self._name = ""
+        return self._seconds
+
+
+@contextmanager
+def _at_decode(pipe: Any, begin: Callable[[], None]) -> Iterator[None]:
+    """Call a function when the autoencoder is first asked to decode within a ``with`` block."""
+    vae, stock = pipe.vae, pipe.vae.decode
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        begin()
+        return stock(*args, **kwargs)
+
+    before = vars(vae).get("decode")
+    vae.decode = decode
+    try:
+        yield
+    finally:
+        del vae.decode
+        if before is not None:
+            vae.decode = before
+
+
+def _noise_like(clean: torch.Tensor, generator: Generators) -> torch.Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: torch.Tensor = randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)

@@ -21,6 +21,16 @@ class ScheduleCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; the device is left out: it is that of the loop which the steps are set for."""
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "device"}
+        return {"args": [_plain(x) for x in self.args], "kwargs": {name: _plain(x) for name, x in kwargs.items()}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ScheduleCall:
+        """Return the call that :meth:`to_dict` described."""
+        return cls(tuple(data["args"]), dict(data["kwargs"]))
+
 
 @dataclass(frozen=True)
 class LateStart:
@@ -66,7 +76,8 @@ def beginning_at(scheduler: Any, call: ScheduleCall, start: LateStart) -> Iterat
     """Within a ``with`` block, set the steps of ``call`` whatever is asked for, and leave out the first ones."""
 
     def cut(stock: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stock(*call.args, **call.kwargs)
+        device = {} if "device" in call.kwargs or "device" not in kwargs else {"device": kwargs["device"]}
+        stock(*call.args, **call.kwargs, **device)
         scheduler.timesteps = scheduler.timesteps[start.first :]
         if isinstance(getattr(scheduler, "sigmas", None), torch.Tensor):
             scheduler.sigmas = scheduler.sigmas[start.first :]
@@ -114,6 +125,11 @@ def late_start(scheduler: Any, call: ScheduleCall, sigma: float) -> LateStart:
         )
     first = int(found[0])
     return LateStart(first, float(levels[first]), count - first, float(ratios[first]), flow)
+
+
+def _plain(value: Any) -> Any:
+    """An argument of ``set_timesteps`` as a JSON value."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @contextmanager

@@ -61,9 +61,14 @@ def dispatch(
     """Call the stock dispatcher with the user's own backend; q, k, v and the result are (B, S, H, D)."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    if "parallel_config" in inspect.signature(dispatch_attention_fn).parameters:
+    if _takes_parallel_config(dispatch_attention_fn):
         kwargs["parallel_config"] = parallel_config
     return dispatch_attention_fn(query, key, value, backend=backend, **kwargs)
+
+
+@functools.cache
+def _takes_parallel_config(function: Callable[..., Any]) -> bool:
+    return "parallel_config" in inspect.signature(function).parameters
 
 
 def dispatchers(function: Callable[..., torch.Tensor]) -> dict[Any, Callable[..., torch.Tensor]]:
@@ -222,3 +227,9 @@ def split_args(args: SDPAArgs, parallel_config: Any, full_keys: bool = False) ->
         return replace(args, mesh=ulysses_mesh(parallel_config), full_keys=full_keys)
     except NotImplementedError as error:
         return replace(args, unsupported=str(error))
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device a pipeline computes on, also where its parts are offloaded."""
+    device = getattr(pipe, "_execution_device", None)
+    return device if isinstance(device, torch.device) else pipe.transformer.device

@@ -31,8 +31,8 @@ def learned_modules(
         layers: its layers.
         methods: the methods to enable.
         component: name of the transformer in its pipeline.
-        previous: modules of the methods enabled before. A method that is enabled again keeps its own, unless another
-            instance of it names ``weights``.
+        previous: modules of the methods enabled before. A method that is enabled again, or that continues one of them,
+            takes them over.
 
     Raises:
         DitAttnError: saved tensors that are missing or do not fit.
@@ -57,7 +57,7 @@ def _reusable(method: Method, previous: LearnedModules | None, found: LearnedMod
     """Name of the method's modules among those of before, ``None`` where they are taken or not its own."""
     taken = {id(child) for child in found.children()}
     for name, old in previous.methods.items() if previous is not None else ():
-        again = old is method or (old == method and method.weights is None)
+        again = old is method or method.continues(old)
         if again and previous is not None and id(previous.get_submodule(name)) not in taken:
             return name
     return None

@@ -185,6 +185,7 @@ def layer_by_id(number: int) -> Layer:
     Raises:
         DitAttnError: it is gone: a graph was compiled before the package was loaded again.
     """
-    if number not in _LAYERS:
+    layer = _LAYERS.get(number)
+    if layer is None:
         raise DitAttnError(STALE)
-    return _LAYERS[number]
+    return layer

@@ -170,6 +170,20 @@ def make_module(make: Callable[[LayerShape], torch.nn.Module | None], shape: Lay
         return make(shape)
 
 
+def untrained_modules(method: Any, call: Any) -> dict[int, torch.nn.Module]:
+    """Return new modules of a method for the layer of an attention call, as ``layer.learned`` has them.
+
+    For measurements of single calls outside of a model.
+    """
+    if not method.learns:
+        return {}
+    (heads, size), kv_heads = call.q.shape[2:], call.k.shape[2]
+    place = (call.layer.name, "self", call.layer.index, call.layer_count)
+    shape = LayerShape(*place, heads, kv_heads, size, heads * size, call.q.dtype)
+    module = make_module(method.parameters_for, shape)
+    return {} if module is None else {id(method): module.to(call.q.device)}
+
+
 def on_device(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Return the module, moved to ``device`` if it is elsewhere; meta tensors are those of a hook that brings them."""
     if any(x.device != device and not x.is_meta for x in _tensors(module)):

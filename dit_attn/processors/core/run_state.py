@@ -57,6 +57,7 @@ class RunState:
         self.methods, self.clock, self.cfg, self.mask_rule = tuple(methods), clock, cfg, mask_rule
         self.text_kind = text_kind
         self._methods = {kind: tuple(m for m in methods if kind in kinds_at(m.sites, text_kind)) for kind in KINDS}
+        self._guided = {kind: all(m.role == "guidance" for m in found) for kind, found in self._methods.items()}
         self._counts: Counter[str] = Counter()
         self.layers: list[Layer] = []
         self.shared = PassStates()
@@ -73,6 +74,7 @@ class RunState:
         self._batch = 1
         self._all_perturbed = False
         self._tokens: dict[int, Tokens | None] = {}
+        self._named: tuple[Any, tuple[str, ...]] = (None, ())  # branches of every row, and of which call
         _RUNS[self.id] = self
 
     @property
@@ -87,6 +89,10 @@ class RunState:
     def methods_for(self, kind: str) -> tuple[CallMethod, ...]:
         """Return the enabled methods that apply to attention calls of a kind."""
         return self._methods[kind]
+
+    def only_guidance(self, kind: str) -> bool:
+        """Return whether all methods that apply to attention calls of a kind work on the perturbed pass alone."""
+        return self._guided[kind]
 
     @property
     def window(self) -> Hashable:
@@ -121,7 +127,7 @@ class RunState:
 
     def begin_call(self, rows: int) -> None:
         """Note that a transformer call of ``rows`` batch rows begins."""
-        self._batch = rows
+        self._batch, self._named = rows, (None, ())
         self.shared.begin_call(self.window, self.pass_name)
         for layer in self.layers:
             layer.begin_call(self.window, self.pass_name)
@@ -212,6 +218,13 @@ class RunState:
         return None
 
     def _branch_names(self, rows: int) -> tuple[str, ...]:
+        clock = self.clock
+        key = (rows, clock.run, clock.step, clock.call, clock.context, clock.position)
+        if self._named[0] != key:  # asked at every layer
+            self._named = key, self._find_branch_names(rows)
+        return self._named[1]
+
+    def _find_branch_names(self, rows: int) -> tuple[str, ...]:
         if self._all_perturbed:
             return ("perturbed",) * rows
         if self._pass_branches:
@@ -227,6 +240,7 @@ def run_by_handle(handle: torch.Tensor) -> RunState:
     Raises:
         DitAttnError: it is gone: a graph was compiled before the package was loaded again.
     """
-    if int(handle) not in _RUNS:
+    run = _RUNS.get(int(handle))
+    if run is None:
         raise DitAttnError(STALE)
-    return _RUNS[int(handle)]
+    return run

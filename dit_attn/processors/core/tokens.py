@@ -7,6 +7,7 @@ is data: a tuple of spans.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 VISUAL = ("video", "image", "reference")
@@ -57,7 +58,7 @@ class Tokens:
         """The visual spans, in order."""
         return tuple(span for span in self.spans if span.visual)
 
-    @property
+    @cached_property
     def visual_range(self) -> tuple[int, int] | None:
         """``(start, stop)`` of the visual tokens when they are consecutive, else ``None``."""
         spans = self.visual

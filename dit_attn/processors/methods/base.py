@@ -28,6 +28,10 @@ from dit_attn.settings import setting as setting
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+TWIN = "twin"
+"""Name of the pass that :meth:`Method.twin` asks for."""
+Grid = tuple[int, int, int]
+
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
 
@@ -162,6 +166,19 @@ class Method:
         """
         return None
 
+    def twin_at(self, grid: Grid | None) -> bool:
+        """Return whether a twin pass makes a difference on a (T, H, W) grid of visual tokens."""
+        return True
+
+    def twin_work(self, steps: int, branches: int) -> float:
+        """Return how many samples go through the transformer in twin passes, per step, as a mean over a run.
+
+        Args:
+            steps: of the run.
+            branches: 2 with classifier-free guidance, else 1.
+        """
+        return 0.0
+
     @property
     def has_twin(self) -> bool:
         """Whether :meth:`twin` is to be asked."""
@@ -204,6 +221,13 @@ class Method:
         """
         return None
 
+    def continues(self, other: Method) -> bool:
+        """Return whether the tensors of ``other``, enabled before, stay when this method takes its place.
+
+        By default they do where it is the same settings and names no ``weights``.
+        """
+        return self == other and self.weights is None
+
     def parameters(self, call: AttentionCall) -> torch.nn.Module:
         """Return the method's module for the layer of a call, on the device of the call.
 
@@ -231,6 +255,15 @@ class Method:
 
     def synchronized(self) -> Method:
         """Return the method with all layers in the same phase at every step, itself where they are anyway."""
+        return self
+
+    def at_native_size(self, native: tuple[int, int], keep: bool = True) -> Method:
+        """Return the method for a model trained at (h, w) tokens, itself where its settings do not refer to that.
+
+        Args:
+            native: (h, w) tokens.
+            keep: leave a native size in the settings as it is.
+        """
         return self
 
     def to_dict(self) -> dict[str, Any]:

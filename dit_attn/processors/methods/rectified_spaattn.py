@@ -22,7 +22,6 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Epilogue, plan_scores, pool_blocks, pooled_compensation
 from dit_attn.kernels.device import full_precision
-from dit_attn.kernels.layouts.token_order import exact_box
 from dit_attn.kernels.selection.budget import blocks_of_density
 from dit_attn.kernels.selection.pooling import pool_stats
 from dit_attn.kernels.selection.select import block_probabilities
@@ -33,9 +32,9 @@ from dit_attn.processors.methods.base import setting
 from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
 from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.visual_order import ORDERS, check_tile, visual_order
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
-ORDERS = ("auto", "hilbert", "tiles", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,7 @@ class RectifiedSpaAttn(SparseMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tile is not None and (len(self.tile) != 3 or min(self.tile) < 1):
-            raise DitAttnError(f"{self.slug}.tile must be three positive sizes (t, h, w), got {self.tile}")
+        check_tile(self.slug, self.tile)
         if self.pooled_block is not None and self.kv_block % self.pooled_block:
             raise DitAttnError(
                 f"{self.slug}.pooled_block must divide kv_block {self.kv_block}, got {self.pooled_block}"
@@ -144,13 +142,7 @@ class RectifiedSpaAttn(SparseMethod):
 
     def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
         """Return the name of the token order for a sequence, and the box of ``tiles``."""
-        if self.order not in ("auto", "tiles"):
-            return self.order, None
-        if self.tile is not None:
-            return "tiles", (self.tile[0], self.tile[1], self.tile[2])
-        boxes = {None if span.grid is None else exact_box(span.grid, self.kv_block) for span in tokens.visual}
-        box = boxes.pop() if len(boxes) == 1 else None
-        return ("hilbert", None) if self.order == "auto" and box is None else ("tiles", box)
+        return visual_order(tokens, self.order, self.tile, self.kv_block)
 
     def _ranks(self, scores: torch.Tensor, rows: PermutedTokens, scale: float) -> torch.Tensor:
         """(B, H, nq, nk) ranking of the blocks, from their logits ``scores``; ``-inf`` where no key exists."""

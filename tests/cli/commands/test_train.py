@@ -10,14 +10,14 @@ import pytest
 from dit_attn.cli.commands import train
 from dit_attn.cli.parser import Parser
 from dit_attn.errors import DitAttnError
-from dit_attn.models import loop
+from dit_attn.models import loop, registry
 from dit_attn.models import recipe as recipes
 from dit_attn.models.recipe import Stage
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name in ("tiny-image", "tiny-multi"):
+    for name in ("tiny-image", "tiny-multi", "tiny-inspect"):
         chosen = recipes.RECIPES[name]
         net = replace(chosen.net, hidden=32, layers=1, heads=2)
         tiny = replace(chosen, steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),), net=net)
@@ -46,6 +46,15 @@ def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_pat
         _run("tiny-multi", "--tail", "--output", tmp_path / "tail")
 
 
+def test_a_model_of_defects_is_scored_by_what_it_paints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(registry.UNSHIPPED["tiny-inspect"].call_defaults, "height", 32)
+    assert _run("tiny-inspect", "--output", tmp_path, "--device", "cpu", "--final-count", 1) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pairs of the training, 1 pieces: ratio -?\d+\.\d+, \d pass \(normal prompt", out)
+    assert "gate, ratio of at least 0.7 on pairs of the training: not passed" in out
+    assert (tmp_path / "samples.png").is_file()
+
+
 def test_outlines_are_told_in_their_own_unit_and_shares_in_percent():
     share = {"accuracy": 0.5}
     figures = {"attributes": {"color": share}, "whole_caption": share}
@@ -64,8 +73,8 @@ def test_ctrl_c_leaves_a_run_that_resume_finishes(tmp_path, monkeypatch, capsys)
         return original(self)
 
     monkeypatch.setattr(loop.Run, "batch", batch)
-    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu") == 130
-    assert "--resume" in capsys.readouterr().err
+    assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--rate", 0.3) == 130
+    assert "--rate 0.3 --resume" in capsys.readouterr().err
     monkeypatch.setattr(loop.Run, "batch", original)
     assert _run("tiny-image", "--output", tmp_path, "--device", "cpu", "--resume", "--final-count", 0) == 0
     assert (tmp_path / "pipeline/model_index.json").is_file()
@@ -84,6 +93,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
         (["tiny-imag"], "Did you mean 'tiny-image'"),
         (["tiny-image", "--steps", "0"], "--steps must be at least 1, got '0'"),
         (["tiny-image", "--minutes", "-1"], "--minutes is -1"),
+        (["tiny-image", "--rate", "0"], "--rate is 0, but must be more than 0"),
         (["tiny-image", "--minutes", "nan"], "--minutes must be a number, got 'nan'"),
         (["tiny-image", "--seed", "-1"], "--seed must be at least 0, got '-1'"),
         (["tiny-image", "--threads", "0"], "--threads must be at least 1, got '0'"),

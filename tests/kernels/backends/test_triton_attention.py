@@ -12,9 +12,10 @@ pytest.importorskip("triton")
 
 
 def test_the_kernels_agree_with_the_formulas() -> None:
-    cases = "tests/kernels/interpreted/attention_cases.py"
+    folder = "tests/kernels/interpreted"
+    cases = [f"{folder}/attention_cases.py", f"{folder}/linear_cases.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", cases],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *cases],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

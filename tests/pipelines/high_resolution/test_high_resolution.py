@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import dit_attn
 from dit_attn import DitAttnError, models
 from dit_attn.pipelines import HighResolution
+from dit_attn.pipelines.high_resolution import NativePass
 from dit_attn.pipelines.high_resolution.latents import encode, enlarged, form_of
 
 SIZES = {"tiny-image": (32, 64), "tiny-joint": (32, 64), "tiny-video": (16, 32)}
@@ -93,6 +95,33 @@ def test_windows_of_the_native_size_are_used_in_the_second_stage_alone() -> None
     assert not np.array_equal(pixels(windowed.output), pixels(dense.output))
 
 
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_it_goes_on_from_a_saved_native_pass_bit_for_bit(space: str, tmp_path: Path) -> None:
+    pipe, call = made("tiny-joint")
+    make, stages = HighResolution(pipe, space=space), []
+    full = make(PROMPT, **call, on_stage=stages.append)
+    encoded = ["encode"] if space == "pixel" else []
+    assert stages == list(full.seconds) == ["native pass", "upscale", *encoded, "denoise", "decode"]
+    first = NativePass.load(full.first.save(tmp_path / "native.safetensors"))
+    assert first.schedule.to_dict() == full.first.schedule.to_dict() and torch.equal(first.values, full.first.values)
+    seen = Inputs(pipe)
+    call["generator"] = torch.Generator().manual_seed(8)  # its state is that after the native pass
+    again = make(PROMPT, **call, first=first)
+    assert np.array_equal(pixels(again.output), pixels(full.output)) and "native pass" not in again.seconds
+    assert {x.shape[-1] for x in seen.latents} == {full.native.shape[-1] * 2 if space == "latent" else 64}
+    (tmp_path / "native.safetensors").write_bytes(b"cut short")
+    with pytest.raises(DitAttnError, match="cannot be read"):
+        NativePass.load(tmp_path / "native.safetensors")
+
+
+def test_tiles_are_for_the_second_stage_alone() -> None:
+    pipe, call = made("tiny-image", steps=2)
+    asked = []
+    pipe.vae.enable_tiling = lambda: asked.append(setattr(pipe.vae, "use_tiling", True))
+    HighResolution(pipe, None, sigma=1.0, tiling=True)(PROMPT, **call)
+    assert asked == [None] and not pipe.vae.use_tiling
+
+
 def test_several_prompts_are_as_single_ones() -> None:
     pipe, call = made("tiny-image", steps=3)
     prompts = [PROMPT, "a small blue square at the top on black"]
@@ -114,6 +143,7 @@ def test_the_native_size_is_the_default_of_the_pipeline() -> None:
     [
         ({"height": 16}, "height must be at least the native 32 pixels, got 16"),
         ({"width": 66}, "width must be a multiple of 4 pixels, the side of a token, got 66; the nearest is 64"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
         ({"native": (30, 32)}, "height must be a multiple of 4 pixels, the side of a token, got 30; the nearest is 32"),
     ],
 )

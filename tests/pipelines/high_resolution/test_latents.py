@@ -59,6 +59,6 @@ def test_a_plain_picture_stays_plain_and_frames_do_not_mix(shape: Any, filter: s
 
 def test_a_pipeline_that_is_not_among_them_is_refused() -> None:
     with pytest.raises(
-        DitAttnError, match="high resolution is not there yet for object; it is for FluxPipeline, PixArt"
+        DitAttnError, match="high resolution is not there yet for object; it is for CogVideoXPipeline, FluxPipeline"
     ):
         form_of(object())

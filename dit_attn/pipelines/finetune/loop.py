@@ -1,0 +1,293 @@
+"""The loop of a fine-tuning: one method, one transformer, checkpoints that a later process continues."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_attn import files
+from dit_attn.api import disable, enable
+from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.pipelines.finetune.config import FinetuneConfig
+from dit_attn.pipelines.finetune.examples import Example, read_example, split
+from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
+
+CHECKPOINT = "checkpoint.pt"
+_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+class Finetune:
+    """A fine-tuning in memory.
+
+    Args:
+        pipe: a pipeline with one transformer, which is trained in place; other parts are not touched.
+        config: the settings.
+        examples: files of examples.
+
+    Attributes:
+        step: optimizer steps done.
+        log: entries ``{"step", "loss", "held_out", ...}``.
+
+    Raises:
+        DitAttnError: two transformers, a method that does not fit the model, a loss that does not fit it or the
+            examples, peft missing for stage lora.
+    """
+
+    def __init__(self, pipe: Any, config: FinetuneConfig, examples: Sequence[Path]) -> None:
+        from accelerate import Accelerator
+
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise DitAttnError(f"{type(pipe).__name__} has two transformers; give a pipeline of the one to tune")
+        self.pipe, self.config, self.model = pipe, config, pipe.transformer
+        self.training, self.held_out = split(examples, config.held_out)
+        if not self.training:
+            raise DitAttnError("no examples to train on; give --data with more, or more prompts")
+        self.about = Parameterization.of(pipe)
+        clean = read_example(self.training[0]).clean
+        self.about.check(config, clean)
+        disable(pipe)
+        self._teacher = copy.deepcopy(self.model).eval() if clean and config.loss == "teacher" else None
+        self.method = config.method_at(0)
+        self.session = enable(self.model, self.method)
+        self.trained = self._choose()
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        device = next(self.model.parameters()).device
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
+        self.device, self.step, self.seconds, self.saved = device, 0, 0.0, -1
+        self.log: list[dict[str, float]] = []
+        self.call: Any = self.model
+        if self.accelerator.num_processes > 1:
+            self.call, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    def _choose(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters to train, by name; the others are frozen."""
+        self.model.requires_grad_(False)
+        if self.config.stage == "lora":
+            try:
+                from peft import LoraConfig
+            except ImportError as error:
+                raise DitAttnError("stage lora needs the library peft: `pip install 'dit-attn[lora]'`") from error
+            names = [name for name, _ in self.model.named_modules()]
+            targets = [name for name in _TARGETS if any(path.endswith(f".{name}") for path in names)]
+            self.model.add_adapter(LoraConfig(r=self.config.rank, lora_alpha=self.config.rank, target_modules=targets))
+        elif self.config.stage == "full":
+            self.model.requires_grad_(True)
+        for parameter in self.session.learned.parameters():
+            parameter.requires_grad_(True)
+        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def predict(self, arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the transformer's prediction with the method enabled."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return self.call(**arguments, return_dict=False)[0]
+
+    def _ask_teacher(self, arguments: dict[str, Any]) -> torch.Tensor:
+        assert self._teacher is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            return self._teacher(**arguments, return_dict=False)[0]
+
+    def loss_of(self, example: Example, generator: torch.Generator) -> torch.Tensor:
+        """Return the loss of one example."""
+        example = example.to(self.device)
+        arguments, target, weight = prepare(example, self.about, self.config, generator, self._ask_teacher)
+        return weighted_error(self.predict(arguments), target, weight)
+
+    def train_step(self) -> float:
+        """Do one optimizer step and return its loss.
+
+        Raises:
+            RunStopped: the loss is not finite; nothing is updated.
+        """
+        self._follow_schedule()
+        self.model.train()
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        each = self.config.batch * self.accelerator.num_processes
+        places = torch.randint(len(self.training), (each,), generator=generator).tolist()
+        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        total = 0.0
+        for place in mine:
+            loss = self.loss_of(read_example(self.training[place]), generator) / len(mine)
+            if not bool(torch.isfinite(loss)):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise RunStopped(
+                    f"the loss of step {self.step + 1} is not finite; the checkpoint of step {max(self.saved, 0)} is "
+                    "kept: resume it with a smaller --lr"
+                )
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._update_average()
+        return total
+
+    def _follow_schedule(self) -> None:
+        """Enable the method with the density of this part of the run."""
+        wanted = self.config.method_at(self.step)
+        if wanted != self.method:
+            self.method, self.session = wanted, enable(self.model, wanted)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average:
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            live = [self.trained[name].detach() for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float | None:
+        """Return the mean loss of the held-out examples, with the same noise every time; ``None`` without any."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        losses = [float(self.loss_of(read_example(path), generator)) for path in self.held_out]
+        return sum(losses) / len(losses) if losses else None
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def fit(self, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None) -> None:
+        """Train to the last step; a checkpoint is left on every way out but that of a loss that is not finite.
+
+        Args:
+            folder: of the checkpoint.
+            on_step: callback(step, loss).
+
+        Raises:
+            RunStopped: the loss is not finite, or the checkpoint cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        recent: list[float] = []
+        last = time.monotonic()
+        if self.step == 0:
+            self._note([])
+        try:
+            while self.step < self.config.steps:
+                recent.append(self.train_step())
+                self.seconds, last = self.seconds + time.monotonic() - last, time.monotonic()
+                on_step(self.step, recent[-1])
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    self._note(recent)
+                    recent = []
+                    last = time.monotonic()
+                if self.step % self.config.checkpoint_every == 0:
+                    self.save(folder)
+        except RunStopped:
+            raise
+        except BaseException:
+            self.save(folder)
+            raise
+        self.save(folder)
+
+    def _note(self, losses: list[float]) -> None:
+        entry: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 2)}
+        if losses:
+            entry["loss"] = sum(losses) / len(losses)
+        held_out = self.held_out_loss()
+        if held_out is not None:
+            entry["held_out"] = held_out
+        density = getattr(self.method, "density", None)
+        if isinstance(density, float):
+            entry["density"] = density
+        self.log.append(entry)
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, atomically.
+
+        Raises:
+            RunStopped: it cannot be written; the previous one stays.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "setup": self.config.setup(), "transformer": type(self.model).__name__, "step": self.step,
+            "seconds": self.seconds, "log": self.log, "average": self.average,
+            "trained": {name: value.detach() for name, value in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        try:
+            with files.atomic_path(folder / CHECKPOINT) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            raise RunStopped(
+                f"cannot write the checkpoint to {folder} ({reason(error)}); free some space there, the previous "
+                "checkpoint is intact"
+            ) from error
+        self.saved = self.step
+
+    def restore(self, folder: Path) -> None:
+        """Continue from the checkpoint in ``folder``.
+
+        Raises:
+            DitAttnError: none, an unreadable one, or one of another model or other settings.
+        """
+        path = folder / CHECKPOINT
+        if not path.is_file():
+            raise DitAttnError(f"nothing to resume: {path} does not exist; leave out --resume to start a new run")
+        state = files.read_weights(path)
+        if state.get("setup") != self.config.setup() or state.get("transformer") != type(self.model).__name__:
+            raise DitAttnError(
+                f"{path} belongs to another model, method, stage, loss, batch, rank or seed; give those of the run"
+            )
+        given = state["trained"]
+        for name, value in self.trained.items():
+            if name not in given or given[name].shape != value.shape:
+                raise DitAttnError(f"{path} is of another model: {name} is missing or of another shape")
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(given[name])
+            for name, mean in self.average.items():
+                mean.copy_(state["average"].get(name, given[name]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = self.saved = state["step"]
+        self.seconds, self.log = state["seconds"], state["log"]
+
+    # -- the result --------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path, weights: bool = True) -> list[Path]:
+        """Write what was tuned: ``method``, and ``transformer`` or ``lora``. The pipeline stays enabled and tuned.
+
+        The moving average takes the place of the tensors where there is one.
+
+        Args:
+            folder: where the folders are written.
+            weights: write the transformer, or the adapters, too.
+
+        Returns:
+            The folders.
+        """
+        if self.average:
+            with torch.no_grad():
+                for name, value in self.trained.items():
+                    value.copy_(self.average[name])
+        final = self.config.method_at(self.config.steps)
+        if final != self.method:
+            self.method, self.session = final, enable(self.model, final)
+        written = [folder / "method"]
+        if self.session.learned.methods:
+            self.session.save_pretrained(written[0])
+        else:
+            self.method.save_pretrained(written[0])
+        if weights and self.config.stage == "lora":
+            written.append(folder / "lora")
+            self.model.save_lora_adapter(written[-1])
+        elif weights and self.config.stage == "full":
+            written.append(folder / "transformer")
+            stock = copy.deepcopy(self.model)
+            disable(stock)
+            stock.save_pretrained(written[-1])
+        return written
+

@@ -1,0 +1,1 @@
+"""Tests of linear attention over key blocks."""
