@@ -75,8 +75,7 @@ class PassStates:
     def __init__(self) -> None:
         self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
         self.current: dict[Any, Any] = {}
-        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {}
-        self.drop()
+        self._states = {self._place: self.current}
 
     def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
         """Note that a pass through the transformer for one window of the sample begins."""
@@ -110,6 +109,7 @@ class Layer:
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
         learned: modules of the methods that learn, by the method's ``id``.
+        inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
@@ -125,6 +125,7 @@ class Layer:
         self._states = PassStates()
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
+        self.inputs: torch.Tensor | None = None
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 
