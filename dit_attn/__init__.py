@@ -36,6 +36,8 @@ _EXPORTS = {
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
     "STG": "dit_attn.processors.methods.stg",
+    "SaaS": "dit_attn.processors.methods.saas",
+    "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -64,11 +66,13 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+    from dit_attn.processors.methods.saas import SaaS
     from dit_attn.processors.methods.seg import SEG
     from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
+    from dit_attn.processors.methods.subject_isolation import SubjectIsolation
 
 __all__ = [
     "SEG",
@@ -84,8 +88,10 @@ __all__ = [
     "PromptSpan",
     "ReTtention",
     "RectifiedSpaAttn",
+    "SaaS",
     "Session",
     "SoftPAG",
+    "SubjectIsolation",
     "Summary",
     "__version__",
     "attn_processors",

@@ -89,6 +89,15 @@ def check(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **setti
     _checked(target, wanted, settings)
 
 
+def resolve(target: DiffusionPipeline | ModelMixin, *wanted: str | Method) -> tuple[Method, ...]:
+    """Return the methods that :func:`enable` would enable, with the settings of the model's preset.
+
+    Raises:
+        DitAttnError: as for :func:`enable`.
+    """
+    return _resolve(_transformers(target), wanted)
+
+
 def disable(target: DiffusionPipeline | ModelMixin) -> None:
     """Remove every method: bit-equal to never enabled. Calling it twice is fine."""
     for model in _transformers(target):

@@ -26,7 +26,6 @@ from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from dit_attn.processors.methods import base, methods
-from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
 from dit_attn.processors.methods.sparse import SparseMethod
 from tests._support.code_blocks import CodeBlock, code_blocks
@@ -146,7 +145,7 @@ def shown_settings(page: Path) -> dict[str, str]:
 @pytest.mark.parametrize("slug", METHOD_PAGES)
 def test_every_setting_and_its_default_is_on_the_page_of_the_method(slug: str) -> None:
     cls = methods()[slug]
-    shared = next(kind for kind in (SparseMethod, PerturbedGuidance, Method) if issubclass(cls, kind))
+    shared = next(kind for kind in (SparseMethod, PerturbedGuidance, base.Method) if issubclass(cls, kind))
     inherited = {spec.name: repr(spec.default) for spec in dataclasses.fields(shared)}
     own = {spec.name: repr(spec.default) for spec in dataclasses.fields(cls)}
     expected = {name: default for name, default in own.items() if inherited.get(name) != default}

@@ -12,6 +12,7 @@ from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
+    from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
     from dit_attn.pipelines.high_resolution import HighResolution, HighResolutionResult, NativePass
     from dit_attn.processors.methods.base import Method
@@ -52,6 +53,30 @@ def check_flags(options: Options) -> None:
         raise DitAttnError("--native-height and --native-width come together; give both, or neither")
 
 
+def native_size(options: Options, defaults: dict[str, Any], make: HighResolution) -> tuple[int, int]:
+    """Return (height, width) of the native pass: that of the flags, of the model's defaults, or of the pipeline."""
+    known = defaults.get("height"), defaults.get("width")
+    height, width = (known[0], known[1]) if all(known) else make.default_size()
+    return options.get("native_height", height), options.get("native_width", width)
+
+
+def second_methods(
+    options: Options, make: HighResolution, native: tuple[int, int], methods: tuple[Method, ...]
+) -> tuple[Method, ...]:
+    """Return the methods of the second stage: what was asked for, windows, or none.
+
+    A native size that a preset says gives way to that of the native pass; one on the command line stays.
+    """
+    from dit_attn.cli.method_options import method_specs
+    from dit_attn.processors.methods.inward_window import InwardWindow
+
+    if options.get("dense"):
+        return ()
+    said = any("native" in spec.settings for spec in method_specs(options))
+    tokens = make.tokens(native)
+    return tuple(method.at_native_size(tokens, keep=said) for method in methods or (InwardWindow(),))
+
+
 @dataclass(frozen=True)
 class TwoStages:
     """Two stages, checked.
@@ -70,40 +95,42 @@ class TwoStages:
 
     @classmethod
     def from_options(
-        cls, options: Options, source: Source, jobs: Sequence[Job], methods: tuple[Method, ...]
+        cls, options: Options, load: LoadConfig, jobs: Sequence[Job], methods: tuple[Method, ...]
     ) -> TwoStages | None:
         """Check the flags against a model and the calls; ``None`` without ``--high-resolution``.
 
         Args:
             options: the flags.
-            source: the model.
+            load: the model, and where it will be.
             jobs: the calls, without the defaults of the model.
             methods: what was asked for with ``--method``.
 
         Raises:
-            DitAttnError: no size, or one that does not fit; a pipeline that is not supported.
+            DitAttnError: no size, or one that does not fit; a pipeline that is not supported; a store of the methods
+                that is larger than the memory.
         """
         if not options.get("high_resolution"):
             return None
-        from dit_attn.cli.method_options import method_specs
-        from dit_attn.pipelines.high_resolution import HighResolution
-        from dit_attn.processors.methods.inward_window import InwardWindow
+        import torch
 
+        from dit_attn.pipelines.high_resolution import HighResolution
+
+        source = load.source
         settings = {name: options[flag] for flag, name in _NAMES.items() if flag in options}
         make = HighResolution(source.without_weights, **settings)
-        known = source.defaults.get("height"), source.defaults.get("width")
-        height, width = (known[0], known[1]) if all(known) else make.default_size()
-        native = options.get("native_height", height), options.get("native_width", width)
+        native = native_size(options, source.defaults, make)
         for job in jobs:
             absent = [name for name in ("height", "width") if not job.call.get(name)]
             if absent:
                 raise DitAttnError(f"--high-resolution needs the size of the result; give --{absent[0]} ({job.where})")
             make.check(job.call["height"], job.call["width"], native, job.call.get("num_inference_steps"))
         _check_schedule(source, jobs, make.sigma)
-        if not options.get("dense"):
-            said = any("native" in spec.settings for spec in method_specs(options))  # else: that of the native pass
-            tokens = make.tokens(native)
-            methods = tuple(method.at_native_size(tokens, keep=said) for method in methods or (InwardWindow(),))
+        make.method = methods = second_methods(options, make, native, methods)
+        if any(method.has_twin for method in methods):
+            torch.nn.Module.to(make.pipe.transformer, load.dtype)
+            for job in jobs:
+                frames = job.call.get("num_frames", source.defaults.get("num_frames"))
+                make.check_store(job.call["height"], job.call["width"], native, frames, load.device)
         return cls(native, settings, methods, bool(options.get("resume")))
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +176,28 @@ class TwoStages:
 
         first = _found(path) if self.resume else None
         return self.on(pipe)(native=self.native, first=first, on_stage=on_stage, on_first=keep, **arguments)
+
+
+def explained(
+    options: Options, target: Any, defaults: dict[str, Any], methods: tuple[Method, ...]
+) -> tuple[HighResolution, tuple[int, int]]:
+    """Return the procedure on a pipeline without weights, and the (height, width) of its native pass.
+
+    Raises:
+        DitAttnError: no size; a transformer alone, or a pipeline that is not supported.
+    """
+    from dit_attn.pipelines.high_resolution import HighResolution
+
+    absent = [name for name in ("height", "width") if name not in options]
+    if absent:
+        raise DitAttnError(f"--high-resolution needs the size of the result; give --{absent[0]}")
+    if not hasattr(target, "transformer"):
+        raise DitAttnError("--high-resolution needs the model's autoencoder; give a local folder, or a cached model")
+    settings = {name: options[flag] for flag, name in _NAMES.items() if flag in options}
+    make = HighResolution(target, **settings)
+    native = native_size(options, defaults, make)
+    make.method = second_methods(options, make, native, methods)
+    return make, native
 
 
 def _check_schedule(source: Source, jobs: Sequence[Job], sigma: float) -> None:

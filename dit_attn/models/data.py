@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from dit_attn.eval.inspection_world import world as inspection_world
 from dit_attn.eval.shapes_world import items as world_items
 from dit_attn.eval.shapes_world import multi, world
 from dit_attn.models.autoencoders import space_to_depth
 from dit_attn.models.recipe import VIDEO_FRAMES, Recipe, Stage
+
+MIN_MASK = 0.01  # of the image: the error inside a smaller mask weighs less
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Batch:
         level: (B,) noise level s in (0, 1); the model sees `(1 - s) clean + s noise`.
         ids: (B, text length) int64 token ids.
         mask: (B, text length) int64, 1 on tokens.
+        weight: (B, 1, H, W) weight of the error of every pixel; ``None`` for equal ones.
     """
 
     clean: torch.Tensor
@@ -30,6 +35,7 @@ class Batch:
     level: torch.Tensor
     ids: torch.Tensor
     mask: torch.Tensor
+    weight: torch.Tensor | None = None
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -40,6 +46,8 @@ class Batch:
 
 def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generator, device: torch.device) -> Batch:
     """Draw a training batch of `stage` from `generator`, a CPU generator."""
+    if recipe.kind == "inspect":
+        return _draw_pieces(recipe, stage, tokenizer, generator, device)
     items: list[Any]
     if recipe.kind == "image":
         items = list(world.sample_scenes(stage.batch, generator, stage.single))
@@ -48,9 +56,28 @@ def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generato
     else:
         items = list(world.sample_videos(stage.batch, generator))
     clean = render(items, stage, generator, device)
-    drop = (torch.rand(stage.batch, generator=generator) < recipe.caption_drop).tolist()
-    texts = ["" if gone else world_items.caption(item) for gone, item in zip(drop, items, strict=True)]
+    texts = _drop([world_items.caption(item) for item in items], recipe, generator)
     return corrupt(clean, texts, stage, tokenizer, generator)
+
+
+def _drop(texts: list[str], recipe: Recipe, generator: torch.Generator) -> list[str]:
+    """Replace some captions by the empty one."""
+    drop = (torch.rand(len(texts), generator=generator) < recipe.caption_drop).tolist()
+    return ["" if gone else text for gone, text in zip(drop, texts, strict=True)]
+
+
+def _draw_pieces(
+    recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generator, device: torch.device
+) -> Batch:
+    """Draw products, most of them with a defect; the error inside the mask counts as much as that of the image."""
+    pieces = inspection_world.sample_pieces(stage.batch, generator, stage.defective)
+    drawn = [inspection_world.draw(piece, stage.size) for piece in pieces]
+    clean = torch.from_numpy(np.stack([one.image for one in drawn])).permute(0, 3, 1, 2).to(device) * 2 - 1
+    inside = torch.from_numpy(np.stack([one.mask for one in drawn])).float()[:, None].to(device)
+    share = inside.mean((1, 2, 3), keepdim=True).clamp(min=MIN_MASK)
+    texts = _drop([inspection_world.caption(piece) for piece in pieces], recipe, generator)
+    batch = corrupt(clean, texts, stage, tokenizer, generator)
+    return replace(batch, weight=1 + recipe.mask_weight * inside / share)
 
 
 def render(items: list[Any], stage: Stage, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dit_attn.models.registry import call_defaults, info, load
 
     parser = argparse.ArgumentParser(prog="python -m dit_attn.models.evaluate", description=main.__doc__)
-    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("name", choices=sorted(name for name, one in RECIPES.items() if one.kind != "inspect"))
     parser.add_argument("--count", type=int, default=200, help="held-out captions (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)

@@ -28,9 +28,10 @@ LOG_EVERY = 50
 
 
 def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) -> torch.Tensor:
-    """Compute the mean squared error of the implied velocity."""
+    """Compute the mean squared error of the implied velocity, weighted where the batch says so."""
     predicted = model(batch.noisy, batch.level, batch.ids, batch.mask).float()
-    error = (predicted - batch.clean).square().flatten(1).mean(1)
+    error = (predicted - batch.clean).square()
+    error = (error if batch.weight is None else error * batch.weight).flatten(1).mean(1)
     return (error / batch.level.clamp(min=min_level).square()).mean()
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from dit_attn.eval.inspection_world import world as inspection_world
 from dit_attn.eval.shapes_world import multi, world
 from dit_attn.models.autoencoders import exact_kl, exact_wan
 from dit_attn.models.recipe import NetSize
 
 FLOW_SHIFT = 3.0
+WORDS = {"multi": multi.vocabulary, "inspect": inspection_world.vocabulary}  # of other captions than those of one shape
 
 
 def build_tokenizer(kind: str, length: int) -> Any:
@@ -20,7 +22,7 @@ def build_tokenizer(kind: str, length: int) -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "</s>", "<unk>", *(multi if kind == "multi" else world).vocabulary()]
+    words = ["<pad>", "</s>", "<unk>", *WORDS.get(kind, world.vocabulary)()]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     punctuation = [normalizers.Replace(mark, " ") for mark in ",.;"]
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *punctuation])

@@ -44,6 +44,7 @@ class Stage:
         single: one-object scenes only.
         objects: least and most objects of a scene, for kind "multi".
         filled: share of scenes whose objects have fill words, for kind "multi".
+        defective: share of pieces with a defect, for kind "inspect".
     """
 
     share: float
@@ -54,6 +55,7 @@ class Stage:
     single: bool = False
     objects: tuple[int, int] = (1, 4)
     filled: float = 0.0
+    defective: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Recipe:
 
     name: str
     family: str  # "image" (PixArt), "video" (Wan) or "joint" (SD3)
-    kind: str  # "image", "video" or "multi" (images of several different objects)
+    kind: str  # "image", "video", "multi" (images of several different objects) or "inspect" (products with defects)
     steps: int
     stages: tuple[Stage, ...]
     net: NetSize = NetSize()
@@ -77,6 +79,7 @@ class Recipe:
     clip: float = 1.0
     precision: str = "bf16"
     warm_start: str = ""  # embedded model whose trained weights are copied where they fit
+    mask_weight: float = 0.0  # of the mean error inside a defect's mask, beside 1 for the mean error of the image
 
     @property
     def is_tail(self) -> bool:
@@ -161,6 +164,18 @@ RECIPES: dict[str, Recipe] = {
         ),
         net=NetSize(hidden=192, heads=3, text_layers=3, text_length=40),
         decay_share=0.25,
+    ),
+    "tiny-inspect": Recipe(
+        name="tiny-inspect",
+        family="image",
+        kind="inspect",
+        steps=4600,
+        stages=(
+            Stage(share=0.35, size=32, frames=1, batch=16, shift=1.0),
+            Stage(share=0.65, size=64, frames=1, batch=8, shift=1.7),
+        ),
+        decay_share=0.4,
+        mask_weight=1.0,
     ),
 }
 

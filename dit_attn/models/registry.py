@@ -114,6 +114,22 @@ UNSHIPPED: dict[str, ModelInfo] = {
         },
         example="a large red circle at the left and a small green cross at the right on white",
     ),
+    "tiny-inspect": ModelInfo(
+        name="tiny-inspect",
+        pipeline="PixArtSigmaPipeline",
+        description="text to image, 64 x 64 pixels, products with defects",
+        tokens=256,
+        call_defaults={
+            "height": 64,
+            "width": 64,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "max_sequence_length": 16,
+        },
+        example="metal with a scratch",
+    ),
 }
 """Models that have a recipe to train them and no weights in the package yet."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 _EXPORTS = {
+    "AnomalyGenerator": "dit_attn.pipelines.anomaly",
     "Calibration": "dit_attn.pipelines.calibrate",
     "Comparison": "dit_attn.pipelines.compare",
     "HeadHunter": "dit_attn.pipelines.head_search",
@@ -21,6 +22,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from dit_attn.pipelines.anomaly import AnomalyGenerator
     from dit_attn.pipelines.calibrate import Calibration
     from dit_attn.pipelines.compare import Comparison, Variant
     from dit_attn.pipelines.head_search import HeadHunter, HeadSet, SearchConfig
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.measurement_log import MeasurementLog
 
 __all__ = [
+    "AnomalyGenerator",
     "Calibration",
     "Comparison",
     "HeadHunter",

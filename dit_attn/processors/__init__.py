@@ -20,6 +20,8 @@ _METHODS = {
     "SLG": "slg",
     "STG": "stg",
     "SoftPAG": "softpag",
+    "SaaS": "saas",
+    "SubjectIsolation": "subject_isolation",
 }
 
 if TYPE_CHECKING:
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+    from dit_attn.processors.methods.saas import SaaS
     from dit_attn.processors.methods.seg import SEG
     from dit_attn.processors.methods.sla import SLA
     from dit_attn.processors.methods.slg import SLG
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
+    from dit_attn.processors.methods.subject_isolation import SubjectIsolation
 
 __all__ = [
     "SEG",
@@ -44,7 +48,9 @@ __all__ = [
     "MoH",
     "ReTtention",
     "RectifiedSpaAttn",
+    "SaaS",
     "SoftPAG",
+    "SubjectIsolation",
 ]
 
 

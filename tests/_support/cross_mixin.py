@@ -19,6 +19,7 @@ from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
 from tests._support.outputs import same
 from tests._support.recorded_calls import reference, requests, watching, weights
+from tests._support.subjects_mixin import SubjectsMixin
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def check_observations(count: int) -> None:
     Observed.seen.clear()
 
 
-class CrossMixin:
+class CrossMixin(SubjectsMixin):
     """Inherit, then say how the model and its inputs are made.
 
     Attributes:

@@ -30,6 +30,7 @@ from tests._support.rectified_reference import rectified
 from tests._support.reshaped_reference import read_pairs, reshaped
 from tests._support.sla_reference import sparse_linear
 from tests._support.span_biases import SpanBiases, bias_matrix
+from tests._support.two_streams import two_streams
 from tests._support.window_masks import window_bias
 
 SPARSE = dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)
@@ -231,6 +232,21 @@ class FamilyMixin(CrossMixin, GuidedMixin):
             rows = valid_rows(seen_call)
             expected = reference(seen_call, Request(), window_bias(seen_call.tokens, window))
             torch.testing.assert_close(out.double()[rows], expected[rows], atol=2e-5, rtol=1e-4)
+
+    def test_the_text_of_a_dense_twin_pass_replaces_that_of_windows(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, dit_attn.InwardWindow(window=self.grid, override="text"))
+        assert same(stock, self.call(net, args))
+        window = tuple((n + 1) // 2 for n in self.grid)
+        settings = {"window": window, "snap": "no", "q_block": 32, "kv_block": 16, "interval": 1}
+        dit_attn.enable(net, dit_attn.InwardWindow(**settings, override="text"))
+        with two_streams(net) as seen:
+            self.call(net, args)
+        if len([kind for kind in self.kinds if kind in VISUAL]) > 1:
+            assert not seen.replaced
+            return
+        seen.check(window)
+        assert seen.replaced
 
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dit_attn import pipelines
 
-JOBS = ("benchmark", "calibrate", "compare", "head_search", "high_resolution", "inspect")
+JOBS = ("anomaly", "benchmark", "calibrate", "compare", "head_search", "high_resolution", "inspect")
 
 
 def test_importing_the_jobs_loads_nothing_heavy() -> None:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_attn.cli import high_resolution
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
@@ -17,13 +18,15 @@ from dit_attn.cli.table import show
 from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
+    from dit_attn.pipelines.high_resolution import HighResolution
     from dit_attn.processors.methods.base import Method
 
 GROUPS = {
     "model": flags.MODEL,
     "methods": flags.PRESET,
     "size": flags.SIZE,
-    "sampling": flags.only(flags.SAMPLING, "steps"),
+    "sampling": flags.only(flags.SAMPLING, "steps", "guidance-scale"),
+    "high resolution": high_resolution.FLAGS,
     "output": flags.only(flags.OUTPUT, "json"),
     "run": flags.only(flags.RUN, "config"),
 }
@@ -46,6 +49,8 @@ class ExplainConfig:
         height, width, num_frames: size in pixels and frames; ``None``: the model's own.
         steps: denoising steps; ``None``: the model's own.
         json: print JSON.
+        stages: explain two stages: the procedure, and (height, width) of its native pass.
+        guided: whether the run has classifier-free guidance.
     """
 
     model: str
@@ -57,6 +62,8 @@ class ExplainConfig:
     num_frames: int | None
     steps: int | None
     json: bool = False
+    stages: tuple[HighResolution, tuple[int, int]] | None = None
+    guided: bool = True
 
     @classmethod
     def from_options(cls, options: flags.Options) -> ExplainConfig:
@@ -80,7 +87,12 @@ class ExplainConfig:
         methods = resolve_methods.resolve(specs, stand_in, options.get("preset"))
         size = {name: options.get(name, known.get(name)) for name in ("height", "width", "num_frames")}
         steps = options.get("steps", known.get("num_inference_steps"))
-        return cls(options["model"], about, target, methods, **size, steps=steps, **options.pick("json"))
+        stages = None
+        if options.get("high_resolution"):
+            stages = high_resolution.explained(options, target, known, methods)
+        guided = options.get("guidance_scale", 2.0) > 1.0
+        rest = {"steps": steps, "stages": stages, "guided": guided, **options.pick("json")}
+        return cls(options["model"], about, target, methods, **size, **rest)
 
 
 def _offline_shape(options: flags.Options) -> BuiltInShape | None:
@@ -133,10 +145,15 @@ def run(args: argparse.Namespace) -> int:
     import dit_attn
 
     options = flags.merge(args, GROUPS)
+    high_resolution.check_flags(options)
     check_early(options, reachable=False, together=True)
     config = ExplainConfig.from_options(options)
     size = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
-    found = dit_attn.explain(config.target, *config.methods, **size, num_inference_steps=config.steps)
+    if config.stages is None:
+        found: Any = dit_attn.explain(config.target, *config.methods, **size, num_inference_steps=config.steps)
+    else:
+        make, native = config.stages
+        found = make.explain(**size, native=native, num_inference_steps=config.steps, guided=config.guided)
     if config.json:
         print(json.dumps({"model": config.model, "about": config.about, **size, **found.to_dict()}, indent=1))
     else:

@@ -99,7 +99,7 @@ class GenerateConfig:
             job_files.check_images(job)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
-        stages = high_resolution.TwoStages.from_options(options, load.source, jobs, methods)
+        stages = high_resolution.TwoStages.from_options(options, load, jobs, methods)
         methods = methods if stages is None else stages.methods
         jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]
         check_run(load.source, jobs, methods)

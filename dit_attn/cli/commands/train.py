@@ -24,8 +24,8 @@ PIPELINE_FOLDER = "pipeline"
 
 GROUPS = {
     "model": (
-        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi or world-clip", default="required",
-                   metavar="NAME", positional=True),
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi, tiny-inspect or world-clip",
+                   default="required", metavar="NAME", positional=True),
     ),
     "training": (
         flags.Flag("tail", "go on from the shipped weights, at full size and falling rates", bool),
@@ -229,6 +229,8 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     from dit_attn.models.registry import call_defaults
 
     pipeline = pipeline_of(job).to(job.device)
+    if job.recipe.kind == "inspect":
+        return _score_painting(pipeline, call_defaults(job.recipe.name)["height"], count)
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
     short["whole_caption"] = figures["whole_caption"]["accuracy"]
@@ -236,6 +238,17 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     for name, group in figures.get("objects", {}).items():
         short |= {f"{name}:{word}": cell["accuracy"] for word, cell in group.items()}
     return short, figures, samples
+
+
+def _score_painting(pipeline: Any, size: int, count: int) -> tuple[dict[str, float], dict[str, Any], list[Any]]:
+    """The same of a model that paints defects: mean ratio with the word, and with the prompt of the normal product."""
+    from dit_attn.pipelines.anomaly.base_gate import evaluate_base
+
+    pipeline.set_progress_bar_config(disable=True)
+    figures, painted = evaluate_base(pipeline, size, count)
+    groups = {name: figures[name] for name in ("seen_pairs", "held_out_pairs") if figures[name]["of"]}
+    short = {f"{name}:{arm}": group[arm]["ratio"] for name, group in groups.items() for arm in ("word", "control")}
+    return short, figures, painted
 
 
 def _finish(job: Run, output: Path, count: int) -> None:
@@ -247,8 +260,15 @@ def _finish(job: Run, output: Path, count: int) -> None:
     figures: dict[str, Any] = {}
     if count:
         _, figures, samples = _score(job, count)
-        outputs.write_image(contact_sheet(samples[:64]), output / "samples.png")
-        print("\n".join(_report_lines(figures, count)))
+        if job.recipe.kind == "inspect":
+            from dit_attn.contact_sheet import flow
+            from dit_attn.pipelines.anomaly.base_gate import report_lines
+
+            sheet, lines = flow([one.cell for one in samples[:64]]), report_lines(figures)
+        else:
+            sheet, lines = contact_sheet(samples[:64]), _report_lines(figures, count)
+        outputs.write_image(sheet, output / "samples.png")
+        print("\n".join(lines))
     export(job, output / PIPELINE_FOLDER, figures)
     print(f"pipeline written to {output / PIPELINE_FOLDER}")
 

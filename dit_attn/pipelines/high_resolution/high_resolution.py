@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from dit_attn.api import enabled, summary
+from dit_attn.api import enabled, explain, resolve, summary
 from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.pipelines.high_resolution import late_start
+from dit_attn.pipelines.high_resolution.estimate import HighResolutionEstimate, check_store, estimate
 from dit_attn.pipelines.high_resolution.latents import FILTERS, SPACES, encode, enlarged, form_of, pixels_per_token
 from dit_attn.pipelines.high_resolution.native_pass import Generators, NativePass, generator_states
 from dit_attn.processors.attach import compat
@@ -142,6 +143,7 @@ class HighResolution:
         """
         pipe, size = self.pipe, native or self.default_size()
         self.check(height, width, size, call.get("num_inference_steps"))
+        self.check_store(height, width, size, call.get("num_frames"))
         stages = _Stages(on_stage)
         given = {"latents": call.pop("latents")} if "latents" in call else {}
         shared = {**call, "prompt": prompt, "generator": generator}
@@ -185,14 +187,13 @@ class HighResolution:
             values = values.transpose(1, 2)
         return NativePass(values.detach().cpu(), self.space, schedule, generator_states(generator))
 
-    def methods(self, native: Size) -> tuple[str | Method, ...]:
+    def methods(self, native: Size) -> tuple[Method, ...]:
         """Return the methods of the second stage after a native pass of (height, width) pixels."""
         given = self.method
         several = () if given is None else (given,) if isinstance(given, (str, Method)) else tuple(given)
         tokens = self.tokens(native)
-        window = InwardWindow(native=tokens)
-        named = [window if one == WINDOW else one for one in several]
-        return tuple(one.at_native_size(tokens) if isinstance(one, Method) else one for one in named)
+        named = [InwardWindow(native=tokens) if one == WINDOW else one for one in several]
+        return tuple(one.at_native_size(tokens) for one in resolve(self.pipe, *named))
 
     def tokens(self, size: Size) -> Size:
         """Return (h, w) tokens of (height, width) pixels."""
@@ -234,6 +235,54 @@ class HighResolution:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise DitAttnError(f"num_inference_steps must be a whole number of at least 1, got {shorten(steps)}")
 
+    def check_store(
+        self, height: int, width: int, native: Size, num_frames: int | None, device: torch.device | None = None
+    ) -> None:
+        """Refuse what the methods store from step to step where it is larger than the memory that it is kept in.
+
+        Args:
+            height, width: of the result in pixels.
+            native: (height, width) of the first stage in pixels.
+            num_frames: of clips; ``None`` for the pipeline's own.
+            device: that the pipeline will compute on; ``None`` for where it is.
+
+        Raises:
+            DitAttnError: so it is.
+        """
+        for method in self.methods(native):
+            if method.has_twin:
+                found = explain(self.pipe, method, height=height, width=width, num_frames=num_frames)
+                if method.twin_at(found.grid):
+                    check_store(found.memory, method.cache_on_host, device or compat.execution_device(self.pipe))
+
+    def explain(
+        self,
+        height: int,
+        width: int,
+        *,
+        native: Size | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guided: bool = True,
+    ) -> HighResolutionEstimate:
+        """Estimate tokens, memory and the share of the time of every stage; nothing is run.
+
+        Args:
+            height, width: of the result in pixels.
+            native: (height, width) of the first stage in pixels; ``None`` for the pipeline's own default.
+            num_frames: of clips; ``None`` for the pipeline's own.
+            num_inference_steps: of the full schedule; ``None`` for the pipeline's own.
+            guided: whether every step has a pass without the prompt.
+
+        Raises:
+            DitAttnError: as for the call.
+        """
+        size = native or self.default_size()
+        self.check(height, width, size, num_inference_steps)
+        methods = self.methods(size)
+        sizes = (size, (height, width))
+        return estimate(self.pipe, methods, *sizes, self.sigma, self.space, num_frames, num_inference_steps, guided)
+
     def _pixels_per_latent(self) -> int:
         return pixels_per_token(self.pipe) // form_of(self.pipe).patch(self.pipe)[1]
 
@@ -249,7 +298,7 @@ class HighResolution:
         stages.begin("encode")
         return encode(pipe, values)
 
-    def _denoised(self, methods: tuple[str | Method, ...], call: dict[str, Any]) -> tuple[Any, Summary | None]:
+    def _denoised(self, methods: tuple[Method, ...], call: dict[str, Any]) -> tuple[Any, Summary | None]:
         if not methods:
             return self.pipe(**call), None
         with enabled(self.pipe, *methods):

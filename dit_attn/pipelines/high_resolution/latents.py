@@ -133,7 +133,7 @@ def encode(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def _normalized(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     config = vae.config
-    factor = getattr(config, "scaling_factor", None)
+    factor = float(getattr(config, "scaling_factor", None) or 1.0)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if isinstance(getattr(vae, "latents_mean", None), torch.Tensor):
         mean, std = vae.latents_mean, vae.latents_std
@@ -143,7 +143,7 @@ def _normalized(vae: Any, latents: torch.Tensor) -> torch.Tensor:
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * factor
     shape = (1, -1, *(1,) * (latents.ndim - 2))
     mean, std = (torch.as_tensor(x, device=latents.device, dtype=latents.dtype).view(shape) for x in (mean, std))
-    return (latents - mean) * (factor or 1.0) / std
+    return (latents - mean) * factor / std
 
 
 def _whole_tokens(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ The subclass is made from the stock class: same signature (the models filter key
 
 * ``dispatch``, processors that go through diffusers' ``dispatch_attention_fn``: ``_attention_backend`` becomes a
   property that returns our backend; what users write to it is stored as the backend of stock calls;
-* ``torch``, processors that call ``torch.nn.functional.scaled_dot_product_attention``: a ``TorchFunctionMode`` around
-  them.
+* ``torch``, processors that call ``torch.nn.functional.scaled_dot_product_attention``: a copy of their code that calls
+  ours, or a ``TorchFunctionMode`` around them.
 
 A processor with neither is refused. Inside ``torch.compile`` the call is an opaque operator, see
 :mod:`dit_attn.processors.attach.intercepted_call`.
@@ -37,7 +37,7 @@ from dit_attn.processors.attach.intercepted_call import (
 )
 from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
-from dit_attn.processors.attach.traced_call import copy_with_attention
+from dit_attn.processors.attach.traced_call import copy_with_attention, same_as_copy
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.layer import Layer, layer_by_id
@@ -215,13 +215,14 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
 def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     traced = copy_with_attention(stock_call, _traced_sdpa, compat.dispatchers(_backend))
     in_slot = None if traced is None else _with_slot(traced)
+    same = None if traced is None else same_as_copy(stock_call)
 
     @functools.wraps(stock_call)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_slot is not None and (torch.compiler.is_compiling() or (same is not None and same())):
+            return in_slot(self, attn, *args, **kwargs)
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
-        if in_slot is not None and torch.compiler.is_compiling():
-            return in_slot(self, attn, *args, **kwargs)
         if _needs_input(self):
             with _shown_input(self._dit_layer, args, kwargs):
                 return __call__(self, attn, *args, **kwargs)
@@ -283,12 +284,16 @@ def _traced_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Torch's own signature: the attention call of such a processor in a compiled graph."""
+    """Torch's own signature: the attention call of the copy of such a processor."""
     layer, run = _SLOT.layer, _SLOT.run
     assert layer is not None and run is not None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=_SLOT.turn)
+    turn = _SLOT.turn
     _SLOT.turn += 1
+    if not torch.compiler.is_compiling():
+        here = session_by_handle(run), layer_by_id(int(layer)), turn, F.scaled_dot_product_attention
+        return _on_sdpa(*here, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    args = SDPAArgs(q, k, v, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=turn)
     return compiled_attention(layer, run, args, parallel=False).transpose(1, 2)
 
 

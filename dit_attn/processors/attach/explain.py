@@ -51,6 +51,7 @@ class Explanation:
             skipped; ``None`` without one.
         presets: for methods whose settings are those of ``preset``, but for the ``changed`` ones.
         steps: of the run.
+        operations: floating-point operations of one dense pass of one sample.
     """
 
     family: str
@@ -68,6 +69,7 @@ class Explanation:
     guidance: dict[str, float] | None = None
     presets: tuple[PresetUse, ...] = ()
     steps: int = _STEPS
+    operations: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -142,7 +144,7 @@ def explain_run(
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     steps = num_inference_steps or _call_default(pipe, "num_inference_steps") or _STEPS
-    density, fallbacks = _expected_density(methods, len(names), tokens, steps)
+    density, fallbacks = _expected_density(methods, len(names), grid, steps)
     pair = getattr(pipe, "transformer_2", None) is not None
     preset = preset_for(model, pair=pair)
     return Explanation(
@@ -161,6 +163,7 @@ def explain_run(
         guidance=_guidance(model, methods),
         presets=tuple(use for method in methods if (use := preset_use(method, model, pair))),
         steps=steps,
+        operations=attention + linear,
     )
 
 
@@ -292,9 +295,10 @@ def _guidance_line(found: dict[str, float]) -> str:
 
 
 def _expected_density(
-    methods: tuple[Method, ...], layers: int, tokens: int, steps: int
+    methods: tuple[Method, ...], layers: int, grid: tuple[int, int, int], steps: int
 ) -> tuple[float | None, tuple[str, ...]]:
     """Mean density over a run, and the fallbacks."""
+    tokens = grid[0] * grid[1] * grid[2]
     fallbacks = ["cross attention and text refiners: never wrapped"]
     if tokens < MIN_TOKENS:
         return 1.0, (*fallbacks, f"all calls: sequence under {MIN_TOKENS} tokens")
@@ -308,7 +312,8 @@ def _expected_density(
         fallbacks.append(f"layers {', '.join(map(str, sparse.dense_layers))}: dense by setting")
     if sparse.densities and (dense_fraction := sum(map(is_full, sparse.densities)) / len(sparse.densities)):
         fallbacks.append(f"{100 * dense_fraction:.0f} % of the layers and parts of the run: density 1 by setting")
-    if sparse.expected is None:
+    expected = sparse.density_at(grid)
+    if expected is None:
         return None, (*fallbacks, "density: decided by the data (top_p)")
     part = (1 - min(dense, steps) / steps) * (1 - len(sparse.dense_layers) / layers)
-    return part * sparse.expected + (1 - part), tuple(fallbacks)
+    return part * expected + (1 - part), tuple(fallbacks)

@@ -293,7 +293,8 @@ def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite
         if span.visual:
             visual.append(Span(span.kind, span.length, span.grid, start))
             start += span.length or 0
-    return PositionSite(layer, tuple(visual), session.clock, session.rows_by_branch(), session.layer_count)
+    branches = session.rows_by_branch()
+    return PositionSite(layer, tuple(visual), session.clock, branches, session.layer_count, session.pass_name)
 
 
 def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:

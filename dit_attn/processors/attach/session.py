@@ -109,9 +109,8 @@ class Session(TransformerRun):
             )
 
     def drop_state(self) -> None:
-        """Free what the methods stored from step to step."""
-        for layer in self.layers:
-            layer.drop_state()
+        """See the base class; moved tables and guidance updates too."""
+        super().drop_state()
         self.moved_tables.clear()
         if self.guider is not None:
             self.guider.drop_state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dit_attn.processors.attach.guidance_summary import GuidanceSummary, summarize_guidance
@@ -74,6 +74,7 @@ class Summary:
         presets: for methods whose settings are those of the model's preset, but for the ``changed`` ones.
         twin: passes that a method asked for in addition to the pipeline's, ``None`` without such a method.
         positions: where and how methods moved the positions of tokens, ``None`` where none was moved.
+        reports: what methods say of the run, by slug.
     """
 
     families: tuple[str, ...]
@@ -88,6 +89,7 @@ class Summary:
     presets: tuple[PresetUse, ...] = ()
     twin: TwinSummary | None = None
     positions: PositionsSummary | None = None
+    reports: dict[str, Any] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -181,6 +183,7 @@ class Summary:
         if self.cross_layers:
             rows.append(("cross attention", _cross_text(self.cross_layers)))
         rows += [(name, str(part)) for name in ("positions", "twin") if (part := getattr(self, name)) is not None]
+        rows += [(slug, str(report)) for slug, report in self.reports.items()]
         return [*rows, *guidance, *warnings]
 
     def _sparse_rows(self) -> list[tuple[str, str]]:
@@ -236,6 +239,7 @@ def summarize(sessions: dict[str, Session]) -> Summary:
         ),
         twin=twin_of(sessions),
         positions=positions_of(sessions),
+        reports={key: report for run in sessions.values() if run.ran for key, report in run.reports.items()},
     )
 
 
@@ -251,7 +255,8 @@ def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
 
 def _warnings(session: Session) -> list[str]:
     missing = _missing_guidance(session)
-    return [*([missing] if missing else ()), *_unknown(session), *session.notices]
+    reported = [text for report in session.reports.values() if session.ran for text in report.warnings]
+    return [*([missing] if missing else ()), *_unknown(session), *session.notices, *reported]
 
 
 def _unknown(session: Session) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A copy of an attention processor's code that calls another function for ``F.scaled_dot_product_attention``.
 
-In eager code a ``TorchFunctionMode`` intercepts that call. Under one, ``torch.compile`` also traces the Python methods
-of tensors, such as ``unflatten``, and fails there; the copy needs no mode.
+A ``TorchFunctionMode`` intercepts that call whatever the code. Under one, ``torch.compile`` also traces the Python
+methods of tensors, such as ``unflatten``, and fails there; in eager code every operation of a processor takes a detour
+through Python. The copy needs no mode: compiled code always runs it, eager code where it is known to do the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
+
+_ATTENTION = F.scaled_dot_product_attention.__name__
 
 
 def copy_with_attention(
@@ -46,6 +49,32 @@ def copy_with_attention(
         if helper.__module__ == function.__module__:
             scope[name] = _copy(helper, scope)
     return _copy(function, scope)
+
+
+def same_as_copy(function: Callable[..., Any]) -> Callable[[], bool] | None:
+    """Return a test of whether a copy of ``function`` still does what the function does; ``None`` for unknown code.
+
+    Code is known where it is a processor's of diffusers that calls ``F.scaled_dot_product_attention`` itself, and by no
+    other way. The copy is made of the global names at that time: it is another one once other code has replaced any.
+    """
+    if not isinstance(function, types.FunctionType) or not function.__module__.startswith("diffusers."):
+        return None
+    names = _names(function.__code__)
+    if hasattr(function, "__wrapped__") or _ATTENTION not in names:
+        return None
+    helpers = [value for name in names if isinstance(value := function.__globals__.get(name), types.FunctionType)]
+    others = [_names(helper.__code__) for helper in helpers if helper.__module__ == function.__module__]
+    used = names.union(*others)
+    if names & {"dispatch_attention_fn", "functional", "super"} or any(_ATTENTION in other for other in others):
+        return None
+    copied = [(space, name, space[name]) for space in (function.__globals__, vars(F)) for name in used if name in space]
+    return lambda: all(space.get(name) is value for space, name, value in copied)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Global names and attributes that code mentions, with those of the functions inside it."""
+    inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def _copy(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:

@@ -168,6 +168,11 @@ class TransformerRun(RunState):
         self.doubt = self.branch_doubt = None
         self.pipeline_call = read_pipeline_call(pipe, self.cfg)
         self._prompts.forget()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self.shared.drop()
+        self.reports.clear()
         for layer in self.layers:
             layer.begin_run()
 
@@ -205,9 +210,9 @@ class TransformerRun(RunState):
         """Store nothing for the rest of the run: it may be of another window, branch or run."""
         if self.doubt is None:
             self.doubt = reason
+            RunState.drop_state(self)
             for layer in self.layers:
                 layer.stateless = reason
-                layer.drop_state()
 
     @property
     def stack_layers(self) -> list[str]:
@@ -217,6 +222,10 @@ class TransformerRun(RunState):
     def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
         """See the base class; the prompts are those of the pipeline that is running, or of a ``run_context``."""
         return self._prompts.find(self, self.model, self.pipe, self.owner, call, piece)
+
+    def find_prompts(self, call: AttentionCall) -> tuple[str, ...]:
+        """See the base class; the prompts are found as for :meth:`find_piece`."""
+        return self._prompts.prompts(self, self.model, self.pipe, self.owner, call)
 
     def guidance_scale(self) -> float | None:
         """Return the scale s of ``u + s (c - u)`` in the pipeline's call, 1 for none, ``None`` where unknown."""
@@ -251,8 +260,8 @@ class TransformerRun(RunState):
         """Forget the run: clock, statistics, disabled layers. Never needed between runs."""
         self.clock.__init__()  # type: ignore[misc]
         self._seen_run, self._step, self._latents = 0, (0, 0), None
+        self._forget_run()
         for layer in self.layers:
-            layer.begin_run()
             layer.disabled, layer.disabled_run, layer.checked_run = None, False, 0
 
 

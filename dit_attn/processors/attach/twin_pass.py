@@ -56,7 +56,8 @@ class TwinRunner:
             self._run, self.evaluations, self.reused_blocks = clock.run, 0, 0
         self.release()
         branches = session.rows_by_branch()
-        twin = self.method.twin(clock, branches)
+        grid = next((span.grid for span in session.layout.spans if span.visual), None) if session.layout else None
+        twin = self.method.twin(clock, branches) if self.method.twin_at(grid) else None
         if twin is None:
             return
         index = [row for row, name in enumerate(branches) if not twin.branches or name in twin.branches]

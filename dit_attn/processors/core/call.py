@@ -12,7 +12,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import PLAIN, Layer
+from dit_attn.processors.core.layer import PLAIN, Layer, PassStates
 from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias
 from dit_attn.processors.core.observation import Observation, Probe
 from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
@@ -80,6 +80,7 @@ class AttentionCall:
         tokens: the parts of the sequence of q, ``None`` when they are unknown.
         clock: position in the run.
         branches: guidance branch of every batch row.
+        samples: sample of every batch row, counted within its branch; the branches of a sample have one number.
         layer_count: number of wrapped layers of the transformer that are of the layer's kind.
         mask_rule: form of the model's square masks: ``"key"`` (there are none) or ``"visual-row"`` (all visual rows of
             a square mask are alike).
@@ -90,7 +91,11 @@ class AttentionCall:
         pass_name: ``"plain"``; ``"perturbed"``, the second pass of a guidance method; or ``"twin"``, one that a method
             asked for, see :meth:`~dit_attn.processors.methods.base.Method.twin`. ``layer.state`` belongs to the pass,
             ``layer.state_of("twin")`` is that of another.
+        shared: what methods store for all layers of the transformer together, for each window and pass, until the run
+            ends; a layer's own state is ``layer.state``.
+        reports: what methods say of the run, by slug, for :func:`dit_attn.summary`; emptied when a new run begins.
         find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
+        find_prompts: finds the prompt of every row, see :meth:`prompts`; likewise.
     """
 
     q: torch.Tensor
@@ -103,12 +108,16 @@ class AttentionCall:
     tokens: Tokens | None
     clock: Clock
     branches: tuple[str, ...] = ()
+    samples: tuple[int, ...] = ()
     layer_count: int = 1
     mask_rule: str = "key"
     kind: str = "self"
     shard: tuple[int, int] = (0, 1)
     pass_name: str = PLAIN
+    shared: PassStates = field(default_factory=PassStates)
+    reports: dict[str, Any] = field(default_factory=dict)
     find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
+    find_prompts: Callable[[AttentionCall], tuple[str, ...]] | None = None
 
     @property
     def heads(self) -> slice:
@@ -128,6 +137,22 @@ class AttentionCall:
         if self.find_piece is None:
             raise DitAttnError("the prompts of this run are not known: nothing that was enabled sees its pipeline")
         return self.find_piece(self, piece)
+
+    def prompts(self) -> tuple[str, ...]:
+        """Return the prompt that conditions every batch row, empty for the rows of other branches.
+
+        Raises:
+            DitAttnError: the prompts of the run are not known.
+        """
+        if self.find_prompts is None:
+            raise DitAttnError("the prompts of this run are not known: nothing that was enabled sees its pipeline")
+        return self.find_prompts(self)
+
+    @property
+    def attends_to_text(self) -> bool:
+        """Whether some of the keys are the text."""
+        joint = self.tokens is not None and any(span.kind == "text" for span in self.tokens.spans)
+        return self.kind == "cross" or (self.kind == "self" and joint)
 
     @property
     def visual(self) -> slice:

@@ -108,7 +108,7 @@ def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Lay
     """Return the reason this call must use stock attention whatever the methods would ask for, or ``None``."""
     if not methods:
         return f"no method for {KINDS[layer.call_kind]}" if run.methods else "no method enabled"
-    if all(method.role == "guidance" for method in methods):
+    if run.only_guidance(layer.call_kind):
         return ONLY_GUIDANCE
     if layer.disabled and all(method.role for method in methods):
         return layer.disabled
@@ -118,8 +118,8 @@ def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Lay
         return f"{type(args.mask).__name__} attention mask"
     if args.dropout:
         return "attention dropout"
-    if not torch.compiler.is_compiling():
-        outer = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    if not torch.compiler.is_compiling() and (modes := _get_current_function_mode_stack()):
+        outer = [mode for mode in modes if not isinstance(mode, DeviceContext)]
         if outer:
             return f"{type(outer[-1]).__name__} is active around the attention call"
     return args.unsupported
@@ -138,12 +138,16 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         tokens=run.tokens(args.q.shape[1]) if cross or args.q.shape[1] == args.k.shape[1] else None,
         clock=run.clock,
         branches=run.branches(args.q.shape[0], layer.rows[0]),
+        samples=run.samples(args.q.shape[0], layer.rows[0]),
         layer_count=run.count(layer.kind),
         mask_rule=run.mask_rule,
         kind=layer.call_kind,
         shard=shard,
         pass_name=run.pass_name,
+        shared=run.shared,
+        reports=run.reports,
         find_piece=run.find_piece,
+        find_prompts=run.find_prompts,
     )
 
 
@@ -186,7 +190,8 @@ def _carry_out(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor
         request.declined = [layer.disabled]
     if request.empty and not request.declined:
         request.declined = ["only observed" if request.recorders or request.probes else "nothing requested"]
-    stats.fallbacks.update(request.declined[:1])
+    for reason in request.declined[:1]:
+        stats.fallbacks[reason] += 1
     if not request.biases:
         return None
     stats.biased_calls += 1

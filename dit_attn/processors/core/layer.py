@@ -69,6 +69,29 @@ class LayerStats:
     measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
 
 
+class PassStates:
+    """What methods store from step to step, apart for every window of the sample and every pass."""
+
+    def __init__(self) -> None:
+        self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
+        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {}
+        self.drop()
+
+    def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
+        """Note that a pass through the transformer for one window of the sample begins."""
+        self._place = (window, pass_name)
+        self.current = self._states.setdefault(self._place, {})
+
+    def of(self, pass_name: str) -> dict[Any, Any]:
+        """Return what was stored in another pass for the same window; empty where there was none."""
+        return self._states.get((self._place[0], pass_name), {})
+
+    def drop(self) -> None:
+        """Empty the state of every window and pass."""
+        self.current: dict[Any, Any] = {}
+        self._states = {self._place: self.current}
+
+
 STALE = "this model was compiled with another load of dit_attn, or is gone; call dit_attn.enable(...) on it again"
 
 
@@ -85,8 +108,6 @@ class Layer:
         disabled_run: whether that ends with the run, since its input is to blame (NaN, out of memory).
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
-        state: what methods store for this layer from step to step, of the window and the pass that the transformer is
-            called for; emptied when a new run begins.
         learned: modules of the methods that learn, by the method's ``id``.
         inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
@@ -101,9 +122,7 @@ class Layer:
         self.disabled_run = False
         self.checked_run = 0
         self.rows = (0, 0)
-        self.state: dict[Any, Any] = {}
-        self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
-        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {self._place: self.state}
+        self._states = PassStates()
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
         self.inputs: torch.Tensor | None = None
@@ -115,15 +134,19 @@ class Layer:
         """``"self"`` or ``"cross"``."""
         return "self" if self.calls == ("self",) else "cross"
 
+    @property
+    def state(self) -> dict[Any, Any]:
+        """What methods store for this layer from step to step, of the current window and pass; emptied by a new run."""
+        return self._states.current
+
     def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
         """Note that a pass through the transformer for one window of the sample begins."""
         self.rows = (0, 0)
-        self._place = (window, pass_name)
-        self.state = self._states.setdefault(self._place, {})
+        self._states.begin_call(window, pass_name)
 
     def state_of(self, pass_name: str) -> dict[Any, Any]:
         """Return what methods stored in another pass for the same window; empty where there was none."""
-        return self._states.get((self._place[0], pass_name), {})
+        return self._states.of(pass_name)
 
     def advance_rows(self, count: int, turn: int = 0) -> None:
         """Note that an attention call of ``count`` batch rows begins, the one at ``turn`` of the processor's call."""
@@ -142,8 +165,7 @@ class Layer:
 
     def drop_state(self) -> None:
         """Empty the state of every window and pass."""
-        self.state = {}
-        self._states = {self._place: self.state}
+        self._states.drop()
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r}, index={self.index})"

@@ -14,7 +14,7 @@ import torch
 
 from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import Layer
+from dit_attn.processors.core.layer import PLAIN, Layer
 from dit_attn.processors.core.tokens import Span
 
 AXES = ("t", "h", "w")
@@ -87,6 +87,7 @@ class PositionSite:
         clock: position in the run.
         branches: guidance branch of every batch row of the transformer call.
         layer_count: number of wrapped self-attention layers of the transformer.
+        pass_name: of the pass through the transformer, as in an attention call.
     """
 
     layer: Layer
@@ -94,6 +95,7 @@ class PositionSite:
     clock: Clock
     branches: tuple[str, ...] = ()
     layer_count: int = 1
+    pass_name: str = PLAIN
 
     @property
     def num_tokens(self) -> int:

@@ -10,12 +10,14 @@ _NAMED = "name the calls: dit_attn.run_context"
 
 REMEDIES: tuple[tuple[str, str], ...] = (
     # As the settings of the method ask for, or because there is nothing to do.
-    (r"dense (step|layer)|density 1|nothing requested|only observed|no method .*|stock path: .*", ""),
+    (r"dense (step|layer)|density 1|nothing requested|only observed|no method .*|stock path: .*|full-field pass", ""),
     (r"sequence under \d+ tokens", "dense attention is as fast there; sample larger images or videos"),
     (r"cross attention|causal attention", "no method computes such a layer; nothing to do"),
     (r"visual tokens are not consecutive", "use methods without a sparse layout on this model"),
     (r"windows need one image or video in the sequence", "leave out reference images, or use another method"),
+    (r"subjects need one image or video in the sequence", "the family has no grid of tokens; use it without regions"),
     (r"pooled keys need tiles that divide the picture", 'take outside="none", or a size with more divisors'),
+    (r"no full-field attention to the text is stored", "begin a run at its first step, through the full transformer"),
     (r"the window covers the picture", "nothing is left out: choose a smaller window"),
     # The call's arguments and surroundings.
     (r"the layer's input is hidden .*", "run it without torch.compile"),

@@ -14,7 +14,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, CallMethod, CallPerturbation, Request
 from dit_attn.processors.core.cfg import SEPARATE, CFGRule
 from dit_attn.processors.core.clock import Clock
-from dit_attn.processors.core.layer import KINDS, PLAIN, STALE, Layer, kinds_at, new_handle, next_id
+from dit_attn.processors.core.layer import KINDS, PLAIN, STALE, Layer, PassStates, kinds_at, new_handle, next_id
 from dit_attn.processors.core.tokens import TokenLayout, Tokens
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
@@ -40,6 +40,9 @@ class RunState:
         perturbed: what the current pass perturbs, ``None`` in plain passes.
         first_perturbed: first batch row that is perturbed in it.
         pass_name: ``"plain"``, ``"perturbed"`` or ``"twin"``: what the current pass through the transformer is for.
+        shared: what methods store for all layers together.
+        reports: what methods say of the last run, by slug, as dataclasses of JSON values with ``warnings``; emptied
+            when a new one begins.
         handle: names the run inside compiled graphs.
     """
 
@@ -54,8 +57,11 @@ class RunState:
         self.methods, self.clock, self.cfg, self.mask_rule = tuple(methods), clock, cfg, mask_rule
         self.text_kind = text_kind
         self._methods = {kind: tuple(m for m in methods if kind in kinds_at(m.sites, text_kind)) for kind in KINDS}
+        self._guided = {kind: all(m.role == "guidance" for m in found) for kind, found in self._methods.items()}
         self._counts: Counter[str] = Counter()
         self.layers: list[Layer] = []
+        self.shared = PassStates()
+        self.reports: dict[str, Any] = {}
         self.layout: TokenLayout | None = None
         self.layout_error: str | None = None
         self.observers: list[Observer] = []
@@ -83,6 +89,10 @@ class RunState:
     def methods_for(self, kind: str) -> tuple[CallMethod, ...]:
         """Return the enabled methods that apply to attention calls of a kind."""
         return self._methods[kind]
+
+    def only_guidance(self, kind: str) -> bool:
+        """Return whether all methods that apply to attention calls of a kind work on the perturbed pass alone."""
+        return self._guided[kind]
 
     @property
     def window(self) -> Hashable:
@@ -118,8 +128,15 @@ class RunState:
     def begin_call(self, rows: int) -> None:
         """Note that a transformer call of ``rows`` batch rows begins."""
         self._batch, self._named = rows, (None, ())
+        self.shared.begin_call(self.window, self.pass_name)
         for layer in self.layers:
             layer.begin_call(self.window, self.pass_name)
+
+    def drop_state(self) -> None:
+        """Free what methods stored from step to step."""
+        self.shared.drop()
+        for layer in self.layers:
+            layer.drop_state()
 
     def branches(self, batch: int, first: int = 0) -> tuple[str, ...]:
         """Return the guidance branch of every row of an attention call.
@@ -131,6 +148,17 @@ class RunState:
         rows = max(batch, self._batch)
         names = self._branch_names(rows)
         return tuple(names[(first + row) % rows] for row in range(batch))
+
+    def samples(self, batch: int, first: int = 0) -> tuple[int, ...]:
+        """Return which sample every row of an attention call is of, counted within its guidance branch.
+
+        Args:
+            batch, first: as for :meth:`branches`.
+        """
+        rows = max(batch, self._batch)
+        names = self._branch_names(rows)
+        at = [(first + row) % rows for row in range(batch)]
+        return tuple(names[:row].count(names[row]) for row in at)
 
     def rows_by_branch(self) -> tuple[str, ...]:
         """Return the guidance branch of every batch row of the current transformer call."""
@@ -175,6 +203,10 @@ class RunState:
 
     def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
         """Return which keys of a call are tokens of a piece of the prompt; see :meth:`AttentionCall.prompt_tokens`."""
+        raise DitAttnError("the prompts of this run are not known: nothing shows them")
+
+    def find_prompts(self, call: AttentionCall) -> tuple[str, ...]:
+        """Return the prompt of every row of a call; see :meth:`AttentionCall.prompts`."""
         raise DitAttnError("the prompts of this run are not known: nothing shows them")
 
     def branch_count(self, rows: int) -> int | None:

@@ -28,6 +28,10 @@ from dit_attn.settings import setting as setting
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+TWIN = "twin"
+"""Name of the pass that :meth:`Method.twin` asks for."""
+Grid = tuple[int, int, int]
+
 REGISTRY: dict[str, type[Method]] = {}
 """Every method by slug; a subclass with a slug of its own enters when it is defined."""
 
@@ -36,6 +40,17 @@ def resolve_count(amount: float | int, total: int) -> int:
     """Return ``amount`` of ``total`` as a count in [0, total]: a float is a fraction (rounded), an int is absolute."""
     count = round(amount * total) if isinstance(amount, float) else amount
     return max(0, min(int(count), total))
+
+
+def in_steps(clock: Clock, start: float | int, stop: float | int) -> bool:
+    """Return whether the current step is between two bounds, fractions of the run or counts; ``stop`` is excluded.
+
+    With an unknown number of steps, fractions are of the noise that is removed.
+    """
+    if clock.total:
+        return resolve_count(start, clock.total) <= clock.step < resolve_count(stop, clock.total)
+    after = clock.progress >= start if isinstance(start, float) else clock.step >= start
+    return after and (clock.progress < stop if isinstance(stop, float) else clock.step < stop)
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,19 @@ class Method:
             branches: guidance branch of every batch row of the call.
         """
         return None
+
+    def twin_at(self, grid: Grid | None) -> bool:
+        """Return whether a twin pass makes a difference on a (T, H, W) grid of visual tokens."""
+        return True
+
+    def twin_work(self, steps: int, branches: int) -> float:
+        """Return how many samples go through the transformer in twin passes, per step, as a mean over a run.
+
+        Args:
+            steps: of the run.
+            branches: 2 with classifier-free guidance, else 1.
+        """
+        return 0.0
 
     @property
     def has_twin(self) -> bool:

@@ -9,6 +9,7 @@ in the window.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Literal
@@ -18,11 +19,12 @@ import torch
 from dit_attn.errors import DitAttnError, shorten
 from dit_attn.kernels import BlockLayout, inward_window, pooled_compensation, snapped_window, token_order, window_tile
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.positions import PositionMap, PositionSite
-from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods import dual_path
+from dit_attn.processors.methods.base import TWIN, Grid, TwinPass, setting
 from dit_attn.processors.methods.sparse import SparseMethod
 
-Grid = tuple[int, int, int]
 _POOLED = 32  # tokens per pooled key, at most
 
 
@@ -46,6 +48,16 @@ class InwardWindow(SparseMethod):
         rotary: positions in the rotary embedding: ``plain``, or ``interpolated`` into the range of the native size.
         temperature: factor of the softmax scale of windowed calls; ``entropy`` for the root of ln(keys in the window) /
             ln(keys at the native size).
+        override: ``text`` replaces what the windows' rows take from the text by that of a twin pass with dense
+            attention (the paper's dual path); ``none`` runs no such pass.
+        interval: steps from one twin pass to the next.
+        override_uncond: whether rows without the prompt, of classifier-free guidance, take part in the twin pass.
+        twin_rotary: as ``rotary``, of the twin pass.
+        twin_temperature: factor of the softmax scale of the twin pass; ``entropy`` for the root of ln(keys) / ln(keys
+            at the native size).
+        store: type in which the rows from the text are kept until the next twin pass: ``model`` for that of the
+            model, ``bf16``, or ``fp8`` with a factor a row and head.
+        offload: keep them in main memory.
 
     Raises:
         DitAttnError: a value out of range, or settings that contradict each other.
@@ -65,6 +77,13 @@ class InwardWindow(SparseMethod):
     outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
     rotary: str = setting("plain", "positions in the rotary embedding", choices=("plain", "interpolated"))
     temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
+    override: str = setting("none", "what a dense twin pass replaces in the windowed one", choices=("none", "text"))
+    interval: int = setting(2, "steps from one twin pass to the next", low=1)
+    override_uncond: bool = setting(True, "rows without the prompt take part in the twin pass")
+    twin_rotary: str = setting("plain", "positions of the twin pass", choices=("plain", "interpolated"))
+    twin_temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale of the twin pass")
+    store: str = setting("model", "type of what the twin pass leaves", choices=("model", "bf16", "fp8"))
+    offload: bool = setting(False, "keep what the twin pass leaves in main memory")
     kv_block: int = setting(64, "tokens per tile, at most", low=8, high=1024)
     dense_steps: float | int = setting(0.0, "dense steps at the start (fraction or count)", low=0)
 
@@ -80,8 +99,10 @@ class InwardWindow(SparseMethod):
                 raise DitAttnError(
                     f"{self.slug}.{name} must be {axes} in tokens, each at least 1, got {shorten(value)}"
                 )
-        if isinstance(self.temperature, (int, float)) and not 0.0 < self.temperature < math.inf:
-            raise DitAttnError(f"{self.slug}.temperature must be above 0, got {self.temperature!r}")
+        for name in ("temperature", "twin_temperature"):
+            factor = getattr(self, name)
+            if isinstance(factor, (int, float)) and not 0.0 < factor < math.inf:
+                raise DitAttnError(f"{self.slug}.{name} must be above 0, got {factor!r}")
         if self.snap == "yes" and self.border == "clip":
             raise DitAttnError(f'{self.slug}.border "clip" needs exact windows; leave snap="yes" out')
         if self.outside == "pooled" and (self.snap == "no" or self.border == "clip"):
@@ -95,7 +116,8 @@ class InwardWindow(SparseMethod):
             DitAttnError: as in the base class, or ``native`` is needed.
         """
         super().check_model(transformer, layers)
-        if isinstance(self.window, str) or self.rotary != "plain" or self.temperature == "entropy":
+        twin = self.has_twin and (self.twin_rotary != "plain" or self.twin_temperature == "entropy")
+        if isinstance(self.window, str) or self.rotary != "plain" or self.temperature == "entropy" or twin:
             self._native_size()
 
     def _native_size(self) -> tuple[int, int]:
@@ -113,7 +135,44 @@ class InwardWindow(SparseMethod):
     @property
     def moves_positions(self) -> bool:
         """Whether positions are interpolated."""
-        return self.rotary != "plain"
+        return self.rotary != "plain" or (self.has_twin and self.twin_rotary != "plain")
+
+    @property
+    def sites(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Self attention, and that to the text where a twin pass replaces it."""
+        return ("self", "text") if self.has_twin else ("self",)
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether there is a twin pass."""
+        return self.override != "none"
+
+    @property
+    def cache_on_host(self) -> bool:
+        """Whether what the twin pass leaves lies in main memory."""
+        return self.offload
+
+    def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
+        """Return the bytes of what the twin pass leaves; arguments as in the base class."""
+        if not self.has_twin:
+            return 0
+        whole = dual_path.stored_bytes(tokens, heads, head_dim, element, self.store)
+        return whole if self.override_uncond else whole // 2
+
+    def twin(self, clock: Clock, branches: Sequence[str]) -> TwinPass | None:
+        """Ask for a dense pass every ``interval`` steps."""
+        if not self.has_twin or clock.step % self.interval:
+            return None
+        return TwinPass(() if self.override_uncond else tuple({*branches} - {"uncond"}) or ("cond",))
+
+    def twin_work(self, steps: int, branches: int) -> float:
+        """Return the twin passes of a run, per step; arguments as in the base class."""
+        refreshes = -(-steps // self.interval) / steps if self.has_twin and steps else 0.0
+        return refreshes * (branches if self.override_uncond else 1)
+
+    def twin_at(self, grid: Grid | None) -> bool:
+        """Return whether the window leaves anything out on a grid."""
+        return grid is None or self.window_of(grid) != grid
 
     def window_of(self, grid: Grid) -> Grid:
         """Return the window (t, h, w) on a grid, at most the grid itself."""
@@ -124,6 +183,10 @@ class InwardWindow(SparseMethod):
             odd = self.window == "reference"
             sizes = (self.frames or t, *(2 * (n // 2) + 1 if odd else n for n in self._native_size()))
         return min(sizes[0], t), min(sizes[1], h), min(sizes[2], w)
+
+    def density_at(self, grid: Grid) -> float | None:
+        """Return the attention computed on a grid, as a fraction of dense: 1 where the window covers it."""
+        return 1.0 if self.window_of(grid) == grid else float(self.layout(grid)[0].density)
 
     def layout(
         self, grid: Grid, others: int = 0, device: torch.device | str = "cpu"
@@ -163,7 +226,7 @@ class InwardWindow(SparseMethod):
         return max(n for n in range(1, row + 1) if row % n == 0 and (n == 1 or n * kv_block <= self.q_block))
 
     def plan(self, call: AttentionCall, request: Request) -> None:
-        """Set the layout, the token order, the scale and the pooled keys."""
+        """Set the layout, the token order, the scale and the pooled keys, and what takes the place of the text."""
         assert call.tokens is not None
         grids = [span.grid for span in call.tokens.visual]
         if len(grids) != 1 or grids[0] is None:
@@ -174,6 +237,12 @@ class InwardWindow(SparseMethod):
         if window == grid:
             request.decline("the window covers the picture")
             return
+        if call.pass_name == TWIN:
+            self._plan_twin(call, request, grid)
+            return
+        if call.kind != "self":
+            dual_path.replace_cross(call, request)
+            return
         others = call.tokens.seq_len - math.prod(grid)
         layout, tile = self.layout(grid, others, call.q.device)
         if self.outside == "pooled" and layout.elements is not None:
@@ -181,19 +250,35 @@ class InwardWindow(SparseMethod):
             return
         request.permuted = rows = request.permute(call, "tiles", tile)
         request.layout = layout
-        request.multiply_scale(self._temperature(window, grid))
+        request.multiply_scale(self._temperature(self.temperature, window, grid))
         if self.outside == "pooled":
             size = next(n for n in range(min(_POOLED, layout.kv_block), 0, -1) if layout.kv_block % n == 0)
             request.compensation = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask)
+        if self.has_twin and dual_path.has_text(call):
+            dual_path.replace_joint(call, request)
 
-    def _temperature(self, window: Grid, grid: Grid) -> float:
-        if isinstance(self.temperature, (int, float)):
-            return float(self.temperature)
+    def _plan_twin(self, call: AttentionCall, request: Request, grid: Grid) -> None:
+        """Record what the visual rows take from the text; attention itself stays dense."""
+        store, offload = self.store, self.offload
+        if call.kind != "self":
+            request.record_output(lambda out: dual_path.put(call, out, store, offload))
+            return
+        factor = self._temperature(self.twin_temperature, grid, grid)
+        request.multiply_scale(factor)
+        if dual_path.has_text(call):
+            rows, _ = dual_path.text_part(call, request, call.softmax_scale * factor)
+            dual_path.put(call, rows, store, offload)
+        request.decline("full-field pass")
+
+    def _temperature(self, given: Literal["entropy"] | float, window: Grid, grid: Grid) -> float:
+        if isinstance(given, (int, float)):
+            return float(given)
         return math.sqrt(math.log(math.prod(window)) / math.log(grid[0] * math.prod(self._native_size())))
 
     def positions(self, site: PositionSite) -> PositionMap | None:
         """Place the tokens of a larger grid within the range of the native one."""
-        if self.rotary == "plain" or site.grid is None:
+        kind = self.twin_rotary if site.pass_name == TWIN else self.rotary
+        if kind == "plain" or site.grid is None:
             return None
         h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
         return PositionMap(scale=(1.0, h, w)) if (h, w) != (1.0, 1.0) else None

@@ -11,7 +11,7 @@ from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
-from dit_attn.processors.methods.base import Method, Phase, resolve_count, setting
+from dit_attn.processors.methods.base import Grid, Method, Phase, resolve_count, setting
 from dit_attn.processors.methods.head_budget import HeadBudget
 
 
@@ -175,6 +175,10 @@ class SparseMethod(Method):
         each = [_with_density(self, density) for density in self.densities]
         known = [1.0 if method.is_dense else method.executed for method in each]
         return sum(fraction or 0.0 for fraction in known) / len(known)
+
+    def density_at(self, grid: Grid) -> float | None:
+        """Return :attr:`expected` on a (T, H, W) grid of visual tokens, for methods that depend on it."""
+        return self.expected
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Plan the call, or decline it (dense step, dense layer, density 1)."""

@@ -116,3 +116,24 @@ def test_it_refuses_before_weights_are_loaded(cli, words, parts, tmp_path, monke
 
 def test_its_flags_need_it(cli):
     cli(*WORDS[:-1], "--sigma", "0.5").refused("--sigma is for two stages", "--high-resolution")
+
+
+def test_explain_says_what_the_stages_cost(cli):
+    words = ("explain", "--model", "tiny-image", "--high-resolution", "--height", "512", "--width", "512")
+    outcome = cli(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    stages = json.loads(outcome.out)["stages"]
+    assert [stage["name"] for stage in stages][::3] == ["native pass", "denoise"]
+    assert stages[0]["tokens"] == 1024 and stages[3]["density"] < 0.1
+    assert "of the time" in cli(*words, "--dense", "--native-height", "64", "--native-width", "64").out
+    cli(*words[:-2]).refused("needs the size of the result", "--width")
+
+
+def test_a_store_larger_than_the_memory_is_refused_before_weights_are_loaded(cli, monkeypatch):
+    from dit_attn.cli import load_pipeline
+    from dit_attn.pipelines.high_resolution import estimate
+
+    monkeypatch.setattr(load_pipeline, "load_pipeline", lambda *args, **kwargs: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(estimate, "_free", lambda device: 1000)
+    size = ("--height", "256", "--width", "256")
+    cli(*WORDS, *size, "--method", "inward-window:override=text").refused("what the twin pass leaves", "store=fp8")

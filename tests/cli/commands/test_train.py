@@ -10,14 +10,14 @@ import pytest
 from dit_attn.cli.commands import train
 from dit_attn.cli.parser import Parser
 from dit_attn.errors import DitAttnError
-from dit_attn.models import loop
+from dit_attn.models import loop, registry
 from dit_attn.models import recipe as recipes
 from dit_attn.models.recipe import Stage
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name in ("tiny-image", "tiny-multi"):
+    for name in ("tiny-image", "tiny-multi", "tiny-inspect"):
         chosen = recipes.RECIPES[name]
         net = replace(chosen.net, hidden=32, layers=1, heads=2)
         tiny = replace(chosen, steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),), net=net)
@@ -44,6 +44,15 @@ def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_pat
     assert re.search(r"objects of scenes of 2: present \d+ %, color given present \d+ %", out)
     with pytest.raises(DitAttnError, match="'tiny-multi' has no shipped weights that a tail could go on from"):
         _run("tiny-multi", "--tail", "--output", tmp_path / "tail")
+
+
+def test_a_model_of_defects_is_scored_by_what_it_paints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(registry.UNSHIPPED["tiny-inspect"].call_defaults, "height", 32)
+    assert _run("tiny-inspect", "--output", tmp_path, "--device", "cpu", "--final-count", 1) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pairs of the training, 1 pieces: ratio -?\d+\.\d+, \d pass \(normal prompt", out)
+    assert "gate, ratio of at least 0.7 on pairs of the training: not passed" in out
+    assert (tmp_path / "samples.png").is_file()
 
 
 def test_outlines_are_told_in_their_own_unit_and_shares_in_percent():

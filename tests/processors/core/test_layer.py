@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.core.layer import Layer, LayerStats, layer_by_id, new_handle
+from dit_attn.processors.core.layer import Layer, LayerStats, PassStates, layer_by_id, new_handle
 
 
 def test_a_layer_is_found_by_its_handle_as_long_as_it_exists() -> None:
@@ -74,3 +74,16 @@ def test_statistics_of_two_layers_are_their_own() -> None:
 
 def test_a_layer_prints_its_name_and_index() -> None:
     assert repr(Layer("blocks.3.attn1", 3)) == "Layer('blocks.3.attn1', index=3)"
+
+
+def test_the_state_of_another_pass_of_the_same_window_can_be_asked_for() -> None:
+    states = PassStates()
+    states.begin_call(3)
+    states.current["probe"] = 1
+    states.begin_call(3, "twin")
+    assert states.current == {} and states.of("plain") == {"probe": 1} and states.of("perturbed") == {}
+    states.begin_call(4, "twin")
+    assert states.of("plain") == {}
+    states.drop()
+    states.begin_call(3)
+    assert states.current == {}

@@ -129,3 +129,22 @@ def test_runs_of_one_pipeline_share_a_clock() -> None:
     context: Any = SimpleNamespace(name="uncond", step_index=3, num_inference_steps=8)
     first.clock.tick(900.0, SEPARATE, context=context)
     assert (second.clock.step, second.clock.total, second.rows_by_branch()) == (3, 8, ("uncond",))
+
+
+def test_the_branches_of_a_sample_have_one_number() -> None:
+    run = TwoBranches([], Clock(), BATCHED)
+    run.clock.tick(900.0, run.cfg)
+    run.begin_call(4)
+    assert run.branches(4) == ("uncond", "uncond", "cond", "cond") and run.samples(4) == (0, 1, 0, 1)
+    assert run.samples(1, 3) == (1,)  # models that attend to their samples one by one
+
+
+def test_what_methods_store_for_all_layers_is_of_one_window_and_dropped_with_the_layers() -> None:
+    run = RunState([], Clock())
+    layer = run.add_layer("blocks.0")
+    run.begin_call(1)
+    run.shared.current["probe"] = layer.state["probe"] = 1
+    with run.in_pass("twin", ("cond",)):
+        assert run.shared.current == {} and run.shared.of("plain") == {"probe": 1}
+    run.drop_state()
+    assert not run.shared.current and not layer.state

@@ -51,12 +51,32 @@ class PromptLookup:
         """
         piece = tuple(piece) if isinstance(piece, list) else piece
         self._begin(run, model, pipe, owner)
-        names = run.rows_by_branch()
-        rows = tuple((call.layer.rows[0] + row) % len(names) for row in range(call.q.shape[0]))
+        names, rows = _rows(run, call)
         key = (piece, names, rows, call.kind, call.k.shape[1], call.tokens, call.k.device)
         if key not in self._masks:
             self._masks[key] = self._mask(names, rows, call, piece).to(call.k.device)
         return self._masks[key]
+
+    def prompts(
+        self, run: RunState, model: torch.nn.Module, pipe: Any, owner: Any, call: AttentionCall
+    ) -> tuple[str, ...]:
+        """Return the prompt of every row of a call, empty for branches without the prompt; arguments as :meth:`find`.
+
+        Raises:
+            DitAttnError: as for :meth:`AttentionCall.prompts`.
+        """
+        self._begin(run, model, pipe, owner)
+        given = self._arguments.get("prompt")
+        texts = [given] if isinstance(given, str) else list(given or ())
+        if not texts:
+            raise DitAttnError("the pipeline was given no prompt; its words are not known from embeddings")
+        names, rows = _rows(run, call)
+        found = []
+        for row in rows:
+            group = [at for at, name in enumerate(names) if name == names[row]]
+            conditional = _PROMPTS.get(names[row], True) is False
+            found.append(texts[group.index(row) * len(texts) // len(group)] if conditional else "")
+        return tuple(found)
 
     def _mask(self, names: tuple[str, ...], rows: tuple[int, ...], call: AttentionCall, piece: Piece) -> torch.Tensor:
         out = torch.zeros(len(rows), call.k.shape[1], dtype=torch.bool)
@@ -118,6 +138,12 @@ class PromptLookup:
         width = min(room, chosen.shape[1])
         out[:, start + lead : start + lead + width] = chosen[:, :width]
         return out
+
+
+def _rows(run: RunState, call: AttentionCall) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The branch of every row of the model's batch, and the rows of the call among them."""
+    names = run.rows_by_branch()
+    return names, tuple((call.layer.rows[0] + row) % len(names) for row in range(call.q.shape[0]))
 
 
 def _running_arguments(pipe: Any) -> Mapping[str, Any]:

@@ -1,0 +1,102 @@
+"""``dit-attn anomaly``: learn defects from a few shots, make image-mask pairs of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from dit_attn.cli import options as flags
+from dit_attn.cli import parser as parsers
+from dit_attn.errors import unknown
+
+JOBS = ("train", "generate")
+GROUPS = {
+    "job": (flags.Flag("job", "train or generate", default="required", metavar="JOB", positional=True),),
+    "model": (*flags.MODEL, *flags.only(flags.WEIGHTS, "dtype"),
+              flags.Flag("resolution", "pixels along a side at which the model works", int, "the model's", low=16)),
+    "data": (
+        flags.Flag("normal", "folder of normal images", metavar="DIR", exists=True),
+        flags.Flag("defects", "folder of defect images; subfolders are types", metavar="DIR", exists=True),
+        flags.Flag("masks", "folder of masks or labelme files, or a CSV file of boxes; of generate: masks to paint in",
+                   metavar="PATH", exists=True),
+        flags.Flag("data", "instead: a tree laid out as MVTec AD, VisA or anomalib's Folder", metavar="DIR",
+                   exists=True),
+        flags.Flag("product", "name of the product; of trees: repeatable, which ones", default="product; all",
+                   many=True),
+        flags.Flag("defect", "name of the defect; of trees: repeatable, which ones", default="defect; all", many=True),
+        flags.Flag("shots", "defect images to learn from, per type of a tree", int, "a third of them", low=1),
+        flags.Flag("licence", "licence of the images, for the concept and the manifests"),
+    ),
+    "training": (
+        flags.Flag("train-steps", "optimizer steps", int, "200", low=1),
+        flags.Flag("train-batch", "samples per step", int, "4", low=1),
+        flags.Flag("tokens", "vectors of a defect's appearance", int, "8", low=1),
+        flags.Flag("mask-tokens", "vectors of a mask; 0 for none", int, "4", low=0),
+        flags.Flag("lora-rank", "rank of the LoRA; 0 for none", int, "8", low=0),
+        flags.Flag("flips", "mirror shots: both, horizontal or none", default="both",
+                   choices=("both", "horizontal", "none"), metavar="HOW"),
+        flags.Flag("prompt-template", "prompt of a defect", default="{product} with a {defect}", metavar="TEXT"),
+        flags.Flag("normal-template", "prompt of a normal product", default="normal {product}", metavar="TEXT"),
+        flags.Flag("push-to-hub", "upload the concept to this repository of the Hugging Face Hub", metavar="ORG/NAME"),
+    ),
+    "generation": (
+        flags.Flag("concept", "file that anomaly train wrote", metavar="FILE", exists=True),
+        flags.Flag("count", "pairs in all, shared out evenly", int, low=1),
+        flags.Flag("per-defect", "pairs of every (product, defect)", int, low=1),
+        flags.Flag("mask-source", "real (of the shots, moved and bent), drawn, or given by --masks", default="real",
+                   choices=("real", "drawn", "given"), metavar="KIND"),
+        flags.Flag("roi", "where defects may lie: auto (the foreground), none, an image, or a folder of images",
+                   default="auto", metavar="PATH"),
+        flags.Flag("steps", "denoising steps", int, "20", low=1),
+        flags.Flag("guidance-scale", "guidance against the normal product", float, "2", low=0.0),
+        flags.Flag("batch", "images at once", int, "8", low=1),
+        flags.Flag("retries", "new attempts after a rejection", int, "3", low=0),
+        flags.Flag("controls", "normal controls to score per defect, for the report", int, "4", low=0),
+        flags.Flag("crop", "auto: crop around the mask and paste; none: the entire image", default="auto",
+                   choices=("auto", "none"), metavar="HOW"),
+        flags.Flag("format", "mvtec, folder, flat, flat01, coco, yolo or jsonl; repeatable", default="mvtec",
+                   many=True, metavar="NAME"),
+        flags.Flag("with-normals", "write the normal images too", "on-or-off", "on"),
+    ),
+    "output": (
+        flags.Flag("output", "folder of the files", default="outputs/anomaly-JOB", short=("-o",), metavar="DIR"),
+        flags.Flag("json", "print a JSON report instead of text", bool),
+    ),
+    "run": (
+        flags.DEVICE,
+        flags.Flag("seed", "seed of everything random", int, "0", low=0, high=flags.MAX_SEED),
+        *flags.only(flags.RUN, "resume", "dry-run", "config"),
+    ),
+}  # fmt: skip
+_EXAMPLES = """examples:
+  dit-attn anomaly train --model org/name --normal good --defects bad \\
+      --masks masks --product nut --defect scratch --output outputs/scratch
+  dit-attn anomaly generate --model org/name --normal good \\
+      --concept outputs/scratch/concept.safetensors --per-defect 100 \\
+      --format mvtec --format coco --output outputs/pairs
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``anomaly``."""
+    parsers.describe(
+        parser,
+        "anomaly JOB [options]",
+        "Learn defects from a few images with masks (train), and make image-mask pairs of them on normal images "
+        "(generate). Pairs that do not show the defect are rejected, kept apart with the reason, and made again.",
+        _EXAMPLES,
+    )
+    parsers.add_groups(parser, GROUPS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the job. Returns 0, 1 where pairs are missing at the end, or 130 after Ctrl-C.
+
+    Raises:
+        DitAttnError: a flag, an image, a mask or the model cannot be used.
+    """
+    options = flags.merge(args, GROUPS, replaced=())
+    if options["job"] not in JOBS:
+        raise unknown("job", options["job"], JOBS)
+    from dit_attn.cli.commands.anomaly import jobs
+
+    return jobs.train(options) if options["job"] == "train" else jobs.generate(options)

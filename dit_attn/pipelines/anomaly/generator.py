@@ -1,0 +1,432 @@
+"""Make image-mask pairs: normal image, mask, learned anomaly, blended sampling, gate, files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dit_attn import files
+from dit_attn.errors import DitAttnError
+from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
+from dit_attn.pipelines.anomaly.blend import Blend, blended
+from dit_attn.pipelines.anomaly.concept import Concept, applied
+from dit_attn.pipelines.anomaly.gate import Gate, Scores
+from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
+from dit_attn.pipelines.anomaly.pixels import read_image, write_png
+from dit_attn.pipelines.anomaly.training import filled
+from dit_attn.pipelines.anomaly.views import View, view_of
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How pairs are made.
+
+    Attributes:
+        steps: of the scheduler.
+        guidance: guidance scale, against the prompt of the normal product.
+        batch: images at once.
+        retries: new seeds after a rejection.
+        dilate: tokens by which the painted region grows while the noise level is above ``dilate_above``.
+        dilate_above: noise level in [0, 1].
+        feather: pixels around the mask over which painted and normal pixels are mixed.
+        crop: ``"auto"`` or ``"none"``, see :func:`~dit_attn.pipelines.anomaly.views.view_of`.
+        seed: of the run; every pair has one of its own, hashed from it.
+    """
+
+    steps: int = 20
+    guidance: float = 2.0
+    batch: int = 8
+    retries: int = 3
+    dilate: int = 1
+    dilate_above: float = 0.5
+    feather: int = 2
+    crop: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """One pair to be made.
+
+    Attributes:
+        product, defect: names.
+        number: within them, from 0.
+        attempt: 0, or the number of rejections before.
+        normal: file of the normal image.
+        pixels: (H, W, 3) uint8.
+        mask: (H, W) bool.
+        seed: of the noise.
+    """
+
+    product: str
+    defect: str
+    number: int
+    attempt: int
+    normal: Path
+    pixels: np.ndarray = field(repr=False)
+    mask: np.ndarray = field(repr=False)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A pair as made.
+
+    Attributes:
+        order: what was asked for.
+        image: (H, W, 3) uint8, equal to the normal image outside the dilated mask.
+        scores: what the gate measured; ``None`` without a gate.
+        rejected: why it is rejected, ``""`` for an accepted one.
+    """
+
+    order: Order
+    image: np.ndarray
+    scores: Scores | None
+    rejected: str
+
+
+def seed_of(run: int, *parts: object) -> int:
+    """Hash the seed of the run and the name of a pair into a seed; it depends on nothing else."""
+    text = json.dumps([run, *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+class AnomalyGenerator:
+    """Make pairs with a stock pipeline and a learned concept.
+
+    Args:
+        pipe: the stock pipeline that the concept was learned on.
+        concept: a :class:`~dit_attn.pipelines.anomaly.concept.Concept`, a file of one, or ``None``: the words alone.
+        config: how.
+        resolution: pixels at which the model works; that of the concept where ``None``.
+        prompt, normal_prompt: templates; those of the concept where ``None``.
+        methods: of :func:`dit_attn.enable`, for the time of the calls.
+
+    Raises:
+        DitAttnError: a pipeline that is not there yet, or one that the concept was not learned on.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        concept: Concept | str | Path | None = None,
+        config: GenerateConfig | None = None,
+        *,
+        resolution: int | None = None,
+        prompt: str | None = None,
+        normal_prompt: str | None = None,
+        methods: Sequence[Any] = (),
+    ):
+        self.concept = Concept.load(concept) if isinstance(concept, (str, Path)) else concept
+        settings = self.concept.settings if self.concept is not None else None
+        self.backbone = Backbone(pipe, resolution or (settings.resolution if settings else None))
+        self.config = config or GenerateConfig()
+        self.prompt = prompt or (settings.prompt if settings else "{product} with a {defect}")
+        self.normal_prompt = normal_prompt or (settings.normal_prompt if settings else "normal {product}")
+        self.methods = tuple(methods)
+        if self.concept is not None:
+            self.concept.check_model(self.backbone)
+            self.concept.to(self.backbone.device).requires_grad_(False)
+        self._texts: dict[str, Text] = {}
+
+    def gate(self, product: str, defect: str) -> Gate | None:
+        """Return the gate of a pair, ``None`` where the concept has none."""
+        found = self.concept.settings.gate.get(f"{product}+{defect}") if self.concept is not None else None
+        return Gate.from_dict(found) if found else None
+
+    def _text(self, prompt: str) -> Text:
+        if prompt not in self._texts:
+            self._texts[prompt] = self.backbone.text(prompt)
+        return self._texts[prompt]
+
+    def encode_prompts(self, pairs: Sequence[tuple[str, str]], free: bool = False) -> None:
+        """Encode the prompts of some pairs now, and drop the text encoders if ``free``."""
+        for product, defect in pairs:
+            self._text(filled(self.prompt, product, defect))
+            self._text(filled(self.normal_prompt, product, ""))
+        if free:
+            self.backbone.free_text_encoders()
+
+    def make(self, orders: Sequence[Order], *, control: bool = False) -> list[Made]:
+        """Make one pair per order, as many at once as there are.
+
+        Args:
+            orders: what to make.
+            control: use the prompt of the normal product and no concept: what painting alone does.
+        """
+        backbone, config = self.backbone, self.config
+        views = [view_of(order.mask, backbone.resolution, config.crop) for order in orders]
+        images = torch.stack([view.image(order.pixels) for view, order in zip(views, orders)])
+        masks = torch.stack([view.mask(order.mask) for view, order in zip(views, orders)])
+        painted = self._sample(orders, images, masks, control)
+        return [self._finished(*one) for one in zip(orders, views, painted)]
+
+    def _finished(self, order: Order, view: View, painted: torch.Tensor) -> Made:
+        image = view.paste(painted, order.pixels, order.mask, self.config.feather)
+        gate = self.gate(order.product, order.defect)
+        if gate is None:
+            return Made(order, image, None, "")
+        raw = painted.permute(1, 2, 0).double().cpu().numpy()
+        pixels, mask = view.image(order.pixels), view.mask(order.mask)
+        normal = pixels.permute(1, 2, 0).double().numpy()
+        shown = view.image(image).permute(1, 2, 0).double().numpy()
+        scores = gate.score(shown, normal, mask[0].numpy() > 0, raw)
+        return Made(order, image, scores, gate.verdict(scores))
+
+    @torch.no_grad()
+    def _sample(self, orders: Sequence[Order], images: torch.Tensor, masks: torch.Tensor, control: bool) -> Any:
+        """Painted views (B, 3, size, size) in [0, 1]."""
+        import dit_attn
+
+        backbone, config, pipe = self.backbone, self.config, self.backbone.pipe
+        family, device = backbone.family, backbone.device
+        masks = masks.to(device)
+        clean = backbone.encode(images)
+        noise = torch.stack(
+            [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(order.seed)) for order in orders]
+        ).to(device)
+        packed = [backbone.pack(x) for x in (clean, noise)]
+        wide = self._region(masks, config.dilate, clean)
+        exact = self._region(masks, 0, clean)
+        text = joined([self._order_text(order, control) for order in orders], family.masked)
+        with ExitStack() as stack:
+            if self.concept is not None and not control:
+                pairs = torch.tensor([self.concept.index(o.product, o.defect) for o in orders], device=device)
+                text = self.concept.extend(text, family.masked, pairs, masks)
+                stack.enter_context(applied(self.concept, pipe.transformer))
+            if self.methods:
+                stack.enter_context(dit_attn.enabled(pipe, *self.methods))
+            blend = Blend(*packed, lambda level: wide if level > config.dilate_above else exact)
+            stack.enter_context(blended(pipe.scheduler, blend))
+            latents = packed[1].to(backbone.dtype)  # pipelines multiply it by their first level
+            words = {key: self._typed(value) for key, value in text.items()}
+            negative = self._negative(orders, text)
+            size = backbone.resolution
+            out = pipe(
+                prompt=None, **words, **negative, latents=latents, height=size, width=size,
+                num_inference_steps=config.steps, output_type="pt", **{family.guidance: config.guidance},
+                **(family.call or {}),
+            )  # fmt: skip
+        return out.images.float().clamp(0, 1).cpu()
+
+    def _order_text(self, order: Order, control: bool) -> Text:
+        if control:
+            return self._text(filled(self.normal_prompt, order.product, ""))
+        return self._text(filled(self.prompt, order.product, order.defect))
+
+    def _negative(self, orders: Sequence[Order], text: Text) -> dict[str, torch.Tensor]:
+        """The normal product's text, as long as ``text``; nothing where there is no guidance."""
+        if self.config.guidance <= 1.0:
+            return {}
+        masked = self.backbone.family.masked
+        plain = joined([self._text(filled(self.normal_prompt, order.product, "")) for order in orders], masked)
+        out: dict[str, torch.Tensor] = {}
+        for key in text:
+            value = plain[key].to(text[key])
+            missing = max(0, text[key].shape[1] - value.shape[1]) if key != "pooled_prompt_embeds" else 0
+            if missing and key == masked:
+                value = F.pad(value, (0, missing))
+            elif missing:
+                value = torch.cat([value, value[:, -1:].expand(-1, missing, -1)], 1)
+            out[f"negative_{key}"] = self._typed(value)
+        return out
+
+    def _typed(self, value: torch.Tensor) -> torch.Tensor:
+        """Text in the type of the weights."""
+        return value.to(self.backbone.dtype) if value.is_floating_point() else value
+
+    def _region(self, masks: torch.Tensor, dilate: int, clean: torch.Tensor) -> torch.Tensor:
+        """Cells of the latents that are painted, in the pipeline's form."""
+        cells = self.backbone.cells(masks, self.backbone.factor)
+        if dilate:
+            reach = dilate * (self.backbone.cell // self.backbone.factor)
+            cells = F.max_pool2d(cells, 2 * reach + 1, 1, reach)
+        return self.backbone.pack(cells.expand(-1, clean.shape[1], -1, -1))
+
+    # -- a run ---------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        output: Path,
+        normals: dict[str, Sequence[Path]],
+        counts: dict[tuple[str, str], int],
+        masks: dict[tuple[str, str], MaskSource],
+        *,
+        roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
+        controls: int = 4,
+        shard: tuple[int, int] = (0, 1),
+        on_progress: Callable[[int, int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Make pairs until every quota is met or its retries are used up; go on where an earlier run stopped.
+
+        Images are written under ``accepted/PRODUCT/DEFECT/image`` and ``mask``, rejects under ``rejected`` with the
+        reason in ``manifest.jsonl``.
+
+        Args:
+            output: folder of the run.
+            normals: normal images by product.
+            counts: pairs wanted, by (product, defect).
+            masks: sources of masks, by (product, defect).
+            roi: returns the region (H, W) bool where defects may lie, from a file and its pixels; the foreground where
+                ``None``.
+            controls: pairs per (product, defect) that are made with the prompt of the normal product, for the report.
+            shard: rank and number of processes that share the work.
+            on_progress: callback(finished, wanted, rejected).
+
+        Returns:
+            The summary that is also written to ``summary.json``.
+
+        Raises:
+            DitAttnError: the disk is full, or masks fit nowhere.
+        """
+        config, rank = self.config, shard[0]
+        name = MANIFEST if shard[1] == 1 else f"manifest.rank{rank}.jsonl"
+        rows = read_rows(output / name)
+        done = {(row["product"], row["defect"], row["number"]): row for row in rows if row["decision"] == "accepted"}
+        tried: dict[tuple[str, str, int], int] = {}
+        for row in rows:
+            key = (row["product"], row["defect"], row["number"])
+            tried[key] = max(tried.get(key, 0), row["attempt"] + 1)
+        wanted = [(p, d, i) for (p, d), count in counts.items() for i in range(count)][rank :: shard[1]]
+        open_ = [key for key in wanted if key not in done and tried.get(key, 0) <= config.retries]
+        finished, rejected = len(wanted) - len(open_), sum(row["decision"] == "rejected" for row in rows)
+        while open_:
+            now, open_ = open_[: config.batch], open_[config.batch :]
+            orders = [self.order(*key, tried.get(key, 0), normals[key[0]], masks[key[:2]], roi) for key in now]
+            again = []
+            for made in self.make(orders):
+                key = (made.order.product, made.order.defect, made.order.number)
+                append_row(output / name, self._write(output, made))
+                tried[key] = made.order.attempt + 1
+                rejected += bool(made.rejected)
+                if made.rejected and tried[key] <= config.retries:
+                    again.append(key)
+                else:
+                    finished += 1
+            open_ = again + open_
+            if on_progress is not None:
+                on_progress(finished, len(wanted), rejected)
+        summary = self.summary(read_rows(output / name), counts)
+        summary["controls"] = {f"{p}+{d}": self._controls(p, d, controls, normals, masks, roi) for p, d in counts}
+        with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
+            files.write_json(output / ("summary.json" if shard[1] == 1 else f"summary.rank{rank}.json"), summary)
+        return summary
+
+    def order(
+        self, product: str, defect: str, number: int, attempt: int, normals: Sequence[Path], masks: MaskSource,
+        roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
+    ) -> Order:
+        """Choose the normal image, the mask and the noise of one pair by its own seed."""
+        rng = np.random.default_rng(seed_of(self.config.seed, product, defect, number, "pair"))
+        path = normals[int(rng.integers(len(normals)))]
+        pixels = read_image(path)
+        region = foreground(pixels) if roi is None else roi(path, pixels)
+        mask = masks.sample(region, rng)
+        seed = seed_of(self.config.seed, product, defect, number, attempt)
+        return Order(product, defect, number, attempt, path, pixels, mask, seed)
+
+    def _write(self, output: Path, made: Made) -> dict[str, Any]:
+        order = made.order
+        decision = "rejected" if made.rejected else "accepted"
+        stem = f"{order.number:06d}" + (f"_{order.attempt}" if made.rejected else "")
+        folder = Path(decision) / order.product / order.defect
+        image, mask = folder / "image" / f"{stem}.png", folder / "mask" / f"{stem}.png"
+        write_png(output / image, made.image)
+        write_png(output / mask, order.mask.astype(np.uint8) * 255)
+        settings = self.concept.settings if self.concept is not None else None
+        return {
+            "product": order.product, "defect": order.defect, "number": order.number, "attempt": order.attempt,
+            "decision": decision, "reason": made.rejected, "generated": image.as_posix(), "mask_file": mask.as_posix(),
+            "source_image": str(order.normal), "seed": order.seed, "scores": asdict(made.scores) if made.scores else {},
+            "concept": f"{order.product}+{order.defect}" if settings else "",
+            "model": settings.model if settings else "",
+            "licence": settings.licence if settings else "", "config": asdict(self.config),
+        }  # fmt: skip
+
+    def _controls(self, product: str, defect: str, count: int, normals: Any, masks: Any, roi: Any) -> dict[str, Any]:
+        """Ratios of images that were painted with the prompt of the normal product."""
+        gate = self.gate(product, defect)
+        if gate is None or not count:
+            return {}
+        pair = (product, defect)
+        orders = [self.order(product, defect, 10**6 + i, 0, normals[product], masks[pair], roi) for i in range(count)]
+        made = [one for start in range(0, count, self.config.batch)
+                for one in self.make(orders[start : start + self.config.batch], control=True)]  # fmt: skip
+        scores = [one.scores for one in made if one.scores is not None]
+        return {
+            "count": len(made), "accepted": sum(not one.rejected for one in made),
+            "ratio": float(np.mean([one.ratio for one in scores])),
+            "fill": float(np.mean([one.fill for one in scores])),
+        }  # fmt: skip
+
+    def summary(self, rows: Sequence[dict[str, Any]], counts: dict[tuple[str, str], int]) -> dict[str, Any]:
+        """Count and average what a manifest says, by (product, defect)."""
+        out: dict[str, Any] = {}
+        for (product, defect), wanted in counts.items():
+            own = [row for row in rows if (row["product"], row["defect"]) == (product, defect)]
+            good = [row for row in own if row["decision"] == "accepted"]
+            gate = self.gate(product, defect)
+            means = {
+                key: float(np.mean([row["scores"][key] for row in good]))
+                for key in ("ratio", "fill", "leak")
+                if good and good[0]["scores"]
+            }
+            out[f"{product}+{defect}"] = {
+                "wanted": wanted, "accepted": len(good), "rejected": len(own) - len(good),
+                "missing": max(0, wanted - len(good)), "retries": sum(row["attempt"] for row in good), **means,
+                **({"threshold": gate.low, "normal_under_mask": gate.controls} if gate else {}),
+            }  # fmt: skip
+        return {"pairs": out}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a manifest; one that was cut off is dropped."""
+    if not path.is_file():
+        return []
+    return list(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "decision" in row:
+            yield row
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a manifest.
+
+    Raises:
+        DitAttnError: the disk is full.
+    """
+    with files.report_os_error(f"write {path}", "free some space and go on with --resume"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(row, ensure_ascii=False) + "\n"
+        if path.is_file():
+            files.append_text(path, text)
+        else:
+            files.write_text(path, text)
+
+
+def check_counts(counts: dict[tuple[str, str], int]) -> None:
+    """Refuse a run without pairs.
+
+    Raises:
+        DitAttnError: there are none.
+    """
+    if not counts or not any(counts.values()):
+        raise DitAttnError("there is nothing to make; give --count N or --per-defect N")

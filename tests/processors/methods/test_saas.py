@@ -1,0 +1,193 @@
+"""SaaS step by step: the factor and its rule, before and after the lift, the gate, the loop, reports, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import dit_attn
+from dit_attn import DitAttnError, SaaS
+from dit_attn.processors.core.call import Request, SDPAArgs
+from dit_attn.processors.core.region_maps import region_masks
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from tests._support.core_calls import Dispatched, host_run, stock_attention
+from tests._support.prompted_pipelines import pipeline_of
+from tests._support.recorded_calls import weights
+from tests.processors.attach.prompt_spans.prompted_cases import CASES
+
+GRID = (1, 8, 9)
+N, TEXT = 72, 12
+LAYOUT = TokenLayout((Span("text", TEXT), visual_span("image", GRID)))
+WITH_REFERENCE = TokenLayout((Span("text", TEXT), visual_span("image", GRID), visual_span("reference", (1, 5, 5))))
+WORDS = {"red circle": [1, 2, 3], "blue cross": [5, 6]}
+EVERY: dict[str, Any] = {"stop": 1.0, "first_layer": 0.0, "min_quality": 0.0, "clamp": None, "pieces": tuple(WORDS)}
+STEPS = 6
+
+
+class Run:
+    """A run of one layer on fixed queries and keys, at as many steps as wanted."""
+
+    def __init__(self, method: SaaS, layout: TokenLayout = LAYOUT) -> None:
+        self.run, self.layer = host_run([method], layout, rows=2)
+        seq_len = TEXT + N + (25 if layout is WITH_REFERENCE else 0)
+        draw = torch.Generator().manual_seed(3)
+        q, k, v = (torch.randn(2, seq_len, 4, 16, generator=draw, dtype=torch.float64) for _ in range(3))
+        self.args = SDPAArgs(q, k, v)
+        self.run.clock.total = STEPS
+        self.run.clock.step = 0
+
+        def find(call: Any, piece: str) -> torch.Tensor:
+            out = torch.zeros(2, call.k.shape[1], dtype=torch.bool)
+            out[:, WORDS[piece]] = True
+            return out
+
+        self.run.find_piece = find  # type: ignore[method-assign]
+        self.run.find_prompts = lambda call: ("red circle, blue cross",) * 2  # type: ignore[method-assign]
+        self.run.branches = lambda batch, first=0: ("uncond", "cond")  # type: ignore[method-assign]
+        self.run.samples = lambda batch, first=0: (0, 0)  # type: ignore[method-assign]
+
+    def steps(self, count: int = STEPS) -> list[Dispatched]:
+        done = []
+        for step in range(count):
+            self.run.clock.step = step
+            self.run.begin_call(2)
+            done.append(Dispatched(self.run, self.layer, self.args))
+        return done
+
+    @property
+    def traces(self) -> Any:
+        return self.run.reports["saas"].traces
+
+
+def released(run: Run, done: Dispatched, masks: Any, factors: Any) -> tuple[torch.Tensor, Any, Any]:
+    """One step as the paper's code computes it: weights are multiplied and normalized, then measured.
+
+    Returns the conditional row's output and what acts at the next step.
+    """
+    call = done.call
+    assert call is not None
+    matrix = weights(call, Request())[0][1]  # (H, S, Sk)
+    if masks is not None:
+        matrix = matrix.clone()
+        for mask, factor, words in zip(masks, factors, WORDS.values()):
+            rows = TEXT + mask.nonzero().flatten()
+            matrix[:, rows[:, None], torch.tensor(words)] *= factor
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+    out = torch.einsum("hqk,khd->qhd", matrix, call.v[1])
+    mean = matrix.mean(0)[TEXT : TEXT + N]
+    texts = torch.stack([mean[:, words].sum(-1) for words in WORDS.values()])
+    image = mean[:, TEXT + N :].sum(-1)
+    masks = region_masks(texts, GRID)
+    factors = [(image * mask).sum() / ((text * mask).sum() + 1e-6) for text, mask in zip(texts, masks)]
+    return out, masks, factors
+
+
+def test_the_rule_of_the_paper_step_by_step() -> None:
+    run = Run(SaaS(**EVERY, measure="post"), WITH_REFERENCE)
+    masks = factors = None
+    for done in run.steps():
+        expected, masks, factors = released(run, done, masks, factors)
+        torch.testing.assert_close(done.out[1], expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(done.out[0], stock_attention(run.args)[0])
+    assert factors is not None and min(factors) > 1.0
+
+
+def test_measured_before_the_lift_the_factor_is_steady_and_after_it_swings() -> None:
+    found = {}
+    for measure in ("pre", "post"):
+        run = Run(SaaS(**EVERY, measure=measure), WITH_REFERENCE)
+        run.steps()
+        found[measure] = torch.tensor(run.traces[0].factors).log()
+    assert float(found["pre"].std()) < 1e-3 * float(found["pre"].mean())
+    assert bool((found["post"][0::2][:2] > 3 * found["post"][1::2].abs()[:2]).all())
+
+
+def test_without_a_reference_the_weaker_piece_is_lifted() -> None:
+    run = Run(SaaS(**{**EVERY, "clamp": (1.0, 4.0)}))
+    run.steps()
+    ratios = [trace.ratio for trace in run.traces]
+    assert min(ratios) < 1.0 < max(ratios)
+    for trace in run.traces:
+        assert all(f == pytest.approx(min(4.0, max(1.0, trace.ratio)), rel=0.02) for f in trace.factors)
+    with pytest.raises(DitAttnError, match="rival is the reference, and this run has none"):
+        Run(SaaS(**EVERY, rival="reference")).steps(1)
+
+
+def test_the_closed_loop_holds_the_share_of_every_piece_at_its_target() -> None:
+    run = Run(SaaS(**EVERY, target=0.2, gain=1.0))
+    run.steps()
+    for trace in run.traces:
+        assert abs(trace.shares[0] - 0.2) > 0.01 and trace.shares[-1] == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_region_that_is_not_trusted_is_not_lifted_and_the_summary_says_so() -> None:
+    run = Run(SaaS(**{**EVERY, "min_quality": 1.0}), WITH_REFERENCE)
+    done = run.steps()
+    held = [trace for trace in run.traces if trace.held_back]
+    assert held and all(f == 1.0 for trace in held for f, q in zip(trace.factors, trace.quality) if q < 1.0)
+    assert any("is not reliable (quality" in text for text in run.run.reports["saas"].warnings)
+    assert done[0].stock_calls == 1
+
+
+@pytest.mark.parametrize("settings", [{"observe": True}, {"strength": 0.0}, {"stop": 0}, {"last_layer": 0}])
+def test_nothing_to_lift_is_stock_attention(settings: dict[str, Any]) -> None:
+    run = Run(SaaS(**{**EVERY, **settings}), WITH_REFERENCE)
+    assert all(done.stock_calls == 1 and not done.request.biases for done in run.steps())
+    report = run.run.reports.get("saas")
+    assert (report is not None) is ("observe" in settings)
+    if report is not None:
+        assert not report.warnings and report.neglected and "its rival" in str(report) and "lifted" not in str(report)
+        assert report.figures()["pieces"][0]["factor"] == 1.0
+
+
+def test_measuring_ends_at_stop_and_the_last_factor_acts_a_step_later() -> None:
+    run = Run(SaaS(**{**EVERY, "stop": 3}), WITH_REFERENCE)
+    lifted = [bool(done.request.biases) for done in run.steps()]
+    assert lifted == [False, True, True, True, False, False] and run.traces[0].steps == [0, 1, 2]
+
+
+def test_a_run_without_steps_that_can_be_told_apart_is_left_alone() -> None:
+    run = Run(SaaS(**EVERY), WITH_REFERENCE)
+    run.layer.stateless = "the latents changed within step 0"
+    assert run.steps(1)[0].request.declined == ["the latents changed within step 0"]
+
+
+def test_a_run_of_a_pipeline_lifts_in_the_rows_with_the_prompt_and_sums_up() -> None:
+    pipe, kwargs = pipeline_of(CASES["sd3"])
+    settings = {**EVERY, "pieces": (), "clamp": (0.5, 8.0)}
+    prompts = ["a red cube, and a ball", "a small house, a green tree and the sea"]
+    dit_attn.enable(pipe, SaaS(**settings))
+    pipe(**{**kwargs, "prompt": prompts}, num_inference_steps=3, output_type="latent")
+    report = dit_attn.summary(pipe).reports["saas"]
+    assert [(one.sample, one.piece) for one in report.traces] == [
+        (0, "a red cube"), (0, "a ball"), (1, "a small house"), (1, "a green tree"), (1, "the sea"),
+    ]  # fmt: skip
+    assert all(one.steps == [0, 1] for one in report.traces) and report.applied
+    text = str(dit_attn.summary(pipe))
+    assert "'a green tree'" in text and "lifted" in text
+    assert dit_attn.summary(pipe).to_dict()["reports"]["saas"]["traces"][0]["piece"] == "a red cube"
+    dit_attn.disable(pipe)
+
+
+def test_a_piece_that_is_asked_for_and_not_in_the_prompt_is_an_error() -> None:
+    pipe, kwargs = pipeline_of(CASES["sd3"])
+    dit_attn.enable(pipe, SaaS(**{**EVERY, "pieces": ("a yellow hat",)}))
+    with pytest.raises(DitAttnError, match="the piece 'a yellow hat' is in no prompt"):
+        pipe(**{**kwargs, "prompt": "a red cube"}, num_inference_steps=1, output_type="latent")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"clamp": (2.0, 1.0)}, "clamp must be two factors above 0"),
+        ({"clamp": (0.0, 1.0)}, "clamp must be two factors above 0"),
+        ({"threshold": 1.5}, "threshold must be otsu, or between"),
+        ({"pieces": (" ",)}, "pieces must be words of the prompt"),
+        ({"measure": "both"}, "unknown value of saas.measure"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DitAttnError, match=problem):
+        SaaS(**settings)
