@@ -234,6 +234,9 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
+_SDPA = torch._C._nn.scaled_dot_product_attention  # what other code that has replaced F's may call
+
+
 class _TorchTap(TorchFunctionMode):
     """Intercept ``scaled_dot_product_attention`` of (B, H, S, D) tensors; (B, S, H, D) is handed on."""
 
@@ -243,7 +246,7 @@ class _TorchTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention and func is not _SDPA:
             return func(*args, **kwargs)
         turn, self.turn = self.turn, self.turn + 1
         return _on_sdpa(self.run, self.layer, turn, func, *args, **kwargs)
