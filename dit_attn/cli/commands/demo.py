@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,44 @@ SHOWS = (
     ),
     Show("tiny-video", "a large purple circle moving left fast on black", 42, ("re-ttention:mask=selected",)),
 )
+
+
+@dataclass(frozen=True)
+class Large:
+    """The last picture: at several times the native size, from the native pass of a show, dense and in windows.
+
+    Attributes:
+        show: its model and prompt.
+        factor: of the native size.
+        sigma: noise level from which it is denoised at that size.
+    """
+
+    show: Show
+    factor: int
+    sigma: float
+
+
+LARGE = Large(SHOWS[0], 4, 0.3)
+
+
+@dataclass(frozen=True)
+class LargeOutput:
+    """The last picture, made one way.
+
+    Attributes:
+        method: ``"dense"`` or the slug of the method.
+        file: path of the picture.
+        seconds: of the denoising at the large size.
+        steps: of it.
+        met, attributes: attributes of the prompt that the pixels show, of how many.
+    """
+
+    method: str
+    file: str
+    seconds: float
+    steps: int
+    met: int
+    attributes: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +168,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "demo [options]",
         "Generate an image and a video with the embedded models, dense and with the methods that keep them best, from "
-        "the same noise; make one strip of everything and say what was gained.",
+        "the same noise, and an image at four times its size, dense and in windows; make one strip of everything and "
+        "say what was gained.",
     )
     parsers.add_groups(parser, GROUPS)
 
@@ -161,15 +201,18 @@ def run(args: argparse.Namespace) -> int:
             tiles.append(_tile(output, media))
     for path in sheets:
         outputs.write_image(contact_sheet.grid([tiles], columns=_titles(made)), path)
+    large = _generate_large(LARGE, config)
     seconds = round(time.perf_counter() - started, 1)
     data = {"folder": str(config.output), "sheets": [str(path) for path in sheets], "seconds": seconds}
     data |= {"items": [asdict(output) for output in made], "gained": gained(made)}
+    data |= {"large": [asdict(output) for output in large], "faster": faster(large)}
     outputs.write_json(data, config.output / "demo.json")
     if config.json:
         print(json.dumps(data, indent=1))
     else:
         files = fields({"files": config.output, "strip": sheets[-1], "time": f"{seconds:.0f} s"})
         show("", _table(made), "", files, "", gained(made))
+        print(faster(large))
     return 0
 
 
@@ -184,6 +227,46 @@ def gained(made: list[Output]) -> str:
         saved = 100 * (1 - best.density)
         parts.append(f"{saved:.0f} % of the attention on {item.model} with {_slug(best.method)} ({kept})")
     return f"Saved: {', '.join(parts)}."
+
+
+def faster(made: list[LargeOutput]) -> str:
+    """Return the line that says what windows saved on the last picture."""
+    dense, window = made
+    times = f"{dense.seconds:.1f} s dense, {window.seconds:.1f} s in windows"
+    kept = f"{window.met} of {window.attributes} attributes right, dense {dense.met}"
+    return f"{LARGE.factor}x the size, {window.steps} steps: {times}, {dense.seconds / window.seconds:.1f}x ({kept})."
+
+
+def _generate_large(large: Large, config: DemoConfig) -> list[LargeOutput]:
+    """One prompt at a large size, dense and in windows, from the same native pass."""
+    import torch
+
+    from dit_attn import models
+    from dit_attn.cli import outputs
+    from dit_attn.pipelines import HighResolution
+
+    if config.device.type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+    item = large.show
+    pipe = models.load(item.model).to(config.device)
+    pipe.set_progress_bar_config(disable=True)
+    call = {**models.call_defaults(item.model), "output_type": "np"}
+    native = (call.pop("height"), call.pop("width"))
+    height, width = (large.factor * side for side in native)
+    _print(config, f"{item.model}  the same at {height} x {width} pixels, dense and in windows")
+    first, made = None, []
+    for name, method in (("dense", None), ("inward-window", "inward-window")):
+        make = HighResolution(pipe, method, sigma=large.sigma)
+        call["generator"] = torch.Generator().manual_seed(item.seed)
+        result = make(item.prompt, height=height, width=width, native=native, first=first, **call)
+        first, media = result.first, outputs.media_of(result.output)
+        path = config.output / f"large-{name}.png"
+        outputs.write_media(media, path, 1, {"prompt": item.prompt})
+        right, total = _met(item.prompt, media)
+        made.append(LargeOutput(name, str(path), round(result.seconds["denoise"], 2), result.steps, right, total))
+    if config.device.type == "cpu":
+        torch.set_num_threads(1)
+    return made
 
 
 def _slug(method: str) -> str:

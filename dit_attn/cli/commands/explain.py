@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
         found: Any = dit_attn.explain(config.target, *config.methods, **size, num_inference_steps=config.steps)
     else:
         make, native = config.stages
-        found = make.explain(**size, native=native, num_inference_steps=config.steps, guided=config.guided)
+        large: dict[str, Any] = {**size, "num_inference_steps": config.steps}
+        found = make.explain(**large, native=native, guided=config.guided)
     if config.json:
         print(json.dumps({"model": config.model, "about": config.about, **size, **found.to_dict()}, indent=1))
     else:

@@ -92,6 +92,20 @@ def verify_scene(image: Any, scene: MultiScene) -> dict[str, bool]:
     return judge(image, scene).attributes()
 
 
+def detail(image: Any, scene: MultiScene) -> float | None:
+    """Return the share of the scene's textured objects whose fill and period are right; ``None`` where none is.
+
+    A period of 8 pixels at every size of the canvas is detail that an enlarged image does not have.
+
+    Args:
+        image: as for :func:`judge`.
+        scene: what the prompt says.
+    """
+    verdicts = judge(image, scene).objects if scene.filled else ()
+    found = [bool(v.fill) for v, one in zip(verdicts, scene.objects) if one.fill not in ("", "plain")]
+    return sum(found) / len(found) if found else None
+
+
 def _assign(found: list[DetectedObject], scene: MultiScene) -> list[int | None]:
     """For each object of the scene the index of the one found, with the least distance in sum (Hungarian method)."""
     from scipy.optimize import linear_sum_assignment

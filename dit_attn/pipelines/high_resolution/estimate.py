@@ -113,10 +113,10 @@ def estimate(
         steps: of the full schedule; ``None`` for the pipeline's own.
         guided: whether every step has two passes.
     """
-    shape = {"num_frames": num_frames, "num_inference_steps": steps}
-    first = explain(pipe, height=native[0], width=native[1], **shape)  # type: ignore[arg-type]
-    dense = explain(pipe, height=size[0], width=size[1], **shape)  # type: ignore[arg-type]
-    second = explain(pipe, *methods, height=size[0], width=size[1], **shape) if methods else dense  # type: ignore
+    shape: dict[str, Any] = {"num_frames": num_frames, "num_inference_steps": steps}
+    first = explain(pipe, height=native[0], width=native[1], **shape)
+    dense = explain(pipe, height=size[0], width=size[1], **shape)
+    second = explain(pipe, *methods, height=size[0], width=size[1], **shape) if methods else dense
     passes, left = (2 if guided else 1), _steps_left(pipe.scheduler, first.steps, sigma)
     density = 1.0 if second.density is None else second.density
     work = 1.0 - second.attention_share * (1.0 - density)
@@ -187,7 +187,8 @@ def _steps_left(scheduler: Any, steps: int, sigma: float) -> int:
 def _activations(model: torch.nn.Module, tokens: int, passes: int) -> int:
     """Bytes of the largest activations of a block: its input with q, k, v and the output, or with the widest layer."""
     widths = [module.out_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inner = max((m.to_q.out_features for m in model.modules() if hasattr(m, "to_q")), default=0)
+    queries = (getattr(module, "to_q", None) for module in model.modules())
+    inner = max((module.out_features for module in queries if isinstance(module, torch.nn.Linear)), default=0)
     element = next(model.parameters()).element_size()
     return passes * tokens * element * max(5 * inner, inner + max(widths, default=0))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.layer import Layer, layer_by_id
-from dit_attn.processors.core.positions import PositionMap, PositionSite, displacement
+from dit_attn.processors.core.positions import PositionMap, PositionSite, band_weights, displacement
 from dit_attn.processors.core.rotary import measure_grid, turn_tables
 from dit_attn.processors.core.run_state import run_by_handle
 from dit_attn.processors.core.sequence_parallel import Exchange, exchange_for
@@ -259,6 +259,9 @@ def _moved(
     delta = displacement(maps, found.coordinates)
     if not delta.any():
         return None
+    weights = band_weights(maps, found.frequencies)
+    if weights is not None:
+        found = replace(found, frequencies=found.frequencies * weights)
     turned = turn_tables(cos, sin, found, delta)
     if exchange is not None:
         turned = exchange.own_tokens(turned[0], 0), exchange.own_tokens(turned[1], 0)

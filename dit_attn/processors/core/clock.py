@@ -197,10 +197,15 @@ class Clock:
         """
         if self.total:
             return min(self.step / self.total, 1.0)
+        return 0.0 if math.isnan(self.timestep) else 1.0 - self.noise
+
+    @property
+    def noise(self) -> float:
+        """Time of the diffusion at this step, in [0, 1]: 1 is noise alone; also of a run that begins late."""
         if math.isnan(self.timestep):
-            return 0.0
+            return 1.0 - min(self.step / self.total, 1.0) if self.total else 1.0
         time = min(max(self.timestep / (1.0 if self.timestep <= 1.0 else _TRAIN_TIMESTEPS), 0.0), 1.0)
-        return time if self.grows else 1.0 - time
+        return 1.0 - time if self.grows else time
 
     def branches(self, batch: int, rule: CFGRule, stacked: int | None = None) -> tuple[str, ...]:
         """Return the branch of every row of the batch: ``cond``, ``uncond``, or another name of the family's CFG rule.

@@ -109,6 +109,7 @@ class Layer:
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
         learned: modules of the methods that learn, by the method's ``id``.
+        inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
@@ -124,6 +125,7 @@ class Layer:
         self._states = PassStates()
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
+        self.inputs: torch.Tensor | None = None
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 

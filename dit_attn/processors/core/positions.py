@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_attn.errors import DitAttnError, shorten
+from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import PLAIN, Layer
 from dit_attn.processors.core.tokens import Span
 
 AXES = ("t", "h", "w")
+BANDS = ("all", "ntk", "yarn")
+_TURNS = (1.0, 32.0)  # over the native length: YaRN scales slower frequencies in full, and faster ones not at all
 Axes = tuple[float, float, float]
 
 
@@ -31,6 +33,10 @@ class PositionMap:
         origin: point that ``scale`` leaves in place.
         region: visual tokens that are moved, counted among the visual tokens of the sequence: a slice or (Sv,) bool;
             ``None`` for all.
+        bands: which frequencies of the rotary embedding are scaled: ``all`` (positions are interpolated); ``ntk``, the
+            less the faster they turn (base of the frequencies changed, arXiv 2309.00071 section 3.1); or ``yarn``,
+            only those that turn less than once to 32 times over the native length (the same paper, section 3.2).
+        native: length of the axes that the model was trained at, in tokens; ``yarn`` needs it.
 
     Raises:
         DitAttnError: a value that is not finite, or a region of another type.
@@ -40,9 +46,13 @@ class PositionMap:
     offset: Axes = (0.0, 0.0, 0.0)
     origin: Axes = (0.0, 0.0, 0.0)
     region: slice | torch.Tensor | None = None
+    bands: str = "all"
+    native: Axes = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        for name in ("scale", "offset", "origin"):
+        if self.bands not in BANDS:
+            raise unknown("bands of a PositionMap", self.bands, BANDS)
+        for name in ("scale", "offset", "origin", "native"):
             value = getattr(self, name)
             numbers = isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value)
             if not numbers or len(value) != len(AXES) or not all(map(math.isfinite, value)):
@@ -69,12 +79,13 @@ class PositionMap:
         for axis, scale, offset in zip(AXES, self.scale, self.offset):
             numbers = [*([f"x{scale:g}"] if scale != 1.0 else ()), *([f"{offset:+g}"] if offset else ())]
             moves += [f"{axis} {' '.join(numbers)}"] if numbers else []
-        return f"{', '.join(moves) or 'nothing'}{'' if self.region is None else ' in a region'}"
+        bands = "" if self.bands == "all" else f" ({self.bands})"
+        return f"{', '.join(moves) or 'nothing'}{bands}{'' if self.region is None else ' in a region'}"
 
     def same(self, other: PositionMap) -> bool:
         """Return whether both move the same tokens in the same way."""
-        numbers = (self.scale, self.offset, self.origin) == (other.scale, other.offset, other.origin)
-        return numbers and _same_region(self.region, other.region)
+        mine, others = ((x.scale, x.offset, x.origin, x.bands, x.native) for x in (self, other))
+        return mine == others and _same_region(self.region, other.region)
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,40 @@ def displacement(maps: Sequence[PositionMap], coordinates: torch.Tensor) -> torc
         shift = torch.where(rows[:, None], scale * shift + (1 - scale) * origin + offset, shift)
         factor = torch.where(rows[:, None], scale * factor, factor)
     return torch.where(factor == 1, shift, (factor - 1) * coordinates + shift)
+
+
+def band_weights(maps: Sequence[PositionMap], frequencies: torch.Tensor) -> torch.Tensor | None:
+    """Return the share of a displacement that every frequency takes, (3, K) fp64; ``None`` where all take all of it.
+
+    A frequency whose scale is s_k rather than s moves tokens by ``(s_k - 1) / (s - 1)`` of what s does.
+
+    Args:
+        maps: as for :func:`displacement`.
+        frequencies: (3, K) fp64, radians per token; 0 for columns of another axis.
+
+    Raises:
+        DitAttnError: a map of some frequencies next to another map.
+    """
+    if all(item.bands == "all" for item in maps):
+        return None
+    if len(maps) > 1 or any(maps[0].offset):
+        raise DitAttnError("positions cannot be scaled by frequency and moved at once; take rotary=interpolated")
+    (item,) = maps
+    weights = torch.ones_like(frequencies)
+    for axis, (scale, native) in enumerate(zip(item.scale, item.native)):
+        theta = frequencies[axis].abs()
+        used = theta > 0
+        if scale == 1.0 or not used.any():
+            continue
+        if item.bands == "ntk":
+            slowness = (theta[used].max() / theta[used]).log()
+            scales = scale ** (slowness / slowness.max().clamp(min=1e-12))
+        else:
+            low, high = _TURNS
+            kept = ((theta[used] * native / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+            scales = scale * (1.0 - kept) + kept
+        weights[axis, used] = (scales - 1.0) / (scale - 1.0)
+    return weights
 
 
 def _same_region(a: slice | torch.Tensor | None, b: slice | torch.Tensor | None) -> bool:

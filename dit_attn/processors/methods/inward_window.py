@@ -45,7 +45,9 @@ class InwardWindow(SparseMethod):
         tile: (t, h, w) of a tile; ``None`` for the best one that divides the grid.
         border: whether the window moves ``inward`` at a border or is cut off there (``clip``, not with ``snap="yes"``).
         outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (with snapped windows).
-        rotary: positions in the rotary embedding: ``plain``, or ``interpolated`` into the range of the native size.
+        rotary: positions in the rotary embedding: ``plain``; ``interpolated`` into the range of the native size;
+            ``ntk`` or ``yarn`` (arXiv 2309.00071), which scale slow frequencies more than fast ones; or ``dype``
+            (arXiv 2510.20766), ``ntk`` of a strength 2 t^2 that fades with the noise, t from 1 to 0.
         temperature: factor of the softmax scale of windowed calls; ``entropy`` for the root of ln(keys in the window) /
             ln(keys at the native size).
         override: ``text`` replaces what the windows' rows take from the text by that of a twin pass with dense
@@ -68,19 +70,23 @@ class InwardWindow(SparseMethod):
 
     native: tuple[int, ...] | None = setting(None, "(h, w) of the size the model was trained at, in tokens")
     window: Literal["native", "reference"] | tuple[int, ...] = setting(
-        "native", "(h, w) or (t, h, w) tokens, native, or reference (odd, as in the paper's code)"
+        "native", "(h, w) or (t, h, w) tokens, native, or reference (odd, as in the paper's code)", example=[4, 4]
     )
     frames: int | None = setting(None, "frames in the window; none for all", low=1)
     snap: str = setting("auto", "move windows to the borders of tiles", choices=("auto", "yes", "no"))
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a tile")
     border: str = setting("inward", "what a window does at a border", choices=("inward", "clip"))
     outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
-    rotary: str = setting("plain", "positions in the rotary embedding", choices=("plain", "interpolated"))
+    rotary: str = setting(
+        "plain", "positions in the rotary embedding", choices=("plain", "interpolated", "ntk", "yarn", "dype")
+    )
     temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
     override: str = setting("none", "what a dense twin pass replaces in the windowed one", choices=("none", "text"))
     interval: int = setting(2, "steps from one twin pass to the next", low=1)
     override_uncond: bool = setting(True, "rows without the prompt take part in the twin pass")
-    twin_rotary: str = setting("plain", "positions of the twin pass", choices=("plain", "interpolated"))
+    twin_rotary: str = setting(
+        "plain", "positions of the twin pass", choices=("plain", "interpolated", "ntk", "yarn", "dype")
+    )
     twin_temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale of the twin pass")
     store: str = setting("model", "type of what the twin pass leaves", choices=("model", "bf16", "fp8"))
     offload: bool = setting(False, "keep what the twin pass leaves in main memory")
@@ -281,7 +287,12 @@ class InwardWindow(SparseMethod):
         if kind == "plain" or site.grid is None:
             return None
         h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
-        return PositionMap(scale=(1.0, h, w)) if (h, w) != (1.0, 1.0) else None
+        if kind == "dype":
+            h, w = (scale ** (2.0 * site.clock.noise**2) for scale in (h, w))
+        bands = {"interpolated": "all", "dype": "ntk"}.get(kind, kind)
+        rows, columns = self._native_size()
+        native = (float(site.grid[0]), float(rows), float(columns))
+        return PositionMap(scale=(1.0, h, w), bands=bands, native=native) if (h, w) != (1.0, 1.0) else None
 
 
 @lru_cache(maxsize=256)

@@ -19,7 +19,8 @@ from dit_attn.eval.shapes_world import world
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path):
+def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "LARGE", replace(demo.LARGE, factor=2))  # 4 takes the time of the rest
     outcome = cli("demo", "-o", "out", "--sheet", "docs/demo.png")
     assert outcome.code == 0, outcome.err
     data = json.loads((tmp_path / "out/demo.json").read_text())
@@ -37,7 +38,12 @@ def test_demo_shows_dense_and_methods_that_all_follow_the_prompt(cli, tmp_path):
     strip = Image.open(tmp_path / "out/demo.png")
     assert strip.height <= 250
     assert strip.tobytes() == Image.open(tmp_path / "docs/demo.png").tobytes()
-    assert outcome.out.splitlines()[-1] == data["gained"]
+    assert outcome.out.splitlines()[-2:] == [data["gained"], data["faster"]]
+    dense, window = data["large"]
+    assert (dense["method"], window["method"]) == ("dense", "inward-window") and dense["steps"] == window["steps"] == 2
+    assert f"{dense['seconds']:.1f} s dense, {window['seconds']:.1f} s in windows" in data["faster"]
+    for large in (dense, window):
+        assert Image.open(tmp_path / large["file"]).size == (256, 256) and large["met"] >= large["attributes"] - 1
     assert data["gained"].count("(prompt followed)") == len(demo.SHOWS)
 
 

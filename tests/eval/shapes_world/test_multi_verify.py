@@ -10,7 +10,7 @@ import torch
 
 from dit_attn.eval.shapes_world import items, multi
 from dit_attn.eval.shapes_world.multi import MultiScene, SceneObject
-from dit_attn.eval.shapes_world.multi_verify import ObjectVerdict, judge, verify_scene
+from dit_attn.eval.shapes_world.multi_verify import ObjectVerdict, detail, judge, verify_scene
 
 CIRCLE = SceneObject("circle", "red", "large", "left")
 CROSS = SceneObject("cross", "blue", "small", "right")
@@ -88,3 +88,14 @@ def test_a_wrong_fill_and_a_wrong_period_fail_the_fill_alone():
     enlarged = torch.nn.functional.interpolate(_draw(filled, 128)[None], scale_factor=2, mode="bicubic")[0]
     verdict = verify_scene(enlarged, filled)
     assert {name for name, right in verdict.items() if not right} == {"fill"}
+
+
+def test_detail_is_there_in_a_drawing_and_not_in_an_enlarged_one() -> None:
+    striped = replace(CIRCLE, fill="striped", size="large")
+    scene = MultiScene((striped,), "white")
+    drawn = multi.render_scenes([scene], 128)
+    assert detail(drawn[0], scene) == 1.0
+    enlarged = torch.nn.functional.interpolate(multi.render_scenes([scene], 64), (128, 128), mode="bilinear")
+    assert detail(enlarged[0].clamp(0, 1), scene) == 0.0
+    plain = MultiScene((replace(striped, fill="plain"),), "white")
+    assert detail(drawn[0], plain) is None and detail(drawn[0], MultiScene((CIRCLE,), "white")) is None

@@ -46,7 +46,7 @@ def test_a_store_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(estimate, "_free", lambda device: 1000)
     pipe = models.load("tiny-image")
     make = HighResolution(pipe, InwardWindow(override="text"))
-    with pytest.raises(DitAttnError, match="what the twin pass leaves takes .* MiB, and cpu has"):
+    with pytest.raises(DitAttnError, match=r"what the twin pass leaves takes .* MiB, and cpu has"):
         make("a red circle", height=256, width=256)
     make.check_store(256, 256, (256, 256), None)
     with pytest.raises(DitAttnError, match="offload=true"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dit_attn import DitAttnError
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
-from dit_attn.processors.core.positions import PositionMap, PositionSite, displacement
+from dit_attn.processors.core.positions import PositionMap, PositionSite, band_weights, displacement
 from dit_attn.processors.core.tokens import visual_span
 
 COUNT = 12
@@ -67,9 +67,47 @@ def test_a_token_at_an_unknown_place_can_be_shifted_and_not_scaled() -> None:
     assert displacement([PositionMap(scale=(1, 2, 1))], points)[:, 1].isnan().all()
 
 
+def moved_angles(item: PositionMap, theta: torch.Tensor) -> torch.Tensor:
+    """Angles of the tokens of ``GRID`` after a map, (Sv, K) fp64, as the tables are turned."""
+    weights = band_weights([item], theta)
+    weights = torch.ones_like(theta) if weights is None else weights
+    return GRID @ theta + displacement([item], GRID) @ (theta * weights)
+
+
+def test_slow_frequencies_are_scaled_in_full_and_the_fastest_not_at_all() -> None:
+    columns, base, factor = 6, 10_000.0, 2.5
+    theta = torch.zeros(3, 3 * columns, dtype=torch.float64)
+    speeds = base ** (-torch.arange(columns, dtype=torch.float64) / columns)
+    for axis in range(3):
+        theta[axis, axis * columns : (axis + 1) * columns] = speeds
+    scale = (1.0, 1 / factor, 1 / factor)
+    # NTK: another base, such that the slowest column is interpolated
+    wider = base * factor ** (columns / (columns - 1))
+    ntk = theta.clone()
+    for axis in (1, 2):
+        exponents = -torch.arange(columns, dtype=torch.float64) / columns
+        ntk[axis, axis * columns : (axis + 1) * columns] = wider**exponents
+    torch.testing.assert_close(moved_angles(PositionMap(scale=scale, bands="ntk"), theta), GRID @ ntk)
+    # YaRN: by turns over the native length
+    native = (4.0, 60.0, 300.0)
+    yarn = theta.clone()
+    for axis in (1, 2):
+        turns = native[axis] * theta[axis] / (2 * math.pi)
+        ramp = ((turns - 1) / 31).clamp(0, 1)
+        yarn[axis] = theta[axis] * ((1 - ramp) / factor + ramp)
+    torch.testing.assert_close(moved_angles(PositionMap(scale=scale, bands="yarn", native=native), theta), GRID @ yarn)
+    plain = PositionMap(scale=scale)
+    torch.testing.assert_close(moved_angles(plain, theta), GRID * torch.tensor(scale, dtype=torch.float64) @ theta)
+    assert band_weights([plain, plain], theta) is None and "(ntk)" in str(PositionMap(scale=scale, bands="ntk"))
+    assert not plain.same(PositionMap(scale=scale, bands="ntk"))
+    with pytest.raises(DitAttnError, match="by frequency and moved at once"):
+        band_weights([plain, PositionMap(scale=scale, bands="yarn")], theta)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"bands": "slow"}, "unknown bands of a PositionMap 'slow'"),
         ({"scale": (1, 1)}, r"scale of a PositionMap must be three finite numbers \(t, h, w\), got \(1, 1\)"),
         ({"scale": 2.0}, "scale of a PositionMap must be three"),
         ({"offset": (0, math.nan, 0)}, "offset of a PositionMap must be three finite"),

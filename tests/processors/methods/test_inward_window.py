@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,6 +190,18 @@ def test_interpolated_positions_stay_within_the_native_range() -> None:
     placed = moved.positions(site)
     assert moved.moves_positions and placed is not None and placed.scale == (1.0, 0.5, 0.5)
     assert moved.positions(PositionSite(layer, (visual_span("video", (2, 8, 12)),), clock)) is None
+    for kind in ("ntk", "yarn"):
+        placed = method(rotary=kind).positions(site)
+        assert placed is not None and (placed.bands, placed.scale[1], placed.native[1:]) == (kind, 0.5, (8.0, 12.0))
+    for noise, power in ((1.0, 2.0), (0.5, 0.5)):
+        site.clock.noise = noise
+        placed = method(rotary="dype").positions(site)
+        assert placed is not None and placed.bands == "ntk" and placed.scale[1] == pytest.approx(0.5**power)
+    site.clock.noise = 0.0
+    assert method(rotary="dype").positions(site) is None
+    twin = replace(site, pass_name="twin")
+    moved = method(rotary="ntk", override="text", twin_rotary="interpolated")
+    assert moved.positions(twin).bands == "all" and moved.positions(site).bands == "ntk"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

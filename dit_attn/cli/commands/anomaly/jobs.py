@@ -143,8 +143,7 @@ def _source(options: Options, shots: bool, products: Sequence[str] = ()) -> Sour
         raise DitAttnError("give either --data DIR, a known layout, or --normal DIR" + (" with --defects" * shots))
     if "data" in path:
         given = options.get("product", list(products))
-        found = from_tree(path["data"], options.get("shots"), given if shots else (), options.get("defect", ()))
-        return found
+        return from_tree(path["data"], options.get("shots"), given, options.get("defect", ()))
     names = options.get("product", list(dict.fromkeys(products)) or ["product"])
     if len(names) > 1:
         raise DitAttnError(f"--normal is of one product, and there are {', '.join(names)}; give --product NAME")

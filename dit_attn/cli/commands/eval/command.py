@@ -82,6 +82,7 @@ UNITS = {
     "saturation": Unit(1, 100.0, " %"),
     "artifact-rate": _PERCENT,
     "edge-width": Unit(2, name=" px"),
+    "detail": _PERCENT,
 }
 
 

@@ -108,6 +108,26 @@ def _outline(name: str, unit: str, folder: Any) -> Figure:
     return {**figure, **_unjudged(without, "captions of no world, or no object")}
 
 
+def detail(folder: Any, reference: Any) -> Figure:
+    """Share of textured objects whose fill and period of 8 pixels are right (``shapes_world.fills``).
+
+    Raises:
+        DitAttnError: no caption has a fill of the shapes world.
+    """
+    from dit_attn.eval.shapes_world import multi, multi_verify
+
+    scenes = [multi.parse(text) if text and multi.is_caption(text) else None for text in folder.captions]
+    values = [
+        None if scene is None else multi_verify.detail(_pixels(frames)[0], scene)
+        for frames, scene in zip(folder.frames, scenes)
+    ]
+    if all(value is None for value in values):
+        raise DitAttnError("detail needs captions of the shapes world with a fill, such as striped; these have none")
+    without = [name for name, value in zip(folder.names, values) if value is None]
+    figure = _figure("detail (fills of the shapes world)", [x for x in values if x is not None], better="higher")
+    return {**figure, **_unjudged(without, "captions without a fill")}
+
+
 def saturation(folder: Any, reference: Any) -> Figure:
     """Share of over-saturated pixels among the colored ones, mean over the files (``eval.artifacts.oversaturated``).
 
@@ -144,6 +164,7 @@ ITEM_METRICS: dict[str, Callable[[Any, Any], Figure]] = {
     "artifact-rate": artifact_rate,
     "perimeter": perimeter,
     "edge-width": edge_width,
+    "detail": detail,
 }
 
 

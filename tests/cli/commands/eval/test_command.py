@@ -185,9 +185,10 @@ def test_scenes_of_several_objects_are_verified_by_their_captions(cli, tmp_path)
         Image.fromarray(picture).save(tmp_path / "made" / f"{i}.png")
     (tmp_path / "captions.txt").write_text("".join(f"{multi.caption(scene)}\n" for scene in scenes))
     words = ("eval", "made", "--captions", "captions.txt", "--json", "--metric")
-    outcome = cli(*words, "verifier,artifact-rate,perimeter")
+    outcome = cli(*words, "verifier,artifact-rate,perimeter,detail")
     assert outcome.code == 0, outcome.err
-    verifier, artifacts, perimeter = json.loads(outcome.out)["scores"]
+    verifier, artifacts, perimeter, detail = json.loads(outcome.out)["scores"]
+    assert detail["value"] == 1.0 and len(detail["unjudged"]) == 4 - detail["samples"] == 3
     assert verifier["value"] == 1.0 and verifier["samples"] == 4 and {"present", "fill"} <= set(verifier["by"])
     assert artifacts["value"] == 0.0 and artifacts["samples"] == perimeter["samples"] == 3  # fills have darker colors
     assert perimeter["value"] == pytest.approx(1.0, abs=0.01)
