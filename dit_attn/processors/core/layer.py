@@ -76,7 +76,7 @@ class PassStates:
     def __init__(self) -> None:
         self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
         self.current: dict[Any, Any] = {}
-        self._states = {self._place: self.current}
+        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {self._place: self.current}
 
     def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
         """Note that a pass through the transformer for one window of the sample begins."""
