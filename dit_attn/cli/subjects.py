@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
@@ -75,6 +78,30 @@ def check_tokens(methods: Iterable[Any], jobs: Sequence[Job], pipe: Any) -> None
                     f"{job.where}: the prompt is too long, and {shorten(piece)} is cut off in the middle; shorten it, "
                     "or give a larger max_sequence_length with --pipeline-kwargs"
                 )
+
+
+def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> bool:
+    """Write ``subjects.html`` for the items whose methods have subjects; return whether there are any.
+
+    Args:
+        folder: of the items.
+        results: what became of them.
+        argv: the command line.
+    """
+    from dit_attn.eval.report import subjects_page
+
+    sides = []
+    for result in results:
+        side = Path(result.file).with_suffix(".json") if result.file else None
+        if side is not None and side.exists():
+            known = files.parse_json(side.read_bytes())
+            if any(method.get("subjects") for method in known.get("methods") or ()):
+                sides.append(known)
+    if sides:
+        facts = [("model", str(sides[0].get("model"))), ("items", str(len(sides)))]
+        text = subjects_page.page(folder, sides, "Subjects", f"dit-attn {shlex.join(argv)}", facts)
+        files.write_text(folder / "subjects.html", text)
+    return bool(sides)
 
 
 def _size(options: Options, jobs: Sequence[Job]) -> Size | None:

@@ -68,24 +68,23 @@ def guided(scale: float) -> Arm:
 
 @dataclass(frozen=True)
 class Lift(Method):
-    """Lift the words of some pieces by a fixed factor in all image rows, or in a region of each.
+    """Lift the words of some pieces by a fixed factor, each in a region.
 
     Attributes:
-        lifts: (piece, factor, box or nothing).
+        lifts: objects with ``piece``, ``factor`` and ``box``.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("text",)
 
-    lifts: tuple[Any, ...] = ()
+    lifts: tuple[dict[str, Any], ...] = ()
 
     def request(self, call: AttentionCall, request: Request) -> None:
         """Add the biases."""
         if call.tokens is None or call.tokens.grid is None or not call.attends_to_text:
             return
-        for piece, factor, box in self.lifts:
-            region = {"piece": piece, "box": box or [0.0, 0.0, 1.0, 1.0]}
-            (rows,) = visual_masks(regions_of([region], call.tokens.grid), call.tokens)
-            request.add_span_bias(call, rows, call.prompt_tokens(piece), math.log(factor))
+        for lift in self.lifts:
+            (rows,) = visual_masks(regions_of([lift], call.tokens.grid), call.tokens)
+            request.add_span_bias(call, rows, call.prompt_tokens(lift["piece"]), math.log(lift["factor"]))
 
 
 def lifted(factor: float, wrong: bool = False) -> Arm:
@@ -94,7 +93,8 @@ def lifted(factor: float, wrong: bool = False) -> Arm:
     def methods(scene: MultiScene) -> list[Method]:
         known = [subject(one) for one in scene.objects]
         words = known[1:] + known[:1] if wrong else known
-        return [Lift(tuple((b["piece"], factor, a["box"]) for a, b in zip(known, words, strict=True)))]
+        lifts = [{**a, "piece": b["piece"], "factor": factor} for a, b in zip(known, words, strict=True)]
+        return [Lift(lifts=tuple(lifts))]
 
     return methods, {}
 

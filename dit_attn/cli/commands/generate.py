@@ -190,6 +190,7 @@ def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) 
     """Write the contact sheet and ``run.json``, and print what became of the items of all processes."""
     from dit_attn import contact_sheet
     from dit_attn.cli import outputs, run_record, runner
+    from dit_attn.cli.subjects import write_page
 
     total, unwritten = len(config.jobs), None
     result = run_record.report(live, seconds)
@@ -200,6 +201,8 @@ def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) 
             )
             (_silent if config.json else print)(f"contact sheet: {live.folder / 'sheet.png'}")
         outputs.write_json(result, live.folder / "run.json")
+        if write_page(live.folder, live.results, config.argv):
+            (_silent if config.json else print)(f"subjects: {live.folder / 'subjects.html'}")
     except RunStopped as error:  # the items are complete all the same: report them first
         unwritten = error
     if config.json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Export:
 
     folder: Path
     pairs: Sequence[Pair]
-    normals: dict[str, Sequence[Path]]
+    normals: Mapping[str, Sequence[Path]]
 
     def numbered(self) -> list[tuple[str, Pair]]:
         """Return the pairs with numbers of their own within product and type, zero-padded: ``"000"``."""
@@ -218,7 +218,7 @@ def check_formats(names: Sequence[str]) -> None:
             raise unknown("format", name, FORMATS)
 
 
-def export(folder: Path, format: str, pairs: Sequence[Pair], normals: dict[str, Sequence[Path]]) -> Path:
+def export(folder: Path, format: str, pairs: Sequence[Pair], normals: Mapping[str, Sequence[Path]]) -> Path:
     """Write pairs and normal images in one format, replacing what an earlier export wrote there.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,7 +195,7 @@ class AnomalyGenerator:
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(order.seed)) for order in orders]
         ).to(device)
-        packed = [backbone.pack(x) for x in (clean, noise)]
+        kept, start = backbone.pack(clean), backbone.pack(noise)
         wide = self._region(masks, config.dilate, clean)
         exact = self._region(masks, 0, clean)
         text = joined([self._order_text(order, control) for order in orders], family.masked)
@@ -206,9 +206,9 @@ class AnomalyGenerator:
                 stack.enter_context(applied(self.concept, pipe.transformer))
             if self.methods:
                 stack.enter_context(enabled(pipe, *self.methods))
-            blend = Blend(*packed, lambda level: wide if level > config.dilate_above else exact)
+            blend = Blend(kept, start, lambda level: wide if level > config.dilate_above else exact)
             stack.enter_context(blended(pipe.scheduler, blend))
-            latents = packed[1].to(backbone.dtype)  # pipelines multiply it by their first level
+            latents = start.to(backbone.dtype)  # pipelines multiply it by their first level
             words = {key: self._typed(value) for key, value in text.items()}
             negative = self._negative(orders, text)
             size = backbone.resolution
@@ -258,7 +258,7 @@ class AnomalyGenerator:
     def run(
         self,
         output: Path,
-        normals: dict[str, Sequence[Path]],
+        normals: Mapping[str, Sequence[Path]],
         counts: dict[tuple[str, str], int],
         masks: dict[tuple[str, str], MaskSource],
         *,

@@ -135,8 +135,9 @@ def _normalized(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     config = vae.config
     factor = float(getattr(config, "scaling_factor", None) or 1.0)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if isinstance(getattr(vae, "latents_mean", None), torch.Tensor):
-        mean, std = vae.latents_mean, vae.latents_std
+    buffers = dict(vae.named_buffers(recurse=False))
+    if "latents_mean" in buffers:
+        mean, std = buffers["latents_mean"], buffers["latents_std"]
     elif mean is not None and std is not None:
         factor = 1.0
     if mean is None or std is None:

@@ -208,7 +208,7 @@ class Request:
     compensation: Compensation | None = None
     epilogue: Epilogue | None = None
     compute_visual: Callable[[], torch.Tensor] | None = None
-    visual_density: float = 1.0
+    visual_density: float | torch.Tensor = 1.0
     max_error: float | None = None
     density: float | tuple[float, ...] | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import weakref
@@ -85,6 +86,12 @@ class PassStates:
     def of(self, pass_name: str) -> dict[Any, Any]:
         """Return what was stored in another pass for the same window; empty where there was none."""
         return self._states.get((self._place[0], pass_name), {})
+
+    def snapshot(self) -> PassStates:
+        """Return it with the current state copied: what is stored from here on does not change the copy."""
+        found = copy.copy(self)
+        found.current = dict(self.current)
+        return found
 
     def drop(self) -> None:
         """Empty the state of every window and pass."""

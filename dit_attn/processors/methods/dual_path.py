@@ -163,5 +163,6 @@ def replace_joint(call: AttentionCall, request: Request) -> None:
         out[index] = moved.to(out.dtype)
         return out
 
-    request.visual_density = layout.density if layout.kv_num_blocks.device.type == "cpu" else 1.0
+    on_host = layout.kv_num_blocks.device.type == "cpu"  # elsewhere nothing is read back
+    request.visual_density = layout.density if on_host else layout.kv_num_blocks.float().mean() / layout.nk
     request.compute_visual = compute

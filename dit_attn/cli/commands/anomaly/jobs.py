@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ def _plan(source: Source, steps: int) -> str:
 
 
 def _export(
-    output: Path, rows: list[dict[str, Any]], formats: Sequence[str], normals: dict[str, Sequence[Path]]
+    output: Path, rows: list[dict[str, Any]], formats: Sequence[str], normals: Mapping[str, Sequence[Path]]
 ) -> None:
     pairs = []
     for row in rows:
