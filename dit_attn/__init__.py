@@ -31,6 +31,7 @@ _EXPORTS = {
     "ReTtention": "dit_attn.processors.methods.re_ttention",
     "InwardWindow": "dit_attn.processors.methods.inward_window",
     "SLA": "dit_attn.processors.methods.sla",
+    "MoH": "dit_attn.processors.methods.moh",
     "SoftPAG": "dit_attn.processors.methods.softpag",
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.inward_window import InwardWindow
+    from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
@@ -82,6 +84,7 @@ __all__ = [
     "Explanation",
     "InwardWindow",
     "Method",
+    "MoH",
     "PromptSpan",
     "ReTtention",
     "RectifiedSpaAttn",

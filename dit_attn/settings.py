@@ -27,7 +27,8 @@ def setting(default: Any, help: str, *, low: float | None = None, high: float | 
         help: one line for documentation and the command line.
         low: smallest allowed value.
         high: largest allowed value.
-        extra: further metadata, e.g. ``choices=(...)``, or ``unset=0.25``: the value of a field that is not given.
+        extra: further metadata, e.g. ``choices=(...)``, or ``unset=0.25``: the value of a field that is not given,
+            or ``example=[8, 8]``: what the example of the method's page on the command line sets.
     """
     metadata = {"help": help, "low": low, "high": high, **extra}
     return dataclasses.field(default=default, metadata=metadata)

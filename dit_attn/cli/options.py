@@ -83,6 +83,8 @@ WEIGHTS = (
 )  # fmt: skip
 PRESET = (Flag("preset", "settings that methods begin from: auto, none, or a preset's name", default="auto, this "
                "model's"),)  # fmt: skip
+SUBJECTS = (Flag("subjects", "JSON file of subjects, pieces of the prompt with boxes or masks, which are isolated",
+                 metavar="FILE", exists=True),)  # fmt: skip
 PROMPT = (
     Flag("prompt", "text; repeat for more items", many=True, metavar="TEXT"),
     Flag("prompts", "file of prompts: .txt (one per line), .jsonl or .csv (prompt, seed, height, ... per line)",
@@ -124,7 +126,7 @@ RUN = (
     Flag("config", "YAML file with any of these flags; flags on the command line win", metavar="FILE"),
 )  # fmt: skip
 # Any command's configuration file may hold these; a command ignores those that it does not have.
-SHARED = (*MODEL, *WEIGHTS, *PRESET, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN)
+SHARED = (*MODEL, *WEIGHTS, *PRESET, *SUBJECTS, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN)
 
 
 @dataclass(frozen=True)

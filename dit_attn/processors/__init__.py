@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 _METHODS = {
     "BlockSparse": "block_sparse",
     "InwardWindow": "inward_window",
+    "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
@@ -26,6 +27,7 @@ _METHODS = {
 if TYPE_CHECKING:
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.inward_window import InwardWindow
+    from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
@@ -43,6 +45,7 @@ __all__ = [
     "STG",
     "BlockSparse",
     "InwardWindow",
+    "MoH",
     "ReTtention",
     "RectifiedSpaAttn",
     "SaaS",

@@ -54,6 +54,10 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
 class FamilyMixin(CrossMixin, GuidedMixin):
     """Inherit, then say how the model and its inputs are made.
 
@@ -320,6 +324,14 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         learned = call.layer.learned[id(attach.session_of(net).methods[0])]
         expected = sparse_linear(call, settings, learned.weight.detach(), learned.bias.detach())
         torch.testing.assert_close(out[:, call.visual].double(), expected, atol=2e-5, rtol=1e-4)
+
+    def test_untrained_routers_of_heads_change_nothing_and_trained_ones_do(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        dit_attn.enable(net, dit_attn.MoH())
+        for found, expected in zip(_tensors(self.call(net, args)), _tensors(stock), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        dit_attn.enable(net, dit_attn.MoH(top_k=1))
+        assert not same(stock, self.call(net, args))
 
     @pytest.mark.parametrize("mask", sorted(MASKS))
     def test_reshaped_run_equals_its_equations(self, net: Any, args: Any, mask: str) -> None:

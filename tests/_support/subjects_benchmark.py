@@ -12,9 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from dit_attn.eval.shapes_world import multi
 from dit_attn.eval.shapes_world.multi import MultiScene, SceneObject
 from dit_attn.models.evaluate import generate, interval
 from dit_attn.pipelines.compare.statistics import difference_figure
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.regions import regions_of, visual_masks
 from dit_attn.processors.methods.base import Method
 from tests._support.other_environment import write_record
 
@@ -54,9 +56,65 @@ def with_sparse(arm: Arm) -> Arm:
     return lambda scene: [*arm[0](scene), sparse], arm[1]
 
 
+def with_isolation(arm: Arm) -> Arm:
+    """The same with isolation of words and regions."""
+    return lambda scene: [*isolation(isolate_image=True)[0](scene), *arm[0](scene)], arm[1]
+
+
 def guided(scale: float) -> Arm:
     """Plain guidance at another scale."""
     return lambda scene: [], {"guidance_scale": scale}
+
+
+@dataclass(frozen=True)
+class Lift(Method):
+    """Lift the words of some pieces by a fixed factor, each in a region.
+
+    Attributes:
+        lifts: objects with ``piece``, ``factor`` and ``box``.
+    """
+
+    sites: ClassVar[tuple[str, ...]] = ("text",)
+
+    lifts: tuple[dict[str, Any], ...] = ()
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add the biases."""
+        if call.tokens is None or call.tokens.grid is None or not call.attends_to_text:
+            return
+        for lift in self.lifts:
+            (rows,) = visual_masks(regions_of([lift], call.tokens.grid), call.tokens)
+            request.add_span_bias(call, rows, call.prompt_tokens(lift["piece"]), math.log(lift["factor"]))
+
+
+def lifted(factor: float, wrong: bool = False) -> Arm:
+    """Each object's words by a factor in its own box; ``wrong``: the words of the next object there."""
+
+    def methods(scene: MultiScene) -> list[Method]:
+        known = [subject(one) for one in scene.objects]
+        words = known[1:] + known[:1] if wrong else known
+        lifts = [{**a, "piece": b["piece"], "factor": factor} for a, b in zip(known, words, strict=True)]
+        return [Lift(lifts=tuple(lifts))]
+
+    return methods, {}
+
+
+def scaled(**settings: Any) -> Arm:
+    """SaaS on the objects."""
+
+    def methods(scene: MultiScene) -> list[Method]:
+        return [dit_attn.SaaS(pieces=tuple(subject(one)["piece"] for one in scene.objects), **settings)]
+
+    return methods, {}
+
+
+def found(**settings: Any) -> Arm:
+    """Isolation whose regions are looked for."""
+
+    def methods(scene: MultiScene) -> list[Method]:
+        return [dit_attn.SubjectIsolation(subjects=tuple(subject(one, False) for one in scene.objects), **settings)]
+
+    return methods, {}
 
 
 ARMS: dict[str, dict[str, Arm]] = {
@@ -71,6 +129,20 @@ ARMS: dict[str, dict[str, Arm]] = {
         "guidance 6": guided(6.0),
         "block-sparse 0.25": with_sparse((lambda scene: [], {})),
         "words, block-sparse 0.25": with_sparse(isolation()),
+        "found words and regions": found(isolate_image=True),
+        "found, whatever the quality": found(isolate_image=True, min_quality=0.0),
+    },
+    "saas": {
+        "stock": (lambda scene: [], {}),
+        "guidance 4": guided(4.0),
+        "guidance 6": guided(6.0),
+        "fixed 4": lifted(4.0),
+        "wrong words 4": lifted(4.0, wrong=True),
+        "the paper's rule": scaled(measure="post", clamp=None, min_quality=0.0),
+        "gated": scaled(),
+        "not gated": scaled(min_quality=0.0),
+        "closed loop 0.1": scaled(target=0.1, min_quality=0.0, stop=1.0),
+        "isolation and gated": with_isolation(scaled()),
     },
 }
 

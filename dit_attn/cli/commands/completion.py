@@ -44,9 +44,15 @@ compdef _dit_attn dit-attn
 """
 _FISH = r"""function __dit_attn_words
     set -l words (commandline -opc)[2..-1]
-    printf '%s\n' $words (commandline -ct | string collect --allow-empty) | dit-attn completion words 2>/dev/null
+    set -l current (commandline -ct)
+    set -l found (printf '%s\n' $words "$current" | dit-attn completion words 2>/dev/null)
+    if set -q found[1]
+        printf '%s\n' $found
+    else
+        __fish_complete_path "$current"
+    end
 end
-complete -c dit-attn -a '(__dit_attn_words)'
+complete -c dit-attn -f -a '(__dit_attn_words)'
 """
 SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 _WORDS = "words"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "model": (*flags.MODEL, *flags.WEIGHTS),
-    "methods": flags.PRESET,
+    "methods": (*flags.PRESET, *flags.SUBJECTS),
     "prompts": flags.PROMPT,
     "size": flags.SIZE,
     "sampling": flags.SAMPLING,
@@ -43,6 +43,8 @@ _EXAMPLES = """examples:
       --prompt "a large red circle at the left on white"
   dit-attn generate --model tiny-video --method re-ttention:mask=selected \\
       --prompt "a large purple circle moving left fast on black"
+  dit-attn generate --model tiny-joint --subjects subjects.json \\
+      --prompt "a large red circle at the left and a large blue cross at the right on white"
   dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --prompts prompts.jsonl --method re-ttention --resume
   dit-attn generate --model Wan-AI/Wan2.1-T2V-14B-Diffusers \\
@@ -92,11 +94,13 @@ class GenerateConfig:
         from dit_attn.cli import method_options, outputs
         from dit_attn.cli.check_run import check_run
         from dit_attn.cli.load_pipeline import LoadConfig
+        from dit_attn.cli.subjects import with_subjects
 
         specs = method_options.method_specs(options)
         jobs = job_files.make_jobs(options.values, {})  # before torch is imported: what is wrong is reported at once
         for job in jobs:
             job_files.check_images(job)
+        specs = with_subjects(options, specs, jobs)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
         methods = _methods(specs, load.source, options.get("preset"))
         stages = high_resolution.TwoStages.from_options(options, load, jobs, methods)
@@ -136,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import outputs, runner, workers
+    from dit_attn.cli.subjects import check_tokens
 
     options = flags.merge(args, GROUPS)
     high_resolution.check_flags(options)
@@ -153,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(jobs):
         _load(live, config.load)
         job_files.check_inputs(jobs, live.pipe)
+        check_tokens(config.methods, jobs, live.pipe)
     return _make(live, config, jobs, done, worker)
 
 
@@ -184,6 +190,7 @@ def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) 
     """Write the contact sheet and ``run.json``, and print what became of the items of all processes."""
     from dit_attn import contact_sheet
     from dit_attn.cli import outputs, run_record, runner
+    from dit_attn.cli.subjects import write_page
 
     total, unwritten = len(config.jobs), None
     result = run_record.report(live, seconds)
@@ -194,6 +201,8 @@ def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) 
             )
             (_silent if config.json else print)(f"contact sheet: {live.folder / 'sheet.png'}")
         outputs.write_json(result, live.folder / "run.json")
+        if write_page(live.folder, live.results, config.argv):
+            (_silent if config.json else print)(f"subjects: {live.folder / 'subjects.html'}")
     except RunStopped as error:  # the items are complete all the same: report them first
         unwritten = error
     if config.json:

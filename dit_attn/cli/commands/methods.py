@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from dit_attn.cli import options as flags
@@ -101,10 +103,16 @@ def describe(cls: Any) -> dict[str, Any]:
         }
         for field in sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
     ]
-    shown = next((row["name"] for row in settings if row["default"] not in (None, "", [])), None)
-    spec = MethodSpec(cls.slug, {shown: defaults[shown]} if shown else {})
+    spec = MethodSpec(cls.slug, _telling(cls, {row["name"]: row["default"] for row in settings}))
     example = f'dit-attn generate --model tiny-image --method {spec} --prompt "a large red circle at the left on white"'
     return {**overview(cls), "settings": settings, "example": example}
+
+
+def _telling(cls: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting of the example: the one whose field names an example, else the first that has a default."""
+    named = {field.name: field.metadata["example"] for field in dataclasses.fields(cls) if "example" in field.metadata}
+    given = named or {name: value for name, value in defaults.items() if value not in (None, "", [])}
+    return dict(itertools.islice(given.items(), 1))
 
 
 def _show_one(data: dict[str, Any]) -> None:

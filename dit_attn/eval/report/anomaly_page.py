@@ -22,7 +22,7 @@ def page(folder: Path, rows: Sequence[dict[str, Any]], summary: dict[str, Any], 
         summary: ``summary.json``.
         command: that made them.
     """
-    first = rows[0] if rows else {"model": "", "config": {}}
+    first: dict[str, Any] = rows[0] if rows else {"model": "", "config": {}}
     groups = {name: [row for row in rows if row["decision"] == name] for name in ("accepted", "rejected")}
     return render(
         "anomaly_page.html",

@@ -79,7 +79,7 @@ def blended(scheduler: Any, blend: Blend) -> Iterator[None]:
         if flow_euler:
             predicted = sample - factors(scheduler, index)[1] * model_output
         else:
-            remembered = getattr(scheduler, "model_outputs", None)
+            remembered: list[Any] = getattr(scheduler, "model_outputs", None) or []
             predicted = remembered[-1] if remembered else None
             if predicted is not None:
                 remembered[-1] = torch.where(mask > 0, predicted, clean.to(predicted))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.pipelines.anomaly.pixels import write_png
+from dit_attn.pipelines.anomaly.pixels import read_image, write_png
 
 _EIGHT = np.ones((3, 3), bool)
 
@@ -53,7 +53,7 @@ class Export:
 
     folder: Path
     pairs: Sequence[Pair]
-    normals: dict[str, Sequence[Path]]
+    normals: Mapping[str, Sequence[Path]]
 
     def numbered(self) -> list[tuple[str, Pair]]:
         """Return the pairs with numbers of their own within product and type, zero-padded: ``"000"``."""
@@ -66,11 +66,15 @@ class Export:
         return out
 
     def copy(self, image: Path, name: str) -> str:
-        """Copy an image to ``name`` below the folder; names end in the image's own suffix."""
-        target = self.folder / f"{name}{image.suffix.lower()}"
+        """Copy an image to ``name`` below the folder, with its own suffix; one that is stored turned becomes a PNG."""
+        turned = _orientation(image)[1] != 1
+        target = self.folder / f"{name}{'.png' if turned else image.suffix.lower()}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(image, target)
-        return str(target.relative_to(self.folder).as_posix())
+        if turned:
+            write_png(target, read_image(image))
+        else:
+            shutil.copyfile(image, target)
+        return target.relative_to(self.folder).as_posix()
 
     def mask(self, mask: np.ndarray, name: str, on: int = 255) -> str:
         """Write a mask as ``name``.png below the folder."""
@@ -214,7 +218,7 @@ def check_formats(names: Sequence[str]) -> None:
             raise unknown("format", name, FORMATS)
 
 
-def export(folder: Path, format: str, pairs: Sequence[Pair], normals: dict[str, Sequence[Path]]) -> Path:
+def export(folder: Path, format: str, pairs: Sequence[Pair], normals: Mapping[str, Sequence[Path]]) -> Path:
     """Write pairs and normal images in one format, replacing what an earlier export wrote there.
 
     Args:
@@ -283,13 +287,17 @@ def _ahead(filled: np.ndarray, corner: tuple[int, int], direction: int) -> tuple
 
 
 def _size(image: Path) -> tuple[int, int]:
-    """(height, width) of an upright image."""
+    """(height, width) of an image, upright."""
+    (width, height), orientation = _orientation(image)
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _orientation(image: Path) -> tuple[tuple[int, int], int]:
+    """(width, height) as stored, and the EXIF orientation."""
     from PIL import Image
 
     try:
         with Image.open(image) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(0x0112, 1) >= 5
+            return opened.size, int(opened.getexif().get(0x0112, 1))
     except OSError as error:
         raise DitAttnError(f"image {image} cannot be read; replace it or leave it out") from error
-    return (width, height) if turned else (height, width)

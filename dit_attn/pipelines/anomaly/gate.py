@@ -10,7 +10,7 @@ covariance). The threshold lies where normal images hardly come; their own score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,16 +103,15 @@ class Gate:
         if not np.any(weight):
             weight = np.ones_like(weight)
         change = mu1[:3] - mu0[:3]
-        gate = cls(*(tuple(map(float, v)) for v in (mu0, mu1, weight, change)), LOW, HIGH, {}, ())
+        null_, real_, weight_, change_ = (tuple(map(float, v)) for v in (mu0, mu1, weight, change))
+        gate = cls(null_, real_, weight_, change_, LOW, HIGH, {}, ())
         controls = np.array([gate.ratio_of(row) for row in null])
         ratios = np.array([gate.ratio_of(row) for row in real])
         limit = float(np.quantile(controls, _CONTROL_SHARE))
         high = float(max(HIGH, ratios.max() * 1.25))
         about = {"mean": float(controls.mean()), "q95": limit, "count": float(len(controls))}
-        return cls(
-            gate.null, gate.real, gate.weight, gate.change, float(min(max(LOW, limit), 0.9)), high, about,
-            tuple(map(float, ratios)),
-        )  # fmt: skip
+        low = float(min(max(LOW, limit), 0.9))
+        return replace(gate, low=low, high=high, controls=about, shots=tuple(map(float, ratios)))
 
     def ratio_of(self, found: np.ndarray) -> float:
         """Return the place of looks between normal (0) and defective (1)."""
@@ -168,4 +167,5 @@ class Gate:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Gate:
         """Return the gate of :meth:`to_dict`."""
-        return Gate(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return Gate(**values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn import files
+from dit_attn.api import enabled
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
 from dit_attn.pipelines.anomaly.blend import Blend, blended
@@ -187,8 +188,6 @@ class AnomalyGenerator:
     @torch.no_grad()
     def _sample(self, orders: Sequence[Order], images: torch.Tensor, masks: torch.Tensor, control: bool) -> Any:
         """Painted views (B, 3, size, size) in [0, 1]."""
-        import dit_attn
-
         backbone, config, pipe = self.backbone, self.config, self.backbone.pipe
         family, device = backbone.family, backbone.device
         masks = masks.to(device)
@@ -196,7 +195,7 @@ class AnomalyGenerator:
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(order.seed)) for order in orders]
         ).to(device)
-        packed = [backbone.pack(x) for x in (clean, noise)]
+        kept, start = backbone.pack(clean), backbone.pack(noise)
         wide = self._region(masks, config.dilate, clean)
         exact = self._region(masks, 0, clean)
         text = joined([self._order_text(order, control) for order in orders], family.masked)
@@ -206,10 +205,10 @@ class AnomalyGenerator:
                 text = self.concept.extend(text, family.masked, pairs, masks)
                 stack.enter_context(applied(self.concept, pipe.transformer))
             if self.methods:
-                stack.enter_context(dit_attn.enabled(pipe, *self.methods))
-            blend = Blend(*packed, lambda level: wide if level > config.dilate_above else exact)
+                stack.enter_context(enabled(pipe, *self.methods))
+            blend = Blend(kept, start, lambda level: wide if level > config.dilate_above else exact)
             stack.enter_context(blended(pipe.scheduler, blend))
-            latents = packed[1].to(backbone.dtype)  # pipelines multiply it by their first level
+            latents = start.to(backbone.dtype)  # pipelines multiply it by their first level
             words = {key: self._typed(value) for key, value in text.items()}
             negative = self._negative(orders, text)
             size = backbone.resolution
@@ -259,13 +258,12 @@ class AnomalyGenerator:
     def run(
         self,
         output: Path,
-        normals: dict[str, Sequence[Path]],
+        normals: Mapping[str, Sequence[Path]],
         counts: dict[tuple[str, str], int],
         masks: dict[tuple[str, str], MaskSource],
         *,
         roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
         controls: int = 4,
-        shard: tuple[int, int] = (0, 1),
         on_progress: Callable[[int, int, int], None] | None = None,
     ) -> dict[str, Any]:
         """Make pairs until every quota is met or its retries are used up; go on where an earlier run stopped.
@@ -281,7 +279,6 @@ class AnomalyGenerator:
             roi: returns the region (H, W) bool where defects may lie, from a file and its pixels; the foreground where
                 ``None``.
             controls: pairs per (product, defect) that are made with the prompt of the normal product, for the report.
-            shard: rank and number of processes that share the work.
             on_progress: callback(finished, wanted, rejected).
 
         Returns:
@@ -290,15 +287,14 @@ class AnomalyGenerator:
         Raises:
             DitAttnError: the disk is full, or masks fit nowhere.
         """
-        config, rank = self.config, shard[0]
-        name = MANIFEST if shard[1] == 1 else f"manifest.rank{rank}.jsonl"
-        rows = read_rows(output / name)
+        config, manifest = self.config, output / MANIFEST
+        rows = read_rows(manifest)
         done = {(row["product"], row["defect"], row["number"]): row for row in rows if row["decision"] == "accepted"}
         tried: dict[tuple[str, str, int], int] = {}
         for row in rows:
             key = (row["product"], row["defect"], row["number"])
             tried[key] = max(tried.get(key, 0), row["attempt"] + 1)
-        wanted = [(p, d, i) for (p, d), count in counts.items() for i in range(count)][rank :: shard[1]]
+        wanted = [(p, d, i) for (p, d), count in counts.items() for i in range(count)]
         open_ = [key for key in wanted if key not in done and tried.get(key, 0) <= config.retries]
         finished, rejected = len(wanted) - len(open_), sum(row["decision"] == "rejected" for row in rows)
         while open_:
@@ -307,7 +303,7 @@ class AnomalyGenerator:
             again = []
             for made in self.make(orders):
                 key = (made.order.product, made.order.defect, made.order.number)
-                append_row(output / name, self._write(output, made))
+                append_row(manifest, self._write(output, made))
                 tried[key] = made.order.attempt + 1
                 rejected += bool(made.rejected)
                 if made.rejected and tried[key] <= config.retries:
@@ -317,10 +313,10 @@ class AnomalyGenerator:
             open_ = again + open_
             if on_progress is not None:
                 on_progress(finished, len(wanted), rejected)
-        summary = self.summary(read_rows(output / name), counts)
+        summary = self.summary(read_rows(manifest), counts)
         summary["controls"] = {f"{p}+{d}": self._controls(p, d, controls, normals, masks, roi) for p, d in counts}
         with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
-            files.write_json(output / ("summary.json" if shard[1] == 1 else f"summary.rank{rank}.json"), summary)
+            files.write_json(output / "summary.json", summary)
         return summary
 
     def order(

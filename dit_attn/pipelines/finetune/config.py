@@ -19,7 +19,8 @@ class FinetuneConfig:
     """What is tuned, and how.
 
     Attributes:
-        method: the sparse method that is enabled while the transformer is tuned; its dense steps are left out.
+        method: the sparse method, or the one that learns, that is enabled while the transformer is tuned; dense steps
+            are left out.
         stage: ``proj`` (the tensors of the method alone), ``full`` (all of the transformer too) or ``lora`` (adapters
             of the attention projections, and the tensors of the method).
         loss: distance to the prediction of the dense ``teacher``, or the model's own ``flow`` matching loss.
@@ -78,9 +79,11 @@ class FinetuneConfig:
             raise DitAttnError(f"ema and held_out must lie in [0, 1), got {self.ema} and {self.held_out}")
         if any(not 0.0 < density <= 1.0 for density in self.densities):
             raise DitAttnError(f"densities must be above 0 and at most 1, got {self.densities}")
-        method = as_sparse(self.method)
-        if method is None:
-            raise DitAttnError(f"{self.method.slug} decides no keys; fine-tune sla or another sparse method")
+        method = self.method
+        if as_sparse(method) is None and not method.learns:
+            raise DitAttnError(
+                f"{method.slug} decides no keys and learns nothing; fine-tune sla or another sparse method"
+            )
         if method.cache_bytes(4096, 1, 64, 4):
             raise DitAttnError(
                 f"{method.slug} goes by what earlier steps of a run stored, which single training steps do not have; "
@@ -93,7 +96,9 @@ class FinetuneConfig:
 
     def method_at(self, step: int) -> Method:
         """Return the method of a step, with no dense steps and the density of its part of the run."""
-        changes: dict[str, Any] = {"dense_steps": 0, "dense_last_steps": 0, "max_error": None}
+        changes: dict[str, Any] = {}
+        if as_sparse(self.method) is not None:
+            changes = {"dense_steps": 0, "dense_last_steps": 0, "max_error": None}
         if self.densities:
             part = min(step * len(self.densities) // self.steps, len(self.densities) - 1)
             changes["density"] = self.densities[part]

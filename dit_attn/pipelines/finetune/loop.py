@@ -102,7 +102,9 @@ class Finetune:
         """Return the loss of one example."""
         example = example.to(self.device)
         arguments, target, weight = prepare(example, self.about, self.config, generator, self._ask_teacher)
-        return weighted_error(self.predict(arguments), target, weight)
+        loss = weighted_error(self.predict(arguments), target, weight)
+        added = self.method.auxiliary_loss(self.session.learned.modules())
+        return loss if added is None else loss + added
 
     def train_step(self) -> float:
         """Do one optimizer step and return its loss.

@@ -173,7 +173,7 @@ def _new_layer(name: str, attention: Any) -> LayerProfile:
 
 def unsupported_reason(attention: Any) -> str | None:
     """Return why the heads of an attention module cannot be taken out, or ``None``."""
-    inputs = [getattr(attention, name, None) for name in STREAMS["to_out"]]
+    inputs: list[Any] = [getattr(attention, name, None) for name in STREAMS["to_out"]]
     if not all(isinstance(part, torch.nn.Linear) for part in inputs) or output_projection(attention, "to_out") is None:
         return f"{type(attention).__name__} has no separate to_q, to_k, to_v and to_out"
     q, k = inputs[0], inputs[1]

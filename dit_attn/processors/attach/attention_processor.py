@@ -18,7 +18,8 @@ import copy
 import functools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,7 @@ from dit_attn.processors.attach.traced_call import copy_with_attention, same_as_
 from dit_attn.processors.core.call import SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.layer import Layer, layer_by_id
+from dit_attn.processors.methods.base import Method
 
 
 class _Slot(threading.local):
@@ -99,6 +101,9 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
     clone.__dict__["_dit_moves"] = layer.kind == "self" and bool(moving_methods(run))
+    clone.__dict__["_dit_reads"] = layer.kind == "self" and any(
+        method.reads_input for method in cast("tuple[Method, ...]", run.methods_for("self"))
+    )
     return clone
 
 
@@ -136,6 +141,7 @@ def _derive(stock: type, tap: str) -> type:
         "_dit_tap": tap,
         "_dit_rotary": rotary_parameters(stock.__call__),
         "_dit_moves": False,
+        "_dit_reads": False,
     }
     if tap == "dispatch":
         body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
@@ -171,11 +177,29 @@ def _is_stray(processor: Any, attn: Any) -> bool:
     return run.detached or run.module(processor._dit_layer) is not attn
 
 
+def _needs_input(self: Any) -> bool:
+    """Whether a method is yet to be shown the layer's input; compiled graphs hide it."""
+    return self._dit_reads and not torch.compiler.is_compiling() and self._dit_layer.inputs is None
+
+
+@contextmanager
+def _shown_input(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Keep the hidden states that a processor gets with its layer, for the length of the call."""
+    layer.inputs = args[0] if args else kwargs.get("hidden_states")
+    try:
+        yield
+    finally:
+        layer.inputs = None
+
+
 def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock_call)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
+        if _needs_input(self):
+            with _shown_input(self._dit_layer, args, kwargs):
+                return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         before = (_SLOT.layer, _SLOT.run, _SLOT.turn)
@@ -199,12 +223,18 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
             return in_slot(self, attn, *args, **kwargs)
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
+        if _needs_input(self):
+            with _shown_input(self._dit_layer, args, kwargs):
+                return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         with _TorchTap(self._dit_run, self._dit_layer):
             return stock_call(self, attn, *args, **kwargs)
 
     return __call__
+
+
+_SDPA = torch._C._nn.scaled_dot_product_attention  # what other code that has replaced F's may call
 
 
 class _TorchTap(TorchFunctionMode):
@@ -216,7 +246,7 @@ class _TorchTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention and func is not _SDPA:
             return func(*args, **kwargs)
         turn, self.turn = self.turn, self.turn + 1
         return _on_sdpa(self.run, self.layer, turn, func, *args, **kwargs)

@@ -127,4 +127,4 @@ class _Snapshot:
 
 def _layer_state(state: dict[str, Any]) -> dict[str, Any]:
     """A layer's attributes, with statistics and stored values that can change without changing the layer's own."""
-    return {**state, "stats": copy.deepcopy(state["stats"]), "state": dict(state["state"])}
+    return {**state, "stats": copy.deepcopy(state["stats"]), "_states": state["_states"].snapshot()}

@@ -55,7 +55,8 @@ def same_as_copy(function: Callable[..., Any]) -> Callable[[], bool] | None:
     """Return a test of whether a copy of ``function`` still does what the function does; ``None`` for unknown code.
 
     Code is known where it is a processor's of diffusers that calls ``F.scaled_dot_product_attention`` itself, and by no
-    other way. The copy is made of the global names at that time: it is another one once other code has replaced any.
+    other way. The copy is made of the global names at that time: once other code has replaced any, except for the
+    attention, which it does not call, it is another one.
     """
     if not isinstance(function, types.FunctionType) or not function.__module__.startswith("diffusers."):
         return None
@@ -64,7 +65,7 @@ def same_as_copy(function: Callable[..., Any]) -> Callable[[], bool] | None:
         return None
     helpers = [value for name in names if isinstance(value := function.__globals__.get(name), types.FunctionType)]
     others = [_names(helper.__code__) for helper in helpers if helper.__module__ == function.__module__]
-    used = names.union(*others)
+    used = names.union(*others) - {_ATTENTION}
     if names & {"dispatch_attention_fn", "functional", "super"} or any(_ATTENTION in other for other in others):
         return None
     copied = [(space, name, space[name]) for space in (function.__globals__, vars(F)) for name in used if name in space]

@@ -176,6 +176,7 @@ class Request:
         biases: low-rank biases of the logits, see :meth:`add_bias` and :meth:`add_span_bias`.
         scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
         recorders: called with the output, see :meth:`record_output`.
+        gates: factors of the output, see :meth:`multiply_heads`.
         replacement: the output that replaces attention, see :meth:`replace_output`.
         probes: what is to be measured, see :meth:`observe`.
         declined: reasons of the methods that leave this call to stock attention.
@@ -196,6 +197,7 @@ class Request:
     layout: BlockLayout | None = None
     biases: list[RowBias] = field(default_factory=list)
     scale_factor: float = 1.0
+    gates: list[torch.Tensor] = field(default_factory=list)
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
     replacement: torch.Tensor | None = None
     probes: list[Probe] = field(default_factory=list)
@@ -213,7 +215,8 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is requested that stock attention does not do."""
-        return not (self.sparse or self.biases or self.replacement is not None or self.scale_factor != 1.0)
+        asked = self.sparse or self.biases or self.gates
+        return not (asked or self.replacement is not None or self.scale_factor != 1.0)
 
     @property
     def sparse(self) -> bool:
@@ -281,6 +284,14 @@ class Request:
         if not 0.0 < factor < math.inf:
             raise DitAttnError(f"a factor of the softmax scale must be finite and above 0, got {factor!r}")
         self.scale_factor *= factor
+
+    def multiply_heads(self, gate: torch.Tensor) -> None:
+        """Multiply the output of every head, token by token, whichever way the call is computed; gradients flow.
+
+        Args:
+            gate: (B|1, S, H) or (B|1, 1, H), rows and heads as in ``call.q``.
+        """
+        self.gates.append(gate)
 
     def record_output(self, callback: Callable[[torch.Tensor], None]) -> None:
         """Call a function with the output of this call, before a guidance method perturbs it. Changes nothing.

@@ -92,6 +92,9 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     else:
         local = out if exchange is None else exchange.gather_heads(out)
         layer.stats.seconds += time.perf_counter() - started
+    for gate in request.gates if request.replacement is None else ():
+        local = local * gate[..., None].to(local.dtype)
+        out = local
     if usable and layer.disabled == _NOT_FINITE:  # in this very call: later ones read nothing back
         layer.disabled_run |= not _is_finite(local, args.mesh)  # the input is to blame
     for record in request.recorders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import weakref
@@ -74,8 +75,8 @@ class PassStates:
 
     def __init__(self) -> None:
         self._place: tuple[Hashable, str] = (None, PLAIN)  # window and pass
-        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {}
-        self.drop()
+        self.current: dict[Any, Any] = {}
+        self._states: dict[tuple[Hashable, str], dict[Any, Any]] = {self._place: self.current}
 
     def begin_call(self, window: Hashable = None, pass_name: str = PLAIN) -> None:
         """Note that a pass through the transformer for one window of the sample begins."""
@@ -86,9 +87,15 @@ class PassStates:
         """Return what was stored in another pass for the same window; empty where there was none."""
         return self._states.get((self._place[0], pass_name), {})
 
+    def snapshot(self) -> PassStates:
+        """Return it with the current state copied: what is stored from here on does not change the copy."""
+        found = copy.copy(self)
+        found.current = dict(self.current)
+        return found
+
     def drop(self) -> None:
         """Empty the state of every window and pass."""
-        self.current: dict[Any, Any] = {}
+        self.current = {}
         self._states = {self._place: self.current}
 
 
@@ -109,6 +116,7 @@ class Layer:
         rows: first and last + 1 of the model's batch rows in the current attention call; some models attend to their
             samples one by one.
         learned: modules of the methods that learn, by the method's ``id``.
+        inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
     """
 
@@ -124,6 +132,7 @@ class Layer:
         self._states = PassStates()
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
+        self.inputs: torch.Tensor | None = None
         self.stateless: str | None = None
         _LAYERS[self.id] = self
 

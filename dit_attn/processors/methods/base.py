@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -153,6 +153,11 @@ class Method:
         """Whether :meth:`positions` is to be asked; models without rotary tables are refused then."""
         return type(self).positions is not Method.positions
 
+    @property
+    def reads_input(self) -> bool:
+        """Whether the method asks for ``call.layer.inputs``, the hidden states that enter a self-attention layer."""
+        return False
+
     def twin(self, clock: Clock, branches: Sequence[str]) -> TwinPass | None:
         """Return the pass through the transformer to run before the plain one of a call, ``None`` for none.
 
@@ -234,6 +239,14 @@ class Method:
         Call the module, rather than reading its tensors: offloading brings them when its ``forward`` runs.
         """
         return on_device(call.layer.learned[id(self)], call.q.device)
+
+    def auxiliary_loss(self, modules: Iterable[torch.nn.Module]) -> torch.Tensor | None:
+        """Return what a training adds to its loss after a call in training mode, ``None`` for nothing.
+
+        Args:
+            modules: those that the method made for the layers, among others.
+        """
+        return None
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Return the bytes one layer stores for one sample from step to step.

@@ -70,7 +70,7 @@ class InwardWindow(SparseMethod):
 
     native: tuple[int, ...] | None = setting(None, "(h, w) of the size the model was trained at, in tokens")
     window: Literal["native", "reference"] | tuple[int, ...] = setting(
-        "native", "(h, w) or (t, h, w) tokens, native, or reference (odd, as in the paper's code)"
+        "native", "(h, w) or (t, h, w) tokens, native, or reference (odd, as in the paper's code)", example=[4, 4]
     )
     frames: int | None = setting(None, "frames in the window; none for all", low=1)
     snap: str = setting("auto", "move windows to the borders of tiles", choices=("auto", "yes", "no"))

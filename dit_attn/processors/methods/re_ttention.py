@@ -59,8 +59,9 @@ class ReTtention(SparseMethod):
     by_step: ClassVar[bool] = False
 
     density: float | tuple[float, ...] = setting(
-        0.0625, "fraction of the visual keys attended to on sparse steps, of all heads or of each", low=1e-6, high=1.0
-    )
+        0.0625, "fraction of the visual keys attended to on sparse steps, of all heads or of each", low=1e-6, high=1.0,
+        example=0.125,
+    )  # fmt: skip
     dense_steps: float | int = setting(0.25, "dense steps at the start (fraction or count)", low=0)
     mask: str = setting("window", "keys a sparse step attends to", choices=tuple(MASKS))
     window: tuple[int, ...] | None = setting(None, "proportions (t, h, w) of the box of the mask `window`")

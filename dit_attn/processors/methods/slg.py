@@ -24,7 +24,7 @@ class SLG(PerturbedGuidance):
     scale: float = setting(2.8, "guidance strength w", low=0.0)
     start: float = setting(0.01, "first guided step, as a fraction of the run", low=0.0, high=1.0)
     stop: float = setting(0.2, "last guided step + 1, as a fraction of the run", low=0.0, high=1.0)
-    layers: str = setting("", "blocks to skip, e.g. '7-9'; empty: the middle one")
+    layers: str = setting("", "blocks to skip, e.g. '7-9'; empty: the middle one", example="2")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", block_numbers(self.layers))

@@ -24,7 +24,7 @@ class STG(PerturbedGuidance):
     slug: ClassVar[str] = "stg"
 
     scale: float = setting(1.0, "guidance strength w", low=0.0)
-    layers: str = setting("", "blocks to perturb, e.g. '11'; empty: the middle one")
+    layers: str = setting("", "blocks to perturb, e.g. '11'; empty: the middle one", example="3")
     mode: str = setting("attention", "what is skipped", choices=("attention", "residual"))
 
     def __post_init__(self) -> None:

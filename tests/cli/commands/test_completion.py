@@ -77,17 +77,32 @@ def test_another_shell_is_refused(cli):
     cli("completion", "tcsh").refused("'tcsh'", "bash, zsh, fish")
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes(cli, tmp_path):
+@pytest.fixture
+def shell_environment(tmp_path):
     program = tmp_path / "bin" / "dit-attn"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dit_attn "$@"\n')
     program.chmod(0o755)
+    place = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(dit_attn.__file__).parents[1])])
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": place}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(cli, shell_environment):
     lines = ["dit-attn trai", "dit-attn train tiny-v", "dit-attn generate --method re-ttention:mas"]
     script = cli("completion", "bash").out + "".join(
         f'COMP_LINE="{line}" COMP_POINT={len(line)}; _dit_attn; echo "${{COMPREPLY[*]}}"\n' for line in lines
     )
-    place = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(dit_attn.__file__).parents[1])])
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": place}
-    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, env=environment, check=True)
+    command = ["bash", "--norc", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=shell_environment, check=True)
     assert done.stdout.splitlines() == ["train", "tiny-video", "mask="], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes_names_after_a_space_too_and_files_where_there_are_none(cli, shell_environment, tmp_path):
+    (tmp_path / "settings.yaml").touch()
+    lines = ["dit-attn trai", "dit-attn generate --model ", "dit-attn generate --config set"]
+    script = cli("completion", "fish").out + "".join(f"string join , (complete -C '{line}'); true\n" for line in lines)
+    command = ["fish", "--no-config", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=shell_environment, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == ["train", "tiny-image,tiny-joint,tiny-video", "settings.yaml"], done.stderr

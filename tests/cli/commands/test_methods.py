@@ -60,6 +60,13 @@ def test_the_example_of_a_method_runs(cli, slug):
     assert json.loads(outcome.out)["methods"][0]["method"] == slug
 
 
+@pytest.mark.parametrize(
+    ("slug", "setting"), [("inward-window", "window="), ("re-ttention", "density="), ("slg", "layers=")]
+)
+def test_the_example_sets_what_the_method_is_about(cli, slug, setting):
+    assert f"{slug}:{setting}" in json.loads(cli("methods", slug, "--json").out)["example"]
+
+
 def test_an_unknown_method_is_named_with_the_nearest(cli):
     cli("methods", "blok-sparse").refused("'blok-sparse'", "Did you mean 'block-sparse'")
 

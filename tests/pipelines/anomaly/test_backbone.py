@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly import AnomalyGenerator, Backbone, GenerateConfig, MaskSource, TrainConfig, train
@@ -18,8 +19,15 @@ from tests.processors.attach.prompt_spans.prompted_cases import CASES
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])
 def test_packed_pipelines_learn_and_paint(name, tmp_path):
     pipe, _ = pipeline_of(CASES[name])
-    source = from_folders(*data(tmp_path / "data", size=64), "metal", "hole")
-    backbone = Backbone(pipe, 64)
+    if name == "qwen-image":
+        mean, deviation = [0.0] * 4, [1.0] * 4
+        pipe.vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=mean, latents_std=deviation,
+        ).eval()  # fmt: skip
+        pipe.vae_scale_factor = 4
+    source = from_folders(*data(tmp_path / "data", size=64 if name == "flux" else 32), "metal", "hole")
+    backbone = Backbone(pipe, 64 if name == "flux" else 32)
     config = TrainConfig(steps=2, batch=2, tokens=2, mask_tokens=1, lora_rank=2, lora_after=0.0)
     concept = train(backbone, source, config, tmp_path)
     assert any("lora_B" in key and value.any() for key, value in concept.lora.items())

@@ -265,7 +265,7 @@ def test_the_result_is_what_from_pretrained_and_enable_take(examples: list[Path]
         ({"loss": "l2"}, "unknown loss 'l2'"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"densities": (0.5, 2.0)}, "densities must be above 0"),
-        ({"method": SoftPAG()}, "softpag decides no keys"),
+        ({"method": SoftPAG()}, "softpag decides no keys and learns nothing"),
         ({"method": ReTtention()}, "goes by what earlier steps of a run stored"),
         ({"method": BlockSparse(), "stage": "proj"}, "block-sparse learns no tensors of its own"),
         ({"method": BlockSparse(top_p=0.9), "densities": (0.5,)}, "has no density to change"),

@@ -7,6 +7,7 @@ import functools
 import inspect
 import pickle
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -253,3 +254,54 @@ def wrapped_as_dispatch(processor: Any) -> tuple[Any, Layer]:
     clone: Any = object.__new__(attention_processor._derive(type(processor), "dispatch"))
     clone.__dict__.update(_dit_layer=layer, _dit_run=run, _dit_stock=processor, _dit_dense_backend=None)
     return clone, layer
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The function modes that processors ran in."""
+    made: list[Any] = []
+    begin = attention_processor._TorchTap.__init__
+    monkeypatch.setattr(
+        attention_processor._TorchTap, "__init__", lambda self, *given: made.append(self) or begin(self, *given)
+    )
+    return made
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3"])
+def test_code_of_diffusers_runs_without_a_mode_until_other_code_changes_what_it_calls(
+    name: str, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, args = tiny(name)
+    with dit_attn.enabled(model, SPARSE):
+        expected = forward(model, args)
+        assert not modes and dit_attn.summary(model).sparse_calls
+        module = inspect.getmodule(next(iter(model.attn_processors.values())).__class__.__mro__[1])
+        monkeypatch.setattr(module, "F", types.SimpleNamespace(**vars(F)))
+        assert torch.equal(forward(model, args), expected) and modes
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_attention_that_other_code_puts_in_the_place_of_torch_s_is_the_stock_one(
+    known: bool, modes: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, calls = F.scaled_dot_product_attention, []
+
+    def of_other_code(*given: Any, **more: Any) -> torch.Tensor:
+        calls.append(given)
+        return stock(*given, **more)
+
+    model, args = tiny("sd3")
+    with dit_attn.enabled(model, SPARSE):
+        expected = forward(model, args)
+    if not known:
+        monkeypatch.setattr(attention_processor, "same_as_copy", lambda call: None)
+        attention_processor._derive.cache_clear()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", of_other_code)
+    with dit_attn.enabled(model, SPARSE):
+        assert torch.equal(forward(model, args), expected) and bool(modes) is not known
+    before = len(calls)
+    with dit_attn.enabled(model, dit_attn.BlockSparse(density=1.0)):
+        forward(model, args)
+    assert len(calls) - before == len(model.attn_processors)
+    monkeypatch.undo()
+    attention_processor._derive.cache_clear()

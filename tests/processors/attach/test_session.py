@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import dit_attn
 from dit_attn.processors.attach.attach import prepare, session_of
 from dit_attn.processors.attach.families import families
-from dit_attn.processors.attach.session import Session
+from dit_attn.processors.attach.session import Session, _end_run
 from dit_attn.processors.core.clock import Clock
 from tests._support.compose import forward, tiny
 
@@ -83,3 +84,27 @@ def test_a_copy_of_a_guided_transformer_is_guided_alone(share_prefix: bool) -> N
     assert not torch.equal(forward(clone, args), expected)
     session.reset()
     assert torch.equal(forward(model, args), expected)
+
+
+@pytest.mark.parametrize("methods", [(), METHODS])
+def test_a_session_is_of_one_thread_only_where_it_has_methods(methods: tuple[dit_attn.BlockSparse, ...]) -> None:
+    model = torch.nn.Linear(1, 1)
+    session = Session(model, WAN, methods, Clock())
+    session.check_thread()  # nothing has run
+    session._thread = -1  # another one made the last call
+    if methods:
+        with pytest.raises(dit_attn.DitAttnError, match="another thread is running this transformer"):
+            session.check_thread()
+    else:
+        session.check_thread()
+
+
+def test_a_run_that_ends_late_frees_nothing_of_the_next_one() -> None:
+    model = torch.nn.Linear(1, 1)
+    session = Session(model, WAN, METHODS, Clock(run=2))
+    layer = session.add_layer("blocks.0.attn1")
+    layer.state["kept"] = 1
+    _end_run(weakref.ref(session), 1)
+    assert layer.state == {"kept": 1}
+    _end_run(weakref.ref(session), 2)
+    assert layer.state == {}

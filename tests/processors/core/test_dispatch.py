@@ -194,6 +194,7 @@ FALLBACKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sequence under 256 tokens": ({"layout": TokenLayout((visual_span("image", (1, 10, 10)),))}, {"seq_len": 100}),
     "square attention mask": ({}, {"mask": torch.ones(1, 1, 308, 308, dtype=torch.bool)}),
     "attention mask of shape (2, 3, 1, 308)": ({}, {"mask": torch.ones(2, 3, 1, 308, dtype=torch.bool)}),
+    "attention mask of shape (2, 308, 308)": ({"methods": [SpanBiases()]}, {"mask": torch.zeros(2, 308, 308)}),
     "BlockMask attention mask": ({}, {"mask": type("BlockMask", (), {"ndim": 0})()}),
     "attention dropout": ({}, {"dropout": 0.1}),
     "ring attention": ({}, {"unsupported": "ring attention"}),
@@ -279,6 +280,24 @@ def test_a_call_that_several_methods_decline_is_one_fallback() -> None:
     run, layer = host_run([BlockSparse(density=1.0), Declines()])
     assert Dispatched(run, layer, random_args()).stock_calls == 1
     assert layer.stats.fallbacks == {"not here": 1}
+
+
+def test_the_second_call_of_a_processor_is_to_the_image_and_only_its_methods_are_asked() -> None:
+    kinds = []
+
+    class OfImages:
+        role, min_tokens, sites = "", 0, ("image",)
+
+        def request(self, call: AttentionCall, request: Request) -> None:
+            kinds.append((call.kind, call.layer.rows))
+
+    run, _ = host_run([OfImages()])
+    layer = run.add_layer("blocks.0.cross", ("cross", "image"))
+    for turn in (0, 1, 0, 1):  # a model that attends sample by sample
+        one = random_args(keys=TEXT, turn=turn)
+        Dispatched(run, layer, replace(one, q=one.q[:1], k=one.k[:1], v=one.v[:1]))
+    assert kinds == [("image", (0, 1)), ("image", (1, 2))]
+    assert layer.stats.fallbacks["no method for cross attention"] == 2
 
 
 def test_a_perturbed_pass_changes_the_rows_behind_the_plain_ones() -> None:

@@ -14,7 +14,7 @@ from dit_attn import DitAttnError, SubjectIsolation
 from dit_attn.processors.methods.subject_isolation import barriers
 from tests._support.core_calls import GRID, TEXT, Dispatched, host_run, random_args
 from tests._support.prompted_pipelines import pipeline_of
-from tests._support.recorded_calls import reference, requests
+from tests._support.recorded_calls import reference, requests, weights
 from tests.processors.attach.prompt_spans.prompted_cases import CASES
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 0.6]
@@ -96,6 +96,67 @@ def test_barriers_are_none_for_a_single_subject() -> None:
     assert not list(barriers(one, one))
 
 
+WITHOUT = tuple({"piece": one["piece"]} for one in TWO)
+
+
+def searched(localized: bool, **settings: Any) -> tuple[Any, list[Dispatched]]:
+    """A run of four steps whose picture attends to the words of its left and right half, or to anything."""
+    run, layer = host_run([SubjectIsolation(subjects=WITHOUT, find_steps=2, **settings)])
+    places = {piece: [at for at in WORDS[piece] if at != 7] for piece in ("a cube", "a ball")}
+
+    def find(call: Any, piece: str) -> torch.Tensor:
+        out = torch.zeros(call.q.shape[0], call.k.shape[1], dtype=torch.bool)
+        out[:, places[piece]] = True
+        return out
+
+    run.find_piece = find  # type: ignore[method-assign]
+    args = random_args()
+    if localized:
+        for channel, (piece, box) in enumerate((("a cube", LEFT), ("a ball", [0.6, 0.0, 1.0, 1.0]))):
+            args.q[:, members(box), :, channel] += 6.0
+            args.k[:, places[piece], :, channel] += 6.0
+    run.clock.total, done = 4, []
+    for step in range(4):
+        run.clock.step = step
+        run.begin_call(2)
+        done.append(Dispatched(run, layer, args))
+    return run.reports["isolation"], done
+
+
+def test_regions_that_are_not_given_are_found_in_the_attention_to_the_words() -> None:
+    report, done = searched(True)
+    assert [bool(each.request.biases) for each in done] == [False, False, True, True]
+    assert [each.stock_calls for each in done] == [1, 1, 0, 0]
+    assert all(one.used and one.quality > 0.9 for one in report.found) and not report.warnings
+    boxes = {one.piece: one.box for one in report.found}
+    assert boxes["a cube"][0] == 0.0 and boxes["a cube"][2] < 0.6 and boxes["a ball"][0] > 0.5
+    assert "found with quality" in str(report)
+
+
+def test_regions_that_are_not_reliable_are_refused_and_the_run_goes_on_as_it_is() -> None:
+    report, done = searched(False, min_quality=0.9)
+    assert all(each.stock_calls == 1 and not each.request.biases for each in done)
+    assert report.warnings and "ran without isolation; give it a box" in report.warnings[0]
+
+
+def test_the_leakage_is_the_mean_attention_of_regions_to_words_and_regions() -> None:
+    method = SubjectIsolation(subjects=TWO, strength=0.0, observe=True)
+    run, layer = host_run([method], rows=1)
+    run.find_piece = lambda call, piece: torch.isin(  # type: ignore[method-assign]
+        torch.arange(call.k.shape[1]), torch.tensor(WORDS[piece])
+    ).expand(call.q.shape[0], -1)
+    done = Dispatched(run, layer, random_args())
+    assert done.stock_calls == 1 and done.call is not None
+    report = run.reports["isolation"]
+    shares = weights(done.call, done.request)[0][: len(done.call.branches)].mean((0, 1))
+    for i, one in enumerate(TWO):
+        for j, other in enumerate(TWO):
+            rows = shares[members(one["box"])]
+            assert report.words[i][j] == pytest.approx(float(rows[:, WORDS[other["piece"]]].sum(-1).mean()), abs=1e-5)
+            assert report.regions[i][j] == pytest.approx(float(rows[:, members(other["box"])].sum(-1).mean()), abs=1e-5)
+    assert "attends to the words of all subjects by" in str(report) and report.figures()["found"] == []
+
+
 def test_batches_of_prompts_have_their_own_words_barred_in_the_rows_that_they_condition() -> None:
     pipe, kwargs = pipeline_of(CASES["sd3"])
     subjects = [{"piece": "red cube", "box": LEFT}, {"piece": "ball", "box": RIGHT}]
@@ -122,7 +183,6 @@ def test_a_piece_that_no_prompt_has_is_an_error_of_one_line() -> None:
     ("settings", "problem"),
     [
         ({"subjects": [{"piece": "a", "box": LEFT}, {"piece": "b", "box": LEFT}]}, "the boxes of 'a' and 'b' overlap"),
-        ({"subjects": [{"piece": "a"}]}, "the subject 'a' has no region"),
         ({"subjects": TWO, "strength": -1.0}, "strength must be hard, or at least 0"),
         ({"subjects": TWO, "strength": "soft"}, "strength must be"),
         ({"subjects": 3}, "isolation.subjects must be a list"),

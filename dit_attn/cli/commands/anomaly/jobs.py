@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,7 @@ def _source(options: Options, shots: bool, products: Sequence[str] = ()) -> Sour
         raise DitAttnError("give either --data DIR, a known layout, or --normal DIR" + (" with --defects" * shots))
     if "data" in path:
         given = options.get("product", list(products))
-        found = from_tree(path["data"], options.get("shots"), given if shots else (), options.get("defect", ()))
-        return found
+        return from_tree(path["data"], options.get("shots"), given, options.get("defect", ()))
     names = options.get("product", list(dict.fromkeys(products)) or ["product"])
     if len(names) > 1:
         raise DitAttnError(f"--normal is of one product, and there are {', '.join(names)}; give --product NAME")
@@ -259,7 +258,7 @@ def _plan(source: Source, steps: int) -> str:
 
 
 def _export(
-    output: Path, rows: list[dict[str, Any]], formats: Sequence[str], normals: dict[str, Sequence[Path]]
+    output: Path, rows: list[dict[str, Any]], formats: Sequence[str], normals: Mapping[str, Sequence[Path]]
 ) -> None:
     pairs = []
     for row in rows:

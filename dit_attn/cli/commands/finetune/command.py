@@ -14,13 +14,13 @@ from dit_attn.cli.source_index import constant
 from dit_attn.cli.table import fields, show
 from dit_attn.errors import unknown
 
-JOBS = ("sla", "merge")
+JOBS = ("sla", "moh", "merge")
 _MODEL = replace(flags.MODEL[0], default="none; --tiny: tiny-video")
 _STAGES = constant("dit_attn.pipelines.finetune.config", "STAGES")
 _LOSSES = constant("dit_attn.pipelines.finetune.config", "LOSSES")
 GROUPS = {
     "what": (
-        flags.Flag("what", "sla (or another sparse method, with --method), or merge", default="required",
+        flags.Flag("what", "sla (or another sparse method, with --method), moh, or merge", default="required",
                    metavar="WHAT", positional=True),
     ),
     "model": (_MODEL, *flags.MODEL[1:], *flags.without(flags.WEIGHTS, "lora")),
@@ -65,7 +65,7 @@ GROUPS = {
     ),
 }  # fmt: skip
 _TRAINING = ("model", "methods", "examples", "training", "run")
-_METHOD = "the sparse method, with its settings, e.g. block-sparse:density=0.1 (default: sla)"
+_METHOD = "the sparse method, with its settings, e.g. block-sparse:density=0.1 (default: sla, or moh)"
 _EXAMPLES = """examples:
   dit-attn finetune sla --tiny
   dit-attn finetune sla --model tiny-video --method sla:density=0.1 \\

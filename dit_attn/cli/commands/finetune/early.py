@@ -60,7 +60,7 @@ def check_merge(options: Options) -> None:
 
 
 def method_spec(options: Options) -> MethodSpec:
-    """Return the one method that is tuned: ``sla`` where none is named.
+    """Return the one method that is tuned: ``sla`` or ``moh`` where none is named.
 
     Raises:
         DitAttnError: several are.
@@ -68,7 +68,8 @@ def method_spec(options: Options) -> MethodSpec:
     named = options.config.get("method") or any(kind == "method" for kind, _ in options.words)
     if not named:
         settings = [text.partition("=") for kind, text in options.words if kind == "set"]
-        return MethodSpec("sla", {key.removeprefix("sla."): value for key, _, value in settings})
+        name = options["what"]
+        return MethodSpec(name, {key.removeprefix(f"{name}."): value for key, _, value in settings})
     specs = method_options.method_specs(options)
     if len(specs) != 1:
         raise DitAttnError(f"finetune takes one method, got {len(specs)}; give --method NAME, e.g. sla")

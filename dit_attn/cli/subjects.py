@@ -1,0 +1,126 @@
+"""``--subjects FILE``: pieces of the prompt with boxes or masks, checked before torch is imported."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_attn import files
+from dit_attn.cli.jobs import Job
+from dit_attn.cli.method_options import MethodSpec
+from dit_attn.cli.options import Options
+from dit_attn.errors import DitAttnError, shorten
+from dit_attn.processors.core.subjects import Size, Subject, check_mask_size, check_overlap, read_subjects
+
+_DEFAULT = "isolation"  # what --subjects means without a method that takes them
+_TAKE = (_DEFAULT, "reposition")
+
+
+def with_subjects(options: Options, specs: Sequence[MethodSpec], jobs: Sequence[Job]) -> list[MethodSpec]:
+    """Return the methods with the subjects of ``--subjects``, isolation where none of them takes any.
+
+    Args:
+        options: the flags.
+        specs: the methods as they were written.
+        jobs: what is to be made.
+
+    Raises:
+        DitAttnError: a file that is missing or malformed, a piece that a prompt lacks, boxes that overlap, a mask of
+            another size, or subjects in two places.
+    """
+    if "subjects" not in options:
+        return list(specs)
+    where, size = f"--subjects {options['subjects']}", _size(options, jobs)
+    subjects = read_subjects(options["subjects"], size, "--subjects")
+    if not subjects:
+        raise DitAttnError(f"{where} has no subject; write one with a piece of the prompt and a box")
+    for job in jobs:
+        _check_pieces(subjects, job, where)
+    if size is not None:
+        check_mask_size(subjects, size, where)
+    taking = [spec for spec in specs if spec.name in _TAKE] or [MethodSpec(_DEFAULT)]
+    for spec in taking:
+        if "subjects" in spec.settings:
+            raise DitAttnError(f"{spec.name} has subjects of its own, and {where} too; give one of them")
+        if spec.settings.get("overlap", "refuse") == "refuse":
+            check_overlap(subjects)
+        spec.settings["subjects"] = list(subjects)
+    return [*specs, *(spec for spec in taking if spec not in specs)]
+
+
+def check_tokens(methods: Iterable[Any], jobs: Sequence[Job], pipe: Any) -> None:
+    """Refuse pieces of subjects whose words are cut off by the length of the text, before the first item is made.
+
+    Args:
+        methods: what is enabled.
+        jobs: what is to be made.
+        pipe: the pipeline, with its tokenizers.
+
+    Raises:
+        DitAttnError: so it is.
+    """
+    import dit_attn
+
+    found = [getattr(method, "subjects", ()) for method in methods]
+    pieces = [subject["piece"] for subjects in found if not isinstance(subjects, str) for subject in subjects]
+    pieces = [piece if isinstance(piece, str) else tuple(piece) for piece in pieces]
+    for job in jobs if pieces else ():
+        length = {key: job.call[key] for key in ("max_sequence_length",) if key in job.call}
+        try:
+            spans = dit_attn.spans(pipe, job.prompt, list(dict.fromkeys(pieces)), **length)
+        except DitAttnError as error:
+            raise DitAttnError(f"{job.where}: {error}") from error
+        for piece in pieces:
+            if all(span.cut for span in spans if span.piece == piece):
+                raise DitAttnError(
+                    f"{job.where}: the prompt is too long, and {shorten(piece)} is cut off in the middle; shorten it, "
+                    "or give a larger max_sequence_length with --pipeline-kwargs"
+                )
+
+
+def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> bool:
+    """Write ``subjects.html`` for the items whose methods have subjects; return whether there are any.
+
+    Args:
+        folder: of the items.
+        results: what became of them.
+        argv: the command line.
+    """
+    from dit_attn.eval.report import subjects_page
+
+    sides = []
+    for result in results:
+        side = Path(result.file).with_suffix(".json") if result.file else None
+        if side is not None and side.exists():
+            known = files.parse_json(side.read_bytes())
+            if any(method.get("subjects") for method in known.get("methods") or ()):
+                sides.append(known)
+    if sides:
+        facts = [("model", str(sides[0].get("model"))), ("items", str(len(sides)))]
+        text = subjects_page.page(folder, sides, "Subjects", f"dit-attn {shlex.join(argv)}", facts)
+        files.write_text(folder / "subjects.html", text)
+    return bool(sides)
+
+
+def _size(options: Options, jobs: Sequence[Job]) -> Size | None:
+    """Width and height in pixels where all items have the same, by their flags or by an embedded model."""
+    from dit_attn.models.registry import MODELS
+
+    known = MODELS.get(options.get("model", ""))
+    defaults: dict[str, Any] = known.call_defaults if known is not None else {}
+    sizes = {tuple(job.call.get(key, defaults.get(key)) for key in ("width", "height")) for job in jobs}
+    width, height = sizes.pop() if len(sizes) == 1 else (None, None)
+    return (width, height) if width and height else None
+
+
+def _check_pieces(subjects: Sequence[Subject], job: Job, where: str) -> None:
+    for subject in subjects:
+        piece = subject["piece"]
+        lacking = piece not in job.prompt if isinstance(piece, str) else piece[1] > len(job.prompt)
+        if lacking:
+            raise DitAttnError(
+                f"{where}: {shorten(piece)} is not in the prompt {shorten(job.prompt)} ({job.where}); a piece is words "
+                "of the prompt as they are written there"
+            )

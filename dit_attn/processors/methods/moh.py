@@ -1,0 +1,190 @@
+"""MoH, Mixture-of-Head attention (arXiv 2410.11842): every token chooses and weighs the heads that it uses.
+
+The output of attention is a sum over heads. A router per layer, a linear map of the layer's input, gives each token a
+gate for every head: ``shared`` heads are always on, of the others the ``top_k`` best are. With ``h_s`` shared and
+``h_r`` routed heads, K of them active, and the release's scaling::
+
+    p = softmax(x W_r)    g_routed = K p_j / sum of the K largest, 0 for the others
+                          g_shared = h_s softmax(x W_s)
+    (a_1, a_2) = 2 softmax(x W_m)    g = [a_1 g_shared, a_2 g_routed]
+
+With zero routers and K = h_r every gate is 1: a pretrained model begins as it is. The balance loss of a layer is
+``h_r sum_j mean(p_j) mean(j is chosen)``; it is K where all heads are used alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from dit_attn.errors import DitAttnError
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.parameters import LayerShape
+from dit_attn.processors.methods.base import Method, resolve_count, setting
+from dit_attn.processors.methods.learned import LearnedMethod
+
+NORMALIZATIONS = ("release", "paper")
+
+
+class HeadRouter(torch.nn.Module):
+    """The router of one layer, 0 at first, fp32 where it is not cast.
+
+    Args:
+        channels: of a token.
+        shared: number of shared heads, the first ones.
+        routed: number of routed heads.
+        two_stage: balance the two groups by a third map, where there are both.
+
+    Attributes:
+        routed, shared, stage: (heads or 2, C) weights, ``None`` where there are no such heads.
+        balance: balance loss of the last call in training mode, ``None`` otherwise.
+    """
+
+    def __init__(self, channels: int, shared: int, routed: int, two_stage: bool) -> None:
+        super().__init__()
+        self.counts = (shared, routed)
+
+        def zeros(rows: int) -> torch.nn.Parameter | None:
+            return torch.nn.Parameter(torch.zeros(rows, channels, dtype=torch.float32)) if rows else None
+
+        self.shared, self.routed = zeros(shared), zeros(routed)
+        self.stage = zeros(2 if two_stage and shared and routed else 0)
+        self.balance: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, top_k: int, normalize: str = "release") -> torch.Tensor:
+        """Return the gates (B, S, shared + routed) fp32 of the tokens x (B, S, C)."""
+        scaled = normalize == "release"
+        parts, self.balance = [], None
+        if self.shared is not None:
+            share = torch.softmax(_logits(x, self.shared), -1)
+            parts.append(share * self.counts[0] if scaled else share)
+        if self.routed is not None:
+            p = torch.softmax(_logits(x, self.routed), -1)
+            chosen = torch.zeros_like(p, dtype=torch.bool)
+            best = p.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+            chosen.scatter_(-1, best, True)
+            gate = p * chosen
+            if scaled:
+                gate = top_k * gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+            parts.append(gate)
+            if self.training:
+                used = chosen.flatten(0, -2).to(p.dtype).mean(0)
+                self.balance = self.counts[1] * (p.flatten(0, -2).mean(0) * used).sum()
+        if self.stage is not None:
+            balance = torch.softmax(_logits(x, self.stage), -1) * (2.0 if scaled else 1.0)
+            parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
+        return torch.cat(parts, -1)
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Fp32, whatever autocast would do."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoH(LearnedMethod):
+    """Gate the heads of every token by a learned router; of the routed heads the best stay on.
+
+    Attributes:
+        shared: heads that are always on, the first ones: a fraction of all or a count; not 1 beside routed ones.
+        top_k: active heads of the routed ones: a fraction or a count. All of them with untrained routers change
+            nothing.
+        two_stage: weigh shared against routed heads by a map of its own.
+        normalize: gates with a mean of 1 (``release``), or plain softmaxes without renormalization (``paper``).
+        balance: weight of the balance loss in a training.
+
+    Raises:
+        DitAttnError: a value out of range.
+    """
+
+    slug: ClassVar[str] = "moh"
+
+    shared: float | int = setting(0, "heads that are always on (fraction or count)", low=0)
+    top_k: float | int = setting(1.0, "active heads of the others (fraction or count)", low=0)
+    two_stage: bool = setting(True, "weigh shared against routed heads")
+    normalize: str = setting("release", "scaling of the gates", choices=NORMALIZATIONS)
+    balance: float = setting(0.01, "weight of the balance loss in a training", low=0.0)
+
+    def counts(self, heads: int) -> tuple[int, int, int]:
+        """Return shared, routed and active routed heads of a layer with so many heads.
+
+        Raises:
+            DitAttnError: they do not fit.
+        """
+        if isinstance(self.shared, int) and self.shared > heads:
+            raise DitAttnError(f"{self.slug}.shared is {self.shared}, and a layer has {heads} heads; lower it")
+        shared = resolve_count(self.shared, heads)
+        routed = heads - shared
+        if isinstance(self.top_k, int) and self.top_k > routed:
+            raise DitAttnError(f"{self.slug}.top_k is {self.top_k}, and {routed} of {heads} heads are routed; lower it")
+        active = resolve_count(self.top_k, routed)
+        if shared == 1 and routed:
+            raise DitAttnError(
+                f"{self.slug} with one shared head of {heads} gives it no router; set shared to 0, 2 or more"
+            )
+        if routed and not active:
+            raise DitAttnError(f"{self.slug}.top_k leaves none of {routed} routed heads; raise it")
+        return shared, routed, active
+
+    def check_heads(self, transformer: str, heads: Sequence[int | None]) -> None:
+        """Refuse counts that do not fit the heads of a layer; arguments as in the base class.
+
+        Raises:
+            DitAttnError: so it is.
+        """
+        for count in {count for count in heads if count is not None}:
+            self.counts(count)
+
+    def parameters_for(self, shape: LayerShape) -> torch.nn.Module:
+        """Return the router of a layer."""
+        shared, routed, _ = self.counts(shape.heads)
+        return HeadRouter(shape.hidden_size, shared, routed, self.two_stage)
+
+    @property
+    def reads_input(self) -> bool:
+        """Always: routers look at it."""
+        return True
+
+    def continues(self, other: Method) -> bool:
+        """Return whether the routers of ``other`` stay: with another number of active heads, say."""
+        alike = isinstance(other, MoH) and (self.shared, self.two_stage) == (other.shared, other.two_stage)
+        return alike and self.weights is None
+
+    def auxiliary_loss(self, modules: Iterable[torch.nn.Module]) -> torch.Tensor | None:
+        """Return the weighted mean of the balance losses of the layers."""
+        found = [m.balance for m in modules if isinstance(m, HeadRouter) and m.balance is not None]
+        return self.balance * torch.stack(found).mean() if found and self.balance else None
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Gate the rows that the layer's input has: those of the picture in layers that keep the text apart."""
+        x = call.layer.inputs
+        if call.shard != (0, 1):
+            request.decline("routers of a sequence that is split over devices")
+            return
+        if x is None:
+            request.decline("the layer's input is hidden by torch.compile")
+            return
+        rows = _rows_of(x, call)
+        if rows is None:
+            request.decline(f"the layer's input has other rows than its attention: {tuple(x.shape)}")
+            return
+        _, routed, active = self.counts(call.q.shape[2])
+        gates = self.parameters(call)(x, active if routed else 0, self.normalize)
+        missing = (rows.start, call.q.shape[1] - rows.stop)
+        request.multiply_heads(F.pad(gates, (0, 0, *missing), value=1.0) if any(missing) else gates)
+
+
+def _rows_of(x: torch.Tensor, call: AttentionCall) -> slice | None:
+    """The rows of a call that the tokens x are, ``None`` where they are not told."""
+    if x.ndim != 3 or x.shape[0] != call.q.shape[0]:
+        return None
+    if x.shape[1] == call.q.shape[1]:
+        return slice(0, x.shape[1])
+    assert call.tokens is not None
+    visual = call.tokens.visual_range
+    return slice(*visual) if visual is not None and visual[1] - visual[0] == x.shape[1] else None
