@@ -12,10 +12,10 @@ from dit_attn.cli import COMMANDS, main
 from dit_attn.cli.parser import Parser
 
 GROUPS = {
-    "generate": ["model", "methods", "prompts", "size", "sampling", "output", "run"],
+    "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run"],
     "models": ["output"],
     "methods": ["method", "output"],
-    "explain": ["model", "methods", "size", "sampling", "output", "run"],
+    "explain": ["model", "methods", "size", "sampling", "high resolution", "output", "run"],
     "doctor": ["output"],
     "demo": ["output", "run"],
     "train": ["model", "training", "evaluation", "output", "run"],
