@@ -65,7 +65,8 @@ def evaluate_base(pipe: Any, resolution: int, count: int, seed: int = 0) -> tupl
         painted += _paint(generator, pieces[start : start + generator.config.batch], resolution)
     seen = [one for one in painted if (one.piece.product, one.piece.defect) not in world.HELD_OUT_PAIRS]
     new = [one for one in painted if one not in seen]
-    figures = {"pieces": count, "seed": seed, "seen_pairs": _figures(seen), "held_out_pairs": _figures(new)}
+    figures: dict[str, Any] = {"pieces": count, "seed": seed}
+    figures |= {"seen_pairs": _figures(seen), "held_out_pairs": _figures(new)}
     figures["passed"] = bool(seen) and figures["seen_pairs"]["word"]["ratio"] >= PASS_RATIO
     names = [f"{product}+{defect}" for product, defect in pairs]
     groups = {name: [one for one in painted if f"{one.piece.product}+{one.piece.defect}" == name] for name in names}

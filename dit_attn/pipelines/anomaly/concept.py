@@ -99,6 +99,9 @@ class Concept(torch.nn.Module):
         shapes: masks of the shots by pair, (h, w) bool, cut to their boxes.
     """
 
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
     def __init__(self, settings: ConceptSettings):
         super().__init__()
         self.settings = settings
@@ -293,7 +296,7 @@ def remove_lora(transformer: Any) -> None:
     for name, module in list(transformer.named_modules()):
         if isinstance(module, BaseTunerLayer) and ADAPTER in getattr(module, "lora_A", {}):
             module.delete_adapter(ADAPTER)
-            if not module.lora_A:
+            if not getattr(module, "lora_A", {}):
                 parent, _, child = name.rpartition(".")
                 transformer.get_submodule(parent)._modules[child] = module.get_base_layer()
     configs = getattr(transformer, "peft_config", {})

@@ -96,8 +96,8 @@ Rows = list[dict[str, Any]]
 def _mvtec(out: Export) -> Rows:
     rows = []
     for product, images in out.normals.items():
-        for i, image in enumerate(images):
-            out.copy(image, f"{product}/train/good/{i:03d}")
+        for i, source in enumerate(images):
+            out.copy(source, f"{product}/train/good/{i:03d}")
     for number, pair in out.numbered():
         image = out.copy(pair.image, f"{pair.product}/test/{pair.defect}/{number}")
         mask = out.mask(pair.mask, f"{pair.product}/ground_truth/{pair.defect}/{number}_mask")
@@ -107,8 +107,8 @@ def _mvtec(out: Export) -> Rows:
 
 def _folder(out: Export) -> Rows:
     """anomalib matches images and masks by their sorted names; it knows one kind of defect, so types are in names."""
-    for name, image in out.normal_names():
-        out.copy(image, f"normal/{name}")
+    for name, source in out.normal_names():
+        out.copy(source, f"normal/{name}")
     rows = []
     for name, pair in out.names():
         image, mask = out.copy(pair.image, f"abnormal/{name}"), out.mask(pair.mask, f"mask/{name}")
@@ -118,9 +118,9 @@ def _folder(out: Export) -> Rows:
 
 def _flat(out: Export, on: int = 255) -> Rows:
     rows = []
-    for name, image in out.normal_names():
-        out.copy(image, f"image/{name}")
-        out.mask(np.zeros(_size(image), bool), f"mask/{name}", on)
+    for name, source in out.normal_names():
+        out.copy(source, f"image/{name}")
+        out.mask(np.zeros(_size(source), bool), f"mask/{name}", on)
     for name, pair in out.names():
         image, mask = out.copy(pair.image, f"image/{name}"), out.mask(pair.mask, f"mask/{name}", on)
         rows.append({"image": image, "mask": mask, **pair.row})
@@ -136,9 +136,9 @@ def _coco(out: Export) -> Rows:
     images: Rows = []
     annotations: Rows = []
     rows: Rows = []
-    for name, image in out.normal_names():
-        height, width = _size(image)
-        file = out.copy(image, f"images/{name}")
+    for name, source in out.normal_names():
+        height, width = _size(source)
+        file = out.copy(source, f"images/{name}")
         images.append({"id": len(images) + 1, "file_name": file, "height": height, "width": width})
     for name, pair in out.names():
         file = out.copy(pair.image, f"images/{name}")
@@ -162,8 +162,8 @@ def _coco(out: Export) -> Rows:
 
 def _yolo(out: Export) -> Rows:
     kinds = sorted({f"{pair.product}+{pair.defect}" for pair in out.pairs})
-    for name, image in out.normal_names():
-        out.copy(image, f"images/{name}")
+    for name, source in out.normal_names():
+        out.copy(source, f"images/{name}")
         _label(out.folder / "labels" / f"{name}.txt", "")
     rows = []
     for name, pair in out.names():
