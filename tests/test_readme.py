@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,13 @@ def test_a_recommended_method_follows_prompts_as_often_as_dense_and_the_baseline
     followed = {label: row["verifier"]["whole"]["value"] for label, row in rows.items()}
     best = next(label for label, row in rows.items() if row == RECOMMENDED[slug])
     assert followed[best] >= followed["dense"] > followed["block-sparse:density=0.25"]
+
+
+def test_isolation_is_quoted_from_its_record() -> None:
+    arms = json.loads((ROOT / "benchmarks/subjects/tiny-joint_isolation_2.json").read_text())["arms"]
+    stock, isolated = (arms[name]["color"] for name in ("stock", "words and regions"))
+    assert f"{100 * stock['rate']:.0f} to {100 * isolated['rate']:.0f} % of objects right" in README
+    assert isolated["ci95"][0] > stock["ci95"][1] and f"{arms['stock']['prompts']} prompts" in README
 
 
 def test_no_cell_above_the_fold_is_longer_than_a_line() -> None:
