@@ -44,7 +44,7 @@ _EXAMPLES = """examples:
   dit-attn generate --model tiny-video --method re-ttention:mask=selected \\
       --prompt "a large purple circle moving left fast on black"
   dit-attn generate --model tiny-joint --subjects subjects.json \\
-      --prompt "a large red circle at the left and a large blue cross at the right on white"
+      --prompt "a large red circle and a large blue cross on white"
   dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --prompts prompts.jsonl --method re-ttention --resume
   dit-attn generate --model Wan-AI/Wan2.1-T2V-14B-Diffusers \\

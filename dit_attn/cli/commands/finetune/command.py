@@ -71,9 +71,10 @@ _EXAMPLES = """examples:
   dit-attn finetune sla --model tiny-video --method sla:density=0.1 \\
       --train-steps 300 --batch 2 --lr 1e-4 --output outputs/sla
   dit-attn generate --model outputs/sla/pipeline --method outputs/sla/method \\
-      --prompt "a large red circle moving left fast on white"
-  dit-attn finetune merge --base Wan-1.3B --tuned outputs/sla/transformer \\
-      --target Wan-1.3B-distilled --output outputs/merged
+      --prompt "a large purple circle moving left fast on black"
+  dit-attn finetune merge --base Wan-1.3B/transformer \\
+      --tuned outputs/sla/pipeline/transformer \\
+      --target Wan-1.3B-distilled/transformer --output outputs/merged
 """
 
 
