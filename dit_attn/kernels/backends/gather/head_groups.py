@@ -14,6 +14,8 @@ from dit_attn.kernels.problem import LOG2E, NEG_INF, Problem
 
 COPY_LIMIT = 0.25
 """Largest copy of one head's K and V, as a fraction of q, k, v and o; a larger one is not made."""
+SIDE_BY_SIDE_LIMIT = 0.5
+"""Largest copies of the heads that threads compute side by side, as a fraction of q, k, v and o: all of K and V."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,13 @@ def split_heads(problem: Problem, kind: Precision, threads: int = 1, allow_in_pl
     limit, heads = chunk_sizes(k.device).group, k.shape[2]
     size = max(1, min(heads, limit // max(per_head, queries), k.shape[0] * heads // threads))
     inputs = q.shape[0] * heads * (queries + layout.kv_len * (k.shape[-1] + v.shape[-1]) * k.itemsize)
-    room = COPY_LIMIT * inputs
-    large = problem.on_host and per_head > max(limit, room)
+    large = problem.on_host and per_head > max(limit, COPY_LIMIT * inputs)
     key_mask = problem.key_mask
     return HeadSplit(
         ranges=tuple((b, g0, min(g0 + size, heads)) for b in range(k.shape[0]) for g0 in range(0, heads, size)),
         masked=key_mask is not None and not (problem.on_host and bool(key_mask.all())),
         in_place=allow_in_place and large and layout.kv_len >= layout.kv_block,
-        fits=size * per_head * threads <= max(limit * threads, room),
+        fits=size * per_head * threads <= max(limit * threads, SIDE_BY_SIDE_LIMIT * inputs),
     )
 
 
