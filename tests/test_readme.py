@@ -71,6 +71,15 @@ def test_isolation_is_quoted_from_its_record() -> None:
     assert isolated["ci95"][0] > stock["ci95"][1] and f"{arms['stock']['prompts']} prompts" in README
 
 
+def test_the_large_picture_is_quoted_from_its_record() -> None:
+    record = json.loads((ROOT / "benchmarks/high_resolution/tiny-image_4x_stage.json").read_text())
+    rows = {row["arm"]: row for row in record["rows"]}
+    dense, window = rows["two stages dense"], rows["two stages window"]
+    ratio = dense["seconds"]["value"] / window["seconds"]["value"]
+    assert f"{window['factor']}x the size: {ratio:.1f}x faster than dense, prompts followed" in README
+    assert dense["whole"]["value"] == window["whole"]["value"] == 1.0
+
+
 def test_no_cell_above_the_fold_is_longer_than_a_line() -> None:
     text = README[: README.index("<details>")]
     cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.strip("|").split("|")]
