@@ -129,20 +129,21 @@ def test_heads_that_cannot_go_side_by_side_are_computed_in_turn(n: int, device: 
 
 
 @pytest.mark.parametrize(
-    "seq, heads, ranges, fits",
+    "seq, heads, threads, ranges, fits",
     (
-        (1024, 4, ((0, 0, 2), (0, 2, 4)), True),  # as many groups as threads, though all heads fit one
-        (4096, 2, ((0, 0, 1), (0, 1, 2)), True),
-        (16384, 2, ((0, 0, 1), (0, 1, 2)), False),  # two copies at once would be half of q, k, v and o
-        (16384, 8, tuple((0, h, h + 1) for h in range(8)), True),
+        (1024, 4, 2, ((0, 0, 2), (0, 2, 4)), True),  # as many groups as threads, though all heads fit one
+        (4096, 2, 2, ((0, 0, 1), (0, 1, 2)), True),
+        (16384, 2, 2, ((0, 0, 1), (0, 1, 2)), True),  # two copies at once are half of q, k, v and o
+        (16384, 2, 4, ((0, 0, 1), (0, 1, 2)), False),
+        (16384, 8, 2, tuple((0, h, h + 1) for h in range(8)), True),
     ),
 )
 def test_groups_of_heads_go_side_by_side_where_memory_allows(
-    seq: int, heads: int, ranges: tuple[tuple[int, int, int], ...], fits: bool
+    seq: int, heads: int, threads: int, ranges: tuple[tuple[int, int, int], ...], fits: bool
 ) -> None:
     q = torch.empty(1, seq, heads, 64)
     layout = BlockLayout.dense(seq, seq, q_block=128, kv_block=128)
-    split = split_heads(Problem(q, q, q, layout, 1.0, None, None), precision(q.dtype, CPU), threads=2)
+    split = split_heads(Problem(q, q, q, layout, 1.0, None, None), precision(q.dtype, CPU), threads)
     assert split.ranges == ranges and split.fits is fits
 
 
