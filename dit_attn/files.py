@@ -282,6 +282,25 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def write_checkpoint(path: Path, state: dict[str, Any], kind: type[DitAttnError] = DitAttnError) -> None:
+    """Write the state of a training, atomically; its folder is made.
+
+    Raises:
+        DitAttnError: of the given kind: the disk is full or the folder cannot be written; the previous file stays.
+    """
+    import torch
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise kind(
+            f"cannot write the checkpoint to {path.parent} ({reason(error)}); free some space there, the previous "
+            "checkpoint is intact"
+        ) from error
+
+
 def read_weights(file: Path) -> dict[str, Any]:
     """Read a weights file from outside as data: safetensors, or a state dict without code in it.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, RunStopped
@@ -213,3 +214,19 @@ def test_a_path_that_cannot_be_is_named_with_its_flag(text: str, words: str) -> 
     with pytest.raises(DitAttnError, match=f"--output .*{words}") as caught:
         files.user_path(text, "--output")
     assert len(str(caught.value)) < 300 and files.user_path("~", "--output") == Path.home()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos")])
+@pytest.mark.parametrize("kind", [DitAttnError, RunStopped])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_last(tmp_path, monkeypatch, error, kind):
+    path = tmp_path / "run" / "checkpoint.pt"
+    files.write_checkpoint(path, {"step": 1})
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(DitAttnError, match=r"cannot write the checkpoint to .*previous checkpoint is intact$") as found:
+        files.write_checkpoint(path, {"step": 2}, kind)
+    assert type(found.value) is kind and os.listdir(path.parent) == [path.name]
+    assert torch.load(path, weights_only=True) == {"step": 1}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dit_attn import files
-from dit_attn.errors import DitAttnError, reason
+from dit_attn.errors import DitAttnError
 from dit_attn.models import nets
 from dit_attn.models.data import Batch, draw
 from dit_attn.models.recipe import Recipe
@@ -109,14 +109,7 @@ class Run:
             "average": self.average,
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
-        try:
-            with files.atomic_path(folder / CHECKPOINT) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise DitAttnError(
-                f"cannot write the checkpoint to {folder} ({reason(error)}); free some space there, the previous "
-                "checkpoint is intact"
-            ) from error
+        files.write_checkpoint(folder / CHECKPOINT, state)
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in `folder`.

@@ -104,13 +104,16 @@ class Training:
         return float(loss.detach())
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, atomically.
+
+        Raises:
+            DitAttnError: the disk is full or the folder cannot be written; the previous checkpoint stays.
+        """
         state = {
             "step": self.step, "seed": self.seed, "seconds": self.seconds, "model": self.model.state_dict(),
             "heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        with files.atomic_path(folder / CHECKPOINT) as temporary:
-            torch.save(state, temporary)
+        files.write_checkpoint(folder / CHECKPOINT, state)
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -388,19 +388,15 @@ class AnomalyGenerator:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a manifest; one that was cut off is dropped."""
-    if not path.is_file():
-        return []
-    return list(_rows(path))
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "decision" in row:
-            yield row
+            rows.append(row)
+    return rows
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dit_attn import files
-from dit_attn.errors import DitAttnError, reason
+from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
 from dit_attn.pipelines.anomaly.concept import Concept, ConceptSettings, add_lora, check_peft, lora_state, remove_lora
 from dit_attn.pipelines.anomaly.gate import Gate
@@ -210,14 +210,7 @@ class ConceptTraining:
             "losses": self.losses, "concept": self.concept.state_dict(), "optimizer": self.optimizer.state_dict(),
             "lora": [parameter.data for parameter in self.lora],
         }  # fmt: skip
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with files.atomic_path(folder / CHECKPOINT) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:
-            raise DitAttnError(
-                f"cannot write the checkpoint to {folder} ({reason(error)}); free some space, then --resume"
-            ) from error
+        files.write_checkpoint(folder / CHECKPOINT, state)
 
     def restore(self, folder: Path) -> None:
         """Go on from the checkpoint of a folder.

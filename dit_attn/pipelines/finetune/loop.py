@@ -12,7 +12,7 @@ import torch
 
 from dit_attn import files
 from dit_attn.api import disable, enable
-from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
@@ -220,14 +220,7 @@ class Finetune:
             "trained": {name: value.detach() for name, value in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        try:
-            with files.atomic_path(folder / CHECKPOINT) as temporary:
-                torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise RunStopped(
-                f"cannot write the checkpoint to {folder} ({reason(error)}); free some space there, the previous "
-                "checkpoint is intact"
-            ) from error
+        files.write_checkpoint(folder / CHECKPOINT, state, RunStopped)
         self.saved = self.step
 
     def restore(self, folder: Path) -> None:
