@@ -72,7 +72,8 @@ def enable(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **sett
             is changed then.
     """
     models, chosen, clock, pipe = _checked(target, wanted, settings)  # before anything is changed
-    sessions = [attach.attach(model, chosen, clock, pipe) for model in models]
+    parts = _parts(target).values()
+    sessions = [attach.attach(model, chosen, clock, pipe, wrapper=part) for model, part in zip(models, parts)]
     return sessions[0]
 
 
@@ -117,7 +118,7 @@ def enabled(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **set
         clocks = {id(old.clock): Clock() for _, old in before}
         for model, old in before:
             if old.methods or old.installed:
-                attach.attach(model, old.methods, clocks[id(old.clock)], old.owner, previous=old)
+                attach.attach(model, old.methods, clocks[id(old.clock)], old.owner, previous=old, wrapper=old.wrapper)
             else:
                 attach.watch(model, clocks[id(old.clock)], old.owner)
 

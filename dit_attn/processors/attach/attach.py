@@ -58,6 +58,7 @@ def attach(
     pipe: Any = None,
     sites: Sequence[str] = (),
     previous: Session | None = None,
+    wrapper: Any = None,
 ) -> Session:
     """Wrap the processor of every eligible layer of ``model``; replaces a session that is already there.
 
@@ -68,6 +69,7 @@ def attach(
         pipe: the pipeline, if there is one.
         sites: as for :func:`prepare`.
         previous: session whose methods keep the tensors that they have learned; default: the one that is replaced.
+        wrapper: the transformer as it was given, if it stands behind ``torch.compile``.
 
     Raises:
         DitAttnError: as for :func:`prepare`. Nothing is changed then.
@@ -77,7 +79,7 @@ def attach(
     detach(model)
     for name, processor in processors.items():
         set_processor(model.get_submodule(name), processor)
-    session.installed = True
+    session.installed, session.wrapper = True, wrapper
     install_hooks(session)
     return session
 
@@ -201,8 +203,8 @@ def install_hooks(session: Session) -> None:
         model.register_forward_hook(TwinHook(session), always_call=True)
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.
-        owner = session.owner
-        outer = [part for part in vars(owner).values() if _compiles(part, model)] if owner is not None else []
+        parts = [session.wrapper, *(vars(session.owner).values() if session.owner is not None else ())]
+        outer = [part for part in parts if _compiles(part, model)]
         session.guider.handle = (outer or [model])[0].register_forward_hook(GuidanceHook(session), with_kwargs=True)
         model.__dict__["compile"] = CompileHook(model, session)
         if not outer:

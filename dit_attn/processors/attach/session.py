@@ -64,6 +64,7 @@ class Session(TransformerRun):
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
         self.twin: TwinRunner | None = None
+        self.wrapper: Any = None  # the transformer as it was given, behind torch.compile
         self.learned = LearnedModules()
         self._awaited = 0  # number of the run whose end will be seen
         self._modules: weakref.WeakValueDictionary[str, torch.nn.Module] = weakref.WeakValueDictionary()

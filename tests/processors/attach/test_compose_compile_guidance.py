@@ -50,6 +50,24 @@ def test_guidance_runs_behind_a_transformer_that_is_compiled_in_place(order: str
     assert same(pipeline_run(pipe, kwargs, steps=2), stock)
 
 
+def test_guidance_runs_behind_a_compiled_transformer_that_is_given_without_its_pipeline() -> None:
+    pipe, kwargs = tiny_pipeline("wan")
+    for parameter in pipe.transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    dit_attn.enable(pipe, PAG)
+    eager = pipeline_run(pipe, kwargs, steps=2)
+    dit_attn.disable(pipe)
+    stock = pipeline_run(pipe, kwargs, steps=2)
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+    dit_attn.enable(pipe.transformer, PAG)
+    with dit_attn.enabled(pipe.transformer, SPARSE):
+        pass
+    torch.testing.assert_close(pipeline_run(pipe, kwargs, steps=2), eager, atol=1e-5, rtol=1e-5)
+    dit_attn.disable(pipe.transformer)
+    torch.testing.assert_close(pipeline_run(pipe, kwargs, steps=2), stock, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cogview4", "easyanimate"])
 def test_processors_that_call_torch_compile_to_one_graph(name: str) -> None:
     model, args = tiny(name)
