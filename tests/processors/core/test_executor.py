@@ -54,6 +54,8 @@ def test_a_joint_call_is_supported_and_others_say_why_not() -> None:
     assert executor.unsupported_reason(replace(call, tokens=None)) == f"unknown token layout for {SEQ} tokens"
     assert executor.unsupported_reason(replace(call, causal=True)) == "causal attention"
     assert executor.unsupported_reason(replace(call, tokens=apart)) == "visual tokens are not consecutive"
+    square = torch.ones(2, SEQ, SEQ, dtype=torch.bool)
+    assert executor.unsupported_reason(replace(call, mask=square)) == f"attention mask of shape (2, {SEQ}, {SEQ})"
     few = {name: getattr(call, name)[:, :255] for name in ("q", "k", "v")}
     assert executor.unsupported_reason(replace(call, tokens=short, **few)) == "sequence under 256 tokens"
 

@@ -270,6 +270,10 @@ def test_rows_that_no_bias_reaches_are_bit_equal_to_those_of_a_request_without_o
     biased.add_span_bias(call, slice(0, BEFORE), slice(30, 60), 1.5)
     a, b = run(call, plain), run(call, biased)
     assert torch.equal(a[:, BEFORE:], b[:, BEFORE:]) and not torch.equal(a[:, :BEFORE], b[:, :BEFORE])
+    dense = Request()
+    dense.add_span_bias(call, slice(3, 40), slice(30, 60), 1.5)
+    a, b = run(call, Request()), run(call, dense)
+    assert torch.equal(a[:, 40:], b[:, 40:]) and not torch.equal(a[:, 3:40], b[:, 3:40])
 
 
 @pytest.mark.parametrize(
@@ -396,6 +400,7 @@ def test_the_sampled_error_is_measured_against_biased_attention() -> None:
     request = with_layout(call)
     request.layout = BlockLayout.dense(VISUAL, SEQ, 16, 16)
     request.add_span_bias(call, slice(None), slice(0, 12), 3.0)
+    request.add_span_bias(call, slice(40, 60), slice(20, 90), 4.0)  # rows of a sample have their own
     assert executor.sampled_error(call, request, run(call, request)) < 1e-5
 
 

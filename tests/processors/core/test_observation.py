@@ -11,7 +11,7 @@ import torch
 
 import dit_attn
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import pooled_compensation
+from dit_attn.kernels import Epilogue, pooled_compensation
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.dispatch import dispatch_attention
@@ -58,8 +58,9 @@ def test_statistics_of_rows_and_regions_are_the_formula(mask: str, biased: bool,
         for rows, keys, value in ((slice(4, 90), slice(0, 9), 1.3), (slice(25, 70), slice(30, 50), -math.inf)):
             request.add_span_bias(call, rows, keys, value)
             total[:, :, rows, keys] += value
-        request.add_span_bias(call, slice(60, 62), slice(None), -math.inf)
-        total[:, :, 60:62] = -math.inf
+        for barred in (slice(60, 62), slice(1, 2), slice(SEQ - 1, SEQ)):
+            request.add_span_bias(call, barred, slice(None), -math.inf)
+            total[:, :, barred] = -math.inf
     before = run(call, request)
     found = observed(call, request)
     if request.permuted is not None and request.layout is not None:
@@ -87,6 +88,16 @@ def test_pooled_keys_count_for_the_spans_of_their_keys() -> None:
     torch.testing.assert_close(mass, out, atol=1e-6, rtol=1e-5)
     whole = observed(call, request, (slice(None),)).row_mass
     torch.testing.assert_close(whole, torch.ones_like(whole))
+
+
+def test_what_is_done_to_the_written_rows_is_no_part_of_their_attention() -> None:
+    call = attention_call()
+    plain, scaled = with_layout(call), with_layout(call)
+    blocks = (VISUAL + 15) // 16
+    scaled.epilogue = Epilogue(row_scale=torch.full((1, 1, blocks), 3.0), add=torch.ones(1, 1, blocks, call.v.shape[-1]))
+    assert not torch.equal(run(call, plain), run(call, scaled))
+    found, same = observed(call, scaled), observed(call, plain)
+    assert torch.equal(found.row_mass, same.row_mass) and torch.equal(found.lse, same.lse)
 
 
 def test_more_spans_than_channels_take_more_passes_and_none_leave_the_log_sum_exp() -> None:
