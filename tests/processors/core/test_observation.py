@@ -94,7 +94,8 @@ def test_what_is_done_to_the_written_rows_is_no_part_of_their_attention() -> Non
     call = attention_call()
     plain, scaled = with_layout(call), with_layout(call)
     blocks = (VISUAL + 15) // 16
-    scaled.epilogue = Epilogue(row_scale=torch.full((1, 1, blocks), 3.0), add=torch.ones(1, 1, blocks, call.v.shape[-1]))
+    shift = torch.ones(1, 1, blocks, call.v.shape[-1])
+    scaled.epilogue = Epilogue(row_scale=torch.full((1, 1, blocks), 3.0), add=shift)
     assert not torch.equal(run(call, plain), run(call, scaled))
     found, same = observed(call, scaled), observed(call, plain)
     assert torch.equal(found.row_mass, same.row_mass) and torch.equal(found.lse, same.lse)
