@@ -347,6 +347,31 @@ def test_a_bias_of_the_number_0_leaves_every_rank_to_stock_attention() -> None:
     assert Ranks(2).run(work) == [(False, {"nothing requested": 1})] * 2
 
 
+def test_a_rank_records_all_tokens_of_its_heads_of_a_call_that_stock_attention_computes() -> None:
+    full, parts = random_args(), [20, 288]
+    result = torch.randn(full.q.shape, generator=torch.Generator().manual_seed(3))
+
+    class Records:
+        role, min_tokens, sites = "", 0, ("self",)
+
+        def __init__(self) -> None:
+            self.seen: list[torch.Tensor] = []
+
+        def request(self, call: AttentionCall, request: Request) -> None:
+            request.record_output(self.seen.append)
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        method = Records()
+        run, layer = host_run([method])
+        q, k, v, stock = (sharded(x, parts, 2, mesh.rank) for x in (full.q, full.k, full.v, result))
+        out = dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: stock)
+        assert torch.equal(out, stock)
+        return method.seen[0]
+
+    first, second = Ranks(2).run(work)
+    assert torch.equal(torch.cat([first, second], 2), result)
+
+
 @pytest.mark.parametrize("count", (2, 3, 8))
 def test_budgets_of_another_number_of_heads_are_counted_on_every_rank(count: int) -> None:
     """Two are what a rank holds, and not what the layer has."""
