@@ -1,9 +1,21 @@
-"""Captions of the shapes world, which the embedded models know."""
+"""Captions of the shapes world, which most embedded models know."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+
+def knows_shapes(kind: str, model: str) -> bool:
+    """Return whether a model is embedded and draws the shapes world.
+
+    Args:
+        kind: of the model, see :class:`~dit_attn.cli.model_source.Source`.
+        model: its name.
+    """
+    from dit_attn import models
+
+    return kind == "embedded" and models.info(model).world == "shapes"
 
 
 def caption_kind(defaults: Mapping[str, Any]) -> str:

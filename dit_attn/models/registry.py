@@ -24,6 +24,7 @@ class ModelInfo:
         tokens: image or video tokens per sample at the default size.
         call_defaults: keyword arguments that every call needs (size, steps, guidance, text length).
         example: a caption that works.
+        world: what it was trained on, ``"shapes"`` or ``"inspection"`` (`dit_attn.eval`).
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModelInfo:
     tokens: int
     call_defaults: dict[str, Any]
     example: str
+    world: str = "shapes"
 
     @property
     def folder(self) -> Path:
@@ -96,6 +98,23 @@ MODELS: dict[str, ModelInfo] = {
         },
         example="a large red circle at the left on white",
     ),
+    "tiny-inspect": ModelInfo(
+        name="tiny-inspect",
+        pipeline="PixArtSigmaPipeline",
+        description="text to image, 64 x 64 pixels, products with defects",
+        tokens=256,
+        call_defaults={
+            "height": 64,
+            "width": 64,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "max_sequence_length": 16,
+        },
+        example="metal with a scratch",
+        world="inspection",
+    ),
 }
 
 
@@ -113,22 +132,6 @@ UNSHIPPED: dict[str, ModelInfo] = {
             "max_sequence_length": 40,
         },
         example="a large red circle at the left and a small green cross at the right on white",
-    ),
-    "tiny-inspect": ModelInfo(
-        name="tiny-inspect",
-        pipeline="PixArtSigmaPipeline",
-        description="text to image, 64 x 64 pixels, products with defects",
-        tokens=256,
-        call_defaults={
-            "height": 64,
-            "width": 64,
-            "num_inference_steps": 20,
-            "guidance_scale": 2.0,
-            "use_resolution_binning": False,
-            "clean_caption": False,
-            "max_sequence_length": 16,
-        },
-        example="metal with a scratch",
     ),
 }
 """Models that have a recipe to train them and no weights in the package yet."""

@@ -16,7 +16,8 @@ from dit_attn.eval.shapes_world import world
 from dit_attn.models import nets, registry
 from dit_attn.models.recipe import RECIPES
 
-NAMES = ["tiny-image", "tiny-video", "tiny-joint"]
+SHAPES = ["tiny-image", "tiny-video", "tiny-joint"]
+NAMES = [*SHAPES, "tiny-inspect"]
 
 
 def _run(name, pipeline, **changes):
@@ -40,7 +41,10 @@ def test_dtype_is_taken():
     assert next(models.load("tiny-image", dtype=torch.bfloat16).transformer.parameters()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("name", "shape"), list(zip(NAMES, [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3)])))
+SIZES = [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3), (64, 64, 3)]
+
+
+@pytest.mark.parametrize(("name", "shape"), list(zip(NAMES, SIZES)))
 def test_call_defaults_run_and_give_the_stated_size(name, shape):
     output = _run(name, models.load(name))
     assert output.shape == shape
@@ -61,7 +65,7 @@ def test_tokens_are_what_the_entry_says(name):
     assert set(seen) == {models.info(name).tokens}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_the_caption_changes_the_output(name):
     pipeline = models.load(name)
     pipeline.set_progress_bar_config(disable=True)
@@ -81,7 +85,7 @@ def test_folder_is_small_and_readable_by_everyone(name):
     assert all(p.stat().st_mode & stat.S_IROTH for p in files)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_every_word_of_the_world_is_a_token(name):
     tokenizer = models.load(name).tokenizer
     unknown = [w for w in world.vocabulary() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options
+from dit_attn.cli.captions import knows_shapes
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.model_source import locate
@@ -72,12 +73,12 @@ def check_captions(options: Options, kind: str) -> None:
     Raises:
         DitAttnError: so it is, or there is no prompt.
     """
-    if kind == "embedded":
+    if knows_shapes(kind, options["model"]):
         return
     for name in ("held_out",) if has_prompts(options) else ("held_out", "check"):
         if options.get(name):
             raise DitAttnError(
-                f"--{name.replace('_', '-')} {options[name]} without prompts is for embedded models, which know the "
+                f"--{name.replace('_', '-')} {options[name]} without prompts is for embedded models of the "
                 f"shapes world, not for {options['model']}; give --prompts FILE with --items N --check N"
             )
     if not has_prompts(options):

@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options, outputs, resolve_methods, run_record
-from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.captions import held_out_captions, knows_shapes
 from dit_attn.cli.check_run import check_run
 from dit_attn.cli.commands.compare.early import call_of, check_items, parse_seeds, unguided, wanted_metrics
 from dit_attn.cli.jobs import Job
@@ -80,7 +80,7 @@ class CompareConfig:
         specs = method_options.method_variants(options)
         load = LoadConfig.from_options(options)
         source = load.source
-        metrics = wanted_metrics(options.get("metrics"), source.kind == "embedded")
+        metrics = wanted_metrics(options.get("metrics"), knows_shapes(source.kind, source.name))
         variants = comparison.with_dense(_variants(specs, source, options.get("preset")))
         guided = any(method.role == "guidance" for variant in variants for method in variant.methods)
         if options.get("match_strength") and not guided:

@@ -8,6 +8,7 @@ from typing import Any
 from dit_attn import files
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options
+from dit_attn.cli.captions import knows_shapes
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_index import known_methods
 from dit_attn.cli.model_source import locate
@@ -61,9 +62,9 @@ def check_items(options: Options, kind: str) -> None:
     if "held_out" in options:
         if "prompt" in options or "prompts" in options:
             raise DitAttnError("--held-out and prompts together are two sets of items; give one of them")
-        if kind != "embedded":
+        if not knows_shapes(kind, options["model"]):
             raise DitAttnError(
-                f"--held-out {options['held_out']} is for embedded models, which know the shapes world, not for "
+                f"--held-out {options['held_out']} is for embedded models of the shapes world, not for "
                 f"{options['model']}; give --prompts FILE"
             )
     if "seeds" not in options:
@@ -96,18 +97,18 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def wanted_metrics(text: str | None, embedded: bool) -> tuple[str, ...]:
+def wanted_metrics(text: str | None, shapes: bool) -> tuple[str, ...]:
     """Return the scores to compute besides PSNR and SSIM.
 
     Args:
         text: of ``--metrics``; ``None`` for the default.
-        embedded: whether the model is, which knows the shapes world.
+        shapes: whether the model draws the shapes world.
 
     Raises:
         DitAttnError: an unknown one.
     """
     if text is None:
-        return constant(_METRICS, "WORLD") if embedded else ()
+        return constant(_METRICS, "WORLD") if shapes else ()
     known = constant(_METRICS, "METRICS")
     names = [name.strip() for name in text.split(",")]
     for name in names:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import outputs
-from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.captions import held_out_captions, knows_shapes
 from dit_attn.cli.commands.search import early
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
@@ -70,7 +70,7 @@ class HeadSearchConfig:
         pairs, call = make_pairs(options, source)
         steps = options.get("search_steps")
         search = SearchConfig(**{"controls": 1, "steps": steps, **settings, **options.pick(*_SEARCH)})
-        objective = options.get("objective", "clip-world" if source.kind == "embedded" else "clip")
+        objective = options.get("objective", "clip-world" if knows_shapes(source.kind, source.name) else "clip")
         default = Path("outputs") / f"search-{Path(source.path).name or 'model'}"
         folder = outputs.folder_of(options.get("output"), default)
         rest = options.pick("resume", "dry_run", "json")

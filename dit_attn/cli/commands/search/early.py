@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options, resolve_methods
+from dit_attn.cli.captions import knows_shapes
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.method_index import known_methods
@@ -42,7 +43,7 @@ def check(options: Options) -> None:
     kind, _, defaults = locate(options["model"])
     if has_prompts(options):
         wanted_jobs(options, job_files.make_jobs(options.values, defaults))
-    elif kind != "embedded":
+    elif not knows_shapes(kind, options["model"]):
         raise DitAttnError("no prompt; give --prompt TEXT or --prompts FILE")
 
 

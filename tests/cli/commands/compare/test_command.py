@@ -175,8 +175,8 @@ def test_a_network_that_is_not_there_is_refused_before_anything_is_loaded(compar
 
 
 def test_other_models_get_no_metrics_unasked():
-    assert wanted_metrics("clip-world, psnr,clip-world", embedded=False) == ("clip-world",)
-    assert wanted_metrics(None, embedded=False) == ()
+    assert wanted_metrics("clip-world, psnr,clip-world", shapes=False) == ("clip-world",)
+    assert wanted_metrics(None, shapes=False) == ()
 
 
 def test_resume_makes_nothing_that_is_there_and_only_what_is_missing(first, tmp_path, monkeypatch):
