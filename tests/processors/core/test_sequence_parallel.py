@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn import BlockSparse, RectifiedSpaAttn
-from dit_attn.processors.core import sequence_parallel
+from dit_attn.processors.core import executor, sequence_parallel
 from dit_attn.processors.core.call import AttentionCall, Request, SDPAArgs
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
@@ -345,6 +345,28 @@ def test_a_bias_of_the_number_0_leaves_every_rank_to_stock_attention() -> None:
         return bool(out.any()), layer.stats.fallbacks
 
     assert Ranks(2).run(work) == [(False, {"nothing requested": 1})] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["bounded", "failed kernel"])
+def test_no_rank_goes_dense_alone(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """The error of a rank's heads is its own, and so is the failure of its kernel: the others wait in an exchange."""
+    method = BlockSparse(density=0.1, q_block=32, kv_block=32, dense_steps=0, max_error=1e-9)
+    full = random_args()
+    if fails:
+        monkeypatch.setattr(executor, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory for the tile")))
+
+    def work(mesh: Mesh) -> Any:
+        run, layer = host_run([method])
+        q, k, v = (sharded(x, [20, 288], 2, mesh.rank) for x in (full.q, full.k, full.v))
+        dispatch_attention(run, layer, replace(full, q=q, k=k, v=v, mesh=mesh), lambda _: q)
+        return layer
+
+    if fails:
+        with pytest.raises(RuntimeError, match="no memory for the tile"):
+            Ranks(2).run(work)
+        return
+    for layer in Ranks(2).run(work):
+        assert layer.disabled is None and layer.stats.sparse_calls == 1 and layer.stats.error is None
 
 
 def test_a_rank_records_all_tokens_of_its_heads_of_a_call_that_stock_attention_computes() -> None:
