@@ -65,7 +65,7 @@ def _entry(entry: Any) -> dict[str, Any]:
 
 def _show(data: dict[str, Any]) -> None:
     embedded = Table(
-        ("name", "what it makes", ">attributes right", ">tokens", ">size", "pipeline", "try"),
+        ("name", "what it makes", ">right", ">tokens", ">size", "pipeline", "try"),
         [
             (
                 entry["name"], entry["description"], _score(entry), f"{entry['tokens']:,}",
@@ -95,6 +95,12 @@ def _methods(row: dict[str, Any], slugs: list[str]) -> str:
 
 
 def _score(entry: dict[str, Any]) -> str:
-    """How many attributes of held-out captions an embedded model draws right."""
-    overall = (entry["figures"] or {}).get("all_attributes")
-    return f"{100 * overall['accuracy']:.0f} % of {overall['of']:,}" if overall else "not recorded"
+    """How many attributes of held-out captions an embedded model draws right, or how many defects it paints."""
+    figures = entry["figures"] or {}
+    if overall := figures.get("all_attributes"):
+        return f"{100 * overall['accuracy']:.0f} % of {overall['of']:,} attributes"
+    if "held_out_pairs" in figures:
+        groups = [figures[name] for name in ("seen_pairs", "held_out_pairs")]
+        count, passed = sum(group["of"] for group in groups), sum(group["word"]["passed"] for group in groups)
+        return f"{100 * passed / count:.0f} % of {count:,} defects"
+    return "not recorded"
