@@ -204,6 +204,9 @@ def save_folder(pipeline: Any, folder: Path) -> None:
     for name, part in small.components.items():
         if name == "transformer" or name.startswith("text_encoder"):
             part.to(dtype=torch.float16)
+        elif name.startswith("tokenizer"):  # without the padding of the last batch
+            part.backend_tokenizer.no_padding()
+            part.backend_tokenizer.no_truncation()
     small.save_pretrained(folder)
     for path in folder.rglob("tokenizer_config.json"):
         config = json.loads(path.read_text())

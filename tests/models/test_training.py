@@ -184,6 +184,7 @@ def test_export_is_a_folder_that_diffusers_loads_with_the_same_weights(name, tmp
     run = _run(name)
     torch.nn.init.normal_(run.model.transformer.proj_out.weight)
     run.average = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.tokenizer(["a large red circle"], padding="max_length", truncation=True)
     for _ in range(2):  # over an existing folder, too
         export.export(run, tmp_path / "out", {"note": 1})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
@@ -193,6 +194,8 @@ def test_export_is_a_folder_that_diffusers_loads_with_the_same_weights(name, tmp
                 assert torch.allclose(value.float(), run.average[f"{part}.{key}"], atol=2e-3), (part, key)
     parts = {name for name, part in pipeline.components.items() if part is not None}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model_index.json", "training.json", *parts}
+    saved = [json.loads(path.read_text()) for path in tmp_path.rglob("tokenizer.json")]
+    assert saved and all(one["padding"] is one["truncation"] is None for one in saved)  # not those of the last batch
 
 
 def test_dropped_captions_are_empty_prompts():
