@@ -205,6 +205,14 @@ class Backbone:
         """Encode (B, 3, H, W) in [0, 1] as normalized latents (B, C, h, w), fp32."""
         return encode(self.pipe, pixels.to(self.device))
 
+    @torch.no_grad()
+    def round_trip(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Send (B, 3, H, W) in [0, 1] through the autoencoder and back, on the CPU: what is lost are its traces."""
+        vae, frame = self.pipe.vae, form_of(self.pipe).single_frame
+        values = (pixels * 2 - 1).to(self.device, vae.dtype)
+        out = vae.decode(vae.encode(values[:, :, None] if frame else values).latent_dist.mode()).sample
+        return ((out[:, :, 0] if frame else out).float() / 2 + 0.5).clamp(0, 1).cpu()
+
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Bring latents (B, C, h, w) into the form in which the pipeline holds them."""
         return form_of(self.pipe).pack(self.pipe, latents)

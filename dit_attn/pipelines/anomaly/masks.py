@@ -39,6 +39,33 @@ def boxed(mask: np.ndarray) -> np.ndarray:
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
+def find_place(part: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw a place where a mask lies inside a region.
+
+    Args:
+        part: (h, w) bool.
+        region: (H, W) bool.
+        rng: random numbers.
+
+    Returns:
+        Row and column of its upper left corner.
+
+    Raises:
+        DitAttnError: it fits nowhere.
+    """
+    height, width = region.shape
+    spots = np.argwhere(region)
+    if part.shape[0] <= height and part.shape[1] <= width and len(spots):
+        for _ in range(_TRIES):
+            cy, cx = spots[rng.integers(len(spots))]
+            top = int(np.clip(cy - part.shape[0] // 2, 0, height - part.shape[0]))
+            left = int(np.clip(cx - part.shape[1] // 2, 0, width - part.shape[1]))
+            here = region[top : top + part.shape[0], left : left + part.shape[1]]
+            if (part & here).sum() >= _INSIDE * part.sum():
+                return top, left
+    raise DitAttnError("a mask fits nowhere on the product; give larger images, smaller masks or another --roi")
+
+
 def placed(mask: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Move a mask to a random place in a region of another image.
 
@@ -51,19 +78,11 @@ def placed(mask: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np
         DitAttnError: it fits nowhere.
     """
     part = boxed(mask)
-    height, width = region.shape
-    spots = np.argwhere(region)
-    if part.shape[0] <= height and part.shape[1] <= width and len(spots):
-        for _ in range(_TRIES):
-            cy, cx = spots[rng.integers(len(spots))]
-            top = int(np.clip(cy - part.shape[0] // 2, 0, height - part.shape[0]))
-            left = int(np.clip(cx - part.shape[1] // 2, 0, width - part.shape[1]))
-            here = region[top : top + part.shape[0], left : left + part.shape[1]]
-            if (part & here).sum() >= _INSIDE * part.sum():
-                out = np.zeros(region.shape, bool)
-                out[top : top + part.shape[0], left : left + part.shape[1]] = part & here
-                return out
-    raise DitAttnError("a mask fits nowhere on the product; give larger images, smaller masks or another --roi")
+    top, left = find_place(part, region, rng)
+    box = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+    out = np.zeros(region.shape, bool)
+    out[box] = part & region[box]
+    return out
 
 
 def augmented(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

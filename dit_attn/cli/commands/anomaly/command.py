@@ -1,4 +1,4 @@
-"""``dit-attn anomaly``: learn defects from a few shots, make image-mask pairs of them."""
+"""``dit-attn anomaly``: learn defects from a few shots, make image-mask pairs, measure what they are worth."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.errors import unknown
 
-JOBS = ("train", "generate")
+JOBS = ("train", "generate", "benchmark")
 GROUPS = {
-    "job": (flags.Flag("job", "train or generate", default="required", metavar="JOB", positional=True),),
+    "job": (flags.Flag("job", "train, generate or benchmark", default="required", metavar="JOB", positional=True),),
     "model": (*flags.MODEL, *flags.only(flags.WEIGHTS, "dtype"),
               flags.Flag("resolution", "pixels along a side at which the model works", int, "the model's", low=16)),
     "data": (
@@ -57,6 +57,19 @@ GROUPS = {
                    many=True, metavar="NAME"),
         flags.Flag("with-normals", "write the normal images too", "on-or-off", "on"),
     ),
+    "benchmark": (
+        flags.Flag("arms", "where pairs come from: none, cutpaste, crop-paste, perlin, generated, reweighted",
+                   default="all that are there", nargs="+", metavar="NAME"),
+        flags.Flag("k", "numbers of real shots", int, "1 3 5 10", nargs="+", low=1, metavar="N"),
+        flags.Flag("seeds", "repetitions, each with other shots and weights", int, "5", low=1),
+        flags.Flag("pairs", "pairs that every arm adds", int, "200", low=1),
+        flags.Flag("segmenter-steps", "optimizer steps of the segmenter", int, "1000", low=1),
+        flags.Flag("segmenter-width", "channels of its first level", int, "16", low=4),
+        flags.Flag("segmenter-size", "pixels along a side at which it sees images; a multiple of 8", int,
+                   "64; 256 for given images", low=16),
+        flags.Flag("quick", "k 1 and 5, 3 seeds, 24 pairs, 150 steps, width 8; two pairs of the inspection world",
+                   bool),
+    ),
     "output": (
         flags.Flag("output", "folder of the files", default="outputs/anomaly-JOB", short=("-o",), metavar="DIR"),
         flags.Flag("json", "print a JSON report instead of text", bool),
@@ -73,6 +86,8 @@ _EXAMPLES = """examples:
   dit-attn anomaly generate --model org/name --normal good \\
       --concept outputs/scratch/concept.safetensors --per-defect 100 \\
       --format mvtec --format coco --output outputs/pairs
+  dit-attn anomaly benchmark --model org/name --data mvtec --product bottle \\
+      --k 1 5 --output outputs/benchmark
 """
 
 
@@ -82,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "anomaly JOB [options]",
         "Learn defects from a few images with masks (train), and make image-mask pairs of them on normal images "
-        "(generate). Pairs that do not show the defect are rejected, kept apart with the reason, and made again.",
+        "(generate). Pairs that do not show the defect are rejected, kept apart with the reason, and made again. "
+        "Measure what a segmenter learns from them next to cheap ways of making defects (benchmark).",
         _EXAMPLES,
     )
     parsers.add_groups(parser, GROUPS)
@@ -97,6 +113,10 @@ def run(args: argparse.Namespace) -> int:
     options = flags.merge(args, GROUPS, replaced=())
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
+    if options["job"] == "benchmark":
+        from dit_attn.cli.commands.anomaly import benchmark
+
+        return benchmark.benchmark(options)
     from dit_attn.cli.commands.anomaly import jobs
 
     return jobs.train(options) if options["job"] == "train" else jobs.generate(options)

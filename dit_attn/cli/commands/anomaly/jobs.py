@@ -1,4 +1,4 @@
-"""The two jobs of ``dit-attn anomaly``: everything is checked before the model is loaded."""
+"""Training and generation of ``dit-attn anomaly``: everything is checked before the model is loaded."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from dit_attn.pipelines.anomaly.sources import Source, from_folders, from_tree, 
 
 def train(options: Options) -> int:
     """Learn the defects; returns 0, or 130 after Ctrl-C."""
-    _check_model(options)
-    _reject(options, "train", "concept", "count", "per_defect")
-    source = _source(options, shots=True)
+    check_model(options)
+    reject(options, "train", "concept", "count", "per_defect")
+    source = find_source(options, shots=True)
     source.check()
-    output = _output(options, "train")
+    output = output_folder(options, "train")
     if options.get("dry_run"):
         print(_plan(source, options.get("train_steps", 200)))
         return 0
@@ -36,8 +36,8 @@ def train(options: Options) -> int:
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
     from dit_attn.pipelines.anomaly import training
 
-    config = _train_config(options)
-    backbone = _backbone(options)
+    config = train_config(options)
+    backbone = load_backbone(options)
     with progress_bar(config.steps, "learn", "step", not options.get("json")) as bar:
         try:
             concept = training.train(
@@ -67,8 +67,8 @@ def train(options: Options) -> int:
 
 def generate(options: Options) -> int:
     """Make pairs; returns 0, 1 where some are missing, or 130 after Ctrl-C."""
-    _check_model(options)
-    _reject(options, "generate", "defects", "push_to_hub")
+    check_model(options)
+    reject(options, "generate", "defects", "push_to_hub")
     if "concept" not in options:
         raise DitAttnError("no concept; give --concept FILE, which `dit-attn anomaly train` writes")
     formats = options.get("format", ["mvtec"])
@@ -77,27 +77,26 @@ def generate(options: Options) -> int:
         raise DitAttnError("--mask-source given needs the masks; give --masks DIR")
     with loading_libraries(not options.get("json")):
         from dit_attn.pipelines.anomaly.concept import Concept
-        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, GenerateConfig, check_counts, read_rows
+        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, check_counts, read_rows
     concept = Concept.load(options["concept"])
     counts = _counts(options, [tuple(name.split("+", 1)) for name in concept.settings.pairs])
     check_counts(counts)
-    source = _source(options, shots=False, products=[product for product, _ in counts])
+    source = find_source(options, shots=False, products=[product for product, _ in counts])
     for product, _ in counts:
         if not source.normals.get(product):
             raise DitAttnError(f"there are no normal images of {product!r}; give --normal DIR and --product {product}")
     masks = {pair: _masks(options, concept, pair) for pair in counts}
     roi = _roi(options.get("roi", "auto"))
-    output = _output(options, "generate")
+    output = output_folder(options, "generate")
     if (output / "manifest.jsonl").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds pairs; add --resume, or choose another --output")
     if options.get("dry_run"):
         for (product, defect), count in counts.items():
             print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
         return 0
-    given = {"guidance": options.get("guidance_scale")} if "guidance_scale" in options else {}
-    config = GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "seed"), **given)
+    config = generate_config(options)
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
-    backbone = _backbone(options, concept.settings.resolution)
+    backbone = load_backbone(options, concept.settings.resolution)
     generator = AnomalyGenerator(backbone.pipe, concept, config, resolution=backbone.resolution)
     generator.encode_prompts(list(counts), free=True)
     total = sum(counts.values())
@@ -123,20 +122,22 @@ def generate(options: Options) -> int:
 # -- what the flags name -----------------------------------------------------------------------------------------------
 
 
-def _check_model(options: Options) -> None:
+def check_model(options: Options) -> None:
+    """Refuse a model that is not there."""
     kind, path, _ = locate(options["model"], options.get("revision"), options.get("variant"))
     if kind == "hub":
         check_reachable(path, options.get("revision"))
 
 
-def _reject(options: Options, job: str, *names: str) -> None:
+def reject(options: Options, job: str, *names: str) -> None:
+    """Refuse flags of other jobs."""
     for name in names:
         if name in options:
             raise DitAttnError(f"--{name.replace('_', '-')} is not for `anomaly {job}`; leave it out")
 
 
-def _source(options: Options, shots: bool, products: Sequence[str] = ()) -> Source:
-    """The images that the flags name."""
+def find_source(options: Options, shots: bool, products: Sequence[str] = ()) -> Source:
+    """Find the images that the flags name."""
     path = {name: files.user_path(options[name], f"--{name}") for name in ("normal", "defects", "masks", "data")
             if name in options}  # fmt: skip
     if ("data" in path) == ("normal" in path):
@@ -211,14 +212,16 @@ def _roi(text: str) -> Callable[[Path, np.ndarray], np.ndarray] | None:
     return region
 
 
-def _output(options: Options, job: str) -> Path:
+def output_folder(options: Options, job: str) -> Path:
+    """Return the folder of the run's files."""
     output = files.user_path(options.get("output", f"outputs/anomaly-{job}"), "--output")
     if output.is_file():
         raise DitAttnError(f"--output {output} is a file; give a folder")
     return output
 
 
-def _train_config(options: Options) -> Any:
+def train_config(options: Options) -> Any:
+    """Return how a concept is learned."""
     from dit_attn.pipelines.anomaly.training import TrainConfig
 
     names = {"train_steps": "steps", "train_batch": "batch", "prompt_template": "prompt",
@@ -228,8 +231,16 @@ def _train_config(options: Options) -> Any:
     return TrainConfig(**given)
 
 
-def _backbone(options: Options, resolution: int | None = None) -> Any:
-    """The loaded model."""
+def generate_config(options: Options) -> Any:
+    """Return how pairs are made."""
+    from dit_attn.pipelines.anomaly.generator import GenerateConfig
+
+    given = {"guidance": options["guidance_scale"]} if "guidance_scale" in options else {}
+    return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "seed"), **given)
+
+
+def load_backbone(options: Options, resolution: int | None = None) -> Any:
+    """Load the model."""
     from dit_attn.cli.load_pipeline import LoadConfig, load_pipeline
     from dit_attn.pipelines.anomaly.backbone import FAMILIES, Backbone
 

@@ -7,17 +7,6 @@ import json
 import pytest
 
 from dit_attn.cli import main
-from dit_attn.models import nets
-from tests._support.inspection_pipelines import data, tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a tiny model and data."""
-    folder = tmp_path_factory.mktemp("anomaly")
-    nets.save_folder(tiny_pipeline(), folder / "model")
-    data(folder / "data")
-    return folder
 
 
 def _train(place, *words):
