@@ -93,9 +93,9 @@ def perlin(materials: Materials, rng: np.random.Generator) -> Sample:
     region = foreground(image)
     mask = np.zeros(region.shape, bool)
     for _ in range(_TRIES):
-        noise = ndimage.rotate(
-            perlin_noise(image.shape[:2], 2 ** rng.integers(0, 7, 2), rng), rng.uniform(-90, 90), reshape=False, order=1
-        )
+        periods = [2 ** int(power) for power in rng.integers(0, 7, 2)]
+        noise = perlin_noise(image.shape[:2], periods, rng)
+        noise = ndimage.rotate(noise, rng.uniform(-90, 90), reshape=False, order=1)
         mask = (noise > 0.5) & region
         if 0 < mask.mean() < 0.9 and mask.sum() >= 4:
             break

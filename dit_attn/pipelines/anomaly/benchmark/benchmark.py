@@ -112,14 +112,13 @@ class Benchmark:
             DitAttnError: an image cannot be used, or the disk is full.
         """
         cells = list(self.config.cells(self.tasks))
-        done, place = None, (None, -1)
+        done: _Trial | None = None
         for task, seed, shots, arm in cells:
             key = key_of(task, seed, shots, arm)
             if key in self.log.rows:
                 continue
-            if (task, seed) != place:
-                done, place = _Trial(self, task, seed), (task, seed)
-            assert done is not None
+            if done is None or (done.task, done.seed) != (task, seed):
+                done = _Trial(self, task, seed)
             self.log.add(key, done.measure(shots, arm))
         return [self.log.rows[key_of(*cell)] for cell in cells]
 
