@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run:
         pipeline, steps = _of_run(args.run, recipe(args.name, tail=args.tail))
     else:
-        pipeline, steps = load(args.name), info(args.name).training.get("steps_done")
+        pipeline, steps = load(args.name), info(args.name).steps_trained
     figures, samples = evaluate(pipeline, kind, call, args.count, args.seed, args.batch)
     words = [args.name, "--count", args.count, "--seed", args.seed, "--batch", args.batch]
     for flag in ("guidance_scale", "steps", "size", "run"):

@@ -51,6 +51,18 @@ class ModelInfo:
         path = self.folder / "training.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
+    @property
+    def steps_trained(self) -> int | None:
+        """Optimizer steps behind the weights, those that a tail went on from included; `None` when not recorded."""
+        record: dict[str, Any] | None = self.training
+        if not record:
+            return None
+        steps = 0
+        while record:
+            steps += record["steps_done"]
+            record = record.get("went_on_from")
+        return steps
+
 
 MODELS: dict[str, ModelInfo] = {
     "tiny-image": ModelInfo(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from dit_attn import models
+from dit_attn.cli.model_source import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARISON = ("<!-- comparison: begin -->", "<!-- comparison: end -->")
@@ -19,6 +23,7 @@ OF_MODELS = {  # tables of pages, by the records that they are made of
     "the sparse methods, above": "readers/{}",
 }
 PAGE = "docs/results.md"
+EARLIER = " †"  # behind what was measured with weights that a model no longer ships with
 
 
 def table() -> str:
@@ -64,19 +69,29 @@ def baselines() -> str:
 
 
 def dense(pattern: str) -> dict[str, Any] | None:
-    """Return how often dense follows the prompt in a record: ``value``, ``ci95`` and ``n``; ``None`` without one."""
+    """Return how often dense follows the prompt in a record; ``None`` without one.
+
+    ``value``, ``ci95``, ``n``, and ``earlier``: whether the record is of weights that the model no longer ships with.
+    """
     for path in sorted((ROOT / "benchmarks").glob(f"{pattern}.json")):
         data = json.loads(path.read_text())
         if "whole_caption" in data:
             found = data["whole_caption"]
-            return {"value": found["accuracy"], "ci95": found["ci95"], "n": found["of"]}
-        return next(row["verifier"]["whole"] for row in data["headline"] if row["label"] == "dense")
+            return {"value": found["accuracy"], "ci95": found["ci95"], "n": found["of"], "earlier": False}
+        found = next(row["verifier"]["whole"] for row in data["headline"] if row["label"] == "dense")
+        return {**found, "earlier": data["model"]["fingerprint"] != shipped(data["model"]["model"])}
     return None
+
+
+@cache
+def shipped(name: str) -> str:
+    """Return the fingerprint of the weights that a model ships with."""
+    return fingerprint(models.info(name).folder)
 
 
 def _baseline(pattern: str) -> str:
     found = dense(pattern)
-    return f"{_interval(found, 100.0, 0)} of {found['n']}" if found else ""
+    return f"{_interval(found, 100.0, 0)} of {found['n']}{EARLIER * found['earlier']}" if found else ""
 
 
 def current(marks: tuple[str, str] = COMPARISON) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_attn import models
+from dit_attn import files, models
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import world
 from dit_attn.models import nets, registry
@@ -143,6 +143,18 @@ def test_training_record_names_recipe_seed_and_versions(name):
     record = models.info(name).training
     assert record["name"] == name
     assert {"seed", "steps_done", "recipe", "environment", "figures"} <= set(record)
+
+
+def test_the_steps_of_weights_are_those_of_all_trainings_that_went_on_from_each_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "WEIGHTS", tmp_path)
+    assert models.info("tiny-image").steps_trained is None
+    (tmp_path / "tiny-image").mkdir()
+    first, second = {"steps_done": 100}, {"steps_done": 20}
+    files.write_json(tmp_path / "tiny-image/training.json", {"steps_done": 3, "went_on_from": second})
+    assert models.info("tiny-image").steps_trained == 23
+    second["went_on_from"] = first
+    files.write_json(tmp_path / "tiny-image/training.json", {"steps_done": 3, "went_on_from": second})
+    assert models.info("tiny-image").steps_trained == 123
 
 
 def test_entries_are_immutable():

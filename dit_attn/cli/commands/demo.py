@@ -39,8 +39,8 @@ class Show:
 SHOWS = (
     Show(
         "tiny-image",
-        "a large green cross at the bottom on gray",
-        45,
+        "a large purple cross at the right on gray",
+        2,
         ("rectified-spaattn", "re-ttention:mask=selected"),
     ),
     Show("tiny-video", "a large purple circle moving left fast on black", 42, ("re-ttention:mask=selected",)),

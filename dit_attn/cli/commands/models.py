@@ -58,7 +58,7 @@ def _entry(entry: Any) -> dict[str, Any]:
         "megabytes": round(entry.size_bytes / 1e6, 1),
         "call_defaults": entry.call_defaults,
         "example": entry.example,
-        "steps_trained": training.get("steps_done"),
+        "steps_trained": entry.steps_trained,
         "figures": training.get("figures") or None,
     }
 

@@ -47,7 +47,7 @@ def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_pat
 
 
 def test_a_model_of_defects_is_scored_by_what_it_paints(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(registry.UNSHIPPED["tiny-inspect"].call_defaults, "height", 32)
+    monkeypatch.setitem(registry.MODELS["tiny-inspect"].call_defaults, "height", 32)
     assert _run("tiny-inspect", "--output", tmp_path, "--device", "cpu", "--final-count", 1) == 0
     out = capsys.readouterr().out
     assert re.search(r"pairs of the training, 1 pieces: ratio -?\d+\.\d+, \d pass \(normal prompt", out)
