@@ -107,10 +107,11 @@ def test_who_attends_to_references_is_the_definition_in_float64(settings: dict[s
 def flux() -> tuple[Any, dict[str, Any]]:
     """A tiny Flux with a reference of the size of the picture."""
     torch.manual_seed(0)
-    net = FluxTransformer2DModel(
+    net: Any = FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    net.eval()
     ids = torch.cat([image_ids(height=16, width=18), image_ids(kind=1, height=16, width=18)])
     args = {
         "hidden_states": torch.randn(2, 576, 4),
