@@ -38,6 +38,7 @@ _EXPORTS = {
     "STG": "dit_attn.processors.methods.stg",
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
+    "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
     from dit_attn.processors.methods.subject_isolation import SubjectIsolation
+    from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
     "SEG",
@@ -92,6 +94,7 @@ __all__ = [
     "Session",
     "SoftPAG",
     "SubjectIsolation",
+    "SubjectReposition",
     "Summary",
     "__version__",
     "attn_processors",

@@ -46,6 +46,8 @@ def with_subjects(options: Options, specs: Sequence[MethodSpec], jobs: Sequence[
             raise DitAttnError(f"{spec.name} has subjects of its own, and {where} too; give one of them")
         if spec.settings.get("overlap", "refuse") == "refuse":
             check_overlap(subjects)
+        if spec.name == "reposition" and not any("from" in one or "reference" in one for one in subjects):
+            raise DitAttnError(f'{where}: no subject is to be moved; add "from", the box that one comes from')
         spec.settings["subjects"] = list(subjects)
     return [*specs, *(spec for spec in taking if spec not in specs)]
 

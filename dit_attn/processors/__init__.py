@@ -22,6 +22,7 @@ _METHODS = {
     "SoftPAG": "softpag",
     "SaaS": "saas",
     "SubjectIsolation": "subject_isolation",
+    "SubjectReposition": "subject_reposition",
 }
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.softpag import SoftPAG
     from dit_attn.processors.methods.stg import STG
     from dit_attn.processors.methods.subject_isolation import SubjectIsolation
+    from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
     "SEG",
@@ -51,6 +53,7 @@ __all__ = [
     "SaaS",
     "SoftPAG",
     "SubjectIsolation",
+    "SubjectReposition",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 
 import dit_attn
@@ -86,6 +87,21 @@ class SubjectsMixin:
             torch.testing.assert_close(out.double()[:, rows], expected, atol=2e-5, rtol=1e-4)
         assert touched == self.sockets + self.cross_sockets
         dit_attn.enable(net, dit_attn.SubjectIsolation(subjects=SUBJECTS[:1]))
+        assert same(stock, self.call(net, args))
+
+    def test_subjects_are_moved_or_refused_and_those_that_stay_change_nothing(self, net: Any, args: Any) -> None:
+        stock = self.call(net, args)
+        moved = [{**one, "from": other["box"]} for one, other in zip(SUBJECTS, SUBJECTS[::-1])]
+        if not self.sockets or not getattr(self, "rotary", False):
+            with pytest.raises(dit_attn.DitAttnError, match="no rotary tables" if self.sockets else "attention"):
+                dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
+        else:
+            dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
+            assert not same(stock, self.call(net, args))
+        if not self.sockets:
+            return
+        still = [{**one, "from": one["box"]} for one in SUBJECTS]
+        dit_attn.enable(net, dit_attn.SubjectReposition(subjects=still))
         assert same(stock, self.call(net, args))
 
     def test_saas_measures_the_first_step_and_lifts_words_of_conditional_rows_in_the_next(

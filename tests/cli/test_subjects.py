@@ -83,3 +83,11 @@ def test_a_piece_that_the_length_of_the_text_cuts_off_is_refused_before_the_firs
     subjects.check_tokens([method], [Job(0, "a red cube", 0)], pipe)
     with pytest.raises(DitAttnError, match=r"--prompt: the prompt .*cut off"):
         subjects.check_tokens([method], [Job(0, long, 0, {"max_sequence_length": 32})], pipe)
+
+
+def test_reposition_takes_subjects_that_are_moved_and_refuses_a_file_without_one(tmp_path: Path) -> None:
+    data = [{"piece": "red circle", "box": LEFT, "from": [32, 0, 64, 32]}, TWO[1]]
+    (spec,) = made(tmp_path, data, [MethodSpec("reposition")])
+    assert spec.settings["subjects"][0]["from"] == [0.5, 0.0, 1.0, 1.0]
+    with pytest.raises(DitAttnError, match='no subject is to be moved; add "from"'):
+        made(tmp_path, TWO, [MethodSpec("reposition")])

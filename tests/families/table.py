@@ -39,13 +39,14 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
         return [f"`{row.name}`", row.models, f"refused: {row.refused}", "", "", *("" for _ in slugs)]
     orders = list(dict.fromkeys(", ".join(case.kinds) for case in cases))
     whole = not all(case.no_pipeline for case in cases)
+    moved = "; ".join(sorted({"yes" if case.rotary else "fixed" for case in cases}, reverse=True))
     return [
         f"`{row.name}`",
         row.models,
         "; ".join(orders),
         "yes" if whole else "",
-        "; ".join(sorted({"yes" if case.rotary else "fixed" for case in cases}, reverse=True)),
-        *("yes" if cases else "" for _ in slugs),
+        moved,
+        *((moved if slug == "reposition" else "yes") if cases else "" for slug in slugs),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,25 @@ def visual_masks(regions: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     out = torch.zeros(len(regions), tokens.seq_len, dtype=torch.bool)
     out[:, span.start : span.stop] = regions
     return out
+
+
+def barriers(rows: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows and the keys that they must not attend to: those of other subjects and of none of their own.
+
+    Args:
+        rows: (n, B|1, S) bool, rows of every subject.
+        keys: (n, B|1, Sk) bool, keys of every subject.
+
+    Yields:
+        (B|1, S) and (B|1, Sk) bool, one pair for every set of subjects that has keys in common.
+    """
+    index = 2 ** torch.arange(len(keys), dtype=torch.int64)
+    sets = (keys.long() * index[:, None, None]).sum(0)
+    for number in sets.unique().tolist():
+        owners = (number & index) > 0
+        barred = rows.any(0) & ~rows[owners].any(0)
+        if number and bool(barred.any()):
+            yield barred, sets == number
 
 
 def bounding_box(region: torch.Tensor, grid: Grid) -> tuple[float, float, float, float] | None:

@@ -27,7 +27,8 @@ Size = tuple[int, int]
 OVERLAPS = ("refuse", "share", "smaller")
 """What happens where regions overlap: an error, the tokens belong to both, or to the smaller one."""
 
-_KEYS = ("piece", "box", "bbox", "boxes", "mask")
+_REGIONS = ("box", "bbox", "boxes", "mask")
+_KEYS = ("piece", *_REGIONS, "from", "reference")
 _SAME = {"phrase": "piece", "text": "piece", "label": "piece", "name": "piece"}
 _LISTS = (("phrases", "boxes"), ("gligen_phrases", "gligen_boxes"))  # parallel lists, as GLIGEN's pipelines take them
 _URL = "data:image/png;base64,"
@@ -65,7 +66,8 @@ def parse_subjects(
             lists ``phrases`` and ``boxes``. A subject has a ``piece`` (or ``phrase``, ``text``, ``label``) and a
             ``box`` (left, top, right, bottom), a ``bbox`` (left, top, width, height, as in COCO), ``boxes`` along a
             video, a ``mask`` (a file, an image, an array), or none of them. Boxes are fractions, or pixels where a
-            number is above 1.
+            number is above 1. One that is to be moved has ``from``, the box that it comes from, and the number of the
+            image, from 1, as ``reference`` where that is in a reference image.
         size: pixels of the picture.
         where: where the data come from, for messages.
         folder: of files of masks; default: the current one.
@@ -181,7 +183,7 @@ def _subject(item: Any, size: Size | None, where: str, folder: Path | None) -> S
     for key in given:
         if key not in _KEYS:
             raise unknown(f"key in {where}:", key, _KEYS)
-    regions = [key for key in _KEYS[1:] if key in given]
+    regions = [key for key in _REGIONS if key in given]
     if len(regions) > 1:
         raise DitAttnError(f"{where} has {' and '.join(regions)}; give one of them")
     out: Subject = {"piece": _piece(given.get("piece"), where)}
@@ -196,6 +198,23 @@ def _subject(item: Any, size: Size | None, where: str, folder: Path | None) -> S
         out["boxes"] = [_box(box, size, where) for box in given["boxes"]]
     elif "mask" in given:
         out["mask"] = _encoded_mask(given["mask"], where, folder)
+    return {**out, **_origin(given, out, size, where)}
+
+
+def _origin(given: Subject, made: Subject, size: Size | None, where: str) -> Subject:
+    """Where a subject comes from: a box of the picture, or of a reference image."""
+    out: Subject = {}
+    if "from" in given:
+        out["from"] = _box(given["from"], size, f"{where}, from")
+    if "reference" in given:
+        number = given["reference"]
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise DitAttnError(f"{where}: reference must be the number of a reference image, from 1, got {number!r}")
+        if "boxes" in made:
+            raise DitAttnError(f"{where}: a reference goes to one box; give a box for the boxes along the video")
+        out["reference"] = number
+    if out and not boxes_of(made):
+        raise DitAttnError(f"{where} has {next(iter(out))} and no box; add the box where the subject belongs")
     return out
 
 

@@ -8,7 +8,7 @@ the paper, from their regions. Rows outside of all regions attend to everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from dit_attn.processors.core.layer import PLAIN
 from dit_attn.processors.core.logit_bias import RowBias, span_bias
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.core.piece_maps import Spoken, generated_span, observe_pieces
-from dit_attn.processors.core.regions import regions_of, visual_masks
+from dit_attn.processors.core.regions import barriers, regions_of, visual_masks
 from dit_attn.processors.core.subjects import (
     OVERLAPS,
     Subject,
@@ -224,22 +224,3 @@ class SubjectIsolation(Method):
         report = call.reports.setdefault(self.slug, IsolationReport(list(self._names), limit=self.min_quality))
         assert isinstance(report, IsolationReport)
         return report
-
-
-def barriers(rows: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield rows and the keys that they must not attend to: those of other subjects and of none of their own.
-
-    Args:
-        rows: (n, B|1, S) bool, rows of every subject.
-        keys: (n, B|1, Sk) bool, keys of every subject.
-
-    Yields:
-        (B|1, S) and (B|1, Sk) bool, one pair for every set of subjects that has keys in common.
-    """
-    index = 2 ** torch.arange(len(keys), dtype=torch.int64)
-    sets = (keys.long() * index[:, None, None]).sum(0)
-    for number in sets.unique().tolist():
-        owners = (number & index) > 0
-        barred = rows.any(0) & ~rows[owners].any(0)
-        if number and bool(barred.any()):
-            yield barred, sets == number

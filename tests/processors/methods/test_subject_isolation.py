@@ -11,7 +11,7 @@ import torch
 
 import dit_attn
 from dit_attn import DitAttnError, SubjectIsolation
-from dit_attn.processors.methods.subject_isolation import barriers
+from dit_attn.processors.core.regions import barriers
 from tests._support.core_calls import GRID, TEXT, Dispatched, host_run, random_args
 from tests._support.prompted_pipelines import pipeline_of
 from tests._support.recorded_calls import reference, requests, weights

@@ -1,0 +1,183 @@
+"""Reposition of subjects (IR-Diffusion, arXiv 2411.19261): a subject is drawn, or referred to, at another place.
+
+The paper resamples the features of a reference image into the box of its subject. With a rotary embedding the place of
+a token is its coordinates, so that nothing is resampled here: tokens of one box get the coordinates of another.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dit_attn.errors import DitAttnError, shorten
+from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.positions import PositionMap, PositionSite
+from dit_attn.processors.core.regions import Grid, barriers, regions_of, visual_masks
+from dit_attn.processors.core.subjects import Subject, box_at, boxes_of, check_overlap, parse_subjects, read_subjects
+from dit_attn.processors.core.tokens import Span
+from dit_attn.processors.methods.base import Method, in_steps, setting
+
+Box = tuple[float, ...]
+_WHOLE = [0.0, 0.0, 1.0, 1.0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectReposition(Method):
+    """Move subjects by the coordinates of their tokens in the model's rotary embedding.
+
+    Without subjects, and where every subject comes from its own box, a run is bit-equal to the stock one.
+
+    Attributes:
+        subjects: pieces of the prompt, each with the ``box`` where it belongs and ``from``, the box where the model
+            draws it, or where it is in the reference image with the number ``reference``; see
+            :func:`~dit_attn.processors.core.subjects.parse_subjects`; or a JSON file of them. Those without ``from``
+            and ``reference`` stay.
+        mutual: whether the rows of a subject's box are barred from the reference tokens of other subjects.
+        density_correct: whether the weight of a moved reference is divided by how many of its tokens come to lie on
+            one of the picture.
+        start, stop: first and last + 1 step, as fractions of the run or counts.
+
+    Raises:
+        DitAttnError: a value out of range, subjects that are none, boxes that overlap, or ``from`` without a box.
+    """
+
+    slug: ClassVar[str] = "reposition"
+
+    subjects: str | tuple[dict[str, Any], ...] = setting((), "pieces of the prompt with boxes, or their file")
+    mutual: bool = setting(True, "bar a subject's box from the references of the others")
+    density_correct: bool = setting(False, "divide the weight of a reference by its tokens per token of the picture")
+    start: float | int = setting(0.0, "first step (fraction or count)", low=0)
+    stop: float | int = setting(1.0, "last step + 1 (fraction or count)", low=0)
+
+    def __post_init__(self) -> None:
+        given, where = self.subjects, f"{self.slug}.subjects"
+        subjects = read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+        object.__setattr__(self, "subjects", subjects)
+        super().__post_init__()
+        check_overlap(self._moved)
+
+    @property
+    def _moved(self) -> list[Subject]:
+        """The subjects that come from somewhere."""
+        assert not isinstance(self.subjects, str)
+        return [one for one in self.subjects if "from" in one or "reference" in one]
+
+    @property
+    def moves_positions(self) -> bool:
+        """Whether a subject is to be moved."""
+        return any(box != source_of(one) for one in self._moved for box in boxes_of(one))
+
+    def positions(self, site: PositionSite) -> tuple[PositionMap, ...] | None:
+        """Return the maps of all subjects, made once for a run and its shapes."""
+        if site.grid is None or not self._moved or not in_steps(site.clock, self.start, self.stop):
+            return None
+        key = (id(self), "maps", site.visual)
+        if key not in site.layer.state:
+            site.layer.state[key] = self._maps(site.visual, site.grid)
+        return site.layer.state[key]
+
+    def request(self, call: AttentionCall, request: Request) -> None:
+        """Add the biases of moved references; boxes within the picture need none."""
+        assert call.tokens is not None
+        named = [one for one in self._moved if "reference" in one]
+        if not named or not in_steps(call.clock, self.start, self.stop):
+            return
+        grid = call.tokens.grid
+        if grid is None:
+            request.decline("subjects need one image or video in the sequence")
+            return
+        rows = visual_masks(regions_of(self._moved, grid), call.tokens)[:, None]
+        keys = torch.zeros_like(rows)
+        for at, one in enumerate(self._moved):
+            if "reference" in one:
+                span = reference_of(one, call.tokens.visual, grid)
+                keys[at, 0, span.start : span.stop] = tokens_in(source_of(one), grid)
+        for barred, theirs in barriers(rows, keys) if self.mutual else ():
+            request.add_span_bias(call, barred[0], theirs[0], -math.inf)
+        picture = next(span for span in call.tokens.visual if span.kind != "reference")
+        for one, mine in zip(self._moved, keys[:, 0]) if self.density_correct else ():
+            density = area(source_of(one)) / area(box_at(boxes_of(one), 0.0))
+            request.add_span_bias(call, slice(picture.start, picture.stop), mine, -math.log(density))
+
+    def _maps(self, visual: tuple[Span, ...], grid: Grid) -> tuple[PositionMap, ...]:
+        """One map for every subject, and for every frame of one whose box moves."""
+        picture = next(span for span in visual if span.kind != "reference")
+        count = sum(span.length or 0 for span in visual)
+        regions = regions_of(self._moved, grid).unflatten(1, grid)
+        maps = []
+        for one, region in zip(self._moved, regions):
+            tokens, source, boxes = torch.zeros(count, dtype=torch.bool), source_of(one), boxes_of(one)
+            if "reference" in one:
+                span = reference_of(one, visual, grid)
+                tokens[span.start : span.stop] = tokens_in(source, grid)
+                maps.append(box_map(source, boxes[0], grid, tokens))
+                continue
+            for frame in range(grid[0]) if len(boxes) > 1 else (slice(None),):
+                part = torch.zeros_like(region)
+                part[frame] = region[frame]
+                tokens = torch.zeros(count, dtype=torch.bool)
+                tokens[picture.start : picture.stop] = part.flatten()
+                time = 0.0 if isinstance(frame, slice) else frame / max(1, grid[0] - 1)
+                maps.append(box_map(box_at(boxes, time), source, grid, tokens))
+        return tuple(maps)
+
+
+def box_map(box: Any, other: Any, grid: Grid, region: torch.Tensor) -> PositionMap:
+    """Return the map that gives the tokens of one box the coordinates of another.
+
+    With tokens of size 1 whose centers are at p + 1/2, and the edges a, b of the boxes in tokens: p goes to
+    ``(p + 1/2 - a) * |other| / |box| + b - 1/2``, per axis.
+
+    Args:
+        box, other: (left, top, right, bottom) as fractions of the picture.
+        grid: (T, H, W) tokens.
+        region: (Sv,) bool, the visual tokens in ``box``.
+    """
+    scale, offset = [1.0], [0.0]
+    for axis in (1, 0):  # h, w
+        sides = [(one[axis] * grid[2 - axis], one[axis + 2] * grid[2 - axis]) for one in (box, other)]
+        (a, a_end), (b, b_end) = sides
+        factor = round((b_end - b) / (a_end - a), 9)
+        scale.append(factor)
+        offset.append(round((0.5 - a) * factor + b - 0.5, 9))
+    return PositionMap(scale=(scale[0], scale[1], scale[2]), offset=(offset[0], offset[1], offset[2]), region=region)
+
+
+def source_of(subject: Subject) -> list[float]:
+    """Return the box that a subject comes from; all of its reference image where none is given."""
+    return subject.get("from", _WHOLE)
+
+
+def reference_of(subject: Subject, visual: tuple[Span, ...], grid: Grid) -> Span:
+    """Return the tokens of a subject's reference image.
+
+    Raises:
+        DitAttnError: the run has no such reference, or one of another size than the picture.
+    """
+    known, number = [span for span in visual if span.kind == "reference"], subject["reference"]
+    if number > len(known):
+        raise DitAttnError(
+            f"{shorten(subject['piece'])} is in reference {number}, and this run has {len(known)} reference images; "
+            "pass the image, or leave out the reference"
+        )
+    span = known[number - 1]
+    if span.grid is None or span.grid[1:] != grid[1:]:
+        size = "unknown" if span.grid is None else f"{span.grid[2]} x {span.grid[1]}"
+        raise DitAttnError(
+            f"the reference of {shorten(subject['piece'])} has {size} tokens and the picture {grid[2]} x {grid[1]}: "
+            "give height and width of the reference, or resize it"
+        )
+    return span
+
+
+def tokens_in(box: list[float], grid: Grid) -> torch.Tensor:
+    """Return the tokens of an image that a box covers by more than half, (H * W,) bool."""
+    return regions_of([{"piece": "", "box": box}], (1, *grid[1:]))[0]
+
+
+def area(box: Any) -> float:
+    """Return the share of the picture that a box has."""
+    return float((box[2] - box[0]) * (box[3] - box[1]))
