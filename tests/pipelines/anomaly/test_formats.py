@@ -120,10 +120,17 @@ def test_coco_annotations_are_the_parts_of_the_masks(written):
 
 def test_pycocotools_reads_the_same_masks(written):
     coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
-    folder, _ = written
+    folder, pairs = written
     found = coco.COCO(str(folder / "coco" / "annotations.json"))
-    for one in found.anns.values():
-        assert found.annToMask(one).sum() == one["area"]
+    assert [one["name"] for one in found.loadCats(found.getCatIds())] == ["nut+hole", "nut+scratch"]
+    read = {}
+    for image in found.loadImgs(found.getImgIds()):
+        parts = found.loadAnns(found.getAnnIds(imgIds=image["id"]))
+        assert all(found.annToMask(one).sum() == one["area"] for one in parts)
+        read[image["file_name"]] = np.any([np.zeros((30, 40)), *map(found.annToMask, parts)], 0)
+        assert bool(parts) == ("good" not in image["file_name"])
+    for name, pair in zip(("nut_hole_000", "nut_hole_001", "nut_scratch_000"), pairs):
+        np.testing.assert_array_equal(read[f"images/{name}.png"], pair.mask)
 
 
 def test_yolo_labels_are_polygons_in_the_unit_square_and_empty_for_normal_images(written):
