@@ -100,10 +100,15 @@ def sentences(found: Sequence[dict[str, Any]]) -> list[str]:
         for base in (NONE, RIVAL):
             for verdict, verb in verbs.items():
                 own = [row for row in found if (row["group"], row["base"], row["verdict"]) == (group, base, verdict)]
-                said = [f"{row['arm']} ({row['shots']} shots, {row['difference']['value']:+.3f})" for row in own]
+                said = [f"{row['arm']} ({count_shots(row)}, {row['difference']['value']:+.3f})" for row in own]
                 if said:
-                    lines.append(f"{group}, {verb} {words[base]}: {', '.join(said)}")
+                    lines.append(f"{group.capitalize()}, {verb} {words[base]}: {', '.join(said)}")
     return lines
+
+
+def count_shots(row: dict[str, Any]) -> str:
+    """Write how many shots a row is of."""
+    return f"{row['shots']} shot" + "s" * (row["shots"] != 1)
 
 
 def trace_sentences(table: Sequence[dict[str, Any]]) -> list[str]:
@@ -114,7 +119,7 @@ def trace_sentences(table: Sequence[dict[str, Any]]) -> list[str]:
             figure = row.get("traces", {}).get(f"{kind} - untouched")
             if figure and figure["ci95"] is not None and figure["ci95"][0] > 0.02:
                 lines.append(
-                    f"{row['group']}, {row['shots']} shots: {row['arm']} marks normal images that were {kind}, pixel "
+                    f"{row['group'].capitalize()}, {count_shots(row)}: {row['arm']} marks normal images that were {kind}, pixel "
                     f"AUROC {row['traces'][kind]['value']:.2f} against {row['traces']['untouched']['value']:.2f} "
                     "untouched"
                 )

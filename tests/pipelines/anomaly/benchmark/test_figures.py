@@ -52,7 +52,7 @@ def test_differences_are_paired_and_what_loses_is_said():
     assert found["b", "cutpaste", "none"] == "hurts" and found["b", "perlin", "none"] == "undecided"
     assert ("a", "perlin", "crop-paste") not in found
     words = sentences(verdicts(table))
-    assert any(line.startswith("b, worse than the shots alone: cutpaste (5 shots, -0.") for line in words)
+    assert any(line.startswith("B, worse than the shots alone: cutpaste (5 shots, -0.") for line in words)
     assert any("better than crop-and-paste of the shots: generated" in line for line in words)
 
 
