@@ -114,6 +114,20 @@ def test_fine_tuning_writes_what_enable_takes(
         runpy.run_path(str(EXAMPLES / "finetune_sla.py"), run_name="__main__")
 
 
+def test_pairs_are_made_of_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--train-steps", "2", "--steps", "2", "--count", "2"]
+    monkeypatch.setattr(sys, "argv", ["anomaly_pairs.py", "--tiny", "--output", str(tmp_path), *few])
+    runpy.run_path(str(EXAMPLES / "anomaly_pairs.py"), run_name="__main__")
+    assert f"pairs in {tmp_path / 'accepted'}" in capsys.readouterr().out
+    assert {"manifest.jsonl", "summary.json", "concept"} <= {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", ["anomaly_pairs.py"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES / "anomaly_pairs.py"), run_name="__main__")
+    assert stop.value.code == 2 and "give --normal, --defects and --masks" in capsys.readouterr().err
+
+
 def test_two_experts_with_one_method_share_a_schedule(script: Any) -> None:
     (summary,) = script("wan_two_experts", "--tiny").summaries
     used = {layer.name.split(".")[0] for layer in summary.layers if layer.calls}
@@ -164,7 +178,7 @@ def test_the_page_names_every_example() -> None:
     page = (EXAMPLES / "README.md").read_text()
     named = set(re.findall(r"\]\(([^)#/]+)\)", page))
     assert named == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "finetune_sla", "tiny"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SCRIPTS, "finetune_sla", "anomaly_pairs", "tiny"}
 
 
 def test_the_notebook_runs_and_shows_what_it_says() -> None:

@@ -26,7 +26,7 @@ GROUPS = {
     "search": [
         *("model", "methods", "search", "guidance", "objectives", "prompts", "size", "sampling", "output", "run"),
     ],
-    "anomaly": ["job", "model", "data", "training", "generation", "output", "run"],
+    "anomaly": ["job", "model", "data", "training", "generation", "benchmark", "output", "run"],
     "eval": ["files", "metrics", "export", "output", "run"],
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
     "completion": ["shell"],

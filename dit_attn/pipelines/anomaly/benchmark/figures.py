@@ -118,9 +118,9 @@ def trace_sentences(table: Sequence[dict[str, Any]]) -> list[str]:
         for kind in ("decoded", "painted"):
             figure = row.get("traces", {}).get(f"{kind} - untouched")
             if figure and figure["ci95"] is not None and figure["ci95"][0] > 0.02:
+                found, before = (row["traces"][name]["value"] for name in (kind, "untouched"))
                 lines.append(
-                    f"{row['group'].capitalize()}, {count_shots(row)}: {row['arm']} marks normal images that were {kind}, pixel "
-                    f"AUROC {row['traces'][kind]['value']:.2f} against {row['traces']['untouched']['value']:.2f} "
-                    "untouched"
+                    f"{row['group'].capitalize()}, {count_shots(row)}: {row['arm']} marks normal images that were "
+                    f"{kind}, pixel AUROC {found:.2f} against {before:.2f} untouched"
                 )
     return lines
