@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dit_attn import models
 from dit_attn.processors.attach.families import families
 from tests._support import result_tables
 from tests.families import table as families_table
@@ -37,9 +38,17 @@ def test_the_dense_rows_are_those_of_the_records_and_their_intervals_overlap() -
     assert shown == result_tables.baselines(), "run: python -m tests._support.result_tables"
     for name in result_tables.MODELS:
         made = [result_tables.dense(pattern.format(name)) for pattern in result_tables.OF_MODELS.values()]
-        for earlier in (False, True):
+        assert len([found for found in made if found]) >= 3, name
+        for earlier in (False, True):  # the weights of each are the same
             bounds = [found["ci95"] for found in made if found and found["earlier"] == earlier]
             assert not bounds or max(low for low, _ in bounds) <= min(high for _, high in bounds), name
+
+
+def test_the_page_of_the_models_names_the_weights_that_ship() -> None:
+    page = (ROOT / "docs/models.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("| `tiny-") and "shipped" in line]
+    named = dict(re.findall(r"\| `(tiny-[a-z]+)` \| `([0-9a-f]{16})`", "\n".join(lines)))
+    assert named == {name: result_tables.shipped(name) for name in models.available()}
 
 
 IMAGES, VIDEOS = result_tables.rows()
