@@ -36,6 +36,7 @@ _EXPORTS = {
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
     "STG": "dit_attn.processors.methods.stg",
+    "GAG": "dit_attn.processors.methods.gag",
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.gag import GAG
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
+    "GAG",
     "SEG",
     "SLA",
     "SLG",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 _METHODS = {
     "BlockSparse": "block_sparse",
+    "GAG": "gag",
     "InwardWindow": "inward_window",
     "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
@@ -27,6 +28,7 @@ _METHODS = {
 
 if TYPE_CHECKING:
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.gag import GAG
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
+    "GAG",
     "SEG",
     "SLA",
     "SLG",

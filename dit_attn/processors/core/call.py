@@ -177,6 +177,7 @@ class Request:
         scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
         recorders: called with the output, see :meth:`record_output`.
         gates: factors of the output, see :meth:`multiply_heads`.
+        changes: functions of the output, see :meth:`change_output`.
         replacement: the output that replaces attention, see :meth:`replace_output`.
         probes: what is to be measured, see :meth:`observe`.
         declined: reasons of the methods that leave this call to stock attention.
@@ -198,6 +199,7 @@ class Request:
     biases: list[RowBias] = field(default_factory=list)
     scale_factor: float = 1.0
     gates: list[torch.Tensor] = field(default_factory=list)
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=list)
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
     replacement: torch.Tensor | None = None
     probes: list[Probe] = field(default_factory=list)
@@ -215,7 +217,7 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is requested that stock attention does not do."""
-        asked = self.sparse or self.biases or self.gates
+        asked = self.sparse or self.biases or self.gates or self.changes
         return not (asked or self.replacement is not None or self.scale_factor != 1.0)
 
     @property
@@ -300,6 +302,17 @@ class Request:
             callback: gets (B, S, H, Dv), rows and heads as in ``call.q``; not to be written to.
         """
         self.recorders.append(callback)
+
+    def change_output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Use a function of the output as the output, whichever way the call is computed.
+
+        Functions of several methods are applied one after another. Not to be asked for where heads are split over
+        devices (``call.shard``), nor applied where a method replaces the output.
+
+        Args:
+            change: gets (B, S, H, Dv), rows and heads as in ``call.q``, not to be written to; returns the same shape.
+        """
+        self.changes.append(change)
 
     def replace_output(self, value: torch.Tensor) -> None:
         """Use ``value`` as the output of this call. Nothing is computed, and other parts of the request have no effect.

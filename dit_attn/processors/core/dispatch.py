@@ -95,6 +95,8 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     for gate in request.gates if request.replacement is None else ():
         local = local * gate[..., None].to(local.dtype)
         out = local
+    for change in request.changes if request.replacement is None else ():
+        local = out = change(local)
     if usable and layer.disabled == _NOT_FINITE:  # in this very call: later ones read nothing back
         layer.disabled_run |= not _is_finite(local, args.mesh)  # the input is to blame
     for record in request.recorders:

@@ -22,7 +22,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     # The call's arguments and surroundings.
     (r"the layer's input is hidden .*", "run it without torch.compile"),
     (r"the layer's input has other rows .*", "this model splits or joins its tokens around the layer; nothing to do"),
-    (r"routers of a sequence that is split .*", "run it on one device"),
+    (r"(routers|guidance) of a sequence that is split .*", "run it on one device"),
+    (r"guidance of a joint attention that is differentiated", "sample under torch.no_grad()"),
     (r"unknown token layout .*|layout of .*", _TOKENS),
     (r"attention mask of shape .*", "give a mask of the keys, (B, Sk) or (B, 1, 1, Sk)"),
     (r"square attention mask", "leave out masks that differ from query to query, or methods with a sparse layout"),
