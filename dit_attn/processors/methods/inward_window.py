@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 
 from dit_attn.errors import DitAttnError, shorten
-from dit_attn.kernels import BlockLayout, inward_window, pooled_compensation, snapped_window, token_order, window_tile
+from dit_attn.kernels import BlockLayout, pooled_compensation
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods import dual_path
 from dit_attn.processors.methods.base import TWIN, Grid, TwinPass, setting
+from dit_attn.processors.methods.rotary_scaling import KINDS, scaled_positions
 from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.window_tiles import WindowTiles
 
 _POOLED = 32  # tokens per pooled key, at most
 
@@ -77,16 +78,12 @@ class InwardWindow(SparseMethod):
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a tile")
     border: str = setting("inward", "what a window does at a border", choices=("inward", "clip"))
     outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
-    rotary: str = setting(
-        "plain", "positions in the rotary embedding", choices=("plain", "interpolated", "ntk", "yarn", "dype")
-    )
+    rotary: str = setting("plain", "positions in the rotary embedding", choices=KINDS)
     temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
     override: str = setting("none", "what a dense twin pass replaces in the windowed one", choices=("none", "text"))
     interval: int = setting(2, "steps from one twin pass to the next", low=1)
     override_uncond: bool = setting(True, "rows without the prompt take part in the twin pass")
-    twin_rotary: str = setting(
-        "plain", "positions of the twin pass", choices=("plain", "interpolated", "ntk", "yarn", "dype")
-    )
+    twin_rotary: str = setting("plain", "positions of the twin pass", choices=KINDS)
     twin_temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale of the twin pass")
     store: str = setting("model", "type of what the twin pass leaves", choices=("model", "bf16", "fp8"))
     offload: bool = setting(False, "keep what the twin pass leaves in main memory")
@@ -207,29 +204,13 @@ class InwardWindow(SparseMethod):
         Raises:
             DitAttnError: ``snap="yes"``, and no tile divides the grid.
         """
-        window = self.window_of(grid)
-        tile, snapped = _tile_of(self, grid, window, torch.device(device).type)
-        order = token_order("tiles", grid, tile=tile)
-        kv_block = self.kv_block if tile is None else math.prod(tile)
-        q_block = kv_block * self._joined(grid, tile, kv_block)
-        if snapped:
-            layout = snapped_window(
-                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
-                device=device,
-            )  # fmt: skip
-        else:
-            layout = inward_window(
-                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
-                inward=self.border == "inward", device=device,
-            )  # fmt: skip
-        return layout, tile
+        return self._tiles.layout(grid, self.window_of(grid), others, device)
 
-    def _joined(self, grid: Grid, tile: Grid | None, kv_block: int) -> int:
-        """Tiles of keys per block of queries: as many along a row as ``q_block`` holds and as divide it."""
-        if tile is None or grid[2] % tile[2]:
-            return 1
-        row = grid[2] // tile[2]
-        return max(n for n in range(1, row + 1) if row % n == 0 and (n == 1 or n * kv_block <= self.q_block))
+    @property
+    def _tiles(self) -> WindowTiles:
+        tile = None if self.tile is None else (self.tile[0], self.tile[1], self.tile[2])
+        inward, full_blocks = self.border == "inward", self.outside != "none"
+        return WindowTiles(self.snap, tile, self.q_block, self.kv_block, inward, full_blocks)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Set the layout, the token order, the scale and the pooled keys, and what takes the place of the text."""
@@ -286,24 +267,4 @@ class InwardWindow(SparseMethod):
         kind = self.twin_rotary if site.pass_name == TWIN else self.rotary
         if kind == "plain" or site.grid is None:
             return None
-        h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
-        if kind == "dype":
-            h, w = (scale ** (2.0 * site.clock.noise**2) for scale in (h, w))
-        bands = {"interpolated": "all", "dype": "ntk"}.get(kind, kind)
-        rows, columns = self._native_size()
-        native = (float(site.grid[0]), float(rows), float(columns))
-        return PositionMap(scale=(1.0, h, w), bands=bands, native=native) if (h, w) != (1.0, 1.0) else None
-
-
-@lru_cache(maxsize=256)
-def _tile_of(method: InwardWindow, grid: Grid, window: Grid, device: str) -> tuple[Grid | None, bool]:
-    """The tile of the order, ``None`` for the default one, and whether windows are snapped to it."""
-    given = method.tile
-    tile = window_tile(grid, method.kv_block) if given is None else (given[0], given[1], given[2])
-    divides = not any(n % side for n, side in zip(grid, tile, strict=True))
-    fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
-    if method.snap == "yes" and not divides:
-        raise DitAttnError(f'{method.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
-    wanted = method.snap == "yes" or method.outside == "pooled" or (method.snap == "auto" and device == "cpu")
-    snapped = wanted and divides and method.border == "inward" and (fine or method.snap == "yes")
-    return (tile if given is not None or snapped or fine else None), snapped
+        return scaled_positions(kind, site.grid, self._native_size(), site.clock.noise)

@@ -183,7 +183,7 @@ def test_the_temperature_multiplies_the_scale(changes: Any, factor: float) -> No
 
 def test_interpolated_positions_stay_within_the_native_range() -> None:
     layer: Any = SimpleNamespace(index=0)
-    clock: Any = SimpleNamespace(step=0)
+    clock: Any = SimpleNamespace(step=0, noise=1.0)
     site = PositionSite(layer, (visual_span("video", GRID),), clock)
     assert method().positions(site) is None and not method().moves_positions
     moved = method(rotary="interpolated")
