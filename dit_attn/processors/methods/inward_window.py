@@ -16,17 +16,15 @@ from typing import ClassVar, Literal
 import torch
 
 from dit_attn.errors import DitAttnError, shorten
-from dit_attn.kernels import BlockLayout, pooled_compensation
+from dit_attn.kernels import BlockLayout
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.positions import PositionMap, PositionSite
-from dit_attn.processors.methods import dual_path
+from dit_attn.processors.methods import dual_path, outside_keys
 from dit_attn.processors.methods.base import TWIN, Grid, TwinPass, setting
 from dit_attn.processors.methods.rotary_scaling import KINDS, scaled_positions
 from dit_attn.processors.methods.sparse import SparseMethod
 from dit_attn.processors.methods.window_tiles import WindowTiles
-
-_POOLED = 32  # tokens per pooled key, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,11 @@ class InwardWindow(SparseMethod):
             on CPUs, where tiles of about ``kv_block`` tokens divide the grid and are at most half as long as it is.
         tile: (t, h, w) of a tile; ``None`` for the best one that divides the grid.
         border: whether the window moves ``inward`` at a border or is cut off there (``clip``, not with ``snap="yes"``).
-        outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (with snapped windows).
+        outside: what stands for the keys outside of the window, with snapped windows: ``none``; ``pooled`` for means of
+            them; ``anchors`` for one key of every few, another one at every step and in every head.
+        outside_tokens: keys that each of those stands for, at most.
+        outside_bias: added to their logits; below 0 it damps what is outside. ``-ln(outside_tokens)`` lets every anchor
+            count as one key.
         rotary: positions in the rotary embedding: ``plain``; ``interpolated`` into the range of the native size;
             ``ntk`` or ``yarn`` (arXiv 2309.00071), which scale slow frequencies more than fast ones; or ``dype``
             (arXiv 2510.20766), ``ntk`` of a strength 2 t^2 that fades with the noise, t from 1 to 0.
@@ -77,7 +79,9 @@ class InwardWindow(SparseMethod):
     snap: str = setting("auto", "move windows to the borders of tiles", choices=("auto", "yes", "no"))
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a tile")
     border: str = setting("inward", "what a window does at a border", choices=("inward", "clip"))
-    outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
+    outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled", "anchors"))
+    outside_tokens: int = setting(32, "keys that each of those stands for, at most", low=1)
+    outside_bias: float = setting(0.0, "added to the logits of what stands for the keys outside")
     rotary: str = setting("plain", "positions in the rotary embedding", choices=KINDS)
     temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
     override: str = setting("none", "what a dense twin pass replaces in the windowed one", choices=("none", "text"))
@@ -108,9 +112,11 @@ class InwardWindow(SparseMethod):
                 raise DitAttnError(f"{self.slug}.{name} must be above 0, got {factor!r}")
         if self.snap == "yes" and self.border == "clip":
             raise DitAttnError(f'{self.slug}.border "clip" needs exact windows; leave snap="yes" out')
-        if self.outside == "pooled" and (self.snap == "no" or self.border == "clip"):
+        if self.outside != "none" and (self.snap == "no" or self.border == "clip"):
             exact = 'snap="no"' if self.snap == "no" else 'border="clip"'
-            raise DitAttnError(f'{self.slug}.outside "pooled" needs snapped windows; leave {exact} out')
+            raise DitAttnError(f'{self.slug}.outside "{self.outside}" needs snapped windows; leave {exact} out')
+        if not math.isfinite(self.outside_bias):
+            raise DitAttnError(f"{self.slug}.outside_bias must be finite, got {self.outside_bias!r}")
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse settings that refer to a native size nobody said; arguments as in the base class.
@@ -189,7 +195,14 @@ class InwardWindow(SparseMethod):
 
     def density_at(self, grid: Grid) -> float | None:
         """Return the attention computed on a grid, as a fraction of dense: 1 where the window covers it."""
-        return 1.0 if self.window_of(grid) == grid else float(self.layout(grid)[0].density)
+        if self.window_of(grid) == grid:
+            return 1.0
+        layout, _ = self.layout(grid)
+        if self.outside == "none":
+            return float(layout.density)
+        if layout.elements is not None:
+            return 1.0  # left to stock attention
+        return float(layout.density) + 1.0 / outside_keys.tokens_per_key(self.outside_tokens, layout.kv_block)
 
     def layout(
         self, grid: Grid, others: int = 0, device: torch.device | str = "cpu"
@@ -232,15 +245,16 @@ class InwardWindow(SparseMethod):
             return
         others = call.tokens.seq_len - math.prod(grid)
         layout, tile = self.layout(grid, others, call.q.device)
-        if self.outside == "pooled" and layout.elements is not None:
-            request.decline("pooled keys need tiles that divide the picture")
+        if self.outside != "none" and layout.elements is not None:
+            request.decline(f"{outside_keys.WORDS[self.outside]} need tiles that divide the picture")
             return
         request.permuted = rows = request.permute(call, "tiles", tile)
         request.layout = layout
         request.multiply_scale(self._temperature(self.temperature, window, grid))
-        if self.outside == "pooled":
-            size = next(n for n in range(min(_POOLED, layout.kv_block), 0, -1) if layout.kv_block % n == 0)
-            request.compensation = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask)
+        if self.outside != "none":
+            tokens = outside_keys.tokens_per_key(self.outside_tokens, layout.kv_block)
+            step, bias = call.clock.step, self.outside_bias
+            request.compensation = outside_keys.compensation(self.outside, rows, tokens, step, bias)
         if self.has_twin and dual_path.has_text(call):
             dual_path.replace_joint(call, request)
 
