@@ -44,7 +44,7 @@ def mask_of(number: int) -> np.ndarray:
 
 
 def write_pairs(folder: Path) -> tuple[list[Pair], dict[str, list[Path]]]:
-    """Write images as a run leaves them, PNG, and normal images as users have them: JPEG, BMP, gray, capital suffixes."""
+    """Write images as a run leaves them, and normal images as users have them: JPEG, BMP, gray, capital suffixes."""
     folder.mkdir(parents=True)
     pairs = []
     for number, (product, defect) in enumerate(KINDS * PAIRS):
