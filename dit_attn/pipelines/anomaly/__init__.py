@@ -12,7 +12,7 @@ _EXPORTS = {
     "Backbone": "backbone",
     "Concept": "concept",
     "Gate": "gate",
-    "GenerateConfig": "generator",
+    "GenerateConfig": "orders",
     "MaskSource": "masks",
     "TrainConfig": "training",
     "train": "training",
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.anomaly.backbone import Backbone
     from dit_attn.pipelines.anomaly.concept import Concept
     from dit_attn.pipelines.anomaly.gate import Gate
-    from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, GenerateConfig
+    from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
     from dit_attn.pipelines.anomaly.masks import MaskSource
+    from dit_attn.pipelines.anomaly.orders import GenerateConfig
     from dit_attn.pipelines.anomaly.training import TrainConfig, train
 
 __all__ = ["AnomalyGenerator", "Backbone", "Concept", "Gate", "GenerateConfig", "MaskSource", "TrainConfig", "train"]

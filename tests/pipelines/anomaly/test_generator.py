@@ -20,8 +20,9 @@ from dit_attn.pipelines.anomaly import (
     MaskSource,
     TrainConfig,
 )
-from dit_attn.pipelines.anomaly.generator import read_rows, seed_of
+from dit_attn.pipelines.anomaly.manifest import read_rows
 from dit_attn.pipelines.anomaly.masks import augmented, drawn, foreground, placed
+from dit_attn.pipelines.anomaly.orders import seed_of
 from dit_attn.pipelines.anomaly.sources import from_folders
 from dit_attn.pipelines.anomaly.training import ConceptTraining, train
 from dit_attn.pipelines.anomaly.views import view_of

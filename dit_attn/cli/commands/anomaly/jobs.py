@@ -77,7 +77,9 @@ def generate(options: Options) -> int:
         raise DitAttnError("--mask-source given needs the masks; give --masks DIR")
     with loading_libraries(not options.get("json")):
         from dit_attn.pipelines.anomaly.concept import Concept
-        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, check_counts, read_rows
+        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+        from dit_attn.pipelines.anomaly.manifest import read_rows
+        from dit_attn.pipelines.anomaly.orders import check_counts
     concept = Concept.load(options["concept"])
     counts = _counts(options, [tuple(name.split("+", 1)) for name in concept.settings.pairs])
     check_counts(counts)
@@ -233,7 +235,7 @@ def train_config(options: Options) -> Any:
 
 def generate_config(options: Options) -> Any:
     """Return how pairs are made."""
-    from dit_attn.pipelines.anomaly.generator import GenerateConfig
+    from dit_attn.pipelines.anomaly.orders import GenerateConfig
 
     given = {"guidance": options["guidance_scale"]} if "guidance_scale" in options else {}
     return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "seed"), **given)
