@@ -1,6 +1,6 @@
 """Hold the sources of masks against masks that nothing has seen: sizes, shapes, and copies of the shots.
 
-    python benchmarks/anomaly/measure_masks.py --steps 600 --output benchmarks/anomaly/tiny-inspect_masks.json
+    python benchmarks/anomaly/measure_masks.py --output benchmarks/anomaly/tiny-inspect_masks.json
 
 Two (product, defect) pairs of the inspection world, one of the training of tiny-inspect and one never trained on. From
 the masks of a few shots come augmented ones (`real`), procedural ones (`drawn`) and those of a mask model (`learned`);
@@ -10,9 +10,11 @@ each source is compared with new true masks of the pair, and so are the shots an
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +48,10 @@ def main() -> int:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the mask model")
+    parser.add_argument("--steps", type=int, default=MaskTrainConfig.steps, help="optimizer steps of the mask model")
     parser.add_argument("--batch", type=int, default=MaskTrainConfig.batch)
-    parser.add_argument("--embedding-steps", type=int, default=100, help="steps of a model without a LoRA; 0: none")
-    parser.add_argument("--count", type=int, default=64, help="masks of every source and pair")
+    parser.add_argument("--embedding-steps", type=int, default=60, help="steps of a model without a LoRA; 0: none")
+    parser.add_argument("--count", type=int, default=40, help="masks of every source and pair")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sheet", type=Path, help="image of some masks of every source")
@@ -70,11 +72,11 @@ def main() -> int:
         record = _facts(args)
         if args.embedding_steps:
             alone = replace(learning, steps=args.embedding_steps, lora_rank=0)
-            record["embedding_alone"] = _learn(backbone, concept, alone, Path(folder), args.count // 4)[0]
-        record["with_lora"], drawer = _learn(backbone, concept, learning, Path(folder), args.count)
+            record["embedding_alone"] = _learn(backbone, concept, alone, Path(folder), args.count // 5)[0]
+        record["with_lora"], learned = _learn(backbone, concept, learning, Path(folder), args.count)
     record["pairs"], cells = {}, []
     for product, defect in PAIRS:
-        masks = _masks(product, defect, concept, drawer, args.count)
+        masks = _masks(product, defect, concept, learned[f"{product}+{defect}"], args.count)
         record["pairs"][f"{product}+{defect}"] = _compare(masks, concept.shapes[f"{product}+{defect}"])
         record["pairs"][f"{product}+{defect}"]["in_training_of_model"] = (product, defect) not in HELD_OUT_PAIRS
         cells += [_cell(f"{product}+{defect}, {name}", masks[name]) for name in masks]
@@ -96,43 +98,47 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def _learn(
     backbone: Backbone, concept: Concept, config: MaskTrainConfig, folder: Path, count: int
-) -> tuple[dict[str, Any], MaskDrawer]:
+) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+    """Learn, and draw ``count`` masks of every pair: figures, and the masks that can be used."""
     losses: list[float] = []
     wall, cpu = time.perf_counter(), time.process_time()
-    learn_masks(backbone, concept, config, folder, on_progress=lambda done, total, loss: losses.append(loss))
+    learn_masks(backbone, concept, config, folder, on_progress=lambda done, total, loss: _note(losses, loss))
     spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     drawer = MaskDrawer(backbone, concept)
     usable: dict[str, Any] = {}
+    masks: dict[str, list[np.ndarray]] = {}
     cpu = time.process_time()
     for pair in concept.settings.pairs:
-        reasons = [drawer.attempt(pair, seed_of(1, pair, number, "trial mask"))[1] for number in range(count)]
-        kinds = {" ".join(reason.split()[:2]): 0 for reason in reasons if reason}
-        for reason in filter(None, reasons):
-            kinds[" ".join(reason.split()[:2])] += 1
-        usable[pair] = {"usable": sum(not reason for reason in reasons), "of": count, "rejected": kinds}
+        drawn = [drawer.attempt(pair, seed_of(1, pair, number, "trial mask")) for number in range(count)]
+        reasons = [re.sub(r"\d+", "N", reason) for _, reason in drawn if reason]
+        masks[pair] = [boxed(mask) for mask, reason in drawn if not reason]
+        usable[pair] = {"usable": len(masks[pair]), "of": count, "rejected": dict(Counter(reasons))}
     drawing = (time.process_time() - cpu) / (count * len(usable))
     return {
         "steps": config.steps, "batch": config.batch, "lora_rank": config.lora_rank,
         **{name: round(value, 1) for name, value in spent.items()}, "cpu_seconds_per_mask": round(drawing, 3),
         "loss": {"first 20": _rounded(np.mean(losses[:20])), "last 20": _rounded(np.mean(losses[-20:]))}, **usable,
-    }, drawer  # fmt: skip
+    }, masks  # fmt: skip
+
+
+def _note(losses: list[float], loss: float) -> None:
+    losses.append(loss)
+    if len(losses) % 20 == 0:
+        print(f"{len(losses)} steps, loss {np.mean(losses[-20:]):.4f}", file=sys.stderr)
 
 
 def _masks(
-    product: str, defect: str, concept: Concept, drawer: MaskDrawer, count: int
+    product: str, defect: str, concept: Concept, learned: list[np.ndarray], count: int
 ) -> dict[str, list[np.ndarray]]:
     pair = f"{product}+{defect}"
     shapes = concept.shapes[pair]
     true = [boxed(draw(Piece(product, defect, _NEW + i), SIZE).mask) for i in range(2 * count)]
-    sources = {
-        "real": MaskSource("real", shapes), "drawn": MaskSource("drawn", shapes),
-        "learned": MaskSource("learned", shapes, drawer.of(pair)),
-    }  # fmt: skip
     out = {"reference": true[:count], "true": true[count:], "shots": shapes}
-    for name, source in sources.items():
+    for name in ("real", "drawn"):
+        source = MaskSource(name, shapes)
         seeds = [seed_of(2, pair, number, name) for number in range(count)]
         out[name] = [boxed(source.shape(np.random.default_rng(seed))) for seed in seeds]
-    return out
+    return {**out, **({"learned": learned} if learned else {})}
 
 
 def _compare(masks: dict[str, list[np.ndarray]], shapes: list[np.ndarray]) -> dict[str, Any]:

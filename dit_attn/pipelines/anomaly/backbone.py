@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.high_resolution.latents import encode, form_of, pixels_per_token
 
+_QWEN_TEXT = 128  # tokens of a prompt, padding included; longer ones have a multiple
+
 Text = dict[str, torch.Tensor]
 """What ``encode_prompt`` gave, by the name of the pipeline's argument; batch first."""
 
@@ -94,7 +96,10 @@ def _predict_flux(pipe: Any, z: torch.Tensor, time: torch.Tensor, text: Text, si
 def _encode_qwen(pipe: Any, prompt: str) -> Text:
     words, mask = pipe.encode_prompt(prompt)
     exists = torch.ones(words.shape[:2], dtype=torch.long, device=words.device) if mask is None else mask
-    return {"prompt_embeds": words, "prompt_embeds_mask": exists}
+    # Text has rotary positions here. Learned vectors follow the padding, so that one length for all prompts gives them
+    # one position, whatever else is in the batch.
+    missing = -words.shape[1] % _QWEN_TEXT
+    return {"prompt_embeds": F.pad(words, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(exists, (0, missing))}
 
 
 def _predict_qwen(pipe: Any, z: torch.Tensor, time: torch.Tensor, text: Text, size: tuple[int, int]) -> torch.Tensor:

@@ -40,10 +40,10 @@ class MaskTrainConfig:
 
     tokens: int = 4
     lora_rank: int = 8
-    steps: int = 300
-    batch: int = 8
+    steps: int = 400
+    batch: int = 4
     lr: float = 1e-2
-    lora_lr: float = 2e-3
+    lora_lr: float = 6e-3
     flips: str = "both"
     seed: int = 0
     trials: int = 16
