@@ -14,12 +14,14 @@ from dit_attn import files
 from dit_attn.pipelines.anomaly.backbone import Backbone
 from dit_attn.pipelines.anomaly.concept import Concept
 from dit_attn.pipelines.anomaly.gate import Gate
-from dit_attn.pipelines.anomaly.manifest import MANIFEST, append_row, read_rows
+from dit_attn.pipelines.anomaly.manifest import Manifest
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
 from dit_attn.pipelines.anomaly.orders import GenerateConfig, Made, Order, seed_of
 from dit_attn.pipelines.anomaly.painter import Painter
 from dit_attn.pipelines.anomaly.pixels import read_image, write_png
+from dit_attn.pipelines.anomaly.rounds import Rounds
 from dit_attn.pipelines.anomaly.views import View, view_of
+from dit_attn.pipelines.worker_share import WorkerShare
 
 
 class AnomalyGenerator:
@@ -106,11 +108,12 @@ class AnomalyGenerator:
         roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
         controls: int = 4,
         on_progress: Callable[[int, int, int], None] | None = None,
+        worker: WorkerShare | None = None,
     ) -> dict[str, Any]:
         """Make pairs until every quota is met or its retries are used up; go on where an earlier run stopped.
 
         Images are written under ``accepted/PRODUCT/DEFECT/image`` and ``mask``, rejects under ``rejected`` with the
-        reason in ``manifest.jsonl``.
+        reason in ``manifest.jsonl``. The files are the same for any number of processes, and after any interruption.
 
         Args:
             output: folder of the run.
@@ -120,7 +123,8 @@ class AnomalyGenerator:
             roi: returns the region (H, W) bool where defects may lie, from a file and its pixels; the foreground where
                 ``None``.
             controls: pairs per (product, defect) that are made with the prompt of the normal product, for the report.
-            on_progress: callback(finished, wanted, rejected).
+            on_progress: callback(finished, wanted, rejected), as far as this process knows.
+            worker: the part of the batches that this process makes; all of them where ``None``.
 
         Returns:
             The summary that is also written to ``summary.json``.
@@ -128,36 +132,30 @@ class AnomalyGenerator:
         Raises:
             DitAttnError: the disk is full, or masks fit nowhere.
         """
-        config, manifest = self.config, output / MANIFEST
-        rows = read_rows(manifest)
-        done = {(row["product"], row["defect"], row["number"]): row for row in rows if row["decision"] == "accepted"}
-        tried: dict[tuple[str, str, int], int] = {}
-        for row in rows:
-            key = (row["product"], row["defect"], row["number"])
-            tried[key] = max(tried.get(key, 0), row["attempt"] + 1)
-        wanted = [(p, d, i) for (p, d), count in counts.items() for i in range(count)]
-        open_ = [key for key in wanted if key not in done and tried.get(key, 0) <= config.retries]
-        finished, rejected = len(wanted) - len(open_), sum(row["decision"] == "rejected" for row in rows)
-        while open_:
-            now, open_ = open_[: config.batch], open_[config.batch :]
-            orders = [self.order(*key, tried.get(key, 0), normals[key[0]], masks[key[:2]], roi) for key in now]
-            again = []
-            for made in self.make(orders):
-                key = (made.order.product, made.order.defect, made.order.number)
-                append_row(manifest, self._write(output, made))
-                tried[key] = made.order.attempt + 1
-                rejected += bool(made.rejected)
-                if made.rejected and tried[key] <= config.retries:
-                    again.append(key)
-                else:
-                    finished += 1
-            open_ = again + open_
-            if on_progress is not None:
-                on_progress(finished, len(wanted), rejected)
-        summary = self.summary(read_rows(manifest), counts)
-        summary["controls"] = {f"{p}+{d}": self._controls(p, d, controls, normals, masks, roi) for p, d in counts}
-        with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
-            files.write_json(output / "summary.json", summary)
+        config, worker = self.config, worker or WorkerShare()
+        manifest = Manifest(output, worker)
+        rounds = Rounds(counts, config.batch, config.retries, manifest.rows)
+        for attempt in range(config.retries + 1):
+            new: list[dict[str, Any]] = []
+            for pairs in worker.part(rounds.open(attempt)):
+                orders = [self.order(*pair, attempt, normals[pair[0]], masks[pair[:2]], roi) for pair in pairs]
+                for pair, made in zip(pairs, self.make(orders)):
+                    if not rounds.has(pair, attempt):
+                        new.append(self._write(output, made))
+                        manifest.append(new[-1])
+                        rounds.add(new[-1:])
+                if on_progress is not None:
+                    on_progress(rounds.finished, len(rounds.wanted), rounds.rejected)
+            rounds.add(worker.gather(new))
+        controlled = worker.gather(
+            [(f"{p}+{d}", self._controls(p, d, controls, normals, masks, roi)) for p, d in worker.part(list(counts))]
+        )
+        summary = self.summary(rounds.rows(), counts)
+        summary["controls"] = {name: dict(controlled)[name] for name in summary["pairs"]}
+        manifest.join(rounds.rows())
+        if worker.rank == 0:
+            with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
+                files.write_json(output / "summary.json", summary)
         return summary
 
     def order(

@@ -66,7 +66,7 @@ def test_resumed_training_is_uninterrupted_training(family, source, tmp_path):
     training = ConceptTraining(Backbone(tiny_pipeline(family), 32), source, CONFIG)
     from accelerate import Accelerator
 
-    training.update(Accelerator(cpu=True), training.objective)
+    training.update(Accelerator(cpu=True))
     training.save(tmp_path / "cut")
     training.close()
     resumed = train(Backbone(tiny_pipeline(family), 32), source, CONFIG, tmp_path / "cut", resume=True)

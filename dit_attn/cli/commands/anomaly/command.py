@@ -6,7 +6,8 @@ import argparse
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.errors import unknown
+from dit_attn.cli.workers import process_rank
+from dit_attn.errors import DitAttnError, unknown
 
 JOBS = ("train", "generate", "benchmark")
 GROUPS = {
@@ -89,6 +90,8 @@ _EXAMPLES = """examples:
   dit-attn anomaly generate --model org/name --normal good \\
       --concept outputs/scratch/concept.safetensors --per-defect 100 \\
       --format mvtec --format coco --output outputs/pairs
+  accelerate launch --num-processes 8 -m dit_attn anomaly generate \\
+      --model org/name --normal good --concept scratch.safetensors --count 1000
   dit-attn anomaly benchmark --model org/name --data mvtec --product bottle \\
       --k 1 5 --output outputs/benchmark
 """
@@ -117,6 +120,14 @@ def run(args: argparse.Namespace) -> int:
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
     if options["job"] == "benchmark":
+        rank, processes = process_rank()
+        if processes > 1 and rank:  # the first process says it
+            return 2
+        if processes > 1:
+            raise DitAttnError(
+                f"dit-attn anomaly benchmark runs in one process, and {processes} were started; start it without "
+                "torchrun or accelerate launch"
+            )
         from dit_attn.cli.commands.anomaly import benchmark
 
         return benchmark.benchmark(options)

@@ -6,12 +6,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_attn import files
+from dit_attn.cli import workers
 from dit_attn.cli.model_source import check_reachable, locate
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, progress_bar
@@ -31,27 +33,32 @@ def train(options: Options) -> int:
     source = find_source(options, shots=True)
     source.check()
     output = output_folder(options, "train")
+    rank, processes = workers.process_rank()
     if options.get("dry_run"):
-        print(_plan(source, options.get("train_steps", 200)))
-        if options.get("learn_masks"):
-            print(f"{options.get('mask_steps', 400)} optimizer steps for masks")
+        if rank == 0:
+            print(_plan(source, options.get("train_steps", 200)))
+            if options.get("learn_masks"):
+                print(f"{options.get('mask_steps', 400)} optimizer steps for masks")
         return 0
     if (output / "checkpoint.pt").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
     from dit_attn.pipelines.anomaly import training
 
-    config, resume, shown = train_config(options), bool(options.get("resume")), not options.get("json")
+    config, resume = train_config(options), bool(options.get("resume"))
+    training.check_batch(config.batch, processes)
     backbone = load_backbone(options)
     try:
-        with progress_bar(config.steps, "learn", "step", shown) as bar:
+        with progress_bar(config.steps, "learn", "step", _speaks(options)) as bar:
             concept = training.train(
                 backbone, source, config, output, model=options["model"], resume=resume, free_text=True,
                 on_progress=lambda done, total, loss: bar.update(done - bar.n),
             )  # fmt: skip
+        if rank:
+            return 0
         if options.get("learn_masks"):
             _learn_masks(options, backbone, concept, output)
     except KeyboardInterrupt:
-        print(f"stopped; continue with the same command and --resume; see {output}", file=sys.stderr)
+        _say(f"stopped; continue with the same command and --resume; see {output}")
         return 130
     path = output / "concept.safetensors"
     if "push_to_hub" in options:
@@ -117,11 +124,12 @@ def generate(options: Options) -> int:
             check_mask_model(concept, "+".join(pair))
     roi = _roi(options.get("roi", "auto"))
     output = output_folder(options, "generate")
-    if (output / "manifest.jsonl").exists() and not options.get("resume"):
+    if any(output.glob("manifest*.jsonl")) and not options.get("resume"):
         raise DitAttnError(f"{output} already holds pairs; add --resume, or choose another --output")
     if options.get("dry_run"):
-        for (product, defect), count in counts.items():
-            print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
+        if workers.process_rank()[0] == 0:
+            for (product, defect), count in counts.items():
+                print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
         return 0
     config = generate_config(options)
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
@@ -132,8 +140,9 @@ def generate(options: Options) -> int:
         for pair, learned in masks.items():
             learned.draw = drawer.of("+".join(pair))
     generator.encode_prompts(list(counts), free=True)
+    _, worker = workers.join_workers(backbone.device, True)
     total = sum(counts.values())
-    with progress_bar(total, "pairs", "pair", not options.get("json")) as bar:
+    with progress_bar(total, "pairs", "pair", _speaks(options)) as bar:
 
         def step(done: int, wanted: int, rejected: int) -> None:
             bar.set_postfix(rejected=rejected, refresh=False)
@@ -141,15 +150,29 @@ def generate(options: Options) -> int:
 
         try:
             summary = generator.run(
-                output, source.normals, counts, masks, roi=roi, controls=options.get("controls", 4), on_progress=step
-            )
+                output, source.normals, counts, masks, roi=roi, controls=options.get("controls", 4), on_progress=step,
+                worker=worker,
+            )  # fmt: skip
         except KeyboardInterrupt:
-            print(f"stopped; what is done is in {output}; continue with --resume", file=sys.stderr)
+            _say(f"stopped; what is done is in {output}; continue with --resume")
             return 130
+    if worker.rank:
+        return 1 if _missing(summary) else 0
     rows = read_rows(output / "manifest.jsonl")
     _export(output, rows, formats, source.normals if options.get("with_normals", True) else {})
     _pages(output, rows, summary, shlex.join(["dit-attn", *options.argv]))
     return _report(options, output, summary, formats)
+
+
+def _speaks(options: Options) -> bool:
+    """Whether this process prints: the first, unless it is to print JSON alone."""
+    return not options.get("json") and workers.process_rank()[0] == 0
+
+
+def _say(text: str) -> None:
+    """Print on standard error, in the first process."""
+    if workers.process_rank()[0] == 0:
+        print(text, file=sys.stderr)
 
 
 # -- what the flags name -----------------------------------------------------------------------------------------------
@@ -278,11 +301,13 @@ def load_backbone(options: Options, resolution: int | None = None) -> Any:
     from dit_attn.pipelines.anomaly.backbone import FAMILIES, Backbone
 
     config = LoadConfig.from_options(options)
+    device, _ = workers.join_workers(config.device, "device" in options)
+    config = replace(config, device=device)
     name = config.source.pipeline.__name__
     if name not in FAMILIES:
         raise DitAttnError(f"anomalies are not there yet for {name}; they are for {', '.join(sorted(FAMILIES))}")
     size = options.get("resolution", resolution or config.source.defaults.get("height"))
-    with loading_libraries(not options.get("json")):
+    with loading_libraries(_speaks(options)):
         pipe = load_pipeline(config)
     return Backbone(pipe, size)
 
@@ -327,8 +352,12 @@ def _pages(output: Path, rows: list[dict[str, Any]], summary: dict[str, Any], co
     files.write_text(output / "index.html", page(output, rows, summary, command))
 
 
+def _missing(summary: dict[str, Any]) -> int:
+    return sum(one["missing"] for one in summary["pairs"].values())
+
+
 def _report(options: Options, output: Path, summary: dict[str, Any], formats: Sequence[str]) -> int:
-    missing = sum(one["missing"] for one in summary["pairs"].values())
+    missing = _missing(summary)
     if options.get("json"):
         print(json.dumps({"output": str(output), "formats": list(formats), **summary}, indent=1))
         return 1 if missing else 0
