@@ -19,7 +19,7 @@ from dit_attn.pipelines.anomaly.gate import Gate
 from dit_attn.pipelines.anomaly.masks import MaskSource, boxed, foreground
 from dit_attn.pipelines.anomaly.pixels import read_image
 from dit_attn.pipelines.anomaly.sources import Shot, Source
-from dit_attn.pipelines.anomaly.views import view_of
+from dit_attn.pipelines.anomaly.views import flipped, view_of
 
 CHECKPOINT = "checkpoint.pt"
 _CONTROLS = 48  # normal images under real masks, per pair
@@ -138,7 +138,7 @@ class ConceptTraining:
             number = int(rng.integers(len(self.pairs)))
             of_pair = [one for one in self.shots if (one[0].product, one[0].defect) == self.pairs[number]]
             _, pixels, mask = of_pair[int(rng.integers(len(of_pair)))]
-            pixels, mask = _flipped(pixels, mask, self.config.flips, rng)
+            pixels, mask = flipped((pixels, mask), self.config.flips, rng)
             view = view_of(mask, self.backbone.resolution, self.config.crop, rng)
             images.append(view.image(pixels))
             masks.append(view.mask(mask))
@@ -166,7 +166,7 @@ class ConceptTraining:
     def update(self, accelerator: Any) -> float:
         """Do one step and return its loss, the mean over all processes."""
         config = self.config
-        scale = min(1.0, (self.step + 1) / 10, max(0.05, 2 * (config.steps - self.step) / config.steps))
+        scale = rate_scale(self.step, config.steps)
         with_lora = self.step >= config.lora_after * config.steps
         for index, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates)):
             group["lr"] = rate * scale * (1.0 if index == 0 or with_lora else 0.0)
@@ -245,6 +245,11 @@ def filled(template: str, product: str, defect: str) -> str:
         raise DitAttnError(f"the template {template!r} may have {{product}} and {{defect}} only") from error
 
 
+def rate_scale(step: int, steps: int) -> float:
+    """Return the factor of a learning rate: ten steps up from 0, and a line down over the second half."""
+    return min(1.0, (step + 1) / 10, max(0.05, 2 * (steps - step) / steps))
+
+
 def train(
     backbone: Backbone,
     source: Source,
@@ -304,17 +309,6 @@ def train(
         training.close()
         for name, parameter in backbone.pipe.transformer.named_parameters():
             parameter.requires_grad_(trainable[name])
-
-
-def _flipped(
-    pixels: np.ndarray, mask: np.ndarray, flips: str, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    across, over = rng.uniform(size=2) < 0.5
-    if flips in ("both", "horizontal") and across:
-        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-    if flips == "both" and over:
-        pixels, mask = pixels[::-1], mask[::-1]
-    return pixels, mask
 
 
 def _names(shots: Sequence[Shot]) -> list[str]:

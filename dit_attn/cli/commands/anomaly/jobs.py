@@ -28,6 +28,8 @@ def train(options: Options) -> int:
     """Learn the defects; returns 0, or 130 after Ctrl-C."""
     check_model(options)
     reject(options, "train", "concept", "count", "per_defect")
+    if "mask_steps" in options and not options.get("learn_masks"):
+        raise DitAttnError("--mask-steps without --learn-masks; add --learn-masks, or leave it out")
     source = find_source(options, shots=True)
     source.check()
     output = output_folder(options, "train")
@@ -35,32 +37,39 @@ def train(options: Options) -> int:
     if options.get("dry_run"):
         if rank == 0:
             print(_plan(source, options.get("train_steps", 200)))
+            if options.get("learn_masks"):
+                print(f"{options.get('mask_steps', 400)} optimizer steps for masks")
         return 0
     if (output / "checkpoint.pt").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
     from dit_attn.pipelines.anomaly import training
 
-    config = train_config(options)
+    config, resume = train_config(options), bool(options.get("resume"))
     training.check_batch(config.batch, processes)
     backbone = load_backbone(options)
-    with progress_bar(config.steps, "learn", "step", _speaks(options)) as bar:
-        try:
+    try:
+        with progress_bar(config.steps, "learn", "step", _speaks(options)) as bar:
             concept = training.train(
-                backbone, source, config, output, model=options["model"], resume=bool(options.get("resume")),
-                free_text=True, on_progress=lambda done, total, loss: bar.update(done - bar.n),
+                backbone, source, config, output, model=options["model"], resume=resume, free_text=True,
+                on_progress=lambda done, total, loss: bar.update(done - bar.n),
             )  # fmt: skip
-        except KeyboardInterrupt:
-            _say(f"stopped; continue with the same command and --resume; see {output}")
-            return 130
-    if rank:
-        return 0
+        if rank:
+            return 0
+        if options.get("learn_masks"):
+            _learn_masks(options, backbone, concept, output)
+    except KeyboardInterrupt:
+        _say(f"stopped; continue with the same command and --resume; see {output}")
+        return 130
     path = output / "concept.safetensors"
     if "push_to_hub" in options:
         print(concept.push_to_hub(path, options["push_to_hub"]), file=sys.stderr)
     gates = {name: {"threshold": g["low"], "shots": g["shots"], "normal_under_mask": g["controls"]}
              for name, g in concept.settings.gate.items()}  # fmt: skip
+    masks = concept.settings.mask_model
     if options.get("json"):
-        print(json.dumps({"concept": str(path), "pairs": list(concept.settings.pairs), "gate": gates}, indent=1))
+        usable = {"usable_masks": masks.usable} if masks else {}
+        report = {"concept": str(path), "pairs": list(concept.settings.pairs), "gate": gates, **usable}
+        print(json.dumps(report, indent=1))
     else:
         for name, gate in gates.items():
             control = gate["normal_under_mask"]
@@ -68,14 +77,28 @@ def train(options: Options) -> int:
                 f"{name}: {len(gate['shots'])} shots, ratio {np.mean(gate['shots']):.2f}; normal images under the same "
                 f"masks {control['mean']:.2f}, 95 % below {control['q95']:.2f}; accepted from {gate['threshold']:.2f}"
             )
+        for name, share in masks.usable.items() if masks else ():
+            print(f"{name}: {share:.0%} of the masks drawn for a trial can be used")
         print(f"concept written to {path}")
     return 0
+
+
+def _learn_masks(options: Options, backbone: Any, concept: Any, output: Path) -> None:
+    from dit_attn.pipelines.anomaly.mask_training import MaskTrainConfig, learn_masks
+
+    names = {"mask_steps": "steps", "lora_rank": "lora_rank", "flips": "flips", "seed": "seed"}
+    config = MaskTrainConfig(**{field: options[name] for name, field in names.items() if name in options})
+    with progress_bar(config.steps, "learn masks", "step", not options.get("json")) as bar:
+        learn_masks(
+            backbone, concept, config, output, resume=bool(options.get("resume")),
+            on_progress=lambda done, total, loss: bar.update(done - bar.n),
+        )  # fmt: skip
 
 
 def generate(options: Options) -> int:
     """Make pairs; returns 0, 1 where some are missing, or 130 after Ctrl-C."""
     check_model(options)
-    reject(options, "generate", "defects", "push_to_hub")
+    reject(options, "generate", "defects", "learn_masks", "mask_steps", "push_to_hub")
     if "concept" not in options:
         raise DitAttnError("no concept; give --concept FILE, which `dit-attn anomaly train` writes")
     formats = options.get("format", ["mvtec"])
@@ -86,6 +109,7 @@ def generate(options: Options) -> int:
         from dit_attn.pipelines.anomaly.concept import Concept
         from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
         from dit_attn.pipelines.anomaly.manifest import read_rows
+        from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer, check_mask_model
         from dit_attn.pipelines.anomaly.orders import check_counts
     concept = Concept.load(options["concept"])
     counts = _counts(options, [tuple(name.split("+", 1)) for name in concept.settings.pairs])
@@ -95,6 +119,9 @@ def generate(options: Options) -> int:
         if not source.normals.get(product):
             raise DitAttnError(f"there are no normal images of {product!r}; give --normal DIR and --product {product}")
     masks = {pair: _masks(options, concept, pair) for pair in counts}
+    if options.get("mask_source") == "learned":
+        for pair in counts:
+            check_mask_model(concept, "+".join(pair))
     roi = _roi(options.get("roi", "auto"))
     output = output_folder(options, "generate")
     if any(output.glob("manifest*.jsonl")) and not options.get("resume"):
@@ -108,6 +135,10 @@ def generate(options: Options) -> int:
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
     backbone = load_backbone(options, concept.settings.resolution)
     generator = AnomalyGenerator(backbone.pipe, concept, config, resolution=backbone.resolution)
+    if options.get("mask_source") == "learned":
+        drawer = MaskDrawer(generator.backbone, concept)
+        for pair, learned in masks.items():
+            learned.draw = drawer.of("+".join(pair))
     generator.encode_prompts(list(counts), free=True)
     _, worker = workers.join_workers(backbone.device, True)
     total = sum(counts.values())
