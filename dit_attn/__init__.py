@@ -40,6 +40,7 @@ _EXPORTS = {
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
+    "AdaptiveReweighting": "dit_attn.processors.methods.adaptive_reweighting",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.prompt_spans import PromptSpan
     from dit_attn.processors.attach.session import Session
     from dit_attn.processors.attach.summary import Summary
+    from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.gag import GAG
@@ -84,6 +86,7 @@ __all__ = [
     "SLA",
     "SLG",
     "STG",
+    "AdaptiveReweighting",
     "BlockSparse",
     "DitAttnError",
     "Explanation",
