@@ -16,9 +16,8 @@ from dit_attn.api import explain
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.high_resolution import late_start
 from dit_attn.pipelines.high_resolution.latents import form_of
+from dit_attn.pipelines.high_resolution.sizes import Size
 from dit_attn.processors.attach.value_table import html_table, percent, text_table
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
