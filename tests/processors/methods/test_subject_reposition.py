@@ -181,6 +181,20 @@ def test_a_reference_of_another_size_goes_into_the_box_wherever_its_model_places
     torch.testing.assert_close(found[:, 5:, 2], expected_w[:, 5:])
 
 
+def test_the_density_of_a_reference_of_another_size_counts_its_own_tokens() -> None:
+    """30 tokens of 6 x 10 come to lie on 24 of the picture: their weight is divided by 30 / 24."""
+    small = visual_span("reference", (1, 6, 10))
+    subject = {"piece": "a ball", "box": [0.5, 0.0, 1.0, 0.5], "from": RIGHT, "reference": 1}
+    method = SubjectReposition(subjects=[subject], mutual=False, density_correct=True)
+    run, layer = host_run([method], TokenLayout((Span("text", 4), PICTURE[0], small)))
+    args = random_args(4 + 96 + 60)
+    done = Dispatched(run, layer, replace(args, q=args.q.double(), k=args.k.double(), v=args.v.double()))
+    bias = torch.zeros(1, 1, 160, 160, dtype=torch.float64)
+    keys = 100 + (coordinates(small.grid or GRID)[:, 2] >= 5).nonzero().flatten()
+    bias[0, 0, 4:100, keys] = -math.log(30 / 24)
+    torch.testing.assert_close(done.out, reference(done.call, done.request, bias), atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["kontext", "qwen-image-edit"])
 def test_references_of_another_size_are_moved_in_editing_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, kwargs = editing(name, monkeypatch)
