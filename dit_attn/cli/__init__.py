@@ -33,6 +33,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("generate", "make images or videos from prompts, with or without methods", True),
+    "edit": Command("edit", "change images by instructions, with or without methods", True),
     "models": Command("models", "list the embedded models and the supported families"),
     "methods": Command("methods", "list the methods, or the settings of one"),
     "explain": Command("explain", "say what a method can gain on a model, before a run"),

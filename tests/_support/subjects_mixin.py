@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dit_attn
+from dit_attn.processors.attach.position_tables import position_table
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.call import AttentionCall
 from dit_attn.processors.core.piece_maps import generated_span
@@ -95,12 +96,15 @@ class SubjectsMixin:
     def test_subjects_are_moved_or_refused_and_those_that_stay_change_nothing(self, net: Any, args: Any) -> None:
         stock = self.call(net, args)
         moved = [{**one, "from": other["box"]} for one, other in zip(SUBJECTS, SUBJECTS[::-1])]
-        if not self.sockets or not getattr(self, "rotary", False):
+        table = position_table(net) is not None
+        if not self.sockets or not (getattr(self, "rotary", False) or table):
             with pytest.raises(dit_attn.DitAttnError, match="no rotary tables" if self.sockets else "attention"):
                 dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
         else:
             dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
             assert not same(stock, self.call(net, args))
+            dit_attn.disable(net)
+            assert same(stock, self.call(net, args)) and not getattr(net, "pos_embed", net)._forward_hooks
         if not self.sockets:
             return
         still = [{**one, "from": one["box"]} for one in SUBJECTS]

@@ -100,7 +100,7 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__.pop("_attention_backend", None)
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
-    clone.__dict__["_dit_moves"] = layer.kind == "self" and bool(moving_methods(run))
+    clone.__dict__["_dit_moves"] = layer.kind == "self" and not run.resampled and bool(moving_methods(run))
     clone.__dict__["_dit_reads"] = layer.kind == "self" and any(
         method.reads_input for method in cast("tuple[Method, ...]", run.methods_for("self"))
     )

@@ -97,8 +97,8 @@ def moved_arguments(
 
 @torch.compiler.disable
 def _check_absent(session: Session, layer: Layer) -> None:
-    site = _site(session, layer, session.layout.spans if session.layout is not None else ())
-    if _maps(session, site):
+    site = position_site(session, layer, session.layout.spans if session.layout is not None else ())
+    if maps_of(session, site):
         raise DitAttnError(f"positions cannot be moved: {layer.name} was given no rotary tables in this call")
 
 
@@ -174,7 +174,7 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
     """Return the tables at the positions that the methods ask for, ``leaves`` itself where nothing moves."""
     place = _find_tokens(session, layer, leaves, form)
     known = place.tokens.spans if place.tokens is not None else session.layout.spans if session.layout else ()
-    maps = _maps(session, _site(session, layer, known))
+    maps = maps_of(session, position_site(session, layer, known))
     if not maps:
         return leaves
     if place.tokens is None:
@@ -290,7 +290,8 @@ def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch
     return leaves[0].real, leaves[0].imag
 
 
-def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
+def position_site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
+    """Return where positions are asked for in a layer, given the spans of its sequence."""
     visual, start = [], 0
     for span in spans:
         if span.visual:
@@ -300,8 +301,8 @@ def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite
     return PositionSite(layer, tuple(visual), session.clock, branches, session.layer_count, session.pass_name)
 
 
-def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
-    """What the methods ask for, in the order in which they are enabled."""
+def maps_of(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
+    """Return the maps that the methods ask for, in the order in which they are enabled."""
     asked = [method.positions(site) for method in moving_methods(session)]
     flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
     return tuple(item for maps in flat for item in maps if item.moves)

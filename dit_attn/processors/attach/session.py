@@ -47,6 +47,7 @@ class Session(TransformerRun):
         moved_tables: rotary tables at the positions that the methods ask for, by the table they were made from.
         learned: the modules of the methods that learn: ``learned.parameters()`` for an optimizer,
             ``learned.requires_grad_(...)``.
+        resampled: whether moved tokens get resampled rows of the table that the model adds to its tokens.
         guider: runs the enabled guidance method, ``None`` without one.
         twin: runs the twin passes of the method that asks for them, ``None`` without one.
     """
@@ -60,6 +61,7 @@ class Session(TransformerRun):
         self.installed = False
         self.detached = False
         self.recomputing = False
+        self.resampled = False
         self.moved_tables = WeakIdKeyDictionary()
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
@@ -196,7 +198,7 @@ class Session(TransformerRun):
             raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
         pipe = memo.get(id(self.owner))
         session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo), pipe)
-        session.installed = self.installed
+        session.installed, session.resampled = self.installed, self.resampled
         memo[id(self)] = session
         for layer in self.layers:
             session.add_layer(layer.name, layer.calls)

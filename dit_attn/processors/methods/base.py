@@ -154,6 +154,11 @@ class Method:
         return type(self).positions is not Method.positions
 
     @property
+    def resamples_tables(self) -> bool:
+        """Whether positions may be rows between those of a table that is added to the tokens, without a rotary one."""
+        return False
+
+    @property
     def reads_input(self) -> bool:
         """Whether the method asks for ``call.layer.inputs``, the hidden states that enter a self-attention layer."""
         return False

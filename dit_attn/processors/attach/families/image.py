@@ -76,8 +76,10 @@ def _lumina2(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _omnigen(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The sequence is [instruction with its images, time, image]."""
-    return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans))
+    """The sequence is [instruction with its images, time, image]; input_image_sizes: {row: [[start, stop], ...]}."""
+    images = values["input_image_sizes"] or {}
+    embedded = tuple((int(row), int(a), int(b)) for row in sorted(images) for a, b in images[row])
+    return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans), embedded)
 
 
 def _hidream(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -169,7 +171,7 @@ FAMILIES = (
         models="OmniGen v1",
         transformers=("OmniGenTransformer2DModel",),
         layers=("layers.*.self_attn",),
-        forward_args=("hidden_states",),
+        forward_args=("hidden_states", "input_image_sizes"),
         layout=_omnigen,
         cfg=CFGRule("batched", ("cond", "uncond"), ("cond", "uncond", "image")),
         time_grows=True,
