@@ -41,7 +41,7 @@ def train(options: Options) -> int:
         if rank == 0:
             print(_plan(source, options.get("train_steps", 200)))
             if options.get("learn_masks"):
-                print(f"{options.get('mask_steps', 400)} optimizer steps for masks")
+                print(f"{options.get('mask_steps', 600)} optimizer steps for masks")
         return 0
     if (output / "checkpoint.pt").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
