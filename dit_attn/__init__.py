@@ -39,6 +39,7 @@ _EXPORTS = {
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
+    "AdaptiveReweighting": "dit_attn.processors.methods.adaptive_reweighting",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.prompt_spans import PromptSpan
     from dit_attn.processors.attach.session import Session
     from dit_attn.processors.attach.summary import Summary
+    from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.inward_window import InwardWindow
@@ -81,6 +83,7 @@ __all__ = [
     "SLA",
     "SLG",
     "STG",
+    "AdaptiveReweighting",
     "BlockSparse",
     "DitAttnError",
     "Explanation",

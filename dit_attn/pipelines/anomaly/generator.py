@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from dit_attn import files
+from dit_attn.api import resolve
+from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.backbone import Backbone
 from dit_attn.pipelines.anomaly.concept import Concept
 from dit_attn.pipelines.anomaly.gate import Gate
@@ -22,6 +24,7 @@ from dit_attn.pipelines.anomaly.pixels import read_image, write_png
 from dit_attn.pipelines.anomaly.rounds import Rounds
 from dit_attn.pipelines.anomaly.views import View, view_of
 from dit_attn.pipelines.worker_share import WorkerShare
+from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
 
 
 class AnomalyGenerator:
@@ -36,7 +39,8 @@ class AnomalyGenerator:
         methods: of :func:`dit_attn.enable`, for the time of the calls.
 
     Raises:
-        DitAttnError: a pipeline that is not there yet, or one that the concept was not learned on.
+        DitAttnError: a pipeline that is not there yet, or one that the concept was not learned on; re-weighting without
+            a concept.
     """
 
     def __init__(
@@ -59,7 +63,15 @@ class AnomalyGenerator:
         if self.concept is not None:
             self.concept.check_model(self.backbone)
             self.concept.to(self.backbone.device).requires_grad_(False)
-        self.painter = Painter(self.backbone, self.concept, self.config, prompt, normal_prompt, methods)
+        chosen = resolve(pipe, *methods, *self._reweighting())
+        if AdaptiveReweighting.among(chosen) is not None and self.concept is None:
+            raise DitAttnError("re-weighting is for the learned vectors of a concept; give one, or leave it off")
+        self.methods = chosen
+        self.painter = Painter(self.backbone, self.concept, self.config, prompt, normal_prompt, chosen)
+
+    def _reweighting(self) -> tuple[AdaptiveReweighting, ...]:
+        mode = self.config.reweighting
+        return () if mode == "off" else (AdaptiveReweighting(mode=mode),)
 
     def gate(self, product: str, defect: str) -> Gate | None:
         """Return the gate of a pair, ``None`` where the concept has none."""
@@ -187,6 +199,7 @@ class AnomalyGenerator:
             "concept": f"{order.product}+{order.defect}" if settings else "",
             "model": settings.model if settings else "",
             "licence": settings.licence if settings else "", "config": asdict(self.config),
+            "methods": [method.to_dict() for method in self.methods],
         }  # fmt: skip
 
     def _controls(self, product: str, defect: str, count: int, normals: Any, masks: Any, roi: Any) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import DitAttnError, unknown
 from dit_attn.pipelines.anomaly.gate import Scores
+
+REWEIGHTING = ("off", "bias", "gain", "logit")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class GenerateConfig:
         dilate_above: noise level in [0, 1].
         feather: pixels around the mask over which painted and normal pixels are mixed.
         crop: ``"auto"`` or ``"none"``, see :func:`~dit_attn.pipelines.anomaly.views.view_of`.
+        reweighting: mode of adaptive re-weighting, one of ``REWEIGHTING``; ``"off"`` for none.
         seed: of the run; every pair has one of its own, hashed from it.
+
+    Raises:
+        DitAttnError: an unknown mode.
     """
 
     steps: int = 20
@@ -37,7 +43,12 @@ class GenerateConfig:
     dilate_above: float = 0.5
     feather: int = 2
     crop: str = "auto"
+    reweighting: str = "off"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reweighting not in REWEIGHTING:
+            raise unknown("mode of re-weighting", self.reweighting, REWEIGHTING)
 
 
 @dataclass(frozen=True)

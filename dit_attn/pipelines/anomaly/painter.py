@@ -14,7 +14,10 @@ from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
 from dit_attn.pipelines.anomaly.blend import Blend, blended
 from dit_attn.pipelines.anomaly.concept import Concept, applied
 from dit_attn.pipelines.anomaly.orders import GenerateConfig, Order
+from dit_attn.pipelines.anomaly.reweighting import Reweighting, touched_tokens
 from dit_attn.pipelines.anomaly.training import filled
+from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
+from dit_attn.processors.methods.base import Method
 
 
 class Painter:
@@ -25,7 +28,10 @@ class Painter:
         concept: what was learned, on the device of the pipeline; ``None``: the words alone.
         config: how.
         prompt, normal_prompt: templates.
-        methods: of :func:`dit_attn.enable`, for the time of the calls.
+        methods: for the time of the calls.
+
+    Attributes:
+        reports: what the methods said of the last batch, by slug.
     """
 
     def __init__(
@@ -35,10 +41,11 @@ class Painter:
         config: GenerateConfig,
         prompt: str,
         normal_prompt: str,
-        methods: Sequence[Any] = (),
+        methods: Sequence[Method] = (),
     ):
         self.backbone, self.concept, self.config = backbone, concept, config
         self.prompt, self.normal_prompt, self.methods = prompt, normal_prompt, tuple(methods)
+        self.reports: dict[str, Any] = {}
         self._texts: dict[str, Text] = {}
 
     def encode_prompts(self, pairs: Sequence[tuple[str, str]], free: bool = False) -> None:
@@ -72,14 +79,19 @@ class Painter:
         wide = self._region(masks, config.dilate, clean)
         exact = self._region(masks, 0, clean)
         text = joined([self._order_text(order, control) for order in orders], family.masked)
+        own = text["prompt_embeds"].shape[1]
+        blend = Blend(kept, start, lambda level: wide if level > config.dilate_above else exact)
         with ExitStack() as stack:
             if self.concept is not None and not control:
                 pairs = torch.tensor([self.concept.index(o.product, o.defect) for o in orders], device=device)
                 text = self.concept.extend(text, family.masked, pairs, masks)
                 stack.enter_context(applied(self.concept, pipe.transformer))
-            if self.methods:
-                stack.enter_context(enabled(pipe, *self.methods))
-            blend = Blend(kept, start, lambda level: wide if level > config.dilate_above else exact)
+            session = stack.enter_context(enabled(pipe, *self.methods)) if self.methods else None
+            method, length = AdaptiveReweighting.among(self.methods), text["prompt_embeds"].shape[1]
+            if session is not None and method is not None and length > own:
+                learned = torch.arange(length) >= own
+                weights = Reweighting(method, session, kept, touched_tokens(backbone, masks), learned)
+                blend.on_clean = weights.update
             stack.enter_context(blended(pipe.scheduler, blend))
             latents = start.to(backbone.dtype)  # pipelines multiply it by their first level
             words = {key: self._typed(value) for key, value in text.items()}
@@ -90,6 +102,7 @@ class Painter:
                 num_inference_steps=config.steps, output_type="pt", **{family.guidance: config.guidance},
                 **(family.call or {}),
             )  # fmt: skip
+            self.reports = dict(session.reports) if session is not None else {}
         return out.images.float().clamp(0, 1).cpu()
 
     def _order_text(self, order: Order, control: bool) -> Text:

@@ -92,6 +92,10 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     else:
         local = out if exchange is None else exchange.gather_heads(out)
         layer.stats.seconds += time.perf_counter() - started
+    for gain in request.key_gains if request.replacement is None else ():
+        part = executor.gained(call, request, gain)
+        local = local + (part if exchange is None else exchange.gather_heads(part))
+        out = local
     for gate in request.gates if request.replacement is None else ():
         local = local * gate[..., None].to(local.dtype)
         out = local
@@ -148,6 +152,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         reports=run.reports,
         find_piece=run.find_piece,
         find_prompts=run.find_prompts,
+        given=run.given,
     )
 
 

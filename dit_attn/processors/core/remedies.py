@@ -16,6 +16,8 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"visual tokens are not consecutive", "use methods without a sparse layout on this model"),
     (r"windows need one image or video in the sequence", "leave out reference images, or use another method"),
     (r"subjects need one image or video in the sequence", "the family has no grid of tokens; use it without regions"),
+    (r"weights need one image or video in the sequence", "the family has no grid of tokens; run it without weights"),
+    (r"no weights are given", "AnomalyGenerator gives them; in code of yours set session.given['reweighting']"),
     (r"pooled keys need tiles that divide the picture", 'take outside="none", or a size with more divisors'),
     (r"no full-field attention to the text is stored", "begin a run at its first step, through the full transformer"),
     (r"the window covers the picture", "nothing is left out: choose a smaller window"),

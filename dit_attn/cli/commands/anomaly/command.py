@@ -57,6 +57,8 @@ GROUPS = {
         flags.Flag("controls", "normal controls to score per defect, for the report", int, "4", low=0),
         flags.Flag("crop", "auto: crop around the mask and paste; none: the entire image", default="auto",
                    choices=("auto", "none"), metavar="HOW"),
+        flags.Flag("reweighting", "attend more to the defect where a mask is unpainted: off, bias, gain or logit",
+                   default="off", choices=("off", "bias", "gain", "logit"), metavar="MODE"),
         flags.Flag("format", "mvtec, folder, flat, flat01, coco, yolo or jsonl; repeatable", default="mvtec",
                    many=True, metavar="NAME"),
         flags.Flag("with-normals", "write the normal images too", "on-or-off", "on"),

@@ -296,7 +296,7 @@ def generate_config(options: Options) -> Any:
     from dit_attn.pipelines.anomaly.orders import GenerateConfig
 
     given = {"guidance": options["guidance_scale"]} if "guidance_scale" in options else {}
-    return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "seed"), **given)
+    return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "reweighting", "seed"), **given)
 
 
 def load_backbone(options: Options, resolution: int | None = None) -> Any:
