@@ -10,7 +10,6 @@ each source is compared with new true masks of the pair, and so are the shots an
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.anomaly import Backbone, Concept, MaskSource, TrainConfig, train
 from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer
+from dit_attn.pipelines.anomaly.mask_model import mask_problem
 from dit_attn.pipelines.anomaly.mask_shapes import describe, distance, nearest_overlap
 from dit_attn.pipelines.anomaly.mask_training import MaskTrainConfig, learn_masks
 from dit_attn.pipelines.anomaly.masks import boxed
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=MaskTrainConfig.steps, help="optimizer steps of the mask model")
     parser.add_argument("--batch", type=int, default=MaskTrainConfig.batch)
     parser.add_argument("--embedding-steps", type=int, default=60, help="steps of a model without a LoRA; 0: none")
-    parser.add_argument("--count", type=int, default=40, help="masks of every source and pair")
+    parser.add_argument("--count", type=int, default=32, help="masks of every source and pair")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sheet", type=Path, help="image of some masks of every source")
@@ -99,7 +99,7 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
 def _learn(
     backbone: Backbone, concept: Concept, config: MaskTrainConfig, folder: Path, count: int
 ) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """Learn, and draw ``count`` masks of every pair: figures, and the masks that can be used."""
+    """Learn, and draw ``count`` masks of every pair: figures, and the masks, usable or not."""
     losses: list[float] = []
     wall, cpu = time.perf_counter(), time.process_time()
     learn_masks(backbone, concept, config, folder, on_progress=lambda done, total, loss: _note(losses, loss))
@@ -110,9 +110,10 @@ def _learn(
     cpu = time.process_time()
     for pair in concept.settings.pairs:
         drawn = [drawer.attempt(pair, seed_of(1, pair, number, "trial mask")) for number in range(count)]
-        reasons = [re.sub(r"\d+", "N", reason) for _, reason in drawn if reason]
-        masks[pair] = [boxed(mask) for mask, reason in drawn if not reason]
-        usable[pair] = {"usable": len(masks[pair]), "of": count, "rejected": dict(Counter(reasons))}
+        reasons = [reason.split(" is ")[0] if reason.startswith("its") else reason for _, reason in drawn]
+        masks[pair] = [boxed(mask) for mask, _ in drawn if mask.any()]
+        counts = dict(Counter(filter(None, reasons)))
+        usable[pair] = {"usable": count - sum(counts.values()), "of": count, "rejected": counts}
     drawing = (time.process_time() - cpu) / (count * len(usable))
     return {
         "steps": config.steps, "batch": config.batch, "lora_rank": config.lora_rank,
@@ -146,7 +147,8 @@ def _compare(masks: dict[str, list[np.ndarray]], shapes: list[np.ndarray]) -> di
     out: dict[str, Any] = {}
     for name, rows in found.items():
         means = {key: _quartiles([row[key] for row in rows]) for key in ("area", "elongation", "roughness")}
-        out[name] = {"masks": len(rows), "in_one_part": _rounded(np.mean([row["parts"] == 1 for row in rows])), **means}
+        good = sum(not mask_problem(np.pad(mask, 1), shapes) for mask in masks[name])
+        out[name] = {"masks": len(rows), "usable": good, **means}
         if name != "reference":
             out[name]["distance_to_reference"] = {
                 key: _rounded(distance([row[key] for row in rows], [row[key] for row in found["reference"]]))

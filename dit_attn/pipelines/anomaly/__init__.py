@@ -13,8 +13,11 @@ _EXPORTS = {
     "Concept": "concept",
     "Gate": "gate",
     "GenerateConfig": "orders",
+    "MaskDrawer": "mask_drawer",
     "MaskSource": "masks",
+    "MaskTrainConfig": "mask_training",
     "TrainConfig": "training",
+    "learn_masks": "mask_training",
     "train": "training",
 }
 
@@ -23,11 +26,25 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.anomaly.concept import Concept
     from dit_attn.pipelines.anomaly.gate import Gate
     from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+    from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer
+    from dit_attn.pipelines.anomaly.mask_training import MaskTrainConfig, learn_masks
     from dit_attn.pipelines.anomaly.masks import MaskSource
     from dit_attn.pipelines.anomaly.orders import GenerateConfig
     from dit_attn.pipelines.anomaly.training import TrainConfig, train
 
-__all__ = ["AnomalyGenerator", "Backbone", "Concept", "Gate", "GenerateConfig", "MaskSource", "TrainConfig", "train"]
+__all__ = [
+    "AnomalyGenerator",
+    "Backbone",
+    "Concept",
+    "Gate",
+    "GenerateConfig",
+    "MaskDrawer",
+    "MaskSource",
+    "MaskTrainConfig",
+    "TrainConfig",
+    "learn_masks",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

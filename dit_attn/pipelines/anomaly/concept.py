@@ -176,7 +176,6 @@ class Concept(torch.nn.Module):
             DitAttnError: the Hub cannot be reached or refuses.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         from dit_attn.hub import is_offline
 
@@ -186,8 +185,11 @@ class Concept(torch.nn.Module):
             hub = HfApi()
             hub.create_repo(repo_id, exist_ok=True)
             return str(hub.upload_file(path_or_fileobj=str(path), path_in_repo=path.name, repo_id=repo_id, **kwargs))
-        except (HfHubHTTPError, ValueError, OSError) as error:
-            raise DitAttnError(f"cannot upload to {repo_id} ({reason(error)}); the concept is in {path}") from error
+        except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
+            raise DitAttnError(
+                f"cannot upload to {repo_id} ({reason(error)}); the concept is in {path}: check the name, the network "
+                "and `hf auth login`"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:

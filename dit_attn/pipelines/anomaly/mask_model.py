@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from dit_attn.pipelines.anomaly.mask_shapes import describe
 from dit_attn.pipelines.anomaly.masks import boxed
 from dit_attn.pipelines.anomaly.views import View
 
@@ -24,7 +25,8 @@ THRESHOLD = 0.5  # gray value in [0, 1] from which a pixel is in the mask
 _ROOM = 1.6  # side of the canvas over that of the largest box
 _SMALLEST = 16  # pixels along a canvas
 _SPECK = 0.1  # parts smaller than this share of the largest one are dropped
-_AREAS = (0.5, 2.0)  # times the area of the smallest and of the largest shot
+# How far a mask may go beyond the shots: factors of the least and the largest of them.
+_LIMITS = {"area": (0.5, 2.0), "number of parts": (0.0, 1.0), "elongation": (1 / 1.5, 1.5), "roughness": (0.0, 1.3)}
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,19 @@ def mask_of(drawn: torch.Tensor, side: int, shapes: Sequence[np.ndarray]) -> tup
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     kept = (sizes >= max(1.0, _SPECK * sizes.max()))[labels]
-    area = int(kept.sum())
-    areas = [int(shape.sum()) for shape in shapes]
-    if not area:
-        return kept, "it is empty"
-    if area > _AREAS[1] * max(areas):
-        return kept, f"it covers {area} pixels; the shots cover up to {max(areas)}"
-    if area < _AREAS[0] * min(areas):
-        return kept, f"it covers {area} pixels; the shots cover at least {min(areas)}"
-    if kept[[0, -1]].any() or kept[:, [0, -1]].any():
-        return kept, "it is cut off by the border"
-    return kept, ""
+    return kept, mask_problem(kept, shapes)
+
+
+def mask_problem(mask: np.ndarray, shapes: Sequence[np.ndarray]) -> str:
+    """Return why a mask on its canvas cannot be used, ``""`` if it can: it must look like the masks of the shots."""
+    if not mask.any():
+        return "it is empty"
+    if mask[[0, -1]].any() or mask[:, [0, -1]].any():
+        return "it is cut off by the border"
+    found, shots = describe(mask), [describe(shape) for shape in shapes]
+    for name, (low, high) in _LIMITS.items():
+        values = [shot[name] for shot in shots]
+        if not low * min(values) <= found[name] <= high * max(values):
+            own = f"{min(values):.3g} to {max(values):.3g}"
+            return f"its {name} is {found[name]:.3g}, that of the shots {own}"
+    return ""

@@ -24,7 +24,7 @@ def describe(mask: np.ndarray) -> dict[str, float]:
     area = float(mask.sum())
     _, parts = ndimage.label(mask, np.ones((3, 3)))
     return {"area": area, "elongation": along / across, "roughness": float(edge / np.sqrt(4 * np.pi * area)),
-            "parts": float(parts)}  # fmt: skip
+            "number of parts": float(parts)}  # fmt: skip
 
 
 def distance(first: Sequence[float], second: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ class MaskTrainConfig:
 
     tokens: int = 4
     lora_rank: int = 8
-    steps: int = 400
+    steps: int = 600
     batch: int = 4
     lr: float = 1e-2
     lora_lr: float = 6e-3

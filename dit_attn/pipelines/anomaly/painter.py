@@ -46,13 +46,12 @@ class Painter:
         self.backbone, self.concept, self.config = backbone, concept, config
         self.prompt, self.normal_prompt, self.methods = prompt, normal_prompt, tuple(methods)
         self.reports: dict[str, Any] = {}
-        self._texts: dict[str, Text] = {}
 
     def encode_prompts(self, pairs: Sequence[tuple[str, str]], free: bool = False) -> None:
         """Encode the prompts of some pairs now, and drop the text encoders if ``free``."""
         for product, defect in pairs:
-            self._text(filled(self.prompt, product, defect))
-            self._text(filled(self.normal_prompt, product, ""))
+            self.backbone.text(filled(self.prompt, product, defect))
+            self.backbone.text(filled(self.normal_prompt, product, ""))
         if free:
             self.backbone.free_text_encoders()
 
@@ -107,15 +106,15 @@ class Painter:
 
     def _order_text(self, order: Order, control: bool) -> Text:
         if control:
-            return self._text(filled(self.normal_prompt, order.product, ""))
-        return self._text(filled(self.prompt, order.product, order.defect))
+            return self.backbone.text(filled(self.normal_prompt, order.product, ""))
+        return self.backbone.text(filled(self.prompt, order.product, order.defect))
 
     def _negative(self, orders: Sequence[Order], text: Text) -> dict[str, torch.Tensor]:
         """The normal product's text, as long as ``text``; nothing where there is no guidance."""
         if self.config.guidance <= 1.0:
             return {}
         masked = self.backbone.family.masked
-        plain = joined([self._text(filled(self.normal_prompt, order.product, "")) for order in orders], masked)
+        plain = joined([self.backbone.text(filled(self.normal_prompt, order.product, "")) for order in orders], masked)
         out: dict[str, torch.Tensor] = {}
         for key in text:
             value = plain[key].to(text[key])
@@ -138,8 +137,3 @@ class Painter:
             reach = dilate * (self.backbone.cell // self.backbone.factor)
             cells = F.max_pool2d(cells, 2 * reach + 1, 1, reach)
         return self.backbone.pack(cells.expand(-1, clean.shape[1], -1, -1))
-
-    def _text(self, prompt: str) -> Text:
-        if prompt not in self._texts:
-            self._texts[prompt] = self.backbone.text(prompt)
-        return self._texts[prompt]

@@ -126,9 +126,10 @@ def test_a_mask_comes_back_from_its_canvas(size):
     ("box", "reason"),
     [
         ((0, 0, 0, 0), "it is empty"),
-        ((0, 0, 32, 32), "it covers 1024 pixels; the shots cover up to 32"),
-        ((10, 10, 13, 13), "it covers 9 pixels; the shots cover at least 32"),
+        ((1, 1, 31, 31), "its area is 900, that of the shots 32 to 32"),
+        ((10, 10, 13, 13), "its area is 9, that of the shots 32 to 32"),
         ((0, 10, 6, 16), "it is cut off by the border"),
+        ((10, 3, 12, 29), "its elongation is 15, that of the shots 2.05 to 2.05"),
     ],
 )
 def test_an_image_that_is_no_mask_says_why(box, reason):
@@ -142,4 +143,13 @@ def test_specks_are_dropped_and_large_parts_stay():
     gray = torch.zeros(3, 32, 32)
     gray[:, 8:13, 8:13] = gray[:, 20:23, 20:24] = gray[:, 28, 28] = 1
     mask, reason = mask_of(gray, 32, [SHAPE])
-    assert reason == "" and mask.sum() == 37 and not mask[28, 28]
+    assert mask.sum() == 37 and not mask[28, 28]
+    assert reason == "its number of parts is 2, that of the shots 1 to 1"
+    assert mask_of(gray, 32, [SHAPE, mask])[1] == ""
+
+
+def test_a_ragged_mask_is_refused():
+    gray = torch.zeros(3, 32, 32)
+    gray[:, 12:18, 10:22] = 1
+    gray[:, 13:18:2, 11:21:2] = 0
+    assert mask_of(gray, 32, [SHAPE])[1].startswith("its roughness is")

@@ -13,12 +13,12 @@ def test_a_disk_is_round_and_smooth_and_a_line_is_long():
     disk, line = np.hypot(x, y) <= 12, np.zeros((41, 41), bool)
     line[20, 5:35] = True
     found = describe(disk)
-    assert found["area"] == disk.sum() and found["parts"] == 1
+    assert found["area"] == disk.sum() and found["number of parts"] == 1
     assert found["elongation"] == pytest.approx(1, abs=0.02) and found["roughness"] == pytest.approx(0.9, abs=0.1)
     assert describe(line)["elongation"] > 10
     comb = disk.copy()
     comb[::2] = False
-    assert describe(comb)["roughness"] > 2 * found["roughness"] and describe(comb)["parts"] > 5
+    assert describe(comb)["roughness"] > 2 * found["roughness"] and describe(comb)["number of parts"] > 5
 
 
 def test_equal_samples_have_no_distance_and_disjoint_ones_have_1():

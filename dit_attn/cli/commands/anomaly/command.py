@@ -38,7 +38,7 @@ GROUPS = {
         flags.Flag("prompt-template", "prompt of a defect", default="{product} with a {defect}", metavar="TEXT"),
         flags.Flag("normal-template", "prompt of a normal product", default="normal {product}", metavar="TEXT"),
         flags.Flag("learn-masks", "learn to draw masks too, for --mask-source learned", bool),
-        flags.Flag("mask-steps", "optimizer steps of --learn-masks", int, "400", low=1),
+        flags.Flag("mask-steps", "optimizer steps of --learn-masks", int, "600", low=1),
         flags.Flag("push-to-hub", "upload the concept to this repository of the Hugging Face Hub", metavar="ORG/NAME"),
     ),
     "generation": (

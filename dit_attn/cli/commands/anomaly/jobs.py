@@ -18,6 +18,7 @@ from dit_attn.cli.model_source import check_reachable, locate
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, progress_bar
 from dit_attn.errors import DitAttnError
+from dit_attn.hub import check_repository
 from dit_attn.pipelines.anomaly.exports import Pair, check_formats, export
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
 from dit_attn.pipelines.anomaly.pixels import read_image, read_mask
@@ -30,6 +31,8 @@ def train(options: Options) -> int:
     reject(options, "train", "concept", "count", "per_defect")
     if "mask_steps" in options and not options.get("learn_masks"):
         raise DitAttnError("--mask-steps without --learn-masks; add --learn-masks, or leave it out")
+    if "push_to_hub" in options:
+        check_repository(options["push_to_hub"])
     source = find_source(options, shots=True)
     source.check()
     output = output_folder(options, "train")
@@ -38,7 +41,7 @@ def train(options: Options) -> int:
         if rank == 0:
             print(_plan(source, options.get("train_steps", 200)))
             if options.get("learn_masks"):
-                print(f"{options.get('mask_steps', 400)} optimizer steps for masks")
+                print(f"{options.get('mask_steps', 600)} optimizer steps for masks")
         return 0
     if (output / "checkpoint.pt").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
@@ -72,9 +75,10 @@ def train(options: Options) -> int:
         print(json.dumps(report, indent=1))
     else:
         for name, gate in gates.items():
-            control = gate["normal_under_mask"]
+            control, ratios = gate["normal_under_mask"], gate["shots"]
+            count = f"{len(ratios)} shot{'' if len(ratios) == 1 else 's'}"
             print(
-                f"{name}: {len(gate['shots'])} shots, ratio {np.mean(gate['shots']):.2f}; normal images under the same "
+                f"{name}: {count}, ratio {np.mean(ratios):.2f}; normal images under the same "
                 f"masks {control['mean']:.2f}, 95 % below {control['q95']:.2f}; accepted from {gate['threshold']:.2f}"
             )
         for name, share in masks.usable.items() if masks else ():
@@ -362,8 +366,9 @@ def _report(options: Options, output: Path, summary: dict[str, Any], formats: Se
         print(json.dumps({"output": str(output), "formats": list(formats), **summary}, indent=1))
         return 1 if missing else 0
     for name, one in summary["pairs"].items():
-        figures = ", ".join(f"{key} {one[key]:.2f}" for key in ("ratio", "fill", "leak") if key in one)
-        print(f"{name}: {one['accepted']} of {one['wanted']} pairs, {one['rejected']} rejected; {figures}")
+        found = ", ".join(f"{key} {one[key]:.2f}" for key in ("ratio", "fill", "leak") if key in one)
+        figures = f"; {found}" if found else ""
+        print(f"{name}: {one['accepted']} of {one['wanted']} pairs, {one['rejected']} rejected{figures}")
         control = summary["controls"].get(name)
         if control:
             print(f"  control, prompt of the normal product: {control['accepted']} of {control['count']} accepted, "
