@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 _METHODS = {
+    "Auto": "auto",
     "BlockSparse": "block_sparse",
     "InwardWindow": "inward_window",
     "MoH": "moh",
@@ -26,6 +27,7 @@ _METHODS = {
 }
 
 if TYPE_CHECKING:
+    from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
@@ -45,6 +47,7 @@ __all__ = [
     "SLA",
     "SLG",
     "STG",
+    "Auto",
     "BlockSparse",
     "InwardWindow",
     "MoH",

@@ -31,7 +31,7 @@ def shipped() -> dict[str, Any]:
 def read_record(record: dict[str, Any]) -> tuple[Machine, list[Cost]]:
     """The machine and the costs of a record of ``bench kernels``."""
     place, shape = record["environment"], record["shape"]
-    machine = Machine(record["device"], place["hardware"], place["threads"], place["torch"], "")
+    machine = Machine(record["device"], place["hardware"], place["threads"], place["torch"], 1)
     return machine, [
         Cost(shape["dim"], dtype, shape["seq"], row["density"], ratio_of(row), row["backend"])
         for dtype, rows in record["rows"].items()

@@ -7,10 +7,9 @@ from importlib import resources
 
 import torch
 
-import dit_attn
 from dit_attn import files
 from dit_attn.kernels.cost.store import saved_table
-from dit_attn.kernels.cost.table import Cost, CostTable, Machine
+from dit_attn.kernels.cost.table import KERNELS, Cost, CostTable, Machine
 from dit_attn.machine import processor
 
 SLACK = 1.5
@@ -25,14 +24,14 @@ def this_machine(device: torch.device | str) -> Machine:
     accelerator = kind == "cuda" and torch.cuda.is_available()
     hardware = torch.cuda.get_device_name(torch.device(device)) if accelerator else _processor()
     threads = torch.get_num_threads() if kind == "cpu" else 0
-    return Machine(kind, hardware, threads, torch.__version__, dit_attn.__version__)
+    return Machine(kind, hardware, threads, torch.__version__, KERNELS)
 
 
 def cost_table(device: torch.device | str) -> CostTable:
     """Return what sparse attention is known to cost on a device.
 
     In this order: the table that ``dit-attn bench kernels --save`` has measured on this machine, with these threads,
-    this torch and this version of the package; one that is shipped for the same hardware and threads; on other
+    this torch and these kernels; one that is shipped for the same hardware and threads; on other
     processors a guess, which is slower than everything shipped; elsewhere an empty table, which expects no gain.
     """
     machine = this_machine(device)

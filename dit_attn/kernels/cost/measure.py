@@ -34,14 +34,15 @@ class Grid:
     head_dims: tuple[int, ...] = (64, 128)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
-    @property
-    def count(self) -> int:
-        """Number of calls that are compared with dense."""
-        return len(self.shapes) * len(self.head_dims) * len(self.dtypes) * len(self.densities)
+
+CPU = Grid()
+ACCELERATOR = Grid(
+    ((1024, 16, 64, 9), (4096, 16, 128, 9), (16384, 16, 128, 5)), dtypes=("float32", "bfloat16", "float16")
+)  # enough heads to keep it busy
 
 
 def measure_costs(
-    device: torch.device, grid: Grid = Grid(), on_progress: Callable[[str], None] = lambda text: None
+    device: torch.device, grid: Grid | None = None, on_progress: Callable[[str], None] = lambda text: None
 ) -> CostTable:
     """Measure the costs of a device, with torch's current number of threads; about a minute on two cores.
 
@@ -50,13 +51,14 @@ def measure_costs(
 
     Args:
         device: what is measured.
-        grid: the shapes.
+        grid: the shapes; default: :data:`CPU` or :data:`ACCELERATOR`.
         on_progress: called with a line of text before every shape.
 
     Raises:
         DitAttnError: no kernel runs there.
     """
     costs: list[Cost] = []
+    grid = grid or (CPU if device.type == "cpu" else ACCELERATOR)
     for tokens, heads, block, rounds in grid.shapes:
         for size in grid.head_dims:
             for dtype in grid.dtypes:

@@ -16,6 +16,8 @@ PROVENANCES = {
     "shipped": "shipped, measured on the same hardware",
     "guess": "a careful guess, not measured",
 }
+KERNELS = 1
+"""Generation of the kernels, raised when their speed changes; measurements of another one are not used."""
 Curve = tuple[tuple[float, float], ...]  # (density, ratio), rising in both
 
 
@@ -28,14 +30,14 @@ class Machine:
         hardware: name of the processor and its cores, or of the accelerator.
         threads: of torch on a CPU, 0 elsewhere.
         torch: version of torch.
-        package: version of this package, whose kernels were measured.
+        kernels: generation of the kernels that were measured, :data:`KERNELS`.
     """
 
     device: str
     hardware: str
     threads: int
     torch: str
-    package: str
+    kernels: int
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
@@ -134,7 +136,7 @@ class CostTable:
         return f"{PROVENANCES[self.provenance]}{where}{note}"
 
 
-_MACHINE = {"device": str, "hardware": str, "threads": int, "torch": str, "package": str}
+_MACHINE = {"device": str, "hardware": str, "threads": int, "torch": str, "kernels": int}
 
 
 def _cost(row: Any) -> Cost:

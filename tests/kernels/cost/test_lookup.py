@@ -32,7 +32,7 @@ def test_what_was_measured_here_comes_first_then_what_is_shipped_then_a_guess(
     monkeypatch.setattr(lookup, "this_machine", lambda device: machine)
     guess = cost_table("cpu")
     assert guess.provenance == "guess" and "run dit-attn bench kernels --save" in str(guess)
-    machine = replace(shipped.machine, torch="9.9", package="0.1.0")
+    machine = replace(shipped.machine, torch="9.9", kernels=9)
     assert cost_table("cpu") == shipped
     machine = replace(machine, threads=machine.threads + 1)
     assert cost_table("cpu").provenance == "guess"

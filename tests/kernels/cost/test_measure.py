@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dit_attn.cli import main
-from dit_attn.cli.commands.bench import costs
 from dit_attn.kernels.cost import cost_table
 from dit_attn.kernels.cost import measure as measuring
 from dit_attn.kernels.cost.lookup import this_machine
@@ -39,7 +38,7 @@ def test_a_ratio_is_selection_and_sparse_over_the_fastest_dense_call(monkeypatch
 
 def test_the_command_line_saves_the_table_that_auto_finds(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "costs.json"))
-    monkeypatch.setattr(costs, "GRID", TINY)
+    monkeypatch.setattr(measuring, "CPU", TINY)
     assert main(["bench", "kernels", "--save"]) == 0
     shown = capsys.readouterr().out
     assert "50 %" in shown and "320" in shown and str(tmp_path / "costs.json") in shown

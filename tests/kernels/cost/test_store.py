@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels.cost import Cost, CostTable, Machine
 from dit_attn.kernels.cost.store import FORMAT, VARIABLE, costs_path, save_table, saved_table
 
-HERE = Machine("cpu", "a processor, 2 cores", 2, "2.13.0", "0.1.0")
+HERE = Machine("cpu", "a processor, 2 cores", 2, "2.13.0", 1)
 TABLE = CostTable(HERE, (Cost(64, "float32", 4096, 0.25, 0.5, "gather"),))
 
 
@@ -43,7 +42,7 @@ def test_a_table_is_found_again_on_its_machine_alone(file: Path) -> None:
     assert saved_table(HERE) == (None, "run dit-attn bench kernels --save to measure it")
     assert save_table(TABLE) == file and saved_table(HERE) == (TABLE, "")
     others = (
-        replace(HERE, threads=1), replace(HERE, torch="2.14"), replace(HERE, package="2"), replace(HERE, hardware="x")
+        replace(HERE, threads=1), replace(HERE, torch="2.14"), replace(HERE, kernels=2), replace(HERE, hardware="x")
     )  # fmt: skip
     for other in others:
         found, why = saved_table(other)
@@ -83,13 +82,20 @@ def test_a_file_that_cannot_be_used_is_ignored_with_one_line_once(file: Path, te
     assert saved_table(HERE)[0] == TABLE
 
 
+def save_ten(first: int) -> None:
+    for i in range(10):
+        save_table(replace(TABLE, machine=replace(HERE, threads=first + i)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, which saves their imports")
 def test_two_processes_lose_no_table(file: Path) -> None:
-    code = (
-        "import sys; from tests.kernels.cost.test_store import *\n"
-        "for i in range(10): save_table(replace(TABLE, machine=replace(HERE, threads=100 * int(sys.argv[1]) + i)))"
-    )
-    workers = [subprocess.Popen([sys.executable, "-c", code, str(n)], env=dict(os.environ)) for n in (1, 2)]
-    assert [worker.wait() for worker in workers] == [0, 0]
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=save_ten, args=(first,)) for first in (100, 200)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(json.loads(file.read_text())["tables"]) == 20
     assert [path.name for path in file.parent.iterdir()] == ["costs.json"]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_attn.kernels.cost import Cost, CostTable, Machine
 
-HERE = Machine("cpu", "a processor, 2 cores", 2, "2.13.0", "0.1.0")
+HERE = Machine("cpu", "a processor, 2 cores", 2, "2.13.0", 1)
 POINTS = {1024: (0.4, 0.8, 1.2), 4096: (0.2, 0.4, 0.7), 16384: (0.1, 0.3, 0.6)}  # of densities 0.125, 0.25, 0.5
 
 

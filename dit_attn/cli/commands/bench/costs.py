@@ -10,11 +10,9 @@ from dit_attn.cli import load_pipeline
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import StatusLine
 from dit_attn.cli.table import Table, show
-from dit_attn.kernels.cost.measure import Grid, measure_costs
+from dit_attn.kernels.cost.measure import measure_costs
 from dit_attn.kernels.cost.store import save_table
 from dit_attn.kernels.cost.table import CostTable
-
-GRID = Grid()
 
 
 def save(options: Options) -> int:
@@ -27,7 +25,7 @@ def save(options: Options) -> int:
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
     status = StatusLine(not options.get("json"))
-    table = measure_costs(device, GRID, status)
+    table = measure_costs(device, on_progress=status)
     status("")
     path = save_table(table)
     if options.get("json"):
@@ -38,9 +36,10 @@ def save(options: Options) -> int:
 
 
 def _drawn(table: CostTable) -> Table:
-    """A row for every size and type, a column for every density of the grid."""
+    """A row for every size and type, a column for every density."""
+    densities = sorted({cost.density for cost in table.costs}, reverse=True)
     rows = []
     for tokens, size, dtype in dict.fromkeys((cost.tokens, cost.head_dim, cost.dtype) for cost in table.costs):
-        ratios = (table.expected(tokens, size, dtype, density) for density in GRID.densities)
+        ratios = (table.expected(tokens, size, dtype, density) for density in densities)
         rows.append((dtype, f"{tokens:,}", str(size), *(f"{ratio:.2f}" for ratio in ratios)))
-    return Table(("type", ">tokens", ">head size", *(f">{100 * each:g} %" for each in GRID.densities)), rows)
+    return Table(("type", ">tokens", ">head size", *(f">{100 * each:g} %" for each in densities)), rows)
