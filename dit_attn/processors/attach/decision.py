@@ -52,7 +52,7 @@ def settle(
     Returns:
         The methods, and the decision; ``None`` where no method leaves one.
     """
-    auto = next((found for method in methods if (found := as_auto(method)) is not None), None)
+    auto = next(filter(None, map(as_auto, methods)), None)
     if auto is None or not names:
         return tuple(methods), None
     layer = model.get_submodule(names[0])
