@@ -26,6 +26,7 @@ _EXPORTS = {
     "PromptSpan": "dit_attn.processors.attach.prompt_spans",
     "Explanation": "dit_attn.processors.attach.explain",
     "Method": "dit_attn.processors.methods.base",
+    "Auto": "dit_attn.processors.methods.auto",
     "BlockSparse": "dit_attn.processors.methods.block_sparse",
     "RectifiedSpaAttn": "dit_attn.processors.methods.rectified_spaattn",
     "ReTtention": "dit_attn.processors.methods.re_ttention",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.session import Session
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
+    from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.gag import GAG
@@ -87,6 +89,7 @@ __all__ = [
     "SLG",
     "STG",
     "AdaptiveReweighting",
+    "Auto",
     "BlockSparse",
     "DitAttnError",
     "Explanation",

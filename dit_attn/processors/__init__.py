@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 _METHODS = {
     "AdaptiveReweighting": "adaptive_reweighting",
+    "Auto": "auto",
     "BlockSparse": "block_sparse",
     "GAG": "gag",
     "InwardWindow": "inward_window",
@@ -29,6 +30,7 @@ _METHODS = {
 
 if TYPE_CHECKING:
     from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
+    from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.gag import GAG
     from dit_attn.processors.methods.inward_window import InwardWindow
@@ -51,6 +53,7 @@ __all__ = [
     "SLG",
     "STG",
     "AdaptiveReweighting",
+    "Auto",
     "BlockSparse",
     "InwardWindow",
     "MoH",

@@ -6,7 +6,6 @@ activations at a time and of what methods store, without the weights. Both are a
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from dit_attn.api import explain
 from dit_attn.errors import DitAttnError
+from dit_attn.machine import free_memory
 from dit_attn.pipelines.high_resolution import late_start
 from dit_attn.pipelines.high_resolution.latents import form_of
 from dit_attn.pipelines.high_resolution.sizes import Size
@@ -156,7 +156,7 @@ def check_store(found: int, on_host: bool, device: torch.device) -> None:
         DitAttnError: so it is.
     """
     where = torch.device("cpu") if on_host else device
-    free = _free(where)
+    free = free_memory(where)
     if free is not None and found > free:
         remedy = "take store=fp8, offload=true or a smaller size" if where.type != "cpu" else (
             "take store=fp8, a smaller size, or override=none"
@@ -164,15 +164,6 @@ def check_store(found: int, on_host: bool, device: torch.device) -> None:
         raise DitAttnError(
             f"what the twin pass leaves takes {_bytes(found)}, and {where.type} has {_bytes(free)} free; {remedy}"
         )
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes that are free, ``None`` where nobody says."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-    return None
 
 
 def _steps_left(scheduler: Any, steps: int, sigma: float) -> int:

@@ -11,6 +11,9 @@ _NAMED = "name the calls: dit_attn.run_context"
 REMEDIES: tuple[tuple[str, str], ...] = (
     # As the settings of the method ask for, or because there is nothing to do.
     (r"dense (step|layer)|density 1|nothing requested|only observed|no method .*|stock path: .*|full-field pass", ""),
+    (r"auto expects no gain", "the row auto says why; dit-attn bench kernels --save measures this machine"),
+    (r"dense calls are timed first", ""),
+    (r"sparse calls were slower than dense ones", "measure this machine: dit-attn bench kernels --save"),
     (r"sequence under \d+ tokens", "dense attention is as fast there; sample larger images or videos"),
     (r"cross attention|causal attention", "no method computes such a layer; nothing to do"),
     (r"visual tokens are not consecutive", "use methods without a sparse layout on this model"),

@@ -284,6 +284,14 @@ class Method:
         """
         return self
 
+    def for_preset(self, name: str | None) -> Method:
+        """Return the method with what it leaves to the model's preset filled in, itself where it leaves nothing.
+
+        Args:
+            name: of the preset that matches the model, ``None`` where none does.
+        """
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values, with the slug under ``"method"``."""
         return {"method": self.slug, **{k: plain(v) for k, v in dataclasses.asdict(self).items()}}

@@ -48,7 +48,7 @@ def test_latents_are_neither_decoded_nor_encoded_in_between() -> None:
 
 
 def test_a_store_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_free", lambda device: 1000)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1000)
     pipe = models.load("tiny-image")
     make = HighResolution(pipe, InwardWindow(override="text"))
     with pytest.raises(DitAttnError, match=r"what the twin pass leaves takes .* MiB, and cpu has"):
