@@ -133,7 +133,7 @@ def prepare(
         method.check_heads(type(model).__name__, [head_count(session.module(layer)) for layer in layers])
         if method.moves_positions and "self" in mine:
             stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
-            check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
+            check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock], family)
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
         if method.has_twin:
