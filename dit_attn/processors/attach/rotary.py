@@ -113,7 +113,8 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
 
     Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``angles`` (..., 1, columns) in radians,
     ``shared`` (a complex table for queries and keys, by these names), ``pair`` (complex tables of the visual tokens and
-    of the text), ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens per axis)).
+    of the text), ``visual`` ((cos, sin) of the visual tokens, the same of the text or None), ``axes`` (((cos, sin) per
+    axis and coordinate), (coordinates of the tokens per axis)).
     """
     if isinstance(value, torch.Tensor):
         if value.is_complex():
@@ -127,6 +128,8 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
             return "shared", [value["key"]]
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         first, second = value
+        if isinstance(first, tuple) and len(first) == 2 and all(isinstance(part, torch.Tensor) for part in first):
+            return "visual", [*first, *(second or ())]
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
             if first.is_complex() and second.is_complex():
                 return "pair", [first, second]
@@ -141,6 +144,8 @@ def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
     """The argument that :func:`_flatten` took apart."""
     if form in ("complex", "matrix", "angles"):
         return leaves[0]
+    if form == "visual":
+        return (leaves[0], leaves[1]), tuple(leaves[2:]) or None
     if form == "shared":
         return {"query": leaves[0], "key": leaves[0]}
     if form == "axes":
@@ -283,8 +288,8 @@ def _moved(
     if form == "angles":
         before, stock = full[0].cos(), full[0].sin()
         return [full[0] + torch.atan2(sin * before - cos * stock, cos * before + sin * stock)]
-    if form == "real":
-        return [cos, sin]
+    if form in ("real", "visual"):
+        return [cos, sin, *leaves[2:]]
     if form == "axes":
         count = 2 * len(full) // 3
         widths = [table.shape[-1] for table in full[:count:2]]
@@ -297,7 +302,7 @@ def _moved(
 
 def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the visual tokens' table, (..., tokens, ..., columns)."""
-    if form == "real":
+    if form in ("real", "visual"):
         return leaves[0], leaves[1]
     if form == "matrix":
         return leaves[0][..., 0, 0], leaves[0][..., 1, 0]

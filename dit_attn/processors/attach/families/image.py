@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dit_attn.processors.attach.families import Family
-from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, CFGRule
+from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
@@ -72,6 +72,26 @@ def _glm(config: Any, values: dict[str, Any]) -> TokenLayout:
     if not values["encoder_hidden_states"].shape[1]:
         raise ValueError("reference image whose keys are written to a cache")
     return _order("text", "image")(config, values)
+
+
+def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """(B, [N,] C, T, H, W) latents of N items; the last, which is made, comes first, then the others and text."""
+    latents, (pt, ph, pw) = values["hidden_states"], config.patch_size
+    frames, height, width = latents.shape[-3:]
+    grid = (frames // pt, height // ph, width // pw)
+    references = latents.shape[1] - 1 if latents.ndim == 6 else 0
+    return TokenLayout((visual_span("image", grid), *[visual_span("reference", grid)] * references, TEXT))
+
+
+def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The sequence is [gist of the text, image, context images]; gist of different lengths would come last."""
+    mask = values["encoder_attention_mask"]
+    if mask is not None and len(set(mask.sum(1).tolist())) > 1:
+        raise ValueError("samples with captions of different lengths in one batch")
+    size = config.patch_size
+    grids = [(1, part.shape[-2] // size, part.shape[-1] // size) for part in values["context_latents"] or ()]
+    image = _order("text", "image")(config, values)
+    return TokenLayout((*image.spans, *(visual_span("reference", grid) for grid in grids)))
 
 
 FAMILIES = (
@@ -204,6 +224,46 @@ FAMILIES = (
         layout=_order("image", "text"),
         cfg=BATCHED,
         batch_axes={"x": 1, "temb": 1},  # of its blocks, whose tokens are (S, B, C)
+    ),
+    Family(
+        name="fibo-2",
+        models="Bria FIBO 2",
+        transformers=("BriaFibo2Transformer2DModel",),
+        layers=("layers.*.attention",),
+        forward_args=("hidden_states", "context_latents", "encoder_attention_mask"),
+        layout=_fibo2,
+    ),
+    Family(
+        name="joyimage-edit",
+        models="JoyImage-Edit",
+        transformers=("JoyImageEditTransformer3DModel",),
+        layers=("double_blocks.*.attn",),
+        forward_args=("hidden_states",),
+        layout=_joyimage,
+        cfg=replace(SEPARATE, rescaled=True),
+    ),
+    Family(
+        name="lumina-next",
+        models="Lumina-Next (Lumina-T2X)",
+        transformers=("LuminaNextDiT2DModel",),
+        layers=("layers.*.attn1",),
+        cross_layers=("layers.*.attn2",),
+        forward_args=("hidden_states",),
+        layout=_order("image"),
+        # Three of the four channels are guided, so that no one scale divides an update.
+        cfg=CFGRule("batched", ("cond", "uncond"), negated=True, scale=""),
+        time_grows=True,
+        mask_rule="visual-row",
+        batch_axes={"image_rotary_emb": None},
+    ),
+    Family(
+        name="dit",
+        models="DiT (class-conditional)",
+        transformers=("DiTTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("image"),
+        cfg=CFGRule("batched", ("cond", "uncond"), scale="", argument="guidance_scale"),
     ),
     Family(
         name="sana",
