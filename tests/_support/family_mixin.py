@@ -246,7 +246,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
             assert not seen.replaced
             return
         seen.check(window)
-        assert seen.replaced
+        assert bool(seen.replaced) is ("text" in self.kinds or self.cross_sockets > 0)  # a model may take no text
 
     @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
     def test_logit_biases_of_image_and_text_rows_equal_their_equation(self, net: Any, args: Any, sparse: bool) -> None:

@@ -138,7 +138,7 @@ def prepare(
             added = method.resamples_tables and position_table(model) is not None
             session.resampled |= added and not any(rotary_parameters(type(item).__call__) for item in processors)
             if not (added and session.resampled):
-                check_positions(model, processors)
+                check_positions(model, processors, family)
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
         if method.has_twin:

@@ -9,7 +9,7 @@ import torch
 from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.parameters import LayerShape
 
-_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv")
+_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv", "img_attn_qkv")
 _KEY = ("to_k", "to_key")
 
 
@@ -23,7 +23,10 @@ def head_count(module: Any) -> int | None:
 
 def head_size(module: Any) -> int:
     """Return the channels of one head of an attention module."""
-    inner = getattr(module, "inner_dim", None) or _first(module, _QUERY).out_features
+    inner = getattr(module, "inner_dim", None)
+    if inner is None and isinstance(getattr(module, "head_dim", None), int):
+        return module.head_dim
+    inner = inner or _first(module, _QUERY).out_features
     return inner // (head_count(module) or 1)
 
 
