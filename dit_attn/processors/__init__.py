@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 _METHODS = {
     "BlockSparse": "block_sparse",
+    "HeadDrop": "head_drop",
     "InwardWindow": "inward_window",
     "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
@@ -27,6 +28,7 @@ _METHODS = {
 
 if TYPE_CHECKING:
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -46,6 +48,7 @@ __all__ = [
     "SLG",
     "STG",
     "BlockSparse",
+    "HeadDrop",
     "InwardWindow",
     "MoH",
     "ReTtention",
