@@ -32,6 +32,7 @@ _EXPORTS = {
     "ReTtention": "dit_attn.processors.methods.re_ttention",
     "InwardWindow": "dit_attn.processors.methods.inward_window",
     "SLA": "dit_attn.processors.methods.sla",
+    "HeadDrop": "dit_attn.processors.methods.head_drop",
     "MoH": "dit_attn.processors.methods.moh",
     "SoftPAG": "dit_attn.processors.methods.softpag",
     "SEG": "dit_attn.processors.methods.seg",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.gag import GAG
+    from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -93,6 +95,7 @@ __all__ = [
     "BlockSparse",
     "DitAttnError",
     "Explanation",
+    "HeadDrop",
     "InwardWindow",
     "Method",
     "MoH",

@@ -14,6 +14,7 @@ _METHODS = {
     "Auto": "auto",
     "BlockSparse": "block_sparse",
     "GAG": "gag",
+    "HeadDrop": "head_drop",
     "InwardWindow": "inward_window",
     "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.block_sparse import BlockSparse
     from dit_attn.processors.methods.gag import GAG
+    from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -55,6 +57,7 @@ __all__ = [
     "AdaptiveReweighting",
     "Auto",
     "BlockSparse",
+    "HeadDrop",
     "InwardWindow",
     "MoH",
     "ReTtention",

@@ -146,6 +146,7 @@ def explain_run(
     tokens = grid[0] * grid[1] * grid[2]
     names = eligible_layers(model, family)
     for method in methods:
+        method.kept({name: head_count(model.get_submodule(name)) for name in names})
         method.check_model(type(model).__name__, len(names))
         method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
     attention, linear = _operations(model, family, names, tokens)

@@ -57,6 +57,16 @@ class SDPAArgs:
         """Whether the sequence is split over devices."""
         return self.mesh is not None or self.unsupported is not None
 
+    def of_heads(self, kept: Sequence[int]) -> SDPAArgs:
+        """Return the call of some of the query heads, with their keys and values."""
+        heads = torch.tensor(kept, device=self.q.device)
+        groups = heads // (self.q.shape[2] // self.k.shape[2])
+        mask = self.mask
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == self.q.shape[2] > 1:
+            mask = mask[:, heads.to(mask.device)]
+        k, v = self.k[:, :, groups], self.v[:, :, groups]
+        return replace(self, q=self.q[:, :, heads], k=k, v=v, mask=mask, gqa=False)
+
     def rescaled(self, factor: float) -> SDPAArgs:
         """Return the call with another softmax scale; itself where the factor is 1."""
         if factor == 1.0:
@@ -414,7 +424,7 @@ class CallMethod(Protocol):
 
     @property
     def role(self) -> str:
-        """``"sparse"``, ``"guidance"`` or ``""``."""
+        """``"sparse"``, ``"guidance"``, ``"heads"`` or ``""``."""
 
     @property
     def min_tokens(self) -> int:
