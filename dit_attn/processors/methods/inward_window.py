@@ -246,7 +246,11 @@ class InwardWindow(SparseMethod):
         others = call.tokens.seq_len - math.prod(grid)
         layout, tile = self.layout(grid, others, call.q.device)
         if self.outside != "none" and layout.elements is not None:
-            request.decline(f"{outside_keys.WORDS[self.outside]} need tiles that divide the picture")
+            pooled = self.outside == "pooled"
+            request.decline(
+                "pooled keys need tiles that divide the picture" if pooled
+                else "anchors need tiles that divide the picture"
+            )  # fmt: skip
             return
         request.permuted = rows = request.permute(call, "tiles", tile)
         request.layout = layout

@@ -16,8 +16,6 @@ import torch
 from dit_attn.kernels import Compensation, pooled_compensation, sampled_compensation
 from dit_attn.processors.core.token_permute import PermutedTokens
 
-WORDS = {"pooled": "pooled keys", "anchors": "anchors"}
-
 
 def tokens_per_key(most: int, block: int) -> int:
     """Return the largest number of tokens, at most ``most``, that divides a block."""

@@ -179,10 +179,10 @@ def test_weights_follow_the_change_and_the_step_before() -> None:
     change = torch.ones(1, 4, 4)
     change[:, 1] = 0.0
     method = AdaptiveReweighting(blur=False, w_max=3.0)
-    first = method.weights(change, region)
+    first = method.weigh(change, region)
     assert (first[0, 1] > 1.5).all() and (first[0, [0, 2, 3]] == 1).all()
-    torch.testing.assert_close(method.weights(torch.ones(1, 4, 4), region, first), 0.5 * first + 0.5)
-    smooth = AdaptiveReweighting(w_max=3.0).weights(change, region)
+    torch.testing.assert_close(method.weigh(torch.ones(1, 4, 4), region, first), 0.5 * first + 0.5)
+    smooth = AdaptiveReweighting(w_max=3.0).weigh(change, region)
     assert 1 < smooth[0, 0].min() <= smooth[0, 1].max() < first.max()
 
 
