@@ -181,7 +181,7 @@ class AnomalyGenerator:
         region = foreground(pixels) if roi is None else roi(path, pixels)
         mask = masks.sample(region, rng)
         seed = seed_of(self.config.seed, product, defect, number, attempt)
-        return Order(product, defect, number, attempt, path, pixels, mask, seed)
+        return Order(product, defect, number, attempt, path, pixels, mask, seed, masks.kind)
 
     def _write(self, output: Path, made: Made) -> dict[str, Any]:
         order = made.order
@@ -195,7 +195,8 @@ class AnomalyGenerator:
         return {
             "product": order.product, "defect": order.defect, "number": order.number, "attempt": order.attempt,
             "decision": decision, "reason": made.rejected, "generated": image.as_posix(), "mask_file": mask.as_posix(),
-            "source_image": str(order.normal), "seed": order.seed, "scores": asdict(made.scores) if made.scores else {},
+            "source_image": str(order.normal), "mask_source": order.mask_source, "seed": order.seed,
+            "scores": asdict(made.scores) if made.scores else {},
             "concept": f"{order.product}+{order.defect}" if settings else "",
             "model": settings.model if settings else "",
             "licence": settings.licence if settings else "", "config": asdict(self.config),

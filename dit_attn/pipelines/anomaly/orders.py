@@ -63,6 +63,7 @@ class Order:
         pixels: (H, W, 3) uint8.
         mask: (H, W) bool.
         seed: of the noise.
+        mask_source: kind of the source of the mask, ``""`` where it is not known.
     """
 
     product: str
@@ -73,6 +74,7 @@ class Order:
     pixels: np.ndarray = field(repr=False)
     mask: np.ndarray = field(repr=False)
     seed: int = 0
+    mask_source: str = ""
 
 
 @dataclass(frozen=True)

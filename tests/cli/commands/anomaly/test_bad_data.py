@@ -51,7 +51,7 @@ def test_one_shot_and_images_of_several_sizes_are_learned_and_painted(place, own
     assert "metal+hole: 1 shot, ratio 1.00" in out and "of the masks drawn for a trial can be used" in out
     assert _generate(place, own) in (0, 1)
     rows = (own / "pairs/manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 2
+    assert len(rows) == 2 and all('"mask_source": "real"' in row for row in rows)
     capsys.readouterr()
     if "0% of the masks" in out:
         assert _generate(place, own, "--mask-source", "learned", "--output", str(own / "other")) == 2
