@@ -3,13 +3,21 @@
     python benchmarks/high_resolution/measure.py tiny-video --count 48 \\
         --output benchmarks/high_resolution/tiny-video.json --resume
 
-Every item has one prompt, one seed and one native pass, from which all two-stage arms and the enlargement go on.
-Measurements are appended to a log next to the output, so that ``--resume`` goes on where a run was interrupted.
+Every item has one prompt, one seed and one native pass, from which all two-stage arms and the enlargement go on; native
+passes are kept next to the output. Measurements are appended to a log there, so that ``--resume`` goes on where a run
+was interrupted, also with other arms, noise levels or factors. The record has every arm of the log that has all items.
+Windows come first: they take about half of the time of dense attention at 2x, and less above.
+
+    --only @windows                the arms without dense attention
+    --only @published              what the paper compares, and dense attention at interpolated positions
+    --only "two stages window"     one arm
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable
@@ -39,6 +47,8 @@ from dit_attn.pipelines.high_resolution.latents import enlarged, form_of
 KINDS = {"tiny-image": "image", "tiny-joint": "multi", "tiny-video": "video"}
 FACTORS = {"tiny-image": (2, 3, 4), "tiny-joint": (2, 3, 4), "tiny-video": (2, 3)}
 SIGMAS = (0.5, 0.7, 0.9)
+POSITIONS = ("interpolated", "ntk", "dype", "plain positions")  # words of arms
+POOL = 96  # items are the first of so many, whatever --count is
 FIGURES = ("whole", "count", "objects", "sharpness", "perimeter", "edge-width", "detail")
 _OVERRIDE = {"override": "text", "interval": 2}
 # Methods of a pass from noise at the large size, and of the second stage after a native pass; None is dense attention.
@@ -63,6 +73,14 @@ STAGES: dict[str, dict[str, Any] | None] = {
     "window, interpolated + override": {**_OVERRIDE, "rotary": "interpolated", "twin_rotary": "interpolated"},
     "dense, interpolated": {"whole": True, "rotary": "interpolated"},
 }
+SETS: dict[str, Callable[[str], bool]] = {
+    "@windows": lambda name: not any(word in name for word in ("dense", "override", "plain positions")),
+    "@published": lambda name: name in {
+        "bilinear", "direct dense", "direct window", "direct dense, interpolated", "two stages dense",
+        "two stages window", "two stages window + override, twin extrapolated",
+        "two stages window + override, twin interpolated", "two stages window, interpolated",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,11 @@ class Arm:
         """Name of its measurements."""
         return f"{self.name}|{self.factor}|{self.sigma}"
 
+    @property
+    def dense(self) -> bool:
+        """Whether some pass at the large size is dense."""
+        return "dense" in self.name or "override" in self.name
+
 
 class Bench:
     """An embedded model with the calls of all arms.
@@ -96,7 +119,7 @@ class Bench:
     """
 
     def __init__(self, name: str, steps: int | None) -> None:
-        self.pipe = models.load(name)
+        self.name, self.pipe = name, models.load(name)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = models.call_defaults(name) | ({"num_inference_steps": steps} if steps else {})
         size = (self.call.pop("height"), self.call.pop("width"))
@@ -111,10 +134,16 @@ class Bench:
         whole = {"window": tuple(factor * n for n in self.tokens)} if "whole" in settings else {}
         return InwardWindow(native=self.tokens, **whole, **rest)
 
-    def native(self, prompt: str, seed: int) -> NativePass:
-        """The native pass of an item."""
+    def native(self, prompt: str, seed: int, folder: Path) -> NativePass:
+        """The native pass of an item, made once."""
+        what = json.dumps([self.name, prompt, seed, self.call], sort_keys=True)
+        path = folder / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.safetensors"
+        if path.is_file():
+            return NativePass.load(path)
         make = HighResolution(self.pipe, None)
-        return make.native_pass(prompt, native=self.size, generator=_generator(seed), **self.call)
+        first = make.native_pass(prompt, native=self.size, generator=_generator(seed), **self.call)
+        first.save(path)
+        return first
 
     def enlarge(self, factor: int) -> Any:
         """The native pass, or its enlargement."""
@@ -158,17 +187,22 @@ class Bench:
         return make
 
     def arms(self, factors: tuple[int, ...], sigmas: tuple[float, ...]) -> list[Arm]:
-        """All arms; those that move positions only where the model has rotary tables."""
-        rotary = self.video
-        fits = {False: lambda settings: "rotary" not in str(settings), True: lambda settings: True}[rotary]
+        """All arms, windows first; those that are about positions only where the model has rotary tables."""
+        direct, stages = (self._fitting(arms) for arms in (DIRECT, STAGES))
         found = [Arm("native", self.enlarge(1), 1)]
         for factor in factors:
             found.append(Arm("bilinear", self.enlarge(factor), factor))
-            found += [Arm(f"direct {n}", self.direct(s, factor), factor) for n, s in DIRECT.items() if fits(s)]
+            found += [Arm(f"direct {n}", self.direct(s, factor), factor) for n, s in direct.items()]
             for sigma in sigmas:
-                made = [(n, s) for n, s in STAGES.items() if fits(s)]
+                made = stages.items()
                 found += [Arm(f"two stages {n}", self.stages(s, factor, sigma), factor, sigma) for n, s in made]
-        return found
+        return sorted(found, key=lambda arm: (arm.factor, arm.dense))
+
+    def _fitting(self, arms: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+        if self.video:  # the others have tables of positions that are resized
+            return arms
+        kept = {name: s for name, s in arms.items() if not any(word in name for word in POSITIONS)}
+        return {name: s and {key: s[key] for key in s if key != "rotary"} for name, s in kept.items()}
 
 
 def judge(frames: np.ndarray, prompt: str, item: Any) -> dict[str, float | None]:
@@ -197,6 +231,30 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def sample(model: str, count: int, filled: bool) -> Any:
+    """The items; more of them begin with the same ones."""
+    if filled:
+        return items.multi.held_out_sample(max(count, POOL), objects=(1, 3), filled=True)[:count]
+    return items.held_out_sample(KINDS[model], max(count, POOL))[:count]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is left of a run, from what its arms took so far."""
+
+    log: MeasurementLog
+    arms: list[Arm]
+    count: int
+
+    def __str__(self) -> str:
+        left, unknown = 0.0, 0
+        for arm in self.arms:
+            done = [row["cpu seconds"] for i in range(self.count) if (row := self.log.rows.get(f"{arm.key}|{i}"))]
+            unknown += not done
+            left += (self.count - len(done)) * float(np.mean(done)) if done else 0.0
+        return f"about {left / 3600:.2f} core-hours left" + (f", and {unknown} arms not begun" if unknown else "")
+
+
 def table(rows: dict[str, Any], arms: list[Arm], count: int) -> list[dict[str, Any]]:
     """Figures of every arm with 95 % intervals: means, the difference from native, and the share of dense time."""
     found = []
@@ -208,9 +266,10 @@ def table(rows: dict[str, Any], arms: list[Arm], count: int) -> list[dict[str, A
         row: dict[str, Any] = {"arm": arm.name, "factor": arm.factor, "sigma": arm.sigma}
         row |= {name: mean_figure([one[name] for one in mine]) for name in FIGURES}
         row["whole - native"] = difference_figure([x["whole"] for x in mine], [x["whole"] for x in native])
-        row["seconds"] = mean_figure([one["seconds"] for one in mine])
+        row["seconds"], row["cpu seconds"] = (mean_figure([one[n] for one in mine]) for n in ("seconds", "cpu seconds"))
         if all(dense) and arm.name not in ("native", "bilinear"):
-            row["time / dense"] = ratio_figure([x["seconds"] for x in mine], [x["seconds"] for x in dense if x])
+            for name, of in (("time / dense", "seconds"), ("cpu / dense", "cpu seconds")):
+                row[name] = ratio_figure([x[of] for x in mine], [x[of] for x in dense if x])
         found.append(row)
     return found
 
@@ -223,7 +282,7 @@ def main() -> None:
     parser.add_argument("--factors", type=int, nargs="+", help="of the native size")
     parser.add_argument("--sigmas", type=float, nargs="+", default=list(SIGMAS))
     parser.add_argument("--steps", type=int, help="of a full schedule (default: the model's)")
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="names of the arms, besides native (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="arms or sets of them, besides native (default: all)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--filled", action="store_true", help="tiny-joint: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
@@ -238,28 +297,31 @@ def main() -> None:
     bench = Bench(args.model, args.steps)
     arms = bench.arms(tuple(args.factors or FACTORS[args.model]), tuple(args.sigmas))
     if args.only:
-        unknown = {*args.only} - {arm.name for arm in arms}
-        if unknown:
-            parser.error(f"no such arm: {', '.join(sorted(unknown))}; there are {', '.join({a.name: 0 for a in arms})}")
-        arms = [arm for arm in arms if arm.name in ("native", *args.only)]
-    kind = KINDS[args.model]
-    chosen = items.multi.held_out_sample(args.count, objects=(1, 3), filled=True) if args.filled else (
-        items.held_out_sample(kind, args.count)
-    )  # fmt: skip
+        names = {arm.name for arm in arms}
+        wanted = {name for given in args.only for name in filter(SETS.get(given, given.__eq__), names)}
+        if unknown := [given for given in args.only if given not in SETS and given not in names]:
+            parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join([*SETS, *sorted(names)])}")
+        arms = [arm for arm in arms if arm.name in ("native", *wanted)]
+    chosen = sample(args.model, args.count, args.filled)
     setup = {"model": args.model, "steps": args.steps, "filled": args.filled, "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     log = MeasurementLog(args.output.with_suffix(".jsonl"), setup, args.resume)
-    before, started = load_average(), time.time()
+    before, todo = load_average(), Progress(log, arms, args.count)
     for index, item in enumerate(chosen):
         missing = [arm for arm in arms if f"{arm.key}|{index}" not in log.rows]
         if not missing:
             continue
         prompt = items.caption(item)
-        first = bench.native(prompt, index)
+        first = bench.native(prompt, index, args.output.with_suffix(".native"))
         for arm in missing:
+            started = time.process_time()
             frames, seconds = arm.make(prompt, index, first)
-            log.add(f"{arm.key}|{index}", {**judge(frames, prompt, item), "seconds": seconds})
-        print(f"{index + 1} of {args.count}: {time.time() - started:.0f} s", flush=True)
+            times = {"seconds": seconds, "cpu seconds": time.process_time() - started}
+            log.add(f"{arm.key}|{index}", {**judge(frames, prompt, item), **times})
+        print(f"{index + 1} of {args.count} items; {todo}", flush=True)
+    factors = {*FACTORS[args.model], *(args.factors or ())}
+    every = bench.arms(tuple(sorted(factors)), tuple(sorted({*SIGMAS, *args.sigmas})))
+    arms = [arm for arm in every if all(f"{arm.key}|{i}" in log.rows for i in range(args.count))]
     record = {
         "what": "ways to make images and clips above the native size, one native pass and one seed an item; seconds of "
         "two stages are those of the second",
@@ -273,7 +335,7 @@ def main() -> None:
     }
     outputs.write_json(record, args.output)
     for row in record["rows"]:
-        shown = "  ".join(f"{n} {row[n]['value']:.2f}" for n in (*FIGURES, "seconds", "time / dense") if row.get(n))
+        shown = "  ".join(f"{n} {row[n]['value']:.2f}" for n in (*FIGURES, "cpu seconds", "cpu / dense") if row.get(n))
         print(f"{row['factor']}x {row['arm']} {row['sigma'] or ''}: {shown}")
 
 

@@ -181,7 +181,8 @@ def sampled_compensation(
         present = (~exists).to(torch.uint8).argsort(dim=-1, stable=True)
         index = present.gather(2, index.transpose(1, 2)).transpose(1, 2)
     index = (first + index)[..., None].expand(k.shape[0], heads, -1, dim)
-    return Compensation(*(x.transpose(1, 2).gather(2, index) for x in (k, v)), torch.log(counts), tokens)
+    keys, values = (x.transpose(1, 2).gather(2, index) for x in (k, v))
+    return Compensation(keys, values, torch.log(counts), tokens)
 
 
 def _check_compensation(k: torch.Tensor, v: torch.Tensor, tokens: int, key_mask: torch.Tensor | None) -> None:

@@ -144,13 +144,14 @@ def estimate(
     return HighResolutionEstimate(*size, native, listed, second.memory, stock / total, second.host_memory)
 
 
-def check_store(found: int, on_host: bool, device: torch.device) -> None:
+def check_store(found: int, on_host: bool, device: torch.device, store: str = "model") -> None:
     """Refuse a store that is larger than the memory it is kept in.
 
     Args:
         found: its bytes.
         on_host: whether it lies in main memory.
         device: of the pipeline.
+        store: type that it is kept in, as the setting of the method.
 
     Raises:
         DitAttnError: so it is.
@@ -158,9 +159,8 @@ def check_store(found: int, on_host: bool, device: torch.device) -> None:
     where = torch.device("cpu") if on_host else device
     free = free_memory(where)
     if free is not None and found > free:
-        remedy = "take store=fp8, offload=true or a smaller size" if where.type != "cpu" else (
-            "take store=fp8, a smaller size, or override=none"
-        )  # fmt: skip
+        smaller = "" if store == "fp8" else "store=fp8, "
+        remedy = f"take {smaller}a smaller size, or {'offload=true' if where.type != 'cpu' else 'override=none'}"
         raise DitAttnError(
             f"what the twin pass leaves takes {_bytes(found)}, and {where.type} has {_bytes(free)} free; {remedy}"
         )

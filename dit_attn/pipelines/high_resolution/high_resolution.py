@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.api import enabled, explain, resolve, summary
+from dit_attn.api import enabled, resolve, summary
 from dit_attn.errors import DitAttnError, shorten, unknown
 from dit_attn.pipelines.high_resolution import late_start, sizes
 from dit_attn.pipelines.high_resolution.estimate import HighResolutionEstimate, check_store, estimate
@@ -26,6 +26,7 @@ from dit_attn.pipelines.high_resolution.native_pass import Generators, NativePas
 from dit_attn.pipelines.high_resolution.sizes import Size
 from dit_attn.pipelines.high_resolution.stages import HighResolutionResult, Stages, at_decode
 from dit_attn.processors.attach import compat
+from dit_attn.processors.attach.explain import stored_memory
 from dit_attn.processors.attach.summary import Summary
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.inward_window import InwardWindow
@@ -194,9 +195,9 @@ class HighResolution:
         """
         for method in self.methods(native):
             if method.has_twin:
-                found = explain(self.pipe, method, height=height, width=width, num_frames=num_frames)
-                if method.twin_at(found.grid):
-                    check_store(found.memory, method.cache_on_host, device or compat.execution_device(self.pipe))
+                found = stored_memory(self.pipe.transformer, self.pipe, method, height, width, num_frames)
+                where, store = device or compat.execution_device(self.pipe), getattr(method, "store", "model")
+                check_store(found, method.cache_on_host, where, store)
 
     def explain(
         self,

@@ -44,10 +44,10 @@ def check(pipe: Any, height: int, width: int, native: Size, steps: int | None = 
     for name, value, least in (("height", height, native[0]), ("width", width, native[1])):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise DitAttnError(f"{name} must be at least the native {least} pixels, got {shorten(value)}")
-        for length in (value, least):
+        for which, length in ((name, value), (f"the native {name}", least)):
             if length % unit or not length:
                 raise DitAttnError(
-                    f"{name} must be a multiple of {unit} pixels, the side of a token, got {length}; "
+                    f"{which} must be a multiple of {unit} pixels, the side of a token, got {length}; "
                     f"the nearest is {max(unit, round(length / unit) * unit)}"
                 )
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):

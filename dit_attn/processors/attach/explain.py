@@ -256,6 +256,24 @@ def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens
     return attention, linear
 
 
+def stored_memory(
+    model: torch.nn.Module, pipe: Any, method: Method, height: int | None, width: int | None, num_frames: int | None
+) -> int:
+    """Return the bytes that a method stores from step to step, as an explanation has them; no layout is built.
+
+    Args:
+        model: the transformer.
+        pipe: its pipeline.
+        method: the method.
+        height, width: in pixels.
+        num_frames: of videos.
+    """
+    grid = visual_grid(model, pipe, height, width, num_frames)
+    if not method.twin_at(grid):
+        return 0
+    return _memory(model, (method,), eligible_layers(model, family_of(model)), grid[0] * grid[1] * grid[2])
+
+
 def _memory(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str], tokens: int) -> int:
     """Bytes stored from step to step, for the two branches of one sample; dense layers store nothing."""
     element = next(model.parameters()).element_size()

@@ -101,6 +101,10 @@ def test_a_dry_run_says_the_stages(cli, tmp_path):
         (("--height", "256", "--width", "256", "--sigma", "0"), ["--sigma must be above 0"]),
         (("--height", "256", "--width", "256", "--steps", "2", "--sigma", "0.1"), ["sigma 0.1 leaves no step"]),
         (("--height", "256", "--width", "256", "--native-height", "64"), ["--native-width", "come together"]),
+        (
+            ("--height", "256", "--width", "256", "--native-height", "130", "--native-width", "128"),
+            ["the native height must be a multiple of 4", "130", "128"],
+        ),
         (("--height", "256", "--width", "256", "--dense", "--method", "inward-window"), ["--dense", "--method"]),
         (("--height", "256", "--width", "256", "--compile"), ["--compile", "--high-resolution"]),
         (("--height", "256", "--width", "256", "--upscale", "lanczos"), ["'lanczos'", "bicubic"]),

@@ -54,8 +54,12 @@ def test_a_store_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(DitAttnError, match=r"what the twin pass leaves takes .* MiB, and cpu has"):
         make("a red circle", height=256, width=256)
     make.check_store(256, 256, (256, 256), None)
+    with pytest.raises(DitAttnError, match="what the twin pass leaves takes"):
+        make.check_store(1 << 17, 1 << 17, (128, 128), None)  # a layout of so many blocks would fill the memory
     with pytest.raises(DitAttnError, match="offload=true"):
         estimate.check_store(1001, False, torch.device("cuda"))
+    with pytest.raises(DitAttnError, match="free; take a smaller size, or override=none"):
+        estimate.check_store(1001, True, torch.device("cuda"), "fp8")
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx"])

@@ -144,7 +144,7 @@ def test_the_native_size_is_the_default_of_the_pipeline() -> None:
         ({"height": 16}, "height must be at least the native 32 pixels, got 16"),
         ({"width": 66}, "width must be a multiple of 4 pixels, the side of a token, got 66; the nearest is 64"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
-        ({"native": (30, 32)}, "height must be a multiple of 4 pixels, the side of a token, got 30; the nearest is 32"),
+        ({"native": (30, 32)}, "the native height must be a multiple of 4 pixels, the side of a token, got 30"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_anything_runs(changes: Any, message: str) -> None:

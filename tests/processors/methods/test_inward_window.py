@@ -161,10 +161,11 @@ def test_what_is_outside_can_be_damped() -> None:
     ],
 )
 def test_few_blocks_are_touched_on_the_grids_of_real_models(grid: Any, native: Any, most: float, raster: float) -> None:
-    settings = InwardWindow(native=native, kv_block=128, snap="no")
-    assert settings.layout(grid)[0].density <= most
-    if math.prod(grid) < 200_000:
-        assert inward_window(grid, settings.window_of(grid)).density >= raster
+    for changes in ({"snap": "no"}, {"snap": "no", "window": "reference"}, {"snap": "yes"}):
+        settings = InwardWindow(native=native, kv_block=128, **changes)
+        layout, _ = settings.layout(grid)
+        assert layout.density <= most and settings.density_at(grid) == pytest.approx(layout.density)
+    assert inward_window(grid, settings.window_of(grid)).density >= raster
 
 
 def test_a_window_that_covers_the_picture_is_left_to_stock_attention() -> None:
