@@ -25,7 +25,7 @@ from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.run_state import Observer
 from dit_attn.processors.methods import methods
 from dit_attn.processors.methods.base import Method
-from dit_attn.processors.methods.presets import method_for
+from dit_attn.processors.methods.presets import method_for, preset_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -45,7 +45,11 @@ __all__ = [
 ]
 
 _TWIN = "twin pass"
-_ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
+_ROLES = {
+    "sparse": "both decide which keys are attended to",
+    "guidance": "both need the perturbed pass of a step",
+    "heads": "both decide which heads count",
+}
 
 
 def enable(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **settings: Any) -> Session:
@@ -390,6 +394,8 @@ def _resolve(
             raise _no_method(item)
     if settings:
         chosen = [dataclasses.replace(chosen[0], **settings)]
+    preset = preset_for(models[0], pair=len(models) > 1)
+    chosen = [method.for_preset(preset.name if preset else None) for method in chosen]
     check_conflicts(chosen)
     return tuple(chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ settings.register_profile("any-machine", suppress_health_check=[HealthCheck.too_
 settings.load_profile("any-machine")
 
 torchvision.install()
+os.environ["DIT_ATTN_COSTS"] = os.devnull + ".none"  # no test depends on what its machine was measured to cost
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ COMMANDS = {
     "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
     "finetune": Command("finetune.command", "train a model with a sparse method in it"),
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
-    "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them"),
+    "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
     "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),

@@ -51,7 +51,8 @@ def resolve(specs: Sequence[MethodSpec], model: Any, preset: str | None) -> tupl
             raise DitAttnError(f"--preset {preset} without a method does nothing; add --method with one of: {slugs}")
     elif preset != "none":
         found = preset_for(model, pair=getattr(model, "pair", False))
-    return tuple(_method(spec, dict(found.methods) if found else {}) for spec in specs)
+    methods = (_method(spec, dict(found.methods) if found else {}) for spec in specs)
+    return tuple(method.for_preset(found.name if found else None) for method in methods)
 
 
 def _method(spec: MethodSpec, preset: dict[str, dict[str, Any]]) -> Method:

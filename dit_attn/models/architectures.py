@@ -7,16 +7,15 @@ For measuring time and memory, which do not depend on what the weights are. Size
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from dit_attn.errors import DitAttnError, unknown
+from dit_attn.machine import free_memory
 from dit_attn.models import step_inputs
 from dit_attn.models.step_inputs import CallShape, Grid
 
@@ -191,20 +190,6 @@ def architecture(name: str) -> Architecture:
     if name not in found:
         raise unknown("--config", name, found)
     return found[name]
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Measure the free bytes of a device, ``None`` where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    table = Path("/proc/meminfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    found = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-    if found is None and "SC_PHYS_PAGES" in os.sysconf_names:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return found
 
 
 _WAN = {"attention_head_dim": 128, "text_dim": 4096, "qk_norm": "rms_norm_across_heads"}

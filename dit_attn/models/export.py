@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dit_attn import files
+from dit_attn.machine import processor
 from dit_attn.models import nets, registry
 from dit_attn.models.loop import Run
 
@@ -59,10 +59,7 @@ def _hardware() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores"
+    return processor()
 
 
 def export(run: Run, folder: Path, figures: dict[str, Any] | None = None) -> None:

@@ -16,6 +16,7 @@ import dit_attn
 from dit_attn.processors.attach import attach
 from dit_attn.processors.methods import methods
 from dit_attn.processors.methods.perturbed_guidance import PerturbedGuidance
+from dit_attn.processors.methods.sparse import SparseMethod
 from tests._support.outputs import same, tensors
 from tests._support.pipeline_runs import alone, hooks, real, run, two, without_cfg
 from tests.families.test_allegro import TestAllegro as AllegroCase
@@ -340,7 +341,7 @@ def test_a_push_of_a_broken_run_does_not_reach_the_next_one() -> None:
     assert type(pipe.scheduler).step is scheduler_step
 
 
-@pytest.mark.parametrize("reader", sorted(slug for slug, cls in methods().items() if cls.role == "sparse"))
+@pytest.mark.parametrize("reader", sorted(slug for slug, cls in methods().items() if issubclass(cls, SparseMethod)))
 @pytest.mark.parametrize("case", [WanCase, SD3Case], ids=["separate", "batched"])
 def test_a_reader_sees_the_plain_passes_as_without_guidance(case: Any, reader: str) -> None:
     """The perturbed pass leaves no trace in what a reader remembers: with a push of nothing, all bits agree."""

@@ -29,9 +29,9 @@ from dit_attn.processors.attach.hooks import (
     TwinHook,
     guide_compiled,
 )
-from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.learned import learned_modules
 from dit_attn.processors.attach.position_tables import TableHook, position_table
+from dit_attn.processors.attach.reduced_heads import ReducedHeads
 from dit_attn.processors.attach.rotary import check_positions, rotary_parameters
 from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
@@ -128,17 +128,20 @@ def prepare(
     if kinds - {"self"}:
         add_cross_layers(session)
     for method in methods:
+        if method.reduces_heads:
+            session.reduced = ReducedHeads(method, model, session.layers)
+    for method in methods:
         mine = kinds_at(method.sites, family.text_kind)
         layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
         method.check_model(type(model).__name__, len(layers))
-        method.check_heads(type(model).__name__, [head_count(session.module(layer)) for layer in layers])
+        method.check_heads(type(model).__name__, [session.heads_of(layer.name) for layer in layers])
         if method.moves_positions and "self" in mine:
             stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
             processors = [unwrap_processor(item) if is_wrapped(item) else item for item in stock]
             added = method.resamples_tables and position_table(model) is not None
             session.resampled |= added and not any(rotary_parameters(type(item).__call__) for item in processors)
             if not (added and session.resampled):
-                check_positions(model, processors)
+                check_positions(model, processors, family)
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
         if method.has_twin:
@@ -218,6 +221,8 @@ def install_hooks(session: Session) -> None:
             guide_compiled(model, session)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = ContextHook(model, session)
+    if session.reduced is not None:
+        session.reduce_heads()
     if session.learned.methods:
         model.add_module(CHILD, session.learned)
         if hasattr(type(model), "save_pretrained"):

@@ -14,6 +14,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
+from dit_attn.processors.attach.decision import sequence_length, settle
 from dit_attn.processors.attach.families import Family, family_of
 from dit_attn.processors.attach.layer_shape import head_count, head_size
 from dit_attn.processors.attach.sites import eligible_layers
@@ -24,7 +25,6 @@ from dit_attn.processors.methods.base import Method, resolve_count
 from dit_attn.processors.methods.head_budget import is_full
 from dit_attn.processors.methods.presets import PresetUse, preset_for, preset_use
 
-_TEXT_TOKENS = 512  # assumed length of the text in a joint sequence
 _STEPS = 50  # assumed, where no pipeline says how many
 
 
@@ -46,12 +46,14 @@ class Explanation:
         fallbacks: what will use stock attention, and why.
         methods: settings of the methods.
         memory: bytes the methods store from step to step, for one sample with classifier-free guidance.
+        host_memory: bytes of those that are in main memory.
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
             pass is one sample through the transformer), and their ``work`` without the blocks that are reused or
             skipped; ``None`` without one.
         presets: for methods whose settings are those of ``preset``, but for the ``changed`` ones.
         steps: of the run.
         operations: floating-point operations of one dense pass of one sample.
+        decision: what the method ``auto`` picks, and why, in words under ``text``; ``None`` without it.
     """
 
     family: str
@@ -66,10 +68,12 @@ class Explanation:
     fallbacks: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
     memory: int = 0
+    host_memory: int = 0
     guidance: dict[str, float] | None = None
     presets: tuple[PresetUse, ...] = ()
     steps: int = _STEPS
     operations: float = 0.0
+    decision: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -102,6 +106,7 @@ class Explanation:
                 self.family + (f" (preset {self.preset})" if self.preset else " (no preset for this checkpoint)"),
             ),
             *(("preset", str(use)) for use in self.presets),
+            *((("auto", self.decision["text"]),) if self.decision is not None else ()),
             ("visual tokens", f"{self.tokens:,} = {t} x {h} x {w}"),
             ("layers", f"{self.layers} attention layers can be wrapped"),
             ("attention", f"{percent(self.attention_share)} of the operations of a step"),
@@ -113,7 +118,9 @@ class Explanation:
                 ("upper bound", f"{bound}, by the number of operations"),
             ]
         if self.memory:
-            rows.append(("memory", f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"))
+            stored = f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"
+            there = f", {_bytes(self.host_memory)} of it in main memory" if self.host_memory else ""
+            rows.append(("memory", stored + there))
         if self.guidance is not None:
             rows.append(("guidance", _guidance_line(self.guidance)))
         rows += [("fallback", reason) for reason in self.fallbacks]
@@ -139,12 +146,14 @@ def explain_run(
     tokens = grid[0] * grid[1] * grid[2]
     names = eligible_layers(model, family)
     for method in methods:
+        method.kept({name: head_count(model.get_submodule(name)) for name in names})
         method.check_model(type(model).__name__, len(names))
         method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
     attention, linear = _operations(model, family, names, tokens)
     part = attention / (attention + linear)
     steps = num_inference_steps or _call_default(pipe, "num_inference_steps") or _STEPS
-    density, fallbacks = _expected_density(methods, len(names), grid, steps)
+    settled, decision = settle(model, methods, names, grid, steps)
+    density, fallbacks = _expected_density(settled, len(names), grid, steps)
     pair = getattr(pipe, "transformer_2", None) is not None
     preset = preset_for(model, pair=pair)
     return Explanation(
@@ -159,11 +168,13 @@ def explain_run(
         speedup=1.0 / (1.0 - part + part * density) if density else None,
         fallbacks=fallbacks,
         methods=tuple(method.to_dict() for method in methods),
-        memory=_memory(model, methods, names, tokens),
+        memory=_memory(model, settled, names, tokens),
+        host_memory=_memory(model, tuple(one for one in settled if one.cache_on_host), names, tokens),
         guidance=_guidance(model, methods),
         presets=tuple(use for method in methods if (use := preset_use(method, model, pair))),
         steps=steps,
         operations=attention + linear,
+        decision=decision.to_dict() if decision is not None else None,
     )
 
 
@@ -230,8 +241,7 @@ def _call_default(pipe: Any, name: str) -> int | None:
 
 def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens: int) -> tuple[float, float]:
     """Multiply-add operations x 2 of attention and of the linear layers, for one sequence of one step."""
-    joint = not any(name.endswith("attn1") for name in names)
-    seq_len = tokens + (_TEXT_TOKENS if joint else 0)
+    seq_len = sequence_length(names, tokens)
     attention = 0.0
     for name in names:
         module: Any = model.get_submodule(name)

@@ -88,6 +88,8 @@ class Session(TransformerRun):
                 self.check_thread()
             self._thread = threading.get_ident()
             super().on_forward(values)
+            if self.reduced is not None and self.pass_name == PLAIN:
+                self.reduce_heads()
             if self.guider is not None and self.pass_name == PLAIN:
                 self.guider.begin_pass()
             if self.pipe is not None and self._awaited != self.clock.run:
@@ -98,6 +100,12 @@ class Session(TransformerRun):
             if last is not None:
                 last.drop_state()
             _LAST_CALLED[id(self.clock)] = self
+
+    def reduce_heads(self) -> None:
+        """Give every layer the heads that a method leaves it at the current step."""
+        assert self.reduced is not None
+        self.reduced.begin_call(self.clock, self.layers, self.module)
+        self.reports.setdefault(self.reduced.method.slug, self.reduced.report(self.layers))
 
     def check_thread(self) -> None:
         """Refuse a call of another thread than the one whose run this is.
@@ -204,6 +212,8 @@ class Session(TransformerRun):
             session.add_layer(layer.name, layer.calls)
         session.learned = copy.deepcopy(self.learned, memo)
         session.learned.bind(session.layers)
+        if self.reduced is not None:
+            session.reduced = self.reduced.copy()
         if self.guider is not None:
             session.guider = self.guider.copy_for(session)
         if self.twin is not None:

@@ -11,6 +11,7 @@ than 1; ``conserving`` lets R fall as rho rises. Everything is stored before the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from dit_attn.kernels import BlockLayout, plan_scores, sparse_attention
 from dit_attn.kernels.dense import dense_with_lse
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
-from dit_attn.processors.methods.base import Phase, resolve_count, setting
+from dit_attn.processors.methods.base import Grid, Phase, resolve_count, setting
 from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import ordered_scores
 from dit_attn.processors.methods.re_ttention_masks import MASKS, band_layout, window_layout
@@ -87,6 +88,10 @@ class ReTtention(SparseMethod):
     def executed(self) -> float | None:
         """Mean over a period: a refresh costs a dense and a sparse call."""
         return (1.0 + self.period * mean_budget(self.density)) / self.period
+
+    def relative_time(self, ratio: Callable[[float], float], grid: Grid) -> float:
+        """Return the mean over a period; a refresh costs a dense and a sparse call. Arguments as in the base class."""
+        return (1.0 + self.period * ratio(mean_budget(self.density))) / self.period
 
     def cache_bytes(self, tokens: int, heads: int, head_dim: int, element: int) -> int:
         """Return the bytes stored from a refresh to the next: rho in fp32, and R. Arguments as in the base class."""

@@ -14,6 +14,8 @@ the denominator, and the contribution of the skipped ones is missing from the su
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,13 +30,16 @@ from dit_attn.kernels.selection.select import block_probabilities
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.core.tokens import Tokens
-from dit_attn.processors.methods.base import setting
+from dit_attn.processors.methods.base import Grid, setting
 from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
 from dit_attn.processors.methods.sparse import SparseMethod
 from dit_attn.processors.methods.visual_order import ORDERS, check_tile, visual_order
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
+OVERHEAD = 1.2
+"""Time of a call over that of block-sparse attention with as many blocks; the largest in the CPU record of a Wan step
+(benchmarks/steps/wan2.1-1.3b_cpu.json) is 1.16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,17 @@ class RectifiedSpaAttn(SparseMethod):
         """Density (mean over heads) and pooled keys, ``None`` with top_p."""
         pooled = 1.0 / self.tokens_per_pooled_key if self.compensation == "merge" else 0.0
         return None if self.top_p is not None else min(1.0, mean_budget(self.density) + pooled)
+
+    def relative_time(self, ratio: Callable[[float], float], grid: Grid) -> float | None:
+        """Return what a call costs with its token order and pooled keys; arguments as in the base class.
+
+        Blocks that are added to the density (``extra``) are counted as if every one had all of its neighbors.
+        """
+        if self.executed is None:
+            return None
+        around = 3 ** sum(size > 1 for size in grid) if "neighbors" in self.keep else 3
+        added = around * self.kv_block / math.prod(grid) if self.budget == "extra" and self.keep else 0.0
+        return OVERHEAD * ratio(min(1.0, self.executed + added * (1.0 - mean_budget(self.density))))
 
     @property
     def tokens_per_pooled_key(self) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.cfg import CONDITIONED
 from dit_attn.processors.core.layer import PLAIN
 from dit_attn.processors.core.logit_bias import RowBias, span_bias
 from dit_attn.processors.core.piece_maps import (
@@ -30,7 +31,6 @@ from dit_attn.processors.core.region_maps import mask_quality, masked_mean, regi
 from dit_attn.processors.methods.base import Method, in_steps, resolve_count, setting
 from dit_attn.processors.methods.saas_report import Measured, SaaSReport
 
-CONDITIONED = ("cond", "perturbed")  # branches whose rows have the prompt
 _EPS = 1e-6
 
 

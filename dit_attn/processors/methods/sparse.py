@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -175,6 +175,17 @@ class SparseMethod(Method):
         each = [_with_density(self, density) for density in self.densities]
         known = [1.0 if method.is_dense else method.executed for method in each]
         return sum(fraction or 0.0 for fraction in known) / len(known)
+
+    def relative_time(self, ratio: Callable[[float], float], grid: Grid) -> float | None:
+        """Return the expected time of the visual rows of a sparse call, as a fraction of dense; ``None`` if unknown.
+
+        The mean over a period, where calls differ from step to step.
+
+        Args:
+            ratio: that of plain block-sparse attention with its selection, by density.
+            grid: (T, H, W) visual tokens.
+        """
+        return None if self.executed is None or self.expected is None else ratio(self.expected)
 
     def density_at(self, grid: Grid) -> float | None:
         """Return :attr:`expected` on a (T, H, W) grid of visual tokens, for methods that depend on it."""

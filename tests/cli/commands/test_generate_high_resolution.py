@@ -134,6 +134,6 @@ def test_a_store_larger_than_the_memory_is_refused_before_weights_are_loaded(cli
     from dit_attn.pipelines.high_resolution import estimate
 
     monkeypatch.setattr(load_pipeline, "load_pipeline", lambda *args, **kwargs: pytest.fail("weights are loaded"))
-    monkeypatch.setattr(estimate, "_free", lambda device: 1000)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1000)
     size = ("--height", "256", "--width", "256")
     cli(*WORDS, *size, "--method", "inward-window:override=text").refused("what the twin pass leaves", "store=fp8")

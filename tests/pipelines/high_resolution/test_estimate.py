@@ -35,6 +35,11 @@ def test_the_twin_pass_and_its_store_are_counted() -> None:
     steps, dense = twin.stages[3].steps, explain(pipe, height=256, width=256).operations
     extra = twin.stages[3].operations - plain.stages[3].operations
     assert extra == pytest.approx(2 * dense * -(-steps // 2)) and twin.store > 0 == plain.store
+    there = HighResolution(pipe, InwardWindow(override="text", offload=True)).explain(256, 256)
+    layers = explain(pipe).layers
+    assert there.store == there.host_store == twin.store and twin.host_store == 0
+    assert twin.stages[3].memory - there.stages[3].memory == twin.store - 2 * twin.store // layers
+    assert "of it in main" in str(there)
 
 
 def test_latents_are_neither_decoded_nor_encoded_in_between() -> None:
@@ -43,7 +48,7 @@ def test_latents_are_neither_decoded_nor_encoded_in_between() -> None:
 
 
 def test_a_store_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_free", lambda device: 1000)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 1000)
     pipe = models.load("tiny-image")
     make = HighResolution(pipe, InwardWindow(override="text"))
     with pytest.raises(DitAttnError, match=r"what the twin pass leaves takes .* MiB, and cpu has"):

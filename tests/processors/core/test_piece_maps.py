@@ -10,7 +10,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
-from dit_attn.processors.core.piece_maps import PieceMaps, find_pieces, generated_span, observe_pieces, unscaled
+from dit_attn.processors.core.piece_maps import PieceMaps, find_pieces, observe_pieces, unscaled
 from tests._support.core_calls import GRID, TEXT, VISUAL, Dispatched, host_run, random_args
 
 PLACES = {"a": [1, 2, 3], "b": [3, 4]}
@@ -63,7 +63,8 @@ def test_the_shares_without_factors_are_those_of_the_softmax_without_them() -> N
 def test_maps_of_layers_add_up_for_the_conditional_row() -> None:
     call, request, found = call_of(), Request(), {}
     spoken = find_pieces(call, [(), ("a", "b")])
-    picture = generated_span(call)
+    picture = torch.zeros(2, TEXT + VISUAL, dtype=torch.bool)
+    picture[1, TEXT:] = True
 
     def maps_of(number: int, pieces: tuple[str, ...]) -> PieceMaps:
         return found.setdefault(number, PieceMaps(pieces, GRID))

@@ -30,6 +30,7 @@ GROUPS = {
         flags.Flag("inputs", "random: noise, random blocks; structured: smooth fields, blocks by their scores, rows of "
                    "different counts; or a file of bench capture", default="random", metavar="KIND"),
         flags.Flag("sharpness", "spread of the logits", float, "1"),
+        flags.Flag("save", "measure a fixed grid of sizes, in a minute or two, and store it for the method auto", bool),
     ),
     "operators": (
         flags.Flag("source", "synthetic, tiny-image or tiny-video; of bench capture too, which takes any model",
@@ -78,6 +79,7 @@ _ABOUT = {
 _METHOD = f"{parsers.VARIANTS} (default: model: the three sparse methods; operators: the table's rows)"
 _EXAMPLES = """examples:
   dit-attn bench kernels --shape wan2.1-1.3b --dtype bfloat16 --plot speed.png
+  dit-attn bench kernels --save
   dit-attn bench windows --threads 2
   dit-attn bench operators --source tiny-image --method block-sparse
   dit-attn bench model --config wan2.1-1.3b --method block-sparse:density=0.2
@@ -87,7 +89,7 @@ _SHARED = ("what", "output", "json", "device", "threads")
 # What each of them takes in addition.
 JOBS = {
     "kernels": ("shape", "seq", "heads", "dim", "block", "density", "backend", "against", "inputs", "sharpness", "plot",
-                "dtype", "batch", "repeats"),
+                "dtype", "batch", "repeats", "save"),
     "operators": ("block", "density", "source", "prompts", "steps", "every", "grid", "family", "verbose",
                   "words"),
     "model": ("heads", "config", "random_weights", "layers", "tokens", "height", "width", "frames", "full", "preset",

@@ -15,6 +15,7 @@ from dit_attn.errors import DitAttnError, unknown
 CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma")
 SOURCES = ("synthetic", "tiny-image", "tiny-video")
 RECORDED = ".safetensors"
+_SAVED = ("what", "save", "device", "threads", "json")  # what bench kernels --save takes
 
 
 def check(options: Options) -> None:
@@ -28,6 +29,10 @@ def check(options: Options) -> None:
 
 
 def _kernels(options: Options) -> None:
+    if options.get("save"):
+        for name in options.values:
+            if name not in _SAVED:
+                raise DitAttnError(f"--{name} is not for --save, which measures a grid of its own; leave it out")
     kind = options.get("inputs", "random")
     kinds = constant("dit_attn.kernels.benchmark.inputs", "KINDS")
     if kind.endswith(RECORDED):

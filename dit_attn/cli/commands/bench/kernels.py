@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_attn.cli import load_pipeline, outputs
-from dit_attn.cli.commands.bench import plot
+from dit_attn.cli.commands.bench import costs, plot
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
 from dit_attn.kernels.benchmark import inputs, measure
@@ -74,6 +74,8 @@ def run(options: Options) -> int:
     Raises:
         DitAttnError: bad input, or a file that cannot be written.
     """
+    if options.get("save"):
+        return costs.save(options)
     config = KernelBenchConfig.from_options(options)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ from dit_attn.models.architectures import Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
-from dit_attn.pipelines.benchmark.frozen_step import Competitor, make_competitor
+from dit_attn.pipelines.benchmark.frozen_step import STEPS, Competitor, make_competitor
+from dit_attn.processors.attach.decision import settle
+from dit_attn.processors.attach.families import family_of
+from dit_attn.processors.attach.sites import eligible_layers
+from dit_attn.processors.methods.auto import as_auto
+from dit_attn.processors.methods.auto_choice import Decision
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.sparse import as_sparse
 
@@ -45,6 +50,7 @@ class ModelBenchConfig:
         device, dtype: of the weights.
         sizes: the flags of sizes that were given.
         variants: the methods in the grammar of ``--method``, when they were given.
+        decisions: what ``auto`` picks, in words, by variant.
         preset: of the methods.
         full: the real size on a CPU too.
         batch: samples.
@@ -62,6 +68,7 @@ class ModelBenchConfig:
     dtype: torch.dtype
     sizes: dict[str, int]
     variants: tuple[str, ...] = ()
+    decisions: dict[str, str] = field(default_factory=dict)
     preset: str | None = None
     full: bool = False
     batch: int = 1
@@ -87,14 +94,14 @@ class ModelBenchConfig:
         arch = _scaled(published, options, device.type)
         given = method_options.method_variants(options)
         variants = given or [[MethodSpec(name)] for name in METHODS]
-        competitors = _competitors(variants, arch, options.get("preset"))
+        competitors, decisions = _competitors(variants, arch, options.get("preset"), device, dtype)
         batch = options.get("batch", 1)
         arch.check_memory(device, dtype, batch, _cached(competitors, arch, dtype.itemsize, batch))
         values = options.pick("preset", "full", "batch", "repeats", "threads", "json", "verbose")
         if "output" in options:
             values["output"] = Path(options["output"]).expanduser()
         labels = tuple(method_options.label(variant) for variant in given)
-        return cls(published, arch, competitors, device, dtype, options.pick(*_SIZES), labels, **values)
+        return cls(published, arch, competitors, device, dtype, options.pick(*_SIZES), labels, decisions, **values)
 
 
 def run(options: Options) -> int:
@@ -129,6 +136,7 @@ def run(options: Options) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "model": _about(arch, config.published, model),
         "batch": config.batch,
+        "decisions": config.decisions,
         "repeats": config.repeats,
         "target": "an attention call, choosing counted, at least 0.6 / executed density faster than dense",
         **found,
@@ -154,19 +162,51 @@ def _scaled(arch: Architecture, options: Options, device: str) -> Architecture:
 
 
 def _competitors(
-    variants: list[method_options.Variant], arch: Architecture, preset: str | None
-) -> tuple[Competitor, ...]:
-    """The methods with the settings of the real model's preset; its dense layers are meant for the real depth."""
+    variants: list[method_options.Variant],
+    arch: Architecture,
+    preset: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[tuple[Competitor, ...], dict[str, str]]:
+    """The methods with the settings of the real model's preset, and what ``auto`` picks, in words.
+
+    The dense layers of a preset are meant for the real depth. Where ``auto`` stays dense it is no competitor.
+
+    Raises:
+        DitAttnError: a method that is given twice or cannot be timed; ``auto`` alone, which stays dense.
+    """
     found: dict[str, Competitor] = {}
+    decisions: dict[str, str] = {}
     for specs in variants:
         label = method_options.label(specs)
         if label in found:
             raise DitAttnError(f"--method {label} is given twice; once is enough")
-        methods = resolve_methods.resolve(specs, arch.stand_in, preset)
+        methods, decision = _settled(resolve_methods.resolve(specs, arch.stand_in, preset), arch, device, dtype)
+        if decision is not None:
+            decisions[label] = "\n".join(decision.lines())
+        if decision is not None and decision.method is None:
+            if len(variants) == 1:
+                raise DitAttnError(
+                    f"--method {label} stays dense here: {decision.reason}; give more --tokens, or measure this "
+                    "machine: dit-attn bench kernels --save"
+                )
+            continue
         if "layers" in arch.scaled:
             methods = tuple(_in_every_layer(spec, method) for spec, method in zip(specs, methods))
         found[label] = make_competitor(label, methods)
-    return tuple(found.values())
+    return tuple(found.values()), decisions
+
+
+def _settled(
+    methods: tuple[Method, ...], arch: Architecture, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Method, ...], Decision | None]:
+    """The methods with what ``auto`` picks in its place."""
+    if not any(map(as_auto, methods)):
+        return methods, None
+    with torch.device("meta"):
+        model = arch.build_class()(**arch.config)
+    names = eligible_layers(model, family_of(model))
+    return settle(model, methods, names, arch.grid, STEPS, text=arch.text, device=device, dtype=dtype)
 
 
 def _cached(competitors: tuple[Competitor, ...], arch: Architecture, element: int, batch: int) -> int:

@@ -23,7 +23,8 @@ def report(record: dict[str, Any], verbose: bool = False) -> list[str | Table]:
         for reason, count in row["fallbacks"].items()
     ]
     notes = [f"target: {record['target']}", f"memory: {record['memory']}", record["note"]] if verbose else []
-    return [*_heading(record), "", _table(rows, verbose), "", *fallbacks, what_it_can_gain(record), *notes]
+    picked = [f"{label}: {line}" for label, text in record.get("decisions", {}).items() for line in text.split("\n")]
+    return [*_heading(record), "", _table(rows, verbose), "", *picked, *fallbacks, what_it_can_gain(record), *notes]
 
 
 def what_it_can_gain(record: dict[str, Any]) -> str:

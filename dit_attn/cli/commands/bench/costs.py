@@ -1,0 +1,45 @@
+"""``dit-attn bench kernels --save``: measure the cost table of this machine and store it for the method ``auto``."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from dit_attn.cli import load_pipeline
+from dit_attn.cli.options import Options
+from dit_attn.cli.progress import StatusLine
+from dit_attn.cli.table import Table, show
+from dit_attn.kernels.cost.measure import measure_costs
+from dit_attn.kernels.cost.store import save_table
+from dit_attn.kernels.cost.table import CostTable
+
+
+def save(options: Options) -> int:
+    """Measure, store and print. Returns 0.
+
+    Raises:
+        DitAttnError: a device that is not there, or a file that cannot be written.
+    """
+    device = load_pipeline.pick_device(options.get("device", "auto"))
+    if options.get("threads"):
+        torch.set_num_threads(options["threads"])
+    status = StatusLine(not options.get("json"))
+    table = measure_costs(device, on_progress=status)
+    status("")
+    path = save_table(table)
+    if options.get("json"):
+        print(json.dumps({"file": str(path), **table.to_dict()}, indent=1))
+    else:
+        show(f"{table.machine}: time of sparse attention and selection, dense = 1", _drawn(table), f"saved in {path}")
+    return 0
+
+
+def _drawn(table: CostTable) -> Table:
+    """A row for every size and type, a column for every density."""
+    densities = sorted({cost.density for cost in table.costs}, reverse=True)
+    rows = []
+    for tokens, size, dtype in dict.fromkeys((cost.tokens, cost.head_dim, cost.dtype) for cost in table.costs):
+        ratios = (table.expected(tokens, size, dtype, density) for density in densities)
+        rows.append((dtype, f"{tokens:,}", str(size), *(f"{ratio:.2f}" for ratio in ratios)))
+    return Table(("type", ">tokens", ">head size", *(f">{100 * each:g} %" for each in densities)), rows)

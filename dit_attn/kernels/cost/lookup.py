@@ -1,0 +1,74 @@
+"""The cost table of a device: measured here, else shipped for the same hardware, else a careful guess."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+import torch
+
+from dit_attn import files
+from dit_attn.kernels.cost.store import saved_table
+from dit_attn.kernels.cost.table import KERNELS, Cost, CostTable, Machine
+from dit_attn.machine import processor
+
+SLACK = 1.5
+"""How much slower, relative to dense, a processor that was never measured is assumed to be than the slowest shipped."""
+LEAST_TOKENS = 4096
+"""Fewest tokens at which one is assumed to gain."""
+
+
+def this_machine(device: torch.device | str) -> Machine:
+    """Return what measurements on a device hold for."""
+    kind = torch.device(device).type
+    accelerator = kind == "cuda" and torch.cuda.is_available()
+    hardware = torch.cuda.get_device_name(torch.device(device)) if accelerator else _processor()
+    threads = torch.get_num_threads() if kind == "cpu" else 0
+    return Machine(kind, hardware, threads, torch.__version__, KERNELS)
+
+
+def cost_table(device: torch.device | str) -> CostTable:
+    """Return what sparse attention is known to cost on a device.
+
+    In this order: the table that ``dit-attn bench kernels --save`` has measured on this machine, with these threads,
+    this torch and these kernels; one that is shipped for the same hardware and threads; on other
+    processors a guess, which is slower than everything shipped; elsewhere an empty table, which expects no gain.
+    """
+    machine = this_machine(device)
+    measured, missing = saved_table(machine)
+    if measured is not None:
+        return measured
+    for table in shipped_tables():
+        if (table.machine.hardware, table.machine.threads) == (machine.hardware, machine.threads):
+            return table
+    if machine.device == "cpu":
+        slowest = "half as slow again as the slowest shipped record"
+        return CostTable(machine, _guessed(), "guess", f"{slowest}, from {LEAST_TOKENS:,} tokens on; {missing}")
+    return CostTable(machine, (), "guess", f"no {machine.device} device has been measured; {missing}")
+
+
+@functools.cache
+def shipped_tables() -> tuple[CostTable, ...]:
+    """Return the tables that come with the package; ``tests/_support/shipped_costs.py`` makes them from records."""
+    data = files.parse_json(resources.files(__package__).joinpath("shipped.json").read_text(encoding="utf-8"))
+    return tuple(
+        CostTable.from_dict(table, "shipped", f"from {', '.join(table['records'])}") for table in data["tables"]
+    )
+
+
+@functools.cache
+def _guessed() -> tuple[Cost, ...]:
+    known = [cost for table in shipped_tables() if table.machine.device == "cpu" for cost in table.costs]
+    large = [cost for cost in known if cost.tokens >= LEAST_TOKENS]
+    slowest = {d: max(cost.ratio for cost in large if cost.density == d) for d in {cost.density for cost in large}}
+    return tuple(
+        Cost(size, dtype, LEAST_TOKENS, density, SLACK * ratio)
+        for size in (64, 128)
+        for dtype in ("float32", "bfloat16")
+        for density, ratio in sorted(slowest.items())
+    )
+
+
+@functools.cache
+def _processor() -> str:
+    return processor()
