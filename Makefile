@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+READERS ?= .venv-readers
+READERS_STAMP := $(READERS)/.installed
 
-.PHONY: demo test lint types unit docs docs-serve package test-matrix test-upstream clean
+.PHONY: demo test lint types unit docs docs-serve package test-matrix test-upstream test-readers clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,5 +52,14 @@ test-matrix: $(STAMP)
 test-upstream: $(STAMP)
 	$(BIN)/python -m tests.upstream.run $(DIFFUSERS) --output benchmarks/upstream.json $(ARGS)
 
+# anomalib, with libraries of its own, which do not come into the environment of the tests.
+$(READERS_STAMP): tests/readers/requirements.txt
+	test -x $(READERS)/bin/python || $(PYTHON) -m venv $(READERS)
+	$(READERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/readers/requirements.txt
+	touch $(READERS_STAMP)
+
+test-readers: $(STAMP) $(READERS_STAMP)
+	$(BIN)/python -m tests.readers.run --python $(READERS)/bin/python --output benchmarks/readers_anomalib.json
+
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(READERS) outputs .pytest_cache .mypy_cache .ruff_cache

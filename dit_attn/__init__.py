@@ -32,14 +32,17 @@ _EXPORTS = {
     "ReTtention": "dit_attn.processors.methods.re_ttention",
     "InwardWindow": "dit_attn.processors.methods.inward_window",
     "SLA": "dit_attn.processors.methods.sla",
+    "HeadDrop": "dit_attn.processors.methods.head_drop",
     "MoH": "dit_attn.processors.methods.moh",
     "SoftPAG": "dit_attn.processors.methods.softpag",
     "SEG": "dit_attn.processors.methods.seg",
     "SLG": "dit_attn.processors.methods.slg",
     "STG": "dit_attn.processors.methods.stg",
+    "GAG": "dit_attn.processors.methods.gag",
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
+    "AdaptiveReweighting": "dit_attn.processors.methods.adaptive_reweighting",
     "DitAttnError": "dit_attn.errors",
 }
 
@@ -62,9 +65,12 @@ if TYPE_CHECKING:
     from dit_attn.processors.attach.prompt_spans import PromptSpan
     from dit_attn.processors.attach.session import Session
     from dit_attn.processors.attach.summary import Summary
+    from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
     from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.base import Method
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.gag import GAG
+    from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -79,14 +85,17 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
+    "GAG",
     "SEG",
     "SLA",
     "SLG",
     "STG",
+    "AdaptiveReweighting",
     "Auto",
     "BlockSparse",
     "DitAttnError",
     "Explanation",
+    "HeadDrop",
     "InwardWindow",
     "Method",
     "MoH",

@@ -45,7 +45,11 @@ __all__ = [
 ]
 
 _TWIN = "twin pass"
-_ROLES = {"sparse": "both decide which keys are attended to", "guidance": "both need the perturbed pass of a step"}
+_ROLES = {
+    "sparse": "both decide which keys are attended to",
+    "guidance": "both need the perturbed pass of a step",
+    "heads": "both decide which heads count",
+}
 
 
 def enable(target: DiffusionPipeline | ModelMixin, *wanted: str | Method, **settings: Any) -> Session:

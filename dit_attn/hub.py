@@ -1,10 +1,12 @@
-"""Tell whether the Hugging Face Hub can be reached: without a network its client retries for minutes."""
+"""Tell whether the Hugging Face Hub can be reached, without a network its client retries for minutes; check names."""
 
 from __future__ import annotations
 
 import os
 import socket
 from urllib.parse import urlsplit
+
+from dit_attn.errors import DitAttnError
 
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
@@ -23,3 +25,13 @@ def is_offline() -> bool:
     except OSError:
         return True
     return False
+
+
+def check_repository(name: str) -> None:
+    """Refuse what is no name of a repository, before anything is computed that shall go there.
+
+    Raises:
+        DitAttnError: it is not ORG/NAME.
+    """
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise DitAttnError(f"--push-to-hub must be ORG/NAME, got {name!r}")

@@ -48,8 +48,11 @@ DIRECT: dict[str, dict[str, Any] | None] = {
     "dense, interpolated": {"whole": True, "rotary": "interpolated"},
     "dense, ntk": {"whole": True, "rotary": "ntk"},
     "dense, dype": {"whole": True, "rotary": "dype"},
-    "single pass": {"rotary": "interpolated", "outside": "pooled"},
-    "single pass, plain positions": {"outside": "pooled"},
+    "single pass, pooled": {"rotary": "interpolated", "outside": "pooled"},
+    "single pass, pooled, plain positions": {"outside": "pooled"},
+    "single pass, anchors": {"rotary": "interpolated", "outside": "anchors"},
+    "single pass, anchors, plain positions": {"outside": "anchors"},
+    "single pass, damped anchors": {"rotary": "interpolated", "outside": "anchors", "outside_bias": -1.0},
 }
 STAGES: dict[str, dict[str, Any] | None] = {
     "dense": None,

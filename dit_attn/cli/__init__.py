@@ -33,6 +33,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("generate", "make images or videos from prompts, with or without methods", True),
+    "edit": Command("edit", "change images by instructions, with or without methods", True),
     "models": Command("models", "list the embedded models and the supported families"),
     "methods": Command("methods", "list the methods, or the settings of one"),
     "explain": Command("explain", "say what a method can gain on a model, before a run"),
@@ -44,7 +45,7 @@ COMMANDS = {
     "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
     "finetune": Command("finetune.command", "train a model with a sparse method in it"),
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
-    "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them"),
+    "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
     "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),

@@ -24,7 +24,7 @@ LINE_FLAGS = {
     flag.dest: flag for flag in (*PROMPT, *SIZE, *SAMPLING) if flag.dest not in ("prompts", "num_images_per_prompt")
 }
 _CALL_NAMES = {"steps": "num_inference_steps"}
-_IMAGE_KEYS = ("image", "last_image", "mask_image", "control_image", "ip_adapter_image", "image_2")
+_IMAGE_KEYS = ("image", "input_images", "last_image", "mask_image", "control_image", "ip_adapter_image", "image_2")
 # Arguments of a pipeline call that this command sets itself, and what to use instead.
 RESERVED = {
     "prompt": "--prompt",
@@ -62,13 +62,21 @@ class Job:
 
     def digest(self, setup: dict[str, Any]) -> str:
         """Hash of everything that decides the output: this job, its images, and the run's ``setup``."""
-        images = {key: _sha256(path) for key, path in self.images().items()}
+        images = {
+            key: _sha256(path) if isinstance(path, str) else [_sha256(one) for one in path]
+            for key, path in self.images().items()
+        }
         content = {"prompt": self.prompt, "seed": self.seed, "call": self.call, "images": images, "setup": setup}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
-    def images(self) -> dict[str, str]:
-        """Return the arguments that name an image file."""
-        return {key: value for key, value in self.call.items() if key in _IMAGE_KEYS and isinstance(value, str)}
+    def images(self) -> dict[str, str | list[str]]:
+        """Return the arguments that name an image file, or several."""
+        return {key: value for key, value in self.call.items() if key in _IMAGE_KEYS and _is_paths(value)}
+
+
+def _is_paths(value: Any) -> bool:
+    several = isinstance(value, list) and bool(value) and all(isinstance(path, str) for path in value)
+    return isinstance(value, str) or several
 
 
 def slug(text: str, length: int = 40) -> str:
@@ -91,7 +99,7 @@ def make_jobs(options: Mapping[str, Any], defaults: dict[str, Any]) -> list[Job]
     Raises:
         DitAttnError: no prompt, or a prompt file that is missing, empty or malformed (with the line number).
     """
-    lines = [({"prompt": text}, "--prompt") for text in options.get("prompt", [])]
+    lines = [({"prompt": text}, f"--{flag}") for flag in ("prompt", "instruction") for text in options.get(flag, [])]
     if "prompts" in options:
         lines += list(read_prompts(Path(options["prompts"]).expanduser()))
     if not lines:
@@ -280,7 +288,7 @@ def check_images(job: Job) -> None:
         DitAttnError: so it is.
     """
     for key, path in job.images().items():
-        load_image(path, f"{key} ({job.where})" if key != "image" else "--image")
+        load_images(path, f"{key} ({job.where})" if key != "image" else "--image")
 
 
 def check_inputs(jobs: Sequence[Job], pipe: Any) -> None:
@@ -315,6 +323,11 @@ def check_inputs(jobs: Sequence[Job], pipe: Any) -> None:
             ) from error
         except (TypeError, AttributeError):
             continue  # its check takes what only its call can work out, or a part that is not loaded yet
+
+
+def load_images(paths: str | list[str], where: str) -> Any:
+    """Read one image file, or a list of them; arguments and errors as for :func:`load_image`."""
+    return load_image(paths, where) if isinstance(paths, str) else [load_image(path, where) for path in paths]
 
 
 def load_image(path: str, where: str) -> Any:

@@ -50,6 +50,11 @@ class Source:
         """The pipeline without weights, see :func:`skeleton`."""
         return skeleton(self)
 
+    @cached_property
+    def with_tokenizers(self) -> Any:
+        """The same with its tokenizers, and the configurations of its text encoders: what ``dit_attn.spans`` needs."""
+        return skeleton(self, tokenizers=True)
+
 
 def describe(name: str, revision: str | None = None, variant: str | None = None) -> Source:
     """Find a model and read its configuration.
@@ -78,8 +83,13 @@ def describe(name: str, revision: str | None = None, variant: str | None = None)
     )
 
 
-def skeleton(source: Source) -> Any:
-    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out."""
+def skeleton(source: Source, tokenizers: bool = False) -> Any:
+    """The pipeline without weights: transformer and autoencoder on the meta device, everything else left out.
+
+    Args:
+        source: the model.
+        tokenizers: load these, and stand-ins for the text encoders that have their configuration.
+    """
     import inspect
 
     import diffusers
@@ -93,6 +103,8 @@ def skeleton(source: Source) -> Any:
             config = cls.load_config(source.path, subfolder=name, revision=source.revision)
             with init_empty_weights():
                 parts[name] = cls.from_config(config)
+        elif tokenizers and library == "transformers" and name.startswith(("tokenizer", "text_encoder", "processor")):
+            parts[name] = _text_component(source, name, str(kind))
         elif name in source.components and name != "self":
             value = source.components[name]
             parts[name] = None if isinstance(value, (list, tuple)) else value
@@ -100,6 +112,19 @@ def skeleton(source: Source) -> Any:
         return source.pipeline(**parts)
     except (AttributeError, ImportError, NameError, TypeError, ValueError):
         return _bare(source.pipeline, parts)  # it looks into a part that was left out, or needs an optional library
+
+
+def _text_component(source: Source, name: str, kind: str) -> Any:
+    """A tokenizer or processor of a model, or an empty module that has the configuration of a text encoder."""
+    import torch
+    import transformers
+
+    place = {"subfolder": name, "revision": source.revision}
+    if not name.startswith("text_encoder"):
+        return getattr(transformers, kind).from_pretrained(source.path, **place)
+    config = transformers.AutoConfig.from_pretrained(source.path, **place)
+    facts = {"config": config, "dtype": torch.float32, "device": torch.device("cpu")}
+    return type(kind, (torch.nn.Module,), facts)()
 
 
 def _bare(pipeline: Any, parts: dict[str, Any]) -> Any:

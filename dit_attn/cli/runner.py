@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dit_attn
 from dit_attn import contact_sheet
 from dit_attn.cli import load_pipeline, outputs
-from dit_attn.cli.jobs import Job, load_image
+from dit_attn.cli.jobs import Job, load_images
 from dit_attn.cli.outputs import Finished, Media
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
@@ -110,7 +110,7 @@ def call_arguments(pipe: Any, job: Job) -> dict[str, Any]:
 
     import torch
 
-    arguments = {**job.call, **{key: load_image(path, key) for key, path in job.images().items()}}
+    arguments = {**job.call, **{key: load_images(path, key) for key, path in job.images().items()}}
     arguments |= {"prompt": job.prompt, "generator": torch.Generator("cpu").manual_seed(job.seed)}
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         arguments["output_type"] = "np"

@@ -5,14 +5,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_attn import files
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError, shorten
-from dit_attn.processors.core.subjects import Size, Subject, check_mask_size, check_overlap, read_subjects
+from dit_attn.processors.core.subjects import (
+    Size,
+    Subject,
+    check_mask_size,
+    check_overlap,
+    read_subjects,
+    shown_boxes,
+)
+
+if TYPE_CHECKING:
+    from dit_attn.cli.model_source import Source
 
 _DEFAULT = "isolation"  # what --subjects means without a method that takes them
 _TAKE = (_DEFAULT, "reposition")
@@ -52,28 +62,64 @@ def with_subjects(options: Options, specs: Sequence[MethodSpec], jobs: Sequence[
     return [*specs, *(spec for spec in taking if spec not in specs)]
 
 
+def check_methods(methods: Sequence[Any], jobs: Sequence[Job], source: Source) -> None:
+    """Refuse what the subjects and pieces of some methods cannot be in the items, before weights are loaded.
+
+    Args:
+        methods: what is to be enabled.
+        jobs: what is to be made, with the arguments of the calls.
+        source: the model.
+
+    Raises:
+        DitAttnError: a mask of another size than an item, or as for :func:`check_tokens`.
+    """
+    for method in methods:
+        subjects = getattr(method, "subjects", ())
+        for job in jobs if not isinstance(subjects, str) else ():
+            width, height = job.call.get("width"), job.call.get("height")
+            if width and height:
+                check_mask_size(subjects, (width, height), job.where)
+    if pieces_of(methods):
+        try:
+            pipe = source.with_tokenizers
+        except Exception:  # damaged or missing files raise anything; loading says what is damaged
+            return
+        check_tokens(methods, jobs, pipe)
+
+
+def pieces_of(methods: Iterable[Any]) -> list[str | tuple[int, int]]:
+    """Return the pieces of the prompt that some methods name, each once."""
+    found = [piece for method in methods for piece in getattr(method, "pieces", ())]
+    for subjects in (getattr(method, "subjects", ()) for method in methods):
+        found += [subject["piece"] for subject in subjects if not isinstance(subjects, str)]
+    return list(dict.fromkeys(piece if isinstance(piece, str) else tuple(piece) for piece in found))
+
+
 def check_tokens(methods: Iterable[Any], jobs: Sequence[Job], pipe: Any) -> None:
-    """Refuse pieces of subjects whose words are cut off by the length of the text, before the first item is made.
+    """Refuse pieces that a prompt lacks, or that are cut off by the length of the text.
+
+    Pipelines whose text is known in a run only, with the images that it stands for, are left to the run.
 
     Args:
         methods: what is enabled.
         jobs: what is to be made.
-        pipe: the pipeline, with its tokenizers.
+        pipe: the pipeline, with its tokenizers; it needs no weights.
 
     Raises:
         DitAttnError: so it is.
     """
     import dit_attn
+    from dit_attn.processors.attach.prompt_spans import PieceMissing
 
-    found = [getattr(method, "subjects", ()) for method in methods]
-    pieces = [subject["piece"] for subjects in found if not isinstance(subjects, str) for subject in subjects]
-    pieces = [piece if isinstance(piece, str) else tuple(piece) for piece in pieces]
+    pieces = pieces_of(methods)
     for job in jobs if pieces else ():
         length = {key: job.call[key] for key in ("max_sequence_length",) if key in job.call}
         try:
-            spans = dit_attn.spans(pipe, job.prompt, list(dict.fromkeys(pieces)), **length)
-        except DitAttnError as error:
+            spans = dit_attn.spans(pipe, job.prompt, pieces, **length)
+        except PieceMissing as error:
             raise DitAttnError(f"{job.where}: {error}") from error
+        except DitAttnError:
+            return
         for piece in pieces:
             if all(span.cut for span in spans if span.piece == piece):
                 raise DitAttnError(
@@ -83,7 +129,7 @@ def check_tokens(methods: Iterable[Any], jobs: Sequence[Job], pipe: Any) -> None
 
 
 def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> bool:
-    """Write ``subjects.html`` for the items whose methods have subjects; return whether there are any.
+    """Write ``subjects.html`` for the items whose methods have subjects or pieces; return whether there are any.
 
     Args:
         folder: of the items.
@@ -97,8 +143,12 @@ def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> boo
         side = Path(result.file).with_suffix(".json") if result.file else None
         if side is not None and side.exists():
             known = files.parse_json(side.read_bytes())
-            if any(method.get("subjects") for method in known.get("methods") or ()):
-                sides.append(known)
+            measured = ((known.get("summary") or {}).get("reports") or {}).get("saas")
+            given = [method["subjects"] for method in known.get("methods") or () if method.get("subjects")]
+            if measured or given:
+                named = [one for subjects in given if isinstance(subjects, list) for one in subjects]
+                boxes = [(str(one["piece"]), box) for one in named for box in shown_boxes(one)]
+                sides.append({**known, "boxes": boxes})
     if sides:
         facts = [("model", str(sides[0].get("model"))), ("items", str(len(sides)))]
         text = subjects_page.page(folder, sides, "Subjects", f"dit-attn {shlex.join(argv)}", facts)

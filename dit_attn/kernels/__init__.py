@@ -12,7 +12,7 @@ from dit_attn.kernels.linear.functional import linear_attention
 from dit_attn.kernels.numeric_guard import numeric_guard
 from dit_attn.kernels.selection.pooling import pool_blocks
 from dit_attn.kernels.selection.select import BlockPlan, block_scores, plan_blocks, plan_scores, select_blocks
-from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
+from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation, sampled_compensation
 
 __all__ = [
     "BACKENDS",
@@ -38,6 +38,7 @@ __all__ = [
     "pool_blocks",
     "pooled_compensation",
     "reference_attention",
+    "sampled_compensation",
     "select_blocks",
     "sink_window",
     "snapped_window",

@@ -43,11 +43,11 @@ class LogitBias:
 
 @dataclass(frozen=True)
 class Compensation:
-    """Pooled keys that stand for the keys of skipped blocks, inside the same softmax.
+    """Pooled or sampled keys that stand for the keys of skipped blocks, inside the same softmax.
 
     Attributes:
-        k: (B, Hk, nv, D), mean of every ``tokens`` keys.
-        v: (B, Hk, nv, D), mean of their values.
+        k: (B, Hk, nv, D), mean of every ``tokens`` keys, or one of them.
+        v: (B, Hk, nv, D), mean of their values, or the value of that one.
         log_weight: (B|1, H|1, nv) fp32, natural logarithm of how many keys each one stands for; ``-inf`` for none.
         tokens: keys per pooled key; divides the layout's ``kv_block``.
         variance: (B, Hk, nv, D) per-channel variance of the keys, for the second-order term
@@ -136,12 +136,7 @@ def pooled_compensation(
     Raises:
         DitAttnError: ``k``, ``v`` or ``key_mask`` do not fit together, or ``tokens`` is below 1.
     """
-    check_sizes(tokens=tokens)
-    check_tokens("k", k)
-    if k.shape != v.shape:
-        raise DitAttnError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be of one shape; pass matching tensors")
-    check_tokens("v", v)
-    check_key_mask(k, key_mask)
+    _check_compensation(k, v, tokens, key_mask)
     mean = block_means(k, tokens, key_mask)
     log_weight = torch.log(block_counts(k, tokens, key_mask))
     per_channel = None
@@ -150,6 +145,52 @@ def pooled_compensation(
         largest = min(torch.finfo(x.dtype).max for x in (square, k))
         per_channel = (square - mean.square()).clamp(0.0, largest).to(k.dtype)
     return Compensation(mean.to(k.dtype), block_means(v, tokens, key_mask).to(v.dtype), log_weight, tokens, per_channel)
+
+
+def sampled_compensation(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tokens: int,
+    places: torch.Tensor,
+    *,
+    key_mask: torch.Tensor | None = None,
+) -> Compensation:
+    """Let one of every ``tokens`` keys, and its value, stand for all of them, to compensate for skipped blocks.
+
+    Over all places the softmax's sums over skipped keys average to those of dense attention: with each place taken
+    once, the outputs merged by their log-sum-exp are dense attention. A mean of keys has no such property.
+
+    Args:
+        k, v: (B, Sk, Hk, D).
+        tokens: keys that each sampled key stands for.
+        places: (Hk,) int64, which of them is taken, for every head of k: modulo the number of those that exist.
+        key_mask: (B, Sk) bool, keys that exist; only they are taken and counted.
+
+    Raises:
+        DitAttnError: ``k``, ``v``, ``places`` or ``key_mask`` do not fit together, or ``tokens`` is below 1.
+    """
+    _check_compensation(k, v, tokens, key_mask)
+    (_, seq, heads, dim), device = k.shape, k.device
+    if places.shape != (heads,) or places.dtype != torch.int64:
+        raise DitAttnError(f"places must be ({heads},) int64, one for each head, got {tuple(places.shape)}")
+    counts = block_counts(k, tokens, key_mask)
+    first = torch.arange(0, seq, tokens, device=device)
+    index = places.to(device)[:, None] % counts.clamp(min=1.0).long()
+    if key_mask is not None:  # the keys that exist first
+        exists = torch.nn.functional.pad(key_mask, (0, -seq % tokens)).unflatten(1, (-1, tokens))
+        present = (~exists).to(torch.uint8).argsort(dim=-1, stable=True)
+        index = present.gather(2, index.transpose(1, 2)).transpose(1, 2)
+    index = (first + index)[..., None].expand(k.shape[0], heads, -1, dim)
+    return Compensation(*(x.transpose(1, 2).gather(2, index) for x in (k, v)), torch.log(counts), tokens)
+
+
+def _check_compensation(k: torch.Tensor, v: torch.Tensor, tokens: int, key_mask: torch.Tensor | None) -> None:
+    check_sizes(tokens=tokens)
+    check_tokens("k", k)
+    if k.shape != v.shape:
+        raise DitAttnError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be of one shape; pass matching tensors")
+    check_tokens("v", v)
+    check_key_mask(k, key_mask)
 
 
 def pooled_bias(k: torch.Tensor, tokens: int, key_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 _METHODS = {
+    "AdaptiveReweighting": "adaptive_reweighting",
     "Auto": "auto",
     "BlockSparse": "block_sparse",
+    "GAG": "gag",
+    "HeadDrop": "head_drop",
     "InwardWindow": "inward_window",
     "MoH": "moh",
     "RectifiedSpaAttn": "rectified_spaattn",
@@ -27,8 +30,11 @@ _METHODS = {
 }
 
 if TYPE_CHECKING:
+    from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
     from dit_attn.processors.methods.auto import Auto
     from dit_attn.processors.methods.block_sparse import BlockSparse
+    from dit_attn.processors.methods.gag import GAG
+    from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
     from dit_attn.processors.methods.re_ttention import ReTtention
@@ -43,12 +49,15 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.subject_reposition import SubjectReposition
 
 __all__ = [
+    "GAG",
     "SEG",
     "SLA",
     "SLG",
     "STG",
+    "AdaptiveReweighting",
     "Auto",
     "BlockSparse",
+    "HeadDrop",
     "InwardWindow",
     "MoH",
     "ReTtention",

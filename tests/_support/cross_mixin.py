@@ -17,6 +17,7 @@ from dit_attn.processors.attach import attach, attention_processor, intercepted_
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
+from tests._support import gag_reference
 from tests._support.outputs import same
 from tests._support.recorded_calls import reference, requests, watching, weights
 from tests._support.subjects_mixin import SubjectsMixin
@@ -205,6 +206,29 @@ class CrossMixin(SubjectsMixin):
             assert call.k.shape[1] == self.cross_keys[call.kind] and call.tokens is not None
             torch.testing.assert_close(out.double(), reference(call, Request()), atol=2e-5, rtol=1e-4)
         assert {name: m.processor for name, m in net.named_modules() if hasattr(m, "processor")} == processors
+
+    def test_attention_to_the_text_extrapolated_from_dense_to_sparse_equals_its_definition(
+        self, net: Any, args: Any
+    ) -> None:
+        stock, method = self.call(net, args), dit_attn.GAG()
+        dit_attn.enable(net, method)
+        seen: list[tuple[Any, torch.Tensor]] = []
+        with dit_attn.observing(net, lambda call, request, out: seen.append((call, out)), ("text",)):
+            assert not same(stock, self.call(net, args))
+        touched = 0
+        for call, out in seen:
+            spans = [span for span in call.tokens.spans if span.kind == "text"] if call.kind == "self" else []
+            if call.kind == "self" and not spans:
+                continue
+            text = slice(spans[0].start, spans[-1].stop) if spans else slice(0, call.k.shape[1])
+            rows = call.visual if spans else slice(None)
+            chosen = [row for row, branch in enumerate(call.branches) if branch == "cond"]
+            expected = gag_reference.guided(call, text, method)[chosen][:, rows]
+            torch.testing.assert_close(out.double()[chosen][:, rows], expected, atol=1e-4, rtol=1e-3)
+            touched += 1
+        assert touched
+        dit_attn.enable(net, dit_attn.GAG(strength=0.0))
+        assert same(stock, self.call(net, args))
 
     def test_another_scale_of_stock_attention_equals_its_equation(self, net: Any, args: Any) -> None:
         stock = self.call(net, args)

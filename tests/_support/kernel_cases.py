@@ -16,7 +16,16 @@ from dit_attn.kernels.layouts import flex_mask, patterns, windows
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.token_order import token_order
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import BAR, NO_TERMS, Epilogue, LogitBias, Terms, pooled_bias, pooled_compensation
+from dit_attn.kernels.terms import (
+    BAR,
+    NO_TERMS,
+    Epilogue,
+    LogitBias,
+    Terms,
+    pooled_bias,
+    pooled_compensation,
+    sampled_compensation,
+)
 
 Q_LEN, KV_LEN, HEADS, KEY_HEADS = 70, 90, 4, 2
 
@@ -135,6 +144,9 @@ TERMS: dict[str, Callable[[Problem], Terms]] = {
     "barred keys": lambda p: Terms(bias=_barred(p).bias),
     "barred pooled keys": _barred,
     "compensation": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 8)),
+    "sampled keys": lambda p: Terms(
+        compensation=sampled_compensation(p.k, p.v, 8, torch.arange(p.k.shape[2]) * 5, key_mask=p.key_mask)
+    ),
     "variance": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=True)),
     "row scale": lambda p: _epilogue(p, row_scale=1),
     "denominator": lambda p: _epilogue(p, lse_ref=1),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attach, rotary
+from dit_attn.processors.attach import attach, attention_processor, rotary
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.methods.base import Method
@@ -47,15 +47,19 @@ class Tables:
         session = attach.session_of(model)
         assert session is not None
         self.model, self.session, self.layer = model, session, session.layers[0]
-        module = session.module(self.layer)
-        self.parameters = type(module.processor)._dit_rotary
-        hook = module.register_forward_pre_hook(self._see, with_kwargs=True)
-        with torch.no_grad():
-            model(**copy.deepcopy(args), return_dict=False)
-        hook.remove()
+        self.parameters = type(session.module(self.layer).processor)._dit_rotary
+        stock = attention_processor.moved_arguments
+        attention_processor.moved_arguments = self._see  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                model(**copy.deepcopy(args), return_dict=False)
+        finally:
+            attention_processor.moved_arguments = stock
 
-    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    def _see(self, session: Any, layer: Any, parameters: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if layer is self.layer:
+            self.args, self.kwargs = args, kwargs
+        return args, kwargs
 
     def given(self, *maps: PositionMap) -> Any:
         """The argument with the tables, as the processor gets it."""

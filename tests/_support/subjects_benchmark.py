@@ -11,182 +11,86 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
+from diffusers import DiffusionPipeline
 
 import dit_attn
-from dit_attn import models
+from dit_attn import files
+from dit_attn.cli.model_source import fingerprint, locate
 from dit_attn.contact_sheet import Tile, grid
 from dit_attn.eval.shapes_world import multi
-from dit_attn.eval.shapes_world.multi import MultiScene, SceneObject
+from dit_attn.eval.shapes_world.multi import MultiScene
 from dit_attn.models.evaluate import generate, interval
+from dit_attn.models.export import environment
 from dit_attn.pipelines.compare.statistics import difference_figure
-from dit_attn.processors.core.call import AttentionCall, Request
-from dit_attn.processors.core.regions import regions_of, visual_masks
-from dit_attn.processors.methods.base import Method
 from tests._support.other_environment import write_record
+from tests._support.subjects_arms import ARMS, Arm
 
-MARGIN = 0.06  # around an object, of the canvas, in its box
 SIDES = (("left", "right"), ("bottom", "top"))  # places that tiny-joint knows from its own captions
 BATCH = 64  # scenes drawn at once
-Arm = tuple[Callable[[MultiScene], list[Method]], dict[str, Any]]
 
 
-def subject(one: SceneObject, box: bool = True) -> dict[str, Any]:
-    """A subject of an object: its size, color and shape, with a box around it."""
-    x, y = multi.PLACES[one.place]
-    half = multi.SIZES[one.size] + MARGIN
-    region = {"box": [max(0.0, x - half), max(0.0, y - half), min(1.0, x + half), min(1.0, y + half)]} if box else {}
-    return {"piece": f"{one.size} {one.color} {one.shape}", **region}
+def scenes_of(kind: str, objects: int, count: int, seed: int) -> list[MultiScene]:
+    """Different scenes of some objects.
 
-
-def isolation(**settings: Any) -> Arm:
-    """Isolation of all objects."""
-    return lambda scene: [dit_attn.SubjectIsolation(subjects=tuple(map(subject, scene.objects)), **settings)], {}
-
-
-def with_sparse(arm: Arm) -> Arm:
-    """The same with block-sparse attention at density 0.25."""
-    sparse = dit_attn.BlockSparse(density=0.25, q_block=32, kv_block=32, dense_steps=0.1)
-    return lambda scene: [*arm[0](scene), sparse], arm[1]
-
-
-def with_isolation(arm: Arm) -> Arm:
-    """The same with isolation of words and regions."""
-    return lambda scene: [*isolation(isolate_image=True)[0](scene), *arm[0](scene)], arm[1]
-
-
-def guided(scale: float) -> Arm:
-    """Plain guidance at another scale."""
-    return lambda scene: [], {"guidance_scale": scale}
-
-
-@dataclass(frozen=True)
-class Lift(Method):
-    """Lift the words of some pieces by a fixed factor, each in a region.
-
-    Attributes:
-        lifts: objects with ``piece``, ``factor`` and ``box``.
+    Args:
+        kind: what the model was trained on: held-out scenes of ``multi``; else pairs at sides, and any other number.
     """
-
-    sites: ClassVar[tuple[str, ...]] = ("text",)
-
-    lifts: tuple[dict[str, Any], ...] = ()
-
-    def request(self, call: AttentionCall, request: Request) -> None:
-        """Add the biases."""
-        if call.tokens is None or call.tokens.grid is None or not call.attends_to_text:
-            return
-        for lift in self.lifts:
-            (rows,) = visual_masks(regions_of([lift], call.tokens.grid), call.tokens)
-            request.add_span_bias(call, rows, call.prompt_tokens(lift["piece"]), math.log(lift["factor"]))
-
-
-def lifted(factor: float, wrong: bool = False) -> Arm:
-    """Each object's words by a factor in its own box; ``wrong``: the words of the next object there."""
-
-    def methods(scene: MultiScene) -> list[Method]:
-        known = [subject(one) for one in scene.objects]
-        words = known[1:] + known[:1] if wrong else known
-        lifts = [{**a, "piece": b["piece"], "factor": factor} for a, b in zip(known, words, strict=True)]
-        return [Lift(lifts=tuple(lifts))]
-
-    return methods, {}
-
-
-def scaled(**settings: Any) -> Arm:
-    """SaaS on the objects."""
-
-    def methods(scene: MultiScene) -> list[Method]:
-        return [dit_attn.SaaS(pieces=tuple(subject(one)["piece"] for one in scene.objects), **settings)]
-
-    return methods, {}
-
-
-def found(**settings: Any) -> Arm:
-    """Isolation whose regions are looked for."""
-
-    def methods(scene: MultiScene) -> list[Method]:
-        return [dit_attn.SubjectIsolation(subjects=tuple(subject(one, False) for one in scene.objects), **settings)]
-
-    return methods, {}
-
-
-ARMS: dict[str, dict[str, Arm]] = {
-    "isolation": {
-        "stock": (lambda scene: [], {}),
-        "words": isolation(),
-        "regions": isolation(isolate_text=False, isolate_image=True),
-        "words and regions": isolation(isolate_image=True),
-        "words, soft 2": isolation(strength=2.0),
-        "words, first 40 %": isolation(stop=0.4),
-        "guidance 4": guided(4.0),
-        "guidance 6": guided(6.0),
-        "block-sparse 0.25": with_sparse((lambda scene: [], {})),
-        "words, block-sparse 0.25": with_sparse(isolation()),
-        "found words and regions": found(isolate_image=True),
-        "found, whatever the quality": found(isolate_image=True, min_quality=0.0),
-    },
-    "saas": {
-        "stock": (lambda scene: [], {}),
-        "guidance 4": guided(4.0),
-        "guidance 6": guided(6.0),
-        "fixed 4": lifted(4.0),
-        "wrong words 4": lifted(4.0, wrong=True),
-        "the paper's rule": scaled(measure="post", clamp=None, min_quality=0.0),
-        "gated": scaled(),
-        "not gated": scaled(min_quality=0.0),
-        "closed loop 0.1": scaled(target=0.1, min_quality=0.0, stop=1.0),
-        "isolation and gated": with_isolation(scaled()),
-    },
-}
-
-
-def scenes_of(model: str, objects: int, count: int, seed: int) -> list[MultiScene]:
-    """Different scenes of some objects, held out where the model was trained on such; sides only for tiny-joint."""
-    if model != "tiny-joint":
+    if kind == "multi":
         return multi.held_out_sample(count, seed, (objects, objects))
     draw, found = torch.Generator().manual_seed(seed), {}
     while len(found) < count:
         for scene in multi.sample_scenes(BATCH, draw, (objects, objects)):
-            if tuple(sorted(one.place for one in scene.objects)) in SIDES:
+            if objects != 2 or tuple(sorted(one.place for one in scene.objects)) in SIDES:
                 found[multi.caption(scene)] = scene
     return list(found.values())[:count]
 
 
 def run(options: argparse.Namespace, arms: dict[str, Arm]) -> None:
-    """Make what is missing, prompt by prompt, all arms of a prompt in turn."""
-    pipe = models.load(options.model)
+    """Make what is missing, prompt by prompt, all arms of a prompt in turn.
+
+    Raises:
+        SystemExit: the lines are of another model, another number of steps or another seed.
+    """
+    diffusers.utils.logging.set_verbosity_error()  # CLIP cuts the captions off, which T5 does not
+    transformers.logging.set_verbosity_error()
+    _, folder, call = locate(options.model)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    call = models.call_defaults(options.model)
-    call["max_sequence_length"] = multi.TEXT_LENGTH if options.objects > 2 else 20
+    call = {**call, "max_sequence_length": multi.TEXT_LENGTH if options.objects > 2 else 20}
     call["num_inference_steps"] = options.steps or call["num_inference_steps"]
-    done = {(line["arm"], line["item"]) for line in read(options.lines)}
-    options.lines.parent.mkdir(parents=True, exist_ok=True)
-    scenes = scenes_of(options.model, options.objects, options.count, options.seed)
-    for item, scene in enumerate(scenes):
+    setup = f"{fingerprint(Path(folder))}, {call['num_inference_steps']} steps, seed {options.seed}"
+    lines = read(options.lines)
+    if any(line.get("setup") != setup for line in lines):
+        raise SystemExit(f"{options.lines} is of other weights, steps or seeds; give another file with --lines")
+    done = {(line["arm"], line["item"]) for line in lines}
+    trained = Path(folder, "training.json")
+    kind = json.loads(trained.read_text())["recipe"]["kind"] if trained.is_file() else ""
+    for item, scene in enumerate(scenes_of(kind, options.objects, options.count, options.seed)):
         for name, (methods, more) in arms.items():
             if (name, item) in done:
                 continue
             started = time.perf_counter()
             dit_attn.enable(pipe, *methods(scene))
             (sample,) = generate(pipe, [scene], {**call, **more}, options.seed + item, batch=1)
-            verdict = {"background": sample.verdict["background"], "whole": sample.right}
+            seconds = round(time.perf_counter() - started, 2)
+            pixels = (sample.output * 255).astype(np.uint8)
+            keep_image(image_file(options.images, item, name), pixels)
             line = {
-                "arm": name, "item": item, "caption": multi.caption(scene),
-                "seconds": round(time.perf_counter() - started, 2), **verdict,
+                "arm": name, "item": item, "setup": setup, "caption": multi.caption(scene), "seconds": seconds,
+                "distance": distance(pixels, image_file(options.images, item, "stock")),
+                "background": sample.verdict["background"], "whole": sample.right,
                 "objects": [asdict(one) for one in sample.objects], "reports": reports(pipe),
             }  # fmt: skip
-            with options.lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            if options.images:
-                options.images.mkdir(parents=True, exist_ok=True)
-                np.save(image_file(options.images, item, name), (sample.output * 255).astype(np.uint8))
+            add_line(options.lines, line)
 
 
 def image_file(folder: Path, item: int, arm: str) -> Path:
@@ -194,10 +98,33 @@ def image_file(folder: Path, item: int, arm: str) -> Path:
     return folder / f"{item:04d}_{arm.replace(' ', '-')}.npy"
 
 
+def keep_image(path: Path, pixels: np.ndarray) -> None:
+    """Save an image (H, W, 3) uint8, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, pixels)
+
+
+def distance(pixels: np.ndarray, stock: Path) -> float | None:
+    """Root of the mean squared difference to the stock image, in [0, 1]; ``None`` where there is none."""
+    if not stock.exists():
+        return None
+    other = np.load(stock).astype(np.float64)
+    return round(float(np.sqrt(np.mean((pixels.astype(np.float64) - other) ** 2))) / 255, 6)
+
+
 def reports(pipe: Any) -> dict[str, Any]:
     """What the methods say of the run."""
     found = getattr(dit_attn.summary(pipe), "reports", {})
     return {slug: report.figures() for slug, report in found.items() if hasattr(report, "figures")}
+
+
+def add_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one result, on a line of its own where a run was stopped in the middle of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut + json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -216,15 +143,29 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(lines: Sequence[dict[str, Any]], names: Sequence[str], base: str = "stock") -> dict[str, Any]:
-    """Rates of every arm, and differences to the base over the prompts that both have."""
+    """Rates of every arm, and differences to the base over the prompts that both have.
+
+    A method is also compared with plain guidance of matched strength: that of the sweep whose images are as far from
+    the stock ones as those of the method, or nearest to that (``matched``).
+    """
     by_arm = {name: {line["item"]: line for line in lines if line["arm"] == name} for name in names}
-    return {name: _row(by_arm[name], by_arm.get(base, {})) for name in names if by_arm[name]}
+    by_arm = {name: arm for name, arm in by_arm.items() if arm}
+    rows = {name: _row(arm, by_arm.get(base, {})) for name, arm in by_arm.items()}
+    sweep = {name: row["distance"] for name, row in rows.items() if name.startswith("guidance") and row["distance"]}
+    for name, row in rows.items():
+        if sweep and row["distance"] and name not in sweep:
+            nearest = min(sweep, key=lambda one: abs(math.log(sweep[one] / row["distance"])))
+            color = _row(by_arm[name], by_arm[nearest])["color"]
+            row["matched"] = {"arm": nearest, "distance": sweep[nearest], "color": color}
+    return rows
 
 
 def _row(arm: dict[int, Any], base: dict[int, Any]) -> dict[str, Any]:
     shared = sorted(set(arm) & set(base))
     seconds = float(np.median([line["seconds"] for line in arm.values()]))
+    far = [line["distance"] for line in arm.values() if line["distance"] is not None]
     row: dict[str, Any] = {"prompts": len(arm), "seconds": round(seconds, 2)}
+    row |= {"distance": round(float(np.mean(far)), 5) if far else None, **_reported(list(arm.values()))}
     for word in ("present", "color", "shape", "leak", "both"):
         flags = {item: [_flag(one, word) for one in line["objects"]] for item, line in arm.items()}
         other = {item: [_flag(one, word) for one in base[item]["objects"]] for item in shared}
@@ -233,6 +174,22 @@ def _row(arm: dict[int, Any], base: dict[int, Any]) -> dict[str, Any]:
         row[word] = _figure({item: [line[word]] for item, line in arm.items()},
                             {item: [base[item][word]] for item in shared}, shared)  # fmt: skip
     return row
+
+
+def _reported(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of what the methods report: regions that were found and used, and lifts."""
+    isolation = [one for line in lines for one in line["reports"].get("isolation", {}).get("found", ())]
+    pieces = [one for line in lines for one in line["reports"].get("saas", {}).get("pieces", ())]
+    row = {}
+    if isolation:
+        row["found"] = {"quality": _mean(isolation, "quality"), "used": _mean(isolation, "used")}
+    if pieces:
+        row["lift"] = {name: _mean(pieces, name) for name in ("share", "ratio", "factor", "quality")}
+    return row
+
+
+def _mean(items: Sequence[dict[str, Any]], name: str) -> float:
+    return round(sum(float(one[name]) for one in items) / len(items), 4)
 
 
 def _flag(one: dict[str, Any], word: str) -> bool:
@@ -282,33 +239,43 @@ def main() -> None:
     """Generate what is missing, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=tuple(ARMS), default="isolation", help="arms to run (default: %(default)s)")
-    parser.add_argument("--model", default="tiny-joint")
-    parser.add_argument("--objects", type=int, default=2, help="objects of a prompt (default: %(default)s)")
+    parser.add_argument("--model", default="tiny-joint", help="embedded model, or a folder that `train` wrote")
+    parser.add_argument("--objects", type=int, default=2, choices=(1, 2, 3, 4), help="of a prompt (default: 2)")
     parser.add_argument("--count", type=int, default=96, help="prompts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--arms", nargs="+", help="some of the arms; default: all")
     parser.add_argument("--quick", action="store_true", help="two prompts of four steps: does it run?")
-    parser.add_argument("--lines", type=Path, help="JSONL file of the results; default: next to the record")
-    parser.add_argument("--images", type=Path, help="folder to keep the images in")
-    parser.add_argument("--sheet", type=Path, help="PNG of the first four prompts, from --images")
+    parser.add_argument("--lines", type=Path, help="JSONL file of the results; default: outputs/MODEL_WHAT_OBJECTS")
+    parser.add_argument("--images", type=Path, help="folder of the images; default: next to the lines")
+    parser.add_argument("--sheet", type=Path, help="PNG of the first four prompts")
     parser.add_argument("--output", type=Path, help="the record; default: benchmarks/subjects/MODEL_WHAT_OBJECTS.json")
     options = parser.parse_args()
     if options.quick:
         options.count, options.steps = 2, 4
-    name = f"{options.model}_{options.what}_{options.objects}{'_quick' if options.quick else ''}"
+    model = Path(options.model).name
+    name = f"{model}_{options.what}_{options.objects}{'_quick' if options.quick else ''}"
     options.output = options.output or Path("outputs" if options.quick else "benchmarks/subjects") / f"{name}.json"
     options.lines = options.lines or Path("outputs") / f"{name}.jsonl"
+    options.images = options.images or options.lines.with_suffix("")
+    unknown = set(options.arms or ()) - set(ARMS[options.what])
+    if unknown:
+        parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(ARMS[options.what])}")
     arms = {key: ARMS[options.what][key] for key in options.arms or ARMS[options.what]}
-    run(options, arms)
+    try:
+        run(options, arms)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; the same command goes on with {options.lines}") from None
     lines = [line for line in read(options.lines) if line["item"] < options.count]
-    words = [f"--{key} {getattr(options, key)}" for key in ("what", "model", "objects", "count", "seed", "steps")
-             if getattr(options, key) is not None]  # fmt: skip
+    given = {**vars(options), "model": model}
+    words = [f"--{key} {given[key]}" for key in ("what", "model", "objects", "count", "seed", "steps")
+             if given[key] is not None]  # fmt: skip
     command = f"python -m tests._support.subjects_benchmark {' '.join(words)}"
     write_record(options.output, command, {
-        "model": options.model, "objects": options.objects, "arms": compare(lines, list(ARMS[options.what])),
+        "model": model, "objects": options.objects, "environment": environment(),
+        "setup": lines[0]["setup"] if lines else "", "arms": compare(lines, list(ARMS[options.what])),
     })  # fmt: skip
-    if options.sheet and options.images:
+    if options.sheet:
         sheet(options.images, lines, list(arms), options.sheet, range(min(4, options.count)))
 
 

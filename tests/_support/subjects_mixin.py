@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import dit_attn
+from dit_attn.processors.attach.position_tables import position_table
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.core.call import AttentionCall
+from dit_attn.processors.core.piece_maps import generated_span
+from dit_attn.processors.core.row_weights import RowWeights
 from tests._support.outputs import same
 from tests._support.recorded_calls import reference, requests
+from tests._support.reweighted import reweighted
 
 LEFT, RIGHT = (0.0, 0.0, 0.4, 0.7), (0.5, 0.3, 1.0, 1.0)
 SUBJECTS = ({"piece": "left", "box": list(LEFT)}, {"piece": "right", "box": list(RIGHT)})
@@ -92,17 +96,48 @@ class SubjectsMixin:
     def test_subjects_are_moved_or_refused_and_those_that_stay_change_nothing(self, net: Any, args: Any) -> None:
         stock = self.call(net, args)
         moved = [{**one, "from": other["box"]} for one, other in zip(SUBJECTS, SUBJECTS[::-1])]
-        if not self.sockets or not getattr(self, "rotary", False):
+        table = position_table(net) is not None
+        if not self.sockets or not (getattr(self, "rotary", False) or table):
             with pytest.raises(dit_attn.DitAttnError, match="no rotary tables" if self.sockets else "attention"):
                 dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
         else:
             dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
             assert not same(stock, self.call(net, args))
+            dit_attn.disable(net)
+            assert same(stock, self.call(net, args)) and not getattr(net, "pos_embed", net)._forward_hooks
         if not self.sockets:
             return
         still = [{**one, "from": one["box"]} for one in SUBJECTS]
         dit_attn.enable(net, dit_attn.SubjectReposition(subjects=still))
         assert same(stock, self.call(net, args))
+
+    @pytest.mark.parametrize("mode", ["bias", "gain", "logit"])
+    def test_rows_with_weights_equal_the_equation_of_the_mode(self, net: Any, args: Any, mode: str) -> None:
+        stock = self.call(net, args)
+        cells = torch.ones(1, 20, 20)
+        cells[:, :14, :8] = 2.0  # the box LEFT
+        columns = torch.zeros(1, 5, dtype=torch.bool)
+        columns[:, PIECES["left"]] = True
+        seen: list[Any] = []
+        for given in (None, RowWeights(torch.ones(1, 20, 20), columns), RowWeights(cells, columns)):
+            session = dit_attn.enable(net, dit_attn.AdaptiveReweighting(mode=mode, start=0, stop=9, w_max=2.5))
+            session.given.update({"reweighting": given} if given is not None else {})
+            with dit_attn.observing(net, lambda *done: seen.append(done), ("text",)):
+                assert same(stock, self.call(net, args)) is (given is None or given.weights is not cells)
+        touched = 0
+        for call, request, out in seen:
+            keys = known_pieces(None, call, "left")
+            if not keys.any() or not (request.biases or request.key_gains):
+                continue
+            touched += 1
+            conditioned = torch.tensor([branch == "cond" for branch in call.branches])
+            rows, place = torch.ones(call.q.shape[:2], dtype=torch.float64), generated_span(call)
+            weights = session.given["reweighting"].rows([0], call.tokens.grid)[0].double()
+            rows[conditioned, place.start : place.stop] = weights
+            expected = reweighted(call, request, mode, rows, keys[-1:] & conditioned[:, None])
+            within = slice(place.start, place.stop)
+            torch.testing.assert_close(out.double()[:, within], expected[:, within], atol=2e-5, rtol=1e-4)
+        assert touched in (self.cross_sockets, self.sockets, self.sockets - 1) and touched
 
     def test_saas_measures_the_first_step_and_lifts_words_of_conditional_rows_in_the_next(
         self, net: Any, args: Any, monkeypatch: Any

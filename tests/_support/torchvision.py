@@ -43,14 +43,14 @@ class Finder(MetaPathFinder):
         return MetadataPathFinder.find_distributions(DistributionFinder.Context(name=context.name, path=[str(FOLDER)]))
 
 
-def declare_operators() -> None:
-    """Declare the schemas of torchvision's operators, unless its compiled library loads and brings them."""
+def declare_operators(folder: Path = FOLDER) -> None:
+    """Declare the schemas of the operators of the torchvision in ``folder``, unless its compiled library loads."""
     import torch
 
     if _declared:
         return
     try:
-        for compiled in FOLDER.glob("torchvision/_C*"):
+        for compiled in folder.glob("torchvision/_C*"):
             torch.ops.load_library(compiled)
     except OSError:
         library = torch.library.Library("torchvision", "DEF")

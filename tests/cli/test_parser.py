@@ -13,6 +13,7 @@ from dit_attn.cli.parser import Parser
 
 GROUPS = {
     "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run"],
+    "edit": ["model", "methods", "instructions", "size", "sampling", "output", "run"],
     "models": ["output"],
     "methods": ["method", "output"],
     "explain": ["model", "methods", "size", "sampling", "high resolution", "output", "run"],
@@ -31,7 +32,7 @@ GROUPS = {
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
     "completion": ["shell"],
 }
-TAKE_METHODS = ("generate", "explain", "compare", "inspect", "calibrate", "finetune", "search", "bench")
+TAKE_METHODS = ("generate", "edit", "explain", "compare", "inspect", "calibrate", "finetune", "search", "bench")
 
 
 def parser_of(command):

@@ -7,18 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from dit_attn import SubjectIsolation
-from dit_attn.cli import subjects
+import dit_attn
+from dit_attn import SaaS, SubjectIsolation
+from dit_attn.cli import load_pipeline, main, model_source, subjects
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.cli.resolve_methods import resolve
 from dit_attn.errors import DitAttnError
-from tests._support.prompted_pipelines import pipeline_of
-from tests.processors.attach.prompt_spans.prompted_cases import CASES
+from tests._support.edit_pipelines import editing
 
 LEFT, RIGHT = [0.0, 0.0, 0.4, 1.0], [0.5, 0.0, 1.0, 1.0]
 TWO = [{"piece": "red circle", "box": LEFT}, {"piece": "blue cross", "box": RIGHT}]
@@ -76,13 +77,52 @@ def test_overlapping_boxes_pass_where_the_method_says_whose_tokens_they_are(tmp_
     assert made(tmp_path, data, [MethodSpec("isolation", {"overlap": "share"})])
 
 
-def test_a_piece_that_the_length_of_the_text_cuts_off_is_refused_before_the_first_item() -> None:
-    pipe, _ = pipeline_of(CASES["cogview-4"])
-    long = "a house " * 40 + "and a red cube"
-    method = SubjectIsolation(subjects=[{"piece": "red cube", "box": LEFT}])
-    subjects.check_tokens([method], [Job(0, "a red cube", 0)], pipe)
-    with pytest.raises(DitAttnError, match=r"--prompt: the prompt .*cut off"):
-        subjects.check_tokens([method], [Job(0, long, 0, {"max_sequence_length": 32})], pipe)
+LONG = "a large red circle at the left " * 6 + "and a blue cross"
+SMALL = {"width": 128, "height": 128, "max_sequence_length": 16}
+
+
+@pytest.mark.parametrize(
+    ("method", "prompt", "problem"),
+    [
+        (SubjectIsolation(subjects=TWO), "a red circle", "the piece 'blue cross' is not in the prompt 'a red circle'"),
+        (SubjectIsolation(subjects=TWO), LONG, "the prompt is cut off before the piece 'blue cross'"),
+        (SaaS(pieces=("a yellow hat",)), "a red circle", "the piece 'a yellow hat' is not in the prompt"),
+        (SaaS(pieces=("blue cross",)), LONG, "the prompt is cut off before the piece 'blue cross'"),
+        (SubjectIsolation(subjects=[{"piece": "red", "mask": np.ones((2, 4))}]), "red", "4 x 2 pixels, which does not"),
+    ],
+)
+def test_what_a_method_cannot_find_in_an_item_is_one_line_before_weights_are_loaded(
+    method: Any, prompt: str, problem: str
+) -> None:
+    source = model_source.describe("tiny-joint")
+    with pytest.raises(DitAttnError, match=problem) as raised:
+        subjects.check_methods([method], [Job(0, prompt, 0, SMALL)], source)
+    assert "\n" not in str(raised.value) and str(raised.value).startswith("--prompt: ")
+    subjects.check_methods([SubjectIsolation(subjects=TWO)], [Job(0, JOB.prompt, 0, SMALL)], source)
+
+
+@pytest.mark.parametrize("method", ["isolation", "saas:pieces=blue cross"])
+def test_a_piece_that_is_cut_off_ends_generate_with_2_and_loads_nothing(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(TWO))
+    monkeypatch.setattr(load_pipeline, "load_pipeline", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    given = ["--subjects", str(tmp_path / "s.json")] if method == "isolation" else []
+    command = ["generate", "--model", "tiny-joint", "--prompt", LONG, "--method", method, "--output", str(tmp_path)]
+    assert main([*command, *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is cut off before the piece 'blue cross'" in line
+
+
+def test_a_text_that_is_known_in_a_run_only_is_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = editing("qwen-image-edit", monkeypatch)
+    subjects.check_tokens([SaaS(pieces=("a cube",))], [Job(0, "a cube", 0, {"image": "in.png"})], pipe)
+
+
+def test_pieces_of_all_methods_are_named_once() -> None:
+    ranged = [{"piece": [0, 3], "box": LEFT}, TWO[1]]
+    methods = [SubjectIsolation(subjects=ranged), SaaS(pieces=("blue cross", "red")), dit_attn.BlockSparse()]
+    assert subjects.pieces_of(methods) == ["blue cross", "red", (0, 3)]
 
 
 def test_reposition_takes_subjects_that_are_moved_and_refuses_a_file_without_one(tmp_path: Path) -> None:

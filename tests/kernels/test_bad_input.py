@@ -27,6 +27,7 @@ from dit_attn.kernels import (
     plan_scores,
     pool_blocks,
     pooled_compensation,
+    sampled_compensation,
     sparse_attention,
 )
 from dit_attn.kernels.layouts.element_masks import BitMask, SegmentMask
@@ -37,7 +38,7 @@ SIZES = {"q_len": 20, "kv_len": 20, "q_block": 8, "kv_block": 8}
 LAYOUT = BlockLayout.from_mask(torch.eye(3, dtype=torch.bool)[None, None], **SIZES)
 SCORES = torch.randn(1, 1, 3, 3)
 NO, ALL = torch.zeros(1, 1, 3, 3, dtype=torch.bool), torch.ones(1, 1, 3, 3, dtype=torch.bool)
-NAN, ONE = float("nan"), torch.ones(1, 2)
+NAN, ONE, ZEROS = float("nan"), torch.ones(1, 2), torch.zeros(2, dtype=torch.int64)
 POOLED = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), torch.zeros(1, 1, 5)
 ONE_BIT = BitMask(torch.zeros(1, 1, 3, 1, 8, 1, dtype=torch.int32))
 
@@ -152,6 +153,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: pool_blocks(Q, 0), "block must be at least 1"),
     (lambda: pool_blocks(Q[0], 8), "x must be (B, S, H, D)"),
     (lambda: pooled_compensation(K, V, 0), "tokens must be at least 1"),
+    (lambda: sampled_compensation(K, V[:, :10], 4, ZEROS[:2]), "must be of one shape"),
+    (lambda: sampled_compensation(K, V, 4, ZEROS[:1]), "places must be (2,) int64, one for each head, got (1,)"),
     (lambda: pooled_compensation(K, V[:, :10], 4), "must be of one shape"),
     (lambda: pooled_compensation(K, V, 4, key_mask=torch.ones(1, 3, dtype=torch.bool)), "key_mask must be bool"),
     (lambda: numeric_guard(-1.0).__enter__(), "tolerance must be above 0"),

@@ -12,7 +12,14 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, choose_backend, device, numeric_guard, sparse_attention
 from dit_attn.kernels.backends import compose_terms, registry
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import Compensation, Epilogue, LogitBias, Terms, pooled_compensation
+from dit_attn.kernels.terms import (
+    Compensation,
+    Epilogue,
+    LogitBias,
+    Terms,
+    pooled_compensation,
+    sampled_compensation,
+)
 from tests._support.definition import definition, wide
 from tests._support.kernel_cases import LAYOUTS, TERMS, call, tight
 
@@ -67,6 +74,30 @@ def test_pooled_keys_are_merged_in_chunks_that_suit_the_device(monkeypatch: pyte
     large, one = chunks()
     assert many >= 16 and one == 1
     torch.testing.assert_close(small, large)
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_sampled_keys_are_dense_attention_over_all_their_places(masked: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 64, 4, 16, generator=rng)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    if masked:  # every run of 8 has 4 keys or none, at places that differ
+        for run in range(8):
+            mask[:, 8 * run : 8 * run + 8] = False
+            mask[:, torch.randperm(8, generator=rng)[: 4 * (run != 5)] + 8 * run] = True
+    layout = BlockLayout.from_mask(torch.rand(1, 4, 4, 4, generator=rng) < 0.3, 64, 64, 16, 16)
+    found = []
+    for place in range(8):
+        places = (torch.arange(4) + place) % 8
+        sampled = sampled_compensation(k, v, 8, places, key_mask=mask if masked else None)
+        found.append(sparse_attention(q, k, v, layout, key_mask=mask, compensation=sampled, return_lse=True))
+    outs, lses = (torch.stack(x) for x in zip(*found))
+    merged = (outs * lses.softmax(0).transpose(2, 3)[..., None]).sum(0)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(1, 2) for x in (q, k, v)), attn_mask=mask[:, None, None]
+    )
+    torch.testing.assert_close(merged.double(), dense.transpose(1, 2), atol=2e-6, rtol=1e-5)
+    assert float((outs[0] - dense.transpose(1, 2)).norm() / dense.norm()) > 0.1
 
 
 @pytest.mark.parametrize("name", TERMS)

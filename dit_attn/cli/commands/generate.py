@@ -84,29 +84,40 @@ class GenerateConfig:
     stages: high_resolution.TwoStages | None = None
 
     @classmethod
-    def from_options(cls, options: flags.Options) -> GenerateConfig:
+    def from_options(cls, options: flags.Options, edits: bool = False) -> GenerateConfig:
         """Check the flags.
+
+        Args:
+            options: the flags.
+            edits: every item must have an input image.
 
         Raises:
             DitAttnError: bad input.
         """
+        from dit_attn.cli import edit_inputs, method_options, outputs
         from dit_attn.cli import jobs as job_files
-        from dit_attn.cli import method_options, outputs
         from dit_attn.cli.check_run import check_run
         from dit_attn.cli.load_pipeline import LoadConfig
-        from dit_attn.cli.subjects import with_subjects
+        from dit_attn.cli.subjects import check_methods, pieces_of, with_subjects
 
         specs = method_options.method_specs(options)
         jobs = job_files.make_jobs(options.values, {})  # before torch is imported: what is wrong is reported at once
         for job in jobs:
             job_files.check_images(job)
         specs = with_subjects(options, specs, jobs)
+        if edits:
+            edit_inputs.check_images_given(jobs)
         load = LoadConfig.from_options(options, show_progress=on_terminal())
+        if edits:
+            edit_inputs.check_edits(load.source.pipeline, load.source.name)
         methods = _methods(specs, load.source, options.get("preset"))
         stages = high_resolution.TwoStages.from_options(options, load, jobs, methods)
         methods = methods if stages is None else stages.methods
         jobs = [replace(job, call={**load.source.defaults, **job.call}) for job in jobs]
+        ranges = not all(isinstance(piece, str) for piece in pieces_of(methods))
+        jobs = [edit_inputs.for_pipeline(job, load.source.pipeline, ranges) for job in jobs]
         check_run(load.source, jobs, methods)
+        check_methods(methods, jobs, load.source)
         folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
         sheet = options.get("contact_sheet", len(jobs) > 1)
         rest = {"device_given": "device" in options, **options.pick("fps", "resume", "dry_run", "json")}
@@ -138,14 +149,25 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.
     """
+    return run_options(flags.merge(args, GROUPS))
+
+
+def run_options(options: flags.Options, edits: bool = False) -> int:
+    """Do what the flags say.
+
+    Args:
+        options: the flags.
+        edits: every item must have an input image, which it is made from.
+
+    Raises:
+        DitAttnError: as for :func:`run`.
+    """
     from dit_attn.cli import jobs as job_files
     from dit_attn.cli import outputs, runner, workers
-    from dit_attn.cli.subjects import check_tokens
 
-    options = flags.merge(args, GROUPS)
     high_resolution.check_flags(options)
     check_early(options, together=True)
-    config = GenerateConfig.from_options(options)
+    config = GenerateConfig.from_options(options, edits)
     if config.dry_run:
         live = config.new_run()
         return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0
@@ -158,7 +180,6 @@ def run(args: argparse.Namespace) -> int:
     if len(done) < len(jobs):
         _load(live, config.load)
         job_files.check_inputs(jobs, live.pipe)
-        check_tokens(config.methods, jobs, live.pipe)
     return _make(live, config, jobs, done, worker)
 
 

@@ -12,9 +12,12 @@ _EXPORTS = {
     "Backbone": "backbone",
     "Concept": "concept",
     "Gate": "gate",
-    "GenerateConfig": "generator",
+    "GenerateConfig": "orders",
+    "MaskDrawer": "mask_drawer",
     "MaskSource": "masks",
+    "MaskTrainConfig": "mask_training",
     "TrainConfig": "training",
+    "learn_masks": "mask_training",
     "train": "training",
 }
 
@@ -22,11 +25,26 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.anomaly.backbone import Backbone
     from dit_attn.pipelines.anomaly.concept import Concept
     from dit_attn.pipelines.anomaly.gate import Gate
-    from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, GenerateConfig
+    from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+    from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer
+    from dit_attn.pipelines.anomaly.mask_training import MaskTrainConfig, learn_masks
     from dit_attn.pipelines.anomaly.masks import MaskSource
+    from dit_attn.pipelines.anomaly.orders import GenerateConfig
     from dit_attn.pipelines.anomaly.training import TrainConfig, train
 
-__all__ = ["AnomalyGenerator", "Backbone", "Concept", "Gate", "GenerateConfig", "MaskSource", "TrainConfig", "train"]
+__all__ = [
+    "AnomalyGenerator",
+    "Backbone",
+    "Concept",
+    "Gate",
+    "GenerateConfig",
+    "MaskDrawer",
+    "MaskSource",
+    "MaskTrainConfig",
+    "TrainConfig",
+    "learn_masks",
+    "train",
+]
 
 
 def __getattr__(name: str) -> object:

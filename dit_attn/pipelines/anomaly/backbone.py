@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.high_resolution.latents import encode, form_of, pixels_per_token
 
+_QWEN_TEXT = 128  # tokens of a prompt, padding included; longer ones have a multiple
+
 Text = dict[str, torch.Tensor]
 """What ``encode_prompt`` gave, by the name of the pipeline's argument; batch first."""
 
@@ -94,7 +96,10 @@ def _predict_flux(pipe: Any, z: torch.Tensor, time: torch.Tensor, text: Text, si
 def _encode_qwen(pipe: Any, prompt: str) -> Text:
     words, mask = pipe.encode_prompt(prompt)
     exists = torch.ones(words.shape[:2], dtype=torch.long, device=words.device) if mask is None else mask
-    return {"prompt_embeds": words, "prompt_embeds_mask": exists}
+    # Text has rotary positions here. Learned vectors follow the padding, so that one length for all prompts gives them
+    # one position, whatever else is in the batch.
+    missing = -words.shape[1] % _QWEN_TEXT
+    return {"prompt_embeds": F.pad(words, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(exists, (0, missing))}
 
 
 def _predict_qwen(pipe: Any, z: torch.Tensor, time: torch.Tensor, text: Text, size: tuple[int, int]) -> torch.Tensor:
@@ -157,6 +162,7 @@ class Backbone:
         if name not in FAMILIES:
             raise DitAttnError(f"anomalies are not there yet for {name}; they are for {', '.join(sorted(FAMILIES))}")
         self.pipe, self.family, self.name = pipe, FAMILIES[name], name
+        self._texts: dict[str, Text] = {}
         self.factor = int(pipe.vae_scale_factor)
         self.cell = pixels_per_token(pipe)
         native = int(getattr(pipe.transformer.config, "sample_size", 0) or 128) * self.factor
@@ -185,8 +191,10 @@ class Backbone:
 
     @torch.no_grad()
     def text(self, prompt: str) -> Text:
-        """Encode a prompt, batch 1."""
-        return {key: value.detach() for key, value in self.family.encode(self.pipe, prompt).items()}
+        """Encode a prompt, batch 1; one that was encoded before needs no text encoder."""
+        if prompt not in self._texts:
+            self._texts[prompt] = {key: value.detach() for key, value in self.family.encode(self.pipe, prompt).items()}
+        return self._texts[prompt]
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -220,6 +228,23 @@ class Backbone:
     def cells(self, mask: torch.Tensor, size: int) -> torch.Tensor:
         """Pool masks (B, 1, H, W) in {0, 1} to cells of ``size`` pixels: any touched cell is 1."""
         return F.max_pool2d(mask, size)
+
+    @torch.no_grad()
+    def sample(self, noise: torch.Tensor, text: Text, *, steps: int) -> torch.Tensor:
+        """Denoise with the stock pipeline, without guidance: images (B, 3, H, W) in [0, 1], fp32, on the CPU.
+
+        Args:
+            noise: latents (B, C, h, w).
+            text: of every sample.
+            steps: of the scheduler.
+        """
+        words = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in text.items()}
+        out = self.pipe(
+            prompt=None, **words, latents=self.pack(noise).to(self.device, self.dtype),
+            height=noise.shape[2] * self.factor, width=noise.shape[3] * self.factor, num_inference_steps=steps,
+            output_type="pt", **{self.family.guidance: 1.0}, **(self.family.call or {}),
+        )  # fmt: skip
+        return out.images.float().clamp(0, 1).cpu()
 
     def draw_levels(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Draw noise levels (count,): s in (0, 1) of flow models, else time steps."""

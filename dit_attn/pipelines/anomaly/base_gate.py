@@ -16,7 +16,8 @@ import numpy as np
 from dit_attn.contact_sheet import Tile, tile
 from dit_attn.eval.inspection_world import world
 from dit_attn.eval.inspection_world.measures import Measures, mean_change, measure
-from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, GenerateConfig, Order
+from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+from dit_attn.pipelines.anomaly.orders import GenerateConfig, Order
 from dit_attn.pipelines.anomaly.sheet import outlined
 
 PASS_RATIO = 0.7  # mean over the pairs that the model was trained on

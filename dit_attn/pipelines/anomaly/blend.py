@@ -27,7 +27,7 @@ class Blend:
         noise: of the same shape, the noise of the run.
         masks: masks of a step that goes to noise level s', by s' in [0, 1], broadcast over ``clean``: 1 where a defect
             is painted.
-        on_clean: called with the clean prediction of every step, ``None`` for nothing.
+        on_clean: called with the clean prediction of every step, as the model made it; ``None`` for nothing.
     """
 
     clean: torch.Tensor
@@ -54,13 +54,21 @@ def factors(scheduler: Any, index: int) -> tuple[float, float]:
     return alpha, alpha * sigma
 
 
+def _remembered(scheduler: Any) -> list[Any]:
+    """The clean predictions that a multistep solver stores, which may be written to; none where it stores others."""
+    config = scheduler.config
+    clean = str(config.get("algorithm_type", "++")).endswith("++") and config.get("predict_x0", True)
+    return (getattr(scheduler, "model_outputs", None) or []) if clean else []
+
+
 @contextmanager
 def blended(scheduler: Any, blend: Blend) -> Iterator[None]:
     """Blend after every step of ``scheduler`` within a ``with`` block; the scheduler is restored at the end.
 
     Raises:
-        DitAttnError: its levels are not known.
+        DitAttnError: its levels are not known, or its clean predictions where they are asked for.
     """
+    factors(scheduler, 0)
     stock = scheduler.step
     before = vars(scheduler).get("step")
 
@@ -79,11 +87,16 @@ def blended(scheduler: Any, blend: Blend) -> Iterator[None]:
         if flow_euler:
             predicted = sample - factors(scheduler, index)[1] * model_output
         else:
-            remembered: list[Any] = getattr(scheduler, "model_outputs", None) or []
+            remembered = _remembered(scheduler)
             predicted = remembered[-1] if remembered else None
             if predicted is not None:
                 remembered[-1] = torch.where(mask > 0, predicted, clean.to(predicted))
-        if blend.on_clean is not None and predicted is not None:
+        if blend.on_clean is not None:
+            if predicted is None:
+                raise DitAttnError(
+                    f"the clean predictions of {type(scheduler).__name__} are not known, and re-weighting needs them; "
+                    "use a flow-matching scheduler or DPM++, or turn it off"
+                )
             blend.on_clean(predicted)
         background = clean if sigma == 0.0 else alpha * clean + sigma * noise
         value = torch.where(mask > 0, after, background)

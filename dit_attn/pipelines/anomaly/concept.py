@@ -16,6 +16,9 @@ import torch
 from dit_attn import files
 from dit_attn.errors import DitAttnError, reason, unknown
 from dit_attn.pipelines.anomaly.backbone import Backbone, Text
+from dit_attn.pipelines.anomaly.mask_encoder import MaskEncoder
+from dit_attn.pipelines.anomaly.mask_model import MaskModel, MaskModelSettings
+from dit_attn.pipelines.anomaly.text_vectors import appended, first_vectors, prompt_vectors
 
 FORMAT, VERSION = "dit-attn-anomaly", 1
 ADAPTER = "anomaly"
@@ -41,6 +44,7 @@ class ConceptSettings:
         shots: files by pair, and those held out.
         gate: thresholds and reference of every pair, see :mod:`~dit_attn.pipelines.anomaly.gate`.
         licence: of the images.
+        mask_model: of the model that draws new masks; ``None`` where it was not learned.
     """
 
     pipeline: str
@@ -59,33 +63,14 @@ class ConceptSettings:
     shots: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    mask_model: MaskModelSettings | None = None
 
-
-class MaskEncoder(torch.nn.Module):
-    """Encode masks as text vectors: (B, 1, H, W) -> (B, tokens, width), zero before training.
-
-    Learned queries attend to an 8 x 8 grid of features; no statistic is shared over the batch.
-    """
-
-    def __init__(self, tokens: int, width: int, hidden: int = 64):
-        super().__init__()
-        layers: list[torch.nn.Module] = []
-        for inner, outer in ((1, hidden // 2), (hidden // 2, hidden), (hidden, hidden)):
-            layers += [torch.nn.Conv2d(inner, outer, 3, 2, 1), torch.nn.GroupNorm(8, outer), torch.nn.SiLU()]
-        self.features = torch.nn.Sequential(*layers)
-        self.places = torch.nn.Parameter(0.1 * torch.randn(64, hidden))
-        self.queries = torch.nn.Parameter(torch.randn(tokens, hidden))
-        self.attention = torch.nn.MultiheadAttention(hidden, 4, batch_first=True)
-        self.out = torch.nn.Linear(hidden, width)
-        torch.nn.init.zeros_(self.out.weight)
-        torch.nn.init.zeros_(self.out.bias)
-
-    def forward(self, masks: torch.Tensor) -> torch.Tensor:
-        """Encode (B, 1, H, W) in {0, 1}."""
-        grid = self.features(torch.nn.functional.adaptive_avg_pool2d(masks, 64)).flatten(2).transpose(1, 2)
-        queries = self.queries.expand(len(masks), -1, -1)
-        found, _ = self.attention(queries, grid + self.places, grid, need_weights=False)
-        return self.out(found)
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ConceptSettings:
+        """Return the settings of ``dataclasses.asdict``."""
+        model = data.get("mask_model")
+        made = {"pairs": tuple(data["pairs"]), "mask_model": MaskModelSettings(**model) if model else None}
+        return cls(**{**data, **made})
 
 
 class Concept(torch.nn.Module):
@@ -97,6 +82,7 @@ class Concept(torch.nn.Module):
     Attributes:
         lora: weights of the LoRA by name; empty before training.
         shapes: masks of the shots by pair, (h, w) bool, cut to their boxes.
+        mask_model: draws new masks; ``None`` where it was not learned.
     """
 
     mean: torch.Tensor
@@ -112,6 +98,7 @@ class Concept(torch.nn.Module):
         self.masks = MaskEncoder(settings.mask_tokens, width) if settings.mask_tokens else None
         self.lora: dict[str, torch.Tensor] = {}
         self.shapes: dict[str, list[np.ndarray]] = {}
+        self.mask_model = MaskModel(settings.mask_model, count, width) if settings.mask_model else None
 
     @torch.no_grad()
     def begin(self, texts: Sequence[Text], masked: str, generator: torch.Generator) -> None:
@@ -122,17 +109,11 @@ class Concept(torch.nn.Module):
             masked: name of the text's mask, ``""`` for none.
             generator: of the differences.
         """
-        rows = []
-        for text in texts:
-            vectors = text["prompt_embeds"][0].float().cpu()
-            rows.append(vectors[text[masked][0].bool().cpu()] if masked else vectors)
+        rows = [prompt_vectors(text, masked) for text in texts]
         every = torch.cat(rows)
         self.mean.copy_(every.mean(0))
         self.deviation.copy_(every.std(0).clamp(min=1e-3) if len(every) > 1 else torch.ones(every.shape[1]))
-        for index, vectors in enumerate(rows):
-            start = vectors[torch.arange(self.settings.tokens) % len(vectors)]
-            start = (start - self.mean) / self.deviation
-            self.appearance[index] = start + 0.02 * torch.randn(start.shape, generator=generator)
+        self.appearance.copy_(first_vectors(rows, self.settings.tokens, self.mean, self.deviation, generator))
 
     def index(self, product: str, defect: str) -> int:
         """Return the number of a pair.
@@ -157,12 +138,12 @@ class Concept(torch.nn.Module):
         vectors = self.mean + self.deviation * self.appearance[pairs]
         if self.masks is not None:
             vectors = torch.cat([vectors, self.mean + self.deviation * self.masks(masks)], 1)
-        words = text["prompt_embeds"]
-        out = {**text, "prompt_embeds": torch.cat([words, vectors.to(words)], 1)}
-        if masked:
-            exists = text[masked]
-            out[masked] = torch.cat([exists, exists.new_ones(len(exists), vectors.shape[1])], 1)
-        return out
+        return appended(text, masked, vectors)
+
+    def extend_for_masks(self, text: Text, masked: str, pairs: torch.Tensor) -> Text:
+        """Append the vectors of the mask model to the text of every sample; arguments as in :meth:`extend`."""
+        assert self.mask_model is not None
+        return appended(text, masked, self.mean + self.deviation * self.mask_model.vectors[pairs])
 
     def save(self, path: Path) -> None:
         """Write the concept: tensors, and its settings as JSON in the file's metadata, atomically.
@@ -173,7 +154,9 @@ class Concept(torch.nn.Module):
         from safetensors.torch import save
 
         tensors = {f"concept.{name}": value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        tensors |= {f"lora.{name}": value.detach().cpu().float().contiguous() for name, value in self.lora.items()}
+        loras = {"lora": self.lora, "mask_lora": self.mask_model.lora if self.mask_model is not None else {}}
+        for kind, lora in loras.items():
+            tensors |= {f"{kind}.{name}": value.detach().cpu().float().contiguous() for name, value in lora.items()}
         for pair, shapes in self.shapes.items():
             tensors |= {f"mask.{i}.{pair}": torch.from_numpy(one.astype(np.uint8)) for i, one in enumerate(shapes)}
         settings = json.dumps(asdict(self.settings), ensure_ascii=False)
@@ -193,7 +176,6 @@ class Concept(torch.nn.Module):
             DitAttnError: the Hub cannot be reached or refuses.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         from dit_attn.hub import is_offline
 
@@ -203,8 +185,11 @@ class Concept(torch.nn.Module):
             hub = HfApi()
             hub.create_repo(repo_id, exist_ok=True)
             return str(hub.upload_file(path_or_fileobj=str(path), path_in_repo=path.name, repo_id=repo_id, **kwargs))
-        except (HfHubHTTPError, ValueError, OSError) as error:
-            raise DitAttnError(f"cannot upload to {repo_id} ({reason(error)}); the concept is in {path}") from error
+        except Exception as error:  # the client lets the errors of its HTTP library through, whichever that is
+            raise DitAttnError(
+                f"cannot upload to {repo_id} ({reason(error)}); the concept is in {path}: check the name, the network "
+                "and `hf auth login`"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:
@@ -225,8 +210,7 @@ class Concept(torch.nn.Module):
                     raise DitAttnError(f"{path} is no concept of `dit-attn anomaly train`")
                 data = files.parse_json(about["settings"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            settings = ConceptSettings(**{**data, "pairs": tuple(data["pairs"])})
-            concept = cls(settings)
+            concept = cls(ConceptSettings.from_dict(data))
             own = {k.removeprefix("concept."): v for k, v in tensors.items() if k.startswith("concept.")}
             concept.load_state_dict(own)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -237,6 +221,9 @@ class Concept(torch.nn.Module):
             pair = key.split(".", 2)[2]
             concept.shapes.setdefault(pair, []).append(tensors[key].numpy().astype(bool))
         concept.lora = {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}
+        if concept.mask_model is not None:
+            lora = {k.removeprefix("mask_lora."): v for k, v in tensors.items() if k.startswith("mask_lora.")}
+            concept.mask_model.lora = lora
         return concept
 
     def check_model(self, backbone: Backbone) -> None:
@@ -314,8 +301,8 @@ def lora_state(transformer: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def applied(concept: Concept, transformer: Any) -> Iterator[None]:
-    """Have the LoRA of a concept on a transformer within a ``with`` block."""
+def applied(concept: Concept | MaskModel, transformer: Any) -> Iterator[None]:
+    """Have the LoRA of a concept, or of its mask model, on a transformer within a ``with`` block."""
     if not concept.lora:
         yield
         return

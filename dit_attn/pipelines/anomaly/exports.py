@@ -65,12 +65,16 @@ class Export:
             out.append((f"{number:03d}" if len(self.pairs) <= 1000 else f"{number:06d}", pair))
         return out
 
-    def copy(self, image: Path, name: str) -> str:
-        """Copy an image to ``name`` below the folder, with its own suffix; one that is stored turned becomes a PNG."""
-        turned = _orientation(image)[1] != 1
-        target = self.folder / f"{name}{'.png' if turned else image.suffix.lower()}"
+    def copy(self, image: Path, name: str, only_png: bool = False) -> str:
+        """Copy an image to ``name`` below the folder, with its own suffix; one that is stored turned becomes a PNG.
+
+        ``only_png``: every other kind of file becomes a PNG too.
+        """
+        suffix = image.suffix.lower()
+        anew = _orientation(image)[1] != 1 or (only_png and suffix != ".png")
+        target = self.folder / f"{name}{'.png' if anew else suffix}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        if turned:
+        if anew:
             write_png(target, read_image(image))
         else:
             shutil.copyfile(image, target)
@@ -94,12 +98,13 @@ Rows = list[dict[str, Any]]
 
 
 def _mvtec(out: Export) -> Rows:
+    """MVTec AD is of PNG files alone, and its readers pass over all others without a word."""
     rows = []
     for product, images in out.normals.items():
         for i, source in enumerate(images):
-            out.copy(source, f"{product}/train/good/{i:03d}")
+            out.copy(source, f"{product}/train/good/{i:03d}", only_png=True)
     for number, pair in out.numbered():
-        image = out.copy(pair.image, f"{pair.product}/test/{pair.defect}/{number}")
+        image = out.copy(pair.image, f"{pair.product}/test/{pair.defect}/{number}", only_png=True)
         mask = out.mask(pair.mask, f"{pair.product}/ground_truth/{pair.defect}/{number}_mask")
         rows.append({"image": image, "mask": mask, **pair.row})
     return rows

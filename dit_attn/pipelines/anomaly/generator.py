@@ -2,105 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dit_attn import files
-from dit_attn.api import enabled
+from dit_attn.api import resolve
 from dit_attn.errors import DitAttnError
-from dit_attn.pipelines.anomaly.backbone import Backbone, Text, joined
-from dit_attn.pipelines.anomaly.blend import Blend, blended
-from dit_attn.pipelines.anomaly.concept import Concept, applied
-from dit_attn.pipelines.anomaly.gate import Gate, Scores
+from dit_attn.pipelines.anomaly.backbone import Backbone
+from dit_attn.pipelines.anomaly.concept import Concept
+from dit_attn.pipelines.anomaly.gate import Gate
+from dit_attn.pipelines.anomaly.manifest import Manifest
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
+from dit_attn.pipelines.anomaly.orders import GenerateConfig, Made, Order, seed_of
+from dit_attn.pipelines.anomaly.painter import Painter
 from dit_attn.pipelines.anomaly.pixels import read_image, write_png
-from dit_attn.pipelines.anomaly.training import filled
+from dit_attn.pipelines.anomaly.rounds import Rounds
 from dit_attn.pipelines.anomaly.views import View, view_of
-
-MANIFEST = "manifest.jsonl"
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """How pairs are made.
-
-    Attributes:
-        steps: of the scheduler.
-        guidance: guidance scale, against the prompt of the normal product.
-        batch: images at once.
-        retries: new seeds after a rejection.
-        dilate: tokens by which the painted region grows while the noise level is above ``dilate_above``.
-        dilate_above: noise level in [0, 1].
-        feather: pixels around the mask over which painted and normal pixels are mixed.
-        crop: ``"auto"`` or ``"none"``, see :func:`~dit_attn.pipelines.anomaly.views.view_of`.
-        seed: of the run; every pair has one of its own, hashed from it.
-    """
-
-    steps: int = 20
-    guidance: float = 2.0
-    batch: int = 8
-    retries: int = 3
-    dilate: int = 1
-    dilate_above: float = 0.5
-    feather: int = 2
-    crop: str = "auto"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Order:
-    """One pair to be made.
-
-    Attributes:
-        product, defect: names.
-        number: within them, from 0.
-        attempt: 0, or the number of rejections before.
-        normal: file of the normal image.
-        pixels: (H, W, 3) uint8.
-        mask: (H, W) bool.
-        seed: of the noise.
-    """
-
-    product: str
-    defect: str
-    number: int
-    attempt: int
-    normal: Path
-    pixels: np.ndarray = field(repr=False)
-    mask: np.ndarray = field(repr=False)
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Made:
-    """A pair as made.
-
-    Attributes:
-        order: what was asked for.
-        image: (H, W, 3) uint8, equal to the normal image outside the dilated mask.
-        scores: what the gate measured; ``None`` without a gate.
-        rejected: why it is rejected, ``""`` for an accepted one.
-    """
-
-    order: Order
-    image: np.ndarray
-    scores: Scores | None
-    rejected: str
-
-
-def seed_of(run: int, *parts: object) -> int:
-    """Hash the seed of the run and the name of a pair into a seed; it depends on nothing else."""
-    text = json.dumps([run, *map(str, parts)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+from dit_attn.pipelines.worker_share import WorkerShare
+from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
 
 
 class AnomalyGenerator:
@@ -115,7 +39,8 @@ class AnomalyGenerator:
         methods: of :func:`dit_attn.enable`, for the time of the calls.
 
     Raises:
-        DitAttnError: a pipeline that is not there yet, or one that the concept was not learned on.
+        DitAttnError: a pipeline that is not there yet, or one that the concept was not learned on; re-weighting without
+            a concept.
     """
 
     def __init__(
@@ -133,31 +58,29 @@ class AnomalyGenerator:
         settings = self.concept.settings if self.concept is not None else None
         self.backbone = Backbone(pipe, resolution or (settings.resolution if settings else None))
         self.config = config or GenerateConfig()
-        self.prompt = prompt or (settings.prompt if settings else "{product} with a {defect}")
-        self.normal_prompt = normal_prompt or (settings.normal_prompt if settings else "normal {product}")
-        self.methods = tuple(methods)
+        prompt = prompt or (settings.prompt if settings else "{product} with a {defect}")
+        normal_prompt = normal_prompt or (settings.normal_prompt if settings else "normal {product}")
         if self.concept is not None:
             self.concept.check_model(self.backbone)
             self.concept.to(self.backbone.device).requires_grad_(False)
-        self._texts: dict[str, Text] = {}
+        chosen = resolve(pipe, *methods, *self._reweighting())
+        if AdaptiveReweighting.among(chosen) is not None and self.concept is None:
+            raise DitAttnError("re-weighting is for the learned vectors of a concept; give one, or leave it off")
+        self.methods = chosen
+        self.painter = Painter(self.backbone, self.concept, self.config, prompt, normal_prompt, chosen)
+
+    def _reweighting(self) -> tuple[AdaptiveReweighting, ...]:
+        mode = self.config.reweighting
+        return () if mode == "off" else (AdaptiveReweighting(mode=mode),)
 
     def gate(self, product: str, defect: str) -> Gate | None:
         """Return the gate of a pair, ``None`` where the concept has none."""
         found = self.concept.settings.gate.get(f"{product}+{defect}") if self.concept is not None else None
         return Gate.from_dict(found) if found else None
 
-    def _text(self, prompt: str) -> Text:
-        if prompt not in self._texts:
-            self._texts[prompt] = self.backbone.text(prompt)
-        return self._texts[prompt]
-
     def encode_prompts(self, pairs: Sequence[tuple[str, str]], free: bool = False) -> None:
         """Encode the prompts of some pairs now, and drop the text encoders if ``free``."""
-        for product, defect in pairs:
-            self._text(filled(self.prompt, product, defect))
-            self._text(filled(self.normal_prompt, product, ""))
-        if free:
-            self.backbone.free_text_encoders()
+        self.painter.encode_prompts(pairs, free)
 
     def make(self, orders: Sequence[Order], *, control: bool = False) -> list[Made]:
         """Make one pair per order, as many at once as there are.
@@ -170,7 +93,7 @@ class AnomalyGenerator:
         views = [view_of(order.mask, backbone.resolution, config.crop) for order in orders]
         images = torch.stack([view.image(order.pixels) for view, order in zip(views, orders)])
         masks = torch.stack([view.mask(order.mask) for view, order in zip(views, orders)])
-        painted = self._sample(orders, images, masks, control)
+        painted = self.painter.paint(orders, images, masks, control)
         return [self._finished(*one) for one in zip(orders, views, painted)]
 
     def _finished(self, order: Order, view: View, painted: torch.Tensor) -> Made:
@@ -185,74 +108,6 @@ class AnomalyGenerator:
         scores = gate.score(shown, normal, mask[0].numpy() > 0, raw)
         return Made(order, image, scores, gate.verdict(scores))
 
-    @torch.no_grad()
-    def _sample(self, orders: Sequence[Order], images: torch.Tensor, masks: torch.Tensor, control: bool) -> Any:
-        """Painted views (B, 3, size, size) in [0, 1]."""
-        backbone, config, pipe = self.backbone, self.config, self.backbone.pipe
-        family, device = backbone.family, backbone.device
-        masks = masks.to(device)
-        clean = backbone.encode(images)
-        noise = torch.stack(
-            [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(order.seed)) for order in orders]
-        ).to(device)
-        kept, start = backbone.pack(clean), backbone.pack(noise)
-        wide = self._region(masks, config.dilate, clean)
-        exact = self._region(masks, 0, clean)
-        text = joined([self._order_text(order, control) for order in orders], family.masked)
-        with ExitStack() as stack:
-            if self.concept is not None and not control:
-                pairs = torch.tensor([self.concept.index(o.product, o.defect) for o in orders], device=device)
-                text = self.concept.extend(text, family.masked, pairs, masks)
-                stack.enter_context(applied(self.concept, pipe.transformer))
-            if self.methods:
-                stack.enter_context(enabled(pipe, *self.methods))
-            blend = Blend(kept, start, lambda level: wide if level > config.dilate_above else exact)
-            stack.enter_context(blended(pipe.scheduler, blend))
-            latents = start.to(backbone.dtype)  # pipelines multiply it by their first level
-            words = {key: self._typed(value) for key, value in text.items()}
-            negative = self._negative(orders, text)
-            size = backbone.resolution
-            out = pipe(
-                prompt=None, **words, **negative, latents=latents, height=size, width=size,
-                num_inference_steps=config.steps, output_type="pt", **{family.guidance: config.guidance},
-                **(family.call or {}),
-            )  # fmt: skip
-        return out.images.float().clamp(0, 1).cpu()
-
-    def _order_text(self, order: Order, control: bool) -> Text:
-        if control:
-            return self._text(filled(self.normal_prompt, order.product, ""))
-        return self._text(filled(self.prompt, order.product, order.defect))
-
-    def _negative(self, orders: Sequence[Order], text: Text) -> dict[str, torch.Tensor]:
-        """The normal product's text, as long as ``text``; nothing where there is no guidance."""
-        if self.config.guidance <= 1.0:
-            return {}
-        masked = self.backbone.family.masked
-        plain = joined([self._text(filled(self.normal_prompt, order.product, "")) for order in orders], masked)
-        out: dict[str, torch.Tensor] = {}
-        for key in text:
-            value = plain[key].to(text[key])
-            missing = max(0, text[key].shape[1] - value.shape[1]) if key != "pooled_prompt_embeds" else 0
-            if missing and key == masked:
-                value = F.pad(value, (0, missing))
-            elif missing:
-                value = torch.cat([value, value[:, -1:].expand(-1, missing, -1)], 1)
-            out[f"negative_{key}"] = self._typed(value)
-        return out
-
-    def _typed(self, value: torch.Tensor) -> torch.Tensor:
-        """Text in the type of the weights."""
-        return value.to(self.backbone.dtype) if value.is_floating_point() else value
-
-    def _region(self, masks: torch.Tensor, dilate: int, clean: torch.Tensor) -> torch.Tensor:
-        """Cells of the latents that are painted, in the pipeline's form."""
-        cells = self.backbone.cells(masks, self.backbone.factor)
-        if dilate:
-            reach = dilate * (self.backbone.cell // self.backbone.factor)
-            cells = F.max_pool2d(cells, 2 * reach + 1, 1, reach)
-        return self.backbone.pack(cells.expand(-1, clean.shape[1], -1, -1))
-
     # -- a run ---------------------------------------------------------------------------------------------------------
 
     def run(
@@ -265,11 +120,12 @@ class AnomalyGenerator:
         roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
         controls: int = 4,
         on_progress: Callable[[int, int, int], None] | None = None,
+        worker: WorkerShare | None = None,
     ) -> dict[str, Any]:
         """Make pairs until every quota is met or its retries are used up; go on where an earlier run stopped.
 
         Images are written under ``accepted/PRODUCT/DEFECT/image`` and ``mask``, rejects under ``rejected`` with the
-        reason in ``manifest.jsonl``.
+        reason in ``manifest.jsonl``. The files are the same for any number of processes, and after any interruption.
 
         Args:
             output: folder of the run.
@@ -279,7 +135,8 @@ class AnomalyGenerator:
             roi: returns the region (H, W) bool where defects may lie, from a file and its pixels; the foreground where
                 ``None``.
             controls: pairs per (product, defect) that are made with the prompt of the normal product, for the report.
-            on_progress: callback(finished, wanted, rejected).
+            on_progress: callback(finished, wanted, rejected), as far as this process knows.
+            worker: the part of the batches that this process makes; all of them where ``None``.
 
         Returns:
             The summary that is also written to ``summary.json``.
@@ -287,36 +144,30 @@ class AnomalyGenerator:
         Raises:
             DitAttnError: the disk is full, or masks fit nowhere.
         """
-        config, manifest = self.config, output / MANIFEST
-        rows = read_rows(manifest)
-        done = {(row["product"], row["defect"], row["number"]): row for row in rows if row["decision"] == "accepted"}
-        tried: dict[tuple[str, str, int], int] = {}
-        for row in rows:
-            key = (row["product"], row["defect"], row["number"])
-            tried[key] = max(tried.get(key, 0), row["attempt"] + 1)
-        wanted = [(p, d, i) for (p, d), count in counts.items() for i in range(count)]
-        open_ = [key for key in wanted if key not in done and tried.get(key, 0) <= config.retries]
-        finished, rejected = len(wanted) - len(open_), sum(row["decision"] == "rejected" for row in rows)
-        while open_:
-            now, open_ = open_[: config.batch], open_[config.batch :]
-            orders = [self.order(*key, tried.get(key, 0), normals[key[0]], masks[key[:2]], roi) for key in now]
-            again = []
-            for made in self.make(orders):
-                key = (made.order.product, made.order.defect, made.order.number)
-                append_row(manifest, self._write(output, made))
-                tried[key] = made.order.attempt + 1
-                rejected += bool(made.rejected)
-                if made.rejected and tried[key] <= config.retries:
-                    again.append(key)
-                else:
-                    finished += 1
-            open_ = again + open_
-            if on_progress is not None:
-                on_progress(finished, len(wanted), rejected)
-        summary = self.summary(read_rows(manifest), counts)
-        summary["controls"] = {f"{p}+{d}": self._controls(p, d, controls, normals, masks, roi) for p, d in counts}
-        with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
-            files.write_json(output / "summary.json", summary)
+        config, worker = self.config, worker or WorkerShare()
+        manifest = Manifest(output, worker)
+        rounds = Rounds(counts, config.batch, config.retries, manifest.rows)
+        for attempt in range(config.retries + 1):
+            new: list[dict[str, Any]] = []
+            for pairs in worker.part(rounds.open(attempt)):
+                orders = [self.order(*pair, attempt, normals[pair[0]], masks[pair[:2]], roi) for pair in pairs]
+                for pair, made in zip(pairs, self.make(orders)):
+                    if not rounds.has(pair, attempt):
+                        new.append(self._write(output, made))
+                        manifest.append(new[-1])
+                        rounds.add(new[-1:])
+                if on_progress is not None:
+                    on_progress(rounds.finished, len(rounds.wanted), rounds.rejected)
+            rounds.add(worker.gather(new))
+        controlled = worker.gather(
+            [(f"{p}+{d}", self._controls(p, d, controls, normals, masks, roi)) for p, d in worker.part(list(counts))]
+        )
+        summary = self.summary(rounds.rows(), counts)
+        summary["controls"] = {name: dict(controlled)[name] for name in summary["pairs"]}
+        manifest.join(rounds.rows())
+        if worker.rank == 0:
+            with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
+                files.write_json(output / "summary.json", summary)
         return summary
 
     def order(
@@ -348,6 +199,7 @@ class AnomalyGenerator:
             "concept": f"{order.product}+{order.defect}" if settings else "",
             "model": settings.model if settings else "",
             "licence": settings.licence if settings else "", "config": asdict(self.config),
+            "methods": [method.to_dict() for method in self.methods],
         }  # fmt: skip
 
     def _controls(self, product: str, defect: str, count: int, normals: Any, masks: Any, roi: Any) -> dict[str, Any]:
@@ -384,41 +236,3 @@ class AnomalyGenerator:
                 **({"threshold": gate.low, "normal_under_mask": gate.controls} if gate else {}),
             }  # fmt: skip
         return {"pairs": out}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a manifest; one that was cut off is dropped."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "decision" in row:
-            rows.append(row)
-    return rows
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a manifest.
-
-    Raises:
-        DitAttnError: the disk is full.
-    """
-    with files.report_os_error(f"write {path}", "free some space and go on with --resume"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(row, ensure_ascii=False) + "\n"
-        if path.is_file():
-            files.append_text(path, text)
-        else:
-            files.write_text(path, text)
-
-
-def check_counts(counts: dict[tuple[str, str], int]) -> None:
-    """Refuse a run without pairs.
-
-    Raises:
-        DitAttnError: there are none.
-    """
-    if not counts or not any(counts.values()):
-        raise DitAttnError("there is nothing to make; give --count N or --per-defect N")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,8 @@ from scipy import ndimage
 
 from dit_attn.errors import DitAttnError
 
-_TRIES = 60
+_TRIES = 60  # places
+_SHAPES = 4
 _INSIDE = 0.95  # of a mask must lie on the product
 
 
@@ -106,15 +107,21 @@ def augmented(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return out if out.any() else part
 
 
+def spread(mask: np.ndarray) -> tuple[float, float]:
+    """Return the standard deviation of a mask's pixels across and along its longest axis, in pixels."""
+    places = np.stack(np.nonzero(mask))
+    values = np.linalg.eigvalsh(np.cov(places) + 1e-6) if places.shape[1] > 2 else np.array([1.0, 1.0])
+    return float(np.sqrt(max(values[0], 0.1))), float(np.sqrt(values[1]))
+
+
 def drawn(shapes: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Draw a new mask with the area and elongation of one of the real ones: a blob, or a stroke."""
     model = shapes[int(rng.integers(len(shapes)))]
     area = float(model.sum()) * rng.uniform(0.7, 1.4)
-    ys, xs = np.nonzero(model)
-    spread = np.linalg.eigvalsh(np.cov(np.stack([ys, xs])) + 1e-6) if len(ys) > 2 else np.array([1.0, 1.0])
-    elongated = float(np.sqrt(spread[1] / max(spread[0], 0.1)))
+    across, along = spread(model)
+    elongated = along / across
     if elongated > 3:
-        length = max(6, int(np.sqrt(12 * spread[1])))
+        length = max(6, int(np.sqrt(12) * along))
         side = 2 * length + 8
         steps = 12
         angle = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.15, steps))
@@ -144,12 +151,24 @@ class MaskSource:
     """Where masks come from.
 
     Attributes:
-        kind: ``"real"`` (real ones, augmented and placed), ``"drawn"`` (procedural, of their size) or ``"given"``.
+        kind: ``"real"`` (real ones, augmented and placed), ``"drawn"`` (procedural, of their size), ``"learned"`` (by a
+            mask model) or ``"given"``.
         shapes: masks of the shots, or the given ones.
+        draw: returns a learned mask; of that kind alone.
     """
 
     kind: str
     shapes: list[np.ndarray] = field(default_factory=list)
+    draw: Callable[[np.random.Generator], np.ndarray] | None = None
+
+    def shape(self, rng: np.random.Generator) -> np.ndarray:
+        """Return a mask (h, w) bool that lies nowhere yet; a given one as it is."""
+        if self.kind == "drawn":
+            return drawn(self.shapes, rng)
+        if self.draw is not None:
+            return self.draw(rng)
+        mask = self.shapes[int(rng.integers(len(self.shapes)))]
+        return mask if self.kind == "given" else augmented(mask, rng)
 
     def sample(self, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return a mask (H, W) bool for an image whose product is ``region``.
@@ -158,17 +177,13 @@ class MaskSource:
             DitAttnError: it fits nowhere.
         """
         if self.kind == "given":
-            mask = self.shapes[int(rng.integers(len(self.shapes)))]
+            mask = self.shape(rng)
             return mask if mask.shape == region.shape else placed(mask, region, rng)
-        for _ in range(4):  # a turned mask may be too wide
-            model = drawn(self.shapes, rng) if self.kind == "drawn" else augmented(
-                self.shapes[int(rng.integers(len(self.shapes)))], rng
-            )
+        for _ in range(_SHAPES):  # a turned mask may be too wide
+            shape = self.shape(rng)
             try:
-                return placed(model, region, rng)
+                return placed(shape, region, rng)
             except DitAttnError:
                 continue
-        return placed(self.shapes[int(rng.integers(len(self.shapes)))], region, rng)
-
-
-KINDS = ("real", "drawn", "given")
+        last = self.shape(rng) if self.draw is not None else self.shapes[int(rng.integers(len(self.shapes)))]
+        return placed(last, region, rng)

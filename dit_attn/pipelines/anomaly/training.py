@@ -19,7 +19,7 @@ from dit_attn.pipelines.anomaly.gate import Gate
 from dit_attn.pipelines.anomaly.masks import MaskSource, boxed, foreground
 from dit_attn.pipelines.anomaly.pixels import read_image
 from dit_attn.pipelines.anomaly.sources import Shot, Source
-from dit_attn.pipelines.anomaly.views import view_of
+from dit_attn.pipelines.anomaly.views import flipped, view_of
 
 CHECKPOINT = "checkpoint.pt"
 _CONTROLS = 48  # normal images under real masks, per pair
@@ -35,9 +35,8 @@ class TrainConfig:
         tokens, mask_tokens, lora_rank: sizes, see :class:`~dit_attn.pipelines.anomaly.concept.ConceptSettings`.
         steps: optimizer steps.
         lora_after: fraction of the steps after which the LoRA learns too.
-        batch: samples per step.
+        batch: samples per step, of all processes together.
         lr, lora_lr: learning rates of the vectors and of the LoRA.
-        drop: share of samples without any concept.
         flips: mirror shots, ``"both"``, ``"horizontal"`` or ``"none"``.
         crop: see :func:`~dit_attn.pipelines.anomaly.views.view_of`.
         seed: of everything random.
@@ -55,32 +54,11 @@ class TrainConfig:
     batch: int = 4
     lr: float = 1e-2
     lora_lr: float = 2e-3
-    drop: float = 0.1
     flips: str = "both"
     crop: str = "auto"
     seed: int = 0
     licence: str = ""
     save_every: int = 50
-
-
-class _Objective(torch.nn.Module):
-    """The masked loss of a batch; what is trained are its parameters with gradients."""
-
-    def __init__(self, backbone: Backbone, concept: Concept):
-        super().__init__()
-        self.concept, self.transformer = concept, backbone.pipe.transformer
-        self._backbone = backbone
-
-    def forward(
-        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, masks: torch.Tensor, pairs: torch.Tensor,
-        text: Text,
-    ) -> torch.Tensor:
-        backbone = self._backbone
-        errors = backbone.errors(clean, noise, level, self.concept.extend(text, backbone.family.masked, pairs, masks))
-        cover = backbone.cells(masks, backbone.factor).expand(-1, clean.shape[1], -1, -1)
-        inside = backbone.pack(cover).to(errors)
-        inner = (errors * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
-        return (inner + _FULL * errors.flatten(1).mean(1)).mean()
 
 
 class ConceptTraining:
@@ -126,7 +104,6 @@ class ConceptTraining:
         self.lora = add_lora(backbone.pipe.transformer, config.lora_rank) if config.lora_rank else []
         for parameter in self.lora:
             parameter.requires_grad_(True)
-        self.objective = _Objective(backbone, self.concept)
         groups = [{"params": list(self.concept.parameters()), "lr": config.lr}]
         groups += [{"params": self.lora, "lr": config.lora_lr}] if self.lora else []
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -146,44 +123,65 @@ class ConceptTraining:
             normals.append((pixels / 255, masks.sample(foreground(pixels), rng)))
         return Gate.fit(shots, normals)
 
-    def batch(self, rank: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text]:
-        """Draw the data of the current step: latents, noise, levels, masks, pairs and text."""
-        rng = np.random.default_rng((self.config.seed, self.step, rank))
+    def batch(
+        self, rank: int = 0, size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Text]:
+        """Draw the data of the current step: latents, noise, levels, masks, pairs and text.
+
+        Every process draws the samples of all of them and keeps every ``size``-th one.
+        """
+        count = self.config.batch
+        rng = np.random.default_rng((self.config.seed, self.step, 0))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         images, masks, numbers = [], [], []
-        for _ in range(self.config.batch):
+        for _ in range(count):
             number = int(rng.integers(len(self.pairs)))
             of_pair = [one for one in self.shots if (one[0].product, one[0].defect) == self.pairs[number]]
             _, pixels, mask = of_pair[int(rng.integers(len(of_pair)))]
-            pixels, mask = _flipped(pixels, mask, self.config.flips, rng)
+            pixels, mask = flipped((pixels, mask), self.config.flips, rng)
             view = view_of(mask, self.backbone.resolution, self.config.crop, rng)
             images.append(view.image(pixels))
             masks.append(view.mask(mask))
             numbers.append(number)
-        device = self.backbone.device
-        pairs = torch.tensor(numbers, device=device)
-        clean = self.backbone.encode(torch.stack(images))
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        device, own = self.backbone.device, slice(rank, None, size)
+        pairs = torch.tensor(numbers[own], device=device)
+        clean = self.backbone.encode(torch.stack(images[own]))
+        noise = torch.randn(count, *clean.shape[1:], generator=generator)[own].to(device)
         text = {key: value[pairs] for key, value in self.texts.items()}
-        level = self.backbone.draw_levels(len(images), generator).to(device)
-        return clean, noise, level, torch.stack(masks).to(device), pairs, text
+        level = self.backbone.draw_levels(count, generator)[own].to(device)
+        return clean, noise, level, torch.stack(masks[own]).to(device), pairs, text
 
-    def update(self, accelerator: Any, objective: torch.nn.Module) -> float:
-        """Do one step and return its loss."""
+    def objective(
+        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, masks: torch.Tensor, pairs: torch.Tensor,
+        text: Text,
+    ) -> torch.Tensor:
+        """Compute the masked loss of a batch, as :meth:`batch` draws it."""
+        backbone = self.backbone
+        errors = backbone.errors(clean, noise, level, self.concept.extend(text, backbone.family.masked, pairs, masks))
+        cover = backbone.cells(masks, backbone.factor).expand(-1, clean.shape[1], -1, -1)
+        inside = backbone.pack(cover).to(errors)
+        inner = (errors * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
+        return (inner + _FULL * errors.flatten(1).mean(1)).mean()
+
+    def update(self, accelerator: Any) -> float:
+        """Do one step and return its loss, the mean over all processes."""
         config = self.config
-        scale = min(1.0, (self.step + 1) / 10, max(0.05, 2 * (config.steps - self.step) / config.steps))
+        scale = rate_scale(self.step, config.steps)
         with_lora = self.step >= config.lora_after * config.steps
         for index, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates)):
             group["lr"] = rate * scale * (1.0 if index == 0 or with_lora else 0.0)
         self.backbone.pipe.transformer.train(False)
-        loss = objective(*self.batch(accelerator.process_index))
+        loss = self.objective(*self.batch(accelerator.process_index, accelerator.num_processes))
         accelerator.backward(loss)
+        loss = loss.detach()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if accelerator.num_processes > 1:
+            loss = _average(accelerator, parameters, loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.losses.append(float(loss.detach()))
+        self.losses.append(float(loss))
         return self.losses[-1]
 
     def finished(self) -> Concept:
@@ -247,6 +245,11 @@ def filled(template: str, product: str, defect: str) -> str:
         raise DitAttnError(f"the template {template!r} may have {{product}} and {{defect}} only") from error
 
 
+def rate_scale(step: int, steps: int) -> float:
+    """Return the factor of a learning rate: ten steps up from 0, and a line down over the second half."""
+    return min(1.0, (step + 1) / 10, max(0.05, 2 * (steps - step) / steps))
+
+
 def train(
     backbone: Backbone,
     source: Source,
@@ -260,6 +263,8 @@ def train(
 ) -> Concept:
     """Learn the anomalies of ``source``; a checkpoint is left on every way out, the concept at the end.
 
+    Several processes of ``accelerate launch`` share every batch; the first one writes.
+
     Args:
         backbone: the pipeline; it is as before at the end, except for freed text encoders.
         source: shots and normal images.
@@ -271,7 +276,7 @@ def train(
         on_progress: callback(done, total, loss).
 
     Raises:
-        DitAttnError: data that cannot be used, or the disk is full.
+        DitAttnError: data that cannot be used, a batch that does not divide by the processes, or the disk is full.
     """
     from accelerate import Accelerator
 
@@ -283,13 +288,11 @@ def train(
         if resume:
             training.restore(folder)
         accelerator = Accelerator(cpu=backbone.device.type == "cpu")
-        objective: torch.nn.Module = training.objective
-        if accelerator.num_processes > 1:
-            objective = accelerator.prepare_model(objective)
+        check_batch(config.batch, accelerator.num_processes)
         main, saved = accelerator.is_main_process, time.monotonic()
         try:
             while training.step < config.steps:
-                loss = training.update(accelerator, objective)
+                loss = training.update(accelerator)
                 if on_progress is not None and main:
                     on_progress(training.step, config.steps, loss)
                 if main and (training.step % config.save_every == 0 or time.monotonic() - saved > 300):
@@ -308,16 +311,29 @@ def train(
             parameter.requires_grad_(trainable[name])
 
 
-def _flipped(
-    pixels: np.ndarray, mask: np.ndarray, flips: str, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    across, over = rng.uniform(size=2) < 0.5
-    if flips in ("both", "horizontal") and across:
-        pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-    if flips == "both" and over:
-        pixels, mask = pixels[::-1], mask[::-1]
-    return pixels, mask
-
-
 def _names(shots: Sequence[Shot]) -> list[str]:
     return [f"{shot.product}+{shot.defect}/{shot.image.name}" for shot in shots]
+
+
+def check_batch(batch: int, processes: int) -> None:
+    """Refuse a batch of which every process cannot have an equal part.
+
+    Raises:
+        DitAttnError: so it is.
+    """
+    if batch % processes:
+        raise DitAttnError(
+            f"--train-batch {batch} is shared by {processes} processes and does not divide by them; give a multiple"
+        )
+
+
+def _average(accelerator: Any, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    """Average gradients and the loss over all processes, in one message; the frozen transformer is left alone."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    every = accelerator.reduce(torch.cat([loss.view(1), *(grad.flatten() for grad in grads)]), "mean")
+    for grad, mean in zip(grads, every[1:].split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
+    return every[0]

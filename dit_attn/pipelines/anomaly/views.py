@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,3 +105,20 @@ def _span(first: int, last: int, length: int, total: int, rng: np.random.Generat
     if rng is None or high <= low:
         return int(np.clip((first + last + 1 - length) // 2, 0, total - length))
     return int(rng.integers(low, high + 1))
+
+
+def flipped(images: Sequence[np.ndarray], flips: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Mirror images, (H, W, ...), all alike, each way with a probability of a half.
+
+    Args:
+        images: an image and its mask, or one of them.
+        flips: ``"both"``, ``"horizontal"`` or ``"none"``.
+        rng: random numbers.
+    """
+    across, over = rng.uniform(size=2) < 0.5
+    out = list(images)
+    if flips in ("both", "horizontal") and across:
+        out = [image[:, ::-1] for image in out]
+    if flips == "both" and over:
+        out = [image[::-1] for image in out]
+    return out

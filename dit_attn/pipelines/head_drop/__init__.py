@@ -1,10 +1,21 @@
-"""Drop attention heads of a pretrained transformer and refit the output projections to what is left: head calibration.
+"""Leave out attention heads of a pretrained transformer and refit the output projections to the others.
 
-A procedure of ours; the training of Mixture-of-Head attention (MoH, arXiv 2410.11842), which chooses heads by token, is
-another thing.
+Head calibration, a procedure of ours; the training of Mixture-of-Head attention (MoH, arXiv 2410.11842), which chooses
+heads by token, is another thing.
 """
 
-from dit_attn.pipelines.head_drop.drop import HeadDrop, choose_heads, random_heads
-from dit_attn.pipelines.head_drop.profile import HeadProfile, LayerProfile, profile_heads
+from dit_attn.pipelines.head_drop.choose import choose_heads, first_heads, named_heads, random_heads
+from dit_attn.pipelines.head_drop.dropped import DroppedHeads
+from dit_attn.pipelines.head_drop.profile import HeadProfile, LayerProfile, profile_heads, profile_parts
 
-__all__ = ["HeadDrop", "HeadProfile", "LayerProfile", "choose_heads", "profile_heads", "random_heads"]
+__all__ = [
+    "DroppedHeads",
+    "HeadProfile",
+    "LayerProfile",
+    "choose_heads",
+    "first_heads",
+    "named_heads",
+    "profile_heads",
+    "profile_parts",
+    "random_heads",
+]

@@ -1,13 +1,17 @@
-"""How far a model's runs move when heads are dropped: chosen ones with and without refit, and random ones.
+"""How far a model's runs move when heads are left out: ours, random ones and those of a search, with and without refit.
 
-python -m dit_attn.pipelines.head_drop.measure tiny-image --output outputs/heads/tiny-image.json
+python -m dit_attn.pipelines.head_drop.measure tiny-image --output outputs/heads/tiny-image
+
+Every arm is a line of a log in the folder; started again, it goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,16 @@ import torch
 
 from dit_attn import files, models
 from dit_attn.eval.shapes_world import items, world
-from dit_attn.kernels.benchmark.timing import timed
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
-from dit_attn.pipelines.head_drop.drop import HeadDrop, choose_heads, random_heads
-from dit_attn.pipelines.head_drop.profile import profile_heads
+from dit_attn.pipelines.head_drop.choose import choose_heads, first_heads, named_heads, random_heads
+from dit_attn.pipelines.head_drop.dropped import DroppedHeads
+from dit_attn.pipelines.head_drop.profile import HeadProfile, profile_heads
+from dit_attn.pipelines.head_search import HeadHunter, SearchConfig
+from dit_attn.pipelines.measurement_log import MeasurementLog
+
+MODELS = ("tiny-image", "tiny-joint", "tiny-video")
+OBJECTIVE = "verifier"
 
 
 @dataclass(frozen=True)
@@ -29,96 +38,138 @@ class DropMeasurement:
 
     Attributes:
         model: embedded model.
+        fractions: of the heads that are left out; those of a small model are rounded to whole heads.
         profiled: training captions to profile on.
         count: held-out captions.
         steps: denoising steps.
         seeds: sets of random heads.
-        repeats: timed rounds of a transformer call, dense and with dropped heads in turns.
+        searched: training captions that a search scores every head on; 0 leaves its arms out.
     """
 
     model: str = "tiny-image"
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4)
     profiled: int = 4
-    count: int = 6
+    count: int = 24
     steps: int = 8
-    seeds: int = 2
-    repeats: int = 9
+    seeds: int = 3
+    searched: int = 4
+
+    @property
+    def kind(self) -> str:
+        """``image`` or ``video``."""
+        return "video" if "num_frames" in models.call_defaults(self.model) else "image"
 
 
-def measure(config: DropMeasurement) -> dict[str, Any]:
-    """Return relative L2 distances of the final latents to dense ones, by number of heads and way to choose them."""
+def measure(config: DropMeasurement, folder: Path, on_progress: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure what is missing, and return relative L2 distances of the final latents to dense ones, by arm.
+
+    Args:
+        config: what is measured.
+        folder: of the log.
+        on_progress: callback(line).
+
+    Raises:
+        DitAttnError: measurements of another setup in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = MeasurementLog(folder / "measurements.jsonl", asdict(config), resume=True)
     pipe = models.load(config.model)
     pipe.set_progress_bar_config(disable=True)
     call = {**models.call_defaults(config.model), "num_inference_steps": config.steps}
-    known = world.split("image")[False]
+    known = world.split(config.kind)[False]
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0)).tolist()
-    profile = profile_heads(pipe, [items.caption(known[i]) for i in order[: config.profiled]], call=call, every=2)
-    prompts = [items.caption(item) for item in items.held_out_sample("image", config.count)]
-    dense = [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
-    rows = []
-    for count in range(1, 1 + 2 * profile.heads // 5):  # up to 40 % of the heads
-        arms = {
-            "refit": choose_heads(profile, count),
-            "no refit": choose_heads(profile, count, refit=False),
-            **{f"random {seed}, refit": random_heads(profile, count, seed) for seed in range(config.seeds)},
-        }
-        for name, drop in arms.items():
-            drop.apply(pipe)
-            found = [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
-            drop.remove(pipe)
-            errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, dense)]
-            rows.append({
-                "dropped": count, "of": profile.heads, "arm": name, "kept": drop.kept, "expected": drop.expected,
-                "error": statistics.fmean(errors), "errors": errors,
+    captions = [items.caption(known[place]) for place in order[: max(config.profiled, config.searched)]]
+    profile = profile_heads(pipe, captions[: config.profiled], call=call, every=2)
+    ranking = _search(pipe, captions[: config.searched], call, log) if config.searched else []
+    prompts = [items.caption(item) for item in items.held_out_sample(config.kind, config.count)]
+    dense: list[torch.Tensor] = []
+    for fraction in config.fractions:
+        count = max(1, round(fraction * profile.heads))
+        for name, drop in arms(profile, count, config.seeds, ranking).items():
+            key = f"{count}: {name}"
+            if key in log.rows:
+                continue
+            dense = dense or [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
+            errors = _distances(pipe, drop, prompts, call, dense)
+            log.add(key, {
+                "dropped": count, "of": profile.heads, "arm": name, "heads": drop.method.heads,
+                "expected": drop.expected, "error": statistics.fmean(errors), "errors": errors,
             })  # fmt: skip
-        rows[-len(arms)]["time_ratio"] = _time_ratio(pipe, arms["refit"], call, config.repeats)
+            on_progress(f"{count} of {profile.heads}, {name}: {log.rows[key]['error']:.4f}")
+    rows = [row for key, row in log.rows.items() if key != "search"]
     layers = {layer.name: layer.ablation.tolist() for layer in profile.layers}
-    return {"config": asdict(config), "ablation": layers, "rows": rows}
+    return {"config": asdict(config), "ablation": layers, "search": ranking, "rows": rows}
+
+
+def arms(
+    profile: HeadProfile, count: int, seeds: int, ranking: Sequence[tuple[str, int]] = ()
+) -> dict[str, DroppedHeads]:
+    """Return every way to leave out so many heads.
+
+    Args:
+        profile: of the model.
+        count: of heads.
+        seeds: sets of random heads.
+        ranking: the heads by their score in a search for heads to perturb, the best first.
+    """
+    ours = choose_heads(profile, count)
+    found = {
+        "ours, refit": ours,
+        "ours, no refit": choose_heads(profile, count, refitted=False),
+        "ours, refit taken off": named_heads(profile, ours.method.heads, refitted=False),
+    }
+    for refitted, word in ((True, "refit"), (False, "no refit")):
+        for seed in range(seeds):
+            found[f"random {seed}, {word}"] = random_heads(profile, count, seed, refitted=refitted)
+        if ranking:
+            found[f"search, {word}"] = first_heads(profile, ranking, count, refitted=refitted)
+            found[f"search, its last, {word}"] = first_heads(profile, ranking[::-1], count, refitted=refitted)
+    return found
+
+
+def _search(pipe: Any, captions: list[str], call: dict[str, Any], log: MeasurementLog) -> list[tuple[str, int]]:
+    """All heads by their score in the first round of a search, the best to perturb first."""
+    if "search" not in log.rows:
+        hunter = HeadHunter(pipe, captions, OBJECTIVE, SearchConfig(rounds=1, per_round=1), call=call)
+        scores = hunter.search().rounds[0]["scores"]
+        ranked = sorted(scores, key=lambda row: -(row[2] if row[2] is not None else float("-inf")))
+        log.add("search", [[layer, head] for layer, head, _ in ranked])
+    return [(layer, head) for layer, head in log.rows["search"]]
+
+
+def _distances(
+    pipe: Any, drop: DroppedHeads, prompts: Sequence[str], call: dict[str, Any], dense: Sequence[torch.Tensor]
+) -> list[float]:
+    with drop.enabled(pipe):
+        found = [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, dense, strict=True)]
 
 
 def _latents(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(prompt=prompt, generator=generator, output_type="latent", **call).images
-
-
-def _time_ratio(pipe: Any, drop: HeadDrop, call: dict[str, Any], repeats: int) -> float:
-    """Median over the rounds of the time of a transformer call with dropped heads over that of a dense one."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append((args, kwargs)), with_kwargs=True
-    )
-    _latents(pipe, "a large red circle at the left on white", 0, {**call, "num_inference_steps": 1})
-    handle.remove()
-    args, kwargs = given[0]
-    ratios = []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            before = timed(lambda: pipe.transformer(*args, **kwargs), torch.device("cpu"))
-            drop.apply(pipe)
-            ratios.append(timed(lambda: pipe.transformer(*args, **kwargs), torch.device("cpu")) / before)
-            drop.remove(pipe)
-    return statistics.median(ratios[1:])
+    result = pipe(prompt=prompt, generator=generator, output_type="latent", **call)
+    return result.frames if getattr(result, "frames", None) is not None else result.images
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the record."""
     parser = argparse.ArgumentParser(prog="python -m dit_attn.pipelines.head_drop.measure", description=__doc__)
-    parser.add_argument("model", choices=("tiny-image", "tiny-joint"))
-    parser.add_argument("--count", type=int, default=6, help="held-out captions (default: %(default)s)")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--count", type=int, default=24, help="held-out captions (default: %(default)s)")
+    parser.add_argument("--searched", type=int, default=4, help="captions of the search, 0 for none")
+    parser.add_argument("--output", type=Path, required=True, help="folder; started again, it goes on")
     args = parser.parse_args(argv)
-    found = measure(DropMeasurement(args.model, count=args.count))
+    config = DropMeasurement(args.model, count=args.count, searched=args.searched)
+    found = measure(config, args.output, lambda line: print(line, flush=True))
     record = {
         "what": "relative L2 distance of final latents to those of the dense model, same noise, with attention heads "
-        "dropped; expected: predicted squared error of the transformer's output",
-        "command": f"python -m dit_attn.pipelines.head_drop.measure {args.model} --count {args.count}",
+        "left out; expected: predicted relative squared error of the transformer's output, to first order",
+        "command": f"python -m dit_attn.pipelines.head_drop.measure {shlex.join(argv or sys.argv[1:])}",
         "commit": current_commit(),
         "environment": environment(),
         **found,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(args.output, record)
-    for row in found["rows"]:
-        print(f"{row['dropped']} of {row['of']}, {row['arm']}: {row['error']:.4f}", row.get("time_ratio", ""))
+    files.write_json(args.output / "heads.json", record)
     return 0
 
 

@@ -17,9 +17,7 @@ import torch
 
 from dit_attn.api import disable, enabled
 from dit_attn.errors import DitAttnError
-
-STREAMS = {"to_out": ("to_q", "to_k", "to_v"), "to_add_out": ("add_q_proj", "add_k_proj", "add_v_proj")}
-"""Output projections of an attention module, and the projections whose heads they take: visual tokens, and text."""
+from dit_attn.processors.attach.layer_shape import STREAMS, head_count, output_projection
 
 
 @dataclass
@@ -72,6 +70,11 @@ class LayerProfile:
     streams: dict[str, Moments]
     ablation: torch.Tensor
 
+    def channels(self, heads: Sequence[int]) -> torch.Tensor:
+        """Return the channels of some heads."""
+        size = next(iter(self.streams.values())).total.numel() // self.heads
+        return torch.cat([torch.arange(head * size, (head + 1) * size) for head in heads])
+
     @property
     def energy(self) -> torch.Tensor:
         """(heads,) mean squared norm of every head's contribution, sum over the streams."""
@@ -92,17 +95,25 @@ class LayerProfile:
 
 @dataclass
 class HeadProfile:
-    """All layers of a transformer.
+    """All layers of a transformer whose heads end in an output projection of the attention module.
 
     Attributes:
         transformer: class name.
         layers: in order.
+        count: number of self-attention layers, those without such a projection too.
         calls: transformer calls that were measured.
+        end: fraction of the run that it ends at.
+        runs: number of runs.
+        call: arguments of the pipeline's call that are JSON values.
     """
 
     transformer: str
     layers: list[LayerProfile] = field(default_factory=list)
+    count: int = 0
     calls: int = 0
+    end: float = 1.0
+    runs: int = 0
+    call: dict[str, Any] = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
@@ -130,69 +141,102 @@ def profile_heads(
         on_progress: callback(done, total) after every run.
 
     Raises:
-        DitAttnError: an attention layer whose heads cannot be told apart or taken out.
+        DitAttnError: no attention layer whose heads can be told apart.
+    """
+    return profile_parts(pipe, prompts, (), call=call, every=every, seed=seed, on_progress=on_progress)[0]
+
+
+def profile_parts(
+    pipe: Any,
+    prompts: Sequence[str],
+    until: Sequence[float],
+    *,
+    call: dict[str, Any] | None = None,
+    every: int = 4,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[HeadProfile]:
+    """Measure the heads in every part of the run by itself.
+
+    Args:
+        pipe, prompts, call, every, seed, on_progress: as for :func:`profile_heads`.
+        until: where each part but the last ends, fractions of the steps, ascending.
+
+    Raises:
+        DitAttnError: as for :func:`profile_heads`, or no call of a part was measured.
     """
     disable(pipe)
+    model, plain = pipe.transformer, {k: v for k, v in (call or {}).items() if isinstance(v, (bool, int, float, str))}
     with enabled(pipe) as session:
         names = [layer.name for layer in session.layers if layer.kind == "self"]
-    model = pipe.transformer
-    profile = HeadProfile(type(model).__name__, [_new_layer(name, model.get_submodule(name)) for name in names])
-    with _watched(model, profile, every, seed):
-        for index, prompt in enumerate(prompts):
-            generator = torch.Generator("cpu").manual_seed(seed + index)
-            pipe(prompt=prompt, generator=generator, output_type="latent", **(call or {}))
-            on_progress(index + 1, len(prompts))
-    if not profile.calls:
-        raise DitAttnError(f"no call of {profile.transformer} was measured; give prompts, or a smaller every")
-    for layer in profile.layers:
-        layer.ablation /= profile.calls
-    return profile
+        profiles = [
+            HeadProfile(
+                type(model).__name__, _new_layers(model, names), len(names), end=end, runs=len(prompts), call=plain
+            )
+            for end in (*until, 1.0)
+        ]  # fmt: skip
+
+        def current() -> HeadProfile:
+            return profiles[sum(session.clock.progress >= end - 1e-9 for end in until)]
+
+        with _watched(model, current, every, seed) as begin_run:
+            for index, prompt in enumerate(prompts):
+                begin_run(index)
+                generator = torch.Generator("cpu").manual_seed(seed + index)
+                pipe(prompt=prompt, generator=generator, output_type="latent", **(call or {}))
+                on_progress(index + 1, len(prompts))
+    for profile in profiles:
+        if not profile.calls:
+            raise DitAttnError(f"a part of the run has no measured call of {profile.transformer}; give a smaller every")
+        for layer in profile.layers:
+            layer.ablation /= profile.calls
+    return profiles
 
 
-def output_projection(attention: Any, stream: str) -> torch.nn.Linear | None:
-    """Return an output projection of an attention module, ``None`` where it has none."""
-    found = getattr(attention, stream, None)
-    found = found[0] if isinstance(found, torch.nn.ModuleList) else found
-    return found if isinstance(found, torch.nn.Linear) else None
+def _new_layers(model: Any, names: Sequence[str]) -> list[LayerProfile]:
+    """An empty profile of every layer that has an output projection."""
+    modules = {name: model.get_submodule(name) for name in names}
+    reasons = {name: unsupported_reason(module) for name, module in modules.items()}
+    if all(reasons.values()):
+        raise DitAttnError(f"the heads of {names[0]} cannot be measured: {reasons[names[0]]}")
+    return [_new_layer(name, modules[name]) for name, reason in reasons.items() if reason is None]
 
 
 def _new_layer(name: str, attention: Any) -> LayerProfile:
-    reason = unsupported_reason(attention)
-    if reason is not None:
-        raise DitAttnError(f"the heads of {name} cannot be dropped: {reason}")
-    streams = {}
+    streams, heads = {}, head_count(attention) or 1
     for stream in STREAMS:
         projection = output_projection(attention, stream)
         if projection is not None:
-            weight = projection.weight.detach().double().T.contiguous()
+            weight = projection.weight.detach().double().T.contiguous().cpu()
             size = weight.shape[0]
-            zero = weight.new_zeros(size), weight.new_zeros(size, size)
-            streams[stream] = Moments(0, *zero, weight)
-    return LayerProfile(name, attention.heads, streams, torch.zeros(attention.heads, dtype=torch.float64))
+            streams[stream] = Moments(0, weight.new_zeros(size), weight.new_zeros(size, size), weight)
+    return LayerProfile(name, heads, streams, torch.zeros(heads, dtype=torch.float64))
 
 
 def unsupported_reason(attention: Any) -> str | None:
-    """Return why the heads of an attention module cannot be taken out, or ``None``."""
-    inputs: list[Any] = [getattr(attention, name, None) for name in STREAMS["to_out"]]
-    if not all(isinstance(part, torch.nn.Linear) for part in inputs) or output_projection(attention, "to_out") is None:
-        return f"{type(attention).__name__} has no separate to_q, to_k, to_v and to_out"
-    q, k = inputs[0], inputs[1]
-    if k.out_features != q.out_features:
-        return "several query heads share a key head"
-    size = q.out_features // attention.heads
-    for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-        weight = getattr(getattr(attention, name, None), "weight", None)
-        if weight is not None and weight.numel() != size:
-            return f"{name} normalizes over all heads at once"
+    """Return why the heads of an attention module cannot be measured, or ``None``."""
+    projection, heads = output_projection(attention, "to_out"), head_count(attention)
+    if projection is None or heads is None or projection.in_features % heads:
+        return f"{type(attention).__name__} has no output projection of its own behind the heads (to_out)"
     return None
 
 
 @contextmanager
-def _watched(model: Any, profile: HeadProfile, every: int, seed: int) -> Iterator[None]:
-    """Fill the profile from the calls that the transformer gets inside the block."""
-    layers = {layer.name: layer for layer in profile.layers}
+def _watched(
+    model: Any, current: Callable[[], HeadProfile], every: int, seed: int
+) -> Iterator[Callable[[int], None]]:
+    """Fill the current profile from the calls that the transformer gets inside the block.
+
+    Yields what is to be called with the number of every run that begins: the calls that are measured rotate from run to
+    run, and begin with the first of all, whose input is unlike any other.
+    """
+    layers: dict[str, LayerProfile] = {}  # of the call that is measured
     generator = torch.Generator().manual_seed(seed)
     seen, active = [0], [False]
+
+    def begin_run(number: int) -> None:
+        seen[0] = number
+
     gates: dict[str, torch.Tensor] = {}
 
     def of(name: str, stream: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...] | None]:
@@ -216,9 +260,11 @@ def _watched(model: Any, profile: HeadProfile, every: int, seed: int) -> Iterato
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         seen[0] += 1
-        if (seen[0] - 1) % every != every // 2 % every:
+        if (seen[0] - 1) % every:
             return stock(*args, **kwargs)
+        profile = current()
         profile.calls += 1
+        layers.update({layer.name: layer for layer in profile.layers})
         with torch.enable_grad():
             gates.clear()
             active[0] = True
@@ -238,14 +284,15 @@ def _watched(model: Any, profile: HeadProfile, every: int, seed: int) -> Iterato
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [
-        output_projection(model.get_submodule(name), stream).register_forward_pre_hook(of(name, stream))  # type: ignore[union-attr]
-        for name, layer in layers.items()
-        for stream in layer.streams
+        output_projection(model.get_submodule(name), stream).register_forward_pre_hook(of(name, stream))
+        for name in (layer.name for layer in current().layers)
+        for stream in STREAMS
+        if output_projection(model.get_submodule(name), stream) is not None
     ]
     model.requires_grad_(False)
     model.forward = forward
     try:
-        yield
+        yield begin_run
     finally:
         del model.forward
         for handle in handles:

@@ -16,9 +16,8 @@ from dit_attn.errors import DitAttnError
 from dit_attn.machine import free_memory
 from dit_attn.pipelines.high_resolution import late_start
 from dit_attn.pipelines.high_resolution.latents import form_of
+from dit_attn.pipelines.high_resolution.sizes import Size
 from dit_attn.processors.attach.value_table import html_table, percent, text_table
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class HighResolutionEstimate:
         native: (height, width) of the native pass in pixels.
         stages: in order.
         store: bytes that the methods of the second stage store from step to step.
+        host_store: bytes of those that are in main memory.
         dense: operations of the run with dense attention at the large size, over those of this one.
     """
 
@@ -62,6 +62,7 @@ class HighResolutionEstimate:
     stages: tuple[StageEstimate, ...]
     store: int
     dense: float
+    host_store: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -86,7 +87,8 @@ class HighResolutionEstimate:
                 what += f": {stage.tokens:,} tokens, {stage.steps} steps, {attention}"
             rows.append((stage.name, what))
         if self.store:
-            rows.append(("store", f"{_bytes(self.store)} from step to step (one sample, both branches)"))
+            where = f", {_bytes(self.host_store)} of it in main memory" if self.host_store else ""
+            rows.append(("store", f"{_bytes(self.store)} from step to step (one sample, both branches){where}"))
         return [*rows, ("dense", f"{self.dense:.2f}x the operations")]
 
 
@@ -125,7 +127,7 @@ def estimate(
     found = [
         ("native pass", first.tokens, first.steps, 1.0, first.operations * first.steps * passes, first.tokens, 0),
         ("denoise", second.tokens, left, density, dense.operations * left * (passes * work + twins), second.tokens,
-         second.memory),
+         second.memory - second.host_memory + 2 * second.host_memory // second.layers),  # two layers' on the device
     ]  # fmt: skip
     stages = [
         (name, tokens, count, part, operations, _activations(pipe.transformer, rows, passes) + stored)
@@ -138,9 +140,8 @@ def estimate(
     total = sum(stage[4] for stage in stages)
     order = [0, 2, 3, 1, 4] if space == "pixel" else [0, 1, 2]
     listed = tuple(StageEstimate(*stages[i][:5], stages[i][4] / total, stages[i][5]) for i in order)
-    windowed = stages[1][4]
-    stock = dense.operations * left * passes
-    return HighResolutionEstimate(*size, native, listed, second.memory, (total - windowed + stock) / total)
+    stock = total - stages[1][4] + dense.operations * left * passes
+    return HighResolutionEstimate(*size, native, listed, second.memory, stock / total, second.host_memory)
 
 
 def check_store(found: int, on_host: bool, device: torch.device) -> None:

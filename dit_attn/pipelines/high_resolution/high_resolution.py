@@ -11,65 +11,26 @@ the large size, where attention is windowed.
 
 from __future__ import annotations
 
-import inspect
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dit_attn.api import enabled, explain, resolve, summary
 from dit_attn.errors import DitAttnError, shorten, unknown
-from dit_attn.pipelines.high_resolution import late_start
+from dit_attn.pipelines.high_resolution import late_start, sizes
 from dit_attn.pipelines.high_resolution.estimate import HighResolutionEstimate, check_store, estimate
 from dit_attn.pipelines.high_resolution.latents import FILTERS, SPACES, encode, enlarged, form_of, pixels_per_token
 from dit_attn.pipelines.high_resolution.native_pass import Generators, NativePass, generator_states
+from dit_attn.pipelines.high_resolution.sizes import Size
+from dit_attn.pipelines.high_resolution.stages import HighResolutionResult, Stages, at_decode
 from dit_attn.processors.attach import compat
 from dit_attn.processors.attach.summary import Summary
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.inward_window import InwardWindow
 
 WINDOW = InwardWindow.slug
-STAGES = ("native pass", "upscale", "encode", "denoise", "decode")
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class HighResolutionResult:
-    """What came out of the two stages.
-
-    Attributes:
-        output: the pipeline's output of the second stage, of the ``output_type`` that was asked for.
-        first: the native pass, to go on from again.
-        sigma: noise level that the second stage began at.
-        steps: steps of the second stage.
-        seconds: time of every stage that was run, of :data:`STAGES`.
-        summary: what the methods did in the second stage, ``None`` where attention is dense.
-    """
-
-    output: Any
-    first: NativePass
-    sigma: float
-    steps: int
-    seconds: dict[str, float]
-    summary: Summary | None = None
-
-    @property
-    def native(self) -> torch.Tensor:
-        """Images (B, C, H, W) or clips (B, C, F, H, W) of the first stage, fp32, on the CPU: in [0, 1], or latents."""
-        return self.first.values.float()
-
-    @property
-    def images(self) -> Any:
-        """Images of the second stage."""
-        return self.output.images
-
-    @property
-    def frames(self) -> Any:
-        """Clips of the second stage."""
-        return self.output.frames
 
 
 class HighResolution:
@@ -133,7 +94,7 @@ class HighResolution:
             first: an earlier native pass of the same prompt, size and generator, which is not run again.
             generator: of the noise of both stages.
             output_type: of the second stage.
-            on_stage: callback(name) when a stage of :data:`STAGES` begins.
+            on_stage: callback(name) when a stage of :data:`~dit_attn.pipelines.high_resolution.stages.STAGES` begins.
             on_first: callback(native pass) when that has been run.
             call: further arguments of the pipeline, for both stages; ``latents`` are those of the first.
 
@@ -144,7 +105,7 @@ class HighResolution:
         pipe, size = self.pipe, native or self.default_size()
         self.check(height, width, size, call.get("num_inference_steps"))
         self.check_store(height, width, size, call.get("num_frames"))
-        stages = _Stages(on_stage)
+        stages = Stages(on_stage)
         given = {"latents": call.pop("latents")} if "latents" in call else {}
         shared = {**call, "prompt": prompt, "generator": generator}
         if first is None:
@@ -165,7 +126,7 @@ class HighResolution:
             stages.begin("denoise")
             with (
                 late_start.beginning_at(pipe.scheduler, first.schedule, start),
-                _at_decode(pipe, lambda: stages.begin("decode")),
+                at_decode(pipe, lambda: stages.begin("decode")),
             ):
                 call = {**shared, "height": height, "width": width, "latents": latents, "output_type": output_type}
                 output, found = self._denoised(methods, call)
@@ -202,14 +163,7 @@ class HighResolution:
 
     def default_size(self) -> Size:
         """Return the (height, width) in pixels that the pipeline makes when it is not asked for a size."""
-        given = inspect.signature(self.pipe.__call__).parameters
-        height, width = (given[name].default for name in ("height", "width"))
-        if height is None or width is None:
-            config, scale = self.pipe.transformer.config, self._pixels_per_latent()
-            sides = (config.get("sample_height"), config.get("sample_width"))
-            tokens = getattr(self.pipe, "default_sample_size", None) or config.get("sample_size")
-            height, width = (int(side or tokens) * scale for side in sides)
-        return int(height), int(width)
+        return sizes.default_size(self.pipe)
 
     def check(self, height: int, width: int, native: Size, steps: int | None = None) -> None:
         """Refuse sizes and steps that do not fit; weights need not be loaded.
@@ -222,18 +176,7 @@ class HighResolution:
         Raises:
             DitAttnError: so it is.
         """
-        unit = pixels_per_token(self.pipe)
-        for name, value, least in (("height", height, native[0]), ("width", width, native[1])):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise DitAttnError(f"{name} must be at least the native {least} pixels, got {shorten(value)}")
-            for length in (value, least):
-                if length % unit or not length:
-                    raise DitAttnError(
-                        f"{name} must be a multiple of {unit} pixels, the side of a token, got {length}; "
-                        f"the nearest is {max(unit, round(length / unit) * unit)}"
-                    )
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise DitAttnError(f"num_inference_steps must be a whole number of at least 1, got {shorten(steps)}")
+        sizes.check(self.pipe, height, width, native, steps)
 
     def check_store(
         self, height: int, width: int, native: Size, num_frames: int | None, device: torch.device | None = None
@@ -280,19 +223,16 @@ class HighResolution:
         size = native or self.default_size()
         self.check(height, width, size, num_inference_steps)
         methods = self.methods(size)
-        sizes = (size, (height, width))
-        return estimate(self.pipe, methods, *sizes, self.sigma, self.space, num_frames, num_inference_steps, guided)
+        both = (size, (height, width))
+        return estimate(self.pipe, methods, *both, self.sigma, self.space, num_frames, num_inference_steps, guided)
 
-    def _pixels_per_latent(self) -> int:
-        return pixels_per_token(self.pipe) // form_of(self.pipe).patch(self.pipe)[1]
-
-    def _clean(self, first: NativePass, height: int, width: int, stages: _Stages) -> torch.Tensor:
+    def _clean(self, first: NativePass, height: int, width: int, stages: Stages) -> torch.Tensor:
         """Latents of the enlarged native pass, fp32, on the pipeline's device."""
         pipe = self.pipe
         stages.begin("upscale")
         values = first.values.to(compat.execution_device(pipe))
         if self.space == "latent":
-            side = self._pixels_per_latent()
+            side = sizes.pixels_per_latent(pipe)
             return enlarged(values, height // side, width // side, self.upscale, "latent")
         values = enlarged(values, height, width, self.upscale)
         stages.begin("encode")
@@ -317,49 +257,6 @@ class HighResolution:
             yield
         finally:
             vae.use_tiling = False
-
-
-class _Stages:
-    """Times the stages one after the other."""
-
-    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
-        self._on_stage, self._name, self._since = on_stage, "", 0.0
-        self._seconds: dict[str, float] = {}
-
-    def begin(self, name: str) -> None:
-        if name == self._name:
-            return
-        self.end()
-        self._name, self._since = name, time.perf_counter()
-        if self._on_stage is not None:
-            self._on_stage(name)
-
-    def end(self) -> dict[str, float]:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if self._name:
-            self._seconds[self._name] = time.perf_counter() - self._since
-        self._name = ""
-        return self._seconds
-
-
-@contextmanager
-def _at_decode(pipe: Any, begin: Callable[[], None]) -> Iterator[None]:
-    """Call a function when the autoencoder is first asked to decode within a ``with`` block."""
-    vae, stock = pipe.vae, pipe.vae.decode
-
-    def decode(*args: Any, **kwargs: Any) -> Any:
-        begin()
-        return stock(*args, **kwargs)
-
-    before = vars(vae).get("decode")
-    vae.decode = decode
-    try:
-        yield
-    finally:
-        del vae.decode
-        if before is not None:
-            vae.decode = before
 
 
 def _noise_like(clean: torch.Tensor, generator: Generators) -> torch.Tensor:

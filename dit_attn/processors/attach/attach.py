@@ -29,9 +29,10 @@ from dit_attn.processors.attach.hooks import (
     TwinHook,
     guide_compiled,
 )
-from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.learned import learned_modules
-from dit_attn.processors.attach.rotary import check_positions
+from dit_attn.processors.attach.position_tables import TableHook, position_table
+from dit_attn.processors.attach.reduced_heads import ReducedHeads
+from dit_attn.processors.attach.rotary import check_positions, rotary_parameters
 from dit_attn.processors.attach.run_context import on_abort
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.sites import check_taps, checked_kinds, cross_layers, eligible_layers, wanted_kinds
@@ -127,13 +128,20 @@ def prepare(
     if kinds - {"self"}:
         add_cross_layers(session)
     for method in methods:
+        if method.reduces_heads:
+            session.reduced = ReducedHeads(method, model, session.layers)
+    for method in methods:
         mine = kinds_at(method.sites, family.text_kind)
         layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
         method.check_model(type(model).__name__, len(layers))
-        method.check_heads(type(model).__name__, [head_count(session.module(layer)) for layer in layers])
+        method.check_heads(type(model).__name__, [session.heads_of(layer.name) for layer in layers])
         if method.moves_positions and "self" in mine:
             stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
-            check_positions(model, [unwrap_processor(item) if is_wrapped(item) else item for item in stock])
+            processors = [unwrap_processor(item) if is_wrapped(item) else item for item in stock]
+            added = method.resamples_tables and position_table(model) is not None
+            session.resampled |= added and not any(rotary_parameters(type(item).__call__) for item in processors)
+            if not (added and session.resampled):
+                check_positions(model, processors, family)
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
         if method.has_twin:
@@ -199,6 +207,8 @@ def install_hooks(session: Session) -> None:
     model = session.model
     on_abort(model, session.drop_state)
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
+    if session.resampled:
+        model.get_submodule("pos_embed").register_forward_hook(TableHook(session))
     if session.twin is not None:  # before the hook of a guidance method, whose pass shares no block with the twin
         model.register_forward_hook(TwinHook(session), always_call=True)
     if session.guider is not None:
@@ -211,6 +221,8 @@ def install_hooks(session: Session) -> None:
             guide_compiled(model, session)
     if hasattr(type(model), "cache_context"):
         model.__dict__["cache_context"] = ContextHook(model, session)
+    if session.reduced is not None:
+        session.reduce_heads()
     if session.learned.methods:
         model.add_module(CHILD, session.learned)
         if hasattr(type(model), "save_pretrained"):
@@ -243,6 +255,10 @@ def detach(model: torch.nn.Module) -> None:
         if is_of_class(hook, ForwardHook):
             del model._forward_pre_hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for module in model.children():
+        for key, hook in list(module._forward_hooks.items()):
+            if is_of_class(hook, TableHook):
+                del module._forward_hooks[key]
     unfollow_checkpoints(model)
     for name, kind in (("cache_context", ContextHook), ("save_pretrained", SaveHook), ("compile", CompileHook)):
         if is_of_class(model.__dict__.get(name), kind):

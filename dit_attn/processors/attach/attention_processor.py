@@ -100,7 +100,7 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__.pop("_attention_backend", None)
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
-    clone.__dict__["_dit_moves"] = layer.kind == "self" and bool(moving_methods(run))
+    clone.__dict__["_dit_moves"] = layer.kind == "self" and not run.resampled and bool(moving_methods(run))
     clone.__dict__["_dit_reads"] = layer.kind == "self" and any(
         method.reads_input for method in cast("tuple[Method, ...]", run.methods_for("self"))
     )
@@ -202,6 +202,8 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
                 return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
+        if self._dit_layer.reduced is not None:
+            attn = self._dit_layer.reduced
         before = (_SLOT.layer, _SLOT.run, _SLOT.turn)
         _SLOT.layer, _SLOT.run, _SLOT.turn = self._dit_layer.handle, self._dit_run.handle, 0
         try:
@@ -228,6 +230,8 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
                 return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
+        if self._dit_layer.reduced is not None:
+            attn = self._dit_layer.reduced
         with _TorchTap(self._dit_run, self._dit_layer):
             return stock_call(self, attn, *args, **kwargs)
 

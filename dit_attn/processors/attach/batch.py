@@ -27,7 +27,7 @@ def take(value: Any, index: Sequence[int], rows: int, axis: int = 0) -> Any:
     def per_sample(item: Any) -> bool:
         if not isinstance(item, list) or len(item) != rows:
             return False
-        return not all(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == rows for x in item)
+        return not all(isinstance(x, torch.Tensor) and x.ndim > axis and x.shape[axis] == rows for x in item)
 
     def taken(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor) and leaf.ndim > axis and leaf.shape[axis] == rows:

@@ -46,6 +46,7 @@ class Explanation:
         fallbacks: what will use stock attention, and why.
         methods: settings of the methods.
         memory: bytes the methods store from step to step, for one sample with classifier-free guidance.
+        host_memory: bytes of those that are in main memory.
         guidance: what a guidance method adds: ``heads`` and ``blocks`` it perturbs, ``passes`` per step of the run (a
             pass is one sample through the transformer), and their ``work`` without the blocks that are reused or
             skipped; ``None`` without one.
@@ -67,6 +68,7 @@ class Explanation:
     fallbacks: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
     memory: int = 0
+    host_memory: int = 0
     guidance: dict[str, float] | None = None
     presets: tuple[PresetUse, ...] = ()
     steps: int = _STEPS
@@ -116,7 +118,9 @@ class Explanation:
                 ("upper bound", f"{bound}, by the number of operations"),
             ]
         if self.memory:
-            rows.append(("memory", f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"))
+            stored = f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"
+            there = f", {_bytes(self.host_memory)} of it in main memory" if self.host_memory else ""
+            rows.append(("memory", stored + there))
         if self.guidance is not None:
             rows.append(("guidance", _guidance_line(self.guidance)))
         rows += [("fallback", reason) for reason in self.fallbacks]
@@ -142,6 +146,7 @@ def explain_run(
     tokens = grid[0] * grid[1] * grid[2]
     names = eligible_layers(model, family)
     for method in methods:
+        method.kept({name: head_count(model.get_submodule(name)) for name in names})
         method.check_model(type(model).__name__, len(names))
         method.check_heads(type(model).__name__, [head_count(model.get_submodule(name)) for name in names])
     attention, linear = _operations(model, family, names, tokens)
@@ -164,6 +169,7 @@ def explain_run(
         fallbacks=fallbacks,
         methods=tuple(method.to_dict() for method in methods),
         memory=_memory(model, settled, names, tokens),
+        host_memory=_memory(model, tuple(one for one in settled if one.cache_on_host), names, tokens),
         guidance=_guidance(model, methods),
         presets=tuple(use for method in methods if (use := preset_use(method, model, pair))),
         steps=steps,

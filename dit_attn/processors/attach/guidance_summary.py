@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.value_table import percent, text_table
 
@@ -92,7 +91,7 @@ def _perturbed(session: Session) -> Iterator[str]:
     default = "" if named else " (the default, none were named)"
     by_heads: dict[str, list[str]] = {}
     for name, strengths in plan.strengths.items():
-        count = head_count(session.model.get_submodule(name))
+        count = session.heads_of(name)
         chosen = f"all {count} heads" if len(strengths) == count else _counted("head", sorted(strengths))
         by_heads.setdefault(chosen.replace("all 1 heads", "its one head"), []).append(name)
     for heads, names in by_heads.items():

@@ -19,7 +19,6 @@ from dit_attn.processors.attach import batch, compat, perturbed_pass, step_cache
 from dit_attn.processors.attach.batch import Leaf
 from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, scaled, take_rows
 from dit_attn.processors.attach.guidance_strength import GuidanceStrength, StrengthLog
-from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.perturbed_pass import Prefix
 from dit_attn.processors.attach.step_cache import LayerCalls, ModuleState
 from dit_attn.processors.guidance.perturbation import wide
@@ -51,7 +50,7 @@ class PerturbedGuider:
     def __init__(self, method: PerturbedGuidance, session: TransformerRun) -> None:
         self.method, self.session = method, session
         model = session.model
-        layers = {name: head_count(model.get_submodule(name)) for name in session.stack_layers}
+        layers = {name: session.heads_of(name) for name in session.stack_layers}
         self.blocks = perturbed_pass.block_order(model, list(layers))
         self.plan = method.perturbation(layers, self.blocks)
         for name in self.plan.skipped:

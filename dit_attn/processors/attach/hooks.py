@@ -85,6 +85,11 @@ def _on_forward(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> No
             "blocks alone (compile_repeated_blocks), or do not compile"
         )
     session.on_forward(values)
+    if session.reduced is not None and (session.reduced.rebuilt or len(session.reduced.kept) > 1):
+        raise DitAttnError(
+            "head-drop cannot change heads or weights inside a compiled transformer; enable it again after the weights "
+            "have changed, or compile its blocks alone (compile_repeated_blocks)"
+        )
 
 
 @_on_forward.register_fake

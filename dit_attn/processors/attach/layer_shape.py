@@ -9,8 +9,10 @@ import torch
 from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.parameters import LayerShape
 
-_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv")
+_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv", "img_attn_qkv")
 _KEY = ("to_k", "to_key")
+STREAMS = {"to_out": ("to_q", "to_k", "to_v"), "to_add_out": ("add_q_proj", "add_k_proj", "add_v_proj")}
+"""Output projections of an attention module, and the projections whose heads they take: visual tokens, and text."""
 
 
 def head_count(module: Any) -> int | None:
@@ -23,7 +25,10 @@ def head_count(module: Any) -> int | None:
 
 def head_size(module: Any) -> int:
     """Return the channels of one head of an attention module."""
-    inner = getattr(module, "inner_dim", None) or _first(module, _QUERY).out_features
+    inner = getattr(module, "inner_dim", None)
+    if inner is None and isinstance(getattr(module, "head_dim", None), int):
+        return module.head_dim
+    inner = inner or _first(module, _QUERY).out_features
     return inner // (head_count(module) or 1)
 
 
@@ -40,7 +45,22 @@ def layer_shape(layer: Layer, module: Any, count: int) -> LayerShape:
     kv_heads = heads if key is None else key.out_features // size
     hidden_size = _first(module, _QUERY).in_features
     dtype = compute_dtype(module)
-    return LayerShape(layer.name, layer.kind, layer.index, count, heads, kv_heads, size, hidden_size, dtype)
+    found = ((stream, output_projection(module, stream)) for stream in STREAMS)
+    outputs = tuple((stream, linear.out_features) for stream, linear in found if linear is not None)
+    return LayerShape(layer.name, layer.kind, layer.index, count, heads, kv_heads, size, hidden_size, dtype, outputs)
+
+
+def output_projection(module: Any, stream: str) -> Any:
+    """Return the linear layer behind the heads of an attention module, ``None`` where it has none.
+
+    Args:
+        module: the attention module.
+        stream: of :data:`STREAMS`.
+    """
+    found = getattr(module, stream, None)
+    found = found[0] if isinstance(found, torch.nn.ModuleList) else found
+    inner = getattr(found, "base_layer", found)  # behind the adapters of peft
+    return found if isinstance(inner, torch.nn.Linear) else None
 
 
 def compute_dtype(module: torch.nn.Module) -> torch.dtype:

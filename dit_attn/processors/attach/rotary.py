@@ -17,6 +17,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import compat
+from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.core.layer import Layer, layer_by_id
 from dit_attn.processors.core.positions import PositionMap, PositionSite, band_weights, displacement
@@ -37,15 +38,20 @@ def rotary_parameters(call: Callable[..., Any]) -> Parameters:
     return tuple((name, names.index(name)) for name in ARGUMENTS if name in names)
 
 
-def check_positions(model: Any, processors: Sequence[Any]) -> None:
+def check_positions(model: Any, processors: Sequence[Any], family: Family) -> None:
     """Refuse a model whose layers get no rotary tables.
+
+    Args:
+        model: the transformer.
+        processors: of its layers.
+        family: its row.
 
     Raises:
         DitAttnError: they do not.
     """
     config = getattr(model, "config", {})
     without = [processor for processor in processors if not rotary_parameters(type(processor).__call__)]
-    if without or config.get("use_rotary_positional_embeddings") is False:
+    if without or not family.rotary or config.get("use_rotary_positional_embeddings") is False:
         raise DitAttnError(
             f"{type(model).__name__} gives {type((without or processors)[0]).__name__} no rotary tables: its positions "
             "are learned or added to the tokens and cannot be moved; remove the method or use another model"
@@ -97,24 +103,33 @@ def moved_arguments(
 
 @torch.compiler.disable
 def _check_absent(session: Session, layer: Layer) -> None:
-    site = _site(session, layer, session.layout.spans if session.layout is not None else ())
-    if _maps(session, site):
+    site = position_site(session, layer, session.layout.spans if session.layout is not None else ())
+    if maps_of(session, site):
         raise DitAttnError(f"positions cannot be moved: {layer.name} was given no rotary tables in this call")
 
 
 def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
     """Form and tensors of an argument.
 
-    Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``pair`` (complex tables of the visual
-    tokens and of the text), ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens per axis)).
+    Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``angles`` (..., 1, columns) in radians,
+    ``shared`` (a complex table for queries and keys, by these names), ``pair`` (complex tables of the visual tokens and
+    of the text), ``visual`` ((cos, sin) of the visual tokens, the same of the text or None), ``axes`` (((cos, sin) per
+    axis and coordinate), (coordinates of the tokens per axis)).
     """
     if isinstance(value, torch.Tensor):
         if value.is_complex():
             return "complex", [value]
         if value.shape[-2:] == (2, 2):
             return "matrix", [value]
+        if value.is_floating_point() and value.ndim > 2 and value.shape[-2] == 1:
+            return "angles", [value]
+    elif isinstance(value, dict):
+        if value.keys() == {"query", "key"} and value["query"] is value["key"] and value["key"].is_complex():
+            return "shared", [value["key"]]
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         first, second = value
+        if isinstance(first, tuple) and len(first) == 2 and all(isinstance(part, torch.Tensor) for part in first):
+            return "visual", [*first, *(second or ())]
         if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
             if first.is_complex() and second.is_complex():
                 return "pair", [first, second]
@@ -127,8 +142,12 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
 
 def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
     """The argument that :func:`_flatten` took apart."""
-    if form in ("complex", "matrix"):
+    if form in ("complex", "matrix", "angles"):
         return leaves[0]
+    if form == "visual":
+        return (leaves[0], leaves[1]), tuple(leaves[2:]) or None
+    if form == "shared":
+        return {"query": leaves[0], "key": leaves[0]}
     if form == "axes":
         count = len(leaves) // 3
         return tuple((leaves[2 * i], leaves[2 * i + 1]) for i in range(count)), tuple(leaves[2 * count :])
@@ -174,7 +193,7 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
     """Return the tables at the positions that the methods ask for, ``leaves`` itself where nothing moves."""
     place = _find_tokens(session, layer, leaves, form)
     known = place.tokens.spans if place.tokens is not None else session.layout.spans if session.layout else ()
-    maps = _maps(session, _site(session, layer, known))
+    maps = maps_of(session, position_site(session, layer, known))
     if not maps:
         return leaves
     if place.tokens is None:
@@ -266,8 +285,11 @@ def _moved(
     if exchange is not None:
         turned = exchange.own_tokens(turned[0], 0), exchange.own_tokens(turned[1], 0)
     cos, sin = (x.reshape(shape).movedim(0, place.axis).contiguous() for x in turned)
-    if form == "real":
-        return [cos, sin]
+    if form == "angles":
+        before, stock = full[0].cos(), full[0].sin()
+        return [full[0] + torch.atan2(sin * before - cos * stock, cos * before + sin * stock)]
+    if form in ("real", "visual"):
+        return [cos, sin, *leaves[2:]]
     if form == "axes":
         count = 2 * len(full) // 3
         widths = [table.shape[-1] for table in full[:count:2]]
@@ -280,17 +302,20 @@ def _moved(
 
 def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the visual tokens' table, (..., tokens, ..., columns)."""
-    if form == "real":
+    if form in ("real", "visual"):
         return leaves[0], leaves[1]
     if form == "matrix":
         return leaves[0][..., 0, 0], leaves[0][..., 1, 0]
+    if form == "angles":
+        return leaves[0].cos(), leaves[0].sin()
     if form == "axes":
         count = 2 * len(leaves) // 3
         return torch.cat(leaves[0:count:2], -1), torch.cat(leaves[1:count:2], -1)
     return leaves[0].real, leaves[0].imag
 
 
-def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
+def position_site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite:
+    """Return where positions are asked for in a layer, given the spans of its sequence."""
     visual, start = [], 0
     for span in spans:
         if span.visual:
@@ -300,8 +325,8 @@ def _site(session: Session, layer: Layer, spans: Sequence[Span]) -> PositionSite
     return PositionSite(layer, tuple(visual), session.clock, branches, session.layer_count, session.pass_name)
 
 
-def _maps(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
-    """What the methods ask for, in the order in which they are enabled."""
+def maps_of(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
+    """Return the maps that the methods ask for, in the order in which they are enabled."""
     asked = [method.positions(site) for method in moving_methods(session)]
     flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
     return tuple(item for maps in flat for item in maps if item.moves)

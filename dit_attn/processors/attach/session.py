@@ -47,6 +47,7 @@ class Session(TransformerRun):
         moved_tables: rotary tables at the positions that the methods ask for, by the table they were made from.
         learned: the modules of the methods that learn: ``learned.parameters()`` for an optimizer,
             ``learned.requires_grad_(...)``.
+        resampled: whether moved tokens get resampled rows of the table that the model adds to its tokens.
         guider: runs the enabled guidance method, ``None`` without one.
         twin: runs the twin passes of the method that asks for them, ``None`` without one.
     """
@@ -60,6 +61,7 @@ class Session(TransformerRun):
         self.installed = False
         self.detached = False
         self.recomputing = False
+        self.resampled = False
         self.moved_tables = WeakIdKeyDictionary()
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
@@ -86,6 +88,8 @@ class Session(TransformerRun):
                 self.check_thread()
             self._thread = threading.get_ident()
             super().on_forward(values)
+            if self.reduced is not None and self.pass_name == PLAIN:
+                self.reduce_heads()
             if self.guider is not None and self.pass_name == PLAIN:
                 self.guider.begin_pass()
             if self.pipe is not None and self._awaited != self.clock.run:
@@ -96,6 +100,12 @@ class Session(TransformerRun):
             if last is not None:
                 last.drop_state()
             _LAST_CALLED[id(self.clock)] = self
+
+    def reduce_heads(self) -> None:
+        """Give every layer the heads that a method leaves it at the current step."""
+        assert self.reduced is not None
+        self.reduced.begin_call(self.clock, self.layers, self.module)
+        self.reports.setdefault(self.reduced.method.slug, self.reduced.report(self.layers))
 
     def check_thread(self) -> None:
         """Refuse a call of another thread than the one whose run this is.
@@ -196,12 +206,14 @@ class Session(TransformerRun):
             raise TypeError("a Session is copied with its transformer: deepcopy the transformer instead")
         pipe = memo.get(id(self.owner))
         session = Session(model, self.family, self.methods, copy.deepcopy(self.clock, memo), pipe)
-        session.installed = self.installed
+        session.installed, session.resampled = self.installed, self.resampled
         memo[id(self)] = session
         for layer in self.layers:
             session.add_layer(layer.name, layer.calls)
         session.learned = copy.deepcopy(self.learned, memo)
         session.learned.bind(session.layers)
+        if self.reduced is not None:
+            session.reduced = self.reduced.copy()
         if self.guider is not None:
             session.guider = self.guider.copy_for(session)
         if self.twin is not None:

@@ -16,8 +16,10 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family
+from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.pipeline_call import PipelineCall, find_running, read_pipeline_call
 from dit_attn.processors.attach.prompt_spans.lookup import PromptLookup
+from dit_attn.processors.attach.reduced_heads import ReducedHeads
 from dit_attn.processors.attach.run_context import aborted, declared_position
 from dit_attn.processors.core.call import AttentionCall, CallMethod
 from dit_attn.processors.core.cfg import CFGRule
@@ -39,6 +41,7 @@ class TransformerRun(RunState):
         scale: scale s of ``u + s (c - u)`` at the last call, ``None`` where unknown.
         doubt: reason why state that an earlier call stored may belong to another window, branch or run, or ``None``;
             no method stores any for the rest of the run, and guidance stops.
+        reduced: the heads of every layer, where a method leaves some out, or ``None``.
         branch_doubt: reason why the rows of a call may be of other branches than assumed, or ``None``; guidance stops.
     """
 
@@ -71,6 +74,7 @@ class TransformerRun(RunState):
         self._moved = False
         self._aborted = aborted(model)
         self._prompts = PromptLookup()
+        self.reduced: ReducedHeads | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -89,6 +93,11 @@ class TransformerRun(RunState):
     def pipe(self) -> Any:
         """The pipeline that was running at the last call, ``None`` where none was."""
         return self._pipe() if self._pipe is not None else None
+
+    def heads_of(self, name: str) -> int | None:
+        """Return the number of heads that a layer attends with, the fewest of the run; ``None`` where unknown."""
+        count = head_count(self.model.get_submodule(name))
+        return count if self.reduced is None else self.reduced.fewest(name, count)
 
     @property
     def ran(self) -> bool:

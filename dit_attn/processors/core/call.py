@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import PLAIN, Layer, PassStates
-from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias
+from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias, token_mask
 from dit_attn.processors.core.observation import Observation, Probe
 from dit_attn.processors.core.token_permute import Grid, PermutedTokens, permute_tokens
 from dit_attn.processors.core.tokens import Tokens
@@ -57,6 +57,16 @@ class SDPAArgs:
         """Whether the sequence is split over devices."""
         return self.mesh is not None or self.unsupported is not None
 
+    def of_heads(self, kept: Sequence[int]) -> SDPAArgs:
+        """Return the call of some of the query heads, with their keys and values."""
+        heads = torch.tensor(kept, device=self.q.device)
+        groups = heads // (self.q.shape[2] // self.k.shape[2])
+        mask = self.mask
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == self.q.shape[2] > 1:
+            mask = mask[:, heads.to(mask.device)]
+        k, v = self.k[:, :, groups], self.v[:, :, groups]
+        return replace(self, q=self.q[:, :, heads], k=k, v=v, mask=mask, gqa=False)
+
     def rescaled(self, factor: float) -> SDPAArgs:
         """Return the call with another softmax scale; itself where the factor is 1."""
         if factor == 1.0:
@@ -96,6 +106,8 @@ class AttentionCall:
         reports: what methods say of the run, by slug, for :func:`dit_attn.summary`; emptied when a new run begins.
         find_piece: finds the tokens of a piece of the prompt, see :meth:`prompt_tokens`; ``None`` where no host does.
         find_prompts: finds the prompt of every row, see :meth:`prompts`; likewise.
+        given: what the code around the run hands to methods, by slug; see
+            :attr:`~dit_attn.processors.core.run_state.RunState.given`.
     """
 
     q: torch.Tensor
@@ -118,6 +130,7 @@ class AttentionCall:
     reports: dict[str, Any] = field(default_factory=dict)
     find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
     find_prompts: Callable[[AttentionCall], tuple[str, ...]] | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def heads(self) -> slice:
@@ -166,6 +179,21 @@ class AttentionCall:
         return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
+@dataclass(frozen=True)
+class KeyGain:
+    """Factors of what consecutive rows get from some keys, after the softmax.
+
+    Attributes:
+        keys: (B|1, Sk) bool.
+        factors: (B|1, n) factor of the rows ``first`` to ``first + n - 1``.
+        first: the first row.
+    """
+
+    keys: torch.Tensor
+    factors: torch.Tensor
+    first: int
+
+
 @dataclass
 class Request:
     """What the enabled methods ask for one call; an empty request means stock attention.
@@ -177,6 +205,8 @@ class Request:
         scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
         recorders: called with the output, see :meth:`record_output`.
         gates: factors of the output, see :meth:`multiply_heads`.
+        key_gains: factors of what rows get from some keys, see :meth:`multiply_keys`.
+        changes: functions of the output, see :meth:`change_output`.
         replacement: the output that replaces attention, see :meth:`replace_output`.
         probes: what is to be measured, see :meth:`observe`.
         declined: reasons of the methods that leave this call to stock attention.
@@ -198,6 +228,8 @@ class Request:
     biases: list[RowBias] = field(default_factory=list)
     scale_factor: float = 1.0
     gates: list[torch.Tensor] = field(default_factory=list)
+    key_gains: list[KeyGain] = field(default_factory=list)
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=list)
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
     replacement: torch.Tensor | None = None
     probes: list[Probe] = field(default_factory=list)
@@ -215,7 +247,7 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is requested that stock attention does not do."""
-        asked = self.sparse or self.biases or self.gates
+        asked = self.sparse or self.biases or self.gates or self.key_gains or self.changes
         return not (asked or self.replacement is not None or self.scale_factor != 1.0)
 
     @property
@@ -293,6 +325,32 @@ class Request:
         """
         self.gates.append(gate)
 
+    def multiply_keys(self, call: AttentionCall, keys: TokenSet, factors: torch.Tensor, first: int = 0) -> None:
+        """Multiply the part of the output that some rows get from some keys, after the softmax.
+
+        The weights of a row no longer sum to 1 then. The part is computed in a second pass over the keys, with the
+        layout and the biases of the call; rows that a method computes itself (``compute_visual``) get that of dense
+        attention. Factors of 1 change nothing.
+
+        Args:
+            call: the attention call.
+            keys: tokens that are attended to: a slice, or (Sk,) or (B, Sk) bool.
+            factors: (B|1, n) of n consecutive rows, finite.
+            first: the first of them in the sequence.
+
+        Raises:
+            DitAttnError: something does not fit the call.
+        """
+        batch, seq_len = call.q.shape[:2]
+        if factors.ndim != 2 or factors.shape[0] not in (1, batch) or not 0 <= first <= seq_len - factors.shape[1]:
+            raise DitAttnError(
+                f"factors of keys must be (B|1, n) with B={batch}, for rows of {seq_len} tokens, got "
+                f"{tuple(factors.shape)} from row {first} on"
+            )
+        mask = token_mask(keys, batch, call.k.shape[1])
+        if bool(mask.any()) and bool((factors != 1).any()):
+            self.key_gains.append(KeyGain(mask, factors, first))
+
     def record_output(self, callback: Callable[[torch.Tensor], None]) -> None:
         """Call a function with the output of this call, before a guidance method perturbs it. Changes nothing.
 
@@ -300,6 +358,17 @@ class Request:
             callback: gets (B, S, H, Dv), rows and heads as in ``call.q``; not to be written to.
         """
         self.recorders.append(callback)
+
+    def change_output(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Use a function of the output as the output, whichever way the call is computed.
+
+        Functions of several methods are applied one after another. Not to be asked for where heads are split over
+        devices (``call.shard``), nor applied where a method replaces the output.
+
+        Args:
+            change: gets (B, S, H, Dv), rows and heads as in ``call.q``, not to be written to; returns the same shape.
+        """
+        self.changes.append(change)
 
     def replace_output(self, value: torch.Tensor) -> None:
         """Use ``value`` as the output of this call. Nothing is computed, and other parts of the request have no effect.
@@ -355,7 +424,7 @@ class CallMethod(Protocol):
 
     @property
     def role(self) -> str:
-        """``"sparse"``, ``"guidance"`` or ``""``."""
+        """``"sparse"``, ``"guidance"``, ``"heads"`` or ``""``."""
 
     @property
     def min_tokens(self) -> int:

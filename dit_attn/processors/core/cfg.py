@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+CONDITIONED = ("cond", "perturbed")
+"""Guidance branches whose rows have the prompt."""
+
 
 @dataclass(frozen=True)
 class CFGRule:

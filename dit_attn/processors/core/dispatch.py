@@ -40,6 +40,21 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock
     Raises:
         DitAttnError: a perturbation that needs the full sequence, which is split over devices.
     """
+    if layer.kept_heads is not None:
+        return _dispatch_heads(run, layer, args, stock, layer.kept_heads)
+    return _dispatch_call(run, layer, args, stock)
+
+
+def _dispatch_heads(
+    run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, kept: tuple[int, ...]
+) -> torch.Tensor:
+    """The result for some heads, 0 for the others."""
+    found = _dispatch_call(run, layer, args.of_heads(kept), stock)
+    out = found.new_zeros(*args.q.shape[:3], found.shape[-1])
+    return out.index_copy(2, torch.tensor(kept, device=out.device), found)
+
+
+def _dispatch_call(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
     layer.stats.calls += 1
     layer.advance_rows(args.q.shape[0], args.turn)
     request = Request()
@@ -92,9 +107,15 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
     else:
         local = out if exchange is None else exchange.gather_heads(out)
         layer.stats.seconds += time.perf_counter() - started
+    for gain in request.key_gains if request.replacement is None else ():
+        part = executor.gained(call, request, gain)
+        local = local + (part if exchange is None else exchange.gather_heads(part))
+        out = local
     for gate in request.gates if request.replacement is None else ():
         local = local * gate[..., None].to(local.dtype)
         out = local
+    for change in request.changes if request.replacement is None else ():
+        local = out = change(local)
     if usable and layer.disabled == _NOT_FINITE:  # in this very call: later ones read nothing back
         layer.disabled_run |= not _is_finite(local, args.mesh)  # the input is to blame
     for record in request.recorders:
@@ -110,7 +131,7 @@ def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Lay
         return f"no method for {KINDS[layer.call_kind]}" if run.methods else "no method enabled"
     if run.only_guidance(layer.call_kind):
         return ONLY_GUIDANCE
-    if layer.disabled and all(method.role for method in methods):
+    if layer.disabled and {method.role for method in methods} <= {"sparse", "guidance"}:
         return layer.disabled
     if run.layout_error:
         return run.layout_error
@@ -148,6 +169,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         reports=run.reports,
         find_piece=run.find_piece,
         find_prompts=run.find_prompts,
+        given=run.given,
     )
 
 

@@ -20,7 +20,7 @@ from dit_attn.kernels import BlockLayout, LogitBias, sparse_attention
 from dit_attn.kernels.dense import biased_attention
 from dit_attn.kernels.selection.pooling import block_means
 from dit_attn.kernels.terms import BARRED, pooled_bias
-from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.call import AttentionCall, KeyGain, Request
 from dit_attn.processors.core.observation import Observation, Probe
 
 ROWS_AT_ONCE = 64  # whose logits are built where a mask has no form that kernels take
@@ -158,6 +158,26 @@ def _visual_rows(
     if permuted is None:
         return out, lse
     return permuted.unpermute(out), None if lse is None else permuted.unpermute(lse.transpose(1, 2)).transpose(1, 2)
+
+
+def gained(call: AttentionCall, request: Request, gain: KeyGain) -> torch.Tensor:
+    """Return what a gain adds to the output of a call, (B, S, H, Dv): the part of its keys, times the factor less 1.
+
+    Args:
+        call: the attention call.
+        request: its request.
+        gain: keys, rows and factors.
+    """
+    first, last = gain.first, gain.first + gain.factors.shape[1]
+    values = call.v * gain.keys.to(call.v.device)[..., None, None]
+    if request.layout is None:
+        bias, mask = request.bias(slice(first, last)), _mask_rows(call.mask, first, last)
+        part = dense_rows(call)(call.q[:, first:last], call.k, values, mask, bias)
+    else:
+        part = _observed_rows(call, request, values)[0][:, first:last]
+    more = gain.factors.to(part.device, torch.promote_types(part.dtype, torch.float32)) - 1.0
+    added = (part * more[..., None, None]).to(part.dtype)
+    return F.pad(added, (0, 0, 0, 0, first, call.q.shape[1] - last))
 
 
 @torch.no_grad()

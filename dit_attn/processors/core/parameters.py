@@ -36,6 +36,8 @@ class LayerShape:
         head_dim: channels of a head.
         hidden_size: channels of a token that enters the layer.
         dtype: type that the layer computes in.
+        outputs: its output projections and the channels of their results: ``to_out``, and ``to_add_out`` where the text
+            has one of its own; empty where they are not linear layers of the module.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerShape:
     head_dim: int
     hidden_size: int
     dtype: torch.dtype
+    outputs: tuple[tuple[str, int], ...] = ()
 
 
 class LearnedModules(torch.nn.Module):

@@ -125,7 +125,7 @@ def observe_pieces(
     spoken: Spoken,
     maps_of: Callable[[int, tuple[str, ...]], PieceMaps],
     unscale: bool = False,
-    rival: Span | None = None,
+    rival: torch.Tensor | None = None,
 ) -> None:
     """Add a call's attention to the pieces, in the rows of the conditional branch, to the maps of their samples.
 
@@ -135,22 +135,44 @@ def observe_pieces(
         spoken: the pieces.
         maps_of: returns the maps of a sample, given its number and its pieces.
         unscale: see :meth:`PieceMaps.add`.
-        rival: tokens whose share is added too.
+        rival: (B, Sk) bool, keys whose share is added too, in the rows that have some.
     """
     assert call.tokens is not None
     names, picture = list(spoken.words), generated_span(call)
-    spans = [*spoken.words.values(), *([slice(rival.start, rival.stop)] if rival is not None else ())]
+    spans = [*spoken.words.values(), *([rival] if rival is not None else ())]
+    against = [False] * len(call.branches) if rival is None else rival.any(1).tolist()
 
     def add(found: Observation) -> None:
         mass = found.row_mass[:, :, picture.start : picture.stop]  # (B, H, N, n)
         for row, (branch, number) in enumerate(zip(call.branches, call.samples)):
             pieces = spoken.rows[row]
             if branch == "cond" and pieces:
-                chosen = [names.index(piece) for piece in pieces] + [len(names)] * (rival is not None)
+                chosen = [names.index(piece) for piece in pieces] + [len(names)] * against[row]
                 counts = [int(spoken.words[piece][row].sum()) for piece in pieces]
-                maps_of(number, pieces).add(mass[row][..., chosen].float(), counts, unscale, rival is not None)
+                maps_of(number, pieces).add(mass[row][..., chosen].float(), counts, unscale, against[row])
 
     request.observe(add, spans, ())
+
+
+def reference_keys(call: AttentionCall, number: int = 1) -> torch.Tensor | None:
+    """Return which keys are tokens of a reference image, (B, Sk) bool; ``None`` where no row has any.
+
+    Args:
+        call: the call; the parts of its sequence are known.
+        number: of the image, from 1; 0 for all of them.
+    """
+    assert call.tokens is not None
+    if call.kind != "self":
+        return None
+    chosen = slice(None) if number == 0 else slice(number - 1, number)
+    out = torch.zeros(call.k.shape[:2], dtype=torch.bool, device=call.k.device)
+    for span in [span for span in call.tokens.visual if span.kind == "reference"][chosen]:
+        out[:, span.start : span.stop] = True
+    for at in range(len(out)) if call.tokens.embedded else ():
+        own = [image for image in call.tokens.embedded if image[0] == call.layer.rows[0] + at]
+        for _, start, stop in own[chosen]:
+            out[at, start:stop] = True
+    return out if bool(out.any()) else None
 
 
 def generated_span(call: AttentionCall) -> Span:

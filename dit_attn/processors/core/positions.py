@@ -36,6 +36,8 @@ class PositionMap:
         bands: which frequencies of the rotary embedding are scaled: ``all`` (positions are interpolated); ``ntk``, the
             less the faster they turn (base of the frequencies changed, arXiv 2309.00071 section 3.1); or ``yarn``,
             only those that turn less than once to 32 times over the native length (the same paper, section 3.2).
+        anchor: visual token from which h and w are counted: it is at 0 before the map. For a reference image, whose
+            place in the model's coordinates need not be known then.
         native: length of the axes that the model was trained at, in tokens; ``yarn`` needs it.
 
     Raises:
@@ -48,6 +50,7 @@ class PositionMap:
     region: slice | torch.Tensor | None = None
     bands: str = "all"
     native: Axes = (1.0, 1.0, 1.0)
+    anchor: int | None = None
 
     def __post_init__(self) -> None:
         if self.bands not in BANDS:
@@ -72,7 +75,7 @@ class PositionMap:
     @property
     def moves(self) -> bool:
         """Whether it can move a token at all."""
-        return self.scale != (1.0, 1.0, 1.0) or self.offset != (0.0, 0.0, 0.0)
+        return self.scale != (1.0, 1.0, 1.0) or self.offset != (0.0, 0.0, 0.0) or self.anchor is not None
 
     def __str__(self) -> str:
         moves = []
@@ -84,7 +87,7 @@ class PositionMap:
 
     def same(self, other: PositionMap) -> bool:
         """Return whether both move the same tokens in the same way."""
-        mine, others = ((x.scale, x.offset, x.origin, x.bands, x.native) for x in (self, other))
+        mine, others = ((x.scale, x.offset, x.origin, x.bands, x.native, x.anchor) for x in (self, other))
         return mine == others and _same_region(self.region, other.region)
 
 
@@ -144,6 +147,9 @@ def displacement(maps: Sequence[PositionMap], coordinates: torch.Tensor) -> torc
         elif item.region is not None:
             rows = torch.zeros(count, dtype=torch.bool)
             rows[item.region] = True
+        if item.anchor is not None:
+            first = factor[item.anchor] * coordinates[item.anchor] + shift[item.anchor]
+            offset = offset - scale * first * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
         shift = torch.where(rows[:, None], scale * shift + (1 - scale) * origin + offset, shift)
         factor = torch.where(rows[:, None], scale * factor, factor)
     return torch.where(factor == 1, shift, (factor - 1) * coordinates + shift)

@@ -41,6 +41,7 @@ class RunState:
         first_perturbed: first batch row that is perturbed in it.
         pass_name: ``"plain"``, ``"perturbed"`` or ``"twin"``: what the current pass through the transformer is for.
         shared: what methods store for all layers together.
+        given: what the code around the runs hands to methods, by slug; it stays until it is replaced.
         reports: what methods say of the last run, by slug, as dataclasses of JSON values with ``warnings``; emptied
             when a new one begins.
         handle: names the run inside compiled graphs.
@@ -61,6 +62,7 @@ class RunState:
         self._counts: Counter[str] = Counter()
         self.layers: list[Layer] = []
         self.shared = PassStates()
+        self.given: dict[str, Any] = {}
         self.reports: dict[str, Any] = {}
         self.layout: TokenLayout | None = None
         self.layout_error: str | None = None

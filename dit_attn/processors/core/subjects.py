@@ -108,6 +108,15 @@ def boxes_of(subject: Subject) -> list[list[float]]:
     return subject.get("boxes") or ([subject["box"]] if subject.get("box") else [])
 
 
+def shown_boxes(subject: Subject) -> list[Sequence[float]]:
+    """Return the boxes of a subject, the one around its mask where it has one."""
+    mask = mask_of(subject)
+    if mask is None:
+        return [*boxes_of(subject)]
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    return [(left / mask.width, top / mask.height, right / mask.width, bottom / mask.height)]
+
+
 def has_region(subject: Subject) -> bool:
     """Return whether a subject has boxes or a mask."""
     return bool(boxes_of(subject)) or "mask" in subject

@@ -48,10 +48,11 @@ def visual_span(kind: str, grid: tuple[int, int, int]) -> Span:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A resolved sequence: spans with their positions, and the total length."""
+    """A resolved sequence: spans with their positions, the total length, and ``embedded`` of the layout."""
 
     spans: tuple[Span, ...]
     seq_len: int
+    embedded: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def visual(self) -> tuple[Span, ...]:
@@ -74,9 +75,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The parts of a family's sequence for the current input, before the length of the text is known."""
+    """The parts of a family's sequence for the current input, before the length of the text is known.
+
+    Attributes:
+        spans: the parts, in order.
+        embedded: input images among the text, where they stand at another place in every batch row: (row, start, stop)
+            in tokens of the sequence, the images of a row in the order of their numbers.
+    """
 
     spans: tuple[Span, ...]
+    embedded: tuple[tuple[int, int, int], ...] = ()
 
     def resolve(self, seq_len: int) -> Tokens | None:
         """Return the spans with their positions in ``seq_len`` tokens; ``None`` when they cannot add up."""
@@ -91,4 +99,4 @@ class TokenLayout:
             if length:
                 spans.append(replace(span, length=length, start=start))
             start += length
-        return Tokens(tuple(spans), seq_len)
+        return Tokens(tuple(spans), seq_len, self.embedded)

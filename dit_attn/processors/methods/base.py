@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -96,8 +96,8 @@ class Method:
 
     Class attributes:
         slug: name used by ``enable(pipe, slug)`` and on the command line.
-        role: methods of one role conflict. ``"sparse"``: decides which keys are attended to; ``"guidance"``: uses the
-            perturbed pass of a step.
+        role: methods of one role conflict. ``"sparse"``: decides which keys are attended to; ``"heads"``: which heads
+            count; ``"guidance"``: uses the perturbed pass of a step.
         min_tokens: shortest sequence that the method is worth: 0, except where its point is speed.
         sites: where it applies: ``"self"`` (self and joint attention), ``"cross"`` (to the text), ``"image"`` (cross
             attention to a conditioning image, where a checkpoint has it), or ``"text"`` (cross attention to the text
@@ -152,6 +152,11 @@ class Method:
     def moves_positions(self) -> bool:
         """Whether :meth:`positions` is to be asked; models without rotary tables are refused then."""
         return type(self).positions is not Method.positions
+
+    @property
+    def resamples_tables(self) -> bool:
+        """Whether positions may be rows between those of a table that is added to the tokens, without a rotary one."""
+        return False
 
     @property
     def reads_input(self) -> bool:
@@ -210,6 +215,28 @@ class Method:
         Raises:
             DitAttnError: they do not fit.
         """
+
+    def kept(self, layers: Mapping[str, int | None]) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """Return the heads that stay in every layer that loses some, for every part of the run (:meth:`part_at`).
+
+        They are sliced away before attention; everything else, other methods too, sees the others alone.
+
+        Args:
+            layers: number of heads of every self-attention layer, by name and in order.
+
+        Raises:
+            DitAttnError: no such layer or head, or a layer that keeps none.
+        """
+        return ({},)
+
+    def part_at(self, clock: Clock) -> int:
+        """Return the part of the run, of those of :meth:`kept`, that the current step is in."""
+        return 0
+
+    @property
+    def reduces_heads(self) -> bool:
+        """Whether :meth:`kept` is to be asked."""
+        return type(self).kept is not Method.kept
 
     @property
     def learns(self) -> bool:

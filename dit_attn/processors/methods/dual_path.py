@@ -11,7 +11,6 @@ and ``out_text`` is replaced; g, how much a row attends to the text at all, stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,45 +19,39 @@ from dit_attn.kernels import BlockLayout, sparse_attention
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.executor import dense_rows
 from dit_attn.processors.methods.base import TWIN
+from dit_attn.processors.methods.host_tensors import HostTensors
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
 
 
-@dataclass(frozen=True)
 class Stored:
     """What one branch took from the text in one layer.
 
+    Args:
+        rows: (B, Sv, H, Dv) that nothing else holds.
+        store, offload: as the settings of the method; fp8 values have an fp32 factor (B, Sv, H, 1).
+
     Attributes:
-        values: (B, Sv, H, Dv) of the type of the store.
-        scale: (B, Sv, H, 1) fp32 factor of fp8 values, ``None`` for other types.
+        shape: of the rows.
+        nbytes: bytes that they take.
+        host: what is in main memory, ``None`` where they stay on the device.
     """
 
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, rows: torch.Tensor, store: str, offload: bool) -> Stored:
-        """Store rows that nothing else holds; ``store`` and ``offload`` as the settings of the method."""
-        scale, rows = None, rows.detach()
+    def __init__(self, rows: torch.Tensor, store: str, offload: bool) -> None:
+        self.shape, rows = rows.shape, rows.detach()
+        parts = (rows.to(torch.bfloat16) if store == "bf16" else rows,)
         if store == "fp8":
             scale = rows.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / _LARGEST
-            rows = (rows / scale).to(_FP8)
-        elif store == "bf16":
-            rows = rows.to(torch.bfloat16)
-        return cls(rows.cpu(), None if scale is None else scale.cpu()) if offload else cls(rows, scale)
+            parts = ((rows / scale).to(_FP8), scale)
+        self.nbytes = sum(x.numel() * x.element_size() for x in parts)
+        self.host = HostTensors(parts) if offload else None
+        self._parts = () if offload else parts
 
     def rows(self, like: torch.Tensor) -> torch.Tensor:
         """Return the rows on the device and in the type of ``like``."""
-        values = self.values.to(like.device)
-        if self.scale is not None:
-            values = values.float() * self.scale.to(like.device)
-        return values.to(like.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return sum(x.numel() * x.element_size() for x in (self.values, self.scale) if x is not None)
+        values, *scale = (x.to(like.device) for x in (self.host.take() if self.host else self._parts))
+        return (values.float() * scale[0] if scale else values).to(like.dtype)
 
 
 def stored_bytes(tokens: int, heads: int, head_dim: int, element: int, store: str) -> int:
@@ -72,9 +65,15 @@ def _index(call: AttentionCall, branch: str) -> list[int]:
 
 
 def put(call: AttentionCall, rows: torch.Tensor, store: str, offload: bool) -> None:
-    """Store rows (B, Sv, H, Dv) of the layer, each branch on its own."""
+    """Store rows (B, Sv, H, Dv) of the layer, each branch on its own; in main memory, layer after layer."""
     for branch in dict.fromkeys(call.branches):
-        call.layer.state["text", branch, call.layer.rows[0]] = Stored.of(rows[_index(call, branch)], store, offload)
+        key, last = ("text", branch, call.layer.rows[0]), call.shared.current
+        stored = call.layer.state[key] = Stored(rows[_index(call, branch)], store, offload)
+        if stored.host is not None:
+            before = last.get(key)
+            if before is not None:
+                before.following = stored.host
+            last[key] = stored.host
 
 
 def get(call: AttentionCall, shape: tuple[int, ...]) -> tuple[list[int], torch.Tensor] | None:
@@ -84,7 +83,7 @@ def get(call: AttentionCall, shape: tuple[int, ...]) -> tuple[list[int], torch.T
     parts = []
     for branch in dict.fromkeys(call.branches):
         mine, found = _index(call, branch), state.get(("text", branch, call.layer.rows[0]))
-        if isinstance(found, Stored) and found.values.shape == (len(mine), *shape[1:]):
+        if isinstance(found, Stored) and found.shape == (len(mine), *shape[1:]):
             index += mine
             parts.append(found.rows(call.q))
     return (index, torch.cat(parts)) if index else None

@@ -11,21 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 
 from dit_attn.errors import DitAttnError, shorten
-from dit_attn.kernels import BlockLayout, inward_window, pooled_compensation, snapped_window, token_order, window_tile
+from dit_attn.kernels import BlockLayout
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.positions import PositionMap, PositionSite
-from dit_attn.processors.methods import dual_path
+from dit_attn.processors.methods import dual_path, outside_keys
 from dit_attn.processors.methods.base import TWIN, Grid, TwinPass, setting
+from dit_attn.processors.methods.rotary_scaling import KINDS, scaled_positions
 from dit_attn.processors.methods.sparse import SparseMethod
-
-_POOLED = 32  # tokens per pooled key, at most
+from dit_attn.processors.methods.window_tiles import WindowTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,11 @@ class InwardWindow(SparseMethod):
             on CPUs, where tiles of about ``kv_block`` tokens divide the grid and are at most half as long as it is.
         tile: (t, h, w) of a tile; ``None`` for the best one that divides the grid.
         border: whether the window moves ``inward`` at a border or is cut off there (``clip``, not with ``snap="yes"``).
-        outside: what stands for the keys outside of the window: ``none``, or ``pooled`` keys (with snapped windows).
+        outside: what stands for the keys outside of the window, with snapped windows: ``none``; ``pooled`` for means of
+            them; ``anchors`` for one key of every few, another one at every step and in every head.
+        outside_tokens: keys that each of those stands for, at most.
+        outside_bias: added to their logits; below 0 it damps what is outside. ``-ln(outside_tokens)`` lets every anchor
+            count as one key.
         rotary: positions in the rotary embedding: ``plain``; ``interpolated`` into the range of the native size;
             ``ntk`` or ``yarn`` (arXiv 2309.00071), which scale slow frequencies more than fast ones; or ``dype``
             (arXiv 2510.20766), ``ntk`` of a strength 2 t^2 that fades with the noise, t from 1 to 0.
@@ -76,17 +79,15 @@ class InwardWindow(SparseMethod):
     snap: str = setting("auto", "move windows to the borders of tiles", choices=("auto", "yes", "no"))
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a tile")
     border: str = setting("inward", "what a window does at a border", choices=("inward", "clip"))
-    outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled"))
-    rotary: str = setting(
-        "plain", "positions in the rotary embedding", choices=("plain", "interpolated", "ntk", "yarn", "dype")
-    )
+    outside: str = setting("none", "what stands for the keys outside", choices=("none", "pooled", "anchors"))
+    outside_tokens: int = setting(32, "keys that each of those stands for, at most", low=1)
+    outside_bias: float = setting(0.0, "added to the logits of what stands for the keys outside")
+    rotary: str = setting("plain", "positions in the rotary embedding", choices=KINDS)
     temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale, or entropy")
     override: str = setting("none", "what a dense twin pass replaces in the windowed one", choices=("none", "text"))
     interval: int = setting(2, "steps from one twin pass to the next", low=1)
     override_uncond: bool = setting(True, "rows without the prompt take part in the twin pass")
-    twin_rotary: str = setting(
-        "plain", "positions of the twin pass", choices=("plain", "interpolated", "ntk", "yarn", "dype")
-    )
+    twin_rotary: str = setting("plain", "positions of the twin pass", choices=KINDS)
     twin_temperature: Literal["entropy"] | float = setting(1.0, "factor of the softmax scale of the twin pass")
     store: str = setting("model", "type of what the twin pass leaves", choices=("model", "bf16", "fp8"))
     offload: bool = setting(False, "keep what the twin pass leaves in main memory")
@@ -111,9 +112,11 @@ class InwardWindow(SparseMethod):
                 raise DitAttnError(f"{self.slug}.{name} must be above 0, got {factor!r}")
         if self.snap == "yes" and self.border == "clip":
             raise DitAttnError(f'{self.slug}.border "clip" needs exact windows; leave snap="yes" out')
-        if self.outside == "pooled" and (self.snap == "no" or self.border == "clip"):
+        if self.outside != "none" and (self.snap == "no" or self.border == "clip"):
             exact = 'snap="no"' if self.snap == "no" else 'border="clip"'
-            raise DitAttnError(f'{self.slug}.outside "pooled" needs snapped windows; leave {exact} out')
+            raise DitAttnError(f'{self.slug}.outside "{self.outside}" needs snapped windows; leave {exact} out')
+        if not math.isfinite(self.outside_bias):
+            raise DitAttnError(f"{self.slug}.outside_bias must be finite, got {self.outside_bias!r}")
 
     def check_model(self, transformer: str, layers: int) -> None:
         """Refuse settings that refer to a native size nobody said; arguments as in the base class.
@@ -192,7 +195,14 @@ class InwardWindow(SparseMethod):
 
     def density_at(self, grid: Grid) -> float | None:
         """Return the attention computed on a grid, as a fraction of dense: 1 where the window covers it."""
-        return 1.0 if self.window_of(grid) == grid else float(self.layout(grid)[0].density)
+        if self.window_of(grid) == grid:
+            return 1.0
+        layout, _ = self.layout(grid)
+        if self.outside == "none":
+            return float(layout.density)
+        if layout.elements is not None:
+            return 1.0  # left to stock attention
+        return float(layout.density) + 1.0 / outside_keys.tokens_per_key(self.outside_tokens, layout.kv_block)
 
     def layout(
         self, grid: Grid, others: int = 0, device: torch.device | str = "cpu"
@@ -207,29 +217,13 @@ class InwardWindow(SparseMethod):
         Raises:
             DitAttnError: ``snap="yes"``, and no tile divides the grid.
         """
-        window = self.window_of(grid)
-        tile, snapped = _tile_of(self, grid, window, torch.device(device).type)
-        order = token_order("tiles", grid, tile=tile)
-        kv_block = self.kv_block if tile is None else math.prod(tile)
-        q_block = kv_block * self._joined(grid, tile, kv_block)
-        if snapped:
-            layout = snapped_window(
-                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
-                device=device,
-            )  # fmt: skip
-        else:
-            layout = inward_window(
-                grid, window, order=order, q_block=q_block, kv_block=kv_block, text_after=others, text_rows=False,
-                inward=self.border == "inward", device=device,
-            )  # fmt: skip
-        return layout, tile
+        return self._tiles.layout(grid, self.window_of(grid), others, device)
 
-    def _joined(self, grid: Grid, tile: Grid | None, kv_block: int) -> int:
-        """Tiles of keys per block of queries: as many along a row as ``q_block`` holds and as divide it."""
-        if tile is None or grid[2] % tile[2]:
-            return 1
-        row = grid[2] // tile[2]
-        return max(n for n in range(1, row + 1) if row % n == 0 and (n == 1 or n * kv_block <= self.q_block))
+    @property
+    def _tiles(self) -> WindowTiles:
+        tile = None if self.tile is None else (self.tile[0], self.tile[1], self.tile[2])
+        inward, full_blocks = self.border == "inward", self.outside != "none"
+        return WindowTiles(self.snap, tile, self.q_block, self.kv_block, inward, full_blocks)
 
     def plan(self, call: AttentionCall, request: Request) -> None:
         """Set the layout, the token order, the scale and the pooled keys, and what takes the place of the text."""
@@ -251,15 +245,16 @@ class InwardWindow(SparseMethod):
             return
         others = call.tokens.seq_len - math.prod(grid)
         layout, tile = self.layout(grid, others, call.q.device)
-        if self.outside == "pooled" and layout.elements is not None:
-            request.decline("pooled keys need tiles that divide the picture")
+        if self.outside != "none" and layout.elements is not None:
+            request.decline(f"{outside_keys.WORDS[self.outside]} need tiles that divide the picture")
             return
         request.permuted = rows = request.permute(call, "tiles", tile)
         request.layout = layout
         request.multiply_scale(self._temperature(self.temperature, window, grid))
-        if self.outside == "pooled":
-            size = next(n for n in range(min(_POOLED, layout.kv_block), 0, -1) if layout.kv_block % n == 0)
-            request.compensation = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask)
+        if self.outside != "none":
+            tokens = outside_keys.tokens_per_key(self.outside_tokens, layout.kv_block)
+            step, bias = call.clock.step, self.outside_bias
+            request.compensation = outside_keys.compensation(self.outside, rows, tokens, step, bias)
         if self.has_twin and dual_path.has_text(call):
             dual_path.replace_joint(call, request)
 
@@ -286,24 +281,4 @@ class InwardWindow(SparseMethod):
         kind = self.twin_rotary if site.pass_name == TWIN else self.rotary
         if kind == "plain" or site.grid is None:
             return None
-        h, w = (min(1.0, ours / size) for ours, size in zip(self._native_size(), site.grid[1:], strict=True))
-        if kind == "dype":
-            h, w = (scale ** (2.0 * site.clock.noise**2) for scale in (h, w))
-        bands = {"interpolated": "all", "dype": "ntk"}.get(kind, kind)
-        rows, columns = self._native_size()
-        native = (float(site.grid[0]), float(rows), float(columns))
-        return PositionMap(scale=(1.0, h, w), bands=bands, native=native) if (h, w) != (1.0, 1.0) else None
-
-
-@lru_cache(maxsize=256)
-def _tile_of(method: InwardWindow, grid: Grid, window: Grid, device: str) -> tuple[Grid | None, bool]:
-    """The tile of the order, ``None`` for the default one, and whether windows are snapped to it."""
-    given = method.tile
-    tile = window_tile(grid, method.kv_block) if given is None else (given[0], given[1], given[2])
-    divides = not any(n % side for n, side in zip(grid, tile, strict=True))
-    fine = all(side <= max(1, size // 2) or size == n for side, size, n in zip(tile, window, grid, strict=True))
-    if method.snap == "yes" and not divides:
-        raise DitAttnError(f'{method.slug}.tile {tile} does not divide the grid {grid}; leave it out, or snap="yes"')
-    wanted = method.snap == "yes" or method.outside == "pooled" or (method.snap == "auto" and device == "cpu")
-    snapped = wanted and divides and method.border == "inward" and (fine or method.snap == "yes")
-    return (tile if given is not None or snapped or fine else None), snapped
+        return scaled_positions(kind, site.grid, self._native_size(), site.clock.noise)

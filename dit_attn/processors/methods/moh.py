@@ -103,6 +103,7 @@ class MoH(LearnedMethod):
     """
 
     slug: ClassVar[str] = "moh"
+    role: ClassVar[str] = "heads"
 
     shared: float | int = setting(0, "heads that are always on (fraction or count)", low=0)
     top_k: float | int = setting(1.0, "active heads of the others (fraction or count)", low=0)

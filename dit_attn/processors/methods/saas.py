@@ -15,15 +15,22 @@ import torch
 
 from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.cfg import CONDITIONED
 from dit_attn.processors.core.layer import PLAIN
 from dit_attn.processors.core.logit_bias import RowBias, span_bias
-from dit_attn.processors.core.piece_maps import PieceMaps, Spoken, find_pieces, generated_span, observe_pieces
+from dit_attn.processors.core.piece_maps import (
+    PieceMaps,
+    Spoken,
+    find_pieces,
+    generated_span,
+    observe_pieces,
+    reference_keys,
+)
 from dit_attn.processors.core.prompt_pieces import SPLITS, split_prompt
 from dit_attn.processors.core.region_maps import mask_quality, masked_mean, region_masks
 from dit_attn.processors.methods.base import Method, in_steps, resolve_count, setting
 from dit_attn.processors.methods.saas_report import Measured, SaaSReport
 
-CONDITIONED = ("cond", "perturbed")  # branches whose rows have the prompt
 _EPS = 1e-6
 
 
@@ -36,6 +43,7 @@ class SaaS(Method):
         split: how it is split: ``clauses`` (commas, semicolons, sentences, "and") or ``release`` (as the paper's code).
         rival: what a piece is compared with: the tokens of the ``reference`` image (the paper), the other ``pieces``,
             or ``auto``: the reference where the sequence has one.
+        reference: number of the reference image that is the rival, from 1 (the paper); 0 for all together.
         strength: s, factor of the measured ratio.
         clamp: smallest and largest factor; ``None`` for none, as in the paper's code.
         target: share of the attention of its region that every piece is held at instead, by a closed loop.
@@ -59,6 +67,7 @@ class SaaS(Method):
     pieces: tuple[str, ...] = setting((), "pieces of the prompt; empty to split it")
     split: str = setting("clauses", "how the prompt is split", choices=SPLITS)
     rival: str = setting("auto", "what a piece is compared with", choices=("auto", "reference", "pieces"))
+    reference: int = setting(1, "number of the image that is the rival; 0 for all", low=0)
     strength: float = setting(1.0, "factor of the measured ratio", low=0.0)
     clamp: tuple[float, ...] | None = setting((1.0, 10.0), "smallest and largest factor; none for none")
     target: float | None = setting(None, "share of attention to hold every piece at", low=1e-6, high=0.999)
@@ -127,9 +136,7 @@ class SaaS(Method):
     # -- measuring ---------------------------------------------------------------------------------------------------
 
     def _observe(self, call: AttentionCall, request: Request, state: State, spoken: Spoken) -> None:
-        assert call.tokens is not None
-        references = [span for span in call.tokens.visual if span.kind == "reference"]
-        against = references[0] if references and call.kind == "self" and self.rival != "pieces" else None
+        against = None if self.rival == "pieces" else reference_keys(call, self.reference)
         if self.rival == "reference" and against is None:
             raise DitAttnError(
                 f"{self.slug}.rival is the reference, and this run has none in its sequence; take pieces"

@@ -44,10 +44,20 @@ def dump_tensors(modules: LearnedModules, name: str, origin: Origin) -> bytes:
     Raises:
         DitAttnError: they are not in memory.
     """
+    return dump_state(modules.tensors(name), origin)
+
+
+def dump_state(tensors: dict[str, torch.Tensor], origin: Origin) -> bytes:
+    """Return tensors by layer and name as a safetensors file.
+
+    Args:
+        tensors: of one method, as :meth:`LearnedModules.tensors` has them.
+        origin: what they were made for.
+    """
     from safetensors.torch import save
 
     about = {"format": "pt", **{key: str(value) for key, value in asdict(origin).items()}}
-    return save(modules.tensors(name), metadata=about)
+    return save(tensors, metadata=about)
 
 
 def load_tensors(source: str, component: str, origin: Origin) -> dict[str, torch.Tensor]:
@@ -85,6 +95,8 @@ def _describe(origin: list[str]) -> str:
 def read_settings(source: str | Path) -> tuple[dict[str, Any], Path]:
     """Read saved settings, whose ``"weights"`` become the source where learned tensors lie beside them.
 
+    A file ``NAME.json`` may have them in ``NAME.safetensors``. What it says under ``"about"`` is left out.
+
     Args:
         source: a folder, a JSON file, or ``org/name`` on the Hub.
 
@@ -100,7 +112,11 @@ def read_settings(source: str | Path) -> tuple[dict[str, Any], Path]:
         data = files.parse_json(path.read_bytes())
     except ValueError as error:
         raise DitAttnError(f"{path} is not JSON ({error}); save it again with save_pretrained") from error
+    if isinstance(data, dict):
+        data.pop("about", None)
     if isinstance(data, dict) and data.get("weights") is not None:
+        if given.is_file() and data["weights"] == given.with_suffix(".safetensors").name:
+            return {**data, "weights": str(given.with_suffix(".safetensors"))}, path
         if data["weights"] != TENSORS["transformer"]:
             raise DitAttnError(
                 f"{path}: a saved method has its tensors beside it, in {TENSORS['transformer']}, and this one names "
@@ -182,6 +198,10 @@ def locate(source: str, name: str) -> Path:
         DitAttnError: there is no such file.
     """
     place = files.user_path(source, "method")
+    if place.suffix == ".safetensors":
+        if not place.is_file() or name != TENSORS["transformer"]:
+            raise DitAttnError(f"there are no tensors {cut(source, 100)} of {name}; check the path")
+        return place
     if place.is_dir():
         if not (place / name).is_file():
             raise DitAttnError(f"{place} has no {name} in it; give a folder that save_pretrained wrote")

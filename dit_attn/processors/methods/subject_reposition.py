@@ -1,7 +1,8 @@
 """Reposition of subjects (IR-Diffusion, arXiv 2411.19261): a subject is drawn, or referred to, at another place.
 
-The paper resamples the features of a reference image into the box of its subject. With a rotary embedding the place of
-a token is its coordinates, so that nothing is resampled here: tokens of one box get the coordinates of another.
+The paper resamples the features of a reference image into the box of its subject. The place of a token is its
+coordinates in a rotary embedding, or the row of a table that is added to it, so that features stay as they are here:
+tokens of one box get the coordinates of another, or rows of the table that are resampled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _WHOLE = [0.0, 0.0, 1.0, 1.0]
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectReposition(Method):
-    """Move subjects by the coordinates of their tokens in the model's rotary embedding.
+    """Move subjects by the positions of their tokens, in the model's rotary embedding or its table of positions.
 
     Without subjects, and where every subject comes from its own box, a run is bit-equal to the stock one.
 
@@ -70,6 +71,11 @@ class SubjectReposition(Method):
         """Whether a subject is to be moved."""
         return any(box != source_of(one) for one in self._moved for box in boxes_of(one))
 
+    @property
+    def resamples_tables(self) -> bool:
+        """Whether rows between those of an added table may be taken: always."""
+        return True
+
     def positions(self, site: PositionSite) -> tuple[PositionMap, ...] | None:
         """Return the maps of all subjects, made once for a run and its shapes."""
         if site.grid is None or not self._moved or not in_steps(site.clock, self.start, self.stop):
@@ -93,13 +99,16 @@ class SubjectReposition(Method):
         keys = torch.zeros_like(rows)
         for at, one in enumerate(self._moved):
             if "reference" in one:
-                span = reference_of(one, call.tokens.visual, grid)
-                keys[at, 0, span.start : span.stop] = tokens_in(source_of(one), grid)
+                span = reference_of(one, call.tokens.visual)
+                keys[at, 0, span.start : span.stop] = tokens_in(source_of(one), span)
         for barred, theirs in barriers(rows, keys) if self.mutual else ():
             request.add_span_bias(call, barred[0], theirs[0], -math.inf)
         picture = next(span for span in call.tokens.visual if span.kind != "reference")
         for one, mine in zip(self._moved, keys[:, 0]) if self.density_correct else ():
-            density = area(source_of(one)) / area(box_at(boxes_of(one), 0.0))
+            if "reference" not in one:
+                continue
+            span = reference_of(one, call.tokens.visual)
+            density = area(source_of(one), span.grid) / area(box_at(boxes_of(one), 0.0), grid)
             request.add_span_bias(call, slice(picture.start, picture.stop), mine, -math.log(density))
 
     def _maps(self, visual: tuple[Span, ...], grid: Grid) -> tuple[PositionMap, ...]:
@@ -111,9 +120,9 @@ class SubjectReposition(Method):
         for one, region in zip(self._moved, regions):
             tokens, source, boxes = torch.zeros(count, dtype=torch.bool), source_of(one), boxes_of(one)
             if "reference" in one:
-                span = reference_of(one, visual, grid)
-                tokens[span.start : span.stop] = tokens_in(source, grid)
-                maps.append(box_map(source, boxes[0], grid, tokens))
+                span = reference_of(one, visual)
+                tokens[span.start : span.stop] = tokens_in(source, span)
+                maps.append(box_map(source, boxes[0], grid, tokens, span))
                 continue
             for frame in range(grid[0]) if len(boxes) > 1 else (slice(None),):
                 part = torch.zeros_like(region)
@@ -125,7 +134,9 @@ class SubjectReposition(Method):
         return tuple(maps)
 
 
-def box_map(box: Any, other: Any, grid: Grid, region: torch.Tensor) -> PositionMap:
+def box_map(
+    box: Any, other: Any, grid: Grid, region: torch.Tensor, reference: Span | None = None
+) -> PositionMap:
     """Return the map that gives the tokens of one box the coordinates of another.
 
     With tokens of size 1 whose centers are at p + 1/2, and the edges a, b of the boxes in tokens: p goes to
@@ -135,15 +146,18 @@ def box_map(box: Any, other: Any, grid: Grid, region: torch.Tensor) -> PositionM
         box, other: (left, top, right, bottom) as fractions of the picture.
         grid: (T, H, W) tokens.
         region: (Sv,) bool, the visual tokens in ``box``.
+        reference: the reference image that ``box`` is in, of any size; default: the picture itself.
     """
+    own = grid if reference is None or reference.grid is None else reference.grid
     scale, offset = [1.0], [0.0]
     for axis in (1, 0):  # h, w
-        sides = [(one[axis] * grid[2 - axis], one[axis + 2] * grid[2 - axis]) for one in (box, other)]
+        sides = [(one[axis] * n[2 - axis], one[axis + 2] * n[2 - axis]) for one, n in ((box, own), (other, grid))]
         (a, a_end), (b, b_end) = sides
         factor = round((b_end - b) / (a_end - a), 9)
         scale.append(factor)
         offset.append(round((0.5 - a) * factor + b - 0.5, 9))
-    return PositionMap(scale=(scale[0], scale[1], scale[2]), offset=(offset[0], offset[1], offset[2]), region=region)
+    moves: dict[str, Any] = {"scale": tuple(scale), "offset": tuple(offset), "region": region}
+    return PositionMap(**moves, anchor=None if reference is None else reference.start)
 
 
 def source_of(subject: Subject) -> list[float]:
@@ -151,11 +165,11 @@ def source_of(subject: Subject) -> list[float]:
     return subject.get("from", _WHOLE)
 
 
-def reference_of(subject: Subject, visual: tuple[Span, ...], grid: Grid) -> Span:
+def reference_of(subject: Subject, visual: tuple[Span, ...]) -> Span:
     """Return the tokens of a subject's reference image.
 
     Raises:
-        DitAttnError: the run has no such reference, or one of another size than the picture.
+        DitAttnError: the run has no such reference, or one of unknown size.
     """
     known, number = [span for span in visual if span.kind == "reference"], subject["reference"]
     if number > len(known):
@@ -164,20 +178,21 @@ def reference_of(subject: Subject, visual: tuple[Span, ...], grid: Grid) -> Span
             "pass the image, or leave out the reference"
         )
     span = known[number - 1]
-    if span.grid is None or span.grid[1:] != grid[1:]:
-        size = "unknown" if span.grid is None else f"{span.grid[2]} x {span.grid[1]}"
+    if span.grid is None:
         raise DitAttnError(
-            f"the reference of {shorten(subject['piece'])} has {size} tokens and the picture {grid[2]} x {grid[1]}: "
-            "give height and width of the reference, or resize it"
+            f"how many tokens wide the reference of {shorten(subject['piece'])} is, is not known for this model; leave "
+            "out the reference"
         )
     return span
 
 
-def tokens_in(box: list[float], grid: Grid) -> torch.Tensor:
+def tokens_in(box: list[float], image: Span) -> torch.Tensor:
     """Return the tokens of an image that a box covers by more than half, (H * W,) bool."""
-    return regions_of([{"piece": "", "box": box}], (1, *grid[1:]))[0]
+    assert image.grid is not None
+    return regions_of([{"piece": "", "box": box}], image.grid)[0]
 
 
-def area(box: Any) -> float:
-    """Return the share of the picture that a box has."""
-    return float((box[2] - box[0]) * (box[3] - box[1]))
+def area(box: Any, grid: Grid | None) -> float:
+    """Return the area of a box in tokens of an image."""
+    assert grid is not None
+    return float((box[2] - box[0]) * (box[3] - box[1])) * grid[1] * grid[2]

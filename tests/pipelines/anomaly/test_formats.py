@@ -91,6 +91,17 @@ def test_the_mvtec_tree_and_the_folder_of_anomalib_match_by_sorted_order(written
     np.testing.assert_array_equal(np.asarray(Image.open(masks[1])) > 0, pairs[1].mask)
 
 
+def test_normal_photographs_become_png_in_the_mvtec_tree_and_stay_as_they_are_elsewhere(written, tmp_path):
+    _, pairs = written
+    photograph = tmp_path / "good.JPG"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(photograph)
+    for name in ("mvtec", "folder"):
+        export(tmp_path, name, pairs[:1], {"nut": [photograph]})
+    tree = tmp_path / "mvtec/nut/train/good/000.png"  # anomalib's MVTecAD passes over other suffixes
+    np.testing.assert_array_equal(np.asarray(Image.open(tree)), np.asarray(Image.open(photograph)))
+    assert (tmp_path / "folder/normal/nut_good_000.jpg").read_bytes() == photograph.read_bytes()
+
+
 def test_flat_masks_are_255_or_1_and_black_for_normal_images(written):
     folder, _ = written
     for name, on in (("flat", 255), ("flat01", 1)):

@@ -20,8 +20,9 @@ from dit_attn.pipelines.anomaly import (
     MaskSource,
     TrainConfig,
 )
-from dit_attn.pipelines.anomaly.generator import read_rows, seed_of
+from dit_attn.pipelines.anomaly.manifest import read_rows
 from dit_attn.pipelines.anomaly.masks import augmented, drawn, foreground, placed
+from dit_attn.pipelines.anomaly.orders import seed_of
 from dit_attn.pipelines.anomaly.sources import from_folders
 from dit_attn.pipelines.anomaly.training import ConceptTraining, train
 from dit_attn.pipelines.anomaly.views import view_of
@@ -65,7 +66,7 @@ def test_resumed_training_is_uninterrupted_training(family, source, tmp_path):
     training = ConceptTraining(Backbone(tiny_pipeline(family), 32), source, CONFIG)
     from accelerate import Accelerator
 
-    training.update(Accelerator(cpu=True), training.objective)
+    training.update(Accelerator(cpu=True))
     training.save(tmp_path / "cut")
     training.close()
     resumed = train(Backbone(tiny_pipeline(family), 32), source, CONFIG, tmp_path / "cut", resume=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,20 +11,20 @@ import torch
 
 import dit_attn
 from dit_attn import DitAttnError
-from dit_attn.pipelines.head_drop import HeadDrop, HeadProfile, choose_heads, profile_heads, random_heads
-from dit_attn.pipelines.head_drop.drop import dropping_error
-from dit_attn.pipelines.head_drop.profile import output_projection
-from tests._support.compose import forward, same, tiny
-
-
-class Pipe(SimpleNamespace):
-    """A transformer with the inputs of one call, which a run repeats with other noise."""
-
-    def __call__(self, prompt: str, generator: torch.Generator, output_type: str) -> None:
-        args = copy.deepcopy(self.args)
-        args["hidden_states"] = torch.randn(args["hidden_states"].shape, generator=generator)
-        with torch.no_grad():
-            self.transformer(**args, return_dict=False)
+from dit_attn.pipelines.head_drop import (
+    DroppedHeads,
+    HeadProfile,
+    choose_heads,
+    first_heads,
+    named_heads,
+    profile_heads,
+    profile_parts,
+    random_heads,
+)
+from dit_attn.pipelines.head_drop.refit import dropping_error, refit
+from dit_attn.processors.attach.layer_shape import output_projection
+from tests._support.compose import forward, same, tiny, tiny_pipeline
+from tests._support.gated_heads import Pipe
 
 
 def made(name: str) -> Pipe:
@@ -75,34 +74,32 @@ def test_the_ablation_error_is_that_of_a_head_taken_out_to_first_order(profiled:
     args = {**pipe.args, "hidden_states": torch.randn(pipe.args["hidden_states"].shape, generator=generator)}
     full = forward(pipe.transformer, args)
     layers = [layer.name for layer in profile.layers]
-    kept = tuple(h for h in range(attention.heads) if h != head)
-    drop = HeadDrop(profile.transformer, {layers[-1]: kept}, {layers[-1]: attention.heads})
-    drop.apply(pipe)
+    dit_attn.enable(pipe.transformer, dit_attn.HeadDrop(heads=f"{layers[-1]}:{head}"))
     exact = (forward(pipe.transformer, args) - full).square().sum() / full.square().sum()
     assert float(profile.layers[-1].ablation[head]) == pytest.approx(float(exact), rel=0.5)
 
 
-def test_nothing_dropped_changes_nothing_and_removing_is_bit_equal(profiled: tuple[str, HeadProfile]) -> None:
+def enabled_from(pipe: Pipe, drop: DroppedHeads, folder: Path) -> torch.Tensor:
+    """The output with the saved file enabled."""
+    dit_attn.enable(pipe.transformer, str(drop.save(folder / "heads.json")))
+    return forward(pipe.transformer, pipe.args)
+
+
+def test_nothing_dropped_changes_nothing_and_disabling_is_bit_equal(
+    profiled: tuple[str, HeadProfile], tmp_path: Path
+) -> None:
     name, profile = profiled
     pipe = made(name)
     before = forward(pipe.transformer, pipe.args)
     drop = choose_heads(profile, 0)
-    drop.apply(pipe)
-    assert not drop.kept and same(before, forward(pipe.transformer, pipe.args))
+    assert drop.dropped == (0,) and same(before, enabled_from(pipe, drop, tmp_path))
+    dit_attn.disable(pipe.transformer)
     state = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
-    drop = choose_heads(profile, 0.5)
-    drop.apply(pipe)
-    for attention, layer in zip(attentions(pipe), profile.layers, strict=True):
-        count = len(drop.kept.get(layer.name, range(layer.heads)))
-        size = layer.streams["to_out"].total.numel() // layer.heads
-        assert attention.heads == count and attention.to_q.out_features == count * size
-    assert not same(before, forward(pipe.transformer, pipe.args))
-    with pytest.raises(DitAttnError, match="taken out already"):
-        drop.apply(pipe)
-    drop.remove(pipe)
-    drop.remove(pipe)
+    assert not same(before, enabled_from(pipe, choose_heads(profile, 0.5), tmp_path))
+    dit_attn.disable(pipe.transformer)
+    dit_attn.disable(pipe.transformer)
     assert same(before, forward(pipe.transformer, pipe.args))
-    assert all(torch.equal(value, state[key]) for key, value in pipe.transformer.state_dict().items())
+    assert all(torch.equal(value, state.pop(key)) for key, value in pipe.transformer.state_dict().items()) and not state
 
 
 def test_a_head_without_a_projection_costs_nothing_and_goes_first(profiled: tuple[str, HeadProfile]) -> None:
@@ -115,9 +112,9 @@ def test_a_head_without_a_projection_costs_nothing_and_goes_first(profiled: tupl
                 projection.weight[:, :size] = 0.0
     before = forward(pipe.transformer, pipe.args)
     profile = profile_heads(pipe, ["a"], every=1)
-    drop = choose_heads(profile, 1, refit=False)
-    assert drop.kept == {profile.layers[0].name: tuple(range(1, attention.heads))} and drop.expected < 1e-12
-    drop.apply(pipe)
+    drop = choose_heads(profile, 1, refitted=False)
+    assert drop.kept == ({profile.layers[0].name: tuple(range(1, attention.heads))},) and drop.expected < 1e-12
+    dit_attn.enable(pipe.transformer, drop.method)
     torch.testing.assert_close(forward(pipe.transformer, pipe.args), before, atol=1e-5, rtol=1e-4)
 
 
@@ -134,7 +131,7 @@ def test_a_duplicate_head_is_made_up_for_by_the_refit(profiled: tuple[str, HeadP
                     part.bias[size : 2 * size] = part.bias[:size]
     layer = profile_heads(pipe, ["a", "b"], every=1).layers[0]
     kept = [head for head in range(layer.heads) if head != 1]
-    plain, refit = (dropping_error(layer, kept, refit=way, ridge=1e-9) for way in (False, True))
+    plain, refit = (dropping_error(layer, kept, refitted=way, ridge=1e-9) for way in (False, True))
     assert refit < 1e-5 * plain
 
 
@@ -144,7 +141,7 @@ def test_the_refit_is_never_worse_on_what_was_measured(profiled: tuple[str, Head
         assert dropping_error(layer, range(layer.heads)) < 1e-9
         for head in range(layer.heads):
             kept = [other for other in range(layer.heads) if other != head]
-            assert dropping_error(layer, kept) <= dropping_error(layer, kept, refit=False) * (1 + 1e-9)
+            assert dropping_error(layer, kept) <= dropping_error(layer, kept, refitted=False) * (1 + 1e-9)
 
 
 def test_chosen_heads_are_expected_to_be_no_worse_than_random_ones(profiled: tuple[str, HeadProfile]) -> None:
@@ -153,41 +150,92 @@ def test_chosen_heads_are_expected_to_be_no_worse_than_random_ones(profiled: tup
     for count in range(1, most + 1):
         chosen = choose_heads(profile, count)
         others = [random_heads(profile, count, seed) for seed in range(4)]
-        assert chosen.dropped == count == others[0].dropped
+        assert chosen.dropped == (count,) == others[0].dropped
         assert chosen.expected <= min(other.expected for other in others) * (1 + 1e-9)
     with pytest.raises(DitAttnError, match="every layer keeps one"):
         choose_heads(profile, most + 1)
 
 
-def test_saved_heads_come_back_and_fit_their_model_only(profiled: tuple[str, HeadProfile], tmp_path: Path) -> None:
+def test_saved_heads_fit_their_model_only(profiled: tuple[str, HeadProfile], tmp_path: Path) -> None:
+    name, profile = profiled
+    pipe = made(name)
+    enabled_from(pipe, choose_heads(profile, 1), tmp_path)
+    assert dit_attn.Method.from_pretrained(tmp_path / "heads.json").weights == str(tmp_path / "heads.safetensors")
+    other, _ = tiny("wan")
+    with pytest.raises(DitAttnError, match=r"no (self or joint )?attention layer|there is no layer|has tensors of"):
+        dit_attn.enable(other, str(tmp_path / "heads.json"))
+    (tmp_path / "heads.safetensors").unlink()
+    with pytest.raises(DitAttnError, match=r"there are no tensors .*heads\.safetensors"):
+        dit_attn.enable(made(name).transformer, str(tmp_path / "heads.json"))
+
+
+def test_the_refit_is_the_nearest_projection(profiled: tuple[str, HeadProfile], tmp_path: Path) -> None:
+    """What is enabled from the file is W' and b' of the closed form."""
     name, profile = profiled
     pipe = made(name)
     drop = choose_heads(profile, 1)
-    drop.apply(pipe)
-    expected = forward(pipe.transformer, pipe.args)
-    loaded = HeadDrop.load(drop.save(tmp_path / "heads"))
-    drop.remove(pipe)
-    loaded.apply(pipe)
-    assert loaded == drop
-    assert same(expected, forward(pipe.transformer, pipe.args))
-    with pytest.raises(DitAttnError, match="these heads are those of"):
-        HeadDrop.load(tmp_path / "heads").apply(made("wan"))
-    with pytest.raises(DitAttnError, match="has other heads than were measured"):
-        HeadDrop.load(tmp_path / "heads").apply(pipe)
-    (tmp_path / "heads/heads.json").write_text("[]")
-    with pytest.raises(DitAttnError, match="has no dropped heads"):
-        HeadDrop.load(tmp_path / "heads")
+    (layer, kept), = drop.kept[0].items()
+    session = dit_attn.enable(pipe.transformer, str(drop.save(tmp_path)))
+    reduced = next(here.reduced for here in session.layers if here.name == layer)
+    found = next(one for one in profile.layers if one.name == layer)
+    for stream, moments in found.streams.items():
+        weight, shift = refit(moments, found.channels(kept))
+        module = output_projection(session.model.get_submodule(layer), stream)
+        new = output_projection_of(reduced, stream)
+        torch.testing.assert_close(new.cached[0].double(), weight.T, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(new.cached[1].double(), module.bias.double() + shift, atol=1e-6, rtol=1e-4)
 
 
-def test_sparse_methods_go_on_top(profiled: tuple[str, HeadProfile]) -> None:
-    name, profile = profiled
-    pipe = made(name)
-    choose_heads(profile, 1).apply(pipe)
-    dit_attn.enable(pipe.transformer, dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0))
-    assert torch.isfinite(forward(pipe.transformer, pipe.args)).all()
-    assert dit_attn.summary(pipe.transformer).sparse_calls == len(profile.layers)
+def output_projection_of(reduced: Any, stream: str) -> Any:
+    found = getattr(reduced, stream)
+    return found[0] if isinstance(found, torch.nn.ModuleList) else found
 
 
-def test_heads_that_share_a_norm_are_refused() -> None:
-    with pytest.raises(DitAttnError, match="norm_q normalizes over all heads at once"):
-        profile_heads(made("wan"), ["a"])
+def test_parts_of_the_run_have_profiles_and_heads_of_their_own(tmp_path: Path) -> None:
+    pipe, call = tiny_pipeline("pixart")
+    stock, steps = pipe.__call__, {"num_inference_steps": 4}
+
+    class Prompted(SimpleNamespace):
+        """The pipeline, which has no text encoder, with its prompt embeddings."""
+
+        def __call__(self, prompt: str, **kwargs: Any) -> None:
+            stock(**call, **kwargs)
+
+    pipe = Prompted(transformer=pipe.transformer)
+    first, last = profile_parts(pipe, ["a", "b"], (0.5,), call=steps, every=1)
+    whole = profile_heads(pipe, ["a", "b"], call=steps, every=1)
+    assert first.end == 0.5 and first.calls + last.calls == whole.calls
+    for a, b, both in zip(first.layers, last.layers, whole.layers, strict=True):
+        torch.testing.assert_close(
+            a.streams["to_out"].square + b.streams["to_out"].square, both.streams["to_out"].square
+        )
+    drop = choose_heads([first, last], 1)
+    assert drop.until == (0.5,) and sum(drop.dropped) == 2  # one head in the mean
+    dit_attn.enable(pipe, str(drop.save(tmp_path)))
+    seen: list[tuple[int, Any, int]] = []
+
+    def note(call: Any, request: Any, out: torch.Tensor) -> None:
+        seen.append((call.clock.step, call.layer, call.q.shape[2]))
+
+    with dit_attn.observing(pipe, note):
+        pipe(prompt="a", **steps)
+    for step, layer, count in seen:
+        kept = drop.kept[step >= 2].get(layer.name)
+        assert count == (whole.layers[0].heads if kept is None else len(kept))
+
+
+def test_named_heads_and_the_first_of_a_list_are_left_out(profiled: tuple[str, HeadProfile]) -> None:
+    _, profile = profiled
+    layer = profile.layers[0]
+    expected = {layer.name: tuple(range(1, layer.heads))}
+    assert named_heads(profile, "L0H0").kept == (expected,)
+    every = [(layer.name, head) for head in range(layer.heads)]
+    assert first_heads(profile, every, 1).kept == (expected,)
+    with pytest.raises(DitAttnError, match="a layer keeps one at least"):
+        named_heads(profile, "0")
+
+
+def test_heads_that_share_a_norm_and_layers_without_a_projection_of_their_own() -> None:
+    assert len(profile_heads(made("wan"), ["a"], every=1).layers) == 2
+    flux = profile_heads(made("flux"), ["a"], every=1)
+    assert flux.count == 3 and [layer.name for layer in flux.layers] == ["transformer_blocks.0.attn"]

@@ -35,6 +35,11 @@ def test_the_twin_pass_and_its_store_are_counted() -> None:
     steps, dense = twin.stages[3].steps, explain(pipe, height=256, width=256).operations
     extra = twin.stages[3].operations - plain.stages[3].operations
     assert extra == pytest.approx(2 * dense * -(-steps // 2)) and twin.store > 0 == plain.store
+    there = HighResolution(pipe, InwardWindow(override="text", offload=True)).explain(256, 256)
+    layers = explain(pipe).layers
+    assert there.store == there.host_store == twin.store and twin.host_store == 0
+    assert twin.stages[3].memory - there.stages[3].memory == twin.store - 2 * twin.store // layers
+    assert "of it in main" in str(there)
 
 
 def test_latents_are_neither_decoded_nor_encoded_in_between() -> None:

@@ -44,6 +44,12 @@ def test_the_batch_may_be_another_axis() -> None:
     assert batch.take(X[:, 0], INDEX, ROWS, axis=1) is not None
 
 
+def test_tensors_with_another_batch_axis_are_no_list_with_an_entry_for_every_sample() -> None:
+    parts = [torch.arange(10.0).reshape(5, 2) + i for i in range(2)]  # as many parts as samples
+    found = batch.take(parts, [1], 2, axis=1)
+    assert len(found) == 2 and all(torch.equal(new, old[:, 1:]) for new, old in zip(found, parts, strict=True))
+
+
 class Model(torch.nn.Module):
     """Arguments as transformers take them."""
 

@@ -24,6 +24,8 @@ from tests._support.compose import SPARSE, forward, pipeline_run, same, tiny, ti
 from tests._support.family_mixin import FamilyMixin
 from tests._support.position_maps import Placed, Tables
 from tests.families.test_allegro import TestAllegro as AllegroCase
+from tests.families.test_anyflow import TestAnyFlow as AnyFlowCase
+from tests.families.test_ernie_image import TestErnieImage as ErnieImageCase
 from tests.families.test_hidream import TestHiDream as HiDreamCase
 from tests.families.test_hunyuan_dit import TestHunyuanDiT as HunyuanDiTCase
 from tests.families.test_ltx_2 import TestLtx2 as Ltx2Case
@@ -323,7 +325,13 @@ def test_a_copied_model_moves_its_own_tables() -> None:
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
-FORMS: dict[str, Callable[[], FamilyMixin]] = {"pair": QwenImageCase, "matrix": HiDreamCase, "axes": AllegroCase}
+FORMS: dict[str, Callable[[], FamilyMixin]] = {
+    "pair": QwenImageCase,
+    "matrix": HiDreamCase,
+    "axes": AllegroCase,
+    "angles": ErnieImageCase,
+    "shared": AnyFlowCase,
+}
 
 
 @pytest.fixture

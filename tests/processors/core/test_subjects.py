@@ -13,7 +13,14 @@ from PIL import Image
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core import subjects
-from dit_attn.processors.core.subjects import box_at, check_mask_size, check_overlap, mask_of, parse_subjects
+from dit_attn.processors.core.subjects import (
+    box_at,
+    check_mask_size,
+    check_overlap,
+    mask_of,
+    parse_subjects,
+    shown_boxes,
+)
 
 BOX = [0.25, 0.0, 0.5, 0.75]
 ONE = ({"piece": "red cube", "box": BOX},)
@@ -90,6 +97,13 @@ def test_a_mask_is_the_same_from_a_file_an_image_an_array_or_a_tensor(tmp_path: 
     check_mask_size(found[0], (800, 600))
     with pytest.raises(DitAttnError, match="has 8 x 6 pixels, which does not fit 800 x 800"):
         check_mask_size(found[0], (800, 800))
+
+
+def test_a_mask_is_shown_by_the_box_around_it() -> None:
+    drawn = np.zeros((4, 8), dtype=bool)
+    drawn[1:, 2:4] = True
+    masked, boxed = parse_subjects([{"piece": "a", "mask": drawn}, {"piece": "b", "box": BOX}])
+    assert shown_boxes(masked) == [(0.25, 0.25, 0.5, 1.0)] and shown_boxes(boxed) == [BOX]
 
 
 def test_a_file_that_is_missing_or_no_json_is_said(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_a_store_takes_what_was_told_and_gives_the_rows_back(store: str, offload
     rows = (
         torch.randn(2, 50, 3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
     )
-    kept = Stored.of(rows, store, offload)
+    kept = Stored(rows, store, offload)
     assert kept.nbytes == 2 * stored_bytes(50, 3, 16, 4, store)
     error = (kept.rows(rows) - rows).norm(dim=-1) / rows.norm(dim=-1)
     assert float(error.max()) <= {"model": 0.0, "bf16": 4e-3, "fp8": 0.04}[store]
@@ -88,6 +88,11 @@ def test_its_size_is_told_before_a_run() -> None:
     found = dit_attn.explain(pipe, InwardWindow(**SMALL, store="fp8"), height=64, width=80, num_frames=13)
     layers = 2 * found.layers
     assert found.memory == layers * stored_bytes(found.tokens, 2, 12, 4, "fp8")
+    assert found.host_memory == 0 and "main memory" not in str(found)
+    there = dit_attn.explain(
+        pipe, InwardWindow(**SMALL, store="fp8", offload=True), height=64, width=80, num_frames=13
+    )
+    assert there.host_memory == there.memory == found.memory and "of it in main" in str(there)
     half = dit_attn.explain(pipe, InwardWindow(**SMALL, override_uncond=False), height=64, width=80, num_frames=13)
     assert half.memory == layers * stored_bytes(found.tokens, 2, 12, 4, "model") // 2
 

@@ -12,11 +12,12 @@ import torch
 
 import dit_attn
 from dit_attn import DitAttnError, InwardWindow
-from dit_attn.kernels import inward_window
+from dit_attn.kernels import inward_window, sparse_attention
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.positions import PositionSite
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.methods.outside_keys import anchor_places
 from tests._support.compose import forward, same, tiny
 from tests._support.recorded_calls import reference
 from tests._support.window_masks import window_bias
@@ -30,7 +31,7 @@ def method(**changes: Any) -> InwardWindow:
 
 
 def call(
-    grid: tuple[int, int, int] = GRID, text: int = 0, kind: str = "video", spans: tuple[Span, ...] = ()
+    grid: tuple[int, int, int] = GRID, text: int = 0, kind: str = "video", spans: tuple[Span, ...] = (), step: int = 0
 ) -> AttentionCall:
     spans = spans or (*((Span("text", text),) if text else ()), visual_span(kind, grid))
     tokens = TokenLayout(spans).resolve(sum(span.length or 0 for span in spans))
@@ -38,7 +39,7 @@ def call(
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 2, tokens.seq_len, 2, 16, generator=draw)
     layer: Any = SimpleNamespace(index=0, state={}, stateless=None, rows=(0, 2))
-    clock: Any = SimpleNamespace(step=0, total=10, progress=0.0)
+    clock: Any = SimpleNamespace(step=step, total=10, progress=0.0)
     return AttentionCall(q, k, v, None, None, False, layer, tokens, clock, ("uncond", "cond"))
 
 
@@ -116,6 +117,41 @@ def test_pooled_keys_stand_for_what_is_outside() -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_anchors_are_dense_attention_over_the_steps_that_take_every_key() -> None:
+    settings = method(outside="anchors", outside_tokens=8)
+    found = [answer(settings, call(text=5, step=step)) for step in range(8)]
+    outs, lses = [], []
+    for request, out in found:
+        rows, layout = request.permuted, request.layout
+        assert rows is not None and layout is not None and request.compensation is not None
+        _, lse = sparse_attention(rows.q, rows.k, rows.v, layout, compensation=request.compensation, return_lse=True)
+        lses.append(rows.unpermute(lse.transpose(1, 2)))
+        outs.append(out[:, 5:])
+    weights = torch.stack(lses).softmax(0)[..., None]
+    dense = by_definition(call(text=5), GRID)[:, 5:]
+    torch.testing.assert_close((torch.stack(outs) * weights).sum(0).double(), dense, atol=2e-6, rtol=1e-5)
+    assert all(float((out - dense).norm() / dense.norm()) > 0.1 for out in outs)
+
+
+def test_anchors_move_with_steps_and_heads_and_stay_far_from_the_last_ones() -> None:
+    for tokens in (1, 2, 7, 30, 32):
+        places = torch.stack([anchor_places(tokens, step, 3) for step in range(tokens)])
+        assert all(torch.equal(column.sort().values, torch.arange(tokens)) for column in places.T)
+        assert torch.equal(places[1:, 0], places[:-1, 1])
+        gaps = (places[1:] - places[:-1]).abs()
+        assert tokens < 7 or int(torch.minimum(gaps, tokens - gaps).min()) >= tokens // 4
+
+
+def test_what_is_outside_can_be_damped() -> None:
+    plain = answer(method(), call())[1]
+    outputs = [answer(method(outside="anchors", outside_bias=bias), call())[1] for bias in (0.0, -2.0, -60.0)]
+    errors = [float((out - plain).norm()) for out in outputs]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
+    settings = method(outside="anchors", outside_tokens=8)
+    assert settings.density_at(GRID) == pytest.approx(method().density_at(GRID) + 1 / 8)
+    assert method(outside="anchors").density_at((1, 37, 41)) == 1.0  # no tile divides it: stock attention
+
+
 @pytest.mark.parametrize(
     "grid, native, most, raster",
     [
@@ -137,10 +173,11 @@ def test_a_window_that_covers_the_picture_is_left_to_stock_attention() -> None:
     assert request.empty and request.declined == ["the window covers the picture"]
 
 
-def test_pooled_keys_without_tiles_that_divide_the_picture_leave_it_to_stock_attention() -> None:
+@pytest.mark.parametrize("outside, words", [("pooled", "pooled keys"), ("anchors", "anchors")])
+def test_what_stands_for_skipped_blocks_needs_tiles_that_divide_the_picture(outside: str, words: str) -> None:
     request = Request()
-    method(outside="pooled").request(call(grid=(1, 37, 41)), request)
-    assert request.empty and request.declined == ["pooled keys need tiles that divide the picture"]
+    method(outside=outside).request(call(grid=(1, 37, 41)), request)
+    assert request.empty and request.declined == [f"{words} need tiles that divide the picture"]
 
 
 def test_a_sequence_with_references_is_left_to_stock_attention() -> None:
@@ -183,7 +220,7 @@ def test_the_temperature_multiplies_the_scale(changes: Any, factor: float) -> No
 
 def test_interpolated_positions_stay_within_the_native_range() -> None:
     layer: Any = SimpleNamespace(index=0)
-    clock: Any = SimpleNamespace(step=0)
+    clock: Any = SimpleNamespace(step=0, noise=1.0)
     site = PositionSite(layer, (visual_span("video", GRID),), clock)
     assert method().positions(site) is None and not method().moves_positions
     moved = method(rotary="interpolated")
@@ -217,6 +254,9 @@ def test_interpolated_positions_stay_within_the_native_range() -> None:
         ({"snap": "yes", "border": "clip"}, 'border "clip" needs exact windows'),
         ({"snap": "no", "outside": "pooled"}, '"pooled" needs snapped windows'),
         ({"border": "clip", "outside": "pooled"}, '"pooled" needs snapped windows; leave border="clip" out'),
+        ({"border": "clip", "outside": "anchors"}, '"anchors" needs snapped windows; leave border="clip" out'),
+        ({"outside_tokens": 0}, "outside_tokens must be at least 1"),
+        ({"outside_bias": -math.inf}, "outside_bias must be"),
         ({"densities": (0.5,)}, "has no density"),
     ],
 )

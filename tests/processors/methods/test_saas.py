@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 import dit_attn
 from dit_attn import DitAttnError, SaaS
 from dit_attn.processors.core.call import Request, SDPAArgs
+from dit_attn.processors.core.prompt_pieces import split_prompt
 from dit_attn.processors.core.region_maps import region_masks
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, stock_attention
 from tests._support.prompted_pipelines import pipeline_of
 from tests._support.recorded_calls import weights
+from tests._support.released_saas import ReleasedSaaS, released_region, released_split
 from tests.processors.attach.prompt_spans.prompted_cases import CASES
 
 GRID = (1, 8, 9)
@@ -27,14 +31,17 @@ STEPS = 6
 
 
 class Run:
-    """A run of one layer on fixed queries and keys, at as many steps as wanted."""
+    """A run of some layers on fixed queries and keys, at as many steps as wanted."""
 
-    def __init__(self, method: SaaS, layout: TokenLayout = LAYOUT) -> None:
+    def __init__(self, method: SaaS, layout: TokenLayout = LAYOUT, layers: int = 1) -> None:
         self.run, self.layer = host_run([method], layout, rows=2)
         seq_len = TEXT + N + (25 if layout is WITH_REFERENCE else 0)
         draw = torch.Generator().manual_seed(3)
-        q, k, v = (torch.randn(2, seq_len, 4, 16, generator=draw, dtype=torch.float64) for _ in range(3))
-        self.args = SDPAArgs(q, k, v)
+        self.layers = []
+        for number in range(layers):
+            q, k, v = (torch.randn(2, seq_len, 4, 16, generator=draw, dtype=torch.float64) for _ in range(3))
+            layer = self.run.add_layer(f"blocks.{number}") if number else self.layer
+            self.layers.append((layer, SDPAArgs(q, k, v)))
         self.run.clock.total = STEPS
         self.run.clock.step = 0
 
@@ -53,7 +60,7 @@ class Run:
         for step in range(count):
             self.run.clock.step = step
             self.run.begin_call(2)
-            done.append(Dispatched(self.run, self.layer, self.args))
+            done += [Dispatched(self.run, layer, args) for layer, args in self.layers]
         return done
 
     @property
@@ -61,37 +68,73 @@ class Run:
         return self.run.reports["saas"].traces
 
 
-def released(run: Run, done: Dispatched, masks: Any, factors: Any) -> tuple[torch.Tensor, Any, Any]:
-    """One step as the paper's code computes it: weights are multiplied and normalized, then measured.
-
-    Returns the conditional row's output and what acts at the next step.
-    """
-    call = done.call
-    assert call is not None
-    matrix = weights(call, Request())[0][1]  # (H, S, Sk)
-    if masks is not None:
-        matrix = matrix.clone()
-        for mask, factor, words in zip(masks, factors, WORDS.values()):
-            rows = TEXT + mask.nonzero().flatten()
-            matrix[:, rows[:, None], torch.tensor(words)] *= factor
-        matrix = matrix / matrix.sum(-1, keepdim=True)
-    out = torch.einsum("hqk,khd->qhd", matrix, call.v[1])
-    mean = matrix.mean(0)[TEXT : TEXT + N]
-    texts = torch.stack([mean[:, words].sum(-1) for words in WORDS.values()])
-    image = mean[:, TEXT + N :].sum(-1)
-    masks = region_masks(texts, GRID)
-    factors = [(image * mask).sum() / ((text * mask).sum() + 1e-6) for text, mask in zip(texts, masks)]
-    return out, masks, factors
-
-
 def test_the_rule_of_the_paper_step_by_step() -> None:
-    run = Run(SaaS(**EVERY, measure="post"), WITH_REFERENCE)
-    masks = factors = None
-    for done in run.steps():
-        expected, masks, factors = released(run, done, masks, factors)
+    """Outputs, regions and factors of two layers over a run are those of the published code's rule, in float64."""
+    run = Run(SaaS(**EVERY, measure="post"), WITH_REFERENCE, layers=2)
+    rows, image = slice(TEXT, TEXT + N), slice(TEXT + N, TEXT + N + 25)
+    code = ReleasedSaaS(list(WORDS.values()), image, rows, GRID[1:])
+    steps = run.steps()
+    for step in range(STEPS):
+        calls = steps[2 * step : 2 * step + 2]
+        factors = code.factors or [1.0, 1.0]
+        if step:
+            applied = [[trace.wanted[step - 1], trace.factors[step - 1]] for trace in run.traces]
+            assert applied == [[pytest.approx(factor, rel=1e-4)] * 2 for factor in factors]
+            shares = [float(mask.float().mean()) for mask in code.masks]
+            assert [trace.areas[step - 1] for trace in run.traces] == pytest.approx(shares, abs=1e-6)
+        matrices = []
+        for done in calls:
+            assert done.call is not None
+            matrices.append(weights(done.call, Request())[0][1])
+        for done, matrix in zip(calls, code.step(matrices), strict=True):
+            assert done.call is not None
+            expected = torch.einsum("hqk,khd->qhd", matrix, done.call.v[1])
+            torch.testing.assert_close(done.out[1], expected, atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(done.out[0], stock_attention(done.call)[0])
+    assert min(code.factors) > 1.0
+
+
+def test_the_strength_multiplies_the_ratio_of_the_paper() -> None:
+    run = Run(SaaS(**EVERY, measure="post", strength=0.5), WITH_REFERENCE)
+    code = ReleasedSaaS(list(WORDS.values()), slice(TEXT + N, TEXT + N + 25), slice(TEXT, TEXT + N), GRID[1:], 0.5)
+    for done in run.steps(3):
+        assert done.call is not None
+        (matrix,) = code.step([weights(done.call, Request())[0][1]])
+        expected = torch.einsum("hqk,khd->qhd", matrix, done.call.v[1])
         torch.testing.assert_close(done.out[1], expected, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(done.out[0], stock_attention(run.args)[0])
-    assert factors is not None and min(factors) > 1.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_regions_are_those_of_the_published_rule(seed: int) -> None:
+    maps = torch.rand(2, N, generator=torch.Generator().manual_seed(seed)) ** 3
+    expected = torch.stack([released_region(one, GRID[1:]) for one in maps])
+    assert torch.equal(region_masks(maps, GRID), expected)
+
+
+def test_the_split_of_the_published_code_on_tokens_is_that_on_characters() -> None:
+    """The code counts tokens behind the first image; ``release`` counts characters. Both leave the same words out."""
+    prompt = "<img><|image_1|></img>, make the circle red, and add a dog, also remove it"
+    suffix = ["<|end|>", "", "<|assistant|>", "", "<|diffusion|>"]
+    tokens = ["<img>", "image", "</img>", *re.findall(r"\w+|,", prompt.partition("</img>")[2]), *suffix]
+    pieces = [" ".join(tokens[a:b]) for a, b in released_split(tokens, tokens.index("</img>") + 2, len(suffix))]
+    assert pieces == ["make the circle red", "add a dog", "remove it"]
+    assert [prompt[a:b] for a, b in split_prompt(prompt, "release")] == pieces
+
+
+@pytest.mark.parametrize("number", [1, 2, 0])
+def test_images_among_the_text_are_the_rival_where_they_stand_in_every_row(number: int) -> None:
+    """OmniGen writes its input images into the instruction, behind padding that differs from row to row."""
+    images = ((0, 9, 11), (1, 7, 9), (1, 10, 12))
+    run = Run(SaaS(**EVERY, observe=True, rival="reference", reference=number), replace(LAYOUT, embedded=images))
+    (done,) = run.steps(1)
+    run.steps(2)
+    assert done.call is not None
+    matrix = weights(done.call, Request())[0][1].mean(0)[TEXT : TEXT + N]
+    keys = {1: [7, 8], 2: [10, 11], 0: [7, 8, 10, 11]}[number]
+    for trace, words in zip(run.traces, WORDS.values()):
+        (mask,) = region_masks(matrix[:, words].sum(1)[None], GRID)
+        assert trace.shares[0] == pytest.approx(float(matrix[mask][:, words].sum(1).mean()), abs=2e-6)
+        assert trace.rivals[0] == pytest.approx(float(matrix[mask][:, keys].sum(1).mean()), abs=2e-6)
 
 
 def test_measured_before_the_lift_the_factor_is_steady_and_after_it_swings() -> None:

@@ -17,8 +17,10 @@ from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.positions import PositionSite, displacement
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, random_args
+from tests._support.edit_pipelines import editing
 from tests._support.family_cases import image_ids
 from tests._support.outputs import same
+from tests._support.pipeline_runs import run as run_pipeline
 from tests._support.recorded_calls import reference, requests
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
@@ -156,9 +158,56 @@ def test_a_reference_that_a_run_lacks_is_one_line(flux: Any) -> None:
         output(flux, method)
     dit_attn.disable(flux[0])
     assert "\n" not in str(raised.value)
-    small = replace(PICTURE[1], length=24, grid=(1, 4, 6))
-    with pytest.raises(DitAttnError, match="has 6 x 4 tokens and the picture 12 x 8"):
-        placed(SubjectReposition(subjects=REFERRED[:1]), PICTURE[0], small)
+    unknown = replace(PICTURE[1], grid=None)
+    with pytest.raises(DitAttnError, match="how many tokens wide the reference of 'a cube' is"):
+        placed(SubjectReposition(subjects=REFERRED[:1]), PICTURE[0], unknown)
+
+
+@pytest.mark.parametrize("at", [(0.0, 0.0), (2.5, -3.0)], ids=["at the corner", "where the model puts it"])
+def test_a_reference_of_another_size_goes_into_the_box_wherever_its_model_places_it(at: tuple[float, float]) -> None:
+    """The right half of 6 x 10 tokens goes to the box of the second subject, 4 x 6 tokens at the top right."""
+    small = visual_span("reference", (1, 6, 10))
+    subject = {"piece": "a ball", "box": [0.5, 0.0, 1.0, 0.5], "from": RIGHT, "reference": 1}
+    start = coordinates(small.grid or GRID) + torch.tensor([1.0, *at])
+    layer, visual = Layer("attn", 0), (PICTURE[0], replace(small, start=96))
+    maps = SubjectReposition(subjects=[subject]).positions(PositionSite(layer, visual, Clock()))
+    assert maps is not None
+    points = torch.cat([coordinates(), start])
+    found = (points + displacement(maps, points))[96:].unflatten(0, (6, 10))
+    own = coordinates(small.grid or GRID).unflatten(0, (6, 10))
+    assert torch.equal(found[:, :5], start.unflatten(0, (6, 10))[:, :5]) and bool((found[..., 0] == 1.0).all())
+    expected_h, expected_w = (own[..., 1] + 0.5) * 4 / 6 - 0.5, (own[..., 2] - 5 + 0.5) * 6 / 5 + 6 - 0.5
+    torch.testing.assert_close(found[:, 5:, 1], expected_h[:, 5:])
+    torch.testing.assert_close(found[:, 5:, 2], expected_w[:, 5:])
+
+
+def test_the_density_of_a_reference_of_another_size_counts_its_own_tokens() -> None:
+    """30 tokens of 6 x 10 come to lie on 24 of the picture: their weight is divided by 30 / 24."""
+    small = visual_span("reference", (1, 6, 10))
+    subject = {"piece": "a ball", "box": [0.5, 0.0, 1.0, 0.5], "from": RIGHT, "reference": 1}
+    method = SubjectReposition(subjects=[subject], mutual=False, density_correct=True)
+    run, layer = host_run([method], TokenLayout((Span("text", 4), PICTURE[0], small)))
+    args = random_args(4 + 96 + 60)
+    done = Dispatched(run, layer, replace(args, q=args.q.double(), k=args.k.double(), v=args.v.double()))
+    bias = torch.zeros(1, 1, 160, 160, dtype=torch.float64)
+    keys = 100 + (coordinates(small.grid or GRID)[:, 2] >= 5).nonzero().flatten()
+    bias[0, 0, 4:100, keys] = -math.log(30 / 24)
+    torch.testing.assert_close(done.out, reference(done.call, done.request, bias), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen-image-edit"])
+def test_references_of_another_size_are_moved_in_editing_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, kwargs = editing(name, monkeypatch)
+    picture = {"kontext": kwargs.get("height"), "qwen-image-edit": 64}[name]
+    subject = {"piece": "a cube", "box": LEFT, "from": [0.25, 0.0, 1.0, 1.0], "reference": 1}
+    stock = run_pipeline(pipe, kwargs, 1, prompt="a cube")
+    dit_attn.enable(pipe, SubjectReposition(subjects=[subject]))
+    sizes: list[Any] = []
+    with dit_attn.observing(pipe, lambda call, request, out: sizes.append([span.grid for span in call.tokens.visual])):
+        assert picture and not same(stock, run_pipeline(pipe, kwargs, 1, prompt="a cube"))
+    assert sizes[0][0] != sizes[0][1] and "moved" in str(dit_attn.summary(pipe)).lower()
+    dit_attn.disable(pipe)
+    assert same(stock, run_pipeline(pipe, kwargs, 1, prompt="a cube"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import argparse
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.errors import unknown
+from dit_attn.cli.workers import process_rank
+from dit_attn.errors import DitAttnError, unknown
 
 JOBS = ("train", "generate", "benchmark")
 GROUPS = {
@@ -36,14 +37,17 @@ GROUPS = {
                    choices=("both", "horizontal", "none"), metavar="HOW"),
         flags.Flag("prompt-template", "prompt of a defect", default="{product} with a {defect}", metavar="TEXT"),
         flags.Flag("normal-template", "prompt of a normal product", default="normal {product}", metavar="TEXT"),
+        flags.Flag("learn-masks", "learn to draw masks too, for --mask-source learned", bool),
+        flags.Flag("mask-steps", "optimizer steps of --learn-masks", int, "600", low=1),
         flags.Flag("push-to-hub", "upload the concept to this repository of the Hugging Face Hub", metavar="ORG/NAME"),
     ),
     "generation": (
         flags.Flag("concept", "file that anomaly train wrote", metavar="FILE", exists=True),
         flags.Flag("count", "pairs in all, shared out evenly", int, low=1),
         flags.Flag("per-defect", "pairs of every (product, defect)", int, low=1),
-        flags.Flag("mask-source", "real (of the shots, moved and bent), drawn, or given by --masks", default="real",
-                   choices=("real", "drawn", "given"), metavar="KIND"),
+        flags.Flag("mask-source", "real (of the shots, moved and bent), drawn (new ones of such a size), learned (see "
+                   "--learn-masks), or given by --masks", default="real", choices=("real", "drawn", "learned", "given"),
+                   metavar="KIND"),
         flags.Flag("roi", "where defects may lie: auto (the foreground), none, an image, or a folder of images",
                    default="auto", metavar="PATH"),
         flags.Flag("steps", "denoising steps", int, "20", low=1),
@@ -53,6 +57,8 @@ GROUPS = {
         flags.Flag("controls", "normal controls to score per defect, for the report", int, "4", low=0),
         flags.Flag("crop", "auto: crop around the mask and paste; none: the entire image", default="auto",
                    choices=("auto", "none"), metavar="HOW"),
+        flags.Flag("reweighting", "attend more to the defect where a mask is unpainted: off, bias, gain or logit",
+                   default="off", choices=("off", "bias", "gain", "logit"), metavar="MODE"),
         flags.Flag("format", "mvtec, folder, flat, flat01, coco, yolo or jsonl; repeatable", default="mvtec",
                    many=True, metavar="NAME"),
         flags.Flag("with-normals", "write the normal images too", "on-or-off", "on"),
@@ -86,6 +92,8 @@ _EXAMPLES = """examples:
   dit-attn anomaly generate --model org/name --normal good \\
       --concept outputs/scratch/concept.safetensors --per-defect 100 \\
       --format mvtec --format coco --output outputs/pairs
+  accelerate launch --num-processes 8 -m dit_attn anomaly generate \\
+      --model org/name --normal good --concept scratch.safetensors --count 1000
   dit-attn anomaly benchmark --model org/name --data mvtec --product bottle \\
       --k 1 5 --output outputs/benchmark
 """
@@ -114,6 +122,14 @@ def run(args: argparse.Namespace) -> int:
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
     if options["job"] == "benchmark":
+        rank, processes = process_rank()
+        if processes > 1 and rank:  # the first process says it
+            return 2
+        if processes > 1:
+            raise DitAttnError(
+                f"dit-attn anomaly benchmark runs in one process, and {processes} were started; start it without "
+                "torchrun or accelerate launch"
+            )
         from dit_attn.cli.commands.anomaly import benchmark
 
         return benchmark.benchmark(options)

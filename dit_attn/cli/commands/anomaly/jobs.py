@@ -6,16 +6,19 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_attn import files
+from dit_attn.cli import workers
 from dit_attn.cli.model_source import check_reachable, locate
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, progress_bar
 from dit_attn.errors import DitAttnError
+from dit_attn.hub import check_repository
 from dit_attn.pipelines.anomaly.exports import Pair, check_formats, export
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
 from dit_attn.pipelines.anomaly.pixels import read_image, read_mask
@@ -26,49 +29,80 @@ def train(options: Options) -> int:
     """Learn the defects; returns 0, or 130 after Ctrl-C."""
     check_model(options)
     reject(options, "train", "concept", "count", "per_defect")
+    if "mask_steps" in options and not options.get("learn_masks"):
+        raise DitAttnError("--mask-steps without --learn-masks; add --learn-masks, or leave it out")
+    if "push_to_hub" in options:
+        check_repository(options["push_to_hub"])
     source = find_source(options, shots=True)
     source.check()
     output = output_folder(options, "train")
+    rank, processes = workers.process_rank()
     if options.get("dry_run"):
-        print(_plan(source, options.get("train_steps", 200)))
+        if rank == 0:
+            print(_plan(source, options.get("train_steps", 200)))
+            if options.get("learn_masks"):
+                print(f"{options.get('mask_steps', 600)} optimizer steps for masks")
         return 0
     if (output / "checkpoint.pt").exists() and not options.get("resume"):
         raise DitAttnError(f"{output} already holds a training; add --resume, or choose another --output")
     from dit_attn.pipelines.anomaly import training
 
-    config = train_config(options)
+    config, resume = train_config(options), bool(options.get("resume"))
+    training.check_batch(config.batch, processes)
     backbone = load_backbone(options)
-    with progress_bar(config.steps, "learn", "step", not options.get("json")) as bar:
-        try:
+    try:
+        with progress_bar(config.steps, "learn", "step", _speaks(options)) as bar:
             concept = training.train(
-                backbone, source, config, output, model=options["model"], resume=bool(options.get("resume")),
-                free_text=True, on_progress=lambda done, total, loss: bar.update(done - bar.n),
+                backbone, source, config, output, model=options["model"], resume=resume, free_text=True,
+                on_progress=lambda done, total, loss: bar.update(done - bar.n),
             )  # fmt: skip
-        except KeyboardInterrupt:
-            print(f"stopped; continue with the same command and --resume; see {output}", file=sys.stderr)
-            return 130
+        if rank:
+            return 0
+        if options.get("learn_masks"):
+            _learn_masks(options, backbone, concept, output)
+    except KeyboardInterrupt:
+        _say(f"stopped; continue with the same command and --resume; see {output}")
+        return 130
     path = output / "concept.safetensors"
     if "push_to_hub" in options:
         print(concept.push_to_hub(path, options["push_to_hub"]), file=sys.stderr)
     gates = {name: {"threshold": g["low"], "shots": g["shots"], "normal_under_mask": g["controls"]}
              for name, g in concept.settings.gate.items()}  # fmt: skip
+    masks = concept.settings.mask_model
     if options.get("json"):
-        print(json.dumps({"concept": str(path), "pairs": list(concept.settings.pairs), "gate": gates}, indent=1))
+        usable = {"usable_masks": masks.usable} if masks else {}
+        report = {"concept": str(path), "pairs": list(concept.settings.pairs), "gate": gates, **usable}
+        print(json.dumps(report, indent=1))
     else:
         for name, gate in gates.items():
-            control = gate["normal_under_mask"]
+            control, ratios = gate["normal_under_mask"], gate["shots"]
+            count = f"{len(ratios)} shot{'' if len(ratios) == 1 else 's'}"
             print(
-                f"{name}: {len(gate['shots'])} shots, ratio {np.mean(gate['shots']):.2f}; normal images under the same "
+                f"{name}: {count}, ratio {np.mean(ratios):.2f}; normal images under the same "
                 f"masks {control['mean']:.2f}, 95 % below {control['q95']:.2f}; accepted from {gate['threshold']:.2f}"
             )
+        for name, share in masks.usable.items() if masks else ():
+            print(f"{name}: {share:.0%} of the masks drawn for a trial can be used")
         print(f"concept written to {path}")
     return 0
+
+
+def _learn_masks(options: Options, backbone: Any, concept: Any, output: Path) -> None:
+    from dit_attn.pipelines.anomaly.mask_training import MaskTrainConfig, learn_masks
+
+    names = {"mask_steps": "steps", "lora_rank": "lora_rank", "flips": "flips", "seed": "seed"}
+    config = MaskTrainConfig(**{field: options[name] for name, field in names.items() if name in options})
+    with progress_bar(config.steps, "learn masks", "step", not options.get("json")) as bar:
+        learn_masks(
+            backbone, concept, config, output, resume=bool(options.get("resume")),
+            on_progress=lambda done, total, loss: bar.update(done - bar.n),
+        )  # fmt: skip
 
 
 def generate(options: Options) -> int:
     """Make pairs; returns 0, 1 where some are missing, or 130 after Ctrl-C."""
     check_model(options)
-    reject(options, "generate", "defects", "push_to_hub")
+    reject(options, "generate", "defects", "learn_masks", "mask_steps", "push_to_hub")
     if "concept" not in options:
         raise DitAttnError("no concept; give --concept FILE, which `dit-attn anomaly train` writes")
     formats = options.get("format", ["mvtec"])
@@ -77,7 +111,10 @@ def generate(options: Options) -> int:
         raise DitAttnError("--mask-source given needs the masks; give --masks DIR")
     with loading_libraries(not options.get("json")):
         from dit_attn.pipelines.anomaly.concept import Concept
-        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, check_counts, read_rows
+        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+        from dit_attn.pipelines.anomaly.manifest import read_rows
+        from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer, check_mask_model
+        from dit_attn.pipelines.anomaly.orders import check_counts
     concept = Concept.load(options["concept"])
     counts = _counts(options, [tuple(name.split("+", 1)) for name in concept.settings.pairs])
     check_counts(counts)
@@ -86,21 +123,30 @@ def generate(options: Options) -> int:
         if not source.normals.get(product):
             raise DitAttnError(f"there are no normal images of {product!r}; give --normal DIR and --product {product}")
     masks = {pair: _masks(options, concept, pair) for pair in counts}
+    if options.get("mask_source") == "learned":
+        for pair in counts:
+            check_mask_model(concept, "+".join(pair))
     roi = _roi(options.get("roi", "auto"))
     output = output_folder(options, "generate")
-    if (output / "manifest.jsonl").exists() and not options.get("resume"):
+    if any(output.glob("manifest*.jsonl")) and not options.get("resume"):
         raise DitAttnError(f"{output} already holds pairs; add --resume, or choose another --output")
     if options.get("dry_run"):
-        for (product, defect), count in counts.items():
-            print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
+        if workers.process_rank()[0] == 0:
+            for (product, defect), count in counts.items():
+                print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
         return 0
     config = generate_config(options)
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
     backbone = load_backbone(options, concept.settings.resolution)
     generator = AnomalyGenerator(backbone.pipe, concept, config, resolution=backbone.resolution)
+    if options.get("mask_source") == "learned":
+        drawer = MaskDrawer(generator.backbone, concept)
+        for pair, learned in masks.items():
+            learned.draw = drawer.of("+".join(pair))
     generator.encode_prompts(list(counts), free=True)
+    _, worker = workers.join_workers(backbone.device, True)
     total = sum(counts.values())
-    with progress_bar(total, "pairs", "pair", not options.get("json")) as bar:
+    with progress_bar(total, "pairs", "pair", _speaks(options)) as bar:
 
         def step(done: int, wanted: int, rejected: int) -> None:
             bar.set_postfix(rejected=rejected, refresh=False)
@@ -108,15 +154,29 @@ def generate(options: Options) -> int:
 
         try:
             summary = generator.run(
-                output, source.normals, counts, masks, roi=roi, controls=options.get("controls", 4), on_progress=step
-            )
+                output, source.normals, counts, masks, roi=roi, controls=options.get("controls", 4), on_progress=step,
+                worker=worker,
+            )  # fmt: skip
         except KeyboardInterrupt:
-            print(f"stopped; what is done is in {output}; continue with --resume", file=sys.stderr)
+            _say(f"stopped; what is done is in {output}; continue with --resume")
             return 130
+    if worker.rank:
+        return 1 if _missing(summary) else 0
     rows = read_rows(output / "manifest.jsonl")
     _export(output, rows, formats, source.normals if options.get("with_normals", True) else {})
     _pages(output, rows, summary, shlex.join(["dit-attn", *options.argv]))
     return _report(options, output, summary, formats)
+
+
+def _speaks(options: Options) -> bool:
+    """Whether this process prints: the first, unless it is to print JSON alone."""
+    return not options.get("json") and workers.process_rank()[0] == 0
+
+
+def _say(text: str) -> None:
+    """Print on standard error, in the first process."""
+    if workers.process_rank()[0] == 0:
+        print(text, file=sys.stderr)
 
 
 # -- what the flags name -----------------------------------------------------------------------------------------------
@@ -233,10 +293,10 @@ def train_config(options: Options) -> Any:
 
 def generate_config(options: Options) -> Any:
     """Return how pairs are made."""
-    from dit_attn.pipelines.anomaly.generator import GenerateConfig
+    from dit_attn.pipelines.anomaly.orders import GenerateConfig
 
     given = {"guidance": options["guidance_scale"]} if "guidance_scale" in options else {}
-    return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "seed"), **given)
+    return GenerateConfig(**options.pick("steps", "batch", "retries", "crop", "reweighting", "seed"), **given)
 
 
 def load_backbone(options: Options, resolution: int | None = None) -> Any:
@@ -245,11 +305,13 @@ def load_backbone(options: Options, resolution: int | None = None) -> Any:
     from dit_attn.pipelines.anomaly.backbone import FAMILIES, Backbone
 
     config = LoadConfig.from_options(options)
+    device, _ = workers.join_workers(config.device, "device" in options)
+    config = replace(config, device=device)
     name = config.source.pipeline.__name__
     if name not in FAMILIES:
         raise DitAttnError(f"anomalies are not there yet for {name}; they are for {', '.join(sorted(FAMILIES))}")
     size = options.get("resolution", resolution or config.source.defaults.get("height"))
-    with loading_libraries(not options.get("json")):
+    with loading_libraries(_speaks(options)):
         pipe = load_pipeline(config)
     return Backbone(pipe, size)
 
@@ -294,14 +356,19 @@ def _pages(output: Path, rows: list[dict[str, Any]], summary: dict[str, Any], co
     files.write_text(output / "index.html", page(output, rows, summary, command))
 
 
+def _missing(summary: dict[str, Any]) -> int:
+    return sum(one["missing"] for one in summary["pairs"].values())
+
+
 def _report(options: Options, output: Path, summary: dict[str, Any], formats: Sequence[str]) -> int:
-    missing = sum(one["missing"] for one in summary["pairs"].values())
+    missing = _missing(summary)
     if options.get("json"):
         print(json.dumps({"output": str(output), "formats": list(formats), **summary}, indent=1))
         return 1 if missing else 0
     for name, one in summary["pairs"].items():
-        figures = ", ".join(f"{key} {one[key]:.2f}" for key in ("ratio", "fill", "leak") if key in one)
-        print(f"{name}: {one['accepted']} of {one['wanted']} pairs, {one['rejected']} rejected; {figures}")
+        found = ", ".join(f"{key} {one[key]:.2f}" for key in ("ratio", "fill", "leak") if key in one)
+        figures = f"; {found}" if found else ""
+        print(f"{name}: {one['accepted']} of {one['wanted']} pairs, {one['rejected']} rejected{figures}")
         control = summary["controls"].get(name)
         if control:
             print(f"  control, prompt of the normal product: {control['accepted']} of {control['count']} accepted, "

@@ -10,6 +10,7 @@ from dit_attn.cli.jobs import Job
 from dit_attn.cli.model_source import locate
 from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError
+from dit_attn.hub import check_repository
 
 
 def check(options: Options) -> None:
@@ -29,9 +30,8 @@ def check(options: Options) -> None:
             raise DitAttnError(f"--{name} must be above 0, got 0")
     if "check" in options and "held_out" in options:
         raise DitAttnError("--check and --held-out are two sets of items to compare on; give one of them")
-    repo = options.get("push_to_hub")
-    if repo is not None and (repo.count("/") != 1 or not all(repo.split("/"))):
-        raise DitAttnError(f"--push-to-hub must be ORG/NAME, got {repo!r}")
+    if "push_to_hub" in options:
+        check_repository(options["push_to_hub"])
     densities(options)
     kind, _, defaults = locate(options["model"])
     check_captions(options, kind)

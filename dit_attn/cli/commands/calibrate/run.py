@@ -86,7 +86,7 @@ def item_runner(pipe: Any, jobs: dict[str, Job]) -> RunItem:
 
     def run_item(item: str) -> torch.Tensor:
         job = jobs[item]
-        images = {key: job_files.load_image(path, key) for key, path in job.images().items()}
+        images = {key: job_files.load_images(path, key) for key, path in job.images().items()}
         generator = torch.Generator("cpu").manual_seed(job.seed)
         result = pipe(prompt=job.prompt, generator=generator, output_type="latent", **{**job.call, **images})
         latents = result.frames if getattr(result, "frames", None) is not None else result.images

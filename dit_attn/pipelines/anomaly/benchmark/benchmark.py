@@ -32,8 +32,10 @@ from dit_attn.pipelines.anomaly.benchmark.segmenter import (
 from dit_attn.pipelines.anomaly.benchmark.tasks import Split, Task
 from dit_attn.pipelines.anomaly.benchmark.traces import Traces, make_traces
 from dit_attn.pipelines.anomaly.concept import Concept
-from dit_attn.pipelines.anomaly.generator import MANIFEST, AnomalyGenerator, GenerateConfig, read_rows
+from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+from dit_attn.pipelines.anomaly.manifest import MANIFEST, read_rows
 from dit_attn.pipelines.anomaly.masks import MaskSource
+from dit_attn.pipelines.anomaly.orders import GenerateConfig
 from dit_attn.pipelines.anomaly.pixels import read_image, read_mask
 from dit_attn.pipelines.anomaly.sources import Source
 from dit_attn.pipelines.anomaly.training import CHECKPOINT, TrainConfig, train

@@ -19,8 +19,9 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.benchmark.scores import area_above
 from dit_attn.pipelines.anomaly.benchmark.segmenter import UNet, predict, resized, resized_masks
-from dit_attn.pipelines.anomaly.generator import AnomalyGenerator, Order, seed_of
+from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
+from dit_attn.pipelines.anomaly.orders import Order, seed_of
 from dit_attn.pipelines.anomaly.views import view_of
 
 

@@ -21,7 +21,7 @@ from dit_attn.processors.core.tokens import TokenLayout
 
 LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
 Axis = int | Literal["list"] | None
-_TABLES = ("video", "image")
+_TABLES = ("video", "packed_image", "image")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Family:
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
+        rotary: whether its layers get rotary tables, where their processors could take some.
         rotary_frequencies: ``rotary_frequencies(model, (T, H, W))`` gives the (3, K) radians per token along t, h, w of
             the columns of its rotary tables, where each turns along several axes; ``None`` where they are measured.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
@@ -67,6 +68,7 @@ class Family:
     mask_rule: str = "key"
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
     block_chain: bool = True
+    rotary: bool = True
     rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None
     refused: str | None = None
 

@@ -7,16 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dit_attn.processors.attach.families import Family
-from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, CFGRule
+from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
-# The pipeline's guidance_scale is an input of the model.
-EMBEDDED = CFGRule("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
-_POSITIONS = {"img_ids": None, "txt_ids": None}  # (S, 3), the same for all samples
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
 
 
@@ -33,40 +28,6 @@ def _order(*order: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
     return layout
 
 
-def image_spans(ids: torch.Tensor) -> tuple[Span, ...]:
-    """Return the spans of an ``img_ids`` table.
-
-    Args:
-        ids: (S, n) or (B, S, n); columns kind, y, x. Kind 0 is the image, every other kind one reference image.
-    """
-    if ids.ndim == 3:
-        ids = ids[0]
-    kinds, counts = torch.unique_consecutive(ids[:, 0].detach().cpu(), return_counts=True)
-    spans, start = [], 0
-    for kind, count in zip(kinds.tolist(), counts.tolist()):
-        width = int(torch.unique(ids[start : start + count, 2]).numel())
-        spans.append(visual_span("reference" if kind else "image", (1, count // width, width)))
-        start += count
-    return tuple(spans)
-
-
-def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """img_ids: (S_image, n); the sequence is [text, image, reference, ...]."""
-    return TokenLayout((TEXT, *image_spans(values["img_ids"])))
-
-
-def _qwen(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """img_shapes: per sample a list of (T, H, W), the generated image first; the sequence is [text, image, ...]."""
-    first, *others = values["img_shapes"]
-    shapes = [first] if isinstance(first, tuple) else first
-    if any((other if isinstance(other, list) else [other]) != shapes for other in others if isinstance(first, list)):
-        raise ValueError("samples of different sizes in one batch")
-    image, *references = shapes
-    return TokenLayout(
-        (TEXT, visual_span("image", image), *(visual_span("reference", shape) for shape in references))
-    )
-
-
 def _lumina2(config: Any, values: dict[str, Any]) -> TokenLayout:
     """encoder_attention_mask: (B, S_text); every sample's own text comes first, without its padding."""
     lengths = values["encoder_attention_mask"].sum(1).tolist()
@@ -76,8 +37,10 @@ def _lumina2(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 def _omnigen(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The sequence is [instruction with its images, time, image]."""
-    return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans))
+    """The sequence is [instruction with its images, time, image]; input_image_sizes: {row: [[start, stop], ...]}."""
+    images = values["input_image_sizes"] or {}
+    embedded = tuple((int(row), int(a), int(b)) for row in sorted(images) for a, b in images[row])
+    return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans), embedded)
 
 
 def _hidream(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -106,36 +69,34 @@ def _z_image(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((image, Span("padding", -(image.length or 0) % _Z_IMAGE_MULTIPLE), TEXT))
 
 
+def _glm(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The sequence is [glyph text, image]; a call without text writes the keys of an image that is edited."""
+    if not values["encoder_hidden_states"].shape[1]:
+        raise ValueError("reference image whose keys are written to a cache")
+    return _order("text", "image")(config, values)
+
+
+def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """(B, [N,] C, T, H, W) latents of N items; the last, which is made, comes first, then the others and text."""
+    latents, (pt, ph, pw) = values["hidden_states"], config.patch_size
+    frames, height, width = latents.shape[-3:]
+    grid = (frames // pt, height // ph, width // pw)
+    references = latents.shape[1] - 1 if latents.ndim == 6 else 0
+    return TokenLayout((visual_span("image", grid), *[visual_span("reference", grid)] * references, TEXT))
+
+
+def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The sequence is [gist of the text, image, context images]; gist of different lengths would come last."""
+    mask = values["encoder_attention_mask"]
+    if mask is not None and len(set(mask.sum(1).tolist())) > 1:
+        raise ValueError("samples with captions of different lengths in one batch")
+    size = config.patch_size
+    grids = [(1, part.shape[-2] // size, part.shape[-1] // size) for part in values["context_latents"] or ()]
+    image = _order("text", "image")(config, values)
+    return TokenLayout((*image.spans, *(visual_span("reference", grid) for grid in grids)))
+
+
 FAMILIES = (
-    Family(
-        name="flux",
-        models="Flux.1 dev, schnell, Kontext, Fill",
-        transformers=("FluxTransformer2DModel",),
-        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        forward_args=("img_ids",),
-        layout=_by_ids,
-        cfg=EMBEDDED,
-        batch_axes=_POSITIONS,
-    ),
-    Family(
-        name="flux-2",
-        models="Flux.2 dev, klein",
-        transformers=("Flux2Transformer2DModel",),
-        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        forward_args=("img_ids",),
-        layout=_by_ids,
-        cfg=EMBEDDED,
-    ),
-    Family(
-        name="chroma",
-        models="Chroma",
-        transformers=("ChromaTransformer2DModel",),
-        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        forward_args=("img_ids",),
-        layout=_by_ids,
-        mask_rule="visual-row",
-        batch_axes=_POSITIONS,
-    ),
     Family(
         name="sd3",
         models="Stable Diffusion 3, 3.5 (medium with its second attention)",
@@ -156,20 +117,11 @@ FAMILIES = (
         cfg=replace(BATCHED, scale="", argument="guidance_scale"),
     ),
     Family(
-        name="qwen-image",
-        models="Qwen-Image, Qwen-Image-Edit",
-        transformers=("QwenImageTransformer2DModel",),
-        layers=("transformer_blocks.*.attn",),
-        forward_args=("img_shapes",),
-        layout=_qwen,
-        cfg=CFGRule("separate", ("cond", "uncond"), rescaled=True, scale="", argument="true_cfg_scale"),
-    ),
-    Family(
         name="omnigen",
         models="OmniGen v1",
         transformers=("OmniGenTransformer2DModel",),
         layers=("layers.*.self_attn",),
-        forward_args=("hidden_states",),
+        forward_args=("hidden_states", "input_image_sizes"),
         layout=_omnigen,
         cfg=CFGRule("batched", ("cond", "uncond"), ("cond", "uncond", "image")),
         time_grows=True,
@@ -219,6 +171,24 @@ FAMILIES = (
         layout=_order("text", "image"),
     ),
     Family(
+        name="glm-image",
+        models="GLM-Image (text to image; editing falls back)",
+        transformers=("GlmImageTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states", "encoder_hidden_states"),
+        layout=_glm,
+    ),
+    Family(
+        name="cogview-3-plus",
+        models="CogView3-Plus",
+        transformers=("CogView3PlusTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("text", "image"),
+        cfg=BATCHED,
+        rotary=False,
+    ),
+    Family(
         name="hunyuan-image",
         models="HunyuanImage 2.1",
         transformers=("HunyuanImageTransformer2DModel",),
@@ -246,6 +216,56 @@ FAMILIES = (
         forward_args=("hidden_states",),
         layout=_order("text", "image"),
         cfg=BATCHED,
+    ),
+    Family(
+        name="ernie-image",
+        models="ERNIE-Image, ERNIE-Image Turbo",
+        transformers=("ErnieImageTransformer2DModel",),
+        layers=("layers.*.self_attention",),
+        forward_args=("hidden_states",),
+        layout=_order("image", "text"),
+        cfg=BATCHED,
+        batch_axes={"x": 1, "temb": 1},  # of its blocks, whose tokens are (S, B, C)
+    ),
+    Family(
+        name="fibo-2",
+        models="Bria FIBO 2",
+        transformers=("BriaFibo2Transformer2DModel",),
+        layers=("layers.*.attention",),
+        forward_args=("hidden_states", "context_latents", "encoder_attention_mask"),
+        layout=_fibo2,
+    ),
+    Family(
+        name="joyimage-edit",
+        models="JoyImage-Edit",
+        transformers=("JoyImageEditTransformer3DModel",),
+        layers=("double_blocks.*.attn",),
+        forward_args=("hidden_states",),
+        layout=_joyimage,
+        cfg=replace(SEPARATE, rescaled=True),
+    ),
+    Family(
+        name="lumina-next",
+        models="Lumina-Next (Lumina-T2X)",
+        transformers=("LuminaNextDiT2DModel",),
+        layers=("layers.*.attn1",),
+        cross_layers=("layers.*.attn2",),
+        forward_args=("hidden_states",),
+        layout=_order("image"),
+        # Three of the four channels are guided, so that no one scale divides an update.
+        cfg=CFGRule("batched", ("cond", "uncond"), negated=True, scale=""),
+        time_grows=True,
+        mask_rule="visual-row",
+        batch_axes={"image_rotary_emb": None},
+    ),
+    Family(
+        name="dit",
+        models="DiT (class-conditional)",
+        transformers=("DiTTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("image"),
+        cfg=CFGRule("batched", ("cond", "uncond"), scale="", argument="guidance_scale"),
     ),
     Family(
         name="sana",

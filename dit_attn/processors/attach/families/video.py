@@ -117,6 +117,14 @@ def _framepack(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((*spans, visual_span("video", grid_of(config, values)), TEXT))
 
 
+def _kandinsky6(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """(B, T, H, W, C) latents; a given first frame stands last, with 1 in the last channel, its mask."""
+    t, h, w = grid_of(config, values, (1, 2, 3))
+    if config.visual_cond and values["hidden_states"][0, -1, 0, 0, -1] == 1.0:
+        return TokenLayout((visual_span("video", (t - 1, h, w)), visual_span("reference", (1, h, w))))
+    return TokenLayout((visual_span("video", (t, h, w)),))
+
+
 def _mochi_frequencies(model: Any, grid: tuple[int, int, int]) -> torch.Tensor:
     """Learned, (3, heads, columns) per unit; the area of a frame is the same number of units for every size."""
     _, height, width = grid
@@ -258,6 +266,27 @@ FAMILIES = (
         forward_args=("hidden_states",),
         layout=_order("video", axes=(1, 2, 3)),
         batch_axes={"visual_rope_pos": None, "text_rope_pos": None},
+    ),
+    Family(
+        name="kandinsky-6",
+        models="Kandinsky 6 (video with sound)",
+        transformers=("Kandinsky6Transformer3DModel",),
+        layers=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+        cross_layers=("visual_transformer_blocks.*.video_dec_block.cross_attention",),
+        forward_args=("hidden_states",),
+        layout=_kandinsky6,
+        batch_axes={"visual_rope_pos": None, "vis_rope": None, "aud_rope": None},
+    ),
+    Family(
+        name="anyflow",
+        models="AnyFlow (bidirectional)",
+        transformers=("AnyFlowTransformer3DModel",),
+        layers=("blocks.*.attn1",),
+        cross_layers=("blocks.*.attn2",),
+        added_calls=_WAN_CALLS,
+        forward_args=("hidden_states",),
+        layout=_order("video", axes=(1, 3, 4)),
+        cfg=BATCHED,
     ),
     Family(
         name="easyanimate",

@@ -13,6 +13,10 @@ from dit_attn.processors.attach.prompt_spans.pieces import Piece
 from dit_attn.processors.attach.prompt_spans.text_parts import text_part_of
 
 
+class PieceMissing(DitAttnError):
+    """A piece is not in the prompt, or the length of the text cuts all of it off."""
+
+
 @dataclass(frozen=True)
 class PromptSpan:
     """Tokens that one text encoder made of a piece of a prompt.
@@ -52,10 +56,10 @@ def find_spans(pipe: Any, arguments: dict[str, Any], pieces: Sequence[Piece], ne
     for piece in pieces:
         mine = [span for span in spans if span.piece == piece]
         if not mine:
-            raise DitAttnError(f"the piece {shorten(piece)} is not in the prompt {shorten(prompts)}")
+            raise PieceMissing(f"the piece {shorten(piece)} is not in the prompt {shorten(prompts)}")
         if not any(span.positions for span in mine):
             names = ", ".join(dict.fromkeys(span.encoder for span in mine))
-            raise DitAttnError(
+            raise PieceMissing(
                 f"the prompt is cut off before the piece {shorten(piece)} ({names}); shorten it, or give a larger "
                 "max_sequence_length"
             )

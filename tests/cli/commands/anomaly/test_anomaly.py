@@ -67,3 +67,15 @@ def test_a_dry_run_says_what_would_be_learned(place, capsys):
     assert _train(place, "--dry-run", "--output", place / "dry") == 0
     assert "metal+hole: 2 shots, 0 left alone, 3 normal images" in capsys.readouterr().out
     assert not (place / "dry").exists()
+
+
+def test_the_first_of_several_processes_speaks_and_the_benchmark_takes_one(place, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert _train(place, "--dry-run", "--output", place / "dry") == 0
+        assert bool(capsys.readouterr().out) == (rank == "0")
+        assert main(["anomaly", "benchmark", "--model", str(place / "model")]) == 2
+        assert ("anomaly benchmark runs in one process" in capsys.readouterr().err) == (rank == "0")
+    assert _train(place, "--train-batch", 3, "--output", place / "dry") == 2
+    assert "--train-batch 3 is shared by 2 processes" in capsys.readouterr().err

@@ -7,63 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
-    QwenImageEditPipeline,
-)
+from diffusers import HunyuanVideoImageToVideoPipeline
 from PIL import Image
 
 import dit_attn
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall
 from tests._support import tiny_tokenizers as kinds
+from tests._support.edit_pipelines import qwen_edit
 from tests._support.word_encoder import WordEncoder
-from tests.families import test_qwen_image
 
 PIECE, SWAPPED = "red cube", "cube red"
 
 
-class ImageProcessor:
-    """Writes an image token for every 8 x 8 pixels, as processors of vision-language models do."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, text: list[str], images: Any = None, **options: Any) -> Any:
-        width, height = (images[0] if isinstance(images, list) else images).size
-        count = (width // 8) * (height // 8)
-        return self.tokenizer([one.replace("<|image_pad|>", "<|image_pad|>" * count) for one in text], **options)
-
-
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Qwen-Image-Edit that scales its image to a size for a test in the place of a million pixels."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock
-
-    monkeypatch.setattr(stock, "calculate_dimensions", lambda area, ratio: (48, 32, None))
-    tokenizer = kinds.qwen()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
-    vae = AutoencoderKLQwenImage(
-        base_dim=24,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    made = QwenImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        text_encoder=WordEncoder(16),
-        tokenizer=tokenizer,
-        processor=ImageProcessor(tokenizer),
-        transformer=test_qwen_image.TestQwenImage().model().eval(),
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
+    return qwen_edit(monkeypatch)
 
 
 def run(pipe: Any, prompt: str, piece: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,153 @@
+"""Image families whose latents come as one vector per token: the (1, H, W) grid is told by a table of positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dit_attn.processors.attach.families import Family
+from dit_attn.processors.core.cfg import BATCHED, CFGRule
+from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+
+TEXT = Span("text", None)
+# The pipeline's guidance_scale is an input of the model.
+EMBEDDED = CFGRule("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
+_POSITIONS = {"img_ids": None, "txt_ids": None}  # (S, 3), the same for all samples
+
+
+def image_spans(ids: torch.Tensor, image: int = 0) -> tuple[Span, ...]:
+    """Return the spans of an ``img_ids`` table.
+
+    Args:
+        ids: (S, n) or (B, S, n); columns kind, y, x. Every kind but one is a reference image.
+        image: kind of the image.
+    """
+    if ids.ndim == 3:
+        ids = ids[0]
+    kinds, counts = torch.unique_consecutive(ids[:, 0].detach().cpu(), return_counts=True)
+    spans, start = [], 0
+    for kind, count in zip(kinds.tolist(), counts.tolist()):
+        width = int(torch.unique(ids[start : start + count, 2]).numel())
+        spans.append(visual_span("image" if kind == image else "reference", (1, count // width, width)))
+        start += count
+    return tuple(spans)
+
+
+def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """img_ids: (S_image, n); the sequence is [text, image, reference, ...]."""
+    return TokenLayout((TEXT, *image_spans(values["img_ids"])))
+
+
+def _longcat(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """img_ids: (S_image, 3); text is of kind 0, the image of kind 1, the image that is edited of kind 2."""
+    return TokenLayout((TEXT, *image_spans(values["img_ids"], image=1)))
+
+
+def _krea2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """position_ids: (S_text + S_image, 3), columns 0, y, x; the sequence is [text, image]."""
+    return TokenLayout((TEXT, *image_spans(values["position_ids"][-values["hidden_states"].shape[1] :])))
+
+
+def _qwen(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """img_shapes: per sample a list of (T, H, W), the generated image first; the sequence is [text, image, ...]."""
+    first, *others = values["img_shapes"]
+    shapes = [first] if isinstance(first, tuple) else first
+    if any((other if isinstance(other, list) else [other]) != shapes for other in others if isinstance(first, list)):
+        raise ValueError("samples of different sizes in one batch")
+    image, *references = shapes
+    return TokenLayout(
+        (TEXT, visual_span("image", image), *(visual_span("reference", shape) for shape in references))
+    )
+
+
+FAMILIES = (
+    Family(
+        name="flux",
+        models="Flux.1 dev, schnell, Kontext, Fill",
+        transformers=("FluxTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        cfg=EMBEDDED,
+        batch_axes=_POSITIONS,
+    ),
+    Family(
+        name="flux-2",
+        models="Flux.2 dev, klein",
+        transformers=("Flux2Transformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        cfg=EMBEDDED,
+    ),
+    Family(
+        name="chroma",
+        models="Chroma",
+        transformers=("ChromaTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        mask_rule="visual-row",
+        batch_axes=_POSITIONS,
+    ),
+    Family(
+        name="qwen-image",
+        models="Qwen-Image, Qwen-Image-Edit",
+        transformers=("QwenImageTransformer2DModel",),
+        layers=("transformer_blocks.*.attn",),
+        forward_args=("img_shapes",),
+        layout=_qwen,
+        cfg=CFGRule("separate", ("cond", "uncond"), rescaled=True, scale="", argument="true_cfg_scale"),
+    ),
+    Family(
+        name="krea-2",
+        models="Krea 2 Raw, Turbo",
+        transformers=("Krea2Transformer2DModel",),
+        layers=("transformer_blocks.*.attn",),
+        forward_args=("hidden_states", "position_ids"),
+        layout=_krea2,
+        cfg=CFGRule("separate", ("cond", "uncond"), scale_offset=1.0, off=0.0),
+        batch_axes={"position_ids": None},
+    ),
+    Family(
+        name="longcat-image",
+        models="LongCat-Image, LongCat-Image-Edit",
+        transformers=("LongCatImageTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_longcat,
+        cfg=CFGRule("separate", ("cond", "uncond"), rescaled_by=("enable_cfg_renorm",)),
+        batch_axes=_POSITIONS,
+    ),
+    Family(
+        name="ovis-image",
+        models="Ovis-Image",
+        transformers=("OvisImageTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        batch_axes=_POSITIONS,
+    ),
+    Family(
+        name="bria",
+        models="Bria 3.2",
+        transformers=("BriaTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        cfg=replace(BATCHED, rescaled_by=("normalize",), bent_by=("clip_value",)),
+        batch_axes=_POSITIONS,
+    ),
+    Family(
+        name="fibo",
+        models="Bria FIBO, FIBO-Edit",
+        transformers=("BriaFiboTransformer2DModel",),
+        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids",),
+        layout=_by_ids,
+        cfg=BATCHED,
+        batch_axes=_POSITIONS,
+    ),
+)
