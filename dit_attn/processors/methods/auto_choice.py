@@ -86,7 +86,7 @@ class Decision:
         """Return it in words: the method, why, its settings, the costs."""
         method, steps = self.method, self.shape.steps
         if method is None or self.ratio is None:
-            return [f"dense: {self.reason}", f"costs {self.table}"]
+            return [f"dense: {self.reason}", f"costs: {self.table}"]
         said = [method.slug]
         if isinstance(budget := getattr(method, "density", None), float):
             said.append(f"density {budget:g}")
@@ -99,7 +99,7 @@ class Decision:
             f"{', '.join(said)}: {self.reason}",
             f"a sparse call is expected to take {self.ratio:.2f} of a dense one, at {self.shape.tokens:,} tokens",
             f"settings: {self.settings}",
-            f"costs {self.table}",
+            f"costs: {self.table}",
         ]
 
 

@@ -47,7 +47,7 @@ def test_the_command_line_prints_it_too(tmp_path: Path, monkeypatch: Any, capsys
     measured(tmp_path, monkeypatch)
     assert main(["explain", "--model", "tiny-video", "--method", "auto", "--steps", "20"]) == 0
     shown = capsys.readouterr().out
-    assert "re-ttention, density 0.0625, 5 of 20 steps dense" in shown and "costs measured on this machine" in shown
+    assert "re-ttention, density 0.0625, 5 of 20 steps dense" in shown and "costs: measured on this machine" in shown
     assert main(["explain", "--model", "tiny-video", "--method", "auto", "--preset", "none", "--json"]) == 0
     assert "the method's defaults" in json.loads(capsys.readouterr().out)["decision"]["text"]
 

@@ -83,7 +83,7 @@ def test_auto_is_bit_equal_to_the_method_that_it_picks(
     assert same(run(pipe, name, steps), alone)
     found = dit_attn.summary(pipe)
     assert found.sparse_calls == calls > 0 and f"{slug}, density" in str(found)
-    assert "costs measured on this machine" in str(found) and f"preset {name}" in str(found)
+    assert "costs: measured on this machine" in str(found) and f"preset {name}" in str(found)
     (decision,) = found.reports["auto"].decisions
     picked = method_for(slug, pipe.transformer).to_dict()
     assert decision["method"]["density"] == picked["density"] and decision["steps"] == steps

@@ -16,7 +16,7 @@ def test_what_it_picks_is_timed_and_said(cli: Any, tmp_path: Path, monkeypatch: 
     measured(tmp_path, monkeypatch, {0.0625: 0.1, 0.5: 0.1})
     done = cli("bench", "model", "--config", "pixart-sigma", *SMALL, "--method", "auto", "-o", tmp_path / "x.json")
     assert done.code == 0, done.err
-    assert "auto: rectified-spaattn, density 0." in done.out and "costs measured on this machine" in done.out
+    assert "auto: rectified-spaattn, density 0." in done.out and "costs: measured on this machine" in done.out
     record = json.loads((tmp_path / "x.json").read_text())
     (row,) = record["rows"]
     assert row["label"] == "auto" and row["method"]["method"] == "rectified-spaattn"
