@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -185,19 +185,19 @@ def visual_grid(
 
     Args:
         model: the transformer.
-        pipe: the pipeline, whose autoencoder gives the compression; without one 8 (and 4 in time) is assumed.
+        pipe: the pipeline, whose autoencoder gives the compression; without one that of the family's row (4 in time).
         height, width: pixels; default: the pipeline's own.
         num_frames: frames; default: the pipeline's own, 1 for images.
 
     Raises:
         DitAttnError: a size under one token.
     """
-    config: Any = model.config
-    space = _first(pipe, ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"), 8)
+    config, family = cast(Any, model.config), family_of(model)
+    names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    space = _first(pipe, names, family.latent_pixels)
     frames_per_latent = _first(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"), 4)
     patch = _patch_size(config)
-    if type(model).__name__.startswith(("Flux", "Chroma")):
-        patch = (1, 2, 2)  # these pipelines pack 2 x 2 latents before the transformer
+    patch = (patch[0], patch[1] * family.packing, patch[2] * family.packing)
     sample = config.get("sample_size") or config.get("sample_height") or 64
     side = (sample if isinstance(sample, int) else max(sample)) * space
     height = height or _call_default(pipe, "height") or width or side
@@ -245,8 +245,7 @@ def _operations(model: torch.nn.Module, family: Family, names: list[str], tokens
     attention = 0.0
     for name in names:
         module: Any = model.get_submodule(name)
-        inner = getattr(module, "inner_dim", None) or module.to_q.out_features
-        attention += 4.0 * seq_len * seq_len * inner
+        attention += 4.0 * seq_len * seq_len * (head_count(module) or 1) * head_size(module)
     blocks = {name.split(".")[0] for name in names}
     linear = sum(
         2.0 * module.weight.numel() * seq_len

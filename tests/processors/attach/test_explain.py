@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,21 @@ class Pipe:
 )
 def test_tokens_of_an_image_or_video(model: Any, pipe: Any, size: Any, grid: tuple[int, int, int]) -> None:
     assert visual_grid(model, pipe, *size) == grid
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["krea_2.TestKrea2", "longcat_image.TestLongCatImage", "bria.TestBria", "fibo.TestFibo",
+     "ernie_image.TestErnieImage", "kandinsky_6.TestKandinsky6", "joyimage_edit.TestJoyImage"],
+)  # fmt: skip
+def test_tokens_are_those_of_the_run_with_a_pipeline_and_without(case: str) -> None:
+    file, name = case.split(".")
+    made = getattr(importlib.import_module(f"tests.families.test_{file}"), name)()
+    pipe, given = made.pipeline()
+    size = [given.get(key) for key in ("height", "width", "num_frames")]
+    for around in (pipe, None):
+        assert visual_grid(pipe.transformer, around, *size) == made.grid
+    assert dit_attn.explain(pipe, dit_attn.BlockSparse(), height=size[0], width=size[1]).tokens > 0
 
 
 def test_a_size_under_one_token_is_refused() -> None:

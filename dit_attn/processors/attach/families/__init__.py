@@ -21,7 +21,7 @@ from dit_attn.processors.core.tokens import TokenLayout
 
 LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
 Axis = int | Literal["list"] | None
-_TABLES = ("video", "packed_image", "image")
+_TABLES = ("video", "packed_image", "image", "refused")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Family:
         rotary: whether its layers get rotary tables, where their processors could take some.
         rotary_frequencies: ``rotary_frequencies(model, (T, H, W))`` gives the (3, K) radians per token along t, h, w of
             the columns of its rotary tables, where each turns along several axes; ``None`` where they are measured.
+        packing: side of the square of latents that its pipelines pack into one vector before the transformer.
+        latent_pixels: side in pixels of a latent, where no pipeline says it.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
 
@@ -70,6 +72,8 @@ class Family:
     block_chain: bool = True
     rotary: bool = True
     rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None
+    packing: int = 1
+    latent_pixels: int = 8
     refused: str | None = None
 
     @property
@@ -88,7 +92,7 @@ class Family:
 
 
 def families() -> tuple[Family, ...]:
-    """Return every row, video families first."""
+    """Return every row, video families first and those that are refused altogether last."""
     tables = (importlib.import_module(f"{__name__}.{table}") for table in _TABLES)
     return tuple(row for table in tables for row in table.FAMILIES)
 
@@ -108,9 +112,9 @@ def family_of(model: Any, kinds: Collection[str] = ("self",)) -> Family:
     if row is None:
         raise DitAttnError(
             f"{type(model).__name__} is not a supported transformer; supported families: "
-            f"{', '.join(sorted({row.name for row in rows.values()}))}. "
+            f"{', '.join(sorted({row.name for row in rows.values() if not row.refused}))}. "
             "docs/extend/add_a_family.md shows how to add one"
         )
-    if row.refused and "self" in kinds:
+    if row.refused and ("self" in kinds or not row.cross_layers):
         raise DitAttnError(f"{type(model).__name__} cannot take attention methods: {row.refused}")
     return row

@@ -226,6 +226,7 @@ FAMILIES = (
         layout=_order("image", "text"),
         cfg=BATCHED,
         batch_axes={"x": 1, "temb": 1},  # of its blocks, whose tokens are (S, B, C)
+        latent_pixels=16,
     ),
     Family(
         name="fibo-2",

@@ -72,6 +72,7 @@ FAMILIES = (
         layout=_by_ids,
         cfg=EMBEDDED,
         batch_axes=_POSITIONS,
+        packing=2,
     ),
     Family(
         name="flux-2",
@@ -81,6 +82,7 @@ FAMILIES = (
         forward_args=("img_ids",),
         layout=_by_ids,
         cfg=EMBEDDED,
+        packing=2,
     ),
     Family(
         name="chroma",
@@ -91,6 +93,7 @@ FAMILIES = (
         layout=_by_ids,
         mask_rule="visual-row",
         batch_axes=_POSITIONS,
+        packing=2,
     ),
     Family(
         name="qwen-image",
@@ -110,6 +113,7 @@ FAMILIES = (
         layout=_krea2,
         cfg=CFGRule("separate", ("cond", "uncond"), scale_offset=1.0, off=0.0),
         batch_axes={"position_ids": None},
+        packing=2,
     ),
     Family(
         name="longcat-image",
@@ -120,6 +124,7 @@ FAMILIES = (
         layout=_longcat,
         cfg=CFGRule("separate", ("cond", "uncond"), rescaled_by=("enable_cfg_renorm",)),
         batch_axes=_POSITIONS,
+        packing=2,
     ),
     Family(
         name="ovis-image",
@@ -129,6 +134,7 @@ FAMILIES = (
         forward_args=("img_ids",),
         layout=_by_ids,
         batch_axes=_POSITIONS,
+        packing=2,
     ),
     Family(
         name="bria",
@@ -139,6 +145,7 @@ FAMILIES = (
         layout=_by_ids,
         cfg=replace(BATCHED, rescaled_by=("normalize",), bent_by=("clip_value",)),
         batch_axes=_POSITIONS,
+        latent_pixels=16,
     ),
     Family(
         name="fibo",
@@ -149,5 +156,6 @@ FAMILIES = (
         layout=_by_ids,
         cfg=BATCHED,
         batch_axes=_POSITIONS,
+        latent_pixels=16,
     ),
 )
