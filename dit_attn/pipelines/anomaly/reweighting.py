@@ -39,7 +39,7 @@ class Reweighting:
     def update(self, predicted: torch.Tensor) -> None:
         """Set the weights of the next step from the clean prediction of this one, in the pipeline's form."""
         change = token_change(predicted, self.normal, self.region.shape[1:]).cpu()
-        self.weights = self.method.weigh(change, self.region, self.weights)
+        self.weights = self.method.next_weights(change, self.region, self.weights)
         self._give(self.weights)
 
     def _give(self, weights: torch.Tensor) -> None:

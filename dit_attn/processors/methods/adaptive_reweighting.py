@@ -80,7 +80,9 @@ class AdaptiveReweighting(Method):
         """Return the re-weighting among some methods, ``None`` where there is none."""
         return next((method for method in methods if isinstance(method, AdaptiveReweighting)), None)
 
-    def weigh(self, change: torch.Tensor, region: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    def next_weights(
+        self, change: torch.Tensor, region: torch.Tensor, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the weights of the next step, (N, H, W) fp32.
 
         Args:

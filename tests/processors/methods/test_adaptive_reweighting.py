@@ -179,10 +179,10 @@ def test_weights_follow_the_change_and_the_step_before() -> None:
     change = torch.ones(1, 4, 4)
     change[:, 1] = 0.0
     method = AdaptiveReweighting(blur=False, w_max=3.0)
-    first = method.weigh(change, region)
+    first = method.next_weights(change, region)
     assert (first[0, 1] > 1.5).all() and (first[0, [0, 2, 3]] == 1).all()
-    torch.testing.assert_close(method.weigh(torch.ones(1, 4, 4), region, first), 0.5 * first + 0.5)
-    smooth = AdaptiveReweighting(w_max=3.0).weigh(change, region)
+    torch.testing.assert_close(method.next_weights(torch.ones(1, 4, 4), region, first), 0.5 * first + 0.5)
+    smooth = AdaptiveReweighting(w_max=3.0).next_weights(change, region)
     assert 1 < smooth[0, 0].min() <= smooth[0, 1].max() < first.max()
 
 
@@ -204,6 +204,12 @@ def test_the_report_has_the_share_of_the_mask_before_and_after() -> None:
         assert f"weights {weight:.2f} on average" in str(report)
         shares.append(report.shares[0])
     assert shares[0] < shares[1]
+
+
+def test_the_settings_are_saved_and_come_back(tmp_path: Any) -> None:
+    method = AdaptiveReweighting(mode="gain", w_max=2.0)
+    method.save_pretrained(tmp_path)
+    assert AdaptiveReweighting.from_pretrained(tmp_path) == method
 
 
 def test_what_does_not_fit_is_one_line() -> None:
