@@ -40,7 +40,7 @@ class Stored:
 
     def __init__(self, rows: torch.Tensor, store: str, offload: bool) -> None:
         self.shape, rows = rows.shape, rows.detach()
-        parts = (rows.to(torch.bfloat16) if store == "bf16" else rows,)
+        parts: tuple[torch.Tensor, ...] = (rows.to(torch.bfloat16) if store == "bf16" else rows,)
         if store == "fp8":
             scale = rows.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / _LARGEST
             parts = ((rows / scale).to(_FP8), scale)
