@@ -136,7 +136,7 @@ def test_every_method_is_on_the_front_pages() -> None:
 
 def test_every_test_folder_mirrors_a_folder_of_the_package() -> None:
     """``families`` stands at the top, since its files are of all parts."""
-    own = {"_support", "families", "packaging", "upstream"}
+    own = {"_support", "families", "packaging", "readers", "upstream"}
     folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     assert not [str(f) for f in folders if f.parts and f.parts[0] not in own and not (PACKAGE / f).is_dir()]
 

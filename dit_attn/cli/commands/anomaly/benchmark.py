@@ -32,7 +32,7 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 SEEN_PAIRS = (("metal", "scratch"), ("granite", "crack"), ("nut", "stain"))
 _ELSEWHERE = ("concept", "count", "per_defect", "mask_source", "roi", "controls", "format", "with_normals", "shots",
-              "push_to_hub")  # fmt: skip
+              "push_to_hub", "estimate", "gradient_checkpointing")  # fmt: skip
 
 
 def benchmark(options: Options) -> int:
