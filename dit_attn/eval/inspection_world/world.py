@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dit_attn.eval.inspection_world.defects import DEFECTS
 from dit_attn.eval.inspection_world.products import PRODUCTS
 from dit_attn.eval.inspection_world.real_textures import TEXTURES, texture
+
+if TYPE_CHECKING:
+    import torch
 
 CHANGED = 4 / 255  # a pixel belongs to the mask when a channel changes by more
 NOISE = 2 / 255  # standard deviation of the sensor noise
@@ -87,6 +90,8 @@ def pairs(*, held_out: bool = False) -> list[tuple[str, str]]:
 
 def sample_pieces(count: int, generator: torch.Generator, defective: float) -> list[Piece]:
     """Draw `count` random training pieces, a share of `defective` of them with a defect."""
+    import torch
+
     seeds = torch.randint(FIRST_HELD_OUT_SEED, (count,), generator=generator).tolist()
     chosen = torch.randint(len(pairs()), (count,), generator=generator).tolist()
     normal = (torch.rand(count, generator=generator) >= defective).tolist()

@@ -41,7 +41,8 @@ def scores_table(rows: Sequence[dict[str, Any]]) -> Table:
     head = ("arm", "real shots", *METRICS.values(), "pixel AP over the shots alone", "over crop-and-paste", "pairs")
     body = [
         (row["arm"], row["shots"], *(_cell(row["scores"][name]) for name in METRICS),
-         change(row, "none"), change(row, "crop-paste"), write_figure(row.get("accepted"))[0])
+         _cell(_against(row, "none"), "+"), _cell(_against(row, "crop-paste"), "+"),
+         write_figure(row.get("accepted"))[0])
         for row in rows
     ]  # fmt: skip
     return Table("scores by arm", head, body)
@@ -57,10 +58,14 @@ def traces_table(rows: Sequence[dict[str, Any]]) -> Table | None:
 
 def change(row: dict[str, Any], base: str) -> str:
     """Write an arm's paired difference in pixel AP to another arm with its interval, ``"-"`` for none."""
-    value, interval = write_figure(row["against"].get(base, {}).get("pixel_ap"), "+")
+    value, interval = write_figure(_against(row, base), "+")
     return f"{value} ({interval})" if interval else value
 
 
-def _cell(figure: dict[str, Any]) -> Cell:
-    value, interval = write_figure(figure)
+def _against(row: dict[str, Any], base: str) -> dict[str, Any] | None:
+    return row["against"].get(base, {}).get("pixel_ap")
+
+
+def _cell(figure: dict[str, Any] | None, sign: str = "") -> Cell:
+    value, interval = write_figure(figure, sign)
     return Cell(value, note=interval)

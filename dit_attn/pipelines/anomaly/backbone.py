@@ -189,6 +189,11 @@ class Backbone:
         """Type of the transformer's weights."""
         return self.pipe.transformer.dtype
 
+    def autocast(self) -> Any:
+        """Compute in the type of the weights, as a context: what is learned is fp32."""
+        wide = self.dtype if self.dtype != torch.float32 else None
+        return torch.autocast(self.device.type, wide, enabled=wide is not None)
+
     @torch.no_grad()
     def text(self, prompt: str) -> Text:
         """Encode a prompt, batch 1; one that was encoded before needs no text encoder."""
@@ -272,8 +277,7 @@ class Backbone:
             kept = self.pipe.scheduler.alphas_cumprod.to(clean)[level.long().to(clean.device)].view(shape)
             alpha, sigma, time = kept.sqrt(), (1 - kept).sqrt(), level.to(clean)
         noisy = alpha * clean + sigma * noise
-        wide = self.dtype if self.dtype != torch.float32 else None
-        with torch.autocast(clean.device.type, wide, enabled=wide is not None):
+        with self.autocast():
             out = self.family.predict(self.pipe, noisy.to(self.dtype), time, text, size).float()
         if self.prediction == "sample":
             return (out - clean).square() / sigma.clamp(min=0.05).square()

@@ -151,18 +151,6 @@ class ConceptTraining:
         level = self.backbone.draw_levels(count, generator)[own].to(device)
         return clean, noise, level, torch.stack(masks[own]).to(device), pairs, text
 
-    def objective(
-        self, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor, masks: torch.Tensor, pairs: torch.Tensor,
-        text: Text,
-    ) -> torch.Tensor:
-        """Compute the masked loss of a batch, as :meth:`batch` draws it."""
-        backbone = self.backbone
-        errors = backbone.errors(clean, noise, level, self.concept.extend(text, backbone.family.masked, pairs, masks))
-        cover = backbone.cells(masks, backbone.factor).expand(-1, clean.shape[1], -1, -1)
-        inside = backbone.pack(cover).to(errors)
-        inner = (errors * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
-        return (inner + _FULL * errors.flatten(1).mean(1)).mean()
-
     def update(self, accelerator: Any) -> float:
         """Do one step and return its loss, the mean over all processes."""
         config = self.config
@@ -171,7 +159,8 @@ class ConceptTraining:
         for index, (group, rate) in enumerate(zip(self.optimizer.param_groups, self.rates)):
             group["lr"] = rate * scale * (1.0 if index == 0 or with_lora else 0.0)
         self.backbone.pipe.transformer.train(False)
-        loss = self.objective(*self.batch(accelerator.process_index, accelerator.num_processes))
+        data = self.batch(accelerator.process_index, accelerator.num_processes)
+        loss = masked_loss(self.backbone, self.concept, *data)
         accelerator.backward(loss)
         loss = loss.detach()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -233,6 +222,18 @@ class ConceptTraining:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+def masked_loss(
+    backbone: Backbone, concept: Concept, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor,
+    masks: torch.Tensor, pairs: torch.Tensor, text: Text,
+) -> torch.Tensor:
+    """Compute the masked loss of a batch, as :meth:`ConceptTraining.batch` draws it."""
+    errors = backbone.errors(clean, noise, level, concept.extend(text, backbone.family.masked, pairs, masks))
+    cover = backbone.cells(masks, backbone.factor).expand(-1, clean.shape[1], -1, -1)
+    inside = backbone.pack(cover).to(errors)
+    inner = (errors * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
+    return (inner + _FULL * errors.flatten(1).mean(1)).mean()
+
+
 def filled(template: str, product: str, defect: str) -> str:
     """Fill a template.
 
@@ -259,6 +260,7 @@ def train(
     model: str = "",
     resume: bool = False,
     free_text: bool = False,
+    checkpointing: bool = False,
     on_progress: Callable[[int, int, float], None] | None = None,
 ) -> Concept:
     """Learn the anomalies of ``source``; a checkpoint is left on every way out, the concept at the end.
@@ -273,6 +275,7 @@ def train(
         model: name of the model, for the concept file.
         resume: go on from the checkpoint in ``folder``.
         free_text: drop the text encoders once the prompts are encoded.
+        checkpointing: compute activations twice instead of storing them; what is learned is the same.
         on_progress: callback(done, total, loss).
 
     Raises:
@@ -280,11 +283,15 @@ def train(
     """
     from accelerate import Accelerator
 
-    trainable = {name: p.requires_grad for name, p in backbone.pipe.transformer.named_parameters()}
+    transformer = backbone.pipe.transformer
+    trainable = {name: p.requires_grad for name, p in transformer.named_parameters()}
+    checkpointed = transformer.is_gradient_checkpointing
     training = ConceptTraining(backbone, source, config, model)
     try:
         if free_text:
             backbone.free_text_encoders()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
         if resume:
             training.restore(folder)
         accelerator = Accelerator(cpu=backbone.device.type == "cpu")
@@ -307,7 +314,9 @@ def train(
         return concept.to("cpu")
     finally:
         training.close()
-        for name, parameter in backbone.pipe.transformer.named_parameters():
+        if checkpointing and not checkpointed:
+            transformer.disable_gradient_checkpointing()
+        for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(trainable[name])
 
 

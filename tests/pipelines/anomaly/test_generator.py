@@ -24,7 +24,7 @@ from dit_attn.pipelines.anomaly.manifest import read_rows
 from dit_attn.pipelines.anomaly.masks import augmented, drawn, foreground, placed
 from dit_attn.pipelines.anomaly.orders import seed_of
 from dit_attn.pipelines.anomaly.sources import from_folders
-from dit_attn.pipelines.anomaly.training import ConceptTraining, train
+from dit_attn.pipelines.anomaly.training import ConceptTraining, masked_loss, train
 from dit_attn.pipelines.anomaly.views import view_of
 from tests._support.inspection_pipelines import data, tiny_pipeline
 
@@ -77,6 +77,16 @@ def test_resumed_training_is_uninterrupted_training(family, source, tmp_path):
         train(Backbone(tiny_pipeline(family), 32), source, replace(CONFIG, lr=1.0), tmp_path / "cut", resume=True)
 
 
+def test_recomputed_activations_teach_the_same(source, tmp_path):
+    pipe = tiny_pipeline()
+    stored, again = (
+        train(Backbone(pipe, 32), source, CONFIG, tmp_path / str(on), checkpointing=on) for on in (False, True)
+    )
+    assert not pipe.transformer.is_gradient_checkpointing
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in stored.state_dict().items())
+    assert all(torch.equal(value, again.lora[name]) for name, value in stored.lora.items())
+
+
 def test_the_loss_does_not_depend_on_the_area_of_the_mask(source):
     training = ConceptTraining(Backbone(tiny_pipeline(), 32), source, replace(CONFIG, lora_rank=0))
     training.backbone.errors = lambda clean, *_: torch.ones_like(clean)
@@ -86,7 +96,8 @@ def test_the_loss_does_not_depend_on_the_area_of_the_mask(source):
         mask = torch.zeros(1, 1, 32, 32)
         mask[..., :size, :size] = 1
         text = {key: value[:1] for key, value in training.texts.items()}
-        losses.append(float(training.objective(clean, clean, clean[:, 0, 0, 0], mask, torch.tensor([0]), text)))
+        given = (clean, clean, clean[:, 0, 0, 0], mask, torch.tensor([0]), text)
+        losses.append(float(masked_loss(training.backbone, training.concept, *given)))
     assert losses[0] == pytest.approx(losses[1]) == pytest.approx(1.1)
 
 

@@ -32,7 +32,8 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 SEEN_PAIRS = (("metal", "scratch"), ("granite", "crack"), ("nut", "stain"))
 _ELSEWHERE = ("concept", "count", "per_defect", "mask_source", "roi", "controls", "format", "with_normals", "shots",
-              "push_to_hub", "learn_masks", "mask_steps", "reweighting")  # fmt: skip
+              "push_to_hub", "learn_masks", "mask_steps", "reweighting", "estimate",
+              "gradient_checkpointing")  # fmt: skip
 
 
 def benchmark(options: Options) -> int:

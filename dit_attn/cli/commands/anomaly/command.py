@@ -33,6 +33,7 @@ GROUPS = {
         flags.Flag("tokens", "vectors of a defect's appearance", int, "8", low=1),
         flags.Flag("mask-tokens", "vectors of a mask; 0 for none", int, "4", low=0),
         flags.Flag("lora-rank", "rank of the LoRA; 0 for none", int, "8", low=0),
+        flags.Flag("gradient-checkpointing", "compute activations twice instead of storing them: less memory", bool),
         flags.Flag("flips", "mirror shots: both, horizontal or none", default="both",
                    choices=("both", "horizontal", "none"), metavar="HOW"),
         flags.Flag("prompt-template", "prompt of a defect", default="{product} with a {defect}", metavar="TEXT"),
@@ -83,6 +84,7 @@ GROUPS = {
     "run": (
         flags.DEVICE,
         flags.Flag("seed", "seed of everything random", int, "0", low=0, high=flags.MAX_SEED),
+        flags.Flag("estimate", "print memory and time of train or generate before weights are loaded, and stop", bool),
         *flags.only(flags.RUN, "resume", "dry-run", "config"),
     ),
 }  # fmt: skip

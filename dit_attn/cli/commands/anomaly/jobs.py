@@ -14,6 +14,7 @@ import numpy as np
 
 from dit_attn import files
 from dit_attn.cli import workers
+from dit_attn.cli.commands.anomaly import estimate, timings
 from dit_attn.cli.model_source import check_reachable, locate
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, progress_bar
@@ -33,10 +34,19 @@ def train(options: Options) -> int:
         raise DitAttnError("--mask-steps without --learn-masks; add --learn-masks, or leave it out")
     if "push_to_hub" in options:
         check_repository(options["push_to_hub"])
-    source = find_source(options, shots=True)
+
+    def expected(shape: Any) -> Any:
+        return estimate.of_training(shape, options, train_config(options), len(source.pairs) if source else 1)
+
+    without_data = options.get("estimate") and "data" not in options and "normal" not in options
+    source = None if without_data else find_source(options, shots=True)
+    if source is None:
+        return estimate.show(options, expected)
     source.check()
     output = output_folder(options, "train")
     rank, processes = workers.process_rank()
+    if options.get("estimate"):
+        return estimate.show(options, expected)
     if options.get("dry_run"):
         if rank == 0:
             print(_plan(source, options.get("train_steps", 200)))
@@ -49,15 +59,20 @@ def train(options: Options) -> int:
 
     config, resume = train_config(options), bool(options.get("resume"))
     training.check_batch(config.batch, processes)
+    if _speaks(options):
+        estimate.before(options, expected)
     backbone = load_backbone(options)
+    watch = timings.Watch(options, "train", backbone.resolution, config.batch)
     try:
         with progress_bar(config.steps, "learn", "step", _speaks(options)) as bar:
             concept = training.train(
                 backbone, source, config, output, model=options["model"], resume=resume, free_text=True,
-                on_progress=lambda done, total, loss: bar.update(done - bar.n),
+                checkpointing=bool(options.get("gradient_checkpointing")),
+                on_progress=lambda done, total, loss: (bar.update(done - bar.n), watch.update(done)),
             )  # fmt: skip
         if rank:
             return 0
+        watch.note()
         if options.get("learn_masks"):
             _learn_masks(options, backbone, concept, output)
     except KeyboardInterrupt:
@@ -103,6 +118,9 @@ def generate(options: Options) -> int:
     """Make pairs; returns 0, 1 where some are missing, or 130 after Ctrl-C."""
     check_model(options)
     reject(options, "generate", "defects", "learn_masks", "mask_steps", "push_to_hub")
+    if "concept" not in options and options.get("estimate"):
+        total = options.get("count", options.get("per_defect", 1))
+        return estimate.show(options, lambda shape: estimate.of_pairs(shape, options, generate_config(options), total))
     if "concept" not in options:
         raise DitAttnError("no concept; give --concept FILE, which `dit-attn anomaly train` writes")
     formats = options.get("format", ["mvtec"])
@@ -130,14 +148,24 @@ def generate(options: Options) -> int:
     output = output_folder(options, "generate")
     if any(output.glob("manifest*.jsonl")) and not options.get("resume"):
         raise DitAttnError(f"{output} already holds pairs; add --resume, or choose another --output")
+    total = sum(counts.values())
+
+    def expected(shape: Any) -> Any:
+        return estimate.of_pairs(shape, options, generate_config(options), total, concept.settings)
+
+    if options.get("estimate"):
+        return estimate.show(options, expected)
     if options.get("dry_run"):
         if workers.process_rank()[0] == 0:
             for (product, defect), count in counts.items():
                 print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
         return 0
     config = generate_config(options)
+    if _speaks(options):
+        estimate.before(options, expected)
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
     backbone = load_backbone(options, concept.settings.resolution)
+    watch = timings.Watch(options, "generate", backbone.resolution, config.batch)
     generator = AnomalyGenerator(backbone.pipe, concept, config, resolution=backbone.resolution)
     if options.get("mask_source") == "learned":
         drawer = MaskDrawer(generator.backbone, concept)
@@ -145,12 +173,12 @@ def generate(options: Options) -> int:
             learned.draw = drawer.of("+".join(pair))
     generator.encode_prompts(list(counts), free=True)
     _, worker = workers.join_workers(backbone.device, True)
-    total = sum(counts.values())
     with progress_bar(total, "pairs", "pair", _speaks(options)) as bar:
 
         def step(done: int, wanted: int, rejected: int) -> None:
             bar.set_postfix(rejected=rejected, refresh=False)
             bar.update(done - bar.n)
+            watch.update(done)
 
         try:
             summary = generator.run(
@@ -162,6 +190,7 @@ def generate(options: Options) -> int:
             return 130
     if worker.rank:
         return 1 if _missing(summary) else 0
+    watch.note()
     rows = read_rows(output / "manifest.jsonl")
     _export(output, rows, formats, source.normals if options.get("with_normals", True) else {})
     _pages(output, rows, summary, shlex.join(["dit-attn", *options.argv]))
@@ -183,7 +212,9 @@ def _say(text: str) -> None:
 
 
 def check_model(options: Options) -> None:
-    """Refuse a model that is not there."""
+    """Refuse a model that is not there; for an estimate a built-in shape will do."""
+    if options.get("estimate"):
+        return estimate.check_model(options)
     kind, path, _ = locate(options["model"], options.get("revision"), options.get("variant"))
     if kind == "hub":
         check_reachable(path, options.get("revision"))

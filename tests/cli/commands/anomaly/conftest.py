@@ -15,3 +15,9 @@ def place(tmp_path_factory):
     nets.save_folder(tiny_pipeline(), folder / "model")
     data(folder / "data")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Times are noted in a cache of the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

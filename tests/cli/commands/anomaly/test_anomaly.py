@@ -79,3 +79,37 @@ def test_the_first_of_several_processes_speaks_and_the_benchmark_takes_one(place
         assert ("anomaly benchmark runs in one process" in capsys.readouterr().err) == (rank == "0")
     assert _train(place, "--train-batch", 3, "--output", place / "dry") == 2
     assert "--train-batch 3 is shared by 2 processes" in capsys.readouterr().err
+
+
+def test_an_estimate_comes_before_weights_and_knows_times_of_earlier_runs(place, capsys):
+    words = ("--train-steps", 4, "--train-batch", 2, "--output", place / "timed")
+    assert _train(place, *words, "--estimate") == 0
+    told = capsys.readouterr().out
+    assert "peak         about" in told and "unknown: this machine has not been timed" in told
+    assert not (place / "timed").exists()
+    assert _train(place, *words) == 0
+    capsys.readouterr()
+    assert _train(place, *words, "--estimate", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+
+
+def test_flux_is_estimated_without_a_network_and_without_data(capsys):
+    words = ["--model", "black-forest-labs/FLUX.1-dev", "--dtype", "bf16", "--device", "cpu", "--json", "--estimate"]
+    assert main(["anomaly", "train", *words, "--train-batch", "1", "--gradient-checkpointing"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["about"] == "offline: built-in shape of FLUX.1"
+    assert 22 < found["transformer"] / 2**30 < 23 and found["checkpointed"] < 0.15 * found["activations"]
+    assert 24 < found["peak"] / 2**30 < 40
+    assert main(["anomaly", "train", "--model", "Qwen/Qwen-Image", "--estimate"]) == 2
+    assert "Shapes that are built in: FLUX.1, PixArt-Sigma" in capsys.readouterr().err
+
+
+def test_a_run_on_a_terminal_begins_with_its_estimate_and_does_without_one_that_fails(capsys, monkeypatch):
+    from dit_attn.cli.commands.anomaly import estimate
+
+    options = {"model": "tiny-inspect", "device": "cpu"}
+    monkeypatch.setattr(estimate, "on_terminal", lambda: True)
+    estimate.before(options, lambda shape: f"{shape.about}, {shape.text_tokens} tokens")
+    assert "PixArtSigmaPipeline, 16 tokens" in capsys.readouterr().err
+    estimate.before(options, lambda shape: 1 / 0)
+    assert "Error" not in capsys.readouterr().err
