@@ -156,6 +156,15 @@ FAMILIES = (
         cfg=replace(BATCHED, scale="", argument="guidance_scale"),
     ),
     Family(
+        name="dit",
+        models="DiT (class to image), MoH-DiT",
+        transformers=("DiTTransformer2DModel",),
+        layers=("transformer_blocks.*.attn1",),
+        forward_args=("hidden_states",),
+        layout=_order("image"),
+        cfg=replace(BATCHED, order=("cond", "uncond"), scale="", argument="guidance_scale"),
+    ),
+    Family(
         name="qwen-image",
         models="Qwen-Image, Qwen-Image-Edit",
         transformers=("QwenImageTransformer2DModel",),
