@@ -90,6 +90,11 @@ class FamilyMixin(CrossMixin, GuidedMixin):
     even_axes: tuple[int, ...] = (0, 1, 2)
     rotary_error: float = 5e-6
 
+    @property
+    def has_text(self) -> bool:
+        """Whether anything attends to a text."""
+        return bool(self.cross_sockets) or any(kind not in VISUAL for kind in self.kinds)
+
     def model(self) -> torch.nn.Module:
         """A tiny random transformer; the seed is set by the caller."""
         raise NotImplementedError
@@ -243,7 +248,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         dit_attn.enable(net, dit_attn.InwardWindow(**settings, override="text"))
         with two_streams(net) as seen:
             self.call(net, args)
-        if len([kind for kind in self.kinds if kind in VISUAL]) > 1:
+        if len([kind for kind in self.kinds if kind in VISUAL]) > 1 or not self.has_text:
             assert not seen.replaced
             return
         seen.check(window)

@@ -12,6 +12,8 @@ from tests._support.family_mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+PIECES = ("isolation", "reposition", "saas")
+"""Methods about pieces of a prompt."""
 
 
 def tested() -> dict[str, list[type[FamilyMixin]]]:
@@ -46,8 +48,14 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
         "; ".join(orders),
         "yes" if whole else "",
         moved,
-        *((moved if slug == "reposition" else "yes") if cases else "" for slug in slugs),
+        *(_cell(slug, moved, cases) if cases else "" for slug in slugs),
     ]
+
+
+def _cell(slug: str, moved: str, cases: list[type[FamilyMixin]]) -> str:
+    if slug in PIECES and not any(case().has_text for case in cases):
+        return "no text"
+    return moved if slug == "reposition" else "yes"
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ class MoH(LearnedMethod):
             nothing.
         two_stage: weigh shared against routed heads by a map of its own.
         normalize: gates with a mean of 1 (``release``), or plain softmaxes without renormalization (``paper``).
+        layers: (shared, active routed) heads of every layer, in place of ``shared`` and ``top_k``.
         balance: weight of the balance loss in a training.
 
     Raises:
@@ -109,21 +110,34 @@ class MoH(LearnedMethod):
     top_k: float | int = setting(1.0, "active heads of the others (fraction or count)", low=0)
     two_stage: bool = setting(True, "weigh shared against routed heads")
     normalize: str = setting("release", "scaling of the gates", choices=NORMALIZATIONS)
+    layers: tuple[tuple[int, ...], ...] | None = setting(
+        None, "shared and active heads of every layer, in place of shared and top_k"
+    )
     balance: float = setting(0.01, "weight of the balance loss in a training", low=0.0)
 
-    def counts(self, heads: int) -> tuple[int, int, int]:
-        """Return shared, routed and active routed heads of a layer with so many heads.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(len(pair) != 2 or min(pair) < 0 for pair in self.layers or ()):
+            raise DitAttnError(f"{self.slug}.layers are pairs of counts (shared, active), one for every layer")
+
+    def counts(self, heads: int, index: int = 0) -> tuple[int, int, int]:
+        """Return shared, routed and active routed heads of a layer.
+
+        Args:
+            heads: of the layer.
+            index: of the layer.
 
         Raises:
             DitAttnError: they do not fit.
         """
-        if isinstance(self.shared, int) and self.shared > heads:
-            raise DitAttnError(f"{self.slug}.shared is {self.shared}, and a layer has {heads} heads; lower it")
-        shared = resolve_count(self.shared, heads)
+        given, top_k = self.layers[index] if self.layers is not None else (self.shared, self.top_k)
+        if isinstance(given, int) and given > heads:
+            raise DitAttnError(f"{self.slug}.shared is {given}, and a layer has {heads} heads; lower it")
+        shared = resolve_count(given, heads)
         routed = heads - shared
-        if isinstance(self.top_k, int) and self.top_k > routed:
-            raise DitAttnError(f"{self.slug}.top_k is {self.top_k}, and {routed} of {heads} heads are routed; lower it")
-        active = resolve_count(self.top_k, routed)
+        if isinstance(top_k, int) and top_k > routed:
+            raise DitAttnError(f"{self.slug}.top_k is {top_k}, and {routed} of {heads} heads are routed; lower it")
+        active = resolve_count(top_k, routed)
         if shared == 1 and routed:
             raise DitAttnError(
                 f"{self.slug} with one shared head of {heads} gives it no router; set shared to 0, 2 or more"
@@ -138,12 +152,18 @@ class MoH(LearnedMethod):
         Raises:
             DitAttnError: so it is.
         """
-        for count in {count for count in heads if count is not None}:
-            self.counts(count)
+        if self.layers is not None and len(self.layers) != len(heads):
+            raise DitAttnError(
+                f"{self.slug}.layers has {len(self.layers)} entries, and {transformer} has {len(heads)} layers; give "
+                "one for each"
+            )
+        for index, count in enumerate(heads):
+            if count is not None:
+                self.counts(count, index)
 
     def parameters_for(self, shape: LayerShape) -> torch.nn.Module:
         """Return the router of a layer."""
-        shared, routed, _ = self.counts(shape.heads)
+        shared, routed, _ = self.counts(shape.heads, shape.index)
         return HeadRouter(shape.hidden_size, shared, routed, self.two_stage)
 
     @property
@@ -153,8 +173,10 @@ class MoH(LearnedMethod):
 
     def continues(self, other: Method) -> bool:
         """Return whether the routers of ``other`` stay: with another number of active heads, say."""
-        alike = isinstance(other, MoH) and (self.shared, self.two_stage) == (other.shared, other.two_stage)
-        return alike and self.weights is None
+        if not isinstance(other, MoH) or self.weights is not None or self.two_stage != other.two_stage:
+            return False
+        shared = [None if method.layers is None else [pair[0] for pair in method.layers] for method in (self, other)]
+        return shared[0] == shared[1] and (self.layers is not None or self.shared == other.shared)
 
     def auxiliary_loss(self, modules: Iterable[torch.nn.Module]) -> torch.Tensor | None:
         """Return the weighted mean of the balance losses of the layers."""
@@ -174,7 +196,7 @@ class MoH(LearnedMethod):
         if rows is None:
             request.decline(f"the layer's input has other rows than its attention: {tuple(x.shape)}")
             return
-        _, routed, active = self.counts(call.q.shape[2])
+        _, routed, active = self.counts(call.q.shape[2], call.layer.index)
         gates = self.parameters(call)(x, active if routed else 0, self.normalize)
         missing = (rows.start, call.q.shape[1] - rows.stop)
         request.multiply_heads(F.pad(gates, (0, 0, *missing), value=1.0) if any(missing) else gates)

@@ -38,7 +38,10 @@ def check(options: Options) -> None:
     if options.get("data") is not None and has_prompts(options):
         raise DitAttnError("--data has examples, and prompts are for the teacher to draw some; give one of them")
     folder = output_of(options)
-    if not options.get("resume") and (folder / constant(CHECKPOINT_MODULE, "CHECKPOINT")).exists():
+    checkpoint = folder / constant(CHECKPOINT_MODULE, "CHECKPOINT")
+    if options.get("resume") and not checkpoint.exists():
+        raise DitAttnError(f"nothing to resume: {checkpoint} does not exist; leave out --resume to start a new run")
+    if not options.get("resume") and checkpoint.exists():
         raise DitAttnError(f"{folder} already holds a run; add --resume to continue it or choose another --output")
     kind, _, defaults = locate(options["model"], options.get("revision"), options.get("variant"))
     if "data" in options:

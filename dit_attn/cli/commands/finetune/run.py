@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dit_attn.api import check
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import load_pipeline, outputs, resolve_methods
 from dit_attn.cli.captions import shuffled_captions
@@ -52,8 +53,10 @@ def run(options: Options) -> int:
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
     pipe = load_pipeline.load_pipeline(load)
+    check(pipe, config.method_at(0))  # before the teacher draws examples
     examples = _examples(options, source, pipe, config, folder)
     job = Finetune(pipe, config, examples)
+    first = job.accelerator.is_main_process
     if options.get("resume"):
         job.restore(folder)
     try:
@@ -69,7 +72,9 @@ def run(options: Options) -> int:
         words = [*(word for word in options.argv if word != "--resume"), "--resume"]
         print(f"stopped at step {job.step} of {config.steps}; continue: dit-attn {shlex.join(words)}", file=sys.stderr)
         return 130
-    _finish(job, source, options, folder)
+    if first:
+        _finish(job, source, options, folder)
+    job.accelerator.wait_for_everyone()
     return 0
 
 
