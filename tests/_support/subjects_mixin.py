@@ -65,10 +65,12 @@ class SubjectsMixin:
 
     Attributes:
         sockets, cross_sockets: layers with self or joint attention, and with cross attention.
+        has_text: whether anything attends to a text.
     """
 
     sockets: int = 0
     cross_sockets: int = 0
+    has_text: bool = True
 
     def call(self, model: torch.nn.Module, args: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -123,7 +125,8 @@ class SubjectsMixin:
             session = dit_attn.enable(net, dit_attn.AdaptiveReweighting(mode=mode, start=0, stop=9, w_max=2.5))
             session.given.update({"reweighting": given} if given is not None else {})
             with dit_attn.observing(net, lambda *done: seen.append(done), ("text",)):
-                assert same(stock, self.call(net, args)) is (given is None or given.weights is not cells)
+                unchanged = given is None or given.weights is not cells or not self.has_text
+                assert same(stock, self.call(net, args)) is unchanged
         touched = 0
         for call, request, out in seen:
             keys = known_pieces(None, call, "left")
@@ -137,7 +140,7 @@ class SubjectsMixin:
             expected = reweighted(call, request, mode, rows, keys[-1:] & conditioned[:, None])
             within = slice(place.start, place.stop)
             torch.testing.assert_close(out.double()[:, within], expected[:, within], atol=2e-5, rtol=1e-4)
-        assert touched in (self.cross_sockets, self.sockets, self.sockets - 1) and touched
+        assert touched in (self.cross_sockets, self.sockets, self.sockets - 1) and bool(touched) is self.has_text
 
     def test_saas_measures_the_first_step_and_lifts_words_of_conditional_rows_in_the_next(
         self, net: Any, args: Any, monkeypatch: Any

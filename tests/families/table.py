@@ -12,8 +12,8 @@ from tests._support.family_mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
-PIECES = ("isolation", "reposition", "saas")
-"""Methods about pieces of a prompt."""
+OF_TEXT = ("gag", "isolation", "reposition", "reweighting", "saas")
+"""Methods about a text or pieces of it."""
 
 
 def tested() -> dict[str, list[type[FamilyMixin]]]:
@@ -53,7 +53,7 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
 
 
 def _cell(slug: str, moved: str, cases: list[type[FamilyMixin]]) -> str:
-    if slug in PIECES and not any(case().has_text for case in cases):
+    if slug in OF_TEXT and not any(case().has_text for case in cases):
         return "no text"
     return moved if slug == "reposition" else "yes"
 
