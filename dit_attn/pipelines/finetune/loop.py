@@ -117,26 +117,33 @@ class Finetune:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         each = self.config.batch * self.accelerator.num_processes
         places = torch.randint(len(self.training), (each,), generator=generator).tolist()
-        mine = places[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = list(enumerate(places))[self.accelerator.process_index :: self.accelerator.num_processes]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.step + 1) / max(1, self.config.warmup))
         total = 0.0
-        for place in mine:
+        for position, place in mine:  # noise by the position in the batch: the same on any number of processes
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) * 65_537 + position)
             loss = self.loss_of(read_example(self.training[place]), generator) / len(mine)
-            if not bool(torch.isfinite(loss)):
+            found = self._of_all(loss)
+            if not bool(torch.isfinite(found).all()):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise RunStopped(
                     f"the loss of step {self.step + 1} is not finite; the checkpoint of step {max(self.saved, 0)} is "
                     "kept: resume it with a smaller --lr"
                 )
             self.accelerator.backward(loss)
-            total += float(loss.detach())
+            total += float(found.mean())
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._update_average()
         return total
+
+    def _of_all(self, loss: torch.Tensor) -> torch.Tensor:
+        """The losses of all processes: they stop together."""
+        own = loss.detach().float().reshape(1)
+        return self.accelerator.gather(own) if self.accelerator.num_processes > 1 else own
 
     def _follow_schedule(self) -> None:
         """Enable the method with the density of this part of the run."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,9 +20,6 @@ from dit_attn.api import disable, enable
 from dit_attn.errors import DitAttnError, cut
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.methods.moh import MoH
-
-if TYPE_CHECKING:
-    from diffusers import DiTTransformer2DModel
 
 XL_2_90 = ((8, 8, 0),) * 9 + ((16, 16, 0),) * 10 + ((24, 16, 3),) * 9
 """(heads, shared, active routed) of every layer of MoH-DiT-XL/2-90: 403 of 448 heads are active."""
@@ -49,8 +46,8 @@ _FIXED = ("pos_embed.pos_embed",)
 
 def moh_transformer(
     layers: Sequence[tuple[int, int, int]] = XL_2_90, *, heads: int = 16, head_dim: int = 72, **config: Any
-) -> DiTTransformer2DModel:
-    """Return a DiT whose layers have different numbers of heads, with random weights.
+) -> Any:
+    """Return a ``DiTTransformer2DModel`` whose layers have different numbers of heads, with random weights.
 
     Args:
         layers: (heads, shared, active routed) of every layer.
@@ -60,7 +57,7 @@ def moh_transformer(
     from diffusers import DiTTransformer2DModel
 
     defaults = {"out_channels": 8, "sample_size": 32}
-    model = DiTTransformer2DModel(
+    model: Any = DiTTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, num_layers=len(layers), **{**defaults, **config}
     )
     for block, (count, _, _) in zip(model.transformer_blocks, layers):
@@ -72,7 +69,7 @@ def moh_transformer(
 
 
 def load_moh_state(
-    model: DiTTransformer2DModel, file: str | Path, layers: Sequence[tuple[int, int, int]] = XL_2_90
+    model: Any, file: str | Path, layers: Sequence[tuple[int, int, int]] = XL_2_90
 ) -> Session:
     """Load a released checkpoint into a transformer of :func:`moh_transformer`, and enable its routers.
 

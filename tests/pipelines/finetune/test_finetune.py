@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from dit_attn.pipelines.finetune import (
 from dit_attn.pipelines.finetune.loop import CHECKPOINT
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare
 from tests._support.compose import forward, tiny
+from tests._support.ranks import run_ranks
 
 PROMPTS = ["a large purple circle moving left fast on black", "a small red square moving right slow on white"]
 CALL = {**models.call_defaults("tiny-video"), "num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 4}
@@ -198,6 +201,31 @@ def test_a_stopped_run_ends_as_one_that_was_not(examples: list[Path], tmp_path: 
         other.restore(tmp_path / "part")
     with pytest.raises(DitAttnError, match="nothing to resume"):
         other.restore(tmp_path)
+
+
+def train_rank(rank: int, folder: Path, examples: list[Path]) -> None:
+    """One of two processes: two steps, a checkpoint, and the third step of a new job."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    Finetune(small(), replace(CONFIG, steps=2, log_every=1), examples).fit(folder / "run")
+    torch.distributed.barrier()
+    job = Finetune(small(), replace(CONFIG, steps=3, log_every=1), examples)
+    job.restore(folder / "run")
+    job.fit(folder / f"run{rank}")
+    (folder / f"log{rank}.json").write_text(json.dumps([entry["loss"] for entry in job.log if "loss" in entry]))
+
+
+@pytest.mark.parametrize("kind", ["examples", "clean"])
+def test_two_processes_train_like_one_with_their_batch_and_one_writes(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    files = request.getfixturevalue(kind)
+    job = Finetune(small(), replace(CONFIG, steps=3, log_every=1, batch=2), files)
+    job.fit(tmp_path / "alone")
+    run_ranks(train_rank, 2, tmp_path, files)
+    alone = [entry["loss"] for entry in job.log if "loss" in entry]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"log{rank}.json").read_text()) == pytest.approx(alone, rel=1e-4)
+    assert (tmp_path / "run0" / CHECKPOINT).exists() and not (tmp_path / "run1" / CHECKPOINT).exists()
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(
