@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def estimate_training(
             torch.autograd.backward(masked_loss(backbone, concept, clean, clean, level, masks, numbers, text))
         return live.peak
 
-    stored, again = (_over_blocks(shape, lambda one, on=on: step(one, on)) for on in (False, True))
+    stored, again = (_over_blocks(shape, partial(step, checkpointed=on)) for on in (False, True))
     pixels = _autoencoder_peak(shape, batch, "encode")
     backbone = _Shapes(_copy(shape.pipe), shape.resolution)
     with torch.device("meta"):
@@ -289,7 +290,8 @@ def _blocks(transformer: torch.nn.Module) -> list[tuple[str, int, int]]:
 
 def _shortened(shape: ModelShape, kept: dict[tuple[str, int], int]) -> Backbone:
     """The pipeline with so many blocks of every kind."""
-    pipe, left, chosen = copy.copy(shape.pipe), dict(kept), {}
+    pipe, left = copy.copy(shape.pipe), dict(kept)
+    chosen: dict[str, list[int]] = {}
     for name, index, size in _blocks(shape.pipe.transformer):
         if left[name, size]:
             left[name, size] -= 1

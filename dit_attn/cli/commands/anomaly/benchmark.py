@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn import files
-from dit_attn.cli.commands.anomaly import jobs
+from dit_attn.cli.commands.anomaly import inputs
 from dit_attn.cli.method_index import known_methods
 from dit_attn.cli.model_source import fingerprint, locate
 from dit_attn.cli.options import Options
@@ -42,8 +42,8 @@ def benchmark(options: Options) -> int:
     Raises:
         DitAttnError: a flag, an image, a mask or the model cannot be used.
     """
-    jobs.check_model(options)
-    jobs.reject(options, "benchmark", *_ELSEWHERE)
+    inputs.check_model(options)
+    inputs.reject(options, "benchmark", *_ELSEWHERE)
     arms = check_arms(options.get("arms", ()), tuple(known_methods()))
     chosen = {**(QUICK if options.get("quick") else FULL), **options.values}
     shots = tuple(sorted(set(chosen["k"])))
@@ -53,7 +53,7 @@ def benchmark(options: Options) -> int:
         raise DitAttnError(f"--segmenter-size {size} is no multiple of 8; give one")
     if importlib.util.find_spec("torchmetrics") is None:
         raise DitAttnError("the benchmark needs torchmetrics, which is not there: `pip install 'dit-attn[eval]'`")
-    output = jobs.output_folder(options, "benchmark")
+    output = inputs.output_folder(options, "benchmark")
     tasks = _given(options, shots[-1]) if given else _world(options, output, shots[-1], chosen)
     if options.get("dry_run"):
         print(_plan(tasks, arms, shots, chosen))
@@ -72,7 +72,7 @@ def _run(
         from dit_attn.pipelines.anomaly.benchmark.benchmark import Benchmark, BenchmarkConfig, setup_of
         from dit_attn.pipelines.anomaly.benchmark.segmenter import SegmenterConfig
         from dit_attn.pipelines.measurement_log import MeasurementLog
-    train, generate = jobs.train_config(options), jobs.generate_config(options)
+    train, generate = inputs.train_config(options), inputs.generate_config(options)
     segmenter = SegmenterConfig(
         size=size, width=chosen["segmenter_width"], steps=chosen["segmenter_steps"], flips=train.flips
     )
@@ -93,7 +93,7 @@ def _run(
             on_result=lambda key: bar.update(),
         )  # fmt: skip
         bar.update(len(log.rows))
-        backbone = jobs.load_backbone(options)
+        backbone = inputs.load_backbone(options)
 
         def stage(text: str) -> None:
             bar.set_postfix_str(text)
@@ -120,7 +120,7 @@ def log_facts(model: dict[str, Any], options: Options) -> dict[str, Any]:
 
 
 def _given(options: Options, most: int) -> list[Task]:
-    tasks = given_tasks(jobs.find_source(options, shots=True), most)
+    tasks = given_tasks(inputs.find_source(options, shots=True), most)
     check_images(tasks)
     return tasks
 
