@@ -33,7 +33,7 @@ def session_like(methods: Any) -> tuple[Any, Layer]:
     """A run of one layer that answers what processors ask of a session."""
     run: Any
     run, layer = host_run(methods)
-    run.detached, run.recomputing, run.module = False, False, lambda layer: None
+    run.detached, run.recomputing, run.resampled, run.module = False, False, False, lambda layer: None
     run.check_thread = lambda: None
     return run, layer
 

@@ -115,8 +115,9 @@ def read_settings(source: str | Path) -> tuple[dict[str, Any], Path]:
     if isinstance(data, dict):
         data.pop("about", None)
     if isinstance(data, dict) and data.get("weights") is not None:
-        if given.is_file() and data["weights"] == given.with_suffix(".safetensors").name:
-            return {**data, "weights": str(given.with_suffix(".safetensors"))}, path
+        own = given.with_suffix(".safetensors")
+        if given.is_file() and data["weights"] == own.name != TENSORS["transformer"]:
+            return {**data, "weights": str(own)}, path
         if data["weights"] != TENSORS["transformer"]:
             raise DitAttnError(
                 f"{path}: a saved method has its tensors beside it, in {TENSORS['transformer']}, and this one names "

@@ -81,7 +81,7 @@ def test_processors_are_looked_after_before_the_session_is_told_and_the_guider_m
 def test_a_compiled_transformer_shows_its_arguments_through_one_operator() -> None:
     session = RunState([], Clock())
     shown: list[dict[str, Any]] = []
-    session.on_forward, session.twin = shown.append, None  # type: ignore[attr-defined]
+    session.on_forward, session.twin, session.reduced = shown.append, None, None  # type: ignore[attr-defined]
     torch.ops.dit_attn.on_forward(
         session.handle,
         [torch.tensor([3.0]), torch.zeros(2)],

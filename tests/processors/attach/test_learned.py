@@ -119,7 +119,8 @@ def test_the_shape_is_that_of_the_layer_and_random_starts_use_up_no_random_numbe
     with torch.device("meta"):
         dit_attn.enable(model, Random())
     assert torch.equal(torch.get_rng_state(), before)
-    assert shapes[-2:] == [LayerShape(name, "self", i, 2, 2, 2, 12, 24, torch.bfloat16) for i, name in enumerate(WAN)]
+    sizes = (2, 2, 2, 12, 24, torch.bfloat16, (("to_out", 24),))
+    assert shapes[-2:] == [LayerShape(name, "self", i, *sizes) for i, name in enumerate(WAN)]
     first = [value.clone() for value in values(model)]
     assert first[0].device.type == "cpu" and first[0].dtype == torch.bfloat16 and first[0].any()
     dit_attn.disable(model)

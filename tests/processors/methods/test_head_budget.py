@@ -259,7 +259,7 @@ def test_another_number_of_heads_is_refused_before_anything_changes(cls: Any) ->
 def test_a_layer_that_does_not_say_its_heads_falls_back_and_counts_why(cls: Any, monkeypatch: Any) -> None:
     model, args = tiny("wan")
     stock, heads = forward(model, args), heads_of(model)
-    monkeypatch.setattr("dit_attn.processors.attach.attach.head_count", lambda layer: None)
+    monkeypatch.setattr("dit_attn.processors.attach.transformer_run.head_count", lambda layer: None)
     layers = len(dit_attn.enable(model, cls(density=(0.5,) * (heads + 1), dense_steps=0)).layers)
     assert torch.equal(forward(model, args), stock)
     assert dit_attn.summary(model).fallbacks == {f"density for {heads + 1} heads, the layer has {heads}": layers}
