@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_attn import files
-from dit_attn.cli.built_in_shape import built_in_shape
+from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
 from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
@@ -311,3 +312,30 @@ def go_offline_where_there_is_no_hub() -> bool:
     offline = hub.is_offline()
     constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or offline
     return offline
+
+
+def offline_shape(
+    name: str, revision: str | None = None, variant: str | None = None, configs: Collection[str] | None = None
+) -> BuiltInShape | None:
+    """Return the built-in shape of a Hub model that is neither cached nor reachable, ``None`` for what can be read.
+
+    Args:
+        name, revision, variant: of the model, as for :func:`locate`.
+        configs: rows of shapes that will do; default: all.
+
+    Raises:
+        DitAttnError: it cannot be read, and there is no such shape.
+    """
+    kind, path, _ = locate(name, revision, variant)
+    if kind != "hub":
+        return None
+    try:
+        check_reachable(path, revision)
+    except DitAttnError as error:
+        fitting = [one for one in SHAPES if configs is None or one.config in configs]
+        shape = built_in_shape(path)
+        if shape not in fitting:
+            known = ", ".join(one.title for one in fitting)
+            raise DitAttnError(f"{error}. Shapes that are built in: {known}") from error
+        return shape
+    return None

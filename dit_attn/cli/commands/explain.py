@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from dit_attn.cli import high_resolution
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
+from dit_attn.cli.built_in_shape import BuiltInShape
 from dit_attn.cli.early_check import check_early
-from dit_attn.cli.model_source import check_reachable, locate
+from dit_attn.cli.model_source import offline_shape
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import show
-from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
     from dit_attn.pipelines.high_resolution import HighResolution
@@ -74,7 +73,8 @@ class ExplainConfig:
         """
         from dit_attn.cli import load_pipeline, method_options, model_source, resolve_methods
 
-        specs, shape = method_options.method_specs(options), _offline_shape(options)
+        specs = method_options.method_specs(options)
+        shape = offline_shape(options["model"], options.get("revision"), options.get("variant"))
         with loading_libraries(not options.get("json")):
             load_pipeline.quiet(show_progress=False)
             if shape is None:
@@ -93,22 +93,6 @@ class ExplainConfig:
         guided = options.get("guidance_scale", 2.0) > 1.0
         rest = {"steps": steps, "stages": stages, "guided": guided, **options.pick("json")}
         return cls(options["model"], about, target, methods, **size, **rest)
-
-
-def _offline_shape(options: flags.Options) -> BuiltInShape | None:
-    """The built-in shape of a Hub model that is neither cached nor reachable, ``None`` for what can be read."""
-    kind, path, _ = locate(options["model"], options.get("revision"), options.get("variant"))
-    if kind != "hub":
-        return None
-    try:
-        check_reachable(path, options.get("revision"))
-    except DitAttnError as error:
-        shape = built_in_shape(path)
-        if shape is None:
-            known = ", ".join(one.title for one in SHAPES)
-            raise DitAttnError(f"{error}. Shapes that are built in: {known}") from error
-        return shape
-    return None
 
 
 def _built_in(shape: BuiltInShape) -> tuple[Any, Any, dict[str, int]]:

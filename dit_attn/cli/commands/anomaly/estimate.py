@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn import files
-from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
+from dit_attn.cli.built_in_shape import BuiltInShape, built_in_shape
 from dit_attn.cli.commands.anomaly import timings
-from dit_attn.cli.model_source import Source, check_reachable, component, locate
+from dit_attn.cli.model_source import Source, component, offline_shape
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, on_terminal
 from dit_attn.cli.workers import process_rank
@@ -128,18 +128,7 @@ def _offline_shape(options: Options) -> BuiltInShape | None:
     """The built-in shape of a Hub model that cannot be read, ``None`` for what can be."""
     if (named := built_in_shape(options["model"])) is not None and "/" not in options["model"]:
         return named if named.config in _BUILT_IN else None
-    kind, path, _ = locate(options["model"], options.get("revision"), options.get("variant"))
-    if kind != "hub":
-        return None
-    try:
-        check_reachable(path, options.get("revision"))
-    except DitAttnError as error:
-        shape = built_in_shape(path)
-        if shape is None or shape.config not in _BUILT_IN:
-            known = ", ".join(one.title for one in SHAPES if one.config in _BUILT_IN)
-            raise DitAttnError(f"{error}. Shapes that are built in: {known}") from error
-        return shape
-    return None
+    return offline_shape(options["model"], options.get("revision"), options.get("variant"), _BUILT_IN)
 
 
 def _read(options: Options, device: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Image families whose latents come as one vector per token: the (1, H, W) grid is told by a table of positions."""
+"""Image families whose latents come as one vector per token: a table of positions says the (1, H, W) grid."""
 
 from __future__ import annotations
 
