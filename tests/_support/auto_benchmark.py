@@ -8,7 +8,7 @@ of the median. Two claims, each with a verdict:
 * near the best: auto / best is at most 1.05 at the upper end, where the best is the fastest arm whose result is at
   least as close to dense as that of ``auto``.
 
-Embedded models make whole runs. Of the large ones a few layers with random weights, at their head size, are called step
+Embedded models make full runs. Of the large ones a few layers with random weights, at their head size, are called step
 by step on fixed inputs: what a step costs does not depend on them. No preset matches so few layers: settings are the
 methods' defaults there. All of it takes about an hour and a half on two idle cores; most of that is 16,384 tokens.
 """
