@@ -1,7 +1,7 @@
 """What the gate accepts: true defects that it was not fitted on, and normal texture in the place of a defect.
 
 ``python benchmarks/anomaly/measure_gate.py --output benchmarks/anomaly/gate.json`` takes every product and defect of
-the inspection world at 64 pixels. No model takes part: the control is another normal piece of the product inside the mask.
+the inspection world at 64 pixels. No model takes part: the control is another normal piece inside the mask.
 """
 
 from __future__ import annotations
