@@ -10,33 +10,50 @@ from typing import Any
 from dit_attn.cli.jobs import Job
 from dit_attn.errors import DitAttnError
 
-_TAG = "<img><|image_1|></img>"  # OmniGen's place of an image in the text
+_TAG = "<img><|image_{}|></img>"  # OmniGen's place of an image in the text
 _LISTED = "input_images"
+# Pipelines that take a list as several images of one prompt; others take it as one image for each of several prompts.
+TAKE_SEVERAL = (
+    "BriaFibo2Pipeline",
+    "BriaFiboEditPipeline",
+    "Flux2KleinKVPipeline",
+    "Flux2KleinPipeline",
+    "Flux2Pipeline",
+    "GlmImagePipeline",
+    "QwenImageEditPlusPipeline",
+    "ZImageOmniPipeline",
+)
 
 
 def for_pipeline(job: Job, pipeline: Any, ranges: bool = False) -> Job:
-    """Return a job whose input image is where a pipeline takes it.
+    """Return a job whose input images are where a pipeline takes them.
 
     OmniGen takes a list of images, and its prompt says where they belong: in front, where the prompt does not.
 
     Args:
-        job: its ``image`` is the path of a file.
+        job: its ``image`` is the path of a file, or a list of such paths.
         pipeline: the pipeline's class.
         ranges: whether pieces of the prompt are named by their characters, which text in front would shift.
 
     Raises:
-        DitAttnError: there would be text in front of such pieces.
+        DitAttnError: there would be text in front of such pieces, or several images for a pipeline that takes one.
     """
-    if "image" not in job.call or "image" in _parameters(pipeline) or _LISTED not in _parameters(pipeline):
+    if "image" not in job.call:
+        return job
+    paths = [given] if isinstance(given := job.call["image"], str) else given
+    if "image" in _parameters(pipeline) or _LISTED not in _parameters(pipeline):
+        if len(paths) > 1 and pipeline.__name__ not in TAKE_SEVERAL:
+            raise DitAttnError(f"{pipeline.__name__} takes one input image, got {len(paths)}; give one ({job.where})")
         return job
     call = {key: value for key, value in job.call.items() if key != "image"}
-    prompt = job.prompt if "<|image_1|>" in job.prompt else f"{_TAG} {job.prompt}"
-    if ranges and prompt != job.prompt:
+    absent = [number for number in range(1, len(paths) + 1) if f"<|image_{number}|>" not in job.prompt]
+    tags = "".join(_TAG.format(number) for number in absent)
+    if ranges and tags:
         raise DitAttnError(
             f"{pipeline.__name__} needs its image in the prompt, and pieces are given by their characters; write "
-            f"{_TAG} where it belongs, or name pieces by their words"
+            f"{tags} where it belongs, or name pieces by their words"
         )
-    return replace(job, prompt=prompt, call={**call, _LISTED: [job.call["image"]]})
+    return replace(job, prompt=f"{tags} {job.prompt}" if tags else job.prompt, call={**call, _LISTED: paths})
 
 
 def check_images_given(jobs: Sequence[Job]) -> None:

@@ -237,7 +237,9 @@ def _line(data: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
             raise unknown(f"key in {where}:", key, LINE_FLAGS)
         if value is not None:
             flag: Flag = LINE_FLAGS[name]
-            out[name] = convert(flag, value, f"{name} in {where}")
+            several = name == "image" and isinstance(value, list) and bool(value)
+            kind = f"{name} in {where}"
+            out[name] = [convert(flag, one, kind) for one in value] if several else convert(flag, value, kind)
     if "prompt" not in out:
         raise DitAttnError(f"{where} has no prompt; every line needs one")
     if "pipeline_kwargs" in out:
@@ -247,11 +249,14 @@ def _line(data: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
 
 def _images_beside(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a line of ``file``, with paths of images from its folder."""
+
+    def beside(value: Any) -> Any:
+        if isinstance(value, list):
+            return [beside(path) for path in value]
+        return value if Path(value).expanduser().is_absolute() else str(file.parent / value)
+
     return {
-        name: str(file.parent / value)
-        if name in _IMAGE_KEYS and isinstance(value, str) and not Path(value).expanduser().is_absolute()
-        else value
-        for name, value in settings.items()
+        name: beside(value) if name in _IMAGE_KEYS and _is_paths(value) else value for name, value in settings.items()
     }
 
 

@@ -184,7 +184,8 @@ def merge(
     values = {**{name: value for name, value in config.items() if name in own}, **given}
     for name, value in values.items():
         if own[name].exists and value:
-            _check_exists(own[name], value)
+            for one in value if own[name].many else [value]:
+                _check_exists(own[name], one)
     if "model" in own and own["model"].default == "required" and "model" not in values:
         raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones)")
     return Options(values, list(getattr(args, "words", [])), methods, tuple(getattr(args, "argv", ())))

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+)
 from PIL import Image
 
 from tests._support import tiny_tokenizers as kinds
@@ -29,11 +34,16 @@ class ImageProcessor:
         return self.tokenizer([one.replace("<|image_pad|>", "<|image_pad|>" * count) for one in text], **options)
 
 
-def qwen_edit(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Qwen-Image-Edit that scales its image to a size for a test in the place of a million pixels."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock
+def qwen_edit(monkeypatch: pytest.MonkeyPatch, plus: bool = False) -> Any:
+    """Qwen-Image-Edit that scales its images to a size for a test in the place of a million pixels.
 
-    monkeypatch.setattr(stock, "calculate_dimensions", lambda area, ratio: (48, 32, None))
+    Args:
+        plus: the pipeline that takes several images.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+
+    stock = pipeline_qwenimage_edit_plus if plus else pipeline_qwenimage_edit
+    monkeypatch.setattr(stock, "calculate_dimensions", lambda area, ratio: (48, 32) if plus else (48, 32, None))
     tokenizer = kinds.qwen()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|image_pad|>"]})
     vae = AutoencoderKLQwenImage(
@@ -45,7 +55,7 @@ def qwen_edit(monkeypatch: pytest.MonkeyPatch) -> Any:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    made = QwenImageEditPipeline(
+    made = (QwenImageEditPlusPipeline if plus else QwenImageEditPipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae.eval(),
         text_encoder=WordEncoder(16),
@@ -58,8 +68,13 @@ def qwen_edit(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def editing(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Any]]:
-    """A pipeline and the arguments of a call without a prompt: ``kontext``, ``qwen-image-edit`` or ``omnigen``."""
-    if name == "qwen-image-edit":
-        return qwen_edit(monkeypatch), {"image": IMAGE, "height": 64, "width": 64, "true_cfg_scale": 1.0}
+    """A pipeline and the arguments of a call without a prompt.
+
+    Args:
+        name: ``kontext``, ``qwen-image-edit``, ``qwen-image-edit-plus`` or ``omnigen``.
+    """
+    if name.startswith("qwen-image-edit"):
+        plus = name.endswith("plus")
+        return qwen_edit(monkeypatch, plus), {"image": IMAGE, "height": 64, "width": 64, "true_cfg_scale": 1.0}
     pipe, kwargs = pipeline_of(CASES[name])
     return pipe, kwargs if name == "kontext" else {**kwargs, "input_images": [IMAGE], "img_guidance_scale": 1.6}

@@ -13,7 +13,13 @@ GROUPS = {
     "model": (*flags.MODEL, *flags.WEIGHTS),
     "methods": (*flags.PRESET, *flags.SUBJECTS),
     "instructions": (
-        flags.Flag("image", "image to change, where the file of instructions names none", metavar="FILE", exists=True),
+        flags.Flag(
+            "image",
+            "image to change, where the file of instructions names none; repeat for a pipeline that takes several",
+            many=True,
+            metavar="FILE",
+            exists=True,
+        ),
         flags.Flag("instruction", "what to change; repeat for more items", many=True, metavar="TEXT"),
         flags.Flag(
             "prompts", "file of instructions: .txt, .jsonl or .csv (prompt, image, seed, ... per line)", metavar="FILE"
@@ -30,6 +36,8 @@ _EXAMPLES = """examples:
       --image in.png --instruction "make the circle red, remove the cross"
   dit-attn edit --model Qwen/Qwen-Image-Edit --image in.png --method saas \\
       --instruction "make the circle red, and add a dog, and remove the cross"
+  dit-attn edit --model Qwen/Qwen-Image-Edit-2509 --image a.png --image b.png \\
+      --instruction "put the cat of the second image into the first"
   dit-attn edit --model Shitao/OmniGen-v1-diffusers --prompts edits.jsonl \\
       --method saas:observe=true --resume
 """
@@ -57,4 +65,6 @@ def run(args: argparse.Namespace) -> int:
         raise DitAttnError("no instruction; give --instruction TEXT, or --prompts FILE")
     if "image" not in options and "prompts" not in options:
         raise DitAttnError("no image to change; give --image FILE")
+    if len(images := options.get("image", [])) == 1:
+        options.values["image"] = images[0]
     return generate.run_options(options, edits=True)

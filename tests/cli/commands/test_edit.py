@@ -57,7 +57,7 @@ def test_an_image_is_edited_with_and_without_saas_and_the_pieces_are_reported(
     assert main([*command, "--resume"]) == 0 and len(list(out.glob("*.png"))) == 2  # without a method: another item
 
 
-@pytest.mark.parametrize("name", ["kontext", "qwen-image-edit", "omnigen"])
+@pytest.mark.parametrize("name", ["kontext", "qwen-image-edit", "qwen-image-edit-plus", "omnigen"])
 def test_every_editing_pipeline_gets_its_image_and_follows_it(
     name: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +73,43 @@ def test_every_editing_pipeline_gets_its_image_and_follows_it(
         seen.append(runner.call_pipeline(pipe, job)[0].frames)
         assert [trace.piece for trace in summary(pipe).reports["saas"].traces] == ["a red cube", "a green tree"]
     assert (seen[0] != seen[1]).any()
+
+
+@pytest.mark.parametrize("name", ["qwen-image-edit-plus", "omnigen"])
+def test_a_pipeline_that_takes_several_images_follows_each(
+    name: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, kwargs = editing(name, monkeypatch)
+    call = {key: value for key, value in kwargs.items() if key not in ("image", "input_images")}
+    paths = [tmp_path / "red.png", tmp_path / "green.png"]
+    for path in paths:
+        Image.new("RGB", IMAGE.size, path.stem).save(path)
+    seen = []
+    for second in paths:
+        given = {**call, "image": [str(image), str(second)], "num_inference_steps": 2}
+        job = edit_inputs.for_pipeline(jobs.Job(0, "a red cube", 0, given), type(pipe))
+        seen.append(runner.call_pipeline(pipe, job)[0].frames)
+    assert (seen[0] != seen[1]).any()
+
+
+def test_a_list_of_images_is_for_pipelines_that_read_it_as_one_prompt_s() -> None:
+    import diffusers
+
+    assert all(hasattr(diffusers, name) for name in edit_inputs.TAKE_SEVERAL)
+    job = jobs.Job(0, "a red cube", 0, {"image": ["a.png", "b.png"]})
+    assert edit_inputs.for_pipeline(job, diffusers.QwenImageEditPlusPipeline) == job
+    listed = edit_inputs.for_pipeline(job, diffusers.OmniGenPipeline)
+    assert listed.prompt == "<img><|image_1|></img><img><|image_2|></img> a red cube"
+    assert listed.call == {"input_images": ["a.png", "b.png"]}
+    with pytest.raises(DitAttnError, match="FluxKontextPipeline takes one input image, got 2; give one"):
+        edit_inputs.for_pipeline(job, diffusers.FluxKontextPipeline)
+
+
+def test_a_line_of_a_file_names_several_images_from_its_folder(image: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"prompt": "make it red", "image": ["in.png", str(image)]}))
+    (made,) = jobs.make_jobs({"prompts": str(lines)}, {})
+    assert made.call["image"] == [str(image), str(image)]
 
 
 def test_pieces_by_their_characters_need_the_image_in_the_prompt() -> None:
