@@ -24,9 +24,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch: PTX, bytes of shared memory, registers per thread, spill instructions."""
+    """What the compiler made of a launch: PTX, machine code, bytes of shared memory, registers, spill instructions.
+
+    Registers are those of a thread.
+    """
 
     ptx: str
+    cubin: bytes
     shared: int
     registers: int
     spills: int
@@ -35,6 +39,10 @@ class Compiled:
     def waits(self) -> list[int]:
         """How many copies each ``cp.async.wait_group`` leaves in flight, in program order."""
         return [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", self.ptx)]
+
+    def disassemble(self) -> str:
+        """Return the instructions of the machine code."""
+        return _disassemble(self.cubin)
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:
@@ -54,7 +62,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = _resources(compiled.asm["cubin"])
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, spills)
+    return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, registers, spills)
 
 
 def _specialised(parameter, value) -> bool:
@@ -69,14 +77,23 @@ def _type_of(value) -> str:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and how many instructions move registers to the stack or back."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _read("cuobjdump", "-res-usage", cubin))
+    assert found
+    # A frame is not a spill: the compiler also reserves a few bytes that nothing uses.
+    code = _disassemble(cubin) if int(found[2]) else ""
+    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+
+
+def _disassemble(cubin: bytes) -> str:
+    return _read("nvdisasm", "-c", cubin)
+
+
+def _read(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool prints about machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-        assert found
-        # A frame is not a spill: the compiler also reserves a few bytes that nothing uses.
-        code = _tool("nvdisasm", file.name) if int(found[2]) else ""
-    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+        return _tool(tool, option, file.name)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -11,13 +11,16 @@ import torch
 pytest.importorskip("triton")
 
 from dit_attn.kernels import BlockLayout, from_segments, inward_window
-from dit_attn.kernels.backends.triton.attention import plan_backward, plan_forward
+from dit_attn.kernels.backends.triton.attention import forward_config, lazy_rescaling, plan_backward, plan_forward
 from dit_attn.kernels.layouts.patterns import from_rule
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.selection import triton_select
 from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_compensation
 from dit_attn.kernels.triton_launch import Launch
 from tests._support.compiled_kernels import SHARED_MEMORY, Compiled, compile_for
+from tests._support.dense_attention_kernel import plan_dense
+from tests._support.instruction_table import plain_problem, sparse_launch
+from tests._support.kernel_loop import inner_loop
 
 SEQ, HEADS = 1032, 2  # ragged, so that the second loop is there
 
@@ -27,11 +30,12 @@ def problem(dtype: torch.dtype, dim: int, seq: int = SEQ, layout: BlockLayout | 
     return Problem(q, q, q, layout or BlockLayout.dense(seq, seq), dim**-0.5, None, None)
 
 
-def forward(p: Problem, terms: Terms = NO_TERMS, tma: bool = False) -> Launch:
-    return plan_forward(p, terms, torch.empty_like(p.q), torch.empty(1, HEADS, p.q.shape[1]), tma)
+def forward(p: Problem, terms: Terms = NO_TERMS, tma: bool = False, capability: int = 90) -> Launch:
+    stats = torch.empty(1, HEADS, p.q.shape[1])
+    return plan_forward(p, terms, torch.empty_like(p.q), stats, tma, capability=capability)
 
 
-def everything(dim: int) -> Launch:
+def everything(dim: int, capability: int) -> Launch:
     p = problem(torch.bfloat16, dim)
     rows = p.layout.nq
     bias = LogitBias(torch.zeros(1, HEADS, SEQ, 3), torch.zeros(1, HEADS, SEQ, 3))
@@ -40,24 +44,27 @@ def everything(dim: int) -> Launch:
         add=torch.zeros(1, HEADS, rows, dim), blend=torch.zeros(1, HEADS),
     )  # fmt: skip
     lengths = torch.ones(1, dtype=torch.int32)
-    return forward(p, Terms(lengths, bias, pooled_compensation(p.k, p.v, 16, variance=True), end))
+    terms = Terms(lengths, bias, pooled_compensation(p.k, p.v, 16, variance=True), end)
+    return forward(p, terms, capability=capability)
 
 
-def compensated(dim: int, variance: bool = False) -> Launch:
+def compensated(dim: int, variance: bool = False) -> tuple[Problem, Terms]:
     p = problem(torch.bfloat16, dim)
-    return forward(p, Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=variance)))
+    return p, Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=variance))
 
 
-def windowed(dim: int) -> Launch:
+def windowed(dim: int) -> Problem:
     layout = inward_window((4, 16, 16), (3, 9, 9), text_after=8)
-    return forward(problem(torch.bfloat16, dim, layout.q_len, layout))
+    return problem(torch.bfloat16, dim, layout.q_len, layout)
 
 
-FORWARD: dict[str, Callable[[], Launch]] = {
-    **{f"bf16 {dim}": lambda dim=dim: forward(problem(torch.bfloat16, dim)) for dim in (64, 72, 96, 128)},
-    "full blocks only": lambda: forward(problem(torch.bfloat16, 128, 1024)),
-    "fp32 128": lambda: forward(problem(torch.float32, 128)),
-    "window 128": lambda: windowed(128),
+FORWARD: dict[str, Callable[[], tuple[Problem, Terms]]] = {
+    **{f"bf16 {dim}": lambda dim=dim: (problem(torch.bfloat16, dim), NO_TERMS) for dim in (64, 72, 96, 128)},
+    "full blocks only": lambda: (problem(torch.bfloat16, 128, 1024), NO_TERMS),
+    "fp16 128": lambda: (problem(torch.float16, 128), NO_TERMS),
+    "fp32 128": lambda: (problem(torch.float32, 128), NO_TERMS),
+    "window 128": lambda: (windowed(128), NO_TERMS),
+    "lengths 128": lambda: (problem(torch.bfloat16, 128), Terms(torch.ones(1, dtype=torch.int32))),
     "compensation 128": lambda: compensated(128),
     "compensation 64": lambda: compensated(64),
     "variance 128": lambda: compensated(128, True),
@@ -97,7 +104,7 @@ def fits(compiled: Compiled, capability: int) -> None:
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("name", FORWARD)
 def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) -> None:
-    compiled = compile_for(FORWARD[name](), capability)
+    compiled = compile_for(forward(*FORWARD[name](), capability=capability), capability)
     fits(compiled, capability)
     if capability == 90 and "fp32" not in name:
         assert "wgmma.mma_async" in compiled.ptx
@@ -107,15 +114,28 @@ def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) 
 
 @pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "full blocks only"))
 def test_hopper_keeps_its_prefetch_of_keys_and_values(name: str) -> None:
-    compiled = compile_for(FORWARD[name](), 90)
+    compiled = compile_for(forward(*FORWARD[name]()), 90)
     assert compiled.waits and max(compiled.waits) >= 2  # a wait that leaves copies in flight: the loop is not drained
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_all_terms_at_once_still_fit(capability: int) -> None:
-    compiled = compile_for(everything(128), capability)
+    compiled = compile_for(everything(128, capability), capability)
     assert compiled.shared <= SHARED_MEMORY[capability]
     assert compiled.spills <= 32  # outside of the loops; docs/kernels.md says so
+
+
+@pytest.mark.parametrize(("capability", "dim", "most"), ((80, 64, 300), (80, 128, 545), (90, 64, 200), (90, 128, 215)))
+def test_the_sparse_loop_has_few_more_instructions_than_a_dense_one(capability: int, dim: int, most: int) -> None:
+    p = plain_problem(dim)
+    config = forward_config(p, NO_TERMS, capability)
+    lazy = lazy_rescaling(p, NO_TERMS, capability)
+    launches = sparse_launch(dim, config, capability), plan_dense(dim, config, lazy)
+    sparse, dense = (inner_loop(compile_for(one, capability).disassemble()) for one in launches)
+    assert sparse.instructions <= 1.1 * dense.instructions
+    assert sparse.instructions * 64 <= most * config.columns
+    assert sparse.barriers <= max(dense.barriers, 4)
+    assert lazy == (sparse.rescaled < dim // 4)  # nothing in the loop rescales the accumulator
 
 
 def test_descriptors_become_bulk_copies_on_hopper() -> None:

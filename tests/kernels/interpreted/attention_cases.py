@@ -67,6 +67,21 @@ def test_every_term_does_what_its_formula_says(name: str) -> None:
     agree(attend(p, terms, "triton"), definition(p, terms), 4e-6)
 
 
+@pytest.mark.parametrize("dim", (16, 24))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("rise", (-200.0, 20.0, 65.0, 75.0, 400.0))
+def test_logits_may_rise_or_fall_by_any_amount_after_the_first_keys(rise: float, dtype: torch.dtype, dim: int) -> None:
+    p = call(dtype, dim)
+    q, k = p.q.clone(), p.k.clone()
+    q[..., 0] = 8.0
+    k[..., 0] = rise / (8 * p.scale) * torch.arange(90)[None, :, None] / 90  # from one tile of 16 keys to the next
+    p = replace(p, q=q, k=k)
+    out, lse = attend(p, NO_TERMS, "triton")
+    expected = definition(p)
+    agree((out,), expected[:1], max(TOLERANCE[dtype], 1e-4))  # logits of 400 have an error of 2e-5 in fp32
+    agree((lse,), expected[1:], 1e-4)
+
+
 @pytest.mark.parametrize("tokens", (16, 32))
 def test_pooled_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> None:
     p = call(torch.float16, 72)

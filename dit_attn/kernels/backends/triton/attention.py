@@ -98,12 +98,14 @@ def plan_forward(
     lse: torch.Tensor,
     tma: bool = False,
     config: Config | None = None,
+    capability: int | None = None,
 ) -> Launch:
-    """Prepare the forward launch that fills ``out`` and ``lse``."""
+    """Prepare the forward launch that fills ``out`` and ``lse``; ``capability`` is 90 for Hopper."""
     q, layout = problem.q, problem.layout
     dim = q.shape[-1]
     first, second = panels(dim)
-    config = config or forward_config(q, terms)
+    capability = _capability(q.device) if capability is None else capability
+    config = config or forward_config(problem, terms, capability)
     bm, bn = tile_of(layout.q_block, config.rows), tile_of(layout.kv_block, config.columns)
     warps, stages = config.warps, config.stages
     tiles = layout.nq * (layout.q_block // bm)
@@ -117,7 +119,8 @@ def plan_forward(
         "BM": bm, "BN": bn, "EN": min(bn, EDGE_COLUMNS), "BV": bn,
         "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
         "DIM": dim, "D1": first, "D2": second, "RAGGED": layout.kv_len % layout.kv_block != 0,
-        **_arithmetic(q.dtype), "TMA": tma and second == 0, "STAGES": stages,
+        **_arithmetic(q.dtype), "LAZY": lazy_rescaling(problem, terms, capability), "TMA": tma and second == 0,
+        "STAGES": stages,
         "EDGE_STAGES": 2 if q.dtype == torch.float32 else 1,  # fp32 operands must come from shared memory, or spill
     }  # fmt: skip
     return Launch(forward_kernel, tiles * q.shape[0] * q.shape[2], arguments, warps, stages)
@@ -195,14 +198,30 @@ def _cut(layout: BlockLayout, config: Config) -> dict[str, int]:
     return {**cut, "STAGES": config.stages}
 
 
-def forward_config(q: torch.Tensor, terms: Terms) -> Config:
-    """Return the forward configuration of a call: what fits the shared memory of a program without register spills."""
+def forward_config(problem: Problem, terms: Terms, capability: int) -> Config:
+    """Return the forward configuration of a call: the fewest instructions a key that fit without register spills.
+
+    ``capability`` is 90 for Hopper. ``benchmarks/kernels/instructions.json`` has the instructions.
+    """
+    q, comp = problem.q, terms.compensation
     if q.dtype == torch.float32:
         return Config(32, 16, 8, 2)
-    comp = terms.compensation
     if terms.bias is not None or (comp is not None and comp.variance is not None):
         return Config(128, 32, 8, 2)  # these take registers
+    if comp is None and lazy_rescaling(problem, terms, capability) and _large_tiles(problem, capability):
+        return Config(128, 128, 8, 3)
     return Config(128, 64, 8, 3 if q.shape[-1] > 64 or comp is not None else 4)
+
+
+def lazy_rescaling(problem: Problem, terms: Terms, capability: int) -> bool:
+    """Tell whether a stale maximum is used: nothing hides the first keys, and weights above 1 fit the dtype."""
+    hidden = terms.bias is not None or problem.key_bias is not None or problem.key_mask is not None
+    fits = capability >= 90 or problem.q.shape[-1] < 128  # two loops take more registers where products need them too
+    return not hidden and problem.q.dtype == torch.bfloat16 and fits
+
+
+def _large_tiles(problem: Problem, capability: int) -> bool:
+    return capability >= 90 and panels(problem.q.shape[-1])[1] == 0 and problem.layout.kv_block % 128 == 0
 
 
 def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]:

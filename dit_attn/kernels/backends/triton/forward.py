@@ -8,6 +8,12 @@ mask run in a loop without masks: ragged tails and element masks are left to a s
 Numbers that depend on the density are not specialized: Triton would recompile where one of them becomes 1 or stops
 being a multiple of 16. Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain
 variant does not pay for it. Logits are in base 2: ``p = exp2(s * scale * log2(e) - m)``.
+
+The plain variant rescales lazily (the idea of FlashAttention 4, taken to its end). Any reference ``m`` gives the same
+output and log-sum-exp, as long as no sum overflows: the maximum of the first key tile stays the reference of the row,
+and the loop has neither a maximum nor a rescaled accumulator, which is a third of its instructions. A sum overflows
+where a later logit is larger by about 100 in base 2; such a tile is computed again with a running maximum. Only bf16
+does so: the largest weight of fp16 is 2^16, and fp32 has no registers left for two loops.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST_SUM = tl.constexpr(2.0**100)  # of weights relative to a stale maximum; also bounds every weight
 
 
 @triton.jit
@@ -48,6 +55,17 @@ def rows_of(
         if FIRST + WIDTH > DIM:
             return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < DIM), other=0.0)
         return tl.load(pointers, mask=rows[:, None] < limit, other=0.0)
+    if FIRST + WIDTH > DIM:
+        return tl.load(pointers, mask=columns[None, :] < DIM, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def block_rows(base, start, stride, offsets, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Load (R, WIDTH) channels ``FIRST ..`` of rows from ``start`` on; ``offsets`` (R,) are those of rows 0, 1, ..."""
+    # What does not depend on the block is added apart from what does, so that it is computed once, before the loop.
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + start.to(tl.int64) * stride + (offsets[:, None] + columns[None, :])
     if FIRST + WIDTH > DIM:
         return tl.load(pointers, mask=columns[None, :] < DIM, other=0.0)
     return tl.load(pointers)
@@ -128,6 +146,69 @@ def plain_step(s, c, m, l):
     return p, shrink, top, l * shrink + tl.sum(p, 1)
 
 
+@triton.jit
+def full_blocks(
+    q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, steps,
+    k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+    BN: tl.constexpr, KV_SPLIT: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, RANK: tl.constexpr, LAZY: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend to ``steps`` tiles of BN keys without element masks, from the first of a list on: (acc1, acc2, m, l)."""
+    columns = tl.arange(0, BN)
+    ranks = tl.arange(0, 16)
+    k_offsets = columns.to(tl.int64) * k_s
+    v_offsets = columns.to(tl.int64) * v_s
+    for step in tl.range(0, steps, num_stages=STAGES):
+        block = list_entry(list_base + tl.minimum(step // KV_SPLIT, kcap - 1), INTERPRET)
+        start = block * (BN * KV_SPLIT) + (step % KV_SPLIT) * BN
+        if TMA:
+            k1 = k_desc.load([start, 0])
+        else:
+            k1 = block_rows(k_base, start, k_s, k_offsets, 0, D1, DIM)
+        s = product(q1, tl.trans(k1), PRECISION, UPCAST)
+        if D2 > 0:
+            k2 = block_rows(k_base, start, k_s, k_offsets, D1, D2, DIM)
+            s += product(q2, tl.trans(k2), PRECISION, UPCAST)
+        if LAZY:
+            if step == 0:
+                m = tl.max(s, 1) * c
+            p = tl.exp2(s * c - m[:, None])
+            l += tl.sum(p, 1)
+        elif KEY_BIAS or KEY_MASK or RANK > 0:
+            keys = start + columns
+            s = s * c
+            if RANK > 0:
+                pointers = rank_base + keys[:, None].to(tl.int64) * RANK + ranks[None, :]
+                extra_k = tl.load(pointers, mask=ranks[None, :] < RANK, other=0.0)
+                s += low_rank(extra_q, extra_k)
+            if KEY_BIAS:
+                s += tl.load(bias_base + keys)[None, :] * LOG2E
+            if KEY_MASK:
+                exists = tl.load(mask_base + keys) != 0
+                s = tl.where(exists[None, :], s, float("-inf"))
+            p, shrink, m, l = softmax_step(s, m, l, True)
+        else:
+            p, shrink, m, l = plain_step(s, c, m, l)
+        if TMA:
+            v1 = v_desc.load([start, 0])
+        else:
+            v1 = block_rows(v_base, start, v_s, v_offsets, 0, D1, DIM)
+        if KEY_MASK:
+            v1 = tl.where(exists[:, None], v1, 0.0)
+        if not LAZY:
+            acc1 = acc1 * shrink[:, None]
+        acc1 += product(p.to(v1.dtype), v1, PRECISION, UPCAST)
+        if D2 > 0:
+            v2 = block_rows(v_base, start, v_s, v_offsets, D1, D2, DIM)
+            if KEY_MASK:
+                v2 = tl.where(exists[:, None], v2, 0.0)
+            if not LAZY:
+                acc2 = acc2 * shrink[:, None]
+            acc2 += product(p.to(v2.dtype), v2, PRECISION, UPCAST)
+    return acc1, acc2, m, l
+
+
 @triton.jit(
     do_not_specialize=[
         "q_len", "kv_len", "kcap", "nv", "words", "value_shift", "tiles",
@@ -158,7 +239,7 @@ def forward_kernel(
     COMP: tl.constexpr, COMP_PER_BLOCK: tl.constexpr, COMP_VAR: tl.constexpr, COMP_RANK: tl.constexpr,
     ROW_SCALE: tl.constexpr, ROW_ADD: tl.constexpr, LSE_REF: tl.constexpr, BLEND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    LAZY: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of one query tile. A pointer is not used where its flag is off; strides are in elements."""
     program = tl.program_id(0)
@@ -178,14 +259,17 @@ def forward_kernel(
     state = b64 * c_b + h64 * c_h + row
 
     q1 = rows_of(q_base, rows, q_s, q_len, 0, D1, DIM, True)
+    q2 = q1
     if D2 > 0:
         q2 = rows_of(q_base, rows, q_s, q_len, D1, D2, DIM, True)
+    extra_q = q1
+    ranks = tl.arange(0, 16)
     if RANK > 0:
-        ranks = tl.arange(0, 16)
         extra_q = tl.load(
             bias_q + b64 * bq_b + h64 * bq_h + rows[:, None].to(tl.int64) * RANK + ranks[None, :],
             mask=(rows[:, None] < q_len) & (ranks[None, :] < RANK), other=0.0,
         )  # fmt: skip
+    k_desc, v_desc = k_base, v_base
     if TMA:
         k_desc = tl.make_tensor_descriptor(k_base, shape=[kv_len, DIM], strides=[k_s, 1], block_shape=[BN, D1])
         v_desc = tl.make_tensor_descriptor(v_base, shape=[kv_len, DIM], strides=[v_s, 1], block_shape=[BN, D1])
@@ -193,6 +277,7 @@ def forward_kernel(
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc1 = tl.zeros([BM, D1], tl.float32)
+    acc2 = acc1
     if D2 > 0:
         acc2 = tl.zeros([BM, D2], tl.float32)
     c = scale * LOG2E
@@ -219,48 +304,32 @@ def forward_kernel(
         last = tl.load(list_base + tl.maximum(full - 1, 0), mask=full > 0, other=0)
         plain = full - ((full > 0) & ((last + 1) * (BN * KV_SPLIT) > kv_len)).to(tl.int32)
 
-    columns = tl.arange(0, BN)
     # -- full blocks --
-    for step in tl.range(0, plain * KV_SPLIT, num_stages=STAGES):
-        block = list_entry(list_base + tl.minimum(step // KV_SPLIT, kcap - 1), INTERPRET)
-        start = block * (BN * KV_SPLIT) + (step % KV_SPLIT) * BN
-        keys = start + columns
-        if TMA:
-            k1 = k_desc.load([start, 0])
-        else:
-            k1 = rows_of(k_base, keys, k_s, kv_len, 0, D1, DIM, False)
-        s = product(q1, tl.trans(k1), PRECISION, UPCAST)
-        if D2 > 0:
-            k2 = rows_of(k_base, keys, k_s, kv_len, D1, D2, DIM, False)
-            s += product(q2, tl.trans(k2), PRECISION, UPCAST)
-        if KEY_BIAS or KEY_MASK or RANK > 0:
-            s = s * c
-            if RANK > 0:
-                extra_k = tl.load(
-                    bias_k + b64 * bk_b + h64 * bk_h + keys[:, None].to(tl.int64) * RANK + ranks[None, :],
-                    mask=ranks[None, :] < RANK, other=0.0,
-                )  # fmt: skip
-                s += low_rank(extra_q, extra_k)
-            if KEY_BIAS:
-                s += tl.load(key_bias + b64 * kb_b + h64 * kb_h + keys)[None, :] * LOG2E
-            if KEY_MASK:
-                exists = tl.load(key_mask + b64 * km_b + keys) != 0
-                s = tl.where(exists[None, :], s, float("-inf"))
-            p, shrink, m, l = softmax_step(s, m, l, True)
-        else:
-            p, shrink, m, l = plain_step(s, c, m, l)
-        if TMA:
-            v1 = v_desc.load([start, 0])
-        else:
-            v1 = rows_of(v_base, keys, v_s, kv_len, 0, D1, DIM, False)
-        if KEY_MASK:
-            v1 = tl.where(exists[:, None], v1, 0.0)
-        acc1 = acc1 * shrink[:, None] + product(p.to(v1.dtype), v1, PRECISION, UPCAST)
-        if D2 > 0:
-            v2 = rows_of(v_base, keys, v_s, kv_len, D1, D2, DIM, False)
-            if KEY_MASK:
-                v2 = tl.where(exists[:, None], v2, 0.0)
-            acc2 = acc2 * shrink[:, None] + product(p.to(v2.dtype), v2, PRECISION, UPCAST)
+    mask_base, bias_base, rank_base = k_base, k_base, k_base
+    if KEY_MASK:
+        mask_base = key_mask + b64 * km_b
+    if KEY_BIAS:
+        bias_base = key_bias + b64 * kb_b + h64 * kb_h
+    if RANK > 0:
+        rank_base = bias_k + b64 * bk_b + h64 * bk_h
+    acc1, acc2, m, l = full_blocks(
+        q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, plain * KV_SPLIT,
+        k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+        BN, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK, LAZY, PRECISION, UPCAST, INTERPRET, TMA, STAGES,
+    )  # fmt: skip
+    if LAZY:
+        exact = tl.sum(l, 0) < LARGEST_SUM
+        if not exact:  # a sum overflowed, or something was no number
+            m = tl.full([BM], float("-inf"), tl.float32)
+            l = tl.zeros([BM], tl.float32)
+            acc1 = tl.zeros([BM, D1], tl.float32)
+            if D2 > 0:
+                acc2 = tl.zeros([BM, D2], tl.float32)
+            acc1, acc2, m, l = full_blocks(
+                q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, plain * KV_SPLIT,
+                k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+                BN, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK, False, PRECISION, UPCAST, INTERPRET, TMA, 1,
+            )  # fmt: skip
 
     # -- ragged blocks and blocks with an element mask --
     if RAGGED or KEY_LEN or ELEMENTS > 0:

@@ -1,0 +1,114 @@
+"""Instructions of the Triton forward kernel: ``python -m tests._support.instruction_table`` writes the record.
+
+Every configuration is compiled for GPUs that need not be there, beside dense attention with the same tiles
+(`dense_attention_kernel`), with a running maximum and with lazy rescaling. From the instructions of a warp for 64 keys
+and the rate of the tensor cores follows the share of time in which these work: at least, where products and the rest
+take turns, and at most, where they overlap. It is a model; no GPU has timed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from dit_attn.kernels import BlockLayout
+from dit_attn.kernels.backends.triton.attention import Config, forward_config, panels, plan_forward
+from dit_attn.kernels.problem import Problem
+from dit_attn.kernels.terms import NO_TERMS
+from dit_attn.kernels.triton_launch import Launch
+from dit_attn.models.export import environment
+from tests._support.compiled_kernels import SHARED_MEMORY, compile_for
+from tests._support.dense_attention_kernel import plan_dense
+from tests._support.kernel_loop import inner_loop
+from tests._support.other_environment import write_record
+
+OUTPUT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "instructions.json"
+OTHERS = {
+    128: (Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(64, 128, 4, 2)),
+    64: (Config(128, 64, 8, 4), Config(128, 128, 8, 3), Config(128, 128, 4, 3)),
+}
+FLOPS_PER_CYCLE = {80: 2048, 90: 4096, 100: 8192}  # of a multiprocessor's tensor cores, bf16, dense
+REGISTERS, THREADS = 65536, {80: 2048, 90: 2048, 100: 2048}  # of a multiprocessor
+SCHEDULERS = 4
+
+
+def plain_problem(dim: int) -> Problem:
+    """Make a call in bf16 over full blocks of 128."""
+    q = torch.zeros(1, 1024, 2, dim, dtype=torch.bfloat16)
+    return Problem(q, q, q, BlockLayout.dense(1024, 1024), dim**-0.5, None, None)
+
+
+def sparse_launch(dim: int, config: Config, capability: int) -> Launch:
+    """Prepare its forward launch."""
+    problem = plain_problem(dim)
+    out, lse = torch.empty_like(problem.q), torch.empty(1, 2, 1024)
+    return plan_forward(problem, NO_TERMS, out, lse, config=config, capability=capability)
+
+
+def measured(launch: Launch, capability: int, dim: int, config: Config) -> dict[str, Any]:
+    """Compile a launch and count."""
+    compiled = compile_for(launch, capability)
+    loop = inner_loop(compiled.disassemble())
+    issued = loop.instructions * config.warps / SCHEDULERS
+    products = 4 * config.rows * config.columns * sum(panels(dim)) / FLOPS_PER_CYCLE[capability]
+    threads = 32 * config.warps
+    programs = min(
+        REGISTERS // (compiled.registers * threads),
+        SHARED_MEMORY[capability] // max(1, compiled.shared),
+        THREADS[capability] // threads,
+    )
+    return {
+        "instructions_64_keys": round(loop.instructions * 64 / config.columns, 1),
+        "barriers_64_keys": round(loop.barriers * 64 / config.columns, 2),
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared_bytes": compiled.shared,
+        "programs_per_multiprocessor": programs,
+        "tensor_share": [round(products / (products + issued), 3), round(products / max(products, issued), 3)],
+    }
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Yield one row a kernel, configuration and generation."""
+    for capability in FLOPS_PER_CYCLE:
+        for dim, configs in OTHERS.items():
+            for config in configs:
+                kernels = {
+                    "sparse": sparse_launch(dim, config, capability),
+                    "dense, running maximum": plan_dense(dim, config, lazy=False),
+                    "dense, lazy rescaling": plan_dense(dim, config, lazy=True),
+                }
+                for name, launch in kernels.items():
+                    yield {
+                        "kernel": name,
+                        "capability": capability,
+                        "head_dim": dim,
+                        **{key: getattr(config, key) for key in ("rows", "columns", "warps", "stages")},
+                        "default": config == forward_config(plain_problem(dim), NO_TERMS, capability),
+                        **measured(launch, capability, dim, config),
+                    }
+
+
+def main() -> None:
+    """Count and write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    given, found = parser.parse_args(), []
+    for row in rows():
+        found.append(row)
+        print(row, flush=True)
+    record = {
+        "what": "instructions of a warp in the loop over full key blocks, bf16, from machine code; not timed",
+        "environment": {**environment(), "triton": triton.__version__},
+        "rows": found,
+    }
+    write_record(given.output, "python -m tests._support.instruction_table", record)
+
+
+if __name__ == "__main__":
+    main()
