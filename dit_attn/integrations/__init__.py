@@ -1,1 +1,1 @@
-"""Other hosts: ComfyUI, servers, modular pipelines, the kernels hub. Nothing of a host is imported before it is used."""
+"""Other hosts: ComfyUI, servers, modular pipelines, the kernels hub; none is imported before it is used."""

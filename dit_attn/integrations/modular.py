@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -35,7 +35,7 @@ class EnableDitAttn(ModularPipelineBlocks):
         pipe(..., attention="rectified-spaattn")
     """
 
-    _requirements = {"dit-attn": ">=0.1"}
+    _requirements: ClassVar[dict[str, str]] = {"dit-attn": ">=0.1"}
 
     @property
     def description(self) -> str:
@@ -103,7 +103,7 @@ class SoftPAGGuidance(BaseGuidance):
         DitAttnError: a value out of range, heads that cannot be parsed.
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond", "pred_perturbed"]  # noqa: RUF012
+    _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond", "pred_perturbed"]
 
     @register_to_config
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,7 +179,7 @@ def sample(
     if later is not None:
         later(options)
     try:
-        for sigma, following in zip(SIGMAS[:-1], SIGMAS[1:]):
+        for sigma, following in pairwise(SIGMAS):
             cond, uncond = calc_cond_batch(patcher, conds, x, sigma[None], options)
             denoised = uncond + scale * (cond - uncond)
             for function in options.get("sampler_post_cfg_function", []):

@@ -103,7 +103,9 @@ def check(sampler: str) -> dict[str, Any]:
     compare("scale 0", guided(model, 0.0), True)
     compare("guidance by heads", guided(model, 2.0), False)
     compare("both nodes", guided(sparse(model, 0.25), 2.0), False)
-    compare("both nodes, density 1", guided(sparse(model, 1.0), 2.0), True, against=sampled(guided(model, 2.0), sampler))
+    compare(
+        "both nodes, density 1", guided(sparse(model, 1.0), 2.0), True, against=sampled(guided(model, 2.0), sampler)
+    )
     compare("stock after them", model, True)
     after = model.model.state_dict()
     weights = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -169,7 +169,7 @@ def parsed(settings: str) -> dict[str, Any]:
     try:
         found = json.loads(settings or "{}")
     except ValueError as error:
-        raise DitAttnError(f"settings are not JSON ({error}); write e.g. {{\"q_block\": 64}}") from None
+        raise DitAttnError(f'settings are not JSON ({error}); write e.g. {{"q_block": 64}}') from None
     if not isinstance(found, dict):
-        raise DitAttnError(f"settings must be a JSON object such as {{\"q_block\": 64}}, got {shorten(settings)}")
+        raise DitAttnError(f'settings must be a JSON object such as {{"q_block": 64}}, got {shorten(settings)}')
     return found
