@@ -53,13 +53,14 @@ class FakeModel(torch.nn.Module):
     Attributes:
         mask: of the self attention.
         layout: ``wan`` (says its grid) or ``joint`` (text and image in one sequence, says where the image is).
+        silent: first blocks of a joint model that do not say it.
     """
 
     patch_size = (1, 2, 2)
 
     def __init__(self, layers: int = 2, heads: int = 2, width: int = 20) -> None:
         super().__init__()
-        self.heads, self.layout, self.mask = heads, "wan", None
+        self.heads, self.layout, self.mask, self.silent = heads, "wan", None, 0
         self.blocks = torch.nn.ModuleList(torch.nn.Linear(heads * width, 3 * heads * width) for _ in range(layers))
         self.wide = torch.nn.Linear(16, heads * width)
         self.narrow = torch.nn.Linear(heads * width, 16)
@@ -71,13 +72,14 @@ class FakeModel(torch.nn.Module):
         tokens = x.reshape(b, 4, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(b, math.prod(grid), 16)
         text, tokens = self.wide(context), self.wide(tokens)
         if self.layout == "joint":
-            options["img_slice"] = [text.shape[1], text.shape[1] + tokens.shape[1]]
             tokens = torch.cat([text, tokens], 1)
         else:
             options["grid_sizes"] = torch.Size(grid)
         options["block_type"], options["total_blocks"] = "double", len(self.blocks)
         for index, block in enumerate(self.blocks):
             options["block_index"] = index
+            if self.layout == "joint" and index >= self.silent:
+                options["img_slice"] = [text.shape[1], tokens.shape[1]]
             q, k, v = block(tokens).chunk(3, -1)
             tokens = tokens + attention(q, k, v, self.heads, mask=self.mask, transformer_options=options)
             if self.layout == "wan":

@@ -29,6 +29,7 @@ class ComfyRun(RunState):
     Attributes:
         calls: attention calls of the run that belong to no layer, by reason.
         heads: number of heads of every layer that has run, by name.
+        known: names of the layers whose tokens are known, those that methods can be for.
         sigma: noise level of the current call of the model.
         dispatching: whether an attention call is being computed, so that an inner one is stock.
     """
@@ -37,6 +38,7 @@ class ComfyRun(RunState):
         super().__init__(methods, Clock())
         self.calls: Counter[str] = Counter()
         self.heads: dict[str, int] = {}
+        self.known: set[str] = set()
         self.sigma = math.inf
         self.dispatching = False
         self._blocks = blocks
@@ -60,19 +62,19 @@ class ComfyRun(RunState):
         for layer in self.layers:
             layer.begin_run()
 
-    def begin_model_call(self, x: Any, options: dict[str, Any], patch: Any) -> int:
-        """Note that a call of the model begins, and return its batch rows.
+    def begin_model_call(self, x: Any, options: dict[str, Any], patch: Any) -> None:
+        """Note that a call of the model begins.
 
         Args:
             x: latents (B, C, H, W) or (B, C, T, H, W).
             options: ``transformer_options``.
             patch: latent pixels per token: a number, or one for each axis.
         """
-        rows = x.shape[0] if isinstance(x, torch.Tensor) else 1
         self._met, self._grid, self._spans = set(), grid_of(x, patch), None
         self.set_layout(None)
         if self.pass_name != PLAIN:
-            return rows
+            return
+        rows = batch_rows(x)
         self.sigma = _first_value(options.get("sigmas"))
         step, steps = step_of(self.sigma, options.get("sample_sigmas"))
         window = (tuple(map(str, options.get("uuids", ()))), tuple(getattr(x, "shape", ())))
@@ -86,7 +88,6 @@ class ComfyRun(RunState):
                 for layer in self.layers:
                     layer.stateless = "one conditioning came again in the first step"
             self._first.add((window, self.sigma))
-        return rows
 
     def layer_of(self, options: dict[str, Any], q: torch.Tensor) -> Layer | str:
         """Return the layer of a self-attention call, or the reason why it has none.
@@ -95,20 +96,21 @@ class ComfyRun(RunState):
             options: ``transformer_options``.
             q: (B, S, H, D).
         """
-        tokens, index = q.shape[1], options.get("block_index")
+        index = options.get("block_index")
         if index is None:
             return "block without an index"
-        self._read_tokens(options)
-        if self.tokens(tokens) is None:
-            return f"unknown token layout for {tokens} tokens"
         name = f"{options.get('block_type', 'block')}.{index}"
-        if name in self._met:
-            return "second attention call of a block"
-        self._met.add(name)
-        if name not in self._by_name:
+        if name not in self._by_name:  # stock ones too, so that blocks are counted as they run
             self._by_name[name] = layer = self.add_layer(name)
             self.heads[name] = q.shape[2]
             layer.begin_call(self.window, self.pass_name)
+        self._read_tokens(options)
+        if self.tokens(q.shape[1]) is None:
+            return f"unknown token layout for {q.shape[1]} tokens"
+        if name in self._met:
+            return "second attention call of a block"
+        self._met.add(name)
+        self.known.add(name)
         return self._by_name[name]
 
     def _read_tokens(self, options: dict[str, Any]) -> None:
@@ -138,6 +140,11 @@ class ComfyRun(RunState):
         text = f"{sparse} of {total} attention calls sparse"
         text += f", {density:.0%} of dense attention in them" if sparse else ""
         return text + "".join(f"; {count} x {reason}" for reason, count in reasons.most_common())
+
+
+def batch_rows(x: Any) -> int:
+    """Return the batch rows of latents, 1 where they are no tensor."""
+    return x.shape[0] if isinstance(x, torch.Tensor) else 1
 
 
 def grid_of(x: Any, patch: Any) -> Grid | None:

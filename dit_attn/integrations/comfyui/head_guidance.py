@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dit_attn.errors import DitAttnError
 from dit_attn.integrations.comfyui.comfy_run import ComfyRun
 from dit_attn.processors.guidance.perturbation import Perturbation
 from dit_attn.processors.methods.softpag import SoftPAG
@@ -40,13 +41,21 @@ class HeadGuidance:
         self._perturbation: Perturbation | None = None
 
     def __call__(self, args: dict[str, Any]) -> Any:
-        """Return the guided latents; ``args`` are those of ComfyUI's functions after classifier-free guidance."""
+        """Return the guided latents; ``args`` are those of ComfyUI's functions after classifier-free guidance.
+
+        Raises:
+            DitAttnError: a block or head that the model does not have, or a block that cannot be perturbed.
+        """
         out, sigma = args["denoised"], float(args["sigma"].flatten()[0])
         weight = self.window.method.weight(self.run.clock.progress)
         if not weight or not self.window.low <= sigma <= self.window.high:
             return out
         if self._perturbation is None:  # the blocks and their heads are known once the model has run
             self._perturbation = self.window.method.perturbation(dict(self.run.heads), [])
+            if unknown := [name for name in self._perturbation.strengths if name not in self.run.known]:
+                raise DitAttnError(
+                    f"block {unknown[0]} cannot be perturbed: its tokens are not known; name other heads"
+                )
         if self._perturbation.empty:
             return out
         from comfy.samplers import calc_cond_batch

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dit_attn.integrations.comfyui.attention_call import read_call
-from dit_attn.integrations.comfyui.comfy_run import ComfyRun, count_blocks
+from dit_attn.integrations.comfyui.comfy_run import ComfyRun, batch_rows, count_blocks
 from dit_attn.integrations.comfyui.head_guidance import PERTURBED, GuidanceWindow, HeadGuidance
 from dit_attn.processors.core.dispatch import dispatch_attention
 from dit_attn.processors.core.layer import Layer
@@ -93,7 +93,7 @@ class Patch:
         if options.get(PERTURBED) is None:
             self.run.begin_model_call(x, options, patch)
             return executor(*args, **kwargs)
-        with self.run.perturbing(options[PERTURBED], x.shape[0]):
+        with self.run.perturbing(options[PERTURBED], batch_rows(x)):
             self.run.begin_model_call(x, options, patch)
             return executor(*args, **kwargs)
 
@@ -172,8 +172,6 @@ def patched(model: Any, sparse: SparseWindow | None = None, guidance: GuidanceWi
         ]
         if isinstance(options.get(OVERRIDE), Override) and options[OVERRIDE].patch is before:
             options[OVERRIDE] = options[OVERRIDE].previous
-    if options.get(OVERRIDE, ...) is None:
-        del options[OVERRIDE]
     patch = Patch(sparse, guidance, count_blocks(model.get_model_object("diffusion_model")))
     patch.install(options)
     found.add_callback_with_key(_PRE_RUN, KEY, patch.begin)

@@ -160,6 +160,19 @@ def test_state_is_not_kept_where_tiles_share_a_conditioning(
     assert run.layers[0].stateless == "one conditioning came again in the first step"
 
 
+def test_blocks_whose_tokens_are_not_known_are_counted_but_not_perturbed(
+    model: FakePatcher, noise: torch.Tensor, conds: list[Any]
+) -> None:
+    """As the first blocks of models that say where the image is in the later ones alone."""
+    model.model.layout, model.model.silent = "joint", 1
+    patched = sparse(model, dense_blocks="1")
+    sample(patched, noise, conds)
+    assert counted(patched) == {"unknown token layout for 332 tokens": 4, "dense layer": 4, "sparse": 0}
+    sample(guided(model, heads="1:0"), noise, conds)
+    with pytest.raises(DitAttnError, match=r"block double\.0 cannot be perturbed"):
+        sample(guided(model, heads="0:0"), noise, conds)
+
+
 def test_guidance_adds_the_difference_to_a_pass_with_perturbed_heads(
     model: FakePatcher, noise: torch.Tensor, conds: list[Any]
 ) -> None:
