@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
-from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam
 
 from dit_attn import api
 from dit_attn.errors import DitAttnError
@@ -35,7 +36,7 @@ class EnableDitAttn(ModularPipelineBlocks):
         pipe(..., attention="rectified-spaattn")
     """
 
-    _requirements: ClassVar[dict[str, str]] = {"dit-attn": ">=0.1"}
+    _requirements = {"dit-attn": ">=0.1"}  # noqa: RUF012 (declared so in the base)
 
     @property
     def description(self) -> str:
@@ -55,7 +56,8 @@ class EnableDitAttn(ModularPipelineBlocks):
         Raises:
             DitAttnError: as :func:`dit_attn.enable`; nothing is changed then.
         """
-        wanted = self.get_block_state(state).attention
+        given: Any = self.get_block_state(state)
+        wanted = given.attention
         if getattr(components, "transformer", None) is None:
             raise DitAttnError("the pipeline has no transformer yet; load its components before the block runs")
         if isinstance(wanted, str) and wanted == "none":
@@ -103,7 +105,7 @@ class SoftPAGGuidance(BaseGuidance):
         DitAttnError: a value out of range, heads that cannot be parsed.
     """
 
-    _input_predictions: ClassVar[list[str]] = ["pred_cond", "pred_uncond", "pred_perturbed"]
+    _input_predictions = ["pred_cond", "pred_uncond", "pred_perturbed"]  # type: ignore[assignment]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -122,7 +124,7 @@ class SoftPAGGuidance(BaseGuidance):
         super().__init__(start, stop, enabled)
         self.guidance_scale = guidance_scale
         self._pass = ExitStack()  # what is to be undone after the transformer's call
-        self._own: torch.nn.Module | None = None  # transformer that is wrapped for this step alone
+        self._own: Any = None  # transformer that is wrapped for this step alone
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -151,13 +153,12 @@ class SoftPAGGuidance(BaseGuidance):
         super().prepare_models(denoiser)
         self._pass.close()
         model, name = unwrap(denoiser), self.passes[self._count_prepared - 1]
-        if "pred_perturbed" not in self.passes:
-            return
-        if self._count_prepared == 1 and attach.session_of(model) is None:
+        if attach.session_of(model) is None and self._count_prepared == 1 and "pred_perturbed" in self.passes:
             self._own = model
             api.enable(model)
         session = attach.session_of(model)
-        assert session is not None
+        if session is None:
+            return
         branch = "uncond" if name == "pred_uncond" else "cond"
         self._pass.enter_context(
             api.run_context(model, step=self._step or 0, steps=self._num_inference_steps or 1, branch=branch)
@@ -178,7 +179,7 @@ class SoftPAGGuidance(BaseGuidance):
             api.disable(self._own)
             self._own = None
 
-    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+    def prepare_inputs(self, data: Any) -> list[Any]:
         """Return the inputs of every transformer call of the step."""
         return [self._prepare_batch(data, int(name == "pred_uncond"), name) for name in self.passes]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.modular_pipelines import ModularPipelineBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 
@@ -36,13 +36,18 @@ def pipeline(block: Any = None, guider: Any = None) -> Any:
     return pipe
 
 
-def latents(pipe: Any, **inputs: Any) -> torch.Tensor:
-    """Latents of a run of three steps over 256 tokens."""
+def conditions() -> dict[str, torch.Tensor]:
+    """Noise of 256 tokens, and texts."""
     generator = torch.Generator().manual_seed(1)
     texts = torch.randn(2, 1, 8, WAN["text_dim"], generator=generator)
     noise = torch.randn(1, 4, 4, 16, 16, generator=generator)
-    given = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "latents": noise, "num_inference_steps": 3}
-    return pipe(**given, height=128, width=128, num_frames=13, output="latents", **inputs)
+    return {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "latents": noise}
+
+
+def latents(pipe: Any, **inputs: Any) -> torch.Tensor:
+    """Latents of a run of three steps."""
+    size = {"height": 128, "width": 128, "num_frames": 13, "num_inference_steps": 3}
+    return pipe(**conditions(), **size, output="latents", **inputs)
 
 
 @pytest.fixture
@@ -81,16 +86,17 @@ def test_the_guider_without_perturbed_heads_is_classifier_free_guidance() -> Non
 
 
 def test_the_guider_is_the_method_in_a_stock_pipeline() -> None:
-    """``SoftPAG`` of one step, computed by hand from three calls of the transformer."""
-    guider = SoftPAGGuidance(3.0, scale=2.0, heads="1:0", stop=0.4)  # the first two of three steps
-    pipe = pipeline(guider=guider)
+    settings: dict[str, Any] = {"scale": 2.0, "heads": "1:0", "stop": 0.4}  # two of three steps
+    pipe = pipeline(guider=SoftPAGGuidance(3.0, **settings))
     out = latents(pipe)
     assert session_of(pipe.transformer) is None  # nothing is left on the transformer
-    assert not torch.allclose(out, latents(pipeline()), atol=1e-3)
-    same = latents(pipeline(guider=SoftPAGGuidance(3.0, scale=2.0, heads="1:0", stop=0.4)))
-    assert torch.equal(out, same)
-    other = latents(pipeline(guider=SoftPAGGuidance(3.0, scale=2.0, heads="1:1", stop=0.4)))
-    assert not torch.equal(out, other)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": wan_vae(), "scheduler": scheduler}
+    stock = WanPipeline(transformer=pipe.transformer, **parts)
+    call = {"height": 64, "width": 64, "num_frames": 13, "num_inference_steps": 3, "guidance_scale": 3.0}
+    with dit_attn.enabled(stock, dit_attn.SoftPAG(**settings)):
+        expected = stock(**conditions(), **call, output_type="latent").frames
+    assert torch.allclose(out, expected, atol=1e-5) and not torch.allclose(out, latents(pipeline()), atol=1e-3)
 
 
 def test_the_guider_goes_with_a_sparse_method_and_keeps_its_settings(tmp_path: Path) -> None:
@@ -102,6 +108,9 @@ def test_the_guider_goes_with_a_sparse_method_and_keeps_its_settings(tmp_path: P
     out = latents(pipe, attention=BLOCKS)
     summary = dit_attn.summary(pipe)
     assert torch.isfinite(out).all() and summary.sparse_calls == 18 and summary.source == "run_context"
+    ended = pipeline(EnableDitAttn(), again.new(stop=0.4))
+    latents(ended, attention=BLOCKS)
+    assert (dit_attn.summary(ended).runs, dit_attn.summary(ended).sparse_calls) == (1, 16)  # still one run
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
