@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 READERS ?= .venv-readers
 READERS_STAMP := $(READERS)/.installed
+COMFYUI_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test lint types unit docs docs-serve package test-matrix test-upstream test-readers clean
+.PHONY: demo test lint types unit docs docs-serve package test-matrix test-upstream test-readers test-comfyui hub-kernel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,6 +61,14 @@ $(READERS_STAMP): tests/readers/requirements.txt
 
 test-readers: $(STAMP) $(READERS_STAMP)
 	$(BIN)/python -m tests.readers.run --python $(READERS)/bin/python --output benchmarks/readers_anomalib.json
+
+# COMFYUI=path is a ComfyUI, COMFYUI_PYTHON the Python it runs with. Nothing of either changes.
+test-comfyui:
+	PYTHONPATH=. $(COMFYUI_PYTHON) -m tests.comfyui.run "$(COMFYUI)" --output benchmarks/comfyui.json
+
+# The kernels as a repository of the Hugging Face Hub: kernels.get_local_kernel("outputs/hub-kernel") loads it.
+hub-kernel: $(STAMP)
+	$(BIN)/python -m dit_attn.integrations.hub_kernel outputs/hub-kernel
 
 clean:
 	rm -rf $(VENV) $(READERS) outputs .pytest_cache .mypy_cache .ruff_cache

@@ -30,6 +30,7 @@ _PIPELINES = _API | {"dit_attn.pipelines", "dit_attn.eval", "dit_attn.models"}
 ALLOWED = {
     "dit_attn.cli": _PIPELINES | {"dit_attn.cli"},
     "dit_attn.pipelines": _PIPELINES,
+    "dit_attn.integrations": _API | {"dit_attn.integrations"},
     "dit_attn.api": _API,
     "dit_attn.processors.attach": _ATTACH,
     "dit_attn.processors.methods": _METHODS,
