@@ -7,6 +7,7 @@ Mixture-of-Head attention (MoH, arXiv 2410.11842) is another thing.
 from dit_attn.pipelines.head_drop.choose import choose_heads, first_heads, named_heads, random_heads
 from dit_attn.pipelines.head_drop.dropped import DroppedHeads
 from dit_attn.pipelines.head_drop.profile import HeadProfile, LayerProfile, profile_heads, profile_parts
+from dit_attn.pipelines.head_drop.profile_file import load_profile, save_profile
 from dit_attn.pipelines.head_drop.route import RoutedHeads, calibrate_routing
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "calibrate_routing",
     "choose_heads",
     "first_heads",
+    "load_profile",
     "named_heads",
     "profile_heads",
     "profile_parts",
     "random_heads",
+    "save_profile",
 ]

@@ -49,9 +49,15 @@ class HeadChoice(torch.nn.Module):
         if self.rule is None or self.offset is None:
             score = signal[..., shared:]
         else:
-            with torch.autocast(signal.device.type, enabled=False):
-                score = F.linear(signal.float(), self.rule.float(), self.offset.float())
+            score = precise_linear(signal, self.rule, self.offset)
         return F.pad(best_heads(score, top_k).float(), (shared, 0), value=1.0), self.mean
+
+
+def precise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x weight^T + bias`` in fp32, or in fp64 for an x of fp64, whatever autocast would do."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def best_heads(score: torch.Tensor, top_k: int) -> torch.Tensor:

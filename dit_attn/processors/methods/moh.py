@@ -29,7 +29,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.parameters import LayerShape
 from dit_attn.processors.methods.base import Method, resolve_count, setting
-from dit_attn.processors.methods.head_choice import FILLS, ROUTES, HeadChoice, best_heads, query_norms
+from dit_attn.processors.methods.head_choice import FILLS, ROUTES, HeadChoice, best_heads, precise_linear, query_norms
 from dit_attn.processors.methods.learned import LearnedMethod
 
 NORMALIZATIONS = ("release", "paper")
@@ -61,14 +61,14 @@ class HeadRouter(torch.nn.Module):
         self.balance: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, top_k: int, normalize: str = "release") -> torch.Tensor:
-        """Return the gates (B, S, shared + routed) fp32 of the tokens x (B, S, C)."""
+        """Return the gates (B, S, shared + routed), fp32 or fp64, of the tokens x (B, S, C)."""
         scaled = normalize == "release"
         parts, self.balance = [], None
         if self.shared is not None:
-            share = torch.softmax(_logits(x, self.shared), -1)
+            share = torch.softmax(precise_linear(x, self.shared), -1)
             parts.append(share * self.counts[0] if scaled else share)
         if self.routed is not None:
-            p = torch.softmax(_logits(x, self.routed), -1)
+            p = torch.softmax(precise_linear(x, self.routed), -1)
             chosen = best_heads(p, top_k)
             gate = p * chosen
             if scaled:
@@ -78,15 +78,9 @@ class HeadRouter(torch.nn.Module):
                 used = chosen.flatten(0, -2).to(p.dtype).mean(0)
                 self.balance = self.counts[1] * (p.flatten(0, -2).mean(0) * used).sum()
         if self.stage is not None:
-            balance = torch.softmax(_logits(x, self.stage), -1) * (2.0 if scaled else 1.0)
+            balance = torch.softmax(precise_linear(x, self.stage), -1) * (2.0 if scaled else 1.0)
             parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
         return torch.cat(parts, -1)
-
-
-def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Fp32, whatever autocast would do."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float())
 
 
 @dataclass(frozen=True, kw_only=True)

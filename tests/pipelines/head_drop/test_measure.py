@@ -44,9 +44,13 @@ def test_a_small_comparison_writes_its_record_and_is_resumed(
     log = output.with_suffix(".jsonl")
     log.write_text("\n".join(line for line in log.read_text().splitlines() if "ours, refit taken off" not in line))
     asked: list[str] = []
-    monkeypatch.setattr(
-        MeasurementLog, "add", lambda self, key, value: asked.append(key) or self.rows.update({key: value})
-    )
+    add = MeasurementLog.add
+
+    def noted(self: MeasurementLog, key: str, value: Any) -> None:
+        asked.append(key)
+        add(self, key, value)
+
+    monkeypatch.setattr(MeasurementLog, "add", noted)
     assert measure.main([*words, "--resume"]) == 0
     assert asked == ["1: ours, refit taken off"]
     again = json.loads(output.read_text())
