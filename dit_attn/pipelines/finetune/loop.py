@@ -88,7 +88,10 @@ class Finetune:
             self.model.requires_grad_(True)
         for parameter in self.session.learned.parameters():
             parameter.requires_grad_(True)
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if not found:
+            raise DitAttnError(f"{self.method.slug} has nothing to train with these settings; use stage full or lora")
+        return found
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

@@ -192,7 +192,8 @@ def _shown_input(processor: Any, attn: Any, args: tuple[Any, ...], kwargs: dict[
     norm, layer.normalizes_queries = query_norm(attn) if processor._dit_queries else (None, True)
 
     def keep(module: Any, given: tuple[Any, ...]) -> None:
-        layer.raw_queries = given[0] if layer.raw_queries is None else layer.raw_queries
+        if given and layer.raw_queries is None:
+            layer.raw_queries = given[0]
 
     handle = None if norm is None else norm.register_forward_pre_hook(keep)
     try:

@@ -70,13 +70,10 @@ def query_norm(module: Any) -> tuple[torch.nn.Module | None, bool]:
     found = {
         name: child
         for name, child in module.named_children()
-        if "norm" in name and "q" in name and not re.search("added|txt|text", name) and not _is_identity(child)
-    }
+        if "norm" in name and "q" in name and not re.search("added|txt|text", name)
+        and not isinstance(child, torch.nn.Identity)
+    }  # fmt: skip
     return next((child for name, child in found.items() if _QUERY_NORM.fullmatch(name)), None), bool(found)
-
-
-def _is_identity(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Identity)
 
 
 def compute_dtype(module: torch.nn.Module) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dit_attn
-from dit_attn import SLA, BlockSparse, DitAttnError, RectifiedSpaAttn, ReTtention, SoftPAG, models
+from dit_attn import SLA, BlockSparse, DitAttnError, MoH, RectifiedSpaAttn, ReTtention, SoftPAG, models
 from dit_attn.errors import RunStopped
 from dit_attn.pipelines.finetune import (
     Example,
@@ -101,6 +101,11 @@ def test_processes_share_the_runs_and_get_the_files_of_all(pipe: Any, tmp_path: 
     assert {path.name[:5] for path in tmp_path.iterdir()} == {f"{n:05d}" for n in range(1, len(PROMPTS), 2)}
     found = record_examples(pipe, PROMPTS, tmp_path, share=WorkerShare(0, 2), **given)
     assert len(found) == len(PROMPTS)
+
+
+def test_a_route_that_learns_nothing_is_refused_where_it_is_all_that_is_trained(examples: list[Path]) -> None:
+    with pytest.raises(DitAttnError, match="moh has nothing to train with these settings"):
+        Finetune(small(), replace(CONFIG, method=MoH(route="query", top_k=1), stage="proj"), examples)
 
 
 def test_a_launch_that_splits_the_model_is_refused(examples: list[Path], monkeypatch: Any) -> None:

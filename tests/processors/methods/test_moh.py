@@ -98,7 +98,7 @@ def test_the_balance_loss_is_k_where_heads_are_used_alike_and_pushes_an_overused
 def test_the_gradient_of_the_balance_loss_goes_past_the_choice() -> None:
     made = router(0, 5)
     made(X, 2)
-    (found,) = torch.autograd.grad(made.balance, [made.routed])  # type: ignore[arg-type, list-item]
+    (found,) = torch.autograd.grad(made.balance, [made.routed])  # type: ignore[arg-type]
     weight = made.routed.detach().clone().requires_grad_()  # type: ignore[union-attr]
     p = torch.softmax(X @ weight.T, -1).flatten(0, 1)
     used = torch.zeros_like(p).scatter(-1, p.topk(2).indices, 1.0).mean(0)
