@@ -43,7 +43,7 @@ COMMANDS = {
     "compare": Command("compare.command", "measure methods next to dense on your prompts, and make a page of it"),
     "inspect": Command("inspect", "measure what attention does in a run, by layer, head and step, with a page"),
     "calibrate": Command("calibrate.command", "find densities by layer and part of the run, for a budget"),
-    "finetune": Command("finetune.command", "train a model with a sparse method in it"),
+    "finetune": Command("finetune.command", "train a model with a sparse method in it", True),
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
     "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),

@@ -24,6 +24,24 @@ def process_rank() -> tuple[int, int]:
     return int(rank), max(1, int(size))
 
 
+def refuse_several(command: str) -> bool:
+    """Return whether this process has nothing to do, since several were started and the first of them says so.
+
+    Args:
+        command: that runs in one process, e.g. ``"anomaly benchmark"``.
+
+    Raises:
+        DitAttnError: in the first of several processes.
+    """
+    rank, processes = process_rank()
+    if processes > 1 and not rank:
+        raise DitAttnError(
+            f"dit-attn {command} runs in one process, and {processes} were started; start it without torchrun or "
+            "accelerate launch"
+        )
+    return rank > 0
+
+
 def join_workers(device: Any, device_given: bool) -> tuple[Any, WorkerShare]:
     """Return the device and the part of the work of this process; several under ``accelerate launch``, ``torchrun``.
 

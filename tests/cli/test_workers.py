@@ -45,6 +45,14 @@ def test_commands_that_do_not_share_are_refused_once(monkeypatch, capsys, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_jobs_of_shared_commands_that_run_alone_are_refused_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert main(["finetune", "merge"]) == 2
+        assert ("finetune merge runs in one process, and 2 were" in capsys.readouterr().err) == (rank == "0")
+
+
 def test_generate_shares_the_items_and_writes_one_report(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -18,6 +18,7 @@ from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
 
 CHECKPOINT = "checkpoint.pt"
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
@@ -35,7 +36,7 @@ class Finetune:
 
     Raises:
         DitAttnError: two transformers, a method that does not fit the model, a loss that does not fit it or the
-            examples, peft missing for stage lora.
+            examples, peft missing for stage lora, a launch that splits the model over processes.
     """
 
     def __init__(self, pipe: Any, config: FinetuneConfig, examples: Sequence[Path]) -> None:
@@ -50,6 +51,11 @@ class Finetune:
         self.about = Parameterization.of(pipe)
         clean = read_example(self.training[0]).clean
         self.about.check(config, clean)
+        device = next(self.model.parameters()).device
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        kind = self.accelerator.distributed_type.value
+        if kind in _SHARDED:
+            raise DitAttnError(f"checkpoints of a model that {kind} splits would lack weights; launch without {kind}")
         disable(pipe)
         self._teacher = copy.deepcopy(self.model).eval() if clean and config.loss == "teacher" else None
         self.method = config.method_at(0)
@@ -57,8 +63,6 @@ class Finetune:
         self.trained = self._choose()
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        device = next(self.model.parameters()).device
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -84,7 +88,10 @@ class Finetune:
             self.model.requires_grad_(True)
         for parameter in self.session.learned.parameters():
             parameter.requires_grad_(True)
-        return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if not found:
+            raise DitAttnError(f"{self.method.slug} has nothing to train with these settings; use stage full or lora")
+        return found
 
     # -- one step ----------------------------------------------------------------------------------------------------
 

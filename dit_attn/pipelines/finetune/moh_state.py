@@ -21,8 +21,19 @@ from dit_attn.errors import DitAttnError, cut
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.methods.moh import MoH
 
-XL_2_90 = ((8, 8, 0),) * 9 + ((16, 16, 0),) * 10 + ((24, 16, 3),) * 9
-"""(heads, shared, active routed) of every layer of MoH-DiT-XL/2-90: 403 of 448 heads are active."""
+MOH_DIT = {
+    "XL/2-90": ((8, 8, 0),) * 9 + ((16, 16, 0),) * 10 + ((24, 16, 3),) * 9,
+    "XL/2-75": ((8, 8, 0),) * 9 + ((16, 10, 2),) * 10 + ((24, 14, 2),) * 9,
+    "L/2-90": ((8, 8, 0),) * 8 + ((16, 16, 0),) * 8 + ((24, 16, 3),) * 8,
+    "L/2-75": ((8, 8, 0),) * 8 + ((16, 8, 4),) * 8 + ((24, 12, 4),) * 8,
+    "B/2-90": ((12, 6, 4),) * 5 + ((12, 7, 4),) * 5 + ((12, 12, 0),) * 2,
+    "B/2-75": ((12, 4, 2),) * 2 + ((12, 6, 3),) * 8 + ((12, 12, 0),) * 2,
+    "S/2-90": ((6, 3, 2),) * 8 + ((6, 6, 0),) * 4,
+    "S/2-75": ((6, 2, 1),) * 2 + ((6, 3, 1),) * 4 + ((6, 3, 2),) * 4 + ((6, 6, 0),) * 2,
+}
+"""(heads, shared, active routed) of every layer of the released models, by size and percentage of active heads."""
+XL_2_90 = MOH_DIT["XL/2-90"]
+"""Of the model whose weights are published: 403 of 448 heads are active."""
 
 _BLOCK = {
     "attn.proj": "attn1.to_out.0",

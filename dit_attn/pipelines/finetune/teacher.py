@@ -12,6 +12,7 @@ import torch
 from dit_attn.api import disable
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.finetune.examples import LATENTS, TIME, Example, read_example, write_example
+from dit_attn.pipelines.worker_share import WorkerShare
 
 _LEFT_OUT = ("return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
 
@@ -25,6 +26,7 @@ def record_examples(
     clean: bool = False,
     seed: int = 0,
     call: dict[str, Any] | None = None,
+    share: WorkerShare | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Run a stock pipeline, dense, and write examples of its runs; a run whose files are there is not made again.
@@ -37,28 +39,31 @@ def record_examples(
         clean: instead, the final latents of every run with the conditions of its first call.
         seed: of the first run; run n has ``seed + n``.
         call: further arguments of the pipeline's call.
+        share: of this process, where several draw into one folder.
         on_progress: callback(done, total) after every run.
 
     Returns:
-        The files.
+        The files, those of the other processes too.
 
     Raises:
         DitAttnError: a pipeline whose latents are not those of its transformer, or a file that cannot be written.
     """
     disable(pipe)
     folder.mkdir(parents=True, exist_ok=True)
+    share = share or WorkerShare()
     found: list[Path] = []
     for index, prompt in enumerate(prompts):
         paths = [folder / f"{index:05d}_{place}.safetensors" for place in range(1 if clean else calls_per_run)]
-        if not all(_is_example(path) for path in paths):
+        if index % share.size == share.rank and not all(_is_example(path) for path in paths):
             generator = torch.Generator("cpu").manual_seed(seed + index)
             calls, latents = _run(pipe, prompt, generator, call or {})
             chosen = [_clean(calls[0], latents, pipe)] if clean else _drawn(calls, calls_per_run, seed + index)
             for path, example in zip(paths, chosen):
                 write_example(example, path)
-        found += [path for path in paths if path.exists()]
+        found += paths
         on_progress(index + 1, len(prompts))
-    return found
+    share.gather([])  # those of the other processes are there now
+    return [path for path in found if path.exists()]
 
 
 def _is_example(path: Path) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,13 @@ class DroppedHeads:
         parts = [";".join(self._address(name, heads) for name, heads in part.items()) for part in self.kept]
         return HeadDrop(heads=" / ".join(parts), until=self.until)
 
-    @contextmanager
-    def enabled(self, pipe: Any) -> Iterator[Session]:
+    def enabled(self, pipe: Any) -> AbstractContextManager[Session]:
         """Leave the heads out for the length of a ``with`` block.
 
         Raises:
             DitAttnError: as for :func:`dit_attn.enable`.
         """
-        with tempfile.TemporaryDirectory() as folder, api.enabled(pipe, str(self.save(folder))) as session:
-            yield session
+        return enabled_file(pipe, self.save)
 
     def _address(self, name: str, kept: tuple[int, ...]) -> str:
         return f"{name}:{','.join(str(head) for head in range(self.heads[name]) if head not in kept)}"
@@ -78,15 +76,47 @@ class DroppedHeads:
         Raises:
             DitAttnError: it cannot be written.
         """
-        place = files.user_path(path, "the file")
-        place = place if place.suffix == ".json" else place / "heads.json"
-        tensors = place.with_suffix(".safetensors")
         about = {**self.about, "dropped": self.dropped, "of": sum(self.heads.values()), "expected": self.expected}
-        settings = {**self.method.to_dict(), "weights": tensors.name if self.tensors else None, "about": about}
-        with files.report_os_error(f"write {place}", "choose another place"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if self.tensors:
-                origin = Origin(HeadDrop.slug, self.transformer, self.layers)
-                files.write_bytes(tensors, dump_state(self.tensors, origin))
-            files.write_text(place, json.dumps(settings, indent=2) + "\n")
-        return place
+        origin = Origin(HeadDrop.slug, self.transformer, self.layers)
+        return write_heads(path, self.method.to_dict(), self.tensors, origin, about)
+
+
+def write_heads(
+    path: str | Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor], origin: Origin, about: dict[str, Any]
+) -> Path:
+    """Write a JSON file that ``enable`` and ``--method`` take, and tensors beside it.
+
+    Args:
+        path: ``NAME.json``, the tensors go into ``NAME.safetensors``; or a folder, for ``heads.json`` in it.
+        settings: of the method.
+        tensors: by layer and name; none are needed.
+        origin: what they were made for.
+        about: what the file says besides, JSON values.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        DitAttnError: it cannot be written.
+    """
+    place = files.user_path(path, "the file")
+    place = place if place.suffix == ".json" else place / "heads.json"
+    beside = place.with_suffix(".safetensors")
+    settings = {**settings, "weights": beside.name if tensors else None, "about": about}
+    with files.report_os_error(f"write {place}", "choose another place"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if tensors:
+            files.write_bytes(beside, dump_state(tensors, origin))
+        files.write_text(place, json.dumps(settings, indent=2) + "\n")
+    return place
+
+
+@contextmanager
+def enabled_file(pipe: Any, save: Callable[[str], Path]) -> Iterator[Session]:
+    """Enable what ``save`` writes to a folder, for the length of a ``with`` block.
+
+    Raises:
+        DitAttnError: as for :func:`dit_attn.enable`.
+    """
+    with tempfile.TemporaryDirectory() as folder, api.enabled(pipe, str(save(folder))) as session:
+        yield session

@@ -1,13 +1,14 @@
 """How far a model's runs move when heads are left out: ours, random ones and those of a search, with and without refit.
 
-python -m dit_attn.pipelines.head_drop.measure tiny-image --output outputs/heads/tiny-image
+    python -m dit_attn.pipelines.head_drop.measure tiny-image --output outputs/heads/tiny-image.json --resume
 
-Every arm is a line of a log in the folder; started again, it goes on with what is missing.
+Every arm is a line of a log next to the record; ``--resume`` goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import statistics
 import sys
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 
 from dit_attn import files, models
+from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import items, world
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
+from dit_attn.pipelines.compare.statistics import mean_figure
 from dit_attn.pipelines.head_drop.choose import choose_heads, first_heads, named_heads, random_heads
 from dit_attn.pipelines.head_drop.dropped import DroppedHeads
 from dit_attn.pipelines.head_drop.profile import HeadProfile, profile_heads
@@ -60,19 +63,22 @@ class DropMeasurement:
         return "video" if "num_frames" in models.call_defaults(self.model) else "image"
 
 
-def measure(config: DropMeasurement, folder: Path, on_progress: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(config: DropMeasurement, log: MeasurementLog, on_progress: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure what is missing, and return relative L2 distances of the final latents to dense ones, by arm.
 
     Args:
         config: what is measured.
-        folder: of the log.
+        log: of the arms and the search.
         on_progress: callback(line).
 
+    Returns:
+        ``ablation`` of every head by layer, ``search`` (all heads, the best to perturb first), ``table`` and ``rows``.
+
     Raises:
-        DitAttnError: measurements of another setup in the folder.
+        DitAttnError: nothing to measure, or more heads to leave out than the model has.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    log = MeasurementLog(folder / "measurements.jsonl", asdict(config), resume=True)
+    if min(config.count, config.profiled, config.seeds, config.steps, len(config.fractions)) < 1:
+        raise DitAttnError("a measurement needs one caption, seed, step and fraction at least; raise what is 0")
     pipe = models.load(config.model)
     pipe.set_progress_bar_config(disable=True)
     call = {**models.call_defaults(config.model), "num_inference_steps": config.steps}
@@ -98,7 +104,37 @@ def measure(config: DropMeasurement, folder: Path, on_progress: Callable[[str], 
             on_progress(f"{count} of {profile.heads}, {name}: {log.rows[key]['error']:.4f}")
     rows = [row for key, row in log.rows.items() if key != "search"]
     layers = {layer.name: layer.ablation.tolist() for layer in profile.layers}
-    return {"config": asdict(config), "ablation": layers, "search": ranking, "rows": rows}
+    return {"ablation": layers, "search": ranking, "table": table(rows), "rows": rows}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean errors with 95 % intervals, the sets of random heads as one arm.
+
+    Args:
+        rows: of the measurement, one per arm and number of heads.
+    """
+    found: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        arm = re.sub(r"^random \d+", "random", row["arm"])
+        found.setdefault((row["dropped"], arm), []).extend(row["errors"])
+    return [{"dropped": count, "arm": arm, "error": mean_figure(errors)} for (count, arm), errors in found.items()]
+
+
+def text_of(rows: Sequence[dict[str, Any]], heads: int) -> str:
+    """Return a table as text, an arm a line and a number of heads a column.
+
+    Args:
+        rows: of :func:`table`.
+        heads: of the model.
+    """
+    counts = sorted({row["dropped"] for row in rows})
+    cells = {(row["arm"], row["dropped"]): f"{row['error']['value']:.4f}" for row in rows}
+    lines = [["heads left out", *(f"{count} of {heads}" for count in counts)]]
+    lines += [
+        [arm, *(cells.get((arm, count), "") for count in counts)] for arm in dict.fromkeys(row["arm"] for row in rows)
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def arms(
@@ -156,20 +192,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_attn.pipelines.head_drop.measure", description=__doc__)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--count", type=int, default=24, help="held-out captions (default: %(default)s)")
+    parser.add_argument("--profiled", type=int, default=4, help="captions of the profile (default: %(default)s)")
     parser.add_argument("--searched", type=int, default=4, help="captions of the search, 0 for none")
-    parser.add_argument("--output", type=Path, required=True, help="folder; started again, it goes on")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of random heads (default: %(default)s)")
+    parser.add_argument("--fractions", type=float, nargs="+", help="of the heads (default: 0.05 to 0.4)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
+    parser.add_argument("--resume", action="store_true", help="go on with what the log lacks")
     args = parser.parse_args(argv)
-    config = DropMeasurement(args.model, count=args.count, searched=args.searched)
-    found = measure(config, args.output, lambda line: print(line, flush=True))
-    record = {
+    config = DropMeasurement(
+        args.model, tuple(args.fractions or DropMeasurement.fractions), args.profiled, args.count, args.steps,
+        args.seeds, args.searched,
+    )  # fmt: skip
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        log = MeasurementLog(args.output.with_suffix(".jsonl"), asdict(config), args.resume)
+        found = measure(config, log, lambda line: print(line, flush=True))
+    except (DitAttnError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files.write_json(args.output, {
         "what": "relative L2 distance of final latents to those of the dense model, same noise, with attention heads "
         "left out; expected: predicted relative squared error of the transformer's output, to first order",
         "command": f"python -m dit_attn.pipelines.head_drop.measure {shlex.join(argv or sys.argv[1:])}",
         "commit": current_commit(),
         "environment": environment(),
+        "config": asdict(config),
         **found,
-    }
-    files.write_json(args.output / "heads.json", record)
+    })  # fmt: skip
+    print(text_of(found["table"], found["rows"][0]["of"]))
     return 0
 
 

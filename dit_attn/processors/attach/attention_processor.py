@@ -35,6 +35,7 @@ from dit_attn.processors.attach.intercepted_call import (
     session_by_handle,
     stock_torch,
 )
+from dit_attn.processors.attach.layer_shape import query_norm
 from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.traced_call import copy_with_attention, same_as_copy
@@ -101,9 +102,9 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
     clone.__dict__["_dit_moves"] = layer.kind == "self" and not run.resampled and bool(moving_methods(run))
-    clone.__dict__["_dit_reads"] = layer.kind == "self" and any(
-        method.reads_input for method in cast("tuple[Method, ...]", run.methods_for("self"))
-    )
+    methods = cast("tuple[Method, ...]", run.methods_for("self") if layer.kind == "self" else ())
+    clone.__dict__["_dit_reads"] = any(method.reads_input for method in methods)
+    clone.__dict__["_dit_queries"] = any(method.reads_queries for method in methods)
     return clone
 
 
@@ -142,6 +143,7 @@ def _derive(stock: type, tap: str) -> type:
         "_dit_rotary": rotary_parameters(stock.__call__),
         "_dit_moves": False,
         "_dit_reads": False,
+        "_dit_queries": False,
     }
     if tap == "dispatch":
         body["_dit_backend"] = compat.register_backend(_backend)  # read in compiled code: an attribute, not a call
@@ -183,13 +185,23 @@ def _needs_input(self: Any) -> bool:
 
 
 @contextmanager
-def _shown_input(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Keep the hidden states that a processor gets with its layer, for the length of the call."""
+def _shown_input(processor: Any, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Keep what a processor gets, and the queries that it normalizes, with its layer for the length of the call."""
+    layer: Layer = processor._dit_layer
     layer.inputs = args[0] if args else kwargs.get("hidden_states")
+    norm, layer.normalizes_queries = query_norm(attn) if processor._dit_queries else (None, True)
+
+    def keep(module: Any, given: tuple[Any, ...]) -> None:
+        if given and layer.raw_queries is None:
+            layer.raw_queries = given[0]
+
+    handle = None if norm is None else norm.register_forward_pre_hook(keep)
     try:
         yield
     finally:
-        layer.inputs = None
+        layer.inputs = layer.raw_queries = None
+        if handle is not None:
+            handle.remove()
 
 
 def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +210,7 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
         if _needs_input(self):
-            with _shown_input(self._dit_layer, args, kwargs):
+            with _shown_input(self, attn, args, kwargs):
                 return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
@@ -226,7 +238,7 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.compiler.is_compiling() and _is_stray(self, attn):
             return unwrap_processor(self)(attn, *args, **kwargs)
         if _needs_input(self):
-            with _shown_input(self._dit_layer, args, kwargs):
+            with _shown_input(self, attn, args, kwargs):
                 return __call__(self, attn, *args, **kwargs)
         if self._dit_moves:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)

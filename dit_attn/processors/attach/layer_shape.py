@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dit_attn.processors.core.parameters import LayerShape
 
 _QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv", "img_attn_qkv")
 _KEY = ("to_k", "to_key")
+_QUERY_NORM = re.compile("(img_)?(attn_)?(norm_q(uery)?|q(uery)?_norm)")
 STREAMS = {"to_out": ("to_q", "to_k", "to_v"), "to_add_out": ("add_q_proj", "add_k_proj", "add_v_proj")}
 """Output projections of an attention module, and the projections whose heads they take: visual tokens, and text."""
 
@@ -61,6 +63,17 @@ def output_projection(module: Any, stream: str) -> Any:
     found = found[0] if isinstance(found, torch.nn.ModuleList) else found
     inner = getattr(found, "base_layer", found)  # behind the adapters of peft
     return found if isinstance(inner, torch.nn.Linear) else None
+
+
+def query_norm(module: Any) -> tuple[torch.nn.Module | None, bool]:
+    """Return what normalizes the queries of an attention module, and whether anything does, known or not."""
+    found = {
+        name: child
+        for name, child in module.named_children()
+        if "norm" in name and "q" in name and not re.search("added|txt|text", name)
+        and not isinstance(child, torch.nn.Identity)
+    }  # fmt: skip
+    return next((child for name, child in found.items() if _QUERY_NORM.fullmatch(name)), None), bool(found)
 
 
 def compute_dtype(module: torch.nn.Module) -> torch.dtype:

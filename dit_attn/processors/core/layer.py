@@ -117,6 +117,9 @@ class Layer:
             samples one by one.
         learned: modules of the methods that learn, by the method's ``id``.
         inputs: hidden states (B, S, C) that enter the layer, while its processor runs for a method that reads them.
+        raw_queries: queries before their normalization, in the processor's own layout, while it runs for a method that
+            reads them; ``None`` where none was seen.
+        normalizes_queries: whether the queries of the attention call are normalized, or nothing is known about them.
         reduced: what the processor gets in the place of the layer's module, with some of its heads, or ``None``.
         kept_heads: heads that attention is computed for, where the module projects others too; ``None`` for all.
         stateless: reason why nothing that an earlier step stored is right for the rest of the run, or ``None``.
@@ -135,6 +138,8 @@ class Layer:
         self.stats = LayerStats()
         self.learned: dict[int, torch.nn.Module] = {}
         self.inputs: torch.Tensor | None = None
+        self.raw_queries: torch.Tensor | None = None
+        self.normalizes_queries = True
         self.reduced: Any = None
         self.kept_heads: tuple[int, ...] | None = None
         self.stateless: str | None = None

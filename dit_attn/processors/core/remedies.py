@@ -27,6 +27,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     # The call's arguments and surroundings.
     (r"the layer's input is hidden .*", "run it without torch.compile"),
     (r"the layer's input has other rows .*", "this model splits or joins its tokens around the layer; nothing to do"),
+    (r"only normalized queries are at hand.*", "their norms tell nothing: take moh.route='calibrated'"),
     (r"(routers|guidance) of a sequence that is split .*", "run it on one device"),
     (r"guidance of a joint attention that is differentiated", "sample under torch.no_grad()"),
     (r"unknown token layout .*|layout of .*", _TOKENS),

@@ -163,6 +163,11 @@ class Method:
         """Whether the method asks for ``call.layer.inputs``, the hidden states that enter a self-attention layer."""
         return False
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether it asks for ``call.layer.raw_queries`` besides, the queries before their normalization."""
+        return False
+
     def twin(self, clock: Clock, branches: Sequence[str]) -> TwinPass | None:
         """Return the pass through the transformer to run before the plain one of a call, ``None`` for none.
 

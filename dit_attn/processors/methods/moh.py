@@ -8,6 +8,10 @@ gate for every head: ``shared`` heads are always on, of the others the ``top_k``
                           g_shared = h_s softmax(x W_s)
     (a_1, a_2) = 2 softmax(x W_m)    g = [a_1 g_shared, a_2 g_routed]
 
+A model can also be routed without training, by gates of 0 and 1: ``route="calibrated"`` predicts the energy of every
+head from the layer's input, ``route="query"`` takes the norms of the queries before they are normalized. Heads that a
+token leaves out count as 0, or as their mean (``fill``).
+
 With zero routers and K = h_r every gate is 1: a pretrained model begins as it is. The balance loss of a layer is
 ``h_r sum_j mean(p_j) mean(j is chosen)``; it is K where all heads are used alike.
 """
@@ -25,6 +29,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.parameters import LayerShape
 from dit_attn.processors.methods.base import Method, resolve_count, setting
+from dit_attn.processors.methods.head_choice import FILLS, ROUTES, HeadChoice, best_heads, precise_linear, query_norms
 from dit_attn.processors.methods.learned import LearnedMethod
 
 NORMALIZATIONS = ("release", "paper")
@@ -56,17 +61,15 @@ class HeadRouter(torch.nn.Module):
         self.balance: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, top_k: int, normalize: str = "release") -> torch.Tensor:
-        """Return the gates (B, S, shared + routed) fp32 of the tokens x (B, S, C)."""
+        """Return the gates (B, S, shared + routed), fp32 or fp64, of the tokens x (B, S, C)."""
         scaled = normalize == "release"
         parts, self.balance = [], None
         if self.shared is not None:
-            share = torch.softmax(_logits(x, self.shared), -1)
+            share = torch.softmax(precise_linear(x, self.shared), -1)
             parts.append(share * self.counts[0] if scaled else share)
         if self.routed is not None:
-            p = torch.softmax(_logits(x, self.routed), -1)
-            chosen = torch.zeros_like(p, dtype=torch.bool)
-            best = p.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-            chosen.scatter_(-1, best, True)
+            p = torch.softmax(precise_linear(x, self.routed), -1)
+            chosen = best_heads(p, top_k)
             gate = p * chosen
             if scaled:
                 gate = top_k * gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
@@ -75,15 +78,9 @@ class HeadRouter(torch.nn.Module):
                 used = chosen.flatten(0, -2).to(p.dtype).mean(0)
                 self.balance = self.counts[1] * (p.flatten(0, -2).mean(0) * used).sum()
         if self.stage is not None:
-            balance = torch.softmax(_logits(x, self.stage), -1) * (2.0 if scaled else 1.0)
+            balance = torch.softmax(precise_linear(x, self.stage), -1) * (2.0 if scaled else 1.0)
             parts = [part * balance[..., i : i + 1] for i, part in enumerate(parts)]
         return torch.cat(parts, -1)
-
-
-def _logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Fp32, whatever autocast would do."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +95,11 @@ class MoH(LearnedMethod):
         normalize: gates with a mean of 1 (``release``), or plain softmaxes without renormalization (``paper``).
         layers: (shared, active routed) heads of every layer, in place of ``shared`` and ``top_k``.
         balance: weight of the balance loss in a training.
+        route: how tokens choose: by routers that are trained (``learned``), by energies that a calibration of the model
+            predicts, or by the norms of the queries. The last two have gates of 0 and 1 and need no training;
+            ``two_stage``, ``normalize`` and ``balance`` are about the first.
+        fill: what stands for a head that a token leaves out, without training: ``zero``, or its mean over such tokens,
+            which a calibration measured.
 
     Raises:
         DitAttnError: a value out of range.
@@ -114,11 +116,15 @@ class MoH(LearnedMethod):
         None, "shared and active heads of every layer, in place of shared and top_k"
     )
     balance: float = setting(0.01, "weight of the balance loss in a training", low=0.0)
+    route: str = setting("learned", "how tokens choose their heads", choices=ROUTES)
+    fill: str = setting("zero", "what stands for heads that are left out, where nothing is trained", choices=FILLS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(len(pair) != 2 or min(pair) < 0 for pair in self.layers or ()):
             raise DitAttnError(f"{self.slug}.layers are pairs of counts (shared, active), one for every layer")
+        if self.route == "learned" and self.fill != "zero":
+            raise DitAttnError(f"{self.slug}.fill={self.fill!r} is for routing without training; set route too")
 
     def counts(self, heads: int, index: int = 0) -> tuple[int, int, int]:
         """Return shared, routed and active routed heads of a layer.
@@ -138,7 +144,7 @@ class MoH(LearnedMethod):
         if isinstance(top_k, int) and top_k > routed:
             raise DitAttnError(f"{self.slug}.top_k is {top_k}, and {routed} of {heads} heads are routed; lower it")
         active = resolve_count(top_k, routed)
-        if shared == 1 and routed:
+        if shared == 1 and routed and self.route == "learned":
             raise DitAttnError(
                 f"{self.slug} with one shared head of {heads} gives it no router; set shared to 0, 2 or more"
             )
@@ -161,19 +167,43 @@ class MoH(LearnedMethod):
             if count is not None:
                 self.counts(count, index)
 
-    def parameters_for(self, shape: LayerShape) -> torch.nn.Module:
-        """Return the router of a layer."""
-        shared, routed, _ = self.counts(shape.heads, shape.index)
-        return HeadRouter(shape.hidden_size, shared, routed, self.two_stage)
+    def parameters_for(self, shape: LayerShape) -> torch.nn.Module | None:
+        """Return the router of a layer; of a calibration, ``None`` for layers that it cannot measure.
+
+        Raises:
+            DitAttnError: a calibration is asked for, and ``weights`` name none.
+        """
+        if self.route == "learned":
+            shared, routed, _ = self.counts(shape.heads, shape.index)
+            return HeadRouter(shape.hidden_size, shared, routed, self.two_stage)
+        if self.weights is None and (self.route == "calibrated" or self.fill == "mean"):
+            raise DitAttnError(f"{self.slug} without training needs a calibration; give the file that it saved")
+        return self.choice_for(shape)
+
+    def choice_for(self, shape: LayerShape) -> HeadChoice | None:
+        """Return what a calibration measures of a layer, 0 yet; ``None`` for layers that it cannot measure."""
+        calibrated = self.route == "calibrated"
+        if shape.kind != "self" or (calibrated and not any(name == "to_out" for name, _ in shape.outputs)):
+            return None
+        _, routed, _ = self.counts(shape.heads, shape.index)
+        fill = (shape.heads, shape.head_dim) if self.fill == "mean" else None
+        return HeadChoice(shape.hidden_size if calibrated else 0, routed, fill)
 
     @property
     def reads_input(self) -> bool:
-        """Always: routers look at it."""
+        """Always: routers look at it, and it says which rows are gated."""
         return True
+
+    @property
+    def reads_queries(self) -> bool:
+        """Where their norms choose."""
+        return self.route == "query"
 
     def continues(self, other: Method) -> bool:
         """Return whether the routers of ``other`` stay: with another number of active heads, say."""
         if not isinstance(other, MoH) or self.weights is not None or self.two_stage != other.two_stage:
+            return False
+        if (self.route, self.fill) != (other.route, other.fill):
             return False
         shared = [None if method.layers is None else [pair[0] for pair in method.layers] for method in (self, other)]
         return shared[0] == shared[1] and (self.layers is not None or self.shared == other.shared)
@@ -192,19 +222,49 @@ class MoH(LearnedMethod):
         if x is None:
             request.decline("the layer's input is hidden by torch.compile")
             return
-        rows = _rows_of(x, call)
+        rows = input_rows(call)
         if rows is None:
             request.decline(f"the layer's input has other rows than its attention: {tuple(x.shape)}")
             return
-        _, routed, active = self.counts(call.q.shape[2], call.layer.index)
-        gates = self.parameters(call)(x, active if routed else 0, self.normalize)
-        missing = (rows.start, call.q.shape[1] - rows.stop)
-        request.multiply_heads(F.pad(gates, (0, 0, *missing), value=1.0) if any(missing) else gates)
+        shared, routed, active = self.counts(call.q.shape[2], call.layer.index)
+        if self.route == "learned":
+            gates = self.parameters(call)(x, active if routed else 0, self.normalize)
+            request.multiply_heads(_padded(gates, rows, call))
+        elif active < routed and id(self) in call.layer.learned:
+            signal = self.signal(call, x, rows)
+            if signal is None:
+                request.decline("only normalized queries are at hand, and their norms are all alike")
+                return
+            gates, mean = self.parameters(call)(signal, shared, active)
+            gates = _padded(gates, rows, call)
+            request.multiply_heads(gates)
+            if mean is not None:
+                request.change_output(lambda out: out + ((1.0 - gates)[..., None] * mean).to(out.dtype))
+
+    def signal(self, call: AttentionCall, x: torch.Tensor, rows: slice) -> torch.Tensor | None:
+        """Return what the heads of some rows are chosen by, ``None`` where it is not at hand.
+
+        Args:
+            call: the attention call.
+            x: (B, rows, C) input of the layer.
+            rows: of the sequence.
+
+        Returns:
+            Of a calibration (B, rows, C), the input; of norms (B, rows, heads).
+        """
+        return x if self.route == "calibrated" else query_norms(call, rows)
 
 
-def _rows_of(x: torch.Tensor, call: AttentionCall) -> slice | None:
-    """The rows of a call that the tokens x are, ``None`` where they are not told."""
-    if x.ndim != 3 or x.shape[0] != call.q.shape[0]:
+def _padded(gates: torch.Tensor, rows: slice, call: AttentionCall) -> torch.Tensor:
+    """Gates of all rows: 1 in the others."""
+    missing = (rows.start, call.q.shape[1] - rows.stop)
+    return F.pad(gates, (0, 0, *missing), value=1.0) if any(missing) else gates
+
+
+def input_rows(call: AttentionCall) -> slice | None:
+    """Return the rows of a call that the layer's input has, ``None`` where it is hidden or they cannot be told."""
+    x = call.layer.inputs
+    if x is None or x.ndim != 3 or x.shape[0] != call.q.shape[0]:
         return None
     if x.shape[1] == call.q.shape[1]:
         return slice(0, x.shape[1])

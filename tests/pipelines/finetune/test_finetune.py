@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dit_attn
-from dit_attn import SLA, BlockSparse, DitAttnError, RectifiedSpaAttn, ReTtention, SoftPAG, models
+from dit_attn import SLA, BlockSparse, DitAttnError, MoH, RectifiedSpaAttn, ReTtention, SoftPAG, models
 from dit_attn.errors import RunStopped
 from dit_attn.pipelines.finetune import (
     Example,
@@ -29,6 +29,7 @@ from dit_attn.pipelines.finetune import (
 )
 from dit_attn.pipelines.finetune.loop import CHECKPOINT
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare
+from dit_attn.pipelines.worker_share import WorkerShare
 from tests._support.compose import forward, tiny
 from tests._support.ranks import run_ranks
 
@@ -92,6 +93,28 @@ def test_runs_that_are_there_are_not_made_again(pipe: Any, recorded: list[Path],
     monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("a run was made again"))
     folder = recorded[0].parent
     assert record_examples(pipe, PROMPTS, folder, calls_per_run=2, call=CALL) == recorded == read_examples(folder)
+
+
+def test_processes_share_the_runs_and_get_the_files_of_all(pipe: Any, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"calls_per_run": 1, "call": CALL}
+    record_examples(pipe, PROMPTS, tmp_path, share=WorkerShare(1, 2), **given)
+    assert {path.name[:5] for path in tmp_path.iterdir()} == {f"{n:05d}" for n in range(1, len(PROMPTS), 2)}
+    found = record_examples(pipe, PROMPTS, tmp_path, share=WorkerShare(0, 2), **given)
+    assert len(found) == len(PROMPTS)
+
+
+def test_a_route_that_learns_nothing_is_refused_where_it_is_all_that_is_trained(examples: list[Path]) -> None:
+    with pytest.raises(DitAttnError, match="moh has nothing to train with these settings"):
+        Finetune(small(), replace(CONFIG, method=MoH(route="query", top_k=1), stage="proj"), examples)
+
+
+def test_a_launch_that_splits_the_model_is_refused(examples: list[Path], monkeypatch: Any) -> None:
+    import accelerate
+
+    split = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
+    monkeypatch.setattr(accelerate, "Accelerator", lambda cpu: split)
+    with pytest.raises(DitAttnError, match="launch without FSDP"):
+        Finetune(small(), CONFIG, examples)
 
 
 def test_what_a_run_ends_in_is_a_clean_example(pipe: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import dit_attn
 from dit_attn import DitAttnError
 from dit_attn.pipelines.finetune import XL_2_90, load_moh_state, moh_transformer
+from dit_attn.pipelines.finetune.moh_state import MOH_DIT
 
 LAYERS = ((2, 2, 0), (4, 4, 0), (6, 3, 2))  # 8, 16 and 24 heads in small
 C, SIZE, D = 32, 8, 8  # width, latents, channels of a head
@@ -72,6 +73,37 @@ def test_the_released_layers_have_their_counts_and_widths() -> None:
     assert len(XL_2_90) == 28
     assert sum(heads for heads, _, _ in XL_2_90) == 448 and sum(a + b for _, a, b in XL_2_90) == 403
     assert {72 * heads for heads, _, _ in XL_2_90} == {576, 1152, 1728}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "active"),
+    [
+        ("XL/2-90", 28, 448, 403), ("XL/2-75", 28, 448, 336), ("L/2-90", 24, 384, 344), ("L/2-75", 24, 384, 288),
+        ("B/2-90", 12, 144, 129), ("B/2-75", 12, 144, 108), ("S/2-90", 12, 72, 64), ("S/2-75", 12, 72, 54),
+    ],
+)  # fmt: skip
+def test_every_model_of_the_release_has_its_active_share(name: str, layers: int, heads: int, active: int) -> None:
+    found = MOH_DIT[name]
+    assert len(found) == layers and sum(count for count, _, _ in found) == heads
+    assert sum(shared + routed for _, shared, routed in found) == active
+    assert round(100 * active / heads) in (int(name[-2:]), int(name[-2:]) - 1)
+    dit_attn.MoH(layers=tuple((shared, routed) for _, shared, routed in found)).check_heads(
+        "a model", [count for count, _, _ in found]
+    )
+
+
+def test_widths_follow_the_heads_and_routers_are_the_only_parameters_that_are_added() -> None:
+    net, even = model(), moh_transformer(
+        ((4, 4, 0),) * 3, heads=C // D, head_dim=D, in_channels=4, out_channels=8, sample_size=SIZE,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    sizes = [sum(p.numel() for p in one.parameters()) for one in (net, even)]
+    each = D * (4 * C + 3)  # of a head: its rows of q, k and v with their biases, its columns of the output projection
+    assert sizes[0] - sizes[1] == each * (sum(heads for heads, _, _ in LAYERS) - 3 * 4)
+    assert [block.attn1.to_q.out_features for block in net.transformer_blocks] == [D * heads for heads, _, _ in LAYERS]
+    session = dit_attn.enable(net, dit_attn.MoH(layers=tuple((shared, active) for _, shared, active in LAYERS)))
+    routers = sum(p.numel() for p in session.learned.parameters())
+    assert routers == sum(heads * C + 2 * C * (heads > shared) for heads, shared, _ in LAYERS)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])

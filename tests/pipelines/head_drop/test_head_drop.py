@@ -16,10 +16,12 @@ from dit_attn.pipelines.head_drop import (
     HeadProfile,
     choose_heads,
     first_heads,
+    load_profile,
     named_heads,
     profile_heads,
     profile_parts,
     random_heads,
+    save_profile,
 )
 from dit_attn.pipelines.head_drop.refit import dropping_error, refit
 from dit_attn.processors.attach.layer_shape import output_projection
@@ -239,3 +241,15 @@ def test_heads_that_share_a_norm_and_layers_without_a_projection_of_their_own() 
     assert len(profile_heads(made("wan"), ["a"], every=1).layers) == 2
     flux = profile_heads(made("flux"), ["a"], every=1)
     assert flux.count == 3 and [layer.name for layer in flux.layers] == ["transformer_blocks.0.attn"]
+
+
+def test_a_saved_profile_chooses_the_same_heads(profiled: tuple[str, HeadProfile], tmp_path: Path) -> None:
+    _, profile = profiled
+    again = load_profile(save_profile(profile, tmp_path / "made" / "profile.safetensors"))
+    assert (again.transformer, again.count, again.runs) == (profile.transformer, profile.count, profile.runs)
+    first, second = choose_heads(profile, 1), choose_heads(again, 1)
+    assert first == second and all(torch.equal(x, second.tensors[key]) for key, x in first.tensors.items())
+    first.save(tmp_path / "heads.json")
+    for path, message in ((tmp_path / "none", "no such file"), (tmp_path / "heads.safetensors", "is no head profile")):
+        with pytest.raises(DitAttnError, match=message):
+            load_profile(path)

@@ -95,6 +95,17 @@ def test_the_balance_loss_is_k_where_heads_are_used_alike_and_pushes_an_overused
     assert other.balance is None
 
 
+def test_the_gradient_of_the_balance_loss_goes_past_the_choice() -> None:
+    made = router(0, 5)
+    made(X, 2)
+    (found,) = torch.autograd.grad(made.balance, [made.routed])  # type: ignore[arg-type]
+    weight = made.routed.detach().clone().requires_grad_()  # type: ignore[union-attr]
+    p = torch.softmax(X @ weight.T, -1).flatten(0, 1)
+    used = torch.zeros_like(p).scatter(-1, p.topk(2).indices, 1.0).mean(0)
+    (expected,) = torch.autograd.grad(5 * (p.mean(0) * used).sum(), [weight])
+    torch.testing.assert_close(found, expected)
+
+
 # -- on models ---------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +136,38 @@ def test_gates_multiply_the_heads_of_the_rows_that_the_input_has(name: str) -> N
     expected = out.clone()
     expected[:, rows] = out[:, rows] * gates[..., None]
     torch.testing.assert_close(call.out, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", (MoH(), MoH(shared=1.0), MoH(route="query")))
+def test_untrained_routers_are_the_identity_in_double_precision(method: MoH) -> None:
+    model, args = tiny("pixart")
+    model.double()
+    args = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in args.items()}
+    stock = forward(model, args)
+    dit_attn.enable(model, method)
+    torch.testing.assert_close(forward(model, args), stock, atol=1e-12, rtol=1e-12)
+
+
+def test_a_layer_is_the_weighted_sum_of_its_heads_contributions() -> None:
+    model, args = tiny("pixart")
+    with dit_attn.enabled(model) as session:
+        attention: Any = model.get_submodule(session.layers[0].name)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inputs: list[torch.Tensor] = []
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    attention.to_out[0].register_forward_hook(lambda module, args, out: given.append((args[0], out)))
+    forward(model, args)
+    session = dit_attn.enable(model, MoH(top_k=1))
+    drawn(model)
+    forward(model, args)
+    gates = session.layers[0].learned[id(session.methods[0])](inputs[0], 1).detach()
+    z = given[0][0].unflatten(-1, (attention.heads, -1))
+    weight = attention.to_out[0].weight.detach().unflatten(1, z.shape[2:])
+    parts = [gates[..., h : h + 1] * (z[..., h, :] @ weight[:, h].T) for h in range(attention.heads)]
+    expected = torch.stack(parts).sum(0) + attention.to_out[0].bias.detach()
+    torch.testing.assert_close(given[1][1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_sparse_method_goes_with_it() -> None:

@@ -14,6 +14,7 @@ import dit_attn
 from dit_attn import SLA, BlockSparse, DitAttnError, Method, models
 from dit_attn.kernels.selection.select import plan_scores
 from dit_attn.processors.attach.attach import session_of
+from dit_attn.processors.core.call import Request
 from dit_attn.processors.methods.sla import LinearProjection, linear_blocks
 from tests._support.compose import forward, same, tiny
 from tests._support.recorded_calls import requests
@@ -105,6 +106,30 @@ def test_a_run_equals_its_equations_and_text_rows_stay_exact(name: str, settings
     text = torch.ones(out.shape[1], dtype=torch.bool)
     text[visual] = False
     torch.testing.assert_close(out.double()[:, text], exact[:, text], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("density", (0.3, 0.8))  # of the second some rows have no marginal block
+def test_gradients_are_those_of_the_equations_in_double_precision(density: float) -> None:
+    model, args = tiny("wan")
+    settings = replace(HALF, density=density, order="none")
+    dit_attn.enable(model, settings)
+    trained(model)
+    with requests() as seen:
+        forward(model, args)
+    call = seen[-1][0]
+    call.layer.learned = {id(settings): call.layer.learned[id(session_of(model).methods[0])]}
+    parameters = list(learned(model).values())[-2:]
+    call.q, call.k, call.v = tensors = tuple(x.double().requires_grad_() for x in (call.q, call.k, call.v))
+    request = Request()
+    settings.plan(call, request)
+    assert request.compute_visual is not None
+    found, expected = request.compute_visual(), sparse_linear(call, settings, *parameters)
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-9)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs = (torch.autograd.grad(out, (*tensors, *parameters), grad) for out in (found, expected))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-6, rtol=1e-5)
+        assert torch.isfinite(ours).all()
 
 
 def test_before_training_it_is_block_sparse_attention_and_density_1_is_stock() -> None:

@@ -6,8 +6,8 @@ import argparse
 
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
-from dit_attn.cli.workers import process_rank
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.cli.workers import refuse_several
+from dit_attn.errors import unknown
 
 JOBS = ("train", "generate", "benchmark")
 GROUPS = {
@@ -124,14 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
     if options["job"] == "benchmark":
-        rank, processes = process_rank()
-        if processes > 1 and rank:  # the first process says it
+        if refuse_several("anomaly benchmark"):
             return 2
-        if processes > 1:
-            raise DitAttnError(
-                f"dit-attn anomaly benchmark runs in one process, and {processes} were started; start it without "
-                "torchrun or accelerate launch"
-            )
         from dit_attn.cli.commands.anomaly import benchmark
 
         return benchmark.benchmark(options)

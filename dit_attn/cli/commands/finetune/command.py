@@ -12,6 +12,7 @@ from dit_attn.cli.commands.finetune import early
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.source_index import constant
 from dit_attn.cli.table import fields, show
+from dit_attn.cli.workers import refuse_several
 from dit_attn.errors import unknown
 
 JOBS = ("sla", "moh", "merge")
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if what not in JOBS:
         raise unknown("fine-tuning", what, JOBS)
     if what == "merge":
-        return _merge(options)
+        return 2 if refuse_several("finetune merge") else _merge(options)
     if options.get("tiny") and "model" not in options:
         options.values["model"] = early.TINY
     early.check(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import progress_bar
+from dit_attn.cli.workers import join_workers
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.report import finetune_page
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import read_examples
 from dit_attn.pipelines.finetune.loop import Finetune
 from dit_attn.pipelines.finetune.teacher import record_examples
+from dit_attn.pipelines.worker_share import WorkerShare
 
 RUNS = 64
 TINY = {
@@ -49,12 +52,14 @@ def run(options: Options) -> int:
     (method,) = resolve_methods.resolve([spec], source.transformer, options.get("preset"))
     config = _config(options, method)
     folder = early.output_of(options)
+    device, share = join_workers(load.device, "device" in options)
+    load = replace(load, device=device)
     outputs.prepare_folder(folder)
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
     pipe = load_pipeline.load_pipeline(load)
     check(pipe, config.method_at(0))  # before the teacher draws examples
-    examples = _examples(options, source, pipe, config, folder)
+    examples = _examples(options, source, pipe, config, folder, share)
     job = Finetune(pipe, config, examples)
     first = job.accelerator.is_main_process
     if options.get("resume"):
@@ -90,7 +95,9 @@ def _config(options: Options, method: Any) -> FinetuneConfig:
     return FinetuneConfig(method, densities=early.densities(options), **given)
 
 
-def _examples(options: Options, source: Source, pipe: Any, config: FinetuneConfig, folder: Path) -> list[Path]:
+def _examples(
+    options: Options, source: Source, pipe: Any, config: FinetuneConfig, folder: Path, share: WorkerShare
+) -> list[Path]:
     """The files of the examples: those of ``--data``, or of runs of the dense model in the folder of the run."""
     if options.get("data"):
         return read_examples(Path(options["data"]).expanduser())
@@ -104,7 +111,7 @@ def _examples(options: Options, source: Source, pipe: Any, config: FinetuneConfi
     with progress_bar(len(prompts), "draw examples", "run") as bar:
         return record_examples(
             pipe, prompts, folder / "data", calls_per_run=options.get("calls_per_run", 4), clean=config.loss == "flow",
-            seed=config.seed, call=jobs[0].call, on_progress=lambda done, total: bar.update(),
+            seed=config.seed, call=jobs[0].call, share=share, on_progress=lambda done, total: bar.update(),
         )  # fmt: skip
 
 
