@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import dit_attn
@@ -57,7 +58,13 @@ def combined(cond: Any, perturbed: Any, weight: float) -> list[torch.Tensor]:
 
 
 class GuidedMixin:
-    """Behaviours of SoftPAG and its kin; needs the fixtures and helpers of ``FamilyMixin``."""
+    """Behaviours of SoftPAG and its kin; needs the fixtures and helpers of ``FamilyMixin``.
+
+    Attributes:
+        step_gets_all: whether the pipeline's scheduler gets all that the model predicts.
+    """
+
+    step_gets_all: bool = True
 
     net: Any
     call: Any
@@ -142,13 +149,17 @@ class GuidedMixin:
         assert not torch.equal(first.latents, stock.latents)
         ways: list[dict[str, Any]] = [{"batched": True}]
         if not session.cfg.rescaled:
-            ways.append({"inject": "step"})
+            ways += [{"inject": "step"}] * self.step_gets_all
             if session.guidance_scale():
                 ways.append({"inject": "cond"})
         for way in ways:
             dit_attn.enable(pipe, dataclasses.replace(base, **way))
             again = self._latents(pipe, kwargs)
             torch.testing.assert_close(again.latents, first.latents, atol=2e-3, rtol=1e-3)
+        if not self.step_gets_all:
+            dit_attn.enable(pipe, dataclasses.replace(base, inject="step"))
+            with pytest.raises(dit_attn.DitAttnError, match="use inject='shift'"):
+                self._latents(pipe, kwargs)
         dit_attn.disable(pipe)
         assert torch.equal(self._latents(pipe, kwargs).latents, stock.latents)
 

@@ -186,6 +186,7 @@ _STREAMS = {
     "LongCatImageTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "Lumina2TransformerBlock": ("hidden_states",),
     "LuminaNextDiTBlock": ("hidden_states",),
+    "MiniMaxH3TransformerBlock": ("hidden_states",),
     "OmniGenBlock": ("hidden_states",),
     "OvisImageSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "OvisImageTransformerBlock": ("encoder_hidden_states", "hidden_states"),

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-COMPONENTS = ("transformer", "transformer_2")
-"""Names of a pipeline's transformers; Wan 2.2 has two."""
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
+"""Names of a pipeline's transformers; Wan 2.2 has two, MiniMax-H3 another one for runs with references."""
 
 
 def unwrap(model: Any) -> Any:

@@ -18,7 +18,8 @@ class Span:
     """A run of consecutive tokens of one kind.
 
     Attributes:
-        kind: ``text | video | image | reference | audio | time | padding``.
+        kind: ``text | video | image | reference | condition | audio | time | padding``; a ``condition`` is
+            frames apart from the visual tokens, which no method takes for some.
         length: number of tokens; ``None`` for the rest of the sequence (at most one span of a layout).
         grid: (T, H, W) token grid of a visual span, row-major, or ``None``.
         start: first token; set by :meth:`TokenLayout.resolve`.

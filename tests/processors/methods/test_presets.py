@@ -36,6 +36,7 @@ CHECKPOINTS = [
     ("cogvideox-5b", "CogVideoXTransformer3DModel", {"num_attention_heads": 48, "num_layers": 42}, False),
     ("ltx-video", "LTXVideoTransformer3DModel", {}, False),
     ("mochi", "MochiTransformer3DModel", {}, False),
+    ("minimax-h3", "MiniMaxH3Transformer3DModel", {}, False),
     ("flux.1", "FluxTransformer2DModel", {}, False),
     ("pixart-sigma", "PixArtTransformer2DModel", {}, False),
     ("hunyuan-dit", "HunyuanDiT2DModel", {"num_layers": 40}, False),

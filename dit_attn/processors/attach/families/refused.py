@@ -21,12 +21,6 @@ def _refused(name: str, models: str, reason: str, *transformers: str) -> Family:
 
 
 FAMILIES = (
-    _refused(
-        "minimax-h3",
-        "MiniMax-H3",
-        f"{_NO_ROW}: the time steps of its conditioning frames hide that of the video",
-        "MiniMaxH3Transformer3DModel",
-    ),
     _refused("helios", "Helios", f"{_NO_ROW}: its rotary tables and its history of frames", "HeliosTransformer3DModel"),
     _refused(
         "motif-video",

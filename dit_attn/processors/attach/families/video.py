@@ -15,6 +15,7 @@ from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 TEXT = Span("text", None)
 # The pipeline's guidance_scale is an input of the model.
 EMBEDDED = CFGRule("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
+DISTILLED = CFGRule("separate", ("cond",), scale="")  # one call a step, guided by the weights
 
 
 def _patches(config: Any) -> tuple[int, int, int]:
@@ -102,6 +103,12 @@ def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 
 _WAN_CALLS = {"add_k_proj": ("image", "cross")}  # image-to-video checkpoints of Wan 2.1
+# Arguments of MiniMax-H3 and its blocks that all rows of the batch share.
+_OF_ROWS = (
+    *("timestep", "timestep_indices", "token_tags", "position_ids", "video_indices", "audio_indices", "text_indices"),
+    *("temb", "adaln_indices", "rotary_emb"),
+)
+_PACKED = ("text", "condition", "audio")  # kinds of the parts of MiniMax-H3's sequence before the video
 # Strides (T, H, W) of the patches of earlier frames, coarsest and first in the sequence.
 _HISTORY = (("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2)))
 
@@ -123,6 +130,23 @@ def _kandinsky6(config: Any, values: dict[str, Any]) -> TokenLayout:
     if config.visual_cond and values["hidden_states"][0, -1, 0, 0, -1] == 1.0:
         return TokenLayout((visual_span("video", (t - 1, h, w)), visual_span("reference", (1, h, w))))
     return TokenLayout((visual_span("video", (t, h, w)),))
+
+
+def _minimax_h3(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The packed sequence is [text, given frames and references, sound, video], told by the rows of each.
+
+    Sound stands between the given frames and the video, so that no method can take them for its neighbors.
+    """
+    positions = values["position_ids"]
+    kinds = torch.full(positions.shape[:1], len(_PACKED) - 1)
+    for number, name in enumerate(("text_indices", "video_indices")):
+        kinds[values[name].cpu()] = number
+    found, counts = torch.unique_consecutive(kinds, return_counts=True)
+    spans = [Span(_PACKED[kind], count) for kind, count in zip(found.tolist(), counts.tolist())]
+    last = spans.pop()
+    if last.kind != "condition":
+        raise ValueError("the sequence does not end with the video")
+    return TokenLayout((*spans, *coordinate_spans(positions[-(last.length or 0) :].T[None], references=True)))
 
 
 def _mochi_frequencies(model: Any, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -276,6 +300,18 @@ FAMILIES = (
         forward_args=("hidden_states",),
         layout=_kandinsky6,
         batch_axes={"visual_rope_pos": None, "vis_rope": None, "aud_rope": None},
+    ),
+    Family(
+        name="minimax-h3",
+        models="MiniMax-H3 (text, first and last frame, references, sound)",
+        transformers=("MiniMaxH3Transformer3DModel",),
+        layers=("transformer_blocks.*.attn",),
+        forward_args=("hidden_states", "position_ids", "text_indices", "video_indices"),
+        layout=_minimax_h3,
+        cfg=DISTILLED,
+        time_grows=True,
+        batch_axes=dict.fromkeys(_OF_ROWS),
+        latent_pixels=16,
     ),
     Family(
         name="anyflow",
