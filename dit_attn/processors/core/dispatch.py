@@ -83,7 +83,7 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
         if layer.kind == "self" and args.q.shape[1] != args.k.shape[1]:
             return _fallback(layer, "cross attention", stock, args)
         try:
-            exchange = sequence_parallel.exchange_for(args.mesh, run.layout, args.q.shape[1])
+            exchange = sequence_parallel.exchange_for(args.mesh, run.layout_of(layer), args.q.shape[1])
             here = exchange.scatter_heads(args, layer.kind == "cross")
         except NotImplementedError as error:
             reason = str(error)
@@ -156,7 +156,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         scale=args.scale,
         causal=args.causal,
         layer=layer,
-        tokens=run.tokens(args.q.shape[1]) if cross or args.q.shape[1] == args.k.shape[1] else None,
+        tokens=run.tokens(args.q.shape[1], layer) if cross or args.q.shape[1] == args.k.shape[1] else None,
         clock=run.clock,
         branches=run.branches(args.q.shape[0], layer.rows[0]),
         samples=run.samples(args.q.shape[0], layer.rows[0]),

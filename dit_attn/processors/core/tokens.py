@@ -6,6 +6,7 @@ is data: a tuple of spans.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -82,10 +83,16 @@ class TokenLayout:
         spans: the parts, in order.
         embedded: input images among the text, where they stand at another place in every batch row: (row, start, stop)
             in tokens of the sequence, the images of a row in the order of their numbers.
+        others: layouts of layers that have another sequence, each with a shell pattern of their names.
     """
 
     spans: tuple[Span, ...]
     embedded: tuple[tuple[int, int, int], ...] = ()
+    others: tuple[tuple[str, TokenLayout], ...] = ()
+
+    def of_layer(self, name: str) -> TokenLayout:
+        """Return the layout of the sequence of a layer."""
+        return next((other for pattern, other in self.others if fnmatch.fnmatchcase(name, pattern)), self)
 
     def resolve(self, seq_len: int) -> Tokens | None:
         """Return the spans with their positions in ``seq_len`` tokens; ``None`` when they cannot add up."""

@@ -18,6 +18,7 @@ TENSORS = {
     "transformer": "dit_attn_method.safetensors",
     "transformer_2": "dit_attn_method_2.safetensors",
     "transformer_ref": "dit_attn_method_ref.safetensors",
+    "unconditional_transformer": "dit_attn_method_unconditional.safetensors",
 }
 """File of the learned tensors by the transformer's name in the pipeline."""
 

@@ -21,25 +21,6 @@ def _refused(name: str, models: str, reason: str, *transformers: str) -> Family:
 
 
 FAMILIES = (
-    _refused("helios", "Helios", f"{_NO_ROW}: its rotary tables and its history of frames", "HeliosTransformer3DModel"),
-    _refused(
-        "motif-video",
-        "Motif-Video",
-        "its decoder layers have another sequence than the others, and a row gives one token layout for all",
-        "MotifVideoTransformer3DModel",
-    ),
-    _refused(
-        "flux-3",
-        "Flux 3",
-        "its image blocks have another sequence than the joint ones, and a row gives one token layout for all",
-        "Flux3Transformer2DModel",
-    ),
-    _refused(
-        "ideogram-4",
-        "Ideogram 4",
-        f"{_NO_ROW}: its unconditional branch is another model, unconditional_transformer",
-        "Ideogram4Transformer2DModel",
-    ),
     _refused(
         "joyimage-edit-plus",
         "JoyImage-Edit-Plus",
