@@ -29,7 +29,7 @@ def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, s
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
     weights = torch.softmax(logits, -1).nan_to_num(0.0)  # padded queries may read nothing at all
-    return (((1 - u) * weights + u * torch.eye(q.shape[2], dtype=torch.float64)) @ v).transpose(1, 2)
+    return (((1 - u) * weights + u * torch.eye(k.shape[2], dtype=torch.float64)[-q.shape[2] :]) @ v).transpose(1, 2)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def by_hand(layer_name: str, head: int, u: float) -> Iterator[None]:
 
     def perturbed(run: Any, layer: Any, args: SDPAArgs, stock_call: Any) -> torch.Tensor:
         out = stock(run, layer, args, stock_call)
-        if layer.name == layer_name and args.q.shape[1] == args.k.shape[1]:
+        if layer.name == layer_name and (args.q.shape[1] == args.k.shape[1] or run.layout.queries == "last"):
             out = out.clone()
             exact = materialised(args.q, args.k, args.v, args.mask, args.scale, u)
             out[:, :, head] = exact[:, :, head].to(out.dtype)

@@ -196,6 +196,7 @@ _STREAMS = {
     "OmniGenBlock": ("hidden_states",),
     "OvisImageSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "OvisImageTransformerBlock": ("encoder_hidden_states", "hidden_states"),
+    "PRXBlock": ("hidden_states",),
     "SkyReelsV2TransformerBlock": ("hidden_states",),
     "WanTransformerBlock": ("hidden_states",),
     "ZImageTransformerBlock": ("x",),

@@ -84,11 +84,14 @@ class TokenLayout:
         embedded: input images among the text, where they stand at another place in every batch row: (row, start, stop)
             in tokens of the sequence, the images of a row in the order of their numbers.
         others: layouts of layers that have another sequence, each with a shell pattern of their names.
+        queries: which tokens are queries: ``all``, or only the ``last`` or ``first`` ones, as many as a call has; the
+            others are keys alone.
     """
 
     spans: tuple[Span, ...]
     embedded: tuple[tuple[int, int, int], ...] = ()
     others: tuple[tuple[str, TokenLayout], ...] = ()
+    queries: str = "all"
 
     def of_layer(self, name: str) -> TokenLayout:
         """Return the layout of the sequence of a layer."""

@@ -30,7 +30,6 @@ FAMILIES = (
     _refused("qwen-image-2.1", "Qwen-Image 2.1", _CACHED_KEYS, "QwenImage21Transformer2DModel"),
     _refused("cosmos-3", "Cosmos 3", _CACHED_KEYS, "Cosmos3OmniTransformer"),
     _refused("nucleus-image", "Nucleus-MoE-Image", _CACHED_KEYS, "NucleusMoEImageTransformer2DModel"),
-    _refused("prx", "PRX", _CACHED_KEYS, "PRXTransformer2DModel"),
     _refused("anyflow-far", "AnyFlow FAR (causal)", _CACHED_KEYS, "AnyFlowFARTransformer3DModel"),
     _refused("wan-animate-2", "Wan Animate 2", _CACHED_KEYS, "WanAnimate2Transformer3DModel"),
     _refused(
