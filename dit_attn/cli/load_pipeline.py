@@ -15,6 +15,7 @@ from dit_attn.cli.model_source import Source, describe, go_offline_where_there_i
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, on_terminal
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
+from dit_attn.processors.attach.components import COMPONENTS
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -200,7 +201,7 @@ def compile_pipeline(pipe: Any, arguments: dict[str, Any] | None) -> None:
     """
     if arguments is None:
         return
-    for name in ("transformer", "transformer_2"):
+    for name in COMPONENTS:
         model = getattr(pipe, name, None)
         if model is None:
             continue

@@ -276,6 +276,8 @@ class CrossMixin(SubjectsMixin):
 
 def valid_rows(call: Any) -> tuple[Any, ...]:
     """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
+    if getattr(call, "keys_alone", False):  # nobody gets the other rows
+        return slice(None), call.visual
     mask = call.mask
     if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
         return (slice(None),)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dit_attn
+from dit_attn.pipelines.transformers import transformers_of
 from dit_attn.processors.attach import attach, attention_processor
 from dit_attn.processors.core.call import Request
 from dit_attn.processors.core.positions import PositionMap
@@ -74,6 +75,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         rotary: whether its layers get rotary tables.
         even_axes: axes of the grid whose tokens the model places at even distances.
         rotary_error: of the model's own tables, from computing large angles in fp32.
+        joint: how the names of the layers begin whose sequence ``kinds`` is of; the first layer's, where all have one.
         run_order: branches of the runs of :meth:`pipeline`, in order, where they are not the family's usual ones.
     """
 
@@ -84,6 +86,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
     untouched: tuple[str, ...] = ()
     probe: tuple[int, int, int] = (0, 3, 5)
     refined: bool = False
+    joint: str = ""
     no_pipeline: str = ""
     run_order: tuple[str, ...] = ()
     rotary: bool = True
@@ -417,7 +420,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         expected = self._run(pipe, kwargs, 2)
         request = copy.copy(pipe)  # one for every request, around the same transformer
         request.scheduler = copy.deepcopy(pipe.scheduler)
-        for target in (pipe, pipe.transformer):
+        for target in (pipe, pipe.transformer) if len(transformers_of(pipe)) == 1 else (pipe,):
             session = dit_attn.enable(target, method)
             found = self._run(request, kwargs, 2)
             assert session.pipe is request and session.clock.total == 2
@@ -486,7 +489,8 @@ class FamilyMixin(CrossMixin, GuidedMixin):
         return SimpleNamespace(output=output[0], calls=seen)
 
     def _first_layer(self, calls: list[Seen]) -> list[Seen]:
-        return [call for call in calls if call.layer == calls[0].layer]
+        first = next(call.layer for call in calls if call.layer.startswith(self.joint))
+        return [call for call in calls if call.layer == first]
 
     def _steps(self, session: Any, steps: int) -> list[int]:
         calls = len(self._order(session)) if session.cfg.style == "separate" else 1
@@ -504,7 +508,7 @@ class FamilyMixin(CrossMixin, GuidedMixin):
     def _first_keys(self, model: torch.nn.Module, args: dict[str, Any]) -> Seen:
         with watching() as seen:
             self.call(model, args)
-        return next(item for item in seen if item.tokens is not None)
+        return next(item for item in seen if item.tokens is not None and item.layer.startswith(self.joint))
 
     @staticmethod
     def _changed(a: Seen, b: Seen) -> set[int]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import dit_attn
@@ -28,7 +29,7 @@ def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, s
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
     weights = torch.softmax(logits, -1).nan_to_num(0.0)  # padded queries may read nothing at all
-    return (((1 - u) * weights + u * torch.eye(q.shape[2], dtype=torch.float64)) @ v).transpose(1, 2)
+    return (((1 - u) * weights + u * torch.eye(k.shape[2], dtype=torch.float64)[-q.shape[2] :]) @ v).transpose(1, 2)
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def by_hand(layer_name: str, head: int, u: float) -> Iterator[None]:
 
     def perturbed(run: Any, layer: Any, args: SDPAArgs, stock_call: Any) -> torch.Tensor:
         out = stock(run, layer, args, stock_call)
-        if layer.name == layer_name and args.q.shape[1] == args.k.shape[1]:
+        if layer.name == layer_name and (args.q.shape[1] == args.k.shape[1] or run.layout.queries == "last"):
             out = out.clone()
             exact = materialised(args.q, args.k, args.v, args.mask, args.scale, u)
             out[:, :, head] = exact[:, :, head].to(out.dtype)
@@ -57,7 +58,13 @@ def combined(cond: Any, perturbed: Any, weight: float) -> list[torch.Tensor]:
 
 
 class GuidedMixin:
-    """Behaviours of SoftPAG and its kin; needs the fixtures and helpers of ``FamilyMixin``."""
+    """Behaviours of SoftPAG and its kin; needs the fixtures and helpers of ``FamilyMixin``.
+
+    Attributes:
+        step_gets_all: whether the pipeline's scheduler gets all that the model predicts.
+    """
+
+    step_gets_all: bool = True
 
     net: Any
     call: Any
@@ -142,13 +149,17 @@ class GuidedMixin:
         assert not torch.equal(first.latents, stock.latents)
         ways: list[dict[str, Any]] = [{"batched": True}]
         if not session.cfg.rescaled:
-            ways.append({"inject": "step"})
+            ways += [{"inject": "step"}] * self.step_gets_all
             if session.guidance_scale():
                 ways.append({"inject": "cond"})
         for way in ways:
             dit_attn.enable(pipe, dataclasses.replace(base, **way))
             again = self._latents(pipe, kwargs)
             torch.testing.assert_close(again.latents, first.latents, atol=2e-3, rtol=1e-3)
+        if not self.step_gets_all:
+            dit_attn.enable(pipe, dataclasses.replace(base, inject="step"))
+            with pytest.raises(dit_attn.DitAttnError, match="use inject='shift'"):
+                self._latents(pipe, kwargs)
         dit_attn.disable(pipe)
         assert torch.equal(self._latents(pipe, kwargs).latents, stock.latents)
 

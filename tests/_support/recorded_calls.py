@@ -38,7 +38,7 @@ def watching() -> Iterator[list[Seen]]:
 
     def record(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
         out = stock(run, layer, args, stock_call)
-        tokens = run.tokens(args.q.shape[1])
+        tokens = run.tokens((args.k if layer.kind == "self" else args.q).shape[1], layer)
         branches = run.branches(args.q.shape[0], layer.rows[0])
         given = (args.q, args.k, args.v, args.mask, args.scale)
         seen.append(Seen(layer.name, *given, tokens, run.clock.step, branches, out))

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-COMPONENTS = ("transformer", "transformer_2")
-"""Names of a pipeline's transformers; Wan 2.2 has two."""
+COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
+"""Names of a pipeline's transformers: Wan 2.2 has two, MiniMax-H3 one for runs with references, Ideogram 4 one for the
+unconditional branch."""
 
 
 def unwrap(model: Any) -> Any:

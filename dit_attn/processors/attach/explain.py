@@ -213,9 +213,9 @@ def visual_grid(
 
 
 def _is_video(model: torch.nn.Module) -> bool:
-    from dit_attn.processors.attach.families import video
+    from dit_attn.processors.attach.families import conditioned_video, video
 
-    return any(family_of(model).name == row.name for row in video.FAMILIES)
+    return any(family_of(model).name == row.name for row in (*video.FAMILIES, *conditioned_video.FAMILIES))
 
 
 def _patch_size(config: Any) -> tuple[int, int, int]:

@@ -38,10 +38,16 @@ class GuidanceDelta:
 
 
 class StepHook:
-    """Replaces ``scheduler.step`` for one call and adds the guidance update to the prediction the scheduler gets."""
+    """Replaces ``scheduler.step`` for one call and adds the guidance update to the prediction the scheduler gets.
 
-    def __init__(self, scheduler: Any, delta: Leaf) -> None:
-        self.scheduler, self.delta = scheduler, delta
+    Args:
+        scheduler: the scheduler.
+        delta: the update.
+        first: the first token of the prediction that the scheduler gets, where it does not get all.
+    """
+
+    def __init__(self, scheduler: Any, delta: Leaf, first: int = 0) -> None:
+        self.scheduler, self.delta, self.first = scheduler, delta, first
         self.before = scheduler.__dict__.get("step")  # set by other code on this very object
 
     def remove(self) -> None:
@@ -56,14 +62,14 @@ class StepHook:
     def __call__(self, model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         delta = torch.stack(self.delta) if isinstance(self.delta, list) else self.delta
-        updated = wide(model_output) + _fitted(delta, model_output)
+        updated = wide(model_output) + _fitted(delta, model_output, self.first)
         return self.scheduler.step(updated.to(model_output.dtype), *args, **kwargs)
 
 
-def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _fitted(delta: torch.Tensor, like: torch.Tensor, first: int) -> torch.Tensor:
     """Return the update in the shape of the scheduler's predictions.
 
-    That is without the learned variance, the frame axis of an image, and the tokens of reference images.
+    That is without the learned variance, the frame axis of an image, and the tokens of text and of reference images.
 
     Raises:
         DitAttnError: the shapes do not match.
@@ -72,6 +78,8 @@ def _fitted(delta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         delta = delta.squeeze(2)
     if delta.ndim == like.ndim and like.shape[0] % delta.shape[0] == 0:
         delta = torch.cat([delta] * (like.shape[0] // delta.shape[0]))  # Cosmos passes all branches to the scheduler
+        if delta.ndim == 3 and delta.shape[1] > like.shape[1]:
+            delta = delta[:, first:]
         cut = delta[tuple(slice(0, size) for size in like.shape)]
         if cut.shape == like.shape:
             return cut

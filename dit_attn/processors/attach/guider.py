@@ -286,12 +286,15 @@ class PerturbedGuider:
             return output
         if mode == "cond":
             return added(output, update, update.weight / _guidance_scale(self.session, branches), _index(branches))
-        scheduler = getattr(self.session.pipe, "scheduler", None)
+        session = self.session
+        scheduler = getattr(session.pipe, "scheduler", None)
         if scheduler is None:
             raise DitAttnError("inject='step' needs a pipeline that runs the transformer; in a loop use inject='shift'")
         self._remove_step_hook()
-        sign = -1.0 if self.session.cfg.negated else 1.0
-        self._step_hook = StepHook(scheduler, scaled(update.delta[0], sign * update.weight))
+        sign = -1.0 if session.cfg.negated else 1.0
+        delta = update.delta[0]
+        first = _first_made(session, delta.shape[1]) if isinstance(delta, torch.Tensor) and delta.ndim == 3 else 0
+        self._step_hook = StepHook(scheduler, scaled(delta, sign * update.weight), first)
         scheduler.__dict__["step"] = self._step_hook
         return output
 
@@ -307,6 +310,12 @@ class PerturbedGuider:
 
 # Guider objects of pipelines that have one, as far as their rule is affine.
 _LINEAR_GUIDERS = ("NoneType", "ClassifierFreeGuidance", "AutoGuidance", "SkipLayerGuidance")
+
+
+def _first_made(session: TransformerRun, length: int) -> int:
+    """Return the first token that is made of the ``length`` ones that a model predicts."""
+    tokens = session.tokens(length)
+    return next((span.start for span in tokens.spans if span.kind in ("video", "image")), 0) if tokens else 0
 
 
 def _index(branches: Sequence[str]) -> list[int]:

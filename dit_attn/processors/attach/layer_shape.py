@@ -10,7 +10,7 @@ import torch
 from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.parameters import LayerShape
 
-_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv", "img_attn_qkv")
+_QUERY = ("to_q", "to_query", "to_qkv_mlp_proj", "to_qkv", "img_attn_qkv", "img_qkv_proj")
 _KEY = ("to_k", "to_key")
 _QUERY_NORM = re.compile("(img_)?(attn_)?(norm_q(uery)?|q(uery)?_norm)")
 STREAMS = {"to_out": ("to_q", "to_k", "to_v"), "to_add_out": ("add_q_proj", "add_k_proj", "add_v_proj")}

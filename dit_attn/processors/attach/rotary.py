@@ -103,7 +103,8 @@ def moved_arguments(
 
 @torch.compiler.disable
 def _check_absent(session: Session, layer: Layer) -> None:
-    site = position_site(session, layer, session.layout.spans if session.layout is not None else ())
+    layout = session.layout_of(layer)
+    site = position_site(session, layer, layout.spans if layout is not None else ())
     if maps_of(session, site):
         raise DitAttnError(f"positions cannot be moved: {layer.name} was given no rotary tables in this call")
 
@@ -112,9 +113,10 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
     """Form and tensors of an argument.
 
     Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``angles`` (..., 1, columns) in radians,
-    ``shared`` (a complex table for queries and keys, by these names), ``pair`` (complex tables of the visual tokens and
-    of the text), ``visual`` ((cos, sin) of the visual tokens, the same of the text or None), ``axes`` (((cos, sin) per
-    axis and coordinate), (coordinates of the tokens per axis)).
+    ``halves`` (..., 2 x columns) cosines and sines in one table, ``shared`` (a complex table for queries and keys, by
+    these names), ``pair`` (complex tables of the visual tokens and of the text), ``visual`` ((cos, sin) of the visual
+    tokens, the same of the text or None), ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens
+    per axis)).
     """
     if isinstance(value, torch.Tensor):
         if value.is_complex():
@@ -123,6 +125,8 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
             return "matrix", [value]
         if value.is_floating_point() and value.ndim > 2 and value.shape[-2] == 1:
             return "angles", [value]
+        if value.is_floating_point() and value.ndim == 3:
+            return "halves", [value]
     elif isinstance(value, dict):
         if value.keys() == {"query", "key"} and value["query"] is value["key"] and value["key"].is_complex():
             return "shared", [value["key"]]
@@ -142,7 +146,7 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
 
 def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
     """The argument that :func:`_flatten` took apart."""
-    if form in ("complex", "matrix", "angles"):
+    if form in ("complex", "matrix", "angles", "halves"):
         return leaves[0]
     if form == "visual":
         return (leaves[0], leaves[1]), tuple(leaves[2:]) or None
@@ -192,7 +196,8 @@ class _Moved:
 def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str) -> list[torch.Tensor]:
     """Return the tables at the positions that the methods ask for, ``leaves`` itself where nothing moves."""
     place = _find_tokens(session, layer, leaves, form)
-    known = place.tokens.spans if place.tokens is not None else session.layout.spans if session.layout else ()
+    layout = session.layout_of(layer)
+    known = place.tokens.spans if place.tokens is not None else layout.spans if layout is not None else ()
     maps = maps_of(session, position_site(session, layer, known))
     if not maps:
         return leaves
@@ -205,7 +210,7 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
     for entry in kept:
         if (
             all(ref() is leaf for ref, leaf in zip(entry.others, leaves[1:]))
-            and (entry.versions, entry.layout) == (versions, session.layout)
+            and (entry.versions, entry.layout) == (versions, layout)
             and len(entry.maps) == len(maps)
             and all(a.same(b) for a, b in zip(entry.maps, maps))
         ):
@@ -214,7 +219,7 @@ def _move(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str)
     else:
         moved = _moved(session, leaves, form, place, place.tokens, maps)
         del kept[: max(0, len(kept) + 1 - _KEPT)]
-        kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, session.layout, maps, moved))
+        kept.append(_Moved(tuple(map(weakref.ref, leaves[1:])), versions, layout, maps, moved))
     if moved is None:
         return leaves
     layer.stats.moved.setdefault("; ".join(map(str, maps)), set()).add(session.clock.step)
@@ -233,7 +238,7 @@ class _Place:
 
 def _find_tokens(session: Session, layer: Layer, leaves: list[torch.Tensor], form: str) -> _Place:
     """Find the axis that can be the tokens', the longest of several; some tables leave the text out."""
-    layout = session.layout
+    layout = session.layout_of(layer)
     if layout is None:
         return _Place(reason=session.layout_error or _Place.reason)
     try:
@@ -290,6 +295,8 @@ def _moved(
         return [full[0] + torch.atan2(sin * before - cos * stock, cos * before + sin * stock)]
     if form in ("real", "visual"):
         return [cos, sin, *leaves[2:]]
+    if form == "halves":
+        return [torch.cat([cos, sin], -1)]
     if form == "axes":
         count = 2 * len(full) // 3
         widths = [table.shape[-1] for table in full[:count:2]]
@@ -304,6 +311,9 @@ def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch
     """Cosines and sines of the visual tokens' table, (..., tokens, ..., columns)."""
     if form in ("real", "visual"):
         return leaves[0], leaves[1]
+    if form == "halves":
+        cos, sin = leaves[0].chunk(2, -1)
+        return cos, sin
     if form == "matrix":
         return leaves[0][..., 0, 0], leaves[0][..., 1, 0]
     if form == "angles":

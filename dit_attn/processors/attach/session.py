@@ -82,7 +82,11 @@ class Session(TransformerRun):
         return found
 
     def on_forward(self, values: dict[str, Any]) -> None:
-        """See the base class; the other transformer of the pipeline has had its turn and drops its state."""
+        """See the base class; the other transformer of the pipeline drops its state, once it has had its turn.
+
+        Not where the two take turns within a step, each with a branch of the guidance.
+        """
+        before = self._step
         with self._lock:
             if self._awaited and self._awaited == self.clock.run:
                 self.check_thread()
@@ -97,7 +101,7 @@ class Session(TransformerRun):
                 self._awaited = self.clock.run if on_run_end(self.pipe, end) else 0
         last = _LAST_CALLED.get(id(self.clock))
         if last is not self:
-            if last is not None:
+            if last is not None and not self.clock.call and before != last._step:
                 last.drop_state()
             _LAST_CALLED[id(self.clock)] = self
 

@@ -138,7 +138,7 @@ class TransformerRun(RunState):
         pipe, caller = find_running(self.model)
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         timestep = values.get(self.family.timestep)
-        value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep or 0.0)
+        value = _noisiest(timestep, self.family.time_grows)
         grows, named = self.family.time_grows, getattr(self.context, "name", None)
         position = declared_position(self.model)
         guessed, current = position is None and pipe is None, self._step == (self.clock.run, self.clock.step)
@@ -272,6 +272,13 @@ class TransformerRun(RunState):
         self._forget_run()
         for layer in self.layers:
             layer.disabled, layer.disabled_run, layer.checked_run = None, False, 0
+
+
+def _noisiest(timestep: Any, grows: bool) -> float:
+    """Time of what is made: frames that condition it are held at a time with less noise."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.min() if grows else timestep.max())
+    return float(timestep or 0.0)
 
 
 def _batch_rows(latents: Any) -> int:

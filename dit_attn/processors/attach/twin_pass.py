@@ -56,8 +56,8 @@ class TwinRunner:
             self._run, self.evaluations, self.reused_blocks = clock.run, 0, 0
         self.release()
         branches = session.rows_by_branch()
-        grid = next((span.grid for span in session.layout.spans if span.visual), None) if session.layout else None
-        twin = self.method.twin(clock, branches) if self.method.twin_at(grid) else None
+        grids = [span.grid for span in session.layout.spans if span.visual] if session.layout else [None]
+        twin = self.method.twin(clock, branches) if len(grids) == 1 and self.method.twin_at(grids[0]) else None
         if twin is None:
             return
         index = [row for row, name in enumerate(branches) if not twin.branches or name in twin.branches]

@@ -108,6 +108,8 @@ class AttentionCall:
         find_prompts: finds the prompt of every row, see :meth:`prompts`; likewise.
         given: what the code around the run hands to methods, by slug; see
             :attr:`~dit_attn.processors.core.run_state.RunState.given`.
+        keys_alone: whether the tokens that are not visual are keys alone: their rows of q are 0, and nobody gets their
+            results.
     """
 
     q: torch.Tensor
@@ -131,6 +133,7 @@ class AttentionCall:
     find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
     find_prompts: Callable[[AttentionCall], tuple[str, ...]] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    keys_alone: bool = False
 
     @property
     def heads(self) -> slice:

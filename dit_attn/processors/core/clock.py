@@ -91,7 +91,7 @@ class Clock:
         """Advance to the transformer call that is about to start.
 
         Args:
-            timestep: largest value of the transformer's ``timestep`` argument.
+            timestep: value of the transformer's ``timestep`` argument, that with the most noise of several.
             rule: the CFG rule of the family (how many calls a step may have).
             grows: whether this family's timesteps rise during a run (they fall in most).
             scheduler: the pipeline's scheduler, when the pipeline is known.

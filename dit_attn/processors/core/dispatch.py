@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import _get_current_function_mode_stack  # public wrapper does not exist
 from torch.utils._device import DeviceContext
 
@@ -42,16 +44,39 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock
     """
     if layer.kept_heads is not None:
         return _dispatch_heads(run, layer, args, stock, layer.kept_heads)
-    return _dispatch_call(run, layer, args, stock)
+    return _dispatch_rows(run, layer, args, stock)
 
 
 def _dispatch_heads(
     run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, kept: tuple[int, ...]
 ) -> torch.Tensor:
     """The result for some heads, 0 for the others."""
-    found = _dispatch_call(run, layer, args.of_heads(kept), stock)
+    found = _dispatch_rows(run, layer, args.of_heads(kept), stock)
     out = found.new_zeros(*args.q.shape[:3], found.shape[-1])
     return out.index_copy(2, torch.tensor(kept, device=out.device), found)
+
+
+def _dispatch_rows(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
+    """The result of a call in which some tokens may be keys alone: queries of zeros, whose rows are dropped."""
+    rows = _queried_rows(run, layer, args)
+    if rows is None:
+        return _dispatch_call(run, layer, args, stock)
+    padding = (0, 0, 0, 0, rows.start, args.k.shape[1] - rows.stop)
+
+    def stock_rows(given: SDPAArgs) -> torch.Tensor:
+        return F.pad(stock(replace(given, q=given.q[:, rows])), padding)
+
+    return _dispatch_call(run, layer, replace(args, q=F.pad(args.q, padding)), stock_rows)[:, rows]
+
+
+def _queried_rows(run: RunState, layer: Layer, args: SDPAArgs) -> slice | None:
+    """The places of the queries among the keys, ``None`` where all keys are queries or nothing says."""
+    layout, count, length = run.layout_of(layer), args.q.shape[1], args.k.shape[1]
+    if layout is None or layout.queries == "all" or layer.kind != "self" or count >= length or args.split:
+        return None
+    if isinstance(args.mask, torch.Tensor) and args.mask.ndim == 4 and args.mask.shape[2] != 1:
+        return None
+    return slice(0, count) if layout.queries == "first" else slice(length - count, length)
 
 
 def _dispatch_call(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
@@ -83,7 +108,7 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
         if layer.kind == "self" and args.q.shape[1] != args.k.shape[1]:
             return _fallback(layer, "cross attention", stock, args)
         try:
-            exchange = sequence_parallel.exchange_for(args.mesh, run.layout, args.q.shape[1])
+            exchange = sequence_parallel.exchange_for(args.mesh, run.layout_of(layer), args.q.shape[1])
             here = exchange.scatter_heads(args, layer.kind == "cross")
         except NotImplementedError as error:
             reason = str(error)
@@ -147,7 +172,7 @@ def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Lay
 
 
 def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int] = (0, 1)) -> AttentionCall:
-    cross = layer.kind == "cross"
+    cross, layout = layer.kind == "cross", run.layout_of(layer)
     return AttentionCall(
         q=args.q,
         k=args.k,
@@ -156,7 +181,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         scale=args.scale,
         causal=args.causal,
         layer=layer,
-        tokens=run.tokens(args.q.shape[1]) if cross or args.q.shape[1] == args.k.shape[1] else None,
+        tokens=run.tokens(args.q.shape[1], layer) if cross or args.q.shape[1] == args.k.shape[1] else None,
         clock=run.clock,
         branches=run.branches(args.q.shape[0], layer.rows[0]),
         samples=run.samples(args.q.shape[0], layer.rows[0]),
@@ -170,6 +195,7 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         find_piece=run.find_piece,
         find_prompts=run.find_prompts,
         given=run.given,
+        keys_alone=not cross and layout is not None and layout.queries != "all",
     )
 
 

@@ -75,7 +75,7 @@ class RunState:
         self.handle = new_handle(self.id)
         self._batch = 1
         self._all_perturbed = False
-        self._tokens: dict[int, Tokens | None] = {}
+        self._tokens: dict[tuple[int, int], Tokens | None] = {}
         self._named: tuple[Any, tuple[str, ...]] = (None, ())  # branches of every row, and of which call
         _RUNS[self.id] = self
 
@@ -119,13 +119,24 @@ class RunState:
         """Set the parts of the sequence of the transformer call that is about to start, or why they are unknown."""
         self.layout, self.layout_error, self._tokens = layout, error, {}
 
-    def tokens(self, seq_len: int) -> Tokens | None:
-        """Return the parts of a sequence of ``seq_len`` tokens, ``None`` when they are unknown or do not add up."""
-        if self.layout is None:
+    def layout_of(self, layer: Layer | None) -> TokenLayout | None:
+        """Return the parts of the sequence of a layer, by default of most, ``None`` when they are unknown."""
+        return self.layout if self.layout is None or layer is None else self.layout.of_layer(layer.name)
+
+    def tokens(self, seq_len: int, layer: Layer | None = None) -> Tokens | None:
+        """Return the parts of ``seq_len`` tokens, ``None`` when they are unknown or do not add up.
+
+        Args:
+            seq_len: length of the sequence.
+            layer: whose sequence; default: that of most layers.
+        """
+        layout = self.layout_of(layer)
+        if layout is None:
             return None
-        if seq_len not in self._tokens:
-            self._tokens[seq_len] = self.layout.resolve(seq_len)
-        return self._tokens[seq_len]
+        key = (id(layout), seq_len)
+        if key not in self._tokens:
+            self._tokens[key] = layout.resolve(seq_len)
+        return self._tokens[key]
 
     def begin_call(self, rows: int) -> None:
         """Note that a transformer call of ``rows`` batch rows begins."""

@@ -6,6 +6,7 @@ is data: a tuple of spans.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +19,8 @@ class Span:
     """A run of consecutive tokens of one kind.
 
     Attributes:
-        kind: ``text | video | image | reference | audio | time | padding``.
+        kind: ``text | video | image | reference | condition | audio | time | padding``; a ``condition`` is
+            frames apart from the visual tokens, which no method takes for some.
         length: number of tokens; ``None`` for the rest of the sequence (at most one span of a layout).
         grid: (T, H, W) token grid of a visual span, row-major, or ``None``.
         start: first token; set by :meth:`TokenLayout.resolve`.
@@ -81,10 +83,19 @@ class TokenLayout:
         spans: the parts, in order.
         embedded: input images among the text, where they stand at another place in every batch row: (row, start, stop)
             in tokens of the sequence, the images of a row in the order of their numbers.
+        others: layouts of layers that have another sequence, each with a shell pattern of their names.
+        queries: which tokens are queries: ``all``, or only the ``last`` or ``first`` ones, as many as a call has; the
+            others are keys alone.
     """
 
     spans: tuple[Span, ...]
     embedded: tuple[tuple[int, int, int], ...] = ()
+    others: tuple[tuple[str, TokenLayout], ...] = ()
+    queries: str = "all"
+
+    def of_layer(self, name: str) -> TokenLayout:
+        """Return the layout of the sequence of a layer."""
+        return next((other for pattern, other in self.others if fnmatch.fnmatchcase(name, pattern)), self)
 
     def resolve(self, seq_len: int) -> Tokens | None:
         """Return the spans with their positions in ``seq_len`` tokens; ``None`` when they cannot add up."""

@@ -14,7 +14,12 @@ from dit_attn.errors import DitAttnError, cut, shorten
 from dit_attn.processors.core.parameters import LearnedModules
 
 FILE_NAME = "dit_attn_method.json"
-TENSORS = {"transformer": "dit_attn_method.safetensors", "transformer_2": "dit_attn_method_2.safetensors"}
+TENSORS = {
+    "transformer": "dit_attn_method.safetensors",
+    "transformer_2": "dit_attn_method_2.safetensors",
+    "transformer_ref": "dit_attn_method_ref.safetensors",
+    "unconditional_transformer": "dit_attn_method_unconditional.safetensors",
+}
 """File of the learned tensors by the transformer's name in the pipeline."""
 
 

@@ -21,7 +21,7 @@ from dit_attn.processors.core.tokens import TokenLayout
 
 LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
 Axis = int | Literal["list"] | None
-_TABLES = ("video", "packed_image", "image", "refused")
+_TABLES = ("video", "conditioned_video", "packed_image", "image", "refused")
 
 
 @dataclass(frozen=True)

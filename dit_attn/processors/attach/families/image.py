@@ -85,6 +85,11 @@ def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((visual_span("image", grid), *[visual_span("reference", grid)] * references, TEXT))
 
 
+def _prx(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The keys are [text, image], the queries the image."""
+    return replace(_order("text", "image")(config, values), queries="last")
+
+
 def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
     """The sequence is [gist of the text, image, context images]; gist of different lengths would come last."""
     mask = values["encoder_attention_mask"]
@@ -235,6 +240,15 @@ FAMILIES = (
         layers=("layers.*.attention",),
         forward_args=("hidden_states", "context_latents", "encoder_attention_mask"),
         layout=_fibo2,
+    ),
+    Family(
+        name="prx",
+        models="PRX, PRX-Pixel",
+        transformers=("PRXTransformer2DModel",),
+        layers=("blocks.*.attention",),
+        forward_args=("hidden_states",),
+        layout=_prx,
+        cfg=BATCHED,
     ),
     Family(
         name="joyimage-edit",

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from dit_attn.processors.attach.families import Family
-from dit_attn.processors.core.cfg import BATCHED, CFGRule
+from dit_attn.processors.core.cfg import BATCHED, SEPARATE, CFGRule
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
 # The pipeline's guidance_scale is an input of the model.
 EMBEDDED = CFGRule("separate", ("cond", "uncond"), scale="", argument="true_cfg_scale")
 _POSITIONS = {"img_ids": None, "txt_ids": None}  # (S, 3), the same for all samples
+_IDEOGRAM_IMAGE = 2  # indicator of an image token
 
 
 def image_spans(ids: torch.Tensor, image: int = 0) -> tuple[Span, ...]:
@@ -43,6 +44,23 @@ def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
 def _longcat(config: Any, values: dict[str, Any]) -> TokenLayout:
     """img_ids: (S_image, 3); text is of kind 0, the image of kind 1, the image that is edited of kind 2."""
     return TokenLayout((TEXT, *image_spans(values["img_ids"], image=1)))
+
+
+def _flux3(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """Tables (S, 4) of t, y, x and kind; the sequence is [text, image, reference, ...], first the image alone."""
+    tables = (table[:, [3, 1, 2]] for name in ("img_ids", "image_cond_ids") if (table := values[name]) is not None)
+    image, *references = (span for table in tables for span in image_spans(table))
+    return TokenLayout((TEXT, image, *references), others=(("mode_blocks.*", TokenLayout((image,))),))
+
+
+def _ideogram4(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """indicator: (B, S) says which tokens of [padding, text, image] are the image; in one branch all are."""
+    indicator = values["indicator"].cpu()
+    rows = values["position_ids"][0][indicator[0] == _IDEOGRAM_IMAGE]
+    height, width = (int(torch.unique(axis).numel()) for axis in (rows[:, 1], rows[:, 2]))
+    padding = set((indicator == 0).sum(1).tolist())
+    start = Span("padding", padding.pop() if len(padding) == 1 else 0)  # else it ends elsewhere in every sample
+    return TokenLayout((start, TEXT, visual_span("image", (1, height, width))))
 
 
 def _krea2(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -82,6 +100,30 @@ FAMILIES = (
         forward_args=("img_ids",),
         layout=_by_ids,
         cfg=EMBEDDED,
+        packing=2,
+    ),
+    Family(
+        name="flux-3",
+        models="Flux 3, its distilled flow maps",
+        transformers=("Flux3Transformer2DModel",),
+        layers=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+        forward_args=("img_ids", "image_cond_ids"),
+        layout=_flux3,
+        cfg=replace(SEPARATE, scale=""),  # a guider object guides
+        batch_axes={**_POSITIONS, "image_cond_ids": None, "image_rotary_emb": None},
+        packing=2,
+    ),
+    Family(
+        name="ideogram-4",
+        models="Ideogram 4, both of its transformers",
+        transformers=("Ideogram4Transformer2DModel",),
+        layers=("layers.*.attention",),
+        forward_args=("hidden_states", "indicator", "position_ids"),
+        layout=_ideogram4,
+        # No update reaches the unconditional branch, another model: it goes to the scheduler instead.
+        cfg=CFGRule("separate", ("cond", "uncond"), negated=True, rescaled=True, bent_by=("guidance_schedule",)),
+        time_grows=True,
+        mask_rule="visual-row",
         packing=2,
     ),
     Family(

@@ -22,31 +22,6 @@ def _refused(name: str, models: str, reason: str, *transformers: str) -> Family:
 
 FAMILIES = (
     _refused(
-        "minimax-h3",
-        "MiniMax-H3",
-        f"{_NO_ROW}: the time steps of its conditioning frames hide that of the video",
-        "MiniMaxH3Transformer3DModel",
-    ),
-    _refused("helios", "Helios", f"{_NO_ROW}: its rotary tables and its history of frames", "HeliosTransformer3DModel"),
-    _refused(
-        "motif-video",
-        "Motif-Video",
-        "its decoder layers have another sequence than the others, and a row gives one token layout for all",
-        "MotifVideoTransformer3DModel",
-    ),
-    _refused(
-        "flux-3",
-        "Flux 3",
-        "its image blocks have another sequence than the joint ones, and a row gives one token layout for all",
-        "Flux3Transformer2DModel",
-    ),
-    _refused(
-        "ideogram-4",
-        "Ideogram 4",
-        f"{_NO_ROW}: its unconditional branch is another model, unconditional_transformer",
-        "Ideogram4Transformer2DModel",
-    ),
-    _refused(
         "joyimage-edit-plus",
         "JoyImage-Edit-Plus",
         f"{_NO_ROW}: padding stands between its images and the text",
@@ -55,7 +30,6 @@ FAMILIES = (
     _refused("qwen-image-2.1", "Qwen-Image 2.1", _CACHED_KEYS, "QwenImage21Transformer2DModel"),
     _refused("cosmos-3", "Cosmos 3", _CACHED_KEYS, "Cosmos3OmniTransformer"),
     _refused("nucleus-image", "Nucleus-MoE-Image", _CACHED_KEYS, "NucleusMoEImageTransformer2DModel"),
-    _refused("prx", "PRX", _CACHED_KEYS, "PRXTransformer2DModel"),
     _refused("anyflow-far", "AnyFlow FAR (causal)", _CACHED_KEYS, "AnyFlowFARTransformer3DModel"),
     _refused("wan-animate-2", "Wan Animate 2", _CACHED_KEYS, "WanAnimate2Transformer3DModel"),
     _refused(

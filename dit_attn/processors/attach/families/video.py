@@ -32,12 +32,12 @@ def grid_of(config: Any, values: dict[str, Any], axes: tuple[int, int, int] = (2
     return (t, h, w)
 
 
-def _order(*order: str, axes: tuple[int, int, int] = (2, 3, 4)) -> Callable[[Any, dict[str, Any]], TokenLayout]:
-    """Layout of a sequence with the given parts: ``"video"`` from the 5-D latents, ``"text"`` what remains."""
+def order(*parts: str, axes: tuple[int, int, int] = (2, 3, 4)) -> Callable[[Any, dict[str, Any]], TokenLayout]:
+    """Return the layout with the given parts: ``"video"`` from the 5-D latents, ``"text"`` what remains."""
 
     def layout(config: Any, values: dict[str, Any]) -> TokenLayout:
         video = visual_span("video", grid_of(config, values, axes))
-        return TokenLayout(tuple(video if part == "video" else TEXT for part in order))
+        return TokenLayout(tuple(video if part == "video" else TEXT for part in parts))
 
     return layout
 
@@ -95,34 +95,7 @@ def _ltx_2(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((_named_span(config, values), Span("reference", None)))
 
 
-def _first_frame_reference(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """5-D latents whose first frame is the image of the character; the video follows it."""
-    t, h, w = grid_of(config, values)
-    return TokenLayout((visual_span("reference", (1, h, w)), visual_span("video", (t - 1, h, w))))
-
-
-_WAN_CALLS = {"add_k_proj": ("image", "cross")}  # image-to-video checkpoints of Wan 2.1
-# Strides (T, H, W) of the patches of earlier frames, coarsest and first in the sequence.
-_HISTORY = (("latents_history_4x", (4, 8, 8)), ("latents_history_2x", (2, 4, 4)), ("latents_clean", (1, 2, 2)))
-
-
-def _framepack(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The sequence is [history in coarse to fine patches, video, image embedding and text]; history is padded up."""
-    spans = []
-    for name, strides in _HISTORY:
-        latents, indices = values[name], values[f"indices_{name}"]
-        if latents is not None and indices is not None:
-            t, h, w = (-(-size // stride) for size, stride in zip(latents.shape[2:], strides))
-            spans.append(visual_span("reference", (t, h, w)))
-    return TokenLayout((*spans, visual_span("video", grid_of(config, values)), TEXT))
-
-
-def _kandinsky6(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """(B, T, H, W, C) latents; a given first frame stands last, with 1 in the last channel, its mask."""
-    t, h, w = grid_of(config, values, (1, 2, 3))
-    if config.visual_cond and values["hidden_states"][0, -1, 0, 0, -1] == 1.0:
-        return TokenLayout((visual_span("video", (t - 1, h, w)), visual_span("reference", (1, h, w))))
-    return TokenLayout((visual_span("video", (t, h, w)),))
+WAN_CALLS = {"add_k_proj": ("image", "cross")}  # image-to-video checkpoints of Wan 2.1
 
 
 def _mochi_frequencies(model: Any, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -141,20 +114,10 @@ FAMILIES = (
         layers=("blocks.*.attn1",),
         side_layers=("vace_blocks.*.attn1",),
         cross_layers=("blocks.*.attn2", "vace_blocks.*.attn2"),
-        added_calls=_WAN_CALLS,
+        added_calls=WAN_CALLS,
         forward_args=("hidden_states",),
-        layout=_order("video"),
+        layout=order("video"),
         batch_axes={"control_hidden_states_scale": None},  # VACE: one number per control layer
-    ),
-    Family(
-        name="wan-animate",
-        models="Wan 2.2 Animate",
-        transformers=("WanAnimateTransformer3DModel",),
-        layers=("blocks.*.attn1",),
-        cross_layers=("blocks.*.attn2",),
-        added_calls=_WAN_CALLS,
-        forward_args=("hidden_states",),
-        layout=_first_frame_reference,
     ),
     Family(
         name="skyreels-v2",
@@ -162,9 +125,9 @@ FAMILIES = (
         transformers=("SkyReelsV2Transformer3DModel",),
         layers=("blocks.*.attn1",),
         cross_layers=("blocks.*.attn2",),
-        added_calls=_WAN_CALLS,
+        added_calls=WAN_CALLS,
         forward_args=("hidden_states",),
-        layout=_order("video"),
+        layout=order("video"),
     ),
     Family(
         name="hunyuan-video",
@@ -172,16 +135,7 @@ FAMILIES = (
         transformers=("HunyuanVideoTransformer3DModel",),
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         forward_args=("hidden_states",),
-        layout=_order("video", "text"),
-        cfg=EMBEDDED,
-    ),
-    Family(
-        name="framepack",
-        models="HunyuanVideo Framepack",
-        transformers=("HunyuanVideoFramepackTransformer3DModel",),
-        layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        forward_args=("hidden_states", *(part for name, _ in _HISTORY for part in (name, f"indices_{name}"))),
-        layout=_framepack,
+        layout=order("video", "text"),
         cfg=EMBEDDED,
     ),
     Family(
@@ -190,7 +144,7 @@ FAMILIES = (
         transformers=("HunyuanVideo15Transformer3DModel",),
         layers=("transformer_blocks.*.attn",),
         forward_args=("hidden_states",),
-        layout=_order("video", "text"),
+        layout=order("video", "text"),
         mask_rule="visual-row",
     ),
     Family(
@@ -199,7 +153,7 @@ FAMILIES = (
         transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("text", "video", axes=(1, 3, 4)),
+        layout=order("text", "video", axes=(1, 3, 4)),
         cfg=replace(BATCHED, bent_by=("use_dynamic_cfg",)),
         batch_axes={"image_rotary_emb": None},
     ),
@@ -229,7 +183,7 @@ FAMILIES = (
         transformers=("MochiTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("video", "text"),
+        layout=order("video", "text"),
         cfg=BATCHED,
         time_grows=True,
         rotary_frequencies=_mochi_frequencies,
@@ -241,7 +195,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         cross_layers=("transformer_blocks.*.attn2",),
         forward_args=("hidden_states",),
-        layout=_order("video"),
+        layout=order("video"),
         cfg=BATCHED,
         batch_axes={"image_rotary_emb": None},
     ),
@@ -253,7 +207,7 @@ FAMILIES = (
         cross_layers=("transformer_blocks.*.attn2",),
         added_calls={"q_img": ("cross", "image")},  # Predict 2.5
         forward_args=("hidden_states",),
-        layout=_order("video"),
+        layout=order("video"),
         cfg=CFGRule("separate", ("cond", "uncond"), scale_offset=1.0),
         batch_axes={"padding_mask": None},
     ),
@@ -264,18 +218,8 @@ FAMILIES = (
         layers=("visual_transformer_blocks.*.self_attention",),
         cross_layers=("visual_transformer_blocks.*.cross_attention",),
         forward_args=("hidden_states",),
-        layout=_order("video", axes=(1, 2, 3)),
+        layout=order("video", axes=(1, 2, 3)),
         batch_axes={"visual_rope_pos": None, "text_rope_pos": None},
-    ),
-    Family(
-        name="kandinsky-6",
-        models="Kandinsky 6 (video with sound)",
-        transformers=("Kandinsky6Transformer3DModel",),
-        layers=("visual_transformer_blocks.*.video_dec_block.self_attention",),
-        cross_layers=("visual_transformer_blocks.*.video_dec_block.cross_attention",),
-        forward_args=("hidden_states",),
-        layout=_kandinsky6,
-        batch_axes={"visual_rope_pos": None, "vis_rope": None, "aud_rope": None},
     ),
     Family(
         name="anyflow",
@@ -283,9 +227,9 @@ FAMILIES = (
         transformers=("AnyFlowTransformer3DModel",),
         layers=("blocks.*.attn1",),
         cross_layers=("blocks.*.attn2",),
-        added_calls=_WAN_CALLS,
+        added_calls=WAN_CALLS,
         forward_args=("hidden_states",),
-        layout=_order("video", axes=(1, 3, 4)),
+        layout=order("video", axes=(1, 3, 4)),
         cfg=BATCHED,
     ),
     Family(
@@ -294,7 +238,7 @@ FAMILIES = (
         transformers=("EasyAnimateTransformer3DModel",),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("text", "video"),
+        layout=order("text", "video"),
         cfg=RESCALABLE,
     ),
     Family(
@@ -304,7 +248,7 @@ FAMILIES = (
         layers=(),
         cross_layers=("transformer_blocks.*.attn2",),
         forward_args=(),
-        layout=_order("video"),
+        layout=order("video"),
         refused="its self attention is linear: there is no softmax map to thin out",
     ),
 )
