@@ -43,11 +43,11 @@ def plain_problem(dim: int) -> Problem:
     return Problem(q, q, q, BlockLayout.dense(1024, 1024), dim**-0.5, None, None)
 
 
-def sparse_launch(dim: int, config: Config, capability: int) -> Launch:
-    """Prepare its forward launch."""
+def sparse_launch(dim: int, config: Config, capability: int, tma: bool = False) -> Launch:
+    """Prepare its forward launch; ``tma`` loads keys and values by tensor descriptors."""
     problem = plain_problem(dim)
     out, lse = torch.empty_like(problem.q), torch.empty(1, 2, 1024)
-    return plan_forward(problem, NO_TERMS, out, lse, config=config, capability=capability)
+    return plan_forward(problem, NO_TERMS, out, lse, tma, config, capability)
 
 
 def measured(launch: Launch, capability: int, dim: int, config: Config) -> dict[str, Any]:
@@ -83,6 +83,8 @@ def rows() -> Iterator[dict[str, Any]]:
                     "dense, running maximum": plan_dense(dim, config, lazy=False),
                     "dense, lazy rescaling": plan_dense(dim, config, lazy=True),
                 }
+                if capability >= 90:
+                    kernels["sparse, descriptors"] = sparse_launch(dim, config, capability, tma=True)
                 for name, launch in kernels.items():
                     yield {
                         "kernel": name,
