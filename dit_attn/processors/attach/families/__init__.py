@@ -46,6 +46,7 @@ class Family:
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
+        rows_apart: whether its layers attend to the rows of a batch one by one.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
         rotary: whether its layers get rotary tables, where their processors could take some.
         rotary_frequencies: ``rotary_frequencies(model, (T, H, W))`` gives the (3, K) radians per token along t, h, w of
@@ -69,6 +70,7 @@ class Family:
     time_grows: bool = False
     mask_rule: str = "key"
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
+    rows_apart: bool = False
     block_chain: bool = True
     rotary: bool = True
     rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None

@@ -232,6 +232,7 @@ FAMILIES = (
         layout=_order("video", "text"),
         cfg=BATCHED,
         time_grows=True,
+        rows_apart=True,
         rotary_frequencies=_mochi_frequencies,
     ),
     Family(
