@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.attention_processor import (
     is_wrapped,
     tap_of,
@@ -133,6 +134,8 @@ def prepare(
         if method.reduces_heads:
             session.reduced = ReducedHeads(method, model, session.layers)
     for method in methods:
+        if why := family.refused_methods.get(method.slug):
+            raise DitAttnError(f"{method.slug} cannot be enabled on {type(model).__name__}: {why}")
         mine = kinds_at(method.sites, family.text_kind)
         layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
         method.check_model(type(model).__name__, len(layers))

@@ -1,8 +1,8 @@
 """Find what a transformer gets for a negative prompt: the pipeline that is running encodes it as it does a prompt.
 
 A copy of the pipeline is called with the negative prompt in the place of the prompt, without classifier-free guidance,
-and stopped when it calls the transformer. Nothing of its templates, encoders and connectors is known here. The pipeline,
-its scheduler and the random numbers of the run are not touched.
+and stopped when it calls the transformer. Nothing of its templates, encoders and connectors is known here. The
+pipeline, its scheduler and the random numbers of the run are not touched.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def negative_arguments(pipe: Any, prompt: str | None, rule: CFGRule, rows: int) 
     arguments = _arguments(call, prompt, rule, rows)
     models = [unwrap(part) for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None]
     twin = copy.copy(pipe)
-    twin.__dict__["scheduler"] = copy.deepcopy(pipe.scheduler)
+    twin.__dict__["scheduler"] = copy.deepcopy(getattr(pipe, "scheduler", None))
     twin.__dict__["_progress_bar_config"] = {"disable": True}
     devices = [tensor.device for model in models for tensor in list(model.parameters())[:1] if tensor.is_cuda]
     try:

@@ -55,21 +55,15 @@ class NegativeText:
     Args:
         method: the method that asks for them.
         session: the run.
-
-    Raises:
-        DitAttnError: the transformer takes no text that rows could differ in, or attends to its rows one by one.
     """
 
     def __init__(self, method: Method, session: TransformerRun) -> None:
         self.method, self.session = method, session
-        taken, name = inspect.signature(type(session.model).forward).parameters, type(session.model).__name__
-        if not any(argument in taken for argument in _STATES):
-            raise DitAttnError(f"{method.slug}: {name} is not given the embeddings of a prompt on their own")
-        if session.family.rows_apart:
-            raise DitAttnError(f"{method.slug}: {name} attends to its samples one by one; two prompts never meet in it")
+        taken = inspect.signature(type(session.model).forward).parameters
         self._mask = next((mask for mask in _MASKS if mask in taken), None)
         self._key: Hashable = None
         self._text: Mapping[str, Any] = {}
+        self._runs = (0, False)  # run, and whether its last call had the rows
 
     def copy_for(self, session: TransformerRun) -> NegativeText:
         """Return that of a copied transformer."""
@@ -83,16 +77,20 @@ class NegativeText:
         branches = session.rows_by_branch()
         index = [row for row, name in enumerate(branches) if name == "cond"]
         loss = model.training and torch.is_grad_enabled()  # is on the plain predictions
-        if loss or not index or session.branch_doubt is not None or not self.method.runs_negative(session.clock):
+        if loss or not index or session.branch_doubt is not None:
+            return None
+        runs, before = self.method.runs_negative(session.clock), self._runs
+        self._runs = (session.clock.run, runs)
+        cached = step_cache.is_cached(model) or step_cache.has_foreign_forward(module)
+        if cached and before == (session.clock.run, not runs):
+            raise DitAttnError(f"{self.method.slug} with a step cache must guide every step; leave out start and stop")
+        if not runs:
             return None
         if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
             raise DitAttnError(
                 f"{self.method.slug} cannot be combined with gradient checkpointing; call "
                 "disable_gradient_checkpointing(), or run under torch.no_grad()"
             )
-        cached = step_cache.is_cached(model) or step_cache.has_foreign_forward(module)
-        if cached and (self.method.start, self.method.stop) != (0.0, 1.0):  # type: ignore[attr-defined]
-            raise DitAttnError(f"{self.method.slug} with a step cache must guide every step; leave out start and stop")
         rows, axes = len(branches), session.family.batch_axes
         text = self._find_text(rows, index)
         plain = batch.by_name(model, args, kwargs)
@@ -100,7 +98,8 @@ class NegativeText:
         new = wanted | self._joined(plain, text, rows, index)
         session.append_negative(len(index))
         try:
-            session.set_layout(session.family.layout(model.config, {**dict.fromkeys(session.family.forward_args), **new}))
+            values = {**dict.fromkeys(session.family.forward_args), **new}
+            session.set_layout(session.family.layout(model.config, values))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DitAttnError(
                 f"{self.method.slug}: {type(model).__name__} cannot run the prompt and the negative prompt in one "
@@ -125,15 +124,14 @@ class NegativeText:
         if key == self._key:
             return self._text
         if given is not None:
-            found = dict(given)
+            found = batch.take_call(session.model, (), given, index, rows, session.family.batch_axes)
         elif session.pipe is None:
             raise DitAttnError(
                 f"{self.method.slug}: no pipeline is running that encodes the negative prompt; give its embeddings: "
                 f"session.given['{self.method.slug}'] = {{'encoder_hidden_states': ...}}"
             )
         else:
-            prompt = self.method.negative_prompt  # type: ignore[attr-defined]
-            found = negative_arguments(session.pipe, prompt, session.cfg, len(index))
+            found = negative_arguments(session.pipe, self.method.negative_prompt, session.cfg, len(index))
         self._key, self._text = key, {name: found[name] for name in TEXT_ARGUMENTS if found.get(name) is not None}
         return self._text
 
@@ -141,6 +139,7 @@ class NegativeText:
         """The text arguments of a call with the negative rows behind its own, padded to one length."""
         axes, new = self.session.family.batch_axes, {}
         lengths: set[tuple[int, int]] = set()
+        plain, text = _with_masks(plain, text), _with_masks(text, plain)
         for name, negative in text.items():
             if plain.get(name) is not None:
                 new[name] = _join(plain[name], negative, rows, len(index), axes.get(name, 0), lengths)
@@ -161,6 +160,20 @@ class NegativeText:
         device = next(x.device for x in new.values() if isinstance(x, torch.Tensor))
         place = torch.arange(max(own, other), device=device)
         return place < torch.tensor([own] * rows + [other] * more, device=device)[:, None]
+
+
+def _with_masks(arguments: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of one text with the masks that only the other was given: nothing of it is padding."""
+    found = dict(arguments)
+    for name in _MASKS:
+        mask = others.get(name)
+        if found.get(name) is not None or not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            continue
+        states = [s for s in _STATES if all(isinstance(side.get(s), torch.Tensor) for side in (found, others))]
+        state = next((s for s in states if others[s].shape[:2] == mask.shape), None)
+        if state is not None:
+            found[name] = mask.new_ones(found[state].shape[:2])
+    return found
 
 
 def _join(

@@ -41,7 +41,7 @@ def supported_families() -> SupportedFamilies:
             row.name: {
                 "models": row.models,
                 "transformers": list(row.transformers),
-                "methods": [] if row.refused else slugs,
+                "methods": [slug for slug in slugs if not (row.refused or slug in row.refused_methods)],
                 "refused": row.refused,
             }
             for row in families()

@@ -206,7 +206,7 @@ class RunState:
         self.perturbed, self.first_perturbed = None, 0
 
     def append_negative(self, rows: int) -> None:
-        """Add ``rows`` rows with a negative prompt, of the branch ``"negative"``, to the call that is about to start."""
+        """Add ``rows`` rows of the branch ``"negative"`` to the call that is about to start."""
         self.negative_rows = rows
         self.begin_call(self._batch + rows)
 

@@ -203,6 +203,11 @@ class Method:
         return False
 
     @property
+    def negative_prompt(self) -> str | None:
+        """Text of the rows that :meth:`runs_negative` asks for; a setting of methods that do."""
+        return None
+
+    @property
     def has_negative(self) -> bool:
         """Whether :meth:`runs_negative` is to be asked."""
         return type(self).runs_negative is not Method.runs_negative

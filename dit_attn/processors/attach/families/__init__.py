@@ -46,13 +46,13 @@ class Family:
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
-        rows_apart: whether its layers attend to the rows of a batch one by one.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
         rotary: whether its layers get rotary tables, where their processors could take some.
         rotary_frequencies: ``rotary_frequencies(model, (T, H, W))`` gives the (3, K) radians per token along t, h, w of
             the columns of its rotary tables, where each turns along several axes; ``None`` where they are measured.
         packing: side of the square of latents that its pipelines pack into one vector before the transformer.
         latent_pixels: side in pixels of a latent, where no pipeline says it.
+        refused_methods: reasons why single methods cannot be enabled, by slug.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
 
@@ -70,12 +70,12 @@ class Family:
     time_grows: bool = False
     mask_rule: str = "key"
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
-    rows_apart: bool = False
     block_chain: bool = True
     rotary: bool = True
     rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None
     packing: int = 1
     latent_pixels: int = 8
+    refused_methods: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
 
     @property

@@ -232,7 +232,7 @@ FAMILIES = (
         layout=_order("video", "text"),
         cfg=BATCHED,
         time_grows=True,
-        rows_apart=True,
+        refused_methods={"nag": "it attends to the samples of a batch one by one, so that two texts never meet"},
         rotary_frequencies=_mochi_frequencies,
     ),
     Family(
