@@ -8,6 +8,7 @@ pipeline, its scheduler and the random numbers of the run are not touched.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ _CONTEXT = "dit_attn_negative"
 # Arguments of a pipeline's call that belong to the run: its noise, its schedule, and what is told of it.
 _OF_RUN = ("latents", "generator", "timesteps", "sigmas", "output_type", "return_dict", "callback")
 _OF_PROMPT = ("prompt", "pooled_prompt", "negative_")
+_MADE_OF = ("_embeds", "_latents")  # "image_embeds" are made of "image"
+_TENSORS = ("Tensor", "Image")  # annotations of arguments that may be tensors
 
 
 class _Reached(Exception):
@@ -56,7 +59,7 @@ def negative_arguments(pipe: Any, prompt: str | None, rule: CFGRule, rows: int) 
         prompt = call["negative_prompt"]
     if prompt is None:
         raise DitAttnError('nag: there is no negative prompt; give NAG(negative_prompt="blurry"), or one to the call')
-    arguments = _arguments(call, prompt, rule, rows)
+    arguments = _arguments(pipe, call, prompt, rule, rows)
     models = [unwrap(part) for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None]
     twin = copy.copy(pipe)
     twin.__dict__["scheduler"] = copy.deepcopy(getattr(pipe, "scheduler", None))
@@ -68,16 +71,24 @@ def negative_arguments(pipe: Any, prompt: str | None, rule: CFGRule, rows: int) 
     except _Reached as reached:
         return reached.arguments
     except Exception as error:  # whatever a pipeline raises for arguments that it does not take
-        raise DitAttnError(f"nag: {type(pipe).__name__} cannot encode the negative prompt: {reason(error)}") from error
+        raise DitAttnError(
+            f"nag: {type(pipe).__name__} cannot encode the negative prompt while it runs ({reason(error)}); give its "
+            "embeddings: session.given['nag']"
+        ) from error
     raise DitAttnError(f"nag: {type(pipe).__name__} makes no step with the negative prompt alone")
 
 
-def _arguments(call: Mapping[str, Any], prompt: str | list[str], rule: CFGRule, rows: int) -> dict[str, Any]:
-    """Arguments of a call with the negative prompt alone."""
+def _arguments(
+    pipe: Any, call: Mapping[str, Any], prompt: str | list[str], rule: CFGRule, rows: int
+) -> dict[str, Any]:
+    """Arguments of a call with the negative prompt alone; those of ``call`` may have been changed by it since."""
+    taken = inspect.signature(type(pipe).__call__).parameters
     found = {
         name: value
         for name, value in call.items()
-        if "template" in name or not name.startswith((*_OF_RUN, *_OF_PROMPT))
+        if ("template" in name or not name.startswith((*_OF_RUN, *_OF_PROMPT)))
+        and not any(name.endswith(end) and call.get(name.removesuffix(end)) is not None for end in _MADE_OF)
+        and (not isinstance(value, torch.Tensor) or any(kind in str(taken[name].annotation) for kind in _TENSORS))
     }
     each = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
     given = call["prompt"]
@@ -85,7 +96,7 @@ def _arguments(call: Mapping[str, Any], prompt: str | list[str], rule: CFGRule, 
     several = isinstance(prompt, str) and (isinstance(given, list) or count > 1)
     found["prompt"] = [prompt] * count if several else prompt
     scale = rule.argument or "guidance_scale"
-    return found | {name: rule.off for name in (scale, f"{scale}_2") if name in call}
+    return found | {name: rule.off for name in (scale, f"{scale}_2") if call.get(name) is not None}
 
 
 @contextmanager

@@ -33,7 +33,7 @@ _STATES = (
     "text_bth",
     "cap_feats",
 )
-_MASKS = (
+_TEXT_MASKS = (
     "encoder_attention_mask",
     "encoder_attention_mask_2",
     "encoder_hidden_states_mask",
@@ -41,9 +41,8 @@ _MASKS = (
     "text_embedding_mask",
     "text_embedding_mask_t5",
     "audio_encoder_attention_mask",
-    "attention_mask",
-    "text_lens",
 )
+_MASKS = (*_TEXT_MASKS, "attention_mask", "text_lens")
 _OTHERS = ("pooled_projections", "pooled_embeds", "txt_ids", "text_rope_pos")
 TEXT_ARGUMENTS = (*_STATES, *_MASKS, *_OTHERS)
 """Forward arguments of all families that depend on the prompt alone."""
@@ -60,7 +59,7 @@ class NegativeText:
     def __init__(self, method: Method, session: TransformerRun) -> None:
         self.method, self.session = method, session
         taken = inspect.signature(type(session.model).forward).parameters
-        self._mask = next((mask for mask in _MASKS if mask in taken), None)
+        self._mask = next((mask for mask in _TEXT_MASKS if mask in taken), None)
         self._key: Hashable = None
         self._text: Mapping[str, Any] = {}
         self._runs = (0, False)  # run, and whether its last call had the rows
@@ -149,7 +148,7 @@ class NegativeText:
         elif lengths and not masked:
             (own, other), *_ = lengths
             raise DitAttnError(
-                f"{self.method.slug}: {type(self.session.model).__name__} takes no mask, and the prompt has {own} "
+                f"{self.method.slug}: {type(self.session.model).__name__} takes no mask of its text; the prompt has {own} "
                 f"tokens and the negative prompt {other}; give them the same number"
             )
         return new

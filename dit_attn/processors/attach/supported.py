@@ -29,7 +29,8 @@ class SupportedFamilies(dict[str, dict[str, Any]]):
             if row["refused"]:
                 ending = f": none, {row['refused']}"
             else:
-                ending = "" if row["methods"] == slugs else f": {', '.join(row['methods'])}"
+                missing = [slug for slug in slugs if slug not in row["methods"]]
+                ending = f": without {', '.join(missing)}" if missing else ""
             yield name, row["models"] + ending
 
 

@@ -183,6 +183,7 @@ FAMILIES = (
         forward_args=("hidden_states", *(part for name, _ in _HISTORY for part in (name, f"indices_{name}"))),
         layout=_framepack,
         cfg=EMBEDDED,
+        batch_axes={f"indices_{name}": None for name in ("latents", *(name for name, _ in _HISTORY))},
     ),
     Family(
         name="hunyuan-video-1.5",
