@@ -148,8 +148,8 @@ class NegativeText:
         elif lengths and not masked:
             (own, other), *_ = lengths
             raise DitAttnError(
-                f"{self.method.slug}: {type(self.session.model).__name__} takes no mask of its text; the prompt has {own} "
-                f"tokens and the negative prompt {other}; give them the same number"
+                f"{self.method.slug}: {type(self.session.model).__name__} takes no mask of its text; the prompt has "
+                f"{own} tokens and the negative prompt {other}; give them the same number"
             )
         return new
 
