@@ -187,6 +187,10 @@ def _join(
     if axis is None or plain.shape[0 if axis == "list" else axis] != rows:  # positions that all rows share
         return plain if plain.numel() >= negative.numel() else negative
     at = axis if isinstance(axis, int) else 0
+    if negative.shape[at] not in (1, more):
+        raise DitAttnError(
+            f"nag: the negative text is of {negative.shape[at]} samples, the prompt of {more}; give one or {more}"
+        )
     if negative.shape[at] == 1:
         negative = negative.expand(*negative.shape[:at], more, *negative.shape[at + 1 :])
     sizes = {d: (plain.shape[d], negative.shape[d]) for d in range(plain.ndim) if d != at}

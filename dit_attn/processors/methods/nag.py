@@ -45,7 +45,7 @@ class NAG(Method):
     role: ClassVar[str] = "negative"
     sites: ClassVar[tuple[str, ...]] = ("text",)
 
-    negative_prompt: str | None = setting(None, "what to avoid; without it that of the call")
+    negative_prompt: str | None = setting(None, "what to avoid; without it that of the call", example="blurry")
     scale: float = setting(4.0, "length of the step, in differences", low=0.0, high=100.0)
     tau: float = setting(2.5, "largest norm of a token, in stock norms", low=0.0)
     alpha: float = setting(0.25, "from the stock result (0) to the guided one (1)", low=0.0, high=1.0)
