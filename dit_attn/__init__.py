@@ -39,6 +39,7 @@ _EXPORTS = {
     "SLG": "dit_attn.processors.methods.slg",
     "STG": "dit_attn.processors.methods.stg",
     "GAG": "dit_attn.processors.methods.gag",
+    "NAG": "dit_attn.processors.methods.nag",
     "SaaS": "dit_attn.processors.methods.saas",
     "SubjectIsolation": "dit_attn.processors.methods.subject_isolation",
     "SubjectReposition": "dit_attn.processors.methods.subject_reposition",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
+    from dit_attn.processors.methods.nag import NAG
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GAG",
+    "NAG",
     "SEG",
     "SLA",
     "SLG",

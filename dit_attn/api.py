@@ -49,6 +49,7 @@ _ROLES = {
     "sparse": "both decide which keys are attended to",
     "guidance": "both need the perturbed pass of a step",
     "heads": "both decide which heads count",
+    "negative": "both add rows with a negative prompt",
 }
 
 
@@ -420,6 +421,11 @@ def check_conflicts(chosen: Iterable[Method]) -> None:
                 f"{method.slug} and {taken[method.role]} cannot run together: {_ROLES[method.role]}; enable one of them"
             )
         taken[method.role] = method.slug
+        if {"guidance", "negative"} <= taken.keys():
+            raise DitAttnError(
+                f"{taken['negative']} and {taken['guidance']} cannot run together: both add rows to a step; enable one "
+                "of them"
+            )
         if method.has_twin:
             if _TWIN in taken:
                 raise DitAttnError(

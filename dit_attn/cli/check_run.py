@@ -24,12 +24,13 @@ def check_run(source: Source, jobs: Sequence[Job], methods: Iterable[Method] = (
 
     Raises:
         DitAttnError: methods that conflict, a layer or head that the model does not have, a file of heads that cannot
-            be read; a size that the pipeline refuses.
+            be read; a size that the pipeline refuses; a method that has no negative prompt and needs one.
     """
     from dit_attn import api  # imports torch
 
     methods = tuple(methods)
     api.check_conflicts(methods)
+    _check_negative(methods, jobs)
     job_files.check_calls(jobs, source.pipeline)
     try:
         pipe = source.without_weights
@@ -40,3 +41,14 @@ def check_run(source: Source, jobs: Sequence[Job], methods: Iterable[Method] = (
     job_files.check_inputs(jobs, pipe)
     if methods:
         api.check(pipe, *methods)
+
+
+def _check_negative(methods: Iterable[Method], jobs: Iterable[Job]) -> None:
+    """Refuse a method that moves away from a negative prompt where there is none."""
+    for method in methods:
+        lacking = [job for job in jobs if job.call.get("negative_prompt") is None]
+        if method.has_negative and method.negative_prompt is None and lacking:
+            raise DitAttnError(
+                f"{lacking[0].where}: {method.slug} needs a negative prompt; give --negative-prompt TEXT, or "
+                f"{method.slug}:negative_prompt=TEXT"
+            )

@@ -17,6 +17,7 @@ _METHODS = {
     "HeadDrop": "head_drop",
     "InwardWindow": "inward_window",
     "MoH": "moh",
+    "NAG": "nag",
     "RectifiedSpaAttn": "rectified_spaattn",
     "ReTtention": "re_ttention",
     "SEG": "seg",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dit_attn.processors.methods.head_drop import HeadDrop
     from dit_attn.processors.methods.inward_window import InwardWindow
     from dit_attn.processors.methods.moh import MoH
+    from dit_attn.processors.methods.nag import NAG
     from dit_attn.processors.methods.re_ttention import ReTtention
     from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
     from dit_attn.processors.methods.saas import SaaS
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GAG",
+    "NAG",
     "SEG",
     "SLA",
     "SLG",

@@ -14,10 +14,11 @@ import torch
 
 import dit_attn
 from dit_attn.processors.attach import attach, attention_processor, intercepted_call
+from dit_attn.processors.attach.families import family_of
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
-from tests._support import gag_reference
+from tests._support import gag_reference, nag_reference
 from tests._support.outputs import same
 from tests._support.recorded_calls import reference, requests, watching, weights
 from tests._support.subjects_mixin import SubjectsMixin
@@ -228,6 +229,33 @@ class CrossMixin(SubjectsMixin):
             touched += 1
         assert bool(touched) is self.has_text
         dit_attn.enable(net, dit_attn.GAG(strength=0.0))
+        assert same(stock, self.call(net, args))
+
+    def test_attention_to_the_text_moved_away_from_a_negative_one_equals_its_definition(
+        self, net: Any, args: Any
+    ) -> None:
+        if why := family_of(net, ()).refused_methods.get("nag"):
+            with pytest.raises(dit_attn.DitAttnError, match=f"nag cannot be enabled on {type(net).__name__}: {why}"):
+                dit_attn.enable(net, dit_attn.NAG())
+            return
+        stock, method = self.call(net, args), dit_attn.NAG()
+        dit_attn.enable(net, method).given["nag"] = nag_reference.other_text(args)
+        seen: list[tuple[Any, torch.Tensor]] = []
+        with dit_attn.observing(net, lambda call, request, out: seen.append((call, out)), ("text",)):
+            assert not same(stock, self.call(net, args))
+        seen = [(call, out) for call, out in seen if call.attends_to_text]
+        assert seen
+        for call, out in seen:
+            expected = nag_reference.guided(call, reference(call, Request()), method)
+            image = nag_reference.image_rows(call)
+            pairs = nag_reference.pairs(call)
+            assert len(pairs) == call.branches.count("cond") > 0
+            for plus, minus in pairs:
+                assert torch.equal(call.q[plus, image], call.q[minus, image])
+                assert call.kind == "cross" or torch.equal(call.k[plus, image], call.k[minus, image])
+                rows = (torch.tensor([plus, minus]), slice(None) if call.kind == "cross" else call.visual)
+                torch.testing.assert_close(out.double()[rows], expected[rows], atol=5e-5, rtol=1e-3)
+        dit_attn.enable(net, dit_attn.NAG(scale=0.0))
         assert same(stock, self.call(net, args))
 
     def test_another_scale_of_stock_attention_equals_its_equation(self, net: Any, args: Any) -> None:

@@ -22,6 +22,8 @@ MODEL = ("--model", "tiny-image")
         ((*MODEL, "--prompt", " "), ["prompt is empty"]),
         ((*MODEL, "--prompt", "a red\0circle"), ["--prompt: prompt has a zero byte", "take it out"]),
         ((*MODEL, *PROMPT, "--negative-prompt", "\0"), ["negative_prompt has a zero byte"]),
+        ((*MODEL, *PROMPT, "--method", "nag"), ["--prompt: nag needs a negative prompt", "--negative-prompt TEXT"]),
+        ((*MODEL, *PROMPT, "--method", "nag:negative_prompt=x + slg"), ["slg", "nag", "both add rows to a step"]),
         (("--model", "tiny-imag", *PROMPT), ["'tiny-imag'", "Did you mean 'tiny-image'", "tiny-video"]),
         (("--model", "./nowhere", *PROMPT), ["./nowhere", "no such folder"]),
         (("--model", "/no/where/at/all", *PROMPT), ["no such folder"]),

@@ -12,7 +12,7 @@ from tests._support.family_mixin import FamilyMixin
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
-OF_TEXT = ("gag", "isolation", "reposition", "reweighting", "saas")
+OF_TEXT = ("gag", "isolation", "nag", "reposition", "reweighting", "saas")
 """Methods about a text or pieces of it."""
 
 
@@ -48,7 +48,7 @@ def _row(row: Family, cases: list[type[FamilyMixin]], slugs: list[str]) -> list[
         "; ".join(orders),
         "yes" if whole else "",
         moved,
-        *(_cell(slug, moved, cases) if cases else "" for slug in slugs),
+        *(("no" if slug in row.refused_methods else _cell(slug, moved, cases)) if cases else "" for slug in slugs),
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.attention_processor import (
     is_wrapped,
     tap_of,
@@ -25,11 +26,13 @@ from dit_attn.processors.attach.hooks import (
     ForwardHook,
     GuidanceHook,
     GuidedCall,
+    NegativeHook,
     SaveHook,
     TwinHook,
     guide_compiled,
 )
 from dit_attn.processors.attach.learned import learned_modules
+from dit_attn.processors.attach.negative_text import NegativeText
 from dit_attn.processors.attach.position_tables import TableHook, position_table
 from dit_attn.processors.attach.reduced_heads import ReducedHeads
 from dit_attn.processors.attach.rotary import check_positions, rotary_parameters
@@ -131,6 +134,8 @@ def prepare(
         if method.reduces_heads:
             session.reduced = ReducedHeads(method, model, session.layers)
     for method in methods:
+        if why := family.refused_methods.get(method.slug):
+            raise DitAttnError(f"{method.slug} cannot be enabled on {type(model).__name__}: {why}")
         mine = kinds_at(method.sites, family.text_kind)
         layers = [layer for layer in session.layers if not mine.isdisjoint(layer.calls)]
         method.check_model(type(model).__name__, len(layers))
@@ -146,6 +151,8 @@ def prepare(
             session.guider = PerturbedGuider(guidance, session)
         if method.has_twin:
             session.twin = TwinRunner(method, session)
+        if method.has_negative:
+            session.negative = NegativeText(method, session)
     learned = previous.learned if previous is not None else None
     session.learned = learned_modules(model, family, session.layers, methods, component_name(pipe, model), learned)
     return session
@@ -211,6 +218,8 @@ def install_hooks(session: Session) -> None:
         model.get_submodule("pos_embed").register_forward_hook(TableHook(session))
     if session.twin is not None:  # before the hook of a guidance method, whose pass shares no block with the twin
         model.register_forward_hook(TwinHook(session), always_call=True)
+    if session.negative is not None:
+        model.register_forward_hook(NegativeHook(session))
     if session.guider is not None:
         # Behind a transformer that is compiled as one module, so that both passes run the compiled graph.
         parts = [session.wrapper, *(vars(session.owner).values() if session.owner is not None else ())]
@@ -247,7 +256,7 @@ def detach(model: torch.nn.Module) -> None:
         if session.twin is not None:
             session.twin.release()
     for key, behind in list(model._forward_hooks.items()):
-        if is_of_class(behind, GuidanceHook) or is_of_class(behind, TwinHook):  # a copied model has no handle
+        if any(is_of_class(behind, kind) for kind in (GuidanceHook, TwinHook, NegativeHook)):  # copies have no handle
             del model._forward_hooks[key]
             model._forward_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)

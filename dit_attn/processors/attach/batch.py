@@ -54,8 +54,6 @@ def take_call(
         rows: rows of the full batch.
         axes: batch axis of an argument, when not the first; see ``Family.batch_axes``.
     """
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-
     def taken(value: Any, axis: Axis) -> Any:
         if axis is None:
             return value
@@ -63,8 +61,13 @@ def take_call(
             return [value[row] for row in index]
         return take(value, index, rows, axis if isinstance(axis, int) else 0)
 
-    values = {**dict(zip(names, args)), **kwargs}
-    return {name: taken(value, axes.get(name, 0)) for name, value in values.items()}
+    return {name: taken(value, axes.get(name, 0)) for name, value in by_name(model, args, kwargs).items()}
+
+
+def by_name(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of ``model.forward`` by name."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
 
 
 def leaves(output: Any) -> list[Leaf]:

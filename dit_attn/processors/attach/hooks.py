@@ -65,6 +65,8 @@ class ForwardHook:
         self.session.on_forward(values)
         if self.session.twin is not None:
             self.session.twin.before(module, args, kwargs)
+        if self.session.negative is not None:
+            return self.session.negative.before(module, args, kwargs)
         return None if self.session.guider is None else self.session.guider.before(module, args, kwargs)
 
 
@@ -83,6 +85,11 @@ def _on_forward(run: torch.Tensor, tensors: list[torch.Tensor], spec: str) -> No
         raise DitAttnError(
             f"{session.twin.method.slug} runs a twin pass, which a compiled transformer cannot start; compile its "
             "blocks alone (compile_repeated_blocks), or do not compile"
+        )
+    if session.negative is not None:
+        raise DitAttnError(
+            f"{session.negative.method.slug} adds rows to the batch, which a compiled transformer cannot do; compile "
+            "its blocks alone (compile_repeated_blocks), or do not compile"
         )
     session.on_forward(values)
     if session.reduced is not None and (session.reduced.rebuilt or len(session.reduced.kept) > 1):
@@ -188,6 +195,24 @@ class TwinHook:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.session is not None and self.session.twin is not None:
             self.session.twin.release()
+
+
+class NegativeHook:
+    """Forward hook of the transformer that drops the rows which were appended for a negative prompt."""
+
+    def __init__(self, session: Session | None) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NegativeHook:
+        return NegativeHook(copy.deepcopy(self.session, memo))
+
+    def __reduce__(self) -> Any:
+        return NegativeHook, (None,)  # a saved model comes back without methods
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.session is None or self.session.negative is None:
+            return output
+        return self.session.negative.after(output)
 
 
 class CompileHook(_StandIn):

@@ -74,7 +74,7 @@ def read_pipeline_call(pipe: Any, rule: CFGRule) -> PipelineCall:
     prompts = [call["prompt"]] if isinstance(call.get("prompt"), str) else call.get("prompt")
     parts = [name for name in negative if name.endswith(("_embeds", "_mask"))]
     embedded = call.get("guidance_scale") if argument != "guidance_scale" else None
-    if embedded == _default(pipe, "guidance_scale"):
+    if embedded == argument_default(pipe, "guidance_scale"):
         embedded = None
     return PipelineCall(
         running=bool(call),
@@ -201,6 +201,7 @@ def _is_call(pipe: Any, code: CodeType) -> bool:
     return any(call is not None and getattr(inspect.unwrap(call), "__code__", None) is code for call in calls)
 
 
-def _default(pipe: Any, name: str) -> Any:
+def argument_default(pipe: Any, name: str) -> Any:
+    """Return the default of an argument of a pipeline's call, ``None`` where there is no such argument."""
     taken = inspect.signature(type(pipe).__call__).parameters if pipe is not None else {}
     return taken[name].default if name in taken else None

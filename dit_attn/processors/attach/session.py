@@ -19,6 +19,7 @@ from dit_attn.processors.attach.components import component_name
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.attach.guider import PerturbedGuider
 from dit_attn.processors.attach.learned import saved_files
+from dit_attn.processors.attach.negative_text import NegativeText
 from dit_attn.processors.attach.pipeline_call import on_run_end
 from dit_attn.processors.attach.transformer_run import TransformerRun
 from dit_attn.processors.attach.twin_pass import TwinRunner
@@ -50,6 +51,7 @@ class Session(TransformerRun):
         resampled: whether moved tokens get resampled rows of the table that the model adds to its tokens.
         guider: runs the enabled guidance method, ``None`` without one.
         twin: runs the twin passes of the method that asks for them, ``None`` without one.
+        negative: appends the rows with a negative prompt for the method that asks for them, ``None`` without one.
     """
 
     methods: tuple[Method, ...]
@@ -66,6 +68,7 @@ class Session(TransformerRun):
         self.replaced: dict[str, tuple[str, str | None]] = {}
         self.guider: PerturbedGuider | None = None
         self.twin: TwinRunner | None = None
+        self.negative: NegativeText | None = None
         self.wrapper: Any = None  # the transformer as it was given, behind torch.compile
         self.learned = LearnedModules()
         self._awaited = 0  # number of the run whose end will be seen
@@ -222,6 +225,8 @@ class Session(TransformerRun):
             session.guider = self.guider.copy_for(session)
         if self.twin is not None:
             session.twin = self.twin.copy_for(session)
+        if self.negative is not None:
+            session.negative = self.negative.copy_for(session)
         return session
 
     def __repr__(self) -> str:

@@ -29,7 +29,8 @@ class SupportedFamilies(dict[str, dict[str, Any]]):
             if row["refused"]:
                 ending = f": none, {row['refused']}"
             else:
-                ending = "" if row["methods"] == slugs else f": {', '.join(row['methods'])}"
+                missing = [slug for slug in slugs if slug not in row["methods"]]
+                ending = f": without {', '.join(missing)}" if missing else ""
             yield name, row["models"] + ending
 
 
@@ -41,7 +42,7 @@ def supported_families() -> SupportedFamilies:
             row.name: {
                 "models": row.models,
                 "transformers": list(row.transformers),
-                "methods": [] if row.refused else slugs,
+                "methods": [slug for slug in slugs if not (row.refused or slug in row.refused_methods)],
                 "refused": row.refused,
             }
             for row in families()

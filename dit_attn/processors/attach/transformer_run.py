@@ -117,7 +117,7 @@ class TransformerRun(RunState):
         self._all_perturbed = bool(values.get(self.cfg.own))
         if fresh := not self.ran:
             self._begin_run(pipe)
-        self.perturbed, self.first_perturbed = None, 0
+        self.perturbed, self.first_perturbed, self.negative_rows = None, 0, 0
         rows = _batch_rows(latents)
         if fresh:
             samples = self.pipeline_call.samples if self.cfg.longer else None

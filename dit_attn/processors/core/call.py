@@ -67,6 +67,10 @@ class SDPAArgs:
         k, v = self.k[:, :, groups], self.v[:, :, groups]
         return replace(self, q=self.q[:, :, heads], k=k, v=v, mask=mask, gqa=False)
 
+    def with_inputs(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None) -> SDPAArgs:
+        """Return the call with other q, k and v; itself for ``None``."""
+        return self if inputs is None else replace(self, q=inputs[0], k=inputs[1], v=inputs[2])
+
     def rescaled(self, factor: float) -> SDPAArgs:
         """Return the call with another softmax scale; itself where the factor is 1."""
         if factor == 1.0:
@@ -210,6 +214,7 @@ class Request:
         gates: factors of the output, see :meth:`multiply_heads`.
         key_gains: factors of what rows get from some keys, see :meth:`multiply_keys`.
         changes: functions of the output, see :meth:`change_output`.
+        inputs: q, k and v that are computed with, see :meth:`replace_inputs`; ``None`` for those of the call.
         replacement: the output that replaces attention, see :meth:`replace_output`.
         probes: what is to be measured, see :meth:`observe`.
         declined: reasons of the methods that leave this call to stock attention.
@@ -234,6 +239,7 @@ class Request:
     key_gains: list[KeyGain] = field(default_factory=list)
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=list)
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     replacement: torch.Tensor | None = None
     probes: list[Probe] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
@@ -250,7 +256,7 @@ class Request:
     @property
     def empty(self) -> bool:
         """Whether nothing is requested that stock attention does not do."""
-        asked = self.sparse or self.biases or self.gates or self.key_gains or self.changes
+        asked = self.sparse or self.biases or self.gates or self.key_gains or self.changes or self.inputs
         return not (asked or self.replacement is not None or self.scale_factor != 1.0)
 
     @property
@@ -372,6 +378,15 @@ class Request:
             change: gets (B, S, H, Dv), rows and heads as in ``call.q``, not to be written to; returns the same shape.
         """
         self.changes.append(change)
+
+    def replace_inputs(self, call: AttentionCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Compute with other queries, keys and values, whichever way the call is computed; ``call`` has them then too.
+
+        Args:
+            call: the attention call.
+            q, k, v: of the shapes and types of ``call.q``, ``call.k`` and ``call.v``.
+        """
+        self.inputs = call.q, call.k, call.v = q, k, v
 
     def replace_output(self, value: torch.Tensor) -> None:
         """Use ``value`` as the output of this call. Nothing is computed, and other parts of the request have no effect.

@@ -87,6 +87,7 @@ def _dispatch_call(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) ->
     perturbed, observed = run.perturbed, run.observers and not args.split
     if perturbed is None and not observed:
         return out
+    args = args.with_inputs(request.inputs)
     call = _new_call(run, layer, args.rescaled(request.scale_factor))
     if perturbed is not None:
         if args.split and not perturbed.row_wise:
@@ -120,6 +121,7 @@ def _dispatch(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, request
         return _fallback(layer, reason, stock, args)
     started, usable = time.perf_counter(), layer.disabled is None
     _collect_requests(methods, call, request)
+    args = args.with_inputs(request.inputs)
     out = _carry_out(call, request, args.mesh)
     layer.stats.scaled_calls += request.scale_factor != 1.0
     if out is None:

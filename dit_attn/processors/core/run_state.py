@@ -39,6 +39,7 @@ class RunState:
             :func:`dit_attn.observing`.
         perturbed: what the current pass perturbs, ``None`` in plain passes.
         first_perturbed: first batch row that is perturbed in it.
+        negative_rows: rows of the branch ``"negative"`` at the end of the batch, see :meth:`append_negative`.
         pass_name: ``"plain"``, ``"perturbed"`` or ``"twin"``: what the current pass through the transformer is for.
         shared: what methods store for all layers together.
         given: what the code around the runs hands to methods, by slug; it stays until it is replaced.
@@ -69,6 +70,7 @@ class RunState:
         self.observers: list[Observer] = []
         self.perturbed: CallPerturbation | None = None
         self.first_perturbed = 0
+        self.negative_rows = 0
         self.pass_name = PLAIN
         self._pass_branches: tuple[str, ...] = ()  # of every row, in a pass that is not the plain one
         self.id = next_id()
@@ -214,6 +216,16 @@ class RunState:
         self.begin_call(self.first_perturbed)
         self.perturbed, self.first_perturbed = None, 0
 
+    def append_negative(self, rows: int) -> None:
+        """Add ``rows`` rows of the branch ``"negative"`` to the call that is about to start."""
+        self.negative_rows = rows
+        self.begin_call(self._batch + rows)
+
+    def drop_negative(self) -> None:
+        """Note that the call with rows of a negative prompt is over."""
+        plain, self.negative_rows = self._batch - self.negative_rows, 0
+        self.begin_call(plain)
+
     def find_piece(self, call: AttentionCall, piece: str | tuple[int, int]) -> torch.Tensor:
         """Return which keys of a call are tokens of a piece of the prompt; see :meth:`AttentionCall.prompt_tokens`."""
         raise DitAttnError("the prompts of this run are not known: nothing shows them")
@@ -242,9 +254,12 @@ class RunState:
             return ("perturbed",) * rows
         if self._pass_branches:
             return tuple(name for name in self._pass_branches for _ in range(rows // len(self._pass_branches)))
+        appended = "negative" if self.negative_rows else "perturbed"
         plain = rows if self.perturbed is None else self.first_perturbed
+        if self.negative_rows:  # a call may have several rows for each of the batch
+            plain = rows - self.negative_rows * rows // self._batch
         names = self.clock.branches(plain, self.cfg, self.branch_count(plain)) if plain else ()
-        return (*names, *("perturbed",) * (rows - plain))
+        return (*names, *(appended,) * (rows - plain))
 
 
 def run_by_handle(handle: torch.Tensor) -> RunState:

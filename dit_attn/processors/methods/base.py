@@ -97,7 +97,8 @@ class Method:
     Class attributes:
         slug: name used by ``enable(pipe, slug)`` and on the command line.
         role: methods of one role conflict. ``"sparse"``: decides which keys are attended to; ``"heads"``: which heads
-            count; ``"guidance"``: uses the perturbed pass of a step.
+            count; ``"guidance"``: uses the perturbed pass of a step; ``"negative"``: adds rows with a negative prompt,
+            which is no room for a perturbed pass.
         min_tokens: shortest sequence that the method is worth: 0, except where its point is speed.
         sites: where it applies: ``"self"`` (self and joint attention), ``"cross"`` (to the text), ``"image"`` (cross
             attention to a conditioning image, where a checkpoint has it), or ``"text"`` (cross attention to the text
@@ -193,6 +194,28 @@ class Method:
             branches: 2 with classifier-free guidance, else 1.
         """
         return 0.0
+
+    def runs_negative(self, clock: Clock) -> bool:
+        """Return whether the conditional rows of a call run once more with the text of a negative prompt.
+
+        They are rows of the same call, of the branch ``"negative"``, and their predictions are dropped: the method
+        makes use of them in the attention calls. The text is that of the method's ``negative_prompt``, or without one
+        that of the pipeline's call. One method of a run may ask for such rows.
+
+        Args:
+            clock: position in the run.
+        """
+        return False
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """Text of the rows that :meth:`runs_negative` asks for; a setting of methods that do."""
+        return None
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether :meth:`runs_negative` is to be asked."""
+        return type(self).runs_negative is not Method.runs_negative
 
     @property
     def has_twin(self) -> bool:

@@ -29,10 +29,10 @@ def test_it_prints_as_a_line_for_every_family_and_the_methods_once() -> None:
     assert dit_attn.supported()._repr_html_().count("<tr>") == len(families()) + 1
 
 
-def test_a_family_with_fewer_methods_names_its_own() -> None:
+def test_a_family_with_fewer_methods_names_those_it_lacks() -> None:
     rows = {
         "a": {"models": "A", "transformers": [], "methods": ["slg", "stg"], "refused": None},
         "b": {"models": "B", "transformers": [], "methods": ["slg"], "refused": None},
     }
-    assert repr(SupportedFamilies(rows)).splitlines() == ["methods slg, stg", "a       A", "b       B: slg"]
+    assert repr(SupportedFamilies(rows)).splitlines() == ["methods slg, stg", "a       A", "b       B: without stg"]
     assert repr(SupportedFamilies()) == ""

@@ -117,6 +117,7 @@ FAMILIES = (
         forward_args=("hidden_states", *_with_indices(_FRAMEPACK)),
         layout=_history(_FRAMEPACK, TEXT),
         cfg=EMBEDDED,
+        batch_axes={f"indices_{name}": None for name in ("latents", *_FRAMEPACK)},
     ),
     Family(
         name="kandinsky-6",

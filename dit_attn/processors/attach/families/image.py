@@ -131,6 +131,7 @@ FAMILIES = (
         cfg=CFGRule("batched", ("cond", "uncond"), ("cond", "uncond", "image")),
         time_grows=True,
         mask_rule="visual-row",
+        refused_methods={"nag": "its text is words in one sequence with everything else"},
     ),
     Family(
         name="lumina-2",
@@ -281,6 +282,7 @@ FAMILIES = (
         forward_args=("hidden_states",),
         layout=_order("image"),
         cfg=CFGRule("batched", ("cond", "uncond"), scale="", argument="guidance_scale"),
+        refused_methods={"nag": "it is given a class and no text"},
     ),
     Family(
         name="sana",

@@ -186,6 +186,7 @@ FAMILIES = (
         layout=order("video", "text"),
         cfg=BATCHED,
         time_grows=True,
+        refused_methods={"nag": "it attends to the samples of a batch one by one, so that two texts never meet"},
         rotary_frequencies=_mochi_frequencies,
     ),
     Family(
