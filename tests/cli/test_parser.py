@@ -12,8 +12,8 @@ from dit_attn.cli import COMMANDS, main
 from dit_attn.cli.parser import Parser
 
 GROUPS = {
-    "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run"],
-    "edit": ["model", "methods", "instructions", "size", "sampling", "output", "run"],
+    "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run", "workers"],
+    "edit": ["model", "methods", "instructions", "size", "sampling", "output", "run", "workers"],
     "models": ["output"],
     "methods": ["method", "output"],
     "explain": ["model", "methods", "size", "sampling", "high resolution", "output", "run"],
@@ -29,6 +29,7 @@ GROUPS = {
     ],
     "anomaly": ["job", "model", "data", "training", "generation", "benchmark", "output", "run"],
     "eval": ["files", "metrics", "export", "output", "run"],
+    "merge": ["parts", "output"],
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
     "completion": ["shell"],
 }
