@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,14 +29,18 @@ class EngineConfig:
         name: ``"local"`` or ``"ray"``.
         address: of a Ray cluster, ``None`` for the one that is found, else one of this machine.
         workers: how many; ``None``: one per GPU.
+        cpu: the user wants none on a GPU; the machines of a cluster may have some where this one has not.
     """
 
     name: str = "local"
     address: str | None = None
     workers: int | None = None
+    cpu: bool = False
 
-    def run(self, recipe: Recipe, folder: Path, device: Any, tasks: Iterable[Task], count: int) -> Iterator[Outcome]:
-        """Start the workers, yield what becomes of every task, and end them, whatever happens.
+    def run(
+        self, recipe: Recipe, folder: Path, device: Any, tasks: Iterable[Task], count: int
+    ) -> Generator[Outcome, None, None]:
+        """Start the workers, yield what becomes of every task, and end them when it is closed.
 
         Args:
             recipe: how they get ready; the mark of the folder is added to its settings.
@@ -53,7 +57,7 @@ class EngineConfig:
         if self.name == "ray":
             from dit_attn.pipelines.run.ray_engine import RayEngine
 
-            engine: Engine = RayEngine(self.address, device.type)
+            engine: Engine = RayEngine(self.address, gpus=not self.cpu)
         else:
             engine = LocalEngine(gpus)
         with marked(folder) as mark:
@@ -90,7 +94,7 @@ def from_options(options: Options) -> tuple[EngineConfig | None, Shard | None]:
     workers = _workers(options.get("workers", "auto"))
     if name == "local" and "workers" not in options:
         return None, shard
-    return EngineConfig(name, address or None, workers), shard
+    return EngineConfig(name, address or None, workers, options.get("device") == "cpu"), shard
 
 
 def _workers(text: str) -> int | None:

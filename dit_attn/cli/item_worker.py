@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ def run_on_engine(
         if not todo:
             return
         tasks = (Task(job.index, asdict(job)) for job in todo.values())
-        for outcome in engine.run(recipe, run.folder, device, tasks, len(todo)):
-            if outcome.error is not None:
-                add(runner.failed_item(todo[outcome.task.key], outcome.error))
-            else:
-                add(ItemResult(**{**outcome.result, "warnings": tuple(outcome.result["warnings"])}))
+        with closing(engine.run(recipe, run.folder, device, tasks, len(todo))) as outcomes:
+            for outcome in outcomes:
+                if outcome.error is not None:
+                    add(runner.failed_item(todo[outcome.task.key], outcome.error))
+                else:
+                    add(ItemResult(**{**outcome.result, "warnings": tuple(outcome.result["warnings"])}))

@@ -42,6 +42,24 @@ def make(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
     return work
 
 
+def make_dying(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
+    """Return a worker of ``generate`` that is killed while it makes the first item, and remakes it when it is told."""
+    from dit_attn.cli import item_worker, runner
+
+    work = item_worker.make_worker(settings, name)
+    call = runner.call_pipeline
+
+    def dying(content: Any, again: bool) -> Any:
+        def die(pipe: Any, job: Any) -> Any:
+            call(pipe, job)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        runner.call_pipeline = die if content["index"] == 0 and not again else call
+        return work(content, again)
+
+    return dying
+
+
 class StubPool(WorkerPool):
     """Workers that answer at once; ``answer(worker, content)`` says what."""
 

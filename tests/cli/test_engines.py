@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from dit_attn.cli import engines, main
+from dit_attn.cli import engines, item_worker, main
 from dit_attn.cli.item_worker import check_same_setup
 from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError
@@ -52,6 +53,23 @@ def test_two_processes_make_the_bytes_of_one_and_park_what_fails(words, alone, t
         assert ", worker " in sidecar["worker"] and sidecar["device"] == "cpu"
     assert (tmp_path / "sheet.png").is_file() and not list(tmp_path.glob(".*"))
     assert main([*words, "--output", str(tmp_path), "--resume"]) == 1  # another engine adopts what is there
+    assert capsys.readouterr().out.count("already there") == 2
+
+
+def test_ray_workers_make_the_bytes_of_one_process_though_one_is_killed(words, alone, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray")
+    recipe_of = item_worker.recipe_of
+
+    def dying(*given):
+        return replace(recipe_of(*given), maker="tests._support.stub_workers:make_dying")
+
+    monkeypatch.setattr(item_worker, "recipe_of", dying)
+    assert main([*words, "--output", str(tmp_path), "--workers", "2", "--engine", "ray"]) == 1
+    assert "1 of 3 items failed" in capsys.readouterr().err
+    assert images(tmp_path) == alone
+    sidecars = [json.loads(path.read_text()) for path in tmp_path.glob("0*.json")]
+    assert all(", Ray worker " in one["worker"] for one in sidecars)
+    assert main([*words, "--output", str(tmp_path), "--resume"]) == 1
     assert capsys.readouterr().out.count("already there") == 2
 
 

@@ -20,7 +20,7 @@ GROUPS = {
     "doctor": ["output"],
     "demo": ["output", "run"],
     "train": ["model", "training", "evaluation", "output", "run"],
-    "compare": ["model", "methods", "prompts", "comparison", "size", "sampling", "output", "run"],
+    "compare": ["model", "methods", "prompts", "comparison", "size", "sampling", "output", "run", "workers"],
     "inspect": ["model", "methods", "prompts", "measurements", "size", "sampling", "output", "run"],
     "calibrate": ["model", "methods", "prompts", "calibration", "size", "sampling", "output", "run"],
     "finetune": ["what", "model", "methods", "examples", "training", "merge", "output", "run"],

@@ -19,6 +19,7 @@ GROUPS = {
     ),
     "output": flags.only(flags.OUTPUT, "json"),
 }  # fmt: skip
+COMPARED = "results.json"  # of compare
 _EXAMPLES = """examples:
   for i in 1 2; do
       dit-attn generate --model tiny-image --prompts prompts.txt \\
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parsers.describe(
         parser,
         "merge FOLDER [--json]",
-        "Join the reports of the parts that --shard made: run.json and the contact sheet of generate and edit.",
+        "Join the reports of the parts that --shard made: run.json and the contact sheet of generate and edit; "
+        "results.json, with the metrics of all items, and the page of compare.",
         _EXAMPLES,
     )
     parsers.add_groups(parser, GROUPS)
@@ -50,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
 
     options = flags.merge(args, GROUPS)
     folder = files.user_path(options["folder"], "FOLDER")
-    _, parts = read_shards(folder, (item_report.FILE,))
+    name, parts = read_shards(folder, (item_report.FILE, COMPARED))
+    if name == COMPARED:
+        from dit_attn.cli.commands.compare import command, shards
+
+        return command.report(shards.joined(folder, parts), folder, bool(options.get("json")))
     report = join(folder, parts)
     tiles = item_report.tiles_of(report)
     item_report.write(report, folder, tiles, shlex.split(report["command"])[1:], bool(options.get("json")))
