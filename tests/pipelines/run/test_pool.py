@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.run import Recipe, Task
 from dit_attn.pipelines.run.pool import STARTS, TRIES, Event
+from tests._support.driver_simulation import simulate
 from tests._support.stub_workers import StubPool
 
 RECIPE = Recipe("nowhere:make")
@@ -115,3 +117,13 @@ def test_whatever_happens_every_task_has_one_outcome(script: list[str], workers:
     _, outcomes = run(lambda w, key: Event(w, next(plan, "done"), "why"), count, workers)
     assert sorted(one.task.key for one in outcomes) == list(range(count))
     assert all(one.tries <= TRIES for one in outcomes)
+
+
+def test_a_thousand_workers_hold_no_more_after_many_jobs() -> None:
+    tracemalloc.start()
+    try:
+        found = simulate(1000, 8000, marks=4)
+    finally:
+        tracemalloc.stop()
+    assert found["jobs"] == 8000
+    assert found["bytes_held"][2] < 1.2 * found["bytes_held"][0]  # the last is of idle workers
