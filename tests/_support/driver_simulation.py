@@ -1,7 +1,7 @@
 """How many jobs a second pass through the driver? ``python -m tests._support.driver_simulation`` writes the record.
 
-1,000 workers without models end their tasks in a random order; some die and are started again. Tasks and answers are the
-JSON of ``generate``. The rate is that of one core (processor time), since the driver is one thread.
+1,000 workers without models end their tasks in a random order; some die and are started again. Tasks and answers are
+the JSON of ``generate``. The rate is that of one core (processor time), since the driver is one thread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How much faster are two workers than one? ``python -m tests._support.engine_throughput`` measures and records it.
 
 16 images by one worker and by two, each with one thread, in turns; it needs two idle cores and takes some minutes. The
-ratio is that of the items per second between the first file and the last, so that loading the weights does not count; that
-of the commands, loading included, is recorded too.
+ratio is that of the items per second between the first file and the last, so that loading the weights does not count;
+that of the commands, loading included, is recorded too.
 """
 
 from __future__ import annotations

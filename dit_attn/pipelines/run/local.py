@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dit_attn import files
 from dit_attn.pipelines.run.engine import Recipe
 from dit_attn.pipelines.run.pool import Event, WorkerPool
 
@@ -70,10 +71,16 @@ class LocalEngine(WorkerPool):
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[worker % len(self._gpus)]
         debug = ["--debug"] if "--debug" in sys.argv else []
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker", *debug], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment, text=True, encoding="utf-8", start_new_session=True,  # Ctrl-C goes to the command alone
-        )  # fmt: skip
+        with files.report_os_error("start a worker process", "give fewer --workers"):
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker", *debug],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C goes to the command alone
+            )
         self._processes[worker] = process
         self._write(process, {**asdict(self._recipe), "name": self.name(worker)})
         threading.Thread(target=self._listen, args=(worker, process), daemon=True).start()

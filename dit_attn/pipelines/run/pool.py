@@ -108,14 +108,17 @@ class WorkerPool:
             self._send(worker, attempt.task.content, attempt.tries > 1)
 
     def _next(self, worker: int, source: Iterator[Task]) -> _Attempt | None:
-        """Return what a worker does next: new tasks first, then those that failed on another one."""
+        """Return what a worker does next: new tasks first, then those that failed on another one.
+
+        With no other worker that is ready it retries its own failures.
+        """
         if not self._exhausted:
             task = next(source, None)
             if task is not None:
                 return _Attempt(task)
             self._exhausted = True
         for attempt in self._again:
-            if attempt.avoid != worker or len(self._alive) == 1:
+            if attempt.avoid != worker or not (self._busy or self._idle):
                 self._again.remove(attempt)
                 return attempt
         return None

@@ -46,6 +46,15 @@ def test_processes_are_ended_without_half_files(engine: LocalEngine, tmp_path: P
     assert not [path for path in tmp_path.iterdir() if "half" in path.read_text()]
 
 
+def test_a_process_that_cannot_be_started_is_one_line(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.Popen", full)
+    with pytest.raises(DitAttnError, match=r"cannot start a worker process .*; give fewer --workers"):
+        engine.start(Recipe(STUB), 1)
+
+
 @pytest.mark.parametrize(("settings", "why"), [({"refuse": "no model"}, "no model"), ({"broken": 1}, "get ready")])
 def test_workers_that_cannot_get_ready_are_one_line(engine: LocalEngine, settings: dict[str, str], why: str) -> None:
     engine.start(Recipe(STUB, settings), 1)
