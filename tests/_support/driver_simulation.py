@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     timed = simulate(args.workers, args.jobs)
     tracemalloc.start()
-    traced = simulate(args.workers, args.jobs // 5)  # tracing makes it slower: rates are those of the run before
+    traced = simulate(args.workers, args.jobs // 10)  # tracing makes it slower: rates are those of the run before
     import resource
 
     content = {
