@@ -43,7 +43,8 @@ def write(
     """
     results = items_of(report)
     total = len(results) if shard is None else report["shard"]["items"]
-    unwritten, said = None, []
+    unwritten: RunStopped | None = None
+    said: list[str] = []
     try:
         if tiles:
             outputs.write_image(contact_sheet.flow(list(tiles.values()), _heading(report)), folder / "sheet.png")

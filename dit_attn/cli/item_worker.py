@@ -61,7 +61,8 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
     stages = None
     if settings["stages"] is not None:
         given = settings["stages"]
-        stages = TwoStages(tuple(given["native"]), given["settings"], methods, given["resume"])
+        height, width = given["native"]
+        stages = TwoStages((height, width), given["settings"], methods, given["resume"])
     run = run_record.new_run(load, methods, folder, settings["argv"], settings["fps"], stages=stages)
     check_same_setup(run, settings["setup"], name)
     run.facts["worker"] = name

@@ -96,7 +96,8 @@ def main() -> None:
         "memory": {name: traced[name] for name in ("workers", "jobs", "bytes_held")},
         "peak_resident_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     }
-    write_record(args.output, "python -m tests._support.driver_simulation", content)
+    command = f"python -m tests._support.driver_simulation --workers {args.workers} --jobs {args.jobs}"
+    write_record(args.output, command, content)
     print(json.dumps(content, indent=1))
 
 
