@@ -133,8 +133,8 @@ def test_whatever_happens_every_task_has_one_outcome(script: list[str], workers:
 def test_the_driver_holds_no_more_after_many_jobs() -> None:
     tracemalloc.start()
     try:
-        found = simulate(100, 2000, marks=4)
+        found = simulate(100, 6000, marks=6)
     finally:
         tracemalloc.stop()
-    assert found["jobs"] == 2000
-    assert found["bytes_held"][2] < 1.2 * found["bytes_held"][0]  # the last is of idle workers
+    assert found["jobs"] == 6000
+    assert found["bytes_held"][4] < 1.1 * found["bytes_held"][1]  # tables grow at first; at the end all are idle
