@@ -47,6 +47,7 @@ COMMANDS = {
     "search": Command("search.command", "find the attention heads whose perturbation raises an objective", True),
     "anomaly": Command("anomaly.command", "learn defects from a few images, make image-mask pairs of them", True),
     "eval": Command("eval.command", "measure a folder of images or videos against references or captions"),
+    "merge": Command("merge", "join the reports of the parts of a run that --shard made"),
     "bench": Command("bench.command", "measure kernels and methods on this machine"),
     "completion": Command("completion", "print a script that completes commands, flags and names in a shell"),
 }

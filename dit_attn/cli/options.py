@@ -125,8 +125,16 @@ RUN = (
     Flag("dry-run", "print the plan and stop", bool),
     Flag("config", "YAML file with any of these flags; flags on the command line win", metavar="FILE"),
 )  # fmt: skip
+ENGINE = (
+    Flag("workers", "processes that share the items, each with its own weights: a number, or auto, one per GPU",
+         default="this process alone", metavar="N"),
+    Flag("engine", "where the workers are: local, this machine; ray, or ray:ADDRESS, a Ray cluster", default="local",
+         metavar="NAME"),
+    Flag("shard", "make one part of the items, e.g. 1/4, the first of four; dit-attn merge joins the reports",
+         default="all", metavar="I/N"),
+)  # fmt: skip
 # Any command's configuration file may hold these; a command ignores those that it does not have.
-SHARED = (*MODEL, *WEIGHTS, *PRESET, *SUBJECTS, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN)
+SHARED = (*MODEL, *WEIGHTS, *PRESET, *SUBJECTS, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN, *ENGINE)
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dit_attn
 from dit_attn import contact_sheet
-from dit_attn.cli import model_source, outputs
+from dit_attn.cli import load_pipeline, model_source, outputs
 from dit_attn.cli.load_pipeline import LoadConfig, parse_loras
+from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
     from dit_attn.cli.high_resolution import TwoStages
+    from dit_attn.pipelines.run import Shard
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
 
@@ -119,6 +123,30 @@ def new_run(
     return Run(pipe, methods, folder, setup, facts, fps, stages=stages)
 
 
+def load_run(run: Run, load: LoadConfig, bar: bool = False) -> None:
+    """Give a run its pipeline, with the methods enabled.
+
+    Args:
+        run: the run.
+        load: what it was made of.
+        bar: draw a bar over the steps, on terminals.
+
+    Raises:
+        DitAttnError: weights that cannot be loaded.
+    """
+    started = time.perf_counter()
+    run.pipe = load_pipeline.load_pipeline(load, bar=bar)
+    if run.methods and run.stages is None:
+        dit_attn.enable(run.pipe, *run.methods)
+    else:
+        with suppress(DitAttnError):  # a family that cannot be watched is generated with all the same
+            dit_attn.watch(run.pipe)
+            run.watched = True
+    load_pipeline.compile_pipeline(run.pipe, load.compile)
+    run.facts["commit"] = load_pipeline.commit_of(load.source)
+    run.facts["load_seconds"] = round(time.perf_counter() - started, 3)
+
+
 def methods_enabled(run: Run) -> AbstractContextManager[Any]:
     """The methods of a run for the length of a block; without methods the pipeline stays stock, untouched."""
     return dit_attn.enabled(run.pipe, *run.methods) if run.methods else nullcontext()
@@ -146,6 +174,16 @@ def report(run: Run, seconds: float) -> dict[str, Any]:
         **run.facts,
         "items": [asdict(result) for result in run.results],
     }
+
+
+def describe_shard(shard: Shard, digests: Sequence[str]) -> dict[str, Any]:
+    """Return what a shard's report says of the run it is a part of.
+
+    Args:
+        shard: which part.
+        digests: of the jobs of all parts, in order.
+    """
+    return {**asdict(shard), "items": len(digests), "jobs": hashlib.sha256("".join(digests).encode()).hexdigest()}
 
 
 def versions() -> dict[str, str]:

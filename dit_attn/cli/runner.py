@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,41 +34,64 @@ def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> d
     return found
 
 
-def run_jobs(
-    run: Run,
-    jobs: Sequence[Job],
-    done: dict[int, Finished],
-    with_sheet: bool,
-    on_item: Callable[[str], None],
-    total: int,
-) -> list[ItemResult]:
+@dataclass
+class Items:
+    """The items of one command, or its part of them.
+
+    Attributes:
+        jobs: in order.
+        total: items of all processes.
+        with_sheet: collect cells for the contact sheet.
+        done: outputs to skip, by job index.
+    """
+
+    jobs: Sequence[Job]
+    total: int
+    with_sheet: bool = False
+    done: dict[int, Finished] = field(default_factory=dict)
+
+    @property
+    def todo(self) -> list[Job]:
+        """The jobs whose output is not there."""
+        return [job for job in self.jobs if job.index not in self.done]
+
+
+def run_jobs(run: Run, items: Items, on_item: Callable[[str], None]) -> list[ItemResult]:
     """Make every job's output. A failed item does not stop the others.
 
     Args:
         run: what the items share.
-        jobs: those of this process, in order.
-        done: outputs to skip, by job index.
-        with_sheet: collect cells for the contact sheet.
+        items: of this process.
         on_item: callback(line), after every item.
-        total: items of all processes.
 
     Raises:
         DitAttnError: outputs cannot be written (full disk); what is finished stays.
         KeyboardInterrupt: no half file is left.
     """
-    with progress_bar(len(jobs), "items") as bar:
-        for job in jobs:
-            if job.index in done:
-                result, media = _skipped(job, done[job.index], with_sheet)
+    with progress_bar(len(items.jobs), "items") as bar:
+        for job in items.jobs:
+            if job.index in items.done:
+                found = items.done[job.index]
+                result, media = skipped_item(job, found), outputs.read_media(found.path) if items.with_sheet else None
             else:
                 result, media = _attempt(run, job)
-            run.results.append(result)
-            if with_sheet and media is not None:
-                run.tiles[job.index] = contact_sheet.tile(media.frames, job.prompt, _note(result))
+            add_result(run, result, media if items.with_sheet else None)
             bar.clear()
-            on_item(describe_item(result, total))
+            on_item(describe_item(result, items.total))
             bar.update()
     return run.results
+
+
+def add_result(run: Run, result: ItemResult, media: Media | None) -> None:
+    """Add what became of a job to the run; with media, also a cell of the contact sheet."""
+    run.results.append(result)
+    if media is not None:
+        run.tiles[result.index] = tile_of(result, media)
+
+
+def tile_of(result: ItemResult, media: Media) -> contact_sheet.Tile:
+    """Return the cell of an item on the contact sheet."""
+    return contact_sheet.tile(media.frames, result.prompt, _note(result))
 
 
 def warn(warnings: Iterable[str], total: int) -> None:
@@ -133,14 +156,33 @@ def _make_in_stages(run: Run, job: Job) -> tuple[Media, float, ItemFacts]:
     return outputs.media_of(made.output), sum(made.seconds.values()), facts
 
 
+def make_item(run: Run, job: Job) -> tuple[ItemResult, Media]:
+    """Make one output and save it.
+
+    Raises:
+        Exception: whatever the pipeline raises, see :func:`explain_failure`.
+    """
+    if run.stages is not None:
+        media, seconds, facts = _make_in_stages(run, job)
+        return save_item(run, job, media, seconds, facts), media
+    media, seconds = call_pipeline(run.pipe, job)
+    return save_item(run, job, media, seconds), media
+
+
+def failed_item(job: Job, why: str) -> ItemResult:
+    """Return the result of a job that could not be made, with one line why."""
+    return ItemResult(job.index, job.prompt, job.seed, "failed", error=why)
+
+
+def explain_failure(error: Exception) -> tuple[str, bool]:
+    """Return one line for what an item raised, and whether it says all there is: then another try is of no use."""
+    explained = isinstance(error, (outputs.NotFinite, DitAttnError))
+    return _hint(reason(error) if explained else f"{type(error).__name__}: {reason(error)}", error), explained
+
+
 def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
-    head = (job.index, job.prompt, job.seed)
     try:
-        if run.stages is not None:
-            media, seconds, facts = _make_in_stages(run, job)
-            return save_item(run, job, media, seconds, facts), media
-        media, seconds = call_pipeline(run.pipe, job)
-        return save_item(run, job, media, seconds), media
+        return make_item(run, job)
     except RunStopped:
         raise
     except Exception as error:  # whatever one item does, the others go on; the line names it
@@ -148,9 +190,7 @@ def _attempt(run: Run, job: Job) -> tuple[ItemResult, Media | None]:
             import traceback
 
             traceback.print_exc()
-        explained = isinstance(error, (outputs.NotFinite, DitAttnError))
-        why = reason(error) if explained else f"{type(error).__name__}: {reason(error)}"
-        return ItemResult(*head, "failed", error=_hint(why, error)), None
+        return failed_item(job, explain_failure(error)[0]), None
 
 
 @dataclass(frozen=True)
@@ -199,9 +239,10 @@ def save_item(run: Run, job: Job, media: Media, seconds: float, facts: ItemFacts
     return ItemResult(*done, warnings=warnings)
 
 
-def _skipped(job: Job, done: Finished, with_sheet: bool) -> tuple[ItemResult, Media | None]:
+def skipped_item(job: Job, done: Finished) -> ItemResult:
+    """Return the result of a job whose output is there already."""
     head = (job.index, job.prompt, job.seed, "skipped", str(done.path), done.seconds, done.density)
-    return ItemResult(*head, warnings=done.warnings), outputs.read_media(done.path) if with_sheet else None
+    return ItemResult(*head, warnings=done.warnings)
 
 
 def _note(result: ItemResult) -> str:

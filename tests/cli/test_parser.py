@@ -12,15 +12,15 @@ from dit_attn.cli import COMMANDS, main
 from dit_attn.cli.parser import Parser
 
 GROUPS = {
-    "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run"],
-    "edit": ["model", "methods", "instructions", "size", "sampling", "output", "run"],
+    "generate": ["model", "methods", "prompts", "size", "sampling", "high resolution", "output", "run", "workers"],
+    "edit": ["model", "methods", "instructions", "size", "sampling", "output", "run", "workers"],
     "models": ["output"],
     "methods": ["method", "output"],
     "explain": ["model", "methods", "size", "sampling", "high resolution", "output", "run"],
     "doctor": ["output"],
     "demo": ["output", "run"],
     "train": ["model", "training", "evaluation", "output", "run"],
-    "compare": ["model", "methods", "prompts", "comparison", "size", "sampling", "output", "run"],
+    "compare": ["model", "methods", "prompts", "comparison", "size", "sampling", "output", "run", "workers"],
     "inspect": ["model", "methods", "prompts", "measurements", "size", "sampling", "output", "run"],
     "calibrate": ["model", "methods", "prompts", "calibration", "size", "sampling", "output", "run"],
     "finetune": ["what", "model", "methods", "examples", "training", "merge", "output", "run"],
@@ -29,6 +29,7 @@ GROUPS = {
     ],
     "anomaly": ["job", "model", "data", "training", "generation", "benchmark", "output", "run"],
     "eval": ["files", "metrics", "export", "output", "run"],
+    "merge": ["parts", "output"],
     "bench": ["what", "kernels", "operators", "model", "methods", "output", "run"],
     "completion": ["shell"],
 }

@@ -20,6 +20,7 @@ from dit_attn.errors import DitAttnError, reason
 # Library -> what it is for, and how to get it.
 OPTIONAL = {
     "triton": ("GPU kernels", "pip install 'dit-attn[triton]' (Linux, CUDA)"),
+    "ray": ("workers on a cluster, --engine ray", "pip install 'dit-attn[ray]'"),
     "xformers": ("a dense attention backend of diffusers", "pip install 'dit-attn[xformers]'"),
     "torchmetrics": ("image and video metrics", "pip install 'dit-attn[eval]'"),
     "peft": ("--lora", "pip install 'dit-attn[lora]'"),

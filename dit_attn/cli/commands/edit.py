@@ -30,6 +30,7 @@ GROUPS = {
     "sampling": flags.SAMPLING,
     "output": flags.without(flags.OUTPUT, "fps"),
     "run": flags.RUN,
+    "workers": flags.ENGINE,
 }
 _EXAMPLES = """examples:
   dit-attn edit --model black-forest-labs/FLUX.1-Kontext-dev \\

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,14 @@ from dit_attn.cli import parser as parsers
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.progress import on_terminal
 from dit_attn.cli.table import Table, fields, show
-from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.errors import DitAttnError
 
 if TYPE_CHECKING:
     from dit_attn.cli.jobs import Job
     from dit_attn.cli.load_pipeline import LoadConfig
     from dit_attn.cli.model_source import Source
-    from dit_attn.cli.outputs import Finished
     from dit_attn.cli.run_record import Run
-    from dit_attn.pipelines.worker_share import WorkerShare
+    from dit_attn.pipelines.run import Shard
     from dit_attn.processors.methods.base import Method
 
 GROUPS = {
@@ -37,6 +35,7 @@ GROUPS = {
     "high resolution": high_resolution.FLAGS,
     "output": flags.OUTPUT,
     "run": flags.RUN,
+    "workers": flags.ENGINE,
 }
 _EXAMPLES = """examples:
   dit-attn generate --model tiny-image \\
@@ -68,6 +67,7 @@ class GenerateConfig:
         dry_run, json: print the plan and stop; print JSON.
         device_given: whether ``--device`` was; else every process takes a GPU of its own.
         stages: every item is made in two stages.
+        shard: the part of the items that is made; ``None``: all.
     """
 
     load: LoadConfig
@@ -82,6 +82,7 @@ class GenerateConfig:
     json: bool = False
     device_given: bool = False
     stages: high_resolution.TwoStages | None = None
+    shard: Shard | None = None
 
     @classmethod
     def from_options(cls, options: flags.Options, edits: bool = False) -> GenerateConfig:
@@ -162,12 +163,13 @@ def run_options(options: flags.Options, edits: bool = False) -> int:
     Raises:
         DitAttnError: as for :func:`run`.
     """
+    from dit_attn.cli import engines, item_report, item_worker, outputs, run_record, runner, workers
     from dit_attn.cli import jobs as job_files
-    from dit_attn.cli import outputs, runner, workers
 
     high_resolution.check_flags(options)
+    engine, shard = engines.from_options(options)
     check_early(options, together=True)
-    config = GenerateConfig.from_options(options, edits)
+    config = replace(GenerateConfig.from_options(options, edits), shard=shard)
     if config.dry_run:
         live = config.new_run()
         return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0
@@ -175,71 +177,46 @@ def run_options(options: flags.Options, edits: bool = False) -> int:
     config = replace(config, load=replace(config.load, device=device))
     live = config.new_run()
     outputs.prepare_folder(config.folder)
-    jobs = worker.part(config.jobs)
-    done = runner.find_finished(jobs, config.folder, live.setup) if config.resume else {}
-    if len(done) < len(jobs):
-        _load(live, config.load)
-        job_files.check_inputs(jobs, live.pipe)
-    return _make(live, config, jobs, done, worker)
-
-
-def _make(live: Run, config: GenerateConfig, jobs: list[Job], done: dict[int, Finished], worker: WorkerShare) -> int:
-    from dit_attn.cli import runner
-
-    total = len(config.jobs)
-    started = time.perf_counter()
+    part = list(config.jobs) if shard is None else shard.part(config.jobs)
+    items = runner.Items(worker.part(part), len(config.jobs), config.contact_sheet and shard is None)
+    if config.resume:
+        items.done = runner.find_finished(items.jobs, config.folder, live.setup)
+    if engine is None and items.todo:
+        run_record.load_run(live, config.load, bar=True)
+        job_files.check_inputs(items.jobs, live.pipe)
+    started, on_item = time.perf_counter(), _silent if config.json else print
     try:
-        runner.run_jobs(live, jobs, done, config.contact_sheet, _silent if config.json else print, total)
+        if engine is None:
+            runner.run_jobs(live, items, on_item)
+        else:
+            item_worker.run_on_engine(live, items, on_item, engine, item_worker.recipe_of(options, live), device)
     except KeyboardInterrupt:
         saved = sum(result.status != "failed" for result in live.results)
         print(
-            f"dit-attn: interrupted; {saved} of {len(jobs)} items are in {live.folder}; "
+            f"dit-attn: interrupted; {saved} of {len(items.jobs)} items are in {live.folder}; "
             "run the same command with --resume to go on",
             file=sys.stderr,
         )
         return 130
-    made_here = any(item.status == "done" for item in live.results)
+    made_here = engine is None and any(item.status == "done" for item in live.results)
     live.results = sorted(worker.gather(live.results), key=lambda result: result.index)
     live.tiles = dict(sorted(worker.gather(list(live.tiles.items()))))
-    failed = [item for item in live.results if item.status == "failed"]
     if worker.rank == 0:
-        _report(live, config, time.perf_counter() - started, made_here)
-    return 1 if failed else 0
+        report = run_record.report(live, time.perf_counter() - started)
+        if shard is not None:
+            report["shard"] = run_record.describe_shard(shard, [job.digest(live.setup) for job in config.jobs])
+        summary = _summary(live) if made_here and not config.json else None
+        item_report.write(report, live.folder, live.tiles, config.argv, config.json, summary, shard)
+    return 1 if any(item.status == "failed" for item in live.results) else 0
 
 
-def _report(live: Run, config: GenerateConfig, seconds: float, made_here: bool) -> None:
-    """Write the contact sheet and ``run.json``, and print what became of the items of all processes."""
-    from dit_attn import contact_sheet
-    from dit_attn.cli import outputs, run_record, runner
-    from dit_attn.cli.subjects import write_page
+def _summary(live: Run) -> Any:
+    """What the methods did, for printing; ``None`` without methods."""
+    import dit_attn
 
-    total, unwritten = len(config.jobs), None
-    result = run_record.report(live, seconds)
-    try:
-        if config.contact_sheet and live.tiles:
-            outputs.write_image(
-                contact_sheet.flow(list(live.tiles.values()), _heading(live)), live.folder / "sheet.png"
-            )
-            (_silent if config.json else print)(f"contact sheet: {live.folder / 'sheet.png'}")
-        outputs.write_json(result, live.folder / "run.json")
-        if write_page(live.folder, live.results, config.argv):
-            (_silent if config.json else print)(f"subjects: {live.folder / 'subjects.html'}")
-    except RunStopped as error:  # the items are complete all the same: report them first
-        unwritten = error
-    if config.json:
-        print(json.dumps(result, indent=1, default=str))
-    elif live.methods and made_here:
-        import dit_attn
-
-        print(dit_attn.summary(live.pipe) if live.stages is None else live.last_summary)
-    runner.warn((text for item in live.results for text in item.warnings), total)
-    failed = [item for item in live.results if item.status == "failed"]
-    if failed:
-        print(f"dit-attn: {len(failed)} of {total} items failed:", file=sys.stderr)
-        for item in failed:
-            print(f"  {runner.describe_item(item, total)}", file=sys.stderr)
-    if unwritten is not None:
-        raise unwritten
+    if not live.methods:
+        return None
+    return dit_attn.summary(live.pipe) if live.stages is None else live.last_summary
 
 
 def _methods(specs: list[Any], source: Source, preset: str | None) -> tuple[Method, ...]:
@@ -251,24 +228,6 @@ def _methods(specs: list[Any], source: Source, preset: str | None) -> tuple[Meth
             "leave out --method"
         )
     return resolve(specs, source.transformer, preset)
-
-
-def _load(live: Run, load: LoadConfig) -> None:
-    """Give the run its pipeline, with the methods enabled."""
-    import dit_attn
-    from dit_attn.cli import load_pipeline
-
-    started = time.perf_counter()
-    live.pipe = load_pipeline.load_pipeline(load, bar=True)
-    if live.methods and live.stages is None:
-        dit_attn.enable(live.pipe, *live.methods)
-    else:
-        with suppress(DitAttnError):  # a family that cannot be watched is generated with all the same
-            dit_attn.watch(live.pipe)
-            live.watched = True
-    load_pipeline.compile_pipeline(live.pipe, load.compile)
-    live.facts["commit"] = load_pipeline.commit_of(load.source)
-    live.facts["load_seconds"] = round(time.perf_counter() - started, 3)
 
 
 def _default_folder(source: Source, methods: tuple[Method, ...]) -> Path:
@@ -290,11 +249,6 @@ def _print_plan(live: Run, config: GenerateConfig) -> int:
     about = fields({**run_record.describe_setup(live), "items": len(items)})
     show(about, "", Table(("item", "prompt", "call"), planned, folded=("prompt",)))
     return 0
-
-
-def _heading(live: Run) -> str:
-    names = ", ".join(method.slug for method in live.methods) or "dense"
-    return f"{live.setup['model']}   {names}"
 
 
 def _silent(line: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
@@ -16,6 +17,7 @@ from dit_attn.cli.table import Table, fields, show
 
 if TYPE_CHECKING:
     from dit_attn.cli.commands.compare.config import CompareConfig
+    from dit_attn.pipelines.run import Shard
 
 _OWN = (
     flags.Flag("seeds", "seeds of every prompt, e.g. 0,1", default="item i gets 42 + i", metavar="N,N"),
@@ -42,6 +44,7 @@ GROUPS = {
     "sampling": flags.without(flags.SAMPLING, "seed", "num-images-per-prompt"),
     "output": flags.without(flags.OUTPUT, "contact-sheet"),
     "run": flags.without(flags.RUN, "compile"),
+    "workers": flags.ENGINE,
 }
 _METHOD = f"{parsers.VARIANTS}. call:KEY=VALUE changes an argument of the pipeline's call for this variant (required)"
 _EXAMPLES = """examples:
@@ -79,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
     options = flags.merge(args, GROUPS, replaced=("prompt", "prompts", "held_out"))
     early.check(options)
     with loading_libraries(not options.get("json")):
-        from dit_attn.cli import runner
         from dit_attn.cli.commands.compare import run as compare_run
         from dit_attn.cli.commands.compare.config import CompareConfig
+        from dit_attn.cli.commands.compare.run_all import run_all
 
     config = CompareConfig.from_options(options)
     if config.dry_run:
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             _show_plan(config)
         return 0
     try:
-        results = compare_run.run_all(config)
+        results = run_all(config)
     except KeyboardInterrupt:
         print(
             f"dit-attn: interrupted; finished items are in {config.folder}; "
@@ -99,11 +102,20 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    if config.json:
+    return report(results, config.folder, config.json, config.shard)
+
+
+def report(results: dict[str, Any], folder: Path, as_json: bool, shard: Shard | None = None) -> int:
+    """Print what a comparison, or a part of one, has found. Returns 0, 1 when items failed."""
+    from dit_attn.cli import runner
+
+    if as_json:
         print(json.dumps(results, indent=1, default=str))
+    elif shard is not None:
+        print(f"part {shard} is in {folder}; `dit-attn merge {folder}` writes the results when all parts are there")
     else:
-        files = {"figures": config.folder / "results.json", "page": config.folder / "report.html"}
-        show(summary_table(results), *same_work(results), "", verdict_table(results), "", fields(files))
+        places = {"figures": folder / "results.json", "page": folder / "report.html"}
+        show(summary_table(results), *same_work(results), "", verdict_table(results), "", fields(places))
     runner.warn((text for item in results["takes"] for text in item["warnings"]), len(results["takes"]))
     failed = [item for item in results["takes"] if item["error"]]
     if failed:

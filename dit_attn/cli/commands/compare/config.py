@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import engines, method_options, outputs, resolve_methods, run_record
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import held_out_captions, knows_shapes
 from dit_attn.cli.check_run import check_run
 from dit_attn.cli.commands.compare.early import call_of, check_items, parse_seeds, unguided, wanted_metrics
+from dit_attn.cli.engines import EngineConfig
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
@@ -23,6 +25,10 @@ from dit_attn.eval.extractors import CLIP_DEFAULT, Networks
 from dit_attn.pipelines.compare import comparison
 from dit_attn.pipelines.compare.metrics import check_metrics
 from dit_attn.pipelines.compare.records import Variant
+from dit_attn.pipelines.run import Shard
+
+# Flags that say which items there are, and who makes them: workers and parts are given their jobs.
+_OF_THE_ITEMS = ("prompts", "held_out", "seeds", "workers", "engine", "shard", "resume")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class CompareConfig:
         shown: items on the page.
         resume: keep what is there already.
         dry_run, json: print the plan and stop; print JSON.
+        options: the flags, for workers and parts, which make this configuration again.
+        engine: workers that make the items; ``None``: this process does.
+        shard: the part of the items that is made; ``None``: all.
 
     Raises:
         DitAttnError: two variants whose settings come out the same.
@@ -62,6 +71,9 @@ class CompareConfig:
     resume: bool = False
     dry_run: bool = False
     json: bool = False
+    options: Options = field(default_factory=lambda: Options({}), repr=False)
+    engine: EngineConfig | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         known: dict[tuple[Any, ...], str] = {}
@@ -92,8 +104,32 @@ class CompareConfig:
         check_metrics(metrics, networks)
         folder = outputs.folder_of(options.get("output"), Path("outputs") / f"compare-{Path(source.path).name}")
         rest = options.pick("fps", "match_strength", "maps", "resume", "dry_run", "json")
-        shown = options.get("show", 24)
-        return cls(load, tuple(jobs), variants, folder, options.argv, metrics, networks, shown=shown, **rest)
+        engine, shard = engines.from_options(options)
+        rest |= {"shown": options.get("show", 24), "options": options, "engine": engine, "shard": shard}
+        return cls(load, tuple(jobs), variants, folder, options.argv, metrics, networks, **rest)
+
+    def to_dict(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Return JSON values that :meth:`from_dict` makes this configuration of, with some of its jobs."""
+        given = {name: value for name, value in self.options.values.items() if name not in _OF_THE_ITEMS}
+        values = {**given, "prompt": [jobs[0].prompt], "dtype": self.dense.setup["dtype"], "output": str(self.folder)}
+        rest = {"words": self.options.words, "config": self.options.config, "argv": list(self.argv)}
+        return {"values": values, **rest, "jobs": [asdict(job) for job in jobs]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompareConfig:
+        """Return the configuration that :meth:`to_dict` describes, on any machine that has the model.
+
+        Raises:
+            DitAttnError: it has not.
+        """
+        words = [(kind, text) for kind, text in data["words"]]
+        config = cls.from_options(Options(data["values"], words, data["config"], tuple(data["argv"])))
+        return replace(config, jobs=tuple(Job(**job) for job in data["jobs"]))
+
+    @property
+    def planned(self) -> list[Job]:
+        """The jobs of this part."""
+        return list(self.jobs) if self.shard is None else self.shard.part(self.jobs)
 
     @cached_property
     def runs(self) -> dict[str, Run]:

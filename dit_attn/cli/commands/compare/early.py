@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn import files
+from dit_attn.cli import engines, method_options
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options
 from dit_attn.cli.captions import knows_shapes
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_index import known_methods
@@ -26,6 +26,9 @@ def check(options: Options) -> None:
     Raises:
         DitAttnError: bad input.
     """
+    engine, shard = engines.from_options(options)
+    if options.get("match_strength") and (engine is not None or shard is not None):
+        raise DitAttnError("--match-strength measures in one process; leave out --workers, --engine and --shard")
     check_early(options)
     variants = method_options.method_variants(options)
     if not variants:

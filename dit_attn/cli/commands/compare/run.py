@@ -1,8 +1,8 @@
-"""The work behind ``dit-attn compare``: make what is missing, record it in sidecars, write the results."""
+"""The parts of ``dit-attn compare``: make what is missing, record it in sidecars, write the results."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ from dit_attn import files
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import load_pipeline as load
 from dit_attn.cli import outputs, run_record, runner
-from dit_attn.cli.commands.compare import maps as compare_maps
-from dit_attn.cli.commands.compare import match as compare_match
 from dit_attn.cli.commands.compare.config import CompareConfig, job_of
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.progress import progress_bar
@@ -22,6 +20,8 @@ from dit_attn.pipelines.compare import comparison as compare
 from dit_attn.pipelines.compare import metrics
 from dit_attn.pipelines.compare.comparison import Comparison
 from dit_attn.pipelines.compare.records import ItemResult, Variant
+
+Done = dict[tuple[str, int], ItemResult]  # results that are there, by (label, index)
 
 
 def plan(config: CompareConfig) -> dict[str, Any]:
@@ -38,31 +38,13 @@ def plan(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def run_all(config: CompareConfig) -> dict[str, Any]:
-    """Make what is missing and write ``results.json`` and ``report.html``; return the results.
-
-    Raises:
-        DitAttnError: the folder cannot be written, weights that cannot be loaded.
-        KeyboardInterrupt: every finished item is saved, no half file is left.
-    """
-    outputs.prepare_folder(config.folder)
-    files.claim(config, config.folder, "compare", "comparing")  # the caller has it to the end
-    resume, wants_maps = config.resume, config.maps
-    pipe = None
-    if config.match_strength:
-        config, pipe = compare_match.with_matched(config, load_pipeline)
-    for run in config.runs.values():
-        outputs.prepare_folder(run.folder)
-    done = find_results(config) if resume else {}
-    maps = compare_maps.find_maps(config) if resume and wants_maps else {}
-    unmapped = compare_maps.missing(config, maps) if wants_maps else []
-    if pipe is None and (len(done) < len(config.jobs) * len(config.variants) or unmapped):
-        pipe = load_pipeline(config)
-    started = time.perf_counter()
-    comparison = Comparison(config.variants, make_all(config, pipe, done))
-    maps |= compare_maps.make_maps(config, pipe, unmapped)
+def finish(
+    config: CompareConfig, items: list[ItemResult], maps: dict[str, Any], seconds: float, device: str
+) -> dict[str, Any]:
+    """Measure the metrics, write ``results.json`` and ``report.html``; return the results."""
+    comparison = Comparison(config.variants, items)
     comparison.metrics = measure(config, comparison.results)
-    results = results_of(config, comparison, time.perf_counter() - started)
+    results = results_of(config, comparison, seconds) | {"device": device}
     results["maps"] = {v.label: maps[v.label] for v in config.variants if v.label in maps}
     outputs.write_json(results, config.folder / "results.json")
     outputs.write_text(page(results, config.folder, config.shown), config.folder / "report.html")
@@ -89,41 +71,53 @@ def measure(config: CompareConfig, items: list[ItemResult]) -> dict[str, dict[st
     return metrics.measure_metrics(config.metrics, items, read, config.networks, config.load.device)
 
 
-def find_results(config: CompareConfig) -> dict[tuple[str, int], ItemResult]:
+def find_results(config: CompareConfig, wanted: Sequence[Job]) -> Done:
     """Find the results of an earlier run of the same jobs, by (label, index)."""
     found = {}
+    by_index = {job.index: job for job in wanted}
     for variant in config.variants:
         label, run = variant.label, config.runs[variant.label]
-        jobs = [job_of(variant, job) for job in config.jobs]
+        jobs = [job_of(variant, job) for job in wanted]
         for index, one in runner.find_finished(jobs, run.folder, run.setup).items():
             result = ItemResult.from_json(one.sidecar.get("compare"))
             if result is not None and result.index == index and result.error is None:
-                job = config.jobs[index]
+                job = by_index[index]
                 file = str(one.path.relative_to(config.folder))  # what a sidecar says may lead out of the folder
                 found[label, index] = replace(result, variant=label, prompt=job.prompt, seed=job.seed, file=file)
     return found
 
 
-def make_all(config: CompareConfig, pipe: Any, done: dict[tuple[str, int], ItemResult]) -> list[ItemResult]:
+def make_all(config: CompareConfig, pipe: Any, done: Done) -> list[ItemResult]:
     """Make every item by every variant, in the order of the items. What is in ``done`` is not made again; dense is,
     for the times of the others."""
-    todo = {job.index: [v for v in config.variants if (v.label, job.index) not in done] for job in config.jobs}
-    count = sum(len(missing) for missing in todo.values())
-    shares = attention_shares(config, pipe) if count else {}
+    count = len(config.planned) * len(config.variants) - len(done)
+    shares = attention_shares(config.planned, pipe) if count else {}
     if count:
         warm_up(config, pipe)
     results: list[ItemResult] = []
     with progress_bar(count, "compare") as bar:
-        for job in config.jobs:
-            missing = todo[job.index]
-            made = {}
-            if missing:
-                variants = compare.with_dense(missing)
-                for item in run_round(config, pipe, job, variants, done, shares[job.index]):
-                    made[item.variant] = item
-                    bar.update((item.variant, job.index) not in done)
-            results += [done.get((v.label, job.index)) or made[v.label] for v in config.variants]
+        for job in config.planned:
+            results += make_job(config, pipe, job, done, shares.get(job.index), bar.update)
     return results
+
+
+def make_job(
+    config: CompareConfig,
+    pipe: Any,
+    job: Job,
+    done: Done,
+    share: float | None,
+    on_item: Callable[[], Any] = lambda: None,
+) -> list[ItemResult]:
+    """Make one job by every variant that is not in ``done``; return the results of all variants."""
+    missing = [v for v in config.variants if (v.label, job.index) not in done]
+    made = {}
+    if missing:
+        for item in run_round(config, pipe, job, compare.with_dense(missing), done, share):
+            made[item.variant] = item
+            if (item.variant, job.index) not in done:
+                on_item()
+    return [done.get((v.label, job.index)) or made[v.label] for v in config.variants]
 
 
 def run_round(
@@ -131,7 +125,7 @@ def run_round(
     pipe: Any,
     job: Job,
     variants: tuple[Variant, ...],
-    done: dict[tuple[str, int], ItemResult],
+    done: Done,
     share: float | None,
 ) -> Any:
     """Run one job by every variant; outputs and sidecars are saved as they come."""
@@ -180,10 +174,10 @@ def warm_up(config: CompareConfig, pipe: Any) -> None:
                 continue  # it comes again with the item, and is reported there
 
 
-def attention_shares(config: CompareConfig, pipe: Any) -> dict[int, float | None]:
+def attention_shares(jobs: Sequence[Job], pipe: Any) -> dict[int, float | None]:
     """Return attention's share of the operations of a dense step, by index of the job; jobs may differ in size."""
-    sizes = {job.index: tuple(job.call.get(key) for key in ("height", "width", "num_frames")) for job in config.jobs}
-    calls = {sizes[job.index]: job.call for job in config.jobs}
+    sizes = {job.index: tuple(job.call.get(key) for key in ("height", "width", "num_frames")) for job in jobs}
+    calls = {sizes[job.index]: job.call for job in jobs}
     shares = {size: compare.attention_share(pipe, call) for size, call in calls.items()}
     return {index: shares[size] for index, size in sizes.items()}
 
