@@ -24,7 +24,8 @@ class ModelInfo:
         tokens: image or video tokens per sample at the default size.
         call_defaults: keyword arguments that every call needs (size, steps, guidance, text length).
         example: a caption that works.
-        world: what it was trained on, ``"shapes"`` or ``"inspection"`` (`dit_attn.eval`).
+        world: what it was trained on: ``"shapes"``, ``"objects"`` (several different ones) or ``"inspection"``, all of
+            `dit_attn.eval`.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options
-from dit_attn.cli.captions import knows_shapes
+from dit_attn.cli.captions import has_captions
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.model_source import locate
@@ -73,7 +73,7 @@ def check_captions(options: Options, kind: str) -> None:
     Raises:
         DitAttnError: so it is, or there is no prompt.
     """
-    if knows_shapes(kind, options["model"]):
+    if has_captions(kind, options["model"]):
         return
     for name in ("held_out",) if has_prompts(options) else ("held_out", "check"):
         if options.get(name):

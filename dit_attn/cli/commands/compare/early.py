@@ -8,7 +8,7 @@ from typing import Any
 from dit_attn import files
 from dit_attn.cli import engines, method_options
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli.captions import knows_shapes
+from dit_attn.cli.captions import has_captions
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_index import known_methods
 from dit_attn.cli.model_source import locate
@@ -65,7 +65,7 @@ def check_items(options: Options, kind: str) -> None:
     if "held_out" in options:
         if "prompt" in options or "prompts" in options:
             raise DitAttnError("--held-out and prompts together are two sets of items; give one of them")
-        if not knows_shapes(kind, options["model"]):
+        if not has_captions(kind, options["model"]):
             raise DitAttnError(
                 f"--held-out {options['held_out']} is for embedded models of the shapes world, not for "
                 f"{options['model']}; give --prompts FILE"

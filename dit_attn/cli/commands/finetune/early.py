@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_attn.cli import jobs as job_files
 from dit_attn.cli import method_options
-from dit_attn.cli.captions import knows_shapes
+from dit_attn.cli.captions import has_captions
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.model_source import locate
@@ -48,7 +48,7 @@ def check(options: Options) -> None:
         return
     if has_prompts(options):
         job_files.make_jobs(options.values, defaults)
-    elif not knows_shapes(kind, options["model"]):
+    elif not has_captions(kind, options["model"]):
         raise DitAttnError("no examples; give --data DIR, or --prompts FILE for the teacher to draw them")
 
 
