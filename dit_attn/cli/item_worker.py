@@ -21,7 +21,6 @@ from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.cli.runner import Items
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.run import JobFailed, Recipe, Task
-from dit_attn.processors.methods.base import Method
 
 
 def recipe_of(options: Options, run: Run) -> Recipe:
@@ -54,6 +53,8 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
     Raises:
         DitAttnError: no such model here, another one, or another folder.
     """
+    from dit_attn.processors.methods.base import Method
+
     folder = Path(settings["folder"])
     engines.check_marked(folder, settings["mark"], name)
     load = LoadConfig.from_options(Options(settings["load"]))

@@ -91,7 +91,10 @@ def _methods(row: dict[str, Any], slugs: list[str]) -> str:
     """What is to be said of the methods of a family: nothing where it takes all of them."""
     if row["refused"]:
         return f"none: {row['refused']}"
-    return "" if row["methods"] == slugs else ", ".join(row["methods"])
+    missing = [slug for slug in slugs if slug not in row["methods"]]
+    if len(missing) > len(row["methods"]):
+        return ", ".join(row["methods"])
+    return f"all but {', '.join(missing)}" if missing else ""
 
 
 def _score(entry: dict[str, Any]) -> str:

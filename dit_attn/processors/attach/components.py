@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unconditional_transformer")
 """Names of a pipeline's transformers: Wan 2.2 has two, MiniMax-H3 one for runs with references, Ideogram 4 one for the

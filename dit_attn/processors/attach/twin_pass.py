@@ -56,7 +56,8 @@ class TwinRunner:
             self._run, self.evaluations, self.reused_blocks = clock.run, 0, 0
         self.release()
         branches = session.rows_by_branch()
-        grids = [span.grid for span in session.layout.spans if span.visual] if session.layout else [None]
+        spans = session.layout.spans if session.layout else ()
+        grids = [span.grid for span in spans if span.visual and span.length is not None] or [None]
         twin = self.method.twin(clock, branches) if len(grids) == 1 and self.method.twin_at(grids[0]) else None
         if twin is None:
             return

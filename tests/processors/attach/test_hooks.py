@@ -37,7 +37,7 @@ class Session:
     """Remembers what it is shown; stands for the session of a model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.guider, self.twin, self.shown = model, None, None, list[Any]()
+        self.model, self.guider, self.twin, self.negative, self.shown = model, None, None, None, list[Any]()
         self.family = SimpleNamespace(timestep="timestep", forward_args=("frames", "absent"))
         self.context: Any = None
         self.on_forward = self.shown.append
@@ -81,7 +81,8 @@ def test_processors_are_looked_after_before_the_session_is_told_and_the_guider_m
 def test_a_compiled_transformer_shows_its_arguments_through_one_operator() -> None:
     session = RunState([], Clock())
     shown: list[dict[str, Any]] = []
-    session.on_forward, session.twin, session.reduced = shown.append, None, None  # type: ignore[attr-defined]
+    session.on_forward, session.twin = shown.append, None  # type: ignore[attr-defined]
+    session.negative, session.reduced = None, None  # type: ignore[attr-defined]
     torch.ops.dit_attn.on_forward(
         session.handle,
         [torch.tensor([3.0]), torch.zeros(2)],
