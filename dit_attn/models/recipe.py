@@ -156,10 +156,10 @@ RECIPES: dict[str, Recipe] = {
         name="tiny-multi",
         family="joint",
         kind="multi",
-        steps=4400,
+        steps=3000,
         stages=(
-            Stage(share=0.06, size=64, frames=1, batch=16, shift=3.0, objects=(1, 1)),
-            Stage(share=0.46, size=64, frames=1, batch=16, shift=3.0, objects=(2, 2)),
+            Stage(share=0.088, size=64, frames=1, batch=16, shift=3.0, objects=(1, 1)),
+            Stage(share=0.432, size=64, frames=1, batch=16, shift=3.0, objects=(2, 2)),
             Stage(share=0.35, size=64, frames=1, batch=16, shift=2.0, filled=0.1),
             Stage(share=0.13, size=128, frames=1, batch=4, shift=3.0, filled=0.1),
         ),
@@ -189,6 +189,7 @@ TAILS: dict[str, Recipe] = {
         ("tiny-image", 4000, Stage(share=1.0, size=128, frames=1, batch=4, shift=3.0)),
         ("tiny-video", 4000, Stage(share=1.0, size=48, frames=9, batch=3, shift=3.0)),
         ("tiny-joint", 4000, Stage(share=1.0, size=128, frames=1, batch=4, shift=3.0)),
+        ("tiny-multi", 4000, Stage(share=1.0, size=128, frames=1, batch=4, shift=3.0, filled=0.1)),
     )
 }
 
@@ -197,10 +198,10 @@ def recipe(name: str, *, tail: bool = False) -> Recipe:
     """Return the recipe of the embedded model `name`, or the one that goes on from its shipped weights.
 
     Raises:
-        DitAttnError: no such model, or a tail of one without shipped weights.
+        DitAttnError: no such model, or one without a tail.
     """
     if name not in RECIPES:
         raise unknown("model", name, RECIPES)
     if tail and name not in TAILS:
-        raise DitAttnError(f"{name!r} has no shipped weights that a tail could go on from; leave out --tail")
+        raise DitAttnError(f"{name!r} has no tail, {', '.join(TAILS)} do; leave out --tail")
     return TAILS[name] if tail else RECIPES[name]

@@ -128,10 +128,6 @@ MODELS: dict[str, ModelInfo] = {
         example="metal with a scratch",
         world="inspection",
     ),
-}
-
-
-UNSHIPPED: dict[str, ModelInfo] = {
     "tiny-multi": ModelInfo(
         name="tiny-multi",
         pipeline="StableDiffusion3Pipeline",
@@ -145,9 +141,9 @@ UNSHIPPED: dict[str, ModelInfo] = {
             "max_sequence_length": 40,
         },
         example="a large red circle at the left and a small green cross at the right on white",
+        world="objects",
     ),
 }
-"""Models that have a recipe to train them and no weights in the package yet."""
 
 
 def info(name: str) -> ModelInfo:
@@ -156,8 +152,6 @@ def info(name: str) -> ModelInfo:
     Raises:
         DitAttnError: no such embedded model.
     """
-    if name in UNSHIPPED:
-        raise DitAttnError(f"{name!r} has no weights in the package yet; train it with `dit-attn train {name}`")
     if name not in MODELS:
         raise unknown("embedded model", name, MODELS)
     return MODELS[name]
@@ -171,13 +165,12 @@ def available() -> dict[str, ModelInfo]:
 def call_defaults(name: str) -> dict[str, Any]:
     """Return the keyword arguments for a call of the pipeline `name`; override what you like and pass them on.
 
-    `tiny-video` requests 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame. Models
-    whose weights do not ship yet are known too.
+    `tiny-video` requests 8 frames and returns 9: `WanPipeline` adds one when the autoencoder keeps every frame.
 
     Raises:
         DitAttnError: no such embedded model.
     """
-    return dict((UNSHIPPED.get(name) or info(name)).call_defaults)
+    return dict(info(name).call_defaults)
 
 
 def load(name: str, dtype: Any = None) -> Any:

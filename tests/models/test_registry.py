@@ -16,7 +16,7 @@ from dit_attn.eval.shapes_world import world
 from dit_attn.models import nets, registry
 from dit_attn.models.recipe import RECIPES
 
-SHAPES = ["tiny-image", "tiny-video", "tiny-joint"]
+SHAPES = ["tiny-image", "tiny-video", "tiny-joint", "tiny-multi"]
 NAMES = [*SHAPES, "tiny-inspect"]
 
 
@@ -41,7 +41,7 @@ def test_dtype_is_taken():
     assert next(models.load("tiny-image", dtype=torch.bfloat16).transformer.parameters()).dtype == torch.bfloat16
 
 
-SIZES = [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3), (64, 64, 3)]
+SIZES = [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3), (128, 128, 3), (64, 64, 3)]
 
 
 @pytest.mark.parametrize(("name", "shape"), list(zip(NAMES, SIZES)))
@@ -88,7 +88,8 @@ def test_folder_is_small_and_readable_by_everyone(name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_word_of_the_world_is_a_token(name):
     tokenizer = models.load(name).tokenizer
-    unknown = [w for w in world.vocabulary() if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
+    words = nets.WORDS.get(RECIPES[name].kind, world.vocabulary)()
+    unknown = [w for w in words if tokenizer.convert_tokens_to_ids(w) == tokenizer.unk_token_id]
     assert not unknown
 
 
@@ -110,17 +111,8 @@ def test_unknown_name_is_refused_with_the_list():
     assert "Did you mean 'tiny-image'" in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted(registry.UNSHIPPED))
-def test_a_recipe_without_weights_is_no_embedded_model_and_says_how_to_make_one(name):
-    assert name in RECIPES and name not in models.available()
-    assert models.call_defaults(name)["height"] == RECIPES[name].stages[-1].size
-    for ask in (models.load, models.info):
-        with pytest.raises(DitAttnError, match=f"no weights in the package yet; train it with `dit-attn train {name}`"):
-            ask(name)
-
-
 def test_every_recipe_has_an_entry_and_the_reverse():
-    assert {*models.available(), *registry.UNSHIPPED} == set(RECIPES)
+    assert set(models.available()) == set(RECIPES)
 
 
 def test_missing_weights_are_refused_with_the_remedy(monkeypatch, tmp_path):

@@ -258,7 +258,7 @@ def test_figures_of_objects_count_each_by_the_number_in_its_scene_and_words_wher
 
 
 def test_a_checkpoint_is_scored_as_the_run_it_belongs_to(tmp_path, monkeypatch, capsys):
-    """``python -m dit_attn.models.evaluate tiny-multi --run DIR``, with a model that has no shipped weights."""
+    """``python -m dit_attn.models.evaluate tiny-multi --run DIR``: the weights of the run, not the shipped ones."""
     run = _run("tiny-multi")
     run.step = 3
     run.save(tmp_path)

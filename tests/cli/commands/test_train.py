@@ -37,13 +37,13 @@ def test_a_run_leaves_a_pipeline_and_a_picture(tmp_path, capsys):
     assert "pipeline written to" in capsys.readouterr().out
 
 
-def test_a_model_without_shipped_weights_is_trained_and_scored_by_object(tmp_path, capsys):
+def test_a_model_of_several_objects_is_trained_and_scored_by_object(tmp_path, capsys):
     assert _run("tiny-multi", "--output", tmp_path, "--device", "cpu", "--final-count", 2) == 0
     out = capsys.readouterr().out
     assert "on 2 held-out captions: background " in out and "whole caption 0 %" in out
     assert re.search(r"objects of scenes of 2: present \d+ %, color given present \d+ %", out)
-    with pytest.raises(DitAttnError, match="'tiny-multi' has no shipped weights that a tail could go on from"):
-        _run("tiny-multi", "--tail", "--output", tmp_path / "tail")
+    with pytest.raises(DitAttnError, match="'tiny-inspect' has no tail"):
+        _run("tiny-inspect", "--tail", "--output", tmp_path / "tail")
 
 
 def test_a_model_of_defects_is_scored_by_what_it_paints(tmp_path, capsys, monkeypatch):
