@@ -43,7 +43,7 @@ def make(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
 
 
 def make_dying(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
-    """Return a worker of ``generate`` that is killed while it makes the first item, and remakes it when it is told."""
+    """Return a worker of ``generate`` that is killed while it makes the first item for the first time."""
     from dit_attn.cli import item_worker, runner
 
     work = item_worker.make_worker(settings, name)

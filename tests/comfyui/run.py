@@ -1,7 +1,7 @@
 """The nodes in a real ComfyUI, on a tiny random Wan, on the CPU: ``make test-comfyui COMFYUI=path``.
 
 Its sampler runs the stock model, and the model with the nodes. Density 1 must be stock to the bit, lower densities must
-run and differ, guidance of scale 0 must be stock, and the model that the nodes were put on must not have changed.
+run and differ, guidance of scale 0 must be stock, and the model that the nodes patched must not have changed.
 The result is one JSON file. Run it with the Python of the ComfyUI.
 """
 

@@ -152,7 +152,7 @@ def arms(
     found = {
         "ours, refit": ours,
         "ours, no refit": choose_heads(profile, count, refitted=False),
-        "ours, refit taken off": named_heads(profile, ours.method.heads, refitted=False),
+        "ours, refit removed": named_heads(profile, ours.method.heads, refitted=False),
     }
     for refitted, word in ((True, "refit"), (False, "no refit")):
         for seed in range(seeds):

@@ -6,6 +6,7 @@ How workers are started and reached is left to the engines that derive from :cla
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class _Attempt:
     avoid: int | None = None
 
 
-class WorkerPool:
+class WorkerPool(ABC):
     """The part of an engine that decides; derived classes start, reach and end the workers."""
 
     def start(self, recipe: Recipe, workers: int) -> None:
@@ -82,17 +83,17 @@ class WorkerPool:
         """Return the name of a worker, for messages and sidecars."""
         return f"worker {worker + 1}"
 
+    @abstractmethod
     def _spawn(self, worker: int) -> None:
         """Start a worker, or start it again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _send(self, worker: int, content: Any, again: bool) -> None:
         """Hand a task to a worker that is ready; ``again``: another worker has tried it before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _receive(self) -> Event:
         """Wait for the next event."""
-        raise NotImplementedError
 
     def _hand_out(self, source: Iterator[Task]) -> None:
         for _ in range(len(self._idle)):

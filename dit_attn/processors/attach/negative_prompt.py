@@ -22,7 +22,7 @@ from dit_attn.processors.attach.pipeline_call import argument_default, running_c
 from dit_attn.processors.core.cfg import CFGRule
 
 _CONTEXT = "dit_attn_negative"
-# Arguments of a pipeline's call that belong to the run: its noise, its schedule, and what is told of it.
+# Arguments of a pipeline's call that belong to the run: its noise, its schedule, its output, its callbacks.
 _OF_RUN = ("latents", "generator", "timesteps", "sigmas", "output_type", "return_dict", "callback")
 _OF_PROMPT = ("prompt", "pooled_prompt", "negative_")
 _MADE_OF = ("_embeds", "_latents")  # "image_embeds" are made of "image"

@@ -42,7 +42,7 @@ def test_a_small_comparison_writes_its_record_and_is_resumed(
     assert "heads left out" in shown and "1 of 12" in shown and "random, refit" in shown
 
     log = output.with_suffix(".jsonl")
-    log.write_text("\n".join(line for line in log.read_text().splitlines() if "ours, refit taken off" not in line))
+    log.write_text("\n".join(line for line in log.read_text().splitlines() if "ours, refit removed" not in line))
     asked: list[str] = []
     add = MeasurementLog.add
 
@@ -52,7 +52,7 @@ def test_a_small_comparison_writes_its_record_and_is_resumed(
 
     monkeypatch.setattr(MeasurementLog, "add", noted)
     assert measure.main([*words, "--resume"]) == 0
-    assert asked == ["1: ours, refit taken off"]
+    assert asked == ["1: ours, refit removed"]
     again = json.loads(output.read_text())
     assert {row["arm"]: row["error"] for row in again["rows"]} == pytest.approx(
         {name: row["error"] for name, row in arms.items()}

@@ -11,7 +11,7 @@ variant does not pay for it. Logits are in base 2: ``p = exp2(s * scale * log2(e
 
 The plain variant rescales lazily (the idea of FlashAttention 4, taken to its end). Any reference ``m`` gives the same
 output and log-sum-exp, as long as no sum overflows: the maximum of the first key tile stays the reference of the row,
-and the loop has neither a maximum nor a rescaled accumulator, which is a third of its instructions. A sum overflows
+and the loop has neither a maximum nor a rescaled accumulator, which is a quarter of its instructions. A sum overflows
 where a later logit is larger by about 100 in base 2; such a tile is computed again with a running maximum. Only bf16
 does so: the largest weight of fp16 is 2^16, and fp32 has no registers left for two loops.
 """
