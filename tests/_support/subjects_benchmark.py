@@ -68,9 +68,12 @@ def run(options: argparse.Namespace, arms: dict[str, Arm]) -> None:
     call = {**call, "max_sequence_length": multi.TEXT_LENGTH if options.objects > 2 else 20}
     call["num_inference_steps"] = options.steps or call["num_inference_steps"]
     setup = f"{fingerprint(Path(folder))}, {call['num_inference_steps']} steps, seed {options.seed}"
+    if options.size:
+        call |= {"height": options.size, "width": options.size}
+        setup += f", {options.size} px"
     lines = read(options.lines)
     if any(line.get("setup") != setup for line in lines):
-        raise SystemExit(f"{options.lines} is of other weights, steps or seeds; give another file with --lines")
+        raise SystemExit(f"{options.lines} is of other weights, steps, seeds or sizes; give another file with --lines")
     done = {(line["arm"], line["item"]) for line in lines}
     trained = Path(folder, "training.json")
     kind = json.loads(trained.read_text())["recipe"]["kind"] if trained.is_file() else ""
@@ -244,6 +247,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=96, help="prompts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--size", type=int, metavar="PX", help="height and width; default: the model's own")
     parser.add_argument("--arms", nargs="+", help="some of the arms; default: all")
     parser.add_argument("--quick", action="store_true", help="two prompts of four steps: does it run?")
     parser.add_argument("--lines", type=Path, help="JSONL file of the results; default: outputs/MODEL_WHAT_OBJECTS")
@@ -268,7 +272,7 @@ def main() -> None:
         raise SystemExit(f"interrupted; the same command goes on with {options.lines}") from None
     lines = [line for line in read(options.lines) if line["item"] < options.count]
     given = {**vars(options), "model": model}
-    words = [f"--{key} {given[key]}" for key in ("what", "model", "objects", "count", "seed", "steps")
+    words = [f"--{key} {given[key]}" for key in ("what", "model", "objects", "count", "seed", "steps", "size")
              if given[key] is not None]  # fmt: skip
     command = f"python -m tests._support.subjects_benchmark {' '.join(words)}"
     write_record(options.output, command, {
