@@ -106,7 +106,7 @@ class SubjectsMixin:
             dit_attn.enable(net, dit_attn.SubjectReposition(subjects=moved))
             assert not same(stock, self.call(net, args))
             dit_attn.disable(net)
-            assert same(stock, self.call(net, args)) and not getattr(net, "pos_embed", net)._forward_hooks
+            assert same(stock, self.call(net, args)) and not (position_table(net) or net)._forward_hooks
         if not self.sockets:
             return
         still = [{**one, "from": one["box"]} for one in SUBJECTS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -144,8 +144,8 @@ def prepare(
             stock = (session.module(layer).processor for layer in session.layers if layer.kind == "self")
             processors = [unwrap_processor(item) if is_wrapped(item) else item for item in stock]
             added = method.resamples_tables and position_table(model) is not None
-            session.resampled |= added and not any(rotary_parameters(type(item).__call__) for item in processors)
-            if not (added and session.resampled):
+            session.resampled |= added
+            if not added or any(rotary_parameters(type(item).__call__) for item in processors):
                 check_positions(model, processors, family)
         if (guidance := as_guidance(method)) is not None:
             session.guider = PerturbedGuider(guidance, session)
@@ -215,7 +215,7 @@ def install_hooks(session: Session) -> None:
     on_abort(model, session.drop_state)
     model.register_forward_pre_hook(ForwardHook(session, rewrap), with_kwargs=True)
     if session.resampled:
-        model.get_submodule("pos_embed").register_forward_hook(TableHook(session))
+        cast(torch.nn.Module, position_table(model)).register_forward_hook(TableHook(session))
     if session.twin is not None:  # before the hook of a guidance method, whose pass shares no block with the twin
         model.register_forward_hook(TwinHook(session), always_call=True)
     if session.negative is not None:

@@ -101,7 +101,8 @@ def wrap_processor(processor: Any, run: Session, layer: Layer) -> Any:
     clone.__dict__.pop("_attention_backend", None)
     clone.__dict__["_dit_layer"], clone.__dict__["_dit_run"] = layer, run
     clone.__dict__["_dit_stock"] = processor
-    clone.__dict__["_dit_moves"] = layer.kind == "self" and not run.resampled and bool(moving_methods(run))
+    rotary = not run.resampled or bool(rotary_parameters(stock_class.__call__))
+    clone.__dict__["_dit_moves"] = layer.kind == "self" and rotary and bool(moving_methods(run))
     methods = cast("tuple[Method, ...]", run.methods_for("self") if layer.kind == "self" else ())
     clone.__dict__["_dit_reads"] = any(method.reads_input for method in methods)
     clone.__dict__["_dit_queries"] = any(method.reads_queries for method in methods)

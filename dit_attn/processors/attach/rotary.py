@@ -335,8 +335,15 @@ def position_site(session: Session, layer: Layer, spans: Sequence[Span]) -> Posi
     return PositionSite(layer, tuple(visual), session.clock, branches, session.layer_count, session.pass_name)
 
 
-def maps_of(session: Session, site: PositionSite) -> tuple[PositionMap, ...]:
-    """Return the maps that the methods ask for, in the order in which they are enabled."""
-    asked = [method.positions(site) for method in moving_methods(session)]
+def maps_of(session: Session, site: PositionSite, tables: bool = False) -> tuple[PositionMap, ...]:
+    """Return the maps that the methods ask for, in the order in which they are enabled.
+
+    Args:
+        session: the session.
+        site: where.
+        tables: only those of methods that resample the tables that a model adds to its tokens.
+    """
+    methods = [method for method in moving_methods(session) if method.resamples_tables or not tables]
+    asked = [method.positions(site) for method in methods]
     flat = [(item,) if isinstance(item, PositionMap) else item or () for item in asked]
     return tuple(item for maps in flat for item in maps if item.moves)

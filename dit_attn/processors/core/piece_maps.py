@@ -166,12 +166,9 @@ def reference_keys(call: AttentionCall, number: int = 1) -> torch.Tensor | None:
         return None
     chosen = slice(None) if number == 0 else slice(number - 1, number)
     out = torch.zeros(call.k.shape[:2], dtype=torch.bool, device=call.k.device)
-    for span in [span for span in call.tokens.visual if span.kind == "reference"][chosen]:
-        out[:, span.start : span.stop] = True
-    for at in range(len(out)) if call.tokens.embedded else ():
-        own = [image for image in call.tokens.embedded if image[0] == call.layer.rows[0] + at]
-        for _, start, stop in own[chosen]:
-            out[at, start:stop] = True
+    for at, row in enumerate(out):
+        for span in call.tokens.references(call.layer.rows[0] + at)[chosen]:
+            row[span.start : span.stop] = True
     return out if bool(out.any()) else None
 
 

@@ -10,6 +10,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 VISUAL = ("video", "image", "reference")
 
@@ -48,18 +49,38 @@ def visual_span(kind: str, grid: tuple[int, int, int]) -> Span:
     return Span(kind, t * h * w, (t, h, w))
 
 
+class EmbeddedImage(NamedTuple):
+    """An input image among the text, which may stand at another place in every batch row.
+
+    Attributes:
+        row: of the batch.
+        start, stop: its tokens in the sequence.
+        grid: (1, H, W) of its tokens, row-major, or ``None``.
+    """
+
+    row: int
+    start: int
+    stop: int
+    grid: tuple[int, int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A resolved sequence: spans with their positions, the total length, and ``embedded`` of the layout."""
 
     spans: tuple[Span, ...]
     seq_len: int
-    embedded: tuple[tuple[int, int, int], ...] = ()
+    embedded: tuple[EmbeddedImage, ...] = ()
 
     @property
     def visual(self) -> tuple[Span, ...]:
         """The visual spans, in order."""
         return tuple(span for span in self.spans if span.visual)
+
+    def references(self, row: int) -> tuple[Span, ...]:
+        """The reference images of a batch row in the order of their numbers, those among its text included."""
+        own = (Span("reference", b - a, grid, a) for at, a, b, grid in self.embedded if at == row)
+        return (*(span for span in self.spans if span.kind == "reference"), *own)
 
     @cached_property
     def visual_range(self) -> tuple[int, int] | None:
@@ -81,15 +102,15 @@ class TokenLayout:
 
     Attributes:
         spans: the parts, in order.
-        embedded: input images among the text, where they stand at another place in every batch row: (row, start, stop)
-            in tokens of the sequence, the images of a row in the order of their numbers.
+        embedded: input images among the text, in the order in which the model embeds them; those of a row in the order
+            of their numbers.
         others: layouts of layers that have another sequence, each with a shell pattern of their names.
         queries: which tokens are queries: ``all``, or only the ``last`` or ``first`` ones, as many as a call has; the
             others are keys alone.
     """
 
     spans: tuple[Span, ...]
-    embedded: tuple[tuple[int, int, int], ...] = ()
+    embedded: tuple[EmbeddedImage, ...] = ()
     others: tuple[tuple[str, TokenLayout], ...] = ()
     queries: str = "all"
 

@@ -95,31 +95,38 @@ class SubjectReposition(Method):
         if grid is None:
             request.decline("subjects need one image or video in the sequence")
             return
+        batch = call.q.shape[0]
+        images = [call.tokens.references(call.layer.rows[0] + row) for row in range(batch)]
+        shown = [row for row in range(batch) if images[row]]  # of a prompt with images among its words
         rows = visual_masks(regions_of(self._moved, grid), call.tokens)[:, None]
-        keys = torch.zeros_like(rows)
+        keys = rows.new_zeros(len(rows), batch, rows.shape[-1])
+        thinned = torch.zeros(len(rows), batch, 1, dtype=torch.float64)
         for at, one in enumerate(self._moved):
-            if "reference" in one:
-                span = reference_of(one, call.tokens.visual)
-                keys[at, 0, span.start : span.stop] = tokens_in(source_of(one), span)
-        for barred, theirs in barriers(rows, keys) if self.mutual else ():
-            request.add_span_bias(call, barred[0], theirs[0], -math.inf)
-        picture = next(span for span in call.tokens.visual if span.kind != "reference")
-        for one, mine in zip(self._moved, keys[:, 0]) if self.density_correct else ():
             if "reference" not in one:
                 continue
-            span = reference_of(one, call.tokens.visual)
-            density = area(source_of(one), span.grid) / area(box_at(boxes_of(one), 0.0), grid)
-            request.add_span_bias(call, slice(picture.start, picture.stop), mine, -math.log(density))
+            for row in shown or [0]:
+                span = reference_of(one, images[row])
+                keys[at, row, span.start : span.stop] = tokens_in(source_of(one), span)
+                density = area(source_of(one), span.grid) / area(box_at(boxes_of(one), 0.0), grid)
+                thinned[at, row] = -math.log(density)
+        for barred, theirs in barriers(rows, keys) if self.mutual else ():
+            request.add_span_bias(call, barred, theirs, -math.inf)
+        picture = next(span for span in call.tokens.visual if span.kind != "reference")
+        for mine, value in zip(keys, thinned) if self.density_correct else ():
+            request.add_span_bias(call, slice(picture.start, picture.stop), mine, value)
 
     def _maps(self, visual: tuple[Span, ...], grid: Grid) -> tuple[PositionMap, ...]:
         """One map for every subject, and for every frame of one whose box moves."""
         picture = next(span for span in visual if span.kind != "reference")
         count = sum(span.length or 0 for span in visual)
+        known = any(span.kind == "reference" for span in visual)
         regions = regions_of(self._moved, grid).unflatten(1, grid)
         maps = []
         for one, region in zip(self._moved, regions):
             tokens, source, boxes = torch.zeros(count, dtype=torch.bool), source_of(one), boxes_of(one)
             if "reference" in one:
+                if not known:  # they are among the words, or missing: `request` knows
+                    continue
                 span = reference_of(one, visual)
                 tokens[span.start : span.stop] = tokens_in(source, span)
                 maps.append(box_map(source, boxes[0], grid, tokens, span))

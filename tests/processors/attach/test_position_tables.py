@@ -11,9 +11,11 @@ import torch
 import dit_attn
 from dit_attn import SubjectReposition
 from dit_attn.processors.attach.position_tables import resample
+from tests._support.family_cases import HEIGHT, WIDTH
 from tests._support.outputs import same
 from tests._support.pipeline_runs import run
 from tests._support.prompted_pipelines import pipeline_of
+from tests.families.test_omnigen import TestOmniGen as OmniGenCase
 from tests.processors.attach.prompt_spans.prompted_cases import CASES
 
 LEFT, RIGHT = [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]
@@ -51,6 +53,45 @@ def test_an_added_table_gives_exchanged_halves_each_others_rows(name: str) -> No
     expected = table.roll(grid[1] // 2, 1) - table
     found = (entered[1] - entered[0])[0].unflatten(0, grid)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("picture_only", [False, True], ids=["reference", "picture"])
+def test_an_image_among_the_words_gets_the_rows_of_the_picture_where_its_subject_belongs(picture_only: bool) -> None:
+    """OmniGen adds a table to the picture and to its input images; rows without an image are stock."""
+    torch.manual_seed(0)
+    case = OmniGenCase()
+    net: Any = case.model().eval()
+    args = case.inputs() | {"input_img_latents": [torch.randn(1, 4, 8, 12)], "input_image_sizes": {0: [[1, 25]]}}
+    text, total = 26, 26 + 1 + HEIGHT * WIDTH
+    args |= {"input_ids": torch.randint(0, 50, (2, text)), "position_ids": torch.arange(total)[None].repeat(2, 1)}
+    args["attention_mask"] = torch.ones(2, total, total)
+    entered: list[torch.Tensor] = []
+    net.layers[0].register_forward_pre_hook(lambda module, given: entered.append(given[0]))
+    net(**args)
+    box = [0.5, 0.0, 1.0, 0.5]
+    moved = {"piece": "a cube", "box": box, "reference": 1}
+    dit_attn.enable(net, SubjectReposition(subjects=SWAP if picture_only else [moved]))
+    net(**args)
+    change = entered[1] - entered[0]
+    assert dit_attn.summary(net).positions
+    dit_attn.disable(net)
+    assert not net.patch_embedding._forward_hooks
+
+    def table(height: int, width: int) -> torch.Tensor:
+        rows = net.patch_embedding(torch.zeros(1, 4, 2 * height, 2 * width), is_input_image=True)
+        return rows[0].unflatten(0, (height, width))
+
+    expected = torch.zeros_like(change)
+    if picture_only:
+        own = table(HEIGHT, WIDTH)
+        expected[:, text + 1 :] = (own.roll(WIDTH // 2, 1) - own).flatten(0, 1)
+    else:
+        points = torch.cartesian_prod(torch.arange(4.0), torch.arange(6.0)).double()
+        height, width = (box[3] - box[1]) * HEIGHT / 4, (box[2] - box[0]) * WIDTH / 6
+        y = (points[:, 0] + 0.5) * height - 0.5
+        x = (points[:, 1] + 0.5) * width + box[0] * WIDTH - 0.5
+        expected[0, 1:25] = resample(table(HEIGHT, WIDTH), torch.stack([y, x], 1)) - table(4, 6).flatten(0, 1)
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_copy_moves_too_until_it_is_disabled_and_steps_outside_of_the_range_are_stock() -> None:

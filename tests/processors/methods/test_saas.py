@@ -14,7 +14,7 @@ from dit_attn import DitAttnError, SaaS
 from dit_attn.processors.core.call import Request, SDPAArgs
 from dit_attn.processors.core.prompt_pieces import split_prompt
 from dit_attn.processors.core.region_maps import region_masks
-from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.core.tokens import EmbeddedImage, Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, stock_attention
 from tests._support.prompted_pipelines import pipeline_of
 from tests._support.recorded_calls import weights
@@ -124,7 +124,7 @@ def test_the_split_of_the_published_code_on_tokens_is_that_on_characters() -> No
 @pytest.mark.parametrize("number", [1, 2, 0])
 def test_images_among_the_text_are_the_rival_where_they_stand_in_every_row(number: int) -> None:
     """OmniGen writes its input images into the instruction, behind padding that differs from row to row."""
-    images = ((0, 9, 11), (1, 7, 9), (1, 10, 12))
+    images = tuple(EmbeddedImage(*place) for place in ((0, 9, 11), (1, 7, 9), (1, 10, 12)))
     run = Run(SaaS(**EVERY, observe=True, rival="reference", reference=number), replace(LAYOUT, embedded=images))
     (done,) = run.steps(1)
     run.steps(2)

@@ -15,7 +15,7 @@ from dit_attn import DitAttnError, SubjectIsolation, SubjectReposition
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import Layer
 from dit_attn.processors.core.positions import PositionSite, displacement
-from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.core.tokens import EmbeddedImage, Span, TokenLayout, visual_span
 from tests._support.core_calls import Dispatched, host_run, random_args
 from tests._support.edit_pipelines import editing
 from tests._support.family_cases import image_ids
@@ -103,6 +103,31 @@ def test_who_attends_to_references_is_the_definition_in_float64(settings: dict[s
         at = 4 + row.nonzero().flatten()
         bias[0, 0, at[:, None], 4 + 96 * number + key.nonzero().flatten()] = amount
     torch.testing.assert_close(done.out, reference(done.call, done.request, bias), atol=1e-12, rtol=1e-12)
+
+
+def test_the_references_of_a_row_are_the_images_among_its_own_words() -> None:
+    """Images of the prompt stand at another place in every batch row; a row without any is stock."""
+    grid = (1, 2, 3)
+    images = (EmbeddedImage(1, 1, 7, grid), EmbeddedImage(1, 8, 14, grid))
+    layout = TokenLayout((Span("text", 15), PICTURE[0]), images)
+    method = SubjectReposition(subjects=REFERRED, density_correct=True)
+    run, layer = host_run([method], layout)
+    args = random_args(15 + 96)
+    q, k, v = (x.double().repeat(2, 1, 1, 1)[:2] for x in (args.q, args.k, args.v))
+    done = Dispatched(run, layer, replace(args, q=q, k=k, v=v))
+    points, own = coordinates(), coordinates(grid)
+    left, right = points[:, 2] < 6, (points[:, 2] >= 6) & (points[:, 1] < 4)
+    second = own[:, 2] >= 1.5
+    bias = torch.zeros(2, 1, 111, 111, dtype=torch.float64)
+    bias[1, 0, 15:, 1:7] -= math.log(6 / 48)
+    bias[1, 0, 15:, 8:14] -= math.log(3 / 24) * second.double()
+    bias[1, 0, 15 + right.nonzero(), 1 + torch.arange(6)] = -math.inf
+    bias[1, 0, 15 + left.nonzero(), 8 + second.nonzero().flatten()] = -math.inf
+    torch.testing.assert_close(done.out, reference(done.call, done.request, bias), atol=1e-12, rtol=1e-12)
+    none = TokenLayout(layout.spans, (EmbeddedImage(1, 1, 7, grid),))
+    run, layer = host_run([method], none)
+    with pytest.raises(DitAttnError, match="is in reference 2, and this run has 1 reference image"):
+        Dispatched(run, layer, replace(args, q=q, k=k, v=v))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_attn.processors.attach.families import Family
 from dit_attn.processors.core.cfg import BATCHED, RESCALABLE, SEPARATE, CFGRule
-from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
+from dit_attn.processors.core.tokens import EmbeddedImage, Span, TokenLayout, visual_span
 
 TEXT = Span("text", None)
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
@@ -39,7 +39,10 @@ def _lumina2(config: Any, values: dict[str, Any]) -> TokenLayout:
 def _omnigen(config: Any, values: dict[str, Any]) -> TokenLayout:
     """The sequence is [instruction with its images, time, image]; input_image_sizes: {row: [[start, stop], ...]}."""
     images = values["input_image_sizes"] or {}
-    embedded = tuple((int(row), int(a), int(b)) for row in sorted(images) for a, b in images[row])
+    places = [(int(row), int(a), int(b)) for row in images for a, b in images[row]]
+    sides = (latents.shape[-2:] for latents in values["input_img_latents"] or ())
+    grids = ((1, height // config.patch_size, width // config.patch_size) for height, width in sides)
+    embedded = tuple(EmbeddedImage(*place, grid) for place, grid in zip(places, grids, strict=True))
     return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans), embedded)
 
 
@@ -126,7 +129,7 @@ FAMILIES = (
         models="OmniGen v1",
         transformers=("OmniGenTransformer2DModel",),
         layers=("layers.*.self_attn",),
-        forward_args=("hidden_states", "input_image_sizes"),
+        forward_args=("hidden_states", "input_image_sizes", "input_img_latents"),
         layout=_omnigen,
         cfg=CFGRule("batched", ("cond", "uncond"), ("cond", "uncond", "image")),
         time_grows=True,
