@@ -212,6 +212,7 @@ class Request:
         scale_factor: factor of the softmax scale, see :meth:`multiply_scale`.
         recorders: called with the output, see :meth:`record_output`.
         gates: factors of the output, see :meth:`multiply_heads`.
+        active: rows of heads that are needed, see :meth:`skip_heads`; ``None`` for all.
         key_gains: factors of what rows get from some keys, see :meth:`multiply_keys`.
         changes: functions of the output, see :meth:`change_output`.
         inputs: q, k and v that are computed with, see :meth:`replace_inputs`; ``None`` for those of the call.
@@ -236,6 +237,7 @@ class Request:
     biases: list[RowBias] = field(default_factory=list)
     scale_factor: float = 1.0
     gates: list[torch.Tensor] = field(default_factory=list)
+    active: torch.Tensor | None = None
     key_gains: list[KeyGain] = field(default_factory=list)
     changes: list[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=list)
     recorders: list[Callable[[torch.Tensor], None]] = field(default_factory=list)
@@ -333,6 +335,18 @@ class Request:
             gate: (B|1, S, H) or (B|1, 1, H), rows and heads as in ``call.q``.
         """
         self.gates.append(gate)
+
+    def skip_heads(self, active: torch.Tensor) -> None:
+        """Leave out rows of heads whose output is multiplied by 0; what they give is not defined, but finite.
+
+        Without a layout the rows of each head are gathered, as many as the head with the most of them has. With a
+        layout in the order of the sequence, query blocks without an active row have no key block. Where neither is
+        possible (square masks, biases, other orders) all rows are computed.
+
+        Args:
+            active: (B, S, H) bool, rows and heads as in ``call.q``.
+        """
+        self.active = active if self.active is None else self.active & active
 
     def multiply_keys(self, call: AttentionCall, keys: TokenSet, factors: torch.Tensor, first: int = 0) -> None:
         """Multiply the part of the output that some rows get from some keys, after the softmax.

@@ -231,6 +231,8 @@ def _carry_out(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor
     if request.replacement is not None:
         stats.replaced_calls += 1
         return _replacement(call, request.replacement)
+    if request.active is not None and request.layout is not None and request.permuted is None:
+        request.layout = executor.without_rows(request.layout, request.active[:, call.visual])
     if request.sparse:
         out = _execute(call, request, mesh)
         if layer.disabled is None:
@@ -238,6 +240,10 @@ def _carry_out(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor
             return out
         request.go_dense()
         request.declined = [layer.disabled]
+    if not request.declined and (found := executor.run_active(call, request)) is not None:
+        stats.sparse_calls += 1
+        stats.computed += found[1]
+        return found[0]
     if request.empty and not request.declined:
         request.declined = ["only observed" if request.recorders or request.probes else "nothing requested"]
     for reason in request.declined[:1]:

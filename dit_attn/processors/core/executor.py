@@ -117,6 +117,47 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     return out
 
 
+def run_active(call: AttentionCall, request: Request) -> tuple[torch.Tensor, float] | None:
+    """Compute the rows that each head needs, without a layout; ``None`` where all are to be computed.
+
+    Args:
+        call: the attention call.
+        request: with ``active``.
+
+    Returns:
+        (B, S, H, Dv), and the rows that were computed as a fraction of all.
+    """
+    active, (batch, seq_len, heads, _) = request.active, call.q.shape
+    square = call.mask is not None and call.mask.ndim == 4 and call.mask.shape[2] != 1
+    if active is None or request.biases or square or call.keys_alone or too_short(call, MIN_TOKENS):
+        return None
+    count = int(active.sum(1).max())
+    if count == seq_len:
+        return None
+    rows = active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count, :, None]
+    q = call.q.gather(1, rows.expand(-1, -1, -1, call.q.shape[-1]))
+    found = dense_rows(call)(q, call.k, call.v, _mask_rows(call.mask, 0, count))
+    out = found.new_zeros(batch, seq_len, heads, found.shape[-1])
+    return out.scatter(1, rows.expand_as(found), found), count / seq_len
+
+
+def without_rows(layout: BlockLayout, active: torch.Tensor) -> BlockLayout:
+    """Return a layout whose query blocks without an active row have no key block.
+
+    Args:
+        layout: the layout.
+        active: (B, q_len, H) bool.
+    """
+    padded = F.pad(active, (0, 0, 0, layout.nq * layout.q_block - layout.q_len))
+    needed = padded.unflatten(1, (layout.nq, layout.q_block)).any(2).transpose(1, 2)  # (B, H, nq)
+    counts, full = layout.kv_num_blocks * needed, layout.full_kv_num_blocks
+    indices = layout.kv_indices.expand(*counts.shape, -1).contiguous()
+    return replace(
+        layout, kv_indices=indices, kv_num_blocks=counts, uniform=None,
+        full_kv_num_blocks=None if full is None else full * needed,
+    )  # fmt: skip
+
+
 def _dense_parts(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor]) -> torch.Tensor:
     """(B, S, H, Dv), all rows dense; those that no bias reaches are computed without one."""
     seq_len = call.q.shape[1]

@@ -7,6 +7,9 @@ of the queries makes their norms nearly the same for all tokens, so that they mu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +17,25 @@ from dit_attn.processors.core.call import AttentionCall
 
 ROUTES = ("learned", "calibrated", "query")
 FILLS = ("zero", "mean")
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Consecutive tokens that choose their heads together.
+
+    Attributes:
+        size: tokens of a group.
+        edges: tokens that a group does not reach across, ascending: where the picture begins and ends.
+    """
+
+    size: int
+    edges: tuple[int, ...] = ()
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, S, n) with the mean of its group at every token."""
+        bounds = (0, *self.edges, x.shape[1])
+        parts = (x[:, low:high].split(self.size, 1) for low, high in pairwise(bounds) if low < high)
+        return torch.cat([part.mean(1, keepdim=True).expand_as(part) for one in parts for part in one], 1)
 
 
 class HeadChoice(torch.nn.Module):
@@ -38,19 +60,23 @@ class HeadChoice(torch.nn.Module):
         self.register_buffer("offset", torch.zeros(routed) if channels else None)
         self.mean = None if fill is None else torch.nn.Parameter(torch.zeros(fill))
 
-    def forward(self, signal: torch.Tensor, shared: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, signal: torch.Tensor, shared: int, top_k: int, groups: TokenGroups | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the gates (B, S, heads), 0 or 1, and the means of the heads.
 
         Args:
             signal: (B, S, C) input of the layer, or without a rule (B, S, heads), what the heads are ranked by.
             shared: heads that are always on, the first ones.
             top_k: active heads of the others; of equal ones the lower head.
+            groups: tokens that choose together; ``None`` for each by itself.
         """
         if self.rule is None or self.offset is None:
             score = signal[..., shared:]
         else:
             score = precise_linear(signal, self.rule, self.offset)
-        return F.pad(best_heads(score, top_k).float(), (shared, 0), value=1.0), self.mean
+        chosen = best_heads(score if groups is None else groups.mean(score), top_k)
+        return F.pad(chosen.float(), (shared, 0), value=1.0), self.mean
 
 
 def precise_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,7 +29,15 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.parameters import LayerShape
 from dit_attn.processors.methods.base import Method, resolve_count, setting
-from dit_attn.processors.methods.head_choice import FILLS, ROUTES, HeadChoice, best_heads, precise_linear, query_norms
+from dit_attn.processors.methods.head_choice import (
+    FILLS,
+    ROUTES,
+    HeadChoice,
+    TokenGroups,
+    best_heads,
+    precise_linear,
+    query_norms,
+)
 from dit_attn.processors.methods.learned import LearnedMethod
 
 NORMALIZATIONS = ("release", "paper")
@@ -60,7 +68,9 @@ class HeadRouter(torch.nn.Module):
         self.stage = zeros(2 if two_stage and shared and routed else 0)
         self.balance: torch.Tensor | None = None
 
-    def forward(self, x: torch.Tensor, top_k: int, normalize: str = "release") -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, top_k: int, normalize: str = "release", groups: TokenGroups | None = None
+    ) -> torch.Tensor:
         """Return the gates (B, S, shared + routed), fp32 or fp64, of the tokens x (B, S, C)."""
         scaled = normalize == "release"
         parts, self.balance = [], None
@@ -69,7 +79,7 @@ class HeadRouter(torch.nn.Module):
             parts.append(share * self.counts[0] if scaled else share)
         if self.routed is not None:
             p = torch.softmax(precise_linear(x, self.routed), -1)
-            chosen = best_heads(p, top_k)
+            chosen = best_heads(p if groups is None else groups.mean(p), top_k)
             gate = p * chosen
             if scaled:
                 gate = top_k * gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
@@ -100,6 +110,8 @@ class MoH(LearnedMethod):
             ``two_stage``, ``normalize`` and ``balance`` are about the first.
         fill: what stands for a head that a token leaves out, without training: ``zero``, or its mean over such tokens,
             which a calibration measured.
+        block: consecutive tokens that choose together, by the mean of their scores. 1 lets every token choose; beside a
+            sparse method, a multiple of its query block makes heads skip whole blocks.
 
     Raises:
         DitAttnError: a value out of range.
@@ -118,6 +130,8 @@ class MoH(LearnedMethod):
     balance: float = setting(0.01, "weight of the balance loss in a training", low=0.0)
     route: str = setting("learned", "how tokens choose their heads", choices=ROUTES)
     fill: str = setting("zero", "what stands for heads that are left out, where nothing is trained", choices=FILLS)
+
+    block: int = setting(1, "consecutive tokens that choose together", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,17 +241,22 @@ class MoH(LearnedMethod):
             request.decline(f"the layer's input has other rows than its attention: {tuple(x.shape)}")
             return
         shared, routed, active = self.counts(call.q.shape[2], call.layer.index)
+        groups = None if self.block == 1 else TokenGroups(self.block, picture_edges(call, rows))
         if self.route == "learned":
-            gates = self.parameters(call)(x, active if routed else 0, self.normalize)
-            request.multiply_heads(_padded(gates, rows, call))
+            gates = self.parameters(call)(x, active if routed else 0, self.normalize, groups)
+            gates = _padded(gates, rows, call)
+            request.multiply_heads(gates)
+            if active < routed:
+                request.skip_heads(gates != 0)
         elif active < routed and id(self) in call.layer.learned:
             signal = self.signal(call, x, rows)
             if signal is None:
                 request.decline("only normalized queries are at hand, and their norms are all alike")
                 return
-            gates, mean = self.parameters(call)(signal, shared, active)
+            gates, mean = self.parameters(call)(signal, shared, active, groups)
             gates = _padded(gates, rows, call)
             request.multiply_heads(gates)
+            request.skip_heads(gates != 0)
             if mean is not None:
                 request.change_output(lambda out: out + ((1.0 - gates)[..., None] * mean).to(out.dtype))
 
@@ -259,6 +278,13 @@ def _padded(gates: torch.Tensor, rows: slice, call: AttentionCall) -> torch.Tens
     """Gates of all rows: 1 in the others."""
     missing = (rows.start, call.q.shape[1] - rows.stop)
     return F.pad(gates, (0, 0, *missing), value=1.0) if any(missing) else gates
+
+
+def picture_edges(call: AttentionCall, rows: slice) -> tuple[int, ...]:
+    """Return where the visual tokens begin and end among some rows, without the ends of the rows."""
+    assert call.tokens is not None
+    bounds = (place - rows.start for place in call.tokens.visual_range or ())
+    return tuple(place for place in bounds if 0 < place < rows.stop - rows.start)
 
 
 def input_rows(call: AttentionCall) -> slice | None:

@@ -11,6 +11,8 @@ import torch
 
 import dit_attn
 from dit_attn import DitAttnError, MoH
+from dit_attn.processors.core.call import Request
+from dit_attn.processors.methods.head_choice import TokenGroups
 from dit_attn.processors.methods.moh import HeadRouter
 from tests._support.compose import SPARSE, forward, same, tiny
 from tests._support.recorded_calls import watching
@@ -179,6 +181,48 @@ def test_a_sparse_method_goes_with_it() -> None:
     assert dit_attn.summary(model).sparse_calls
     drawn(model)
     assert not torch.allclose(forward(model, args), sparse, atol=1e-3)
+
+
+ROUTES = (MoH(top_k=1), MoH(top_k=1, block=64), MoH(top_k=1, route="query", block=32))
+
+
+@pytest.mark.parametrize("method", ROUTES, ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["gathered rows", "skipped blocks"])
+def test_rows_of_heads_that_are_left_out_are_not_computed(
+    method: MoH, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse execution is the dense gated result, in double precision, and the share that was computed is told."""
+    model, args = tiny("wan")
+    model.double()
+    args = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in args.items()}
+    others = [dit_attn.BlockSparse(density=0.5, q_block=32, kv_block=32, dense_steps=0)] if sparse else []
+    results = []
+    for _ in range(2):
+        dit_attn.enable(model, method, *others)
+        drawn(model)
+        results.append((forward(model, args), dit_attn.summary(model).layers[0].density))
+        monkeypatch.setattr(Request, "skip_heads", lambda self, active: None)
+    (found, share), (dense, whole) = results
+    torch.testing.assert_close(found, dense, atol=1e-12, rtol=1e-10)
+    assert share is not None and share < 1.0
+    if not sparse:
+        assert whole is None
+    elif method.block > 1:
+        assert whole is not None and share < 0.75 * whole
+
+
+def test_tokens_of_a_group_choose_together_and_groups_end_where_the_picture_does() -> None:
+    x = torch.randn(1, 11, 3, dtype=torch.float64)
+    found = TokenGroups(4, (2, 9)).mean(x)
+    parts = [(0, 2), (2, 6), (6, 9), (9, 11)]
+    expected = torch.cat([x[:, a:b].mean(1, keepdim=True).expand(-1, b - a, -1) for a, b in parts], 1)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(TokenGroups(1).mean(x), x)
+    router = HeadRouter(3, 0, 4, False).double()
+    torch.nn.init.normal_(router.routed)  # type: ignore[arg-type]
+    assert torch.equal(router(x, 2, groups=TokenGroups(1)), router(x, 2))
+    chosen = router(x, 2, groups=TokenGroups(4, (2, 9))) != 0
+    assert all(bool((chosen[:, a:b] == chosen[:, a : a + 1]).all()) for a, b in parts)
 
 
 def test_routers_learn_in_training_and_two_models_do_not_mix_their_losses() -> None:
