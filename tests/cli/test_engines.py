@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from dit_attn.cli import engines, item_worker, main
-from dit_attn.cli.item_worker import check_same_setup
 from dit_attn.cli.options import Options
+from dit_attn.cli.worker_setup import check_same_setup
 from dit_attn.errors import DitAttnError
 
 WORDS = ["generate", "--model", "tiny-image", "--height", "32", "--width", "32", "--steps", "1"]
