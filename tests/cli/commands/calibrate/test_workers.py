@@ -40,7 +40,3 @@ def test_a_run_that_every_worker_fails_is_named_and_what_is_measured_stays(cli: 
     found = cli(*WORDS, "-o", "out", "--workers", "1", "--pipeline-kwargs", '{"sigmas": ["none"]}')
     assert found.code == 1 and "a run failed: " in found.err and "(tried 3 times)" in found.err, found.err
     assert "--resume" in found.err and len(found.err.splitlines()) == 1 and not (tmp_path / "out" / FILE).exists()
-
-
-def test_parts_are_refused_with_the_reason(cli: Any) -> None:
-    cli(*WORDS, "--shard", "1/2").refused("--shard: calibrate chooses densities from the measurements of all items")
