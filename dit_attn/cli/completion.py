@@ -50,7 +50,7 @@ def complete(words: Sequence[str], commands: Mapping[str, Any]) -> list[str]:
 
 
 def _spellings(flag: Flag) -> tuple[str, ...]:
-    return () if flag.positional else (f"--{flag.name}", *flag.short)
+    return () if flag.positional or flag.hidden else (f"--{flag.name}", *flag.short)
 
 
 def _takes_value(flag: Flag | None) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from dit_attn import files
 from dit_attn.cli.options import Options
 from dit_attn.cli.workers import process_rank
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
-from dit_attn.pipelines.run import Engine, LocalEngine, Outcome, Recipe, Shard, Task
+from dit_attn.pipelines.run import Answers, Engine, LocalEngine, Outcome, Recipe, Shard, Task, answered_by
 
 MAX_WORKERS = 4096
 NAMES = ("local", "ray")
@@ -37,6 +37,10 @@ class EngineConfig:
     workers: int | None = None
     cpu: bool = False
 
+    def __str__(self) -> str:
+        count = "one worker per GPU" if self.workers is None else f"{self.workers} worker{'s' * (self.workers > 1)}"
+        return f"{self.name}, {count}"
+
     def run(
         self, recipe: Recipe, folder: Path, device: Any, tasks: Iterable[Task], count: int
     ) -> Generator[Outcome, None, None]:
@@ -53,6 +57,32 @@ class EngineConfig:
             DitAttnError: no worker can be started, or none is left.
             RunStopped: a worker met what would stop the others too.
         """
+        with self.started(recipe, folder, device, count) as engine:
+            yield from engine.run(tasks)
+
+    @contextmanager
+    def answering(
+        self, recipe: Recipe, folder: Path, device: Any, most: int = MAX_WORKERS
+    ) -> Iterator[Answers]:
+        """Yield what has requests answered by workers, started at the first request and ended with the block.
+
+        Args:
+            recipe, folder, device: as for :meth:`run`.
+            most: requests that there may be at a time; no more workers than that are started.
+        """
+        with ExitStack() as stack:
+            engine: list[Engine] = []
+
+            def answers(requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+                if requests and not engine:
+                    engine.append(stack.enter_context(self.started(recipe, folder, device, most)))
+                return answered_by(engine[0], requests) if requests else iter(())
+
+            yield answers
+
+    @contextmanager
+    def started(self, recipe: Recipe, folder: Path, device: Any, most: int) -> Iterator[Engine]:
+        """Start at most so many workers, yield their engine, and end them with the block; see :meth:`run`."""
         gpus = visible_gpus() if device.type == "cuda" and device.index is None else []
         if self.name == "ray":
             from dit_attn.pipelines.run.ray_engine import RayEngine
@@ -63,18 +93,24 @@ class EngineConfig:
         with marked(folder) as mark:
             recipe = replace(recipe, settings={**recipe.settings, "mark": mark})
             try:
-                engine.start(recipe, min(self.workers or engine.places(), count))
-                yield from engine.run(tasks)
+                engine.start(recipe, min(self.workers or engine.places(), most))
+                yield engine
             finally:
                 engine.stop()
 
 
-def from_options(options: Options) -> tuple[EngineConfig | None, Shard | None]:
+def from_options(options: Options, undivided: str = "") -> tuple[EngineConfig | None, Shard | None]:
     """Return who makes the items, ``None`` for this process, and which part of them, ``None`` for all.
+
+    Args:
+        options: the flags.
+        undivided: why the command cannot be done in parts, ``""`` where it can.
 
     Raises:
         DitAttnError: a flag that makes no sense, a library that is missing, or processes of a launcher besides.
     """
+    if undivided and "shard" in options:
+        raise DitAttnError(f"--shard: {undivided}; give --workers N, or --engine ray for several machines")
     shard = Shard.parse(options["shard"]) if "shard" in options else None
     if "workers" not in options and "engine" not in options:
         return None, shard

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dit_attn.cli import engines, outputs, run_record, runner
+from dit_attn.cli import outputs, run_record, runner, worker_setup
 from dit_attn.cli.engines import EngineConfig
 from dit_attn.cli.high_resolution import TwoStages
 from dit_attn.cli.jobs import Job, check_inputs
-from dit_attn.cli.load_pipeline import LoadConfig
-from dit_attn.cli.options import MODEL, RUN, WEIGHTS, Options
+from dit_attn.cli.options import Options
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.cli.runner import Items
-from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.errors import RunStopped
 from dit_attn.pipelines.run import JobFailed, Recipe, Task
 
 
@@ -30,17 +27,8 @@ def recipe_of(options: Options, run: Run) -> Recipe:
         options: the flags.
         run: what the items share; its precision holds for all machines.
     """
-    names = [flag.dest for flag in (*MODEL, *WEIGHTS, *RUN)]
-    settings = {
-        "load": {**options.pick(*names), "dtype": run.setup["dtype"]},
-        "methods": [method.to_dict() for method in run.methods],
-        "stages": None if run.stages is None else {**asdict(run.stages), "methods": None},
-        "folder": str(run.folder),
-        "argv": list(options.argv),
-        "fps": run.fps,
-        "setup": run.setup,
-    }
-    return Recipe(f"{__name__}:make_worker", settings, os.getcwd())
+    stages = None if run.stages is None else {**asdict(run.stages), "methods": None}
+    return worker_setup.recipe_of(f"{__name__}:make_worker", options, run, stages=stages)
 
 
 def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
@@ -53,41 +41,20 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
     Raises:
         DitAttnError: no such model here, another one, or another folder.
     """
-    from dit_attn.processors.methods.base import Method
-
-    folder = Path(settings["folder"])
-    engines.check_marked(folder, settings["mark"], name)
-    load = LoadConfig.from_options(Options(settings["load"]))
-    methods = tuple(Method.from_dict(data) for data in settings["methods"])
-    stages = None
-    if settings["stages"] is not None:
+    def stages(methods: tuple[Any, ...]) -> TwoStages | None:
         given = settings["stages"]
+        if given is None:
+            return None
         height, width = given["native"]
-        stages = TwoStages((height, width), given["settings"], methods, given["resume"])
-    run = run_record.new_run(load, methods, folder, settings["argv"], settings["fps"], stages=stages)
-    check_same_setup(run, settings["setup"], name)
-    run.facts["worker"] = name
+        return TwoStages((height, width), given["settings"], methods, given["resume"])
+
+    run, load = worker_setup.worker_run(settings, name, stages)
     run_record.load_run(run, load)
 
     def work(content: Any, again: bool) -> Any:
         return asdict(_make(run, Job(**content), again))
 
     return work
-
-
-def check_same_setup(run: Run, expected: dict[str, Any], name: str) -> None:
-    """Refuse a worker whose items would be others: another model under the same name, another method file ...
-
-    Raises:
-        DitAttnError: so it is.
-    """
-    mine, wanted = json.loads(outputs.to_json(run.setup)), json.loads(outputs.to_json(expected))
-    for key, value in wanted.items():
-        if mine.get(key) != value:
-            raise DitAttnError(
-                f"{name} has another {key} ({outputs.to_json(mine.get(key))}) than the command "
-                f"({outputs.to_json(value)}); give all machines the same model and release of dit-attn"
-            )
 
 
 def _make(run: Run, job: Job, again: bool) -> ItemResult:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Flag:
         metavar: placeholder in the help.
         positional: given by its place on the command line, without its name.
         exists: names a file (``metavar="FILE"``) or a folder that must be there.
+        hidden: left out of the help: the command takes it to say why it cannot do that.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Flag:
     metavar: str | None = None
     positional: bool = False
     exists: bool = False
+    hidden: bool = False
 
     @property
     def dest(self) -> str:
@@ -133,6 +135,8 @@ ENGINE = (
     Flag("shard", "make one part of the items, e.g. 1/4, the first of four; dit-attn merge joins the reports",
          default="all", metavar="I/N"),
 )  # fmt: skip
+# For commands whose work is no list of items that could be made in parts which know nothing of each other.
+WORKERS = (*ENGINE[:2], replace(ENGINE[2], hidden=True))
 # Any command's configuration file may hold these; a command ignores those that it does not have.
 SHARED = (*MODEL, *WEIGHTS, *PRESET, *SUBJECTS, *PROMPT, *SIZE, *SAMPLING, *OUTPUT, *RUN, *ENGINE)
 

@@ -81,7 +81,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]
             group.add_argument(flag.dest, metavar=flag.metavar, type=_reader(flag), help=flag.text, **optional)
             continue
         names = sorted([f"--{flag.name}", *flag.short], key=lambda name: name.startswith("--"))
-        extra: dict[str, Any] = {"dest": flag.dest, "help": flag.text, "default": argparse.SUPPRESS}
+        text = argparse.SUPPRESS if flag.hidden else flag.text
+        extra: dict[str, Any] = {"dest": flag.dest, "help": text, "default": argparse.SUPPRESS}
         if flag.kind in SWITCHES:
             extra["action"] = _ACTIONS[flag.kind]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from dit_attn.cli import engines, item_worker, main
-from dit_attn.cli.item_worker import check_same_setup
 from dit_attn.cli.options import Options
+from dit_attn.cli.worker_setup import check_same_setup
 from dit_attn.errors import DitAttnError
+from dit_attn.pipelines.run import Recipe
 
 WORDS = ["generate", "--model", "tiny-image", "--height", "32", "--width", "32", "--steps", "1"]
 PROMPTS = [
@@ -143,6 +145,27 @@ def test_a_missing_library_and_a_launcher_besides_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DitAttnError, match="2 processes were started by a launcher"):
         engines.from_options(Options({"workers": "2"}))
+
+
+def test_workers_answer_several_times_and_an_interruption_leaves_neither_them_nor_a_file(tmp_path):
+    device, pids = SimpleNamespace(type="cpu", index=None), set()
+    recipe = Recipe("tests._support.stub_workers:make")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        engines.EngineConfig(workers=2).answering(recipe, tmp_path, device) as answers,
+    ):
+        assert list(answers([])) == [] and not list(tmp_path.iterdir())  # nobody was started
+        for words in ("ab", "cde"):
+            found = dict(answers([("say", word) for word in words]))
+            assert [found[i]["value"] for i in range(len(words))] == list(words)
+            pids |= {one["pid"] for one in found.values()}
+        assert len(pids) <= 2 and len(list(tmp_path.iterdir())) == 1
+        for _ in answers([("say", "f"), ("wait", str(tmp_path / "half"))]):
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_this_process_is_the_default():

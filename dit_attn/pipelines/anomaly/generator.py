@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_attn import files
 from dit_attn.api import resolve
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.anomaly.backbone import Backbone
 from dit_attn.pipelines.anomaly.concept import Concept
 from dit_attn.pipelines.anomaly.gate import Gate
-from dit_attn.pipelines.anomaly.manifest import Manifest
 from dit_attn.pipelines.anomaly.masks import MaskSource, foreground
 from dit_attn.pipelines.anomaly.orders import GenerateConfig, Made, Order, seed_of
 from dit_attn.pipelines.anomaly.painter import Painter
 from dit_attn.pipelines.anomaly.pixels import read_image, write_png
-from dit_attn.pipelines.anomaly.rounds import Rounds
+from dit_attn.pipelines.anomaly.quotas import fill_quotas, gate_of
 from dit_attn.pipelines.anomaly.views import View, view_of
+from dit_attn.pipelines.run import answered_here
 from dit_attn.pipelines.worker_share import WorkerShare
 from dit_attn.processors.methods.adaptive_reweighting import AdaptiveReweighting
+
+Region = Callable[[Path, np.ndarray], np.ndarray]
+"""Returns where defects may lie, (H, W) bool, from a file and its pixels."""
 
 
 class AnomalyGenerator:
@@ -75,8 +77,7 @@ class AnomalyGenerator:
 
     def gate(self, product: str, defect: str) -> Gate | None:
         """Return the gate of a pair, ``None`` where the concept has none."""
-        found = self.concept.settings.gate.get(f"{product}+{defect}") if self.concept is not None else None
-        return Gate.from_dict(found) if found else None
+        return gate_of(self.concept, product, defect)
 
     def encode_prompts(self, pairs: Sequence[tuple[str, str]], free: bool = False) -> None:
         """Encode the prompts of some pairs now, and drop the text encoders if ``free``."""
@@ -117,7 +118,7 @@ class AnomalyGenerator:
         counts: dict[tuple[str, str], int],
         masks: dict[tuple[str, str], MaskSource],
         *,
-        roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
+        roi: Region | None = None,
         controls: int = 4,
         on_progress: Callable[[int, int, int], None] | None = None,
         worker: WorkerShare | None = None,
@@ -144,35 +145,15 @@ class AnomalyGenerator:
         Raises:
             DitAttnError: the disk is full, or masks fit nowhere.
         """
-        config, worker = self.config, worker or WorkerShare()
-        manifest = Manifest(output, worker)
-        rounds = Rounds(counts, config.batch, config.retries, manifest.rows)
-        for attempt in range(config.retries + 1):
-            new: list[dict[str, Any]] = []
-            for pairs in worker.part(rounds.open(attempt)):
-                orders = [self.order(*pair, attempt, normals[pair[0]], masks[pair[:2]], roi) for pair in pairs]
-                for pair, made in zip(pairs, self.make(orders)):
-                    if not rounds.has(pair, attempt):
-                        new.append(self._write(output, made))
-                        manifest.append(new[-1])
-                        rounds.add(new[-1:])
-                if on_progress is not None:
-                    on_progress(rounds.finished, len(rounds.wanted), rounds.rejected)
-            rounds.add(worker.gather(new))
-        controlled = worker.gather(
-            [(f"{p}+{d}", self._controls(p, d, controls, normals, masks, roi)) for p, d in worker.part(list(counts))]
-        )
-        summary = self.summary(rounds.rows(), counts)
-        summary["controls"] = {name: dict(controlled)[name] for name in summary["pairs"]}
-        manifest.join(rounds.rows())
-        if worker.rank == 0:
-            with files.report_os_error(f"write {output}", "free some space and go on with --resume"):
-                files.write_json(output / "summary.json", summary)
-        return summary
+        maker = PairMaker(self, output, normals, masks, roi)
+        return fill_quotas(
+            output, counts, self.config, self.concept, answered_here(maker), controls=controls, on_progress=on_progress,
+            worker=worker,
+        )  # fmt: skip
 
     def order(
         self, product: str, defect: str, number: int, attempt: int, normals: Sequence[Path], masks: MaskSource,
-        roi: Callable[[Path, np.ndarray], np.ndarray] | None = None,
+        roi: Region | None = None,
     ) -> Order:
         """Choose the normal image, the mask and the noise of one pair by its own seed."""
         rng = np.random.default_rng(seed_of(self.config.seed, product, defect, number, "pair"))
@@ -183,15 +164,55 @@ class AnomalyGenerator:
         seed = seed_of(self.config.seed, product, defect, number, attempt)
         return Order(product, defect, number, attempt, path, pixels, mask, seed, masks.kind)
 
-    def _write(self, output: Path, made: Made) -> dict[str, Any]:
-        order = made.order
+
+class PairMaker:
+    """Makes requested pairs and writes them.
+
+    Args:
+        generator: makes them.
+        output: folder of the run.
+        normals: normal images by product.
+        masks: sources of masks, by (product, defect).
+        roi: returns the region (H, W) bool where defects may lie; the foreground where ``None``.
+    """
+
+    def __init__(
+        self,
+        generator: AnomalyGenerator,
+        output: Path,
+        normals: Mapping[str, Sequence[Path]],
+        masks: dict[tuple[str, str], MaskSource],
+        roi: Region | None = None,
+    ):
+        self.generator, self.output, self.normals, self.masks, self.roi = generator, output, normals, masks, roi
+
+    def __call__(self, request: dict[str, Any]) -> Any:
+        """Make a batch and return its rows of the manifest, or make controls and return their figures.
+
+        Args:
+            request: see :func:`~dit_attn.pipelines.anomaly.quotas.fill_quotas`.
+        """
+        if "controls" in request:
+            product, defect = request["pair"]
+            return self._controls(product, defect, request["controls"])
+        attempt = request["attempt"]
+        orders = [self._order(product, defect, number, attempt) for product, defect, number in request["pairs"]]
+        made = self.generator.make(orders)
+        return [self._write(one) for one, missing in zip(made, request["missing"]) if missing]
+
+    def _order(self, product: str, defect: str, number: int, attempt: int) -> Order:
+        masks = self.masks[product, defect]
+        return self.generator.order(product, defect, number, attempt, self.normals[product], masks, self.roi)
+
+    def _write(self, made: Made) -> dict[str, Any]:
+        order, generator, output = made.order, self.generator, self.output
         decision = "rejected" if made.rejected else "accepted"
         stem = f"{order.number:06d}" + (f"_{order.attempt}" if made.rejected else "")
         folder = Path(decision) / order.product / order.defect
         image, mask = folder / "image" / f"{stem}.png", folder / "mask" / f"{stem}.png"
         write_png(output / image, made.image)
         write_png(output / mask, order.mask.astype(np.uint8) * 255)
-        settings = self.concept.settings if self.concept is not None else None
+        settings = generator.concept.settings if generator.concept is not None else None
         return {
             "product": order.product, "defect": order.defect, "number": order.number, "attempt": order.attempt,
             "decision": decision, "reason": made.rejected, "generated": image.as_posix(), "mask_file": mask.as_posix(),
@@ -199,41 +220,19 @@ class AnomalyGenerator:
             "scores": asdict(made.scores) if made.scores else {},
             "concept": f"{order.product}+{order.defect}" if settings else "",
             "model": settings.model if settings else "",
-            "licence": settings.licence if settings else "", "config": asdict(self.config),
-            "methods": [method.to_dict() for method in self.methods],
+            "licence": settings.licence if settings else "", "config": asdict(generator.config),
+            "methods": [method.to_dict() for method in generator.methods],
         }  # fmt: skip
 
-    def _controls(self, product: str, defect: str, count: int, normals: Any, masks: Any, roi: Any) -> dict[str, Any]:
+    def _controls(self, product: str, defect: str, count: int) -> dict[str, Any]:
         """Ratios of images that were painted with the prompt of the normal product."""
-        gate = self.gate(product, defect)
-        if gate is None or not count:
-            return {}
-        pair = (product, defect)
-        orders = [self.order(product, defect, 10**6 + i, 0, normals[product], masks[pair], roi) for i in range(count)]
-        made = [one for start in range(0, count, self.config.batch)
-                for one in self.make(orders[start : start + self.config.batch], control=True)]  # fmt: skip
+        generator = self.generator
+        batch, orders = generator.config.batch, [self._order(product, defect, 10**6 + i, 0) for i in range(count)]
+        made = [one for start in range(0, count, batch)
+                for one in generator.make(orders[start : start + batch], control=True)]  # fmt: skip
         scores = [one.scores for one in made if one.scores is not None]
         return {
             "count": len(made), "accepted": sum(not one.rejected for one in made),
             "ratio": float(np.mean([one.ratio for one in scores])),
             "fill": float(np.mean([one.fill for one in scores])),
         }  # fmt: skip
-
-    def summary(self, rows: Sequence[dict[str, Any]], counts: dict[tuple[str, str], int]) -> dict[str, Any]:
-        """Count and average what a manifest says, by (product, defect)."""
-        out: dict[str, Any] = {}
-        for (product, defect), wanted in counts.items():
-            own = [row for row in rows if (row["product"], row["defect"]) == (product, defect)]
-            good = [row for row in own if row["decision"] == "accepted"]
-            gate = self.gate(product, defect)
-            means = {
-                key: float(np.mean([row["scores"][key] for row in good]))
-                for key in ("ratio", "fill", "leak")
-                if good and good[0]["scores"]
-            }
-            out[f"{product}+{defect}"] = {
-                "wanted": wanted, "accepted": len(good), "rejected": len(own) - len(good),
-                "missing": max(0, wanted - len(good)), "retries": sum(row["attempt"] for row in good), **means,
-                **({"threshold": gate.low, "normal_under_mask": gate.controls} if gate else {}),
-            }  # fmt: skip
-        return {"pairs": out}

@@ -7,8 +7,9 @@
     dit_attn.enable(pipe, result.method)
 
 ``run_item(name)`` runs the pipeline for one item and returns its final latents.
-:mod:`~dit_attn.pipelines.calibrate.sensitivity` measures, :mod:`~dit_attn.pipelines.calibrate.allocation` chooses, and
-runs of other items compare the result with one density for all at the same cost.
+:mod:`~dit_attn.pipelines.calibrate.runs` says which runs there are, :mod:`~dit_attn.pipelines.calibrate.sensitivity`
+measures, :mod:`~dit_attn.pipelines.calibrate.allocation` chooses, and runs of other items compare the result with one
+density for all at the same cost.
 """
 
 from __future__ import annotations
@@ -21,20 +22,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from dit_attn.api import disable
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.benchmark import operator_error
 from dit_attn.pipelines.calibrate import allocation
-from dit_attn.pipelines.calibrate.sensitivity import (
-    CalibrationPlan,
-    RunItem,
-    dense_latents,
-    measure_item,
-    run_sparse,
-)
+from dit_attn.pipelines.calibrate.runs import RequestedRuns, RunRequest, layer_count, measure_items
+from dit_attn.pipelines.calibrate.sensitivity import CalibrationPlan, RunItem
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.processors.methods.sparse import SparseMethod
 
 CALIBRATED, UNIFORM, BY_LAYER = "calibrated", "uniform", "by layer"
@@ -74,6 +70,7 @@ def calibrate(
     error: float | None = None,
     provenance: dict[str, Any] | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
+    answers: Answers | None = None,
 ) -> Calibration:
     """Measure what the log lacks, choose the densities, and check them on other items.
 
@@ -87,16 +84,20 @@ def calibrate(
         cost: budget: attention computed, as a fraction of the dense run. Without a budget that of ``plan.method``.
         error: budget instead of ``cost``: expected relative error of the final latents.
         provenance: JSON values that are added to ``method.calibration``.
-        on_progress: called with a line of text before every run.
+        on_progress: called with a line of text before every run that is made in this process.
+        answers: makes the runs elsewhere, and ``pipe`` needs no weights then; ``None``: in this process.
 
     Raises:
+        JobFailed: a run that was made elsewhere.
         DitAttnError: two budgets, a budget that no densities meet, or no attention call that can be made sparse.
     """
     if cost is not None and error is not None:
         raise DitAttnError(f"a budget is a cost or an error, not both; got {cost:g} and {error:g}")
     log = MeasurementLog() if log is None else log
-    for item in items:
-        measure_item(pipe, run_item, item, plan, log, on_progress)
+    disable(pipe)
+    if answers is None:
+        answers = answered_here(RequestedRuns(pipe, run_item, plan, on_progress))
+    measure_items(items, plan, layer_count(pipe), log, answers)
     model = allocation.fit_cost_model(log, items, plan)
     if cost is None and error is None:
         cost = model.expect_uniform(plan.method, plan.density, plan.parts)[1]
@@ -114,8 +115,7 @@ def calibrate(
         if plan.by_head:
             layers = allocation.fit_cost_model(log, items, plan, by_head=False)
             methods[BY_LAYER] = plan.with_densities(allocation.allocate(layers, cost=calibrated_figures[1]))
-        for item in check:
-            check_item(pipe, run_item, item, methods, log, on_progress)
+        check_items(check, methods, log, answers)
         checked = compare_checks(log, check, CALIBRATED, UNIFORM)
         if plan.by_head:
             apart = compare_checks(log, check, CALIBRATED, BY_LAYER)
@@ -133,42 +133,35 @@ def calibrate(
     return Calibration(method, densities, uniform, expected, checked)
 
 
-def check_item(
-    pipe: Any,
-    run_item: RunItem,
-    item: str,
-    methods: dict[str, SparseMethod],
-    log: MeasurementLog,
-    on_progress: Callable[[str], None],
+def check_items(
+    items: Sequence[str], methods: dict[str, SparseMethod], log: MeasurementLog, answers: Answers
 ) -> None:
-    """Run one item dense and with every method; log ``error`` and ``cost`` under ``check/ITEM/LABEL``.
+    """Run items dense and with every method; log ``error`` and ``cost`` under ``check/ITEM/LABEL``.
 
     Args:
-        pipe: a stock pipeline; enabled methods are disabled.
-        run_item: runs ``pipe`` for an item and returns its final latents.
-        item: name of the item.
+        items: names of the items.
         methods: by label.
         log: earlier measurements of the same settings are reused.
-        on_progress: called with a line of text before every run.
+        answers: answers a :class:`~dit_attn.pipelines.calibrate.runs.RunRequest`.
     """
-    disable(pipe)
-    dense: list[torch.Tensor] = []
-    for label, method in methods.items():
-        key = f"check/{item}/{json.dumps(method.to_dict() | {'calibration': None}, sort_keys=True)}"
-        if key not in log.rows:
-            if not dense:
-                on_progress(f"{item}: dense")
-                dense.append(dense_latents(run_item, item))
-            on_progress(f"{item}: {label}")
-            log.add(key, run_sparse(pipe, run_item, item, method, dense[0]))
-        log.rows[f"check/{item}/{label}"] = log.rows[key]
+    wanted: dict[str, RunRequest] = {}
+    labels: dict[str, str] = {}
+    for item in items:
+        for label, method in methods.items():
+            key = f"check/{item}/{json.dumps(method.to_dict() | {'calibration': None}, sort_keys=True)}"
+            labels[f"check/{item}/{label}"] = key
+            wanted[key] = RunRequest(item, label, method.to_dict())
+    missing = [key for key in wanted if key not in log.rows]
+    for position, found in answers([dataclasses.asdict(wanted[key]) for key in missing]):
+        log.add(missing[position], found)
+    log.rows |= {name: log.rows[key] for name, key in labels.items()}
 
 
 def compare_checks(log: MeasurementLog, items: Sequence[str], ours: str, theirs: str) -> dict[str, Any]:
     """Compare the errors and costs of two checked methods, with 95 % bootstrap intervals over items.
 
     Args:
-        log: has the measurements of :func:`check_item`.
+        log: has the measurements of :func:`check_items`.
         items: names of the checked items.
         ours, theirs: labels.
 

@@ -22,10 +22,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dit_attn.api import disable, enabled, observing
+from dit_attn.api import enabled, observing
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.benchmark import operator_error
-from dit_attn.pipelines.measurement_log import MeasurementLog
 from dit_attn.pipelines.transformers import transformers_of
 from dit_attn.processors.attach.attach import session_of
 from dit_attn.processors.attach.summary import summarize
@@ -168,60 +167,20 @@ class CallCounter:
         self.tokens = call.q.shape[1]
 
 
-def sparse_runs(item: str, plan: CalibrationPlan, layers: int) -> dict[str, Any]:
-    """Return the sparse runs of one item: key in the log, and the index into (parts, layers) that is sparse."""
-    runs: dict[str, Any] = {f"all/{item}": np.s_[:, :]}
-    runs |= {f"layer/{item}/{layer}": np.s_[:, layer] for layer in range(layers)}
-    return runs | ({f"part/{item}/{part}": np.s_[part, :] for part in range(plan.parts)} if plan.parts > 1 else {})
-
-
-def measure_item(
-    pipe: Any,
-    run_item: RunItem,
-    item: str,
-    plan: CalibrationPlan,
-    log: MeasurementLog,
-    on_progress: Callable[[str], None],
-) -> None:
-    """Measure everything about one item that the log lacks.
+def measure_locally(
+    pipe: Any, run_item: RunItem, item: str, plan: CalibrationPlan
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return squared error and cost of every density, part and layer; and the dense latents.
 
     Args:
-        pipe: a stock pipeline; enabled methods are disabled.
+        pipe: a stock pipeline with nothing enabled.
         run_item: runs ``pipe`` for an item and returns its final latents.
         item: name of the item.
         plan: what to measure.
-        log: gets ``local/ITEM`` (``heads/ITEM`` by head), ``layer/ITEM/L``, ``part/ITEM/P`` and ``all/ITEM``.
-        on_progress: called with a line of text before every run.
 
     Raises:
         DitAttnError: the dense run is not finite, or has no attention call that can be made sparse.
     """
-    disable(pipe)
-    dense: list[torch.Tensor] = []
-
-    local = plan.local_key(item)
-    if local not in log.rows:
-        on_progress(f"{item}: every density, call by call")
-        measured, latents = _measure_locally(pipe, run_item, item, plan)
-        log.add(local, measured)
-        dense.append(latents)
-    shape = (plan.parts, len(log.rows[local]["calls"][0]))
-    for key, cells in sparse_runs(item, plan, shape[1]).items():
-        if key in log.rows:
-            continue
-        if not dense:
-            on_progress(f"{item}: dense")
-            dense.append(dense_latents(run_item, item))
-        on_progress(" ".join([f"{item}:", *key.split("/")[::2], "sparse"]))
-        densities = np.ones(shape)
-        densities[cells] = plan.density
-        log.add(key, run_sparse(pipe, run_item, item, plan.with_densities(densities), dense[0])["error"])
-
-
-def _measure_locally(
-    pipe: Any, run_item: RunItem, item: str, plan: CalibrationPlan
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Squared error and cost of every density, part and layer; and the dense latents."""
     counter = CallCounter(plan.parts, plan.step_stride)
     probes = [
         operator_error.OperatorProbe(str(density), plan.with_density(density), plan.step_stride, plan.by_head)

@@ -16,6 +16,7 @@ from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
+from dit_attn.processors.methods.base import Method
 
 CHECKPOINT = "checkpoint.pt"
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -29,6 +30,7 @@ class Finetune:
         pipe: a pipeline with one transformer, which is trained in place; other parts are not touched.
         config: the settings.
         examples: files of examples.
+        validate: returns the losses of the held-out examples; ``None``: they are measured in this process.
 
     Attributes:
         step: optimizer steps done.
@@ -39,7 +41,13 @@ class Finetune:
             examples, peft missing for stage lora, a launch that splits the model over processes.
     """
 
-    def __init__(self, pipe: Any, config: FinetuneConfig, examples: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        config: FinetuneConfig,
+        examples: Sequence[Path],
+        validate: Callable[[Finetune], list[float]] | None = None,
+    ) -> None:
         from accelerate import Accelerator
 
         if getattr(pipe, "transformer_2", None) is not None:
@@ -67,6 +75,7 @@ class Finetune:
             self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self.average = {name: value.detach().clone() for name, value in self.trained.items()} if config.ema else {}
+        self.validate = validate
         self.device, self.step, self.seconds, self.saved = device, 0, 0.0, -1
         self.log: list[dict[str, float]] = []
         self.call: Any = self.model
@@ -154,9 +163,7 @@ class Finetune:
 
     def _follow_schedule(self) -> None:
         """Enable the method with the density of this part of the run."""
-        wanted = self.config.method_at(self.step)
-        if wanted != self.method:
-            self.method, self.session = wanted, enable(self.model, wanted)
+        self.use(self.config.method_at(self.step))
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -165,13 +172,25 @@ class Finetune:
             live = [self.trained[name].detach() for name in self.average]
             torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
 
-    @torch.no_grad()
     def held_out_loss(self) -> float | None:
         """Return the mean loss of the held-out examples, with the same noise every time; ``None`` without any."""
-        self.model.eval()
-        generator = torch.Generator().manual_seed(self.config.seed)
-        losses = [float(self.loss_of(read_example(path), generator)) for path in self.held_out]
+        if self.validate is not None:
+            losses = self.validate(self)
+        else:
+            losses = [self.validation_loss(path, place) for place, path in enumerate(self.held_out)]
         return sum(losses) / len(losses) if losses else None
+
+    @torch.no_grad()
+    def validation_loss(self, path: Path, place: int) -> float:
+        """Return the loss of the held-out example at ``place``, whose noise depends on that place alone."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.config.seed * 65_537 + place)
+        return float(self.loss_of(read_example(path), generator))
+
+    def use(self, method: Method) -> None:
+        """Enable the method with other settings; what it has learned stays."""
+        if method != self.method:
+            self.method, self.session = method, enable(self.model, method)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -252,17 +271,26 @@ class Finetune:
                 f"{path} belongs to another model, method, stage, loss, batch, rank or seed; give those of the run"
             )
         given = state["trained"]
-        for name, value in self.trained.items():
-            if name not in given or given[name].shape != value.shape:
-                raise DitAttnError(f"{path} is of another model: {name} is missing or of another shape")
+        self.load(given, path)
         with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(given[name])
             for name, mean in self.average.items():
                 mean.copy_(state["average"].get(name, given[name]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = self.saved = state["step"]
         self.seconds, self.log = state["seconds"], state["log"]
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """Load the trained tensors that a file holds.
+
+        Raises:
+            DitAttnError: they are of another model.
+        """
+        for name, value in self.trained.items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                raise DitAttnError(f"{path} is of another model: {name} is missing or of another shape")
+        for name, value in self.trained.items():
+            value.copy_(tensors[name])
 
     # -- the result --------------------------------------------------------------------------------------------------
 
@@ -282,9 +310,7 @@ class Finetune:
             with torch.no_grad():
                 for name, value in self.trained.items():
                     value.copy_(self.average[name])
-        final = self.config.method_at(self.config.steps)
-        if final != self.method:
-            self.method, self.session = final, enable(self.model, final)
+        self.use(self.config.method_at(self.config.steps))
         written = [folder / "method"]
         if self.session.learned.methods:
             self.session.save_pretrained(written[0])

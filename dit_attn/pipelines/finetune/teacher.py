@@ -12,6 +12,7 @@ import torch
 from dit_attn.api import disable
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.finetune.examples import LATENTS, TIME, Example, read_example, write_example
+from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.pipelines.worker_share import WorkerShare
 
 _LEFT_OUT = ("return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
@@ -28,6 +29,7 @@ def record_examples(
     call: dict[str, Any] | None = None,
     share: WorkerShare | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    answers: Answers | None = None,
 ) -> list[Path]:
     """Run a stock pipeline, dense, and write examples of its runs; a run whose files are there is not made again.
 
@@ -41,6 +43,7 @@ def record_examples(
         call: further arguments of the pipeline's call.
         share: of this process, where several draw into one folder.
         on_progress: callback(done, total) after every run.
+        answers: makes the runs elsewhere, see :class:`TeacherRuns`; ``None``: in this process.
 
     Returns:
         The files, those of the other processes too.
@@ -48,22 +51,51 @@ def record_examples(
     Raises:
         DitAttnError: a pipeline whose latents are not those of its transformer, or a file that cannot be written.
     """
-    disable(pipe)
     folder.mkdir(parents=True, exist_ok=True)
     share = share or WorkerShare()
     found: list[Path] = []
+    requests: list[dict[str, Any]] = []
     for index, prompt in enumerate(prompts):
         paths = [folder / f"{index:05d}_{place}.safetensors" for place in range(1 if clean else calls_per_run)]
         if index % share.size == share.rank and not all(_is_example(path) for path in paths):
-            generator = torch.Generator("cpu").manual_seed(seed + index)
-            calls, latents = _run(pipe, prompt, generator, call or {})
-            chosen = [_clean(calls[0], latents, pipe)] if clean else _drawn(calls, calls_per_run, seed + index)
-            for path, example in zip(paths, chosen):
-                write_example(example, path)
+            requests.append({"prompt": prompt, "seed": seed + index, "files": [str(path) for path in paths]})
         found += paths
-        on_progress(index + 1, len(prompts))
+    done = len(prompts) - len(requests)
+    for number in range(done):
+        on_progress(number + 1, len(prompts))
+    if answers is None:
+        answers = answered_here(TeacherRuns(pipe, clean, call))
+    for _ in answers(requests):
+        done += 1
+        on_progress(done, len(prompts))
     share.gather([])  # those of the other processes are there now
     return [path for path in found if path.exists()]
+
+
+class TeacherRuns:
+    """Makes requested runs of a stock pipeline and writes their examples.
+
+    Args:
+        pipe: the pipeline; enabled methods are disabled.
+        clean: write the final latents, see :func:`record_examples`.
+        call: further arguments of the pipeline's call.
+    """
+
+    def __init__(self, pipe: Any, clean: bool = False, call: dict[str, Any] | None = None) -> None:
+        self.pipe, self.clean, self.call = pipe, clean, call or {}
+        disable(pipe)
+
+    def __call__(self, request: dict[str, Any]) -> None:
+        """Make one run.
+
+        Args:
+            request: JSON values: ``prompt``, ``seed``, and the ``files`` that the examples are written to.
+        """
+        seed, paths = request["seed"], [Path(name) for name in request["files"]]
+        calls, latents = _run(self.pipe, request["prompt"], torch.Generator("cpu").manual_seed(seed), self.call)
+        chosen = [_clean(calls[0], latents, self.pipe)] if self.clean else _drawn(calls, len(paths), seed)
+        for path, example in zip(paths, chosen):
+            write_example(example, path)
 
 
 def _is_example(path: Path) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.head_search.objective import Objective, score_images
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.pipelines.worker_share import WorkerShare
 from dit_attn.processors.guidance import heads
 
@@ -52,6 +53,7 @@ class Evaluator:
         log: earlier scores, and where new ones go; ``None`` keeps them in memory.
         worker: which part of the work this process does.
         on_progress: called with (done, total) images of the current evaluation.
+        answers: makes and scores images elsewhere, see :meth:`answer`; ``None``: in this process.
 
     Attributes:
         images, passes: number of images and of transformer passes by purpose, those of resumed runs included.
@@ -68,11 +70,13 @@ class Evaluator:
         log: MeasurementLog | None = None,
         worker: WorkerShare | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
+        answers: Answers | None = None,
     ) -> None:
         self.runner, self.objective, self.pairs, self.layers = runner, objective, list(pairs), layers
         self.batch, self.on_progress = batch, on_progress
         self.log = MeasurementLog() if log is None else log
         self.worker = WorkerShare() if worker is None else worker
+        self.answers = answered_here(self.answer) if answers is None else answers
         self._order = {layer: i for i, layer in enumerate(layers)}
         self._counted: set[str] = set()
         self.images: Counter[str] = Counter()
@@ -153,13 +157,14 @@ class Evaluator:
         worker, total = self.worker, sum(len(group) for _, group in work)
         new: list[tuple[str, Any]] = []
         failure: list[str] = []
-        done = 0
+        done, mine = 0, work[worker.rank :: worker.size]
+        requests = [{"arm": [list(head) for head in arm], "pairs": list(group), "steps": steps} for arm, group in mine]
         try:
-            for arm, group in work[worker.rank :: worker.size]:
-                for key, row in self._evaluate_group(arm, group, steps):
+            for position, rows in self.answers(requests):
+                for key, row in rows:
                     self.log.add(key, row)
                     new.append((key, row))
-                done += len(group)
+                done += len(mine[position][1])
                 self.on_progress(min(done * worker.size, total), total)
         except Exception as error:
             if worker.size == 1:
@@ -172,8 +177,13 @@ class Evaluator:
         if failures:
             raise DitAttnError(f"{failures[0]}; finished scores are saved: run the same command with --resume")
 
-    def _evaluate_group(self, arm: Arm, group: tuple[int, ...], steps: int | None) -> list[tuple[str, Any]]:
-        """Key and (score, passes, images) of every unit of a group."""
+    def answer(self, request: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Return key and (score, passes, images) of every unit of a group of pairs.
+
+        Args:
+            request: JSON values: ``arm``, heads with strengths, ``pairs``, their positions, and ``steps``.
+        """
+        arm, group, steps = parse_arm(request["arm"]), tuple(request["pairs"]), request["steps"]
         pairs = [self.pairs[i] for i in group]
         images: list[np.ndarray | None] = []
         passes = 0.0
@@ -192,6 +202,11 @@ class Evaluator:
         scores = dict(zip(finite, found))
         each = passes / len(group)
         return [(self._key(arm, (i,), steps), [scores.get(n), each, 1]) for n, i in enumerate(group)]
+
+
+def parse_arm(data: Sequence[Sequence[Any]]) -> Arm:
+    """Return an arm of JSON values."""
+    return tuple((str(layer), int(head), float(u)) for layer, head, u in data)
 
 
 def format_arm(arm: Arm) -> str:

@@ -17,8 +17,9 @@ import torch
 
 from dit_attn.api import enabled
 from dit_attn.pipelines.head_search.clean_prediction import frozen_weights, stop_at_prediction
-from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Head, Pair, format_arm
+from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Head, Pair, format_arm, parse_arm
 from dit_attn.pipelines.head_search.pipeline_runner import PipelineRunner
+from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.pipelines.transformers import count_passes
 from dit_attn.processors.core.call import AttentionCall
 from dit_attn.processors.guidance.perturbation import Perturbation
@@ -110,11 +111,18 @@ class HeadGradients:
         evaluator: the objective, the pairs, the log and the count of evaluations.
         where: positions of the pairs.
         times: fractions of the run.
+        answers: measures elsewhere, see :meth:`answer`; ``None``: in this process.
     """
 
     def __init__(
-        self, runner: PipelineRunner, evaluator: Evaluator, where: Sequence[int], times: Sequence[float] = TIMES
+        self,
+        runner: PipelineRunner,
+        evaluator: Evaluator,
+        where: Sequence[int],
+        times: Sequence[float] = TIMES,
+        answers: Answers | None = None,
     ) -> None:
+        self.answers = answered_here(self.answer) if answers is None else answers
         self.runner, self.evaluator, self.where, self.times = runner, evaluator, list(where), tuple(times)
 
     def __call__(self, arm: Arm) -> dict[Head, float]:
@@ -123,8 +131,10 @@ class HeadGradients:
         wanted = {f"slope/{time:g}/{i}/{format_arm(arm)}": (time, i) for time in self.times for i in self.where}
         missing = [(key, where) for key, where in wanted.items() if key not in log.rows]
         new = []
-        for key, (time, i) in missing[worker.rank :: worker.size]:
-            new.append((key, self._measure(arm, evaluator.pairs[i], time)))
+        mine = missing[worker.rank :: worker.size]
+        heads = [list(head) for head in arm]
+        for position, row in self.answers([{"arm": heads, "pair": i, "time": time} for _, (time, i) in mine]):
+            new.append((mine[position][0], row))
             log.add(*new[-1])
         if worker.size > 1:
             log.rows.update(worker.gather(new))
@@ -134,8 +144,13 @@ class HeadGradients:
         means = np.mean([values for values, _ in rows], 0)
         return {head: float(value) for head, value in zip(evaluator.heads, means)}
 
-    def _measure(self, arm: Arm, pair: Pair, time: float) -> list[Any]:
-        """Gradients of all heads, in their order, and the number of passes."""
+    def answer(self, request: dict[str, Any]) -> list[Any]:
+        """Return the gradients of all heads, in their order, and the number of passes.
+
+        Args:
+            request: JSON values: ``arm``, heads with strengths, ``pair``, its position, and ``time``.
+        """
+        arm, pair, time = parse_arm(request["arm"]), self.evaluator.pairs[request["pair"]], request["time"]
         with count_passes(self.runner.pipe) as count:
             found = strength_gradients(self.runner, self.evaluator.objective.pixels, arm, [pair], time)
         values = [float(found[layer][0, head]) for layer, head in self.evaluator.heads]

@@ -29,6 +29,7 @@ from dit_attn.pipelines.head_search.objectives import make_objective
 from dit_attn.pipelines.head_search.pipeline_runner import PipelineRunner, searchable_layers
 from dit_attn.pipelines.head_search.strategies import Round, run_rounds, tune_strengths
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers
 from dit_attn.pipelines.worker_share import WorkerShare
 from dit_attn.processors.methods.softpag import SoftPAG
 
@@ -56,6 +57,7 @@ class HeadHunter:
         worker: which part of the work this process does.
         on_progress: called with (done, total) images of the current evaluation.
         on_round: called with the number, from 0, and the result of every round.
+        answers: does elsewhere what :meth:`answer` does, and ``pipe`` needs no weights then; ``None``: in this process.
 
     Attributes:
         plan: how candidates are scored.
@@ -79,6 +81,7 @@ class HeadHunter:
         worker: WorkerShare | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
         on_round: Callable[[int, Round], None] = lambda number, result: None,
+        answers: Answers | None = None,
     ) -> None:
         config = SearchConfig() if config is None else config
         known = [as_pair(pair, config.seed + i) for i, pair in enumerate(pairs)]
@@ -93,14 +96,16 @@ class HeadHunter:
         self.runner = PipelineRunner(pipe, self.method, {**(call or {}), **guidance_call(pipe, config.guidance_scale)})
         self.evaluator = Evaluator(
             self.runner, self.objective, known, searchable_layers(pipe), batch=config.batch, log=log, worker=worker,
-            on_progress=on_progress,
+            on_progress=on_progress, answers=answers,
         )  # fmt: skip
         default = getattr(self.runner.parameters.get("num_inference_steps"), "default", None)
         steps = self.runner.call.get("num_inference_steps", default)
         self.plan = SearchPlan(config, count, steps if isinstance(steps, int) else None)
         self.plan.check_heads(len(self.evaluator.heads))
         differentiable = self.objective.pixels is not None
-        self.gradients = HeadGradients(self.runner, self.evaluator, range(count)) if differentiable else None
+        self.gradients = (
+            HeadGradients(self.runner, self.evaluator, range(count), answers=answers) if differentiable else None
+        )
 
     def search(self) -> HeadSet:
         """Find the heads, tune their strengths where configured, and check them.
@@ -137,6 +142,17 @@ class HeadHunter:
             {**self._facts(tried), **best}, [_round_to_json(result) for result in rounds], checks,
             dict(evaluator.layers),
         )  # fmt: skip
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        """Return what a request of the search asks for: scores of an arm, or gradients where it has a ``time``.
+
+        Args:
+            request: JSON values, see :meth:`Evaluator.answer` and :meth:`HeadGradients.answer`.
+        """
+        if "time" not in request:
+            return self.evaluator.answer(request)
+        assert self.gradients is not None  # checked before the first round
+        return self.gradients.answer(request)
 
     def make(self, arm: Arm, pairs: Sequence[Pair]) -> list[np.ndarray | None]:
         """Return the images of an arm without scoring them, uint8 (F, H, W, 3) per pair; ``None`` if not finite."""

@@ -6,6 +6,18 @@ worker; both are JSON. Workers pull tasks, write the files themselves and answer
 
 from dit_attn.pipelines.run.engine import Engine, JobFailed, Outcome, Recipe, Task
 from dit_attn.pipelines.run.local import LocalEngine
+from dit_attn.pipelines.run.requests import Answers, answered_by, answered_here
 from dit_attn.pipelines.run.shard import Shard
 
-__all__ = ["Engine", "JobFailed", "LocalEngine", "Outcome", "Recipe", "Shard", "Task"]
+__all__ = [
+    "Answers",
+    "Engine",
+    "JobFailed",
+    "LocalEngine",
+    "Outcome",
+    "Recipe",
+    "Shard",
+    "Task",
+    "answered_by",
+    "answered_here",
+]

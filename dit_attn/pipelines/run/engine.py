@@ -83,6 +83,8 @@ class Engine(Protocol):
     def run(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield what became of each task, in the order in which they end; tasks are pulled as workers get free.
 
+        It may be called again once all tasks have ended; workers keep what they have loaded.
+
         Raises:
             DitAttnError: no worker is left, with what the last one said.
             RunStopped: a worker met what would stop the others too (a full disk).

@@ -62,6 +62,7 @@ class WorkerPool(ABC):
         self._busy: dict[int, _Attempt] = {}
         self._again: deque[_Attempt] = deque()
         self._alive = set(range(workers))
+        self._resting: set[int] = set()
         self._early_deaths = dict.fromkeys(range(workers), 0)
         self._exhausted = False
         for worker in range(workers):
@@ -71,6 +72,9 @@ class WorkerPool(ABC):
         """Yield what became of each task, see :meth:`Engine.run`."""
         source = iter(tasks)
         self._exhausted = False
+        for worker in sorted(self._resting):
+            self._resting.remove(worker)
+            self._spawn(worker)
         while True:
             self._hand_out(source)
             if self._exhausted and not self._busy and not self._again:
@@ -165,12 +169,12 @@ class WorkerPool(ABC):
                 return None
         if self._again or not self._exhausted:
             self._spawn(worker)
-        else:
-            self._alive.discard(worker)
+        else:  # nothing is left to do; a later run starts it again
+            self._resting.add(worker)
         return outcome
 
     def _give_up(self, worker: int, why: str) -> None:
         self._alive.discard(worker)
-        if not self._alive:
+        if self._alive <= self._resting:
             raise DitAttnError(why)
         print(f"dit-attn: warning: {self.name(worker)} is left out: {why}", file=sys.stderr)

@@ -29,6 +29,7 @@ def main() -> int:
     for line in sys.stdin:
         task = json.loads(line)
         answer(work.do_task(function, task["content"], task["again"]))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is being written, and libraries end without a word
     return 0
 
 

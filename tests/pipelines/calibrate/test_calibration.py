@@ -13,8 +13,10 @@ import torch
 import dit_attn
 from dit_attn import BlockSparse, DitAttnError, Method
 from dit_attn.pipelines.calibrate import Calibration, calibrate, make_plan
-from dit_attn.pipelines.calibrate.calibration import check_item, compare_checks
+from dit_attn.pipelines.calibrate.calibration import check_items, compare_checks
+from dit_attn.pipelines.calibrate.runs import RequestedRuns
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import answered_here
 from tests._support import tiny_run
 from tests._support.tiny_run import LAYERS, STEPS, CountedRuns
 
@@ -138,10 +140,11 @@ def test_the_comparison_pairs_the_errors_of_every_item() -> None:
 
 def test_a_check_is_taken_over_only_for_the_same_method(pipe: Any) -> None:
     log, runs = MeasurementLog(), lambda item: torch.ones(1, 4, 8, 8)
+    answers = answered_here(RequestedRuns(pipe, runs, PLAN))
     other = BlockSparse(density=0.5, q_block=32, kv_block=32)
-    check_item(pipe, runs, "red", {"a": METHOD}, log, lambda line: None)
+    check_items(["red"], {"a": METHOD}, log, answers)
     rows = dict(log.rows)
-    check_item(pipe, runs, "red", {"a": METHOD}, log, lambda line: None)
+    check_items(["red"], {"a": METHOD}, log, answers)
     assert log.rows == rows
-    check_item(pipe, runs, "red", {"a": other}, log, lambda line: None)
+    check_items(["red"], {"a": other}, log, answers)
     assert len(log.rows) == len(rows) + 1

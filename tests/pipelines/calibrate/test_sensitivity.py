@@ -11,16 +11,19 @@ import torch
 import dit_attn
 from dit_attn import BlockSparse, DitAttnError, RectifiedSpaAttn, ReTtention, SoftPAG
 from dit_attn.pipelines.calibrate import sensitivity
-from dit_attn.pipelines.calibrate.sensitivity import make_plan, measure_item, sparse_runs
+from dit_attn.pipelines.calibrate.runs import RequestedRuns, measure_items, sparse_runs
+from dit_attn.pipelines.calibrate.sensitivity import make_plan
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import answered_here
 from tests._support import tiny_run
 from tests._support.tiny_run import LAYERS, METHOD, STEPS, CountedRuns
 
 PLAN = make_plan(METHOD, parts=2, densities=(0.5, 0.125), steps=STEPS)
 
 
-def silent(line: str) -> None:
-    """Report nothing."""
+def measure(pipe: Any, runs: Any, item: str, plan: Any, log: MeasurementLog) -> None:
+    """Measure an item in this process."""
+    measure_items([item], plan, LAYERS, log, answered_here(RequestedRuns(pipe, runs, plan)))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def pipe() -> Any:
 def measured(pipe: Any) -> tuple[MeasurementLog, CountedRuns]:
     """One item, measured whole."""
     log, runs = MeasurementLog(), CountedRuns(pipe)
-    measure_item(pipe, runs, "red", PLAN, log, silent)
+    measure(pipe, runs, "red", PLAN, log)
     return log, runs
 
 
@@ -59,7 +62,7 @@ def test_heads_are_told_apart_on_request(pipe: Any, measured: tuple[MeasurementL
     log = MeasurementLog()
     log.rows |= measured[0].rows
     runs = CountedRuns(pipe)
-    measure_item(pipe, runs, "red", plan, log, silent)
+    measure(pipe, runs, "red", plan, log)
     assert runs.made == {"red": 1}  # the runs with one layer or part sparse are the same
     found, layer = log.rows["heads/red"], log.rows["local/red"]
     error2, cost = np.asarray(found["head_error2"]), np.asarray(found["head_cost"])
@@ -92,11 +95,11 @@ def test_effects_at_the_end_are_those_of_the_tables_they_stand_for(pipe: Any, me
 
 def test_a_later_call_measures_nothing_twice(pipe: Any, measured: tuple[MeasurementLog, CountedRuns]) -> None:
     runs = CountedRuns(pipe)
-    measure_item(pipe, runs, "red", PLAN, measured[0], silent)
+    measure(pipe, runs, "red", PLAN, measured[0])
     assert not runs.made
     part = MeasurementLog()
     part.rows = {key: value for key, value in measured[0].rows.items() if key not in ("layer/red/2", "all/red")}
-    measure_item(pipe, runs, "red", PLAN, part, silent)
+    measure(pipe, runs, "red", PLAN, part)
     assert runs.made == {"red": 3}  # dense, and the two that were missing
     assert part.rows.keys() == measured[0].rows.keys()
     assert all(part.rows[key] == pytest.approx(measured[0].rows[key], rel=1e-5) for key in ("layer/red/2", "all/red"))
@@ -129,20 +132,20 @@ def test_a_run_without_a_call_to_touch_is_refused(pipe: Any) -> None:
         return latents
 
     with pytest.raises(DitAttnError, match="no attention call of this run can be made sparse"):
-        measure_item(pipe, runs, "red", PLAN, MeasurementLog(), silent)
+        measure(pipe, runs, "red", PLAN, MeasurementLog())
 
 
 def test_looking_too_seldom_is_refused(pipe: Any) -> None:
     plan = make_plan(METHOD, parts=2, densities=(0.5,), step_stride=8, steps=STEPS)
     with pytest.raises(DitAttnError, match="smaller --every or fewer --parts"):
-        measure_item(pipe, CountedRuns(pipe), "red", plan, MeasurementLog(), silent)
+        measure(pipe, CountedRuns(pipe), "red", plan, MeasurementLog())
 
 
 def test_a_method_that_was_on_the_pipeline_is_disabled(pipe: Any) -> None:
     dit_attn.enable(pipe, METHOD)
     log, runs = MeasurementLog(), CountedRuns(pipe)
     log.rows = dict.fromkeys(sparse_runs("blue", PLAN, LAYERS), 0.1)
-    measure_item(pipe, runs, "blue", PLAN, log, silent)
+    measure(pipe, runs, "blue", PLAN, log)
     with pytest.raises(DitAttnError, match="no method is enabled"):
         dit_attn.summary(pipe)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_attn.errors import DitAttnError, RunStopped
-from dit_attn.pipelines.run import Recipe, Task
+from dit_attn.pipelines.run import JobFailed, Recipe, Task, answered_by, answered_here
 from dit_attn.pipelines.run.pool import STARTS, TRIES, Event
 from tests._support.driver_simulation import simulate
 from tests._support.stub_workers import StubPool
@@ -88,6 +88,25 @@ def test_a_worker_that_is_never_ready_keeps_no_failure_waiting() -> None:
     pool = Queued(lambda worker, key: Event(worker, "failed", "no"))
     pool.start(RECIPE, 3)
     assert [one.tries for one in pool.run([Task(0, 0)])] == [TRIES]
+
+
+def test_a_pool_may_be_run_again_and_a_worker_that_died_at_the_end_is_started_again() -> None:
+    deaths = iter([True] * TRIES)
+    pool = StubPool(lambda w, key: Event(w, "dead", "it broke") if next(deaths, False) else Event(w, "done", key))
+    pool.start(RECIPE, 1)
+    assert [one.error for one in pool.run([Task(0, 0)])] == [f"it broke (tried {TRIES} times)"]
+    assert [one.result for one in pool.run([Task(0, 5), Task(1, 6)])] == [5, 6]
+    assert [one.result for one in pool.run([Task(0, 7)])] == [7] and len(pool.spawned) == 1 + TRIES
+
+
+def test_requests_are_answered_by_workers_and_those_that_are_parked_are_an_error_at_the_end() -> None:
+    pool = StubPool(lambda w, key: Event(w, "failed", "NaN", final=True) if key % 2 else Event(w, "done", -key))
+    pool.start(RECIPE, 2)
+    assert dict(answered_by(pool, [0, 2, 4])) == {0: 0, 1: -2, 2: -4} == dict(answered_here(lambda x: -x)([0, 2, 4]))
+    with pytest.raises(JobFailed, match=r"^NaN \(and 1 others\)$"):
+        list(answered_by(pool, [1, 2, 3, 4]))
+    found = answered_by(pool, [1, 2, 3, 4])
+    assert {next(found), next(found)} == {(1, -2), (3, -4)}
 
 
 def test_a_full_disk_stops_everything() -> None:

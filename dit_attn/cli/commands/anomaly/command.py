@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from dit_attn.cli import engines
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.workers import refuse_several
-from dit_attn.errors import unknown
+from dit_attn.errors import DitAttnError, unknown
 
 JOBS = ("train", "generate", "benchmark")
+UNDIVIDED = {  # why a job cannot be done in parts that know nothing of each other
+    "train": "every step of a training begins where the one before has ended",
+    "generate": "a pair that is rejected is made again in a batch with those that other parts have rejected",
+    "benchmark": "the verdicts are of the measurements of all seeds",
+}
 GROUPS = {
     "job": (flags.Flag("job", "train, generate or benchmark", default="required", metavar="JOB", positional=True),),
     "model": (*flags.MODEL, *flags.only(flags.WEIGHTS, "dtype"),
@@ -87,6 +93,7 @@ GROUPS = {
         flags.Flag("estimate", "print memory and time of train or generate before weights are loaded, and stop", bool),
         *flags.only(flags.RUN, "resume", "dry-run", "config"),
     ),
+    "workers": flags.WORKERS,
 }  # fmt: skip
 _EXAMPLES = """examples:
   dit-attn anomaly train --model org/name --normal good --defects bad \\
@@ -94,8 +101,8 @@ _EXAMPLES = """examples:
   dit-attn anomaly generate --model org/name --normal good \\
       --concept outputs/scratch/concept.safetensors --per-defect 100 \\
       --format mvtec --format coco --output outputs/pairs
-  accelerate launch --num-processes 8 -m dit_attn anomaly generate \\
-      --model org/name --normal good --concept scratch.safetensors --count 1000
+  dit-attn anomaly generate --model org/name --normal good \\
+      --concept scratch.safetensors --count 1000 --workers auto
   dit-attn anomaly benchmark --model org/name --data mvtec --product bottle \\
       --k 1 5 --output outputs/benchmark
 """
@@ -123,6 +130,13 @@ def run(args: argparse.Namespace) -> int:
     options = flags.merge(args, GROUPS, replaced=())
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
+    undivided = UNDIVIDED[options["job"]]
+    engines.from_options(options, undivided)
+    if options["job"] == "train" and ("workers" in options or "engine" in options):
+        raise DitAttnError(
+            f"anomaly train has no items for workers: {undivided}; leave out --workers and --engine, or share its "
+            "batches on several GPUs with accelerate launch"
+        )
     if options["job"] == "benchmark":
         if refuse_several("anomaly benchmark"):
             return 2

@@ -11,18 +11,15 @@ from typing import Any
 import numpy as np
 
 from dit_attn import files
-from dit_attn.cli import workers
+from dit_attn.cli import engines, workers
 from dit_attn.cli.commands.anomaly import estimate, timings
 from dit_attn.cli.commands.anomaly.inputs import (
     check_model,
-    counts_of,
     find_source,
     generate_config,
     load_backbone,
-    masks_of,
     output_folder,
     plan_of,
-    region_of,
     reject,
     say,
     speaks,
@@ -34,6 +31,7 @@ from dit_attn.cli.progress import loading_libraries, progress_bar
 from dit_attn.errors import DitAttnError
 from dit_attn.hub import check_repository
 from dit_attn.pipelines.anomaly.exports import check_formats
+from dit_attn.pipelines.run import JobFailed
 
 
 def train(options: Options) -> int:
@@ -129,7 +127,7 @@ def _learn_masks(options: Options, backbone: Any, concept: Any, output: Path) ->
 
 
 def generate(options: Options) -> int:
-    """Make pairs; returns 0, 1 where some are missing, or 130 after Ctrl-C."""
+    """Make pairs; returns 0, 1 where some are missing or workers failed a batch, or 130 after Ctrl-C."""
     check_model(options)
     reject(options, "generate", "defects", "learn_masks", "mask_steps", "push_to_hub")
     if "concept" not in options and options.get("estimate"):
@@ -142,23 +140,11 @@ def generate(options: Options) -> int:
     if options.get("mask_source") == "given" and "masks" not in options:
         raise DitAttnError("--mask-source given needs the masks; give --masks DIR")
     with loading_libraries(not options.get("json")):
-        from dit_attn.pipelines.anomaly.concept import Concept
-        from dit_attn.pipelines.anomaly.generator import AnomalyGenerator
+        from dit_attn.cli.commands.anomaly import on_workers
+        from dit_attn.cli.commands.anomaly.ingredients import ingredients_of, make_here
         from dit_attn.pipelines.anomaly.manifest import read_rows
-        from dit_attn.pipelines.anomaly.mask_drawer import MaskDrawer, check_mask_model
-        from dit_attn.pipelines.anomaly.orders import check_counts
-    concept = Concept.load(options["concept"])
-    counts = counts_of(options, [tuple(name.split("+", 1)) for name in concept.settings.pairs])
-    check_counts(counts)
-    source = find_source(options, shots=False, products=[product for product, _ in counts])
-    for product, _ in counts:
-        if not source.normals.get(product):
-            raise DitAttnError(f"there are no normal images of {product!r}; give --normal DIR and --product {product}")
-    masks = {pair: masks_of(options, concept, pair) for pair in counts}
-    if options.get("mask_source") == "learned":
-        for pair in counts:
-            check_mask_model(concept, "+".join(pair))
-    roi = region_of(options.get("roi", "auto"))
+    given = ingredients_of(options)
+    concept, counts, source = given.concept, given.counts, given.source
     output = output_folder(options, "generate")
     if any(output.glob("manifest*.jsonl")) and not options.get("resume"):
         raise DitAttnError(f"{output} already holds pairs; add --resume, or choose another --output")
@@ -174,37 +160,30 @@ def generate(options: Options) -> int:
             for (product, defect), count in counts.items():
                 print(f"{product}+{defect}: {count} pairs on {len(source.normals[product])} normal images")
         return 0
-    config = generate_config(options)
     if speaks(options):
         estimate.before(options, expected)
     files.user_path(output, "--output").mkdir(parents=True, exist_ok=True)
-    backbone = load_backbone(options, concept.settings.resolution)
-    watch = timings.Watch(options, "generate", backbone.resolution, config.batch)
-    generator = AnomalyGenerator(backbone.pipe, concept, config, resolution=backbone.resolution)
-    if options.get("mask_source") == "learned":
-        drawer = MaskDrawer(generator.backbone, concept)
-        for pair, learned in masks.items():
-            learned.draw = drawer.of("+".join(pair))
-    generator.encode_prompts(list(counts), free=True)
-    _, worker = workers.join_workers(backbone.device, True)
+    saved = f"what is done is in {output}; continue with --resume"
+    engine, _ = engines.from_options(options)
     with progress_bar(total, "pairs", "pair", speaks(options)) as bar:
 
         def step(done: int, wanted: int, rejected: int) -> None:
             bar.set_postfix(rejected=rejected, refresh=False)
             bar.update(done - bar.n)
-            watch.update(done)
 
         try:
-            summary = generator.run(
-                output, source.normals, counts, masks, roi=roi, controls=options.get("controls", 4), on_progress=step,
-                worker=worker,
-            )  # fmt: skip
+            if engine is not None:
+                summary = on_workers.make_pairs(options, engine, output, given, step)
+            else:
+                summary = make_here(options, output, given, step)
         except KeyboardInterrupt:
-            say(f"stopped; what is done is in {output}; continue with --resume")
+            say(f"stopped; {saved}")
             return 130
-    if worker.rank:
+        except JobFailed as error:
+            print(f"dit-attn: a batch failed: {error}; {saved}", file=sys.stderr)
+            return 1
+    if workers.process_rank()[0]:
         return 1 if count_missing(summary) else 0
-    watch.note()
     rows = read_rows(output / "manifest.jsonl")
     export_pairs(output, rows, formats, source.normals if options.get("with_normals", True) else {})
     write_pages(output, rows, summary, shlex.join(["dit-attn", *options.argv]))

@@ -13,6 +13,7 @@ from dit_attn.cli.commands.calibrate import early
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.pipelines.run import JobFailed
 
 if TYPE_CHECKING:
     from dit_attn.cli.commands.calibrate.config import CalibrateConfig
@@ -42,6 +43,7 @@ GROUPS = {
         flags.Flag("push-to-hub", "upload the result to this repository of the Hugging Face Hub", metavar="ORG/NAME"),
     ),
     "run": flags.without(flags.RUN, "compile"),
+    "workers": flags.WORKERS,
 }
 _METHOD = (
     "the method to calibrate, with its settings: one sparse method with a density, e.g. rectified-spaattn (required)"
@@ -51,7 +53,7 @@ _EXAMPLES = """examples:
       --items 2 --held-out 12 --parts 5
   dit-attn calibrate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
       --method rectified-spaattn --prompts prompts.txt --items 4 --check 8 \\
-      --error 0.05 --output outputs/wan --resume
+      --error 0.05 --output outputs/wan --workers auto --resume
   dit-attn generate --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat" \\
       --method outputs/wan/dit_attn_method.json
 """
@@ -97,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
         return 130
     except (DitAttnError, RunStopped):
         raise
+    except JobFailed as error:
+        print(f"dit-attn: a run failed: {error}; {saved}", file=sys.stderr)
+        return 1
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         if "--debug" in sys.argv:
             raise

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import engines, method_options, outputs, resolve_methods, run_record
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options, outputs, resolve_methods, run_record
 from dit_attn.cli.captions import shuffled_captions
 from dit_attn.cli.check_run import check_run
 from dit_attn.cli.commands.calibrate import early
+from dit_attn.cli.engines import EngineConfig
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
@@ -41,6 +42,8 @@ class CalibrateConfig:
         push_to_hub: repository to upload to.
         resume: keep the measurements that are there already.
         dry_run, json: print the plan and stop; print JSON.
+        options: the flags, for workers.
+        engine: workers that make the runs; ``None``: this process does.
     """
 
     load: LoadConfig
@@ -56,6 +59,8 @@ class CalibrateConfig:
     resume: bool = False
     dry_run: bool = False
     json: bool = False
+    options: Options = field(default_factory=lambda: Options({}), repr=False)
+    engine: EngineConfig | None = None
 
     @classmethod
     def from_options(cls, options: Options) -> CalibrateConfig:
@@ -83,6 +88,7 @@ class CalibrateConfig:
         name = f"calibrate-{Path(source.path).name or 'model'}-{plan.method.slug}"
         folder = outputs.folder_of(options.get("output"), Path("outputs") / name)
         rest = options.pick("cost", "error", "push_to_hub", "resume", "dry_run", "json")
+        rest |= {"options": options, "engine": engines.from_options(options)[0]}
         return cls(load, plan, tuple(items), tuple(check), folder, options.argv, steps, **rest)
 
     @property

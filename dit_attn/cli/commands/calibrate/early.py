@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dit_attn.cli import engines, method_options
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options
 from dit_attn.cli.captions import has_captions
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.jobs import Job
@@ -12,6 +12,8 @@ from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError
 from dit_attn.hub import check_repository
 
+UNDIVIDED = "calibrate chooses densities from the measurements of all items"
+
 
 def check(options: Options) -> None:
     """Check the flags as far as that goes without torch.
@@ -19,6 +21,7 @@ def check(options: Options) -> None:
     Raises:
         DitAttnError: bad input.
     """
+    engines.from_options(options, UNDIVIDED)
     check_early(options)
     specs = method_options.method_specs(options)
     if len(specs) != 1:

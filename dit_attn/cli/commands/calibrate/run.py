@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from dit_attn.api import enabled
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import load_pipeline, outputs
+from dit_attn.cli import load_pipeline, outputs, worker_setup
 from dit_attn.cli.commands.calibrate.config import CalibrateConfig
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.progress import progress_bar
 from dit_attn.errors import DitAttnError, reason
 from dit_attn.pipelines.calibrate.calibration import Calibration, calibrate
-from dit_attn.pipelines.calibrate.sensitivity import RunItem, sparse_runs
+from dit_attn.pipelines.calibrate.runs import RequestedRuns, layer_count, sparse_runs
+from dit_attn.pipelines.calibrate.sensitivity import CalibrationPlan, RunItem
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers
+from dit_attn.processors.methods.sparse import SparseMethod
 
 MEASURED = "measurements.jsonl"
 
@@ -58,21 +63,57 @@ def run_all(config: CalibrateConfig) -> dict[str, Any]:
     setup = {**config.new_run().setup, "parts": plan.parts, "ladder": plan.densities, "every": plan.step_stride}
     setup |= {"by_head": True} if plan.by_head else {}
     log = MeasurementLog(config.folder / MEASURED, setup, config.resume)
-    pipe = load_pipeline.load_pipeline(config.load)
-    job_files.check_inputs([*config.items, *config.check], pipe)
     jobs = {item_name(job): job for job in (*config.items, *config.check)}
     items, check = ([item_name(job) for job in part] for part in (config.items, config.check))
-    with enabled(pipe) as session:
-        runs = [key for item in items for key in (plan.local_key(item), *sparse_runs(item, plan, session.layer_count))]
+    pipe = config.load.source.without_weights if config.engine is not None else _loaded(config, [*jobs.values()])
+    layers = layer_count(pipe)
+    runs = [key for item in items for key in (plan.local_key(item), *sparse_runs(item, plan, layers))]
     missing = sum(key not in log.rows for key in runs)
     missing += (3 if plan.by_head else 2) * len(check)  # those of the check count as missing
-    with progress_bar(missing, "calibrate", "run", least=1) as bar:
+    with progress_bar(missing, "calibrate", "run", least=1) as bar, _answers(config, jobs, missing) as answers:
         log.on_result = lambda key: bar.update()
         found = calibrate(
             pipe, item_runner(pipe, jobs), items, plan, log, check=check, cost=config.cost, error=config.error,
             provenance=_provenance(config), on_progress=lambda text: bar.set_postfix_str(short_label(text, [*jobs])),
+            answers=answers,
         )  # fmt: skip
     return _written(config, found)
+
+
+def _loaded(config: CalibrateConfig, jobs: list[Job]) -> Any:
+    pipe = load_pipeline.load_pipeline(config.load)
+    job_files.check_inputs(jobs, pipe)
+    return pipe
+
+
+def _answers(config: CalibrateConfig, jobs: dict[str, Job], most: int) -> AbstractContextManager[Answers | None]:
+    """What makes the runs on workers; ``None`` for this process."""
+    if config.engine is None:
+        return nullcontext()
+    plan = {name: getattr(config.plan, name) for name in ("parts", "densities", "step_stride", "by_head")}
+    items = {name: asdict(job) for name, job in jobs.items()}
+    recipe = worker_setup.recipe_of(
+        f"{__name__}:make_worker", config.options, config.new_run(), plan=plan, items=items
+    )  # fmt: skip
+    return config.engine.answering(recipe, config.folder, config.load.device, most)
+
+
+def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
+    """Load the pipeline in a worker; return the function that makes one run.
+
+    Args:
+        settings: what the runs share, the plan, the items by name, and the mark of the folder.
+        name: of the worker, for messages.
+
+    Raises:
+        DitAttnError: no such model here, another one, or another folder.
+    """
+    run, load = worker_setup.worker_run(settings, name)
+    jobs = {item: Job(**job) for item, job in settings["items"].items()}
+    plan = CalibrationPlan(cast(SparseMethod, run.methods[0]), **settings["plan"])
+    pipe = load_pipeline.load_pipeline(load)
+    job_files.check_inputs([*jobs.values()], pipe)
+    return worker_setup.explained(RequestedRuns(pipe, item_runner(pipe, jobs), plan))
 
 
 def short_label(text: str, items: list[str]) -> str:

@@ -13,9 +13,9 @@ from dit_attn.cli.commands.compare import maps, run
 from dit_attn.cli.commands.compare.config import CompareConfig
 from dit_attn.cli.commands.compare.run import Done
 from dit_attn.cli.engines import EngineConfig
-from dit_attn.cli.item_worker import check_same_setup
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.progress import progress_bar
+from dit_attn.cli.worker_setup import check_same_setup
 from dit_attn.pipelines.compare.records import ItemResult, Variant
 from dit_attn.pipelines.run import Outcome, Recipe, Task
 

@@ -64,6 +64,7 @@ GROUPS = {
         flags.Flag("resume", "continue from the checkpoint in --output", bool),
         flags.Flag("tiny", "try everything out: a small model, a few examples and steps", bool),
     ),
+    "workers": flags.WORKERS,
 }  # fmt: skip
 _TRAINING = ("model", "methods", "examples", "training", "run")
 _METHOD = "the sparse method, with its settings, e.g. block-sparse:density=0.1 (default: sla, or moh)"
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, load once, draw examples, train, and write the result.
 
     Returns:
-        0, or 130 after Ctrl-C.
+        0, 1 where workers failed, or 130 after Ctrl-C.
 
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.

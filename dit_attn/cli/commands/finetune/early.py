@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import engines, method_options
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options
 from dit_attn.cli.captions import has_captions
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_options import MethodSpec
@@ -17,6 +17,7 @@ from dit_attn.errors import DitAttnError
 
 TINY = "tiny-video"
 """Model of ``--tiny``."""
+UNDIVIDED = "every step of a training begins where the one before has ended"
 CHECKPOINT_MODULE = "dit_attn.pipelines.finetune.loop"
 
 
@@ -28,6 +29,7 @@ def check(options: Options) -> None:
     """
     if "model" not in options:
         raise DitAttnError("no model; give --model NAME (`dit-attn models` lists the embedded ones), or --tiny")
+    engines.from_options(options, UNDIVIDED)
     check_early(options, together=True)
     method_spec(options)
     densities(options)
@@ -58,6 +60,9 @@ def check_merge(options: Options) -> None:
     Raises:
         DitAttnError: a model is missing.
     """
+    for name in ("workers", "engine", "shard"):
+        if name in options:
+            raise DitAttnError(f"finetune merge adds tensors in one process; leave out --{name}")
     for name in ("base", "tuned", "target"):
         if not options.get(name):
             raise DitAttnError(f"finetune merge needs --{name} DIR, a transformer folder")

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from dit_attn.api import check
-from dit_attn.cli import jobs as job_files
 from dit_attn.cli import load_pipeline, outputs, resolve_methods
-from dit_attn.cli.captions import shuffled_captions
-from dit_attn.cli.commands.finetune import early
+from dit_attn.cli.commands.finetune import early, on_workers
+from dit_attn.cli.commands.finetune.config import call_of, config_of, prompts_of
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
 from dit_attn.cli.options import Options
@@ -26,9 +25,10 @@ from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import read_examples
 from dit_attn.pipelines.finetune.loop import Finetune
 from dit_attn.pipelines.finetune.teacher import record_examples
+from dit_attn.pipelines.finetune.validation import ValidationByWorkers
+from dit_attn.pipelines.run import Answers, JobFailed
 from dit_attn.pipelines.worker_share import WorkerShare
 
-RUNS = 64
 TINY = {
     "train_steps": 3, "batch": 1, "runs": 2, "calls_per_run": 1, "steps": 2, "log_every": 1, "lr": 1e-4,
     "num_frames": 4, "height": 32, "width": 32,
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
         raise DitAttnError(f"{source.pipeline.__name__} of {source.name} has no diffusion transformer to tune")
     spec = early.method_spec(options)
     (method,) = resolve_methods.resolve([spec], source.transformer, options.get("preset"))
-    config = _config(options, method)
+    config = config_of(options, method)
     folder = early.output_of(options)
     device, share = join_workers(load.device, "device" in options)
     load = replace(load, device=device)
@@ -59,8 +59,19 @@ def run(options: Options) -> int:
         torch.set_num_threads(options["threads"])
     pipe = load_pipeline.load_pipeline(load)
     check(pipe, config.method_at(0))  # before the teacher draws examples
-    examples = _examples(options, source, pipe, config, folder, share)
-    job = Finetune(pipe, config, examples)
+    try:
+        with on_workers.answering(options, load, config, folder, call_of(options, source)) as answers:
+            examples = _examples(options, source, pipe, config, folder, share, answers)
+            validate = None if answers is None else ValidationByWorkers(answers, folder)
+            return _train(Finetune(pipe, config, examples, validate), source, options, folder)
+    except JobFailed as error:
+        print(f"dit-attn: workers failed: {error}; what is done is in {folder}", file=sys.stderr)
+        return 1
+
+
+def _train(job: Finetune, source: Source, options: Options, folder: Path) -> int:
+    """Train, and write the result; returns 0, or 130 after Ctrl-C."""
+    config = job.config
     first = job.accelerator.is_main_process
     if options.get("resume"):
         job.restore(folder)
@@ -83,35 +94,19 @@ def run(options: Options) -> int:
     return 0
 
 
-def _config(options: Options, method: Any) -> FinetuneConfig:
-    names = (
-        "stage", "loss", "batch", "lr", "warmup", "ema", "rank", "gradient_checkpointing", "log_every",
-        "checkpoint_every", "seed",
-    )  # fmt: skip
-    given = options.pick(*names)
-    given["bf16"] = options.get("mixed_precision") == "bf16"
-    if "train_steps" in options:
-        given["steps"] = options["train_steps"]
-    return FinetuneConfig(method, densities=early.densities(options), **given)
-
-
 def _examples(
-    options: Options, source: Source, pipe: Any, config: FinetuneConfig, folder: Path, share: WorkerShare
-) -> list[Path]:
+    options: Options, source: Source, pipe: Any, config: FinetuneConfig, folder: Path, share: WorkerShare,
+    answers: Answers | None,
+) -> list[Path]:  # fmt: skip
     """The files of the examples: those of ``--data``, or of runs of the dense model in the folder of the run."""
     if options.get("data"):
         return read_examples(Path(options["data"]).expanduser())
-    given = {**options.values, "seed": config.seed}
-    if early.has_prompts(options):
-        jobs = job_files.make_jobs(given, source.defaults)
-        prompts = [jobs[i % len(jobs)].prompt for i in range(options.get("runs", len(jobs)))]
-    else:
-        prompts = shuffled_captions(source.defaults, False, options.get("runs", RUNS))
-        jobs = job_files.make_jobs({**given, "prompt": prompts[:1]}, source.defaults)
+    prompts = prompts_of(options, source)
     with progress_bar(len(prompts), "draw examples", "run") as bar:
         return record_examples(
             pipe, prompts, folder / "data", calls_per_run=options.get("calls_per_run", 4), clean=config.loss == "flow",
-            seed=config.seed, call=jobs[0].call, share=share, on_progress=lambda done, total: bar.update(),
+            seed=config.seed, call=call_of(options, source), share=share, answers=answers,
+            on_progress=lambda done, total: bar.update(),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.commands.search import early
 from dit_attn.cli.progress import loading_libraries
+from dit_attn.pipelines.run import JobFailed
 
 OBJECTIVES = (
     "clip-world", "verifier", "verifier-whole", "fid-world", "drawn-world", "clip", "style", "pickscore", "hpsv2",
@@ -64,6 +65,7 @@ GROUPS = {
     "sampling": flags.without(flags.SAMPLING, "num-images-per-prompt", "guidance-scale"),
     "output": flags.without(flags.OUTPUT, "contact-sheet", "fps"),
     "run": flags.without(flags.RUN, "compile"),
+    "workers": flags.WORKERS,
 }
 _METHOD = (
     "the method whose heads are searched; its settings scale, u, target and joint are the flags of these names "
@@ -77,7 +79,7 @@ _EXAMPLES = """examples:
   dit-attn search --model stabilityai/stable-diffusion-3-medium-diffusers \\
       --objective pickscore --weights PickScore_v1 --prompts prompts.txt \\
       --steps 20 --dry-run
-  accelerate launch --num-processes 8 -m dit_attn search --model ...
+  dit-attn search --model org/name --prompts prompts.txt --workers auto
 """
 
 
@@ -94,7 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, load once, search, write. Returns 0, or 130 after Ctrl-C.
+    """Check everything, load once, search, write.
+
+    Returns:
+        0, 1 where workers could not score a candidate, or 130 after Ctrl-C.
 
     Raises:
         DitAttnError: bad input, before anything is loaded where that can be known.
@@ -114,15 +119,15 @@ def run(args: argparse.Namespace) -> int:
         else:
             plan.show_plan(described)
         return 0
+    saved = f"every finished score is in {config.folder}; run the same command with --resume to go on"
     try:
         found = search_run.run_all(config)
     except KeyboardInterrupt:
-        print(
-            f"dit-attn: interrupted; every finished score is in {config.folder}; run the same command with --resume "
-            "to go on",
-            file=sys.stderr,
-        )
+        print(f"dit-attn: interrupted; {saved}", file=sys.stderr)
         return 130
+    except JobFailed as error:
+        print(f"dit-attn: a candidate failed: {error}; {saved}", file=sys.stderr)
+        return 1
     if found is None:
         return 0
     if config.json:

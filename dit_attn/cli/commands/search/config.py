@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_attn.cli import engines, outputs
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import outputs
 from dit_attn.cli.captions import held_out_captions, knows_shapes
 from dit_attn.cli.commands.search import early
+from dit_attn.cli.engines import EngineConfig
 from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.model_source import Source
 from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError
-from dit_attn.pipelines.head_search import Pair, SearchConfig, SearchPlan
+from dit_attn.pipelines.head_search import Pair, ScorerOptions, SearchConfig, SearchPlan
 
 _SEARCH = ("rounds", "per_round", "strategy", "guidance_scale", "held_out", "controls", "layers", "tune", "batch",
            "seed", "keep", "screen")  # fmt: skip
@@ -37,6 +38,8 @@ class HeadSearchConfig:
         device_given: whether ``--device`` was; else every process takes a GPU of its own.
         resume: keep the scores that are there already.
         dry_run, json: print the plan and stop; print JSON.
+        options: the flags, for workers.
+        engine: workers that score candidates; ``None``: this process does.
     """
 
     load: LoadConfig
@@ -51,6 +54,8 @@ class HeadSearchConfig:
     resume: bool = False
     dry_run: bool = False
     json: bool = False
+    options: Options = field(default_factory=lambda: Options({}), repr=False)
+    engine: EngineConfig | None = None
 
     @classmethod
     def from_options(cls, options: Options) -> HeadSearchConfig:
@@ -74,6 +79,7 @@ class HeadSearchConfig:
         default = Path("outputs") / f"search-{Path(source.path).name or 'model'}"
         folder = outputs.folder_of(options.get("output"), default)
         rest = options.pick("resume", "dry_run", "json")
+        rest |= {"options": options, "engine": engines.from_options(options)[0]}
         scorer, given = options.pick(*_SCORER), "device" in options
         return cls(load, search, objective, pairs, call, folder, options.argv, scorer, given, **rest)
 
@@ -98,3 +104,15 @@ def make_pairs(options: Options, source: Source) -> tuple[tuple[Pair, ...], dict
     jobs = early.wanted_jobs(options, job_files.make_jobs(values, source.defaults))
     job_files.check_calls(jobs, source.pipeline)
     return tuple(Pair(job.prompt, job.seed) for job in jobs), jobs[0].call
+
+
+def scorer_options(given: dict[str, str], device: Any) -> ScorerOptions:
+    """Return what the objective needs, by the flags; ``--reference`` as uint8 (N, 3, H, W), of one size."""
+    reference = None
+    if "reference" in given:
+        from dit_attn.eval.folders import read_folder
+
+        reference = read_folder(Path(given["reference"]).expanduser()).images(64)
+    return ScorerOptions(
+        given.get("clip"), given.get("weights"), given.get("weights_head"), given.get("style"), reference, device
+    )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typing
 from typing import Any
 
+from dit_attn.cli import engines, method_options, resolve_methods
 from dit_attn.cli import jobs as job_files
-from dit_attn.cli import method_options, resolve_methods
 from dit_attn.cli.captions import knows_shapes
 from dit_attn.cli.early_check import check_early
 from dit_attn.cli.jobs import Job
@@ -16,6 +16,7 @@ from dit_attn.cli.options import Options
 from dit_attn.errors import DitAttnError, unknown
 
 SLUG = "softpag"
+UNDIVIDED = "search chooses the heads of a round from the scores of all candidates"
 _METHOD = ("scale", "u", "target", "joint")  # settings of the method that a search takes
 _WEIGHTS = "its weights: give --weights DIR, a folder in the format of transformers"
 _NEEDS = {  # objective -> flag -> what it is
@@ -35,6 +36,7 @@ def check(options: Options) -> None:
     Raises:
         DitAttnError: bad input.
     """
+    engines.from_options(options, UNDIVIDED)
     check_early(options)
     method_settings(options)
     for name, need in _NEEDS.get(options.get("objective", ""), {}).items():

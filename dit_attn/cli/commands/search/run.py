@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 
 from dit_attn.cli import load_pipeline, outputs, run_record
-from dit_attn.cli.commands.search.config import HeadSearchConfig
+from dit_attn.cli.commands.search import on_workers
+from dit_attn.cli.commands.search.config import HeadSearchConfig, scorer_options
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.cli.workers import join_workers
 from dit_attn.eval.report.digits import write_figure
 from dit_attn.eval.report.search_page import page
 from dit_attn.eval.report.search_verdict import search_verdict
-from dit_attn.pipelines.head_search import HeadHunter, HeadSet, Objective, ScorerOptions, make_objective
+from dit_attn.pipelines.head_search import HeadHunter, HeadSet, Objective, make_objective
 from dit_attn.pipelines.head_search.evaluation import Arm
 from dit_attn.pipelines.head_search.head_set import FILE_NAME
 from dit_attn.pipelines.head_search.strategies import Round, not_differentiable
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers
 from dit_attn.pipelines.worker_share import WorkerShare
 
 PAGE = "search.html"
@@ -41,39 +43,33 @@ def run_all(config: HeadSearchConfig) -> HeadSet | None:
     config = replace(config, load=replace(config.load, device=device))
     outputs.prepare_folder(config.folder)
     live = run_record.new_run(config.load, (), config.folder, config.argv)
-    objective = make_objective(config.objective, scorer_options(config))
+    objective = make_objective(config.objective, scorer_options(config.scorer, device_of(config)))
     if config.search.strategy == "gradient" and objective.pixels is None:
         raise not_differentiable(objective.name)
     _check_prompts(config, objective)
     log = open_log(config, live, worker)
-    pipe = load_pipeline.load_pipeline(config.load)
+    source = config.load.source
+    pipe = load_pipeline.load_pipeline(config.load) if config.engine is None else source.without_weights
     started = time.perf_counter()
-    with Progress(config.search.rounds, worker.rank == 0 and not config.json) as progress:
+    shown = worker.rank == 0 and not config.json
+    with Progress(config.search.rounds, shown) as progress, on_workers.answering(config, live) as answers:
         hunter = HeadHunter(
-            pipe, config.pairs, objective, config.search, call=config.call, model=config.load.source.name, log=log,
-            worker=worker, on_progress=progress.on_progress, on_round=progress.on_round,
+            pipe, config.pairs, objective, config.search, call=config.call, model=source.name, log=log,
+            worker=worker, on_progress=progress.on_progress, on_round=progress.on_round, answers=answers,
         )  # fmt: skip
         found = hunter.search()
-        shown = grid(hunter, found) if worker.rank == 0 else []
+        pictures = grid(hunter, found, config.folder, answers) if worker.rank == 0 else []
     if worker.rank:
         return None
     found.search.update(_facts(config, live, time.perf_counter() - started, worker))
     outputs.write_json(found.to_dict(), config.folder / FILE_NAME)
-    outputs.write_text(page(found.to_dict(), shown, live.fps), config.folder / PAGE)
+    outputs.write_text(page(found.to_dict(), pictures, live.fps), config.folder / PAGE)
     return found
 
 
-def scorer_options(config: HeadSearchConfig) -> ScorerOptions:
-    """Return what the objective needs, by the flags; ``--reference`` as uint8 (N, 3, H, W), of one size."""
-    given, reference = config.scorer, None
-    if "reference" in given:
-        from dit_attn.eval.folders import read_folder
-
-        reference = read_folder(Path(given["reference"]).expanduser()).images(64)
-    return ScorerOptions(
-        given.get("clip"), given.get("weights"), given.get("weights_head"), given.get("style"), reference,
-        config.load.device,
-    )  # fmt: skip
+def device_of(config: HeadSearchConfig) -> Any:
+    """Return where this process scores: workers have the GPUs for themselves."""
+    return config.load.device if config.engine is None else "cpu"
 
 
 def _check_prompts(config: HeadSearchConfig, objective: Objective) -> None:
@@ -152,8 +148,15 @@ class Progress:
         self._bar = None
 
 
-def grid(hunter: HeadHunter, found: HeadSet) -> list[dict[str, Any]]:
-    """Make images of the first pairs (those held out where there are any): without guidance, and after every set."""
+def grid(hunter: HeadHunter, found: HeadSet, folder: Path, answers: Answers | None = None) -> list[dict[str, Any]]:
+    """Make images of the first pairs (those held out where there are any): without guidance, and after every set.
+
+    Args:
+        hunter: of the search.
+        found: its result.
+        folder: of the files.
+        answers: makes them; ``None``: the pipeline of the hunter does.
+    """
     count, held = hunter.plan.pairs, hunter.config.held_out
     where = list(range(count, count + held) if held else range(count))[:SHOWN]
     pairs = [hunter.evaluator.pairs[i] for i in where]
@@ -163,7 +166,10 @@ def grid(hunter: HeadHunter, found: HeadSet) -> list[dict[str, Any]]:
     }
     layer = found.search.get("best_layer", {}).get("name")
     names = [name for name in ("none", f"round {hunter.config.rounds}", "tuned", layer, "random 1") if name in arms]
-    made = {name: hunter.make(arms[name], pairs) for name in names}
+    if answers is None:
+        made = {name: hunter.make(arms[name], pairs) for name in names}
+    else:
+        made = dict(zip(names, on_workers.pictures([arms[name] for name in names], where, folder, answers)))
     return [
         {"prompt": pair.prompt, "seed": pair.seed, "images": {name: made[name][i] for name in names}}
         for i, pair in enumerate(pairs)
@@ -178,6 +184,7 @@ def _facts(config: HeadSearchConfig, live: run_record.Run, seconds: float, worke
     return {
         "seconds": round(seconds, 2),
         "processes": worker.size,
+        **({} if config.engine is None else {"engine": str(config.engine)}),
         "setup": live.setup,
         "call": config.call,
         "environment": environment(),

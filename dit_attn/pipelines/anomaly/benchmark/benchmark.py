@@ -40,6 +40,7 @@ from dit_attn.pipelines.anomaly.pixels import read_image, read_mask
 from dit_attn.pipelines.anomaly.sources import Source
 from dit_attn.pipelines.anomaly.training import CHECKPOINT, TrainConfig, train
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.run import Answers, answered_here
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,13 @@ class Benchmark:
         folder: of concepts and pairs.
         log: of the measurements.
         model: name of the model, for the concept files.
-        on_stage: called with what is being done.
+        on_stage: called with what is being done in this process.
+        answers: measures elsewhere, see :meth:`answer`, and ``backbone`` is not needed then; ``None``: in this process.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | None,
         tasks: Sequence[Task],
         config: BenchmarkConfig,
         folder: Path,
@@ -103,9 +105,11 @@ class Benchmark:
         *,
         model: str = "",
         on_stage: Callable[[str], None] = lambda text: None,
+        answers: Answers | None = None,
     ):
-        self.backbone, self.tasks, self.config, self.folder = backbone, tuple(tasks), config, folder
-        self.log, self.model, self.on_stage = log, model, on_stage
+        self._backbone, self.tasks, self.config, self.folder = backbone, tuple(tasks), config, folder
+        self.log, self.model, self.on_stage, self.answers = log, model, on_stage, answers
+        self._trial: _Trial | None = None
 
     def run(self) -> list[dict[str, Any]]:
         """Measure what is not in the log yet; return all measurements in order.
@@ -114,15 +118,36 @@ class Benchmark:
             DitAttnError: an image cannot be used, or the disk is full.
         """
         cells = list(self.config.cells(self.tasks))
-        done: _Trial | None = None
-        for task, seed, shots, arm in cells:
-            key = key_of(task, seed, shots, arm)
-            if key in self.log.rows:
-                continue
-            if done is None or (done.task, done.seed) != (task, seed):
-                done = _Trial(self, task, seed)
-            self.log.add(key, done.measure(shots, arm))
+        missing = [cell for cell in cells if key_of(*cell) not in self.log.rows]
+        groups = [[cell] for cell in missing]
+        if self.answers is not None:  # a worker has all of a task and a seed: its images are drawn once
+            trials = dict.fromkeys((task, seed) for task, seed, _, _ in missing)
+            groups = [[cell for cell in missing if cell[:2] == trial] for trial in trials]
+        requests = [
+            {"task": group[0][0].name, "seed": group[0][1], "cells": [list(cell[2:]) for cell in group]}
+            for group in groups
+        ]
+        for position, rows in (self.answers or answered_here(self.answer))(requests):
+            for cell, row in zip(groups[position], rows):
+                self.log.add(key_of(*cell), row)
         return [self.log.rows[key_of(*cell)] for cell in cells]
+
+    def answer(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Measure some cells of one task and one seed.
+
+        Args:
+            request: JSON values: name of the ``task``, ``seed``, and ``cells``, (shots, arm) each.
+        """
+        task, seed = next(task for task in self.tasks if task.name == request["task"]), request["seed"]
+        if self._trial is None or (self._trial.task, self._trial.seed) != (task, seed):
+            self._trial = _Trial(self, task, seed)
+        return [self._trial.measure(shots, arm) for shots, arm in request["cells"]]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The pipeline."""
+        assert self._backbone is not None
+        return self._backbone
 
     def generator(self, concept: Concept | None, seed: int, arm: str = "") -> AnomalyGenerator:
         """Return the generator of a concept."""
