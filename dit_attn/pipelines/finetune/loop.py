@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_attn import files
 from dit_attn.api import disable, enable
 from dit_attn.errors import DitAttnError, RunStopped
+from dit_attn.pipelines.finetune.checkpoint import read_checkpoint, write_checkpoint
 from dit_attn.pipelines.finetune.config import FinetuneConfig
 from dit_attn.pipelines.finetune.examples import Example, read_example, split
 from dit_attn.pipelines.finetune.objective import Parameterization, prepare, weighted_error
+from dit_attn.pipelines.finetune.result import export, gather
+from dit_attn.pipelines.finetune.sharding import shard_model, split_like
 from dit_attn.processors.methods.base import Method
 
 CHECKPOINT = "checkpoint.pt"
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+_SPLIT_OTHERWISE = ("DEEPSPEED", "MEGATRON_LM")
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
@@ -31,14 +33,20 @@ class Finetune:
         config: the settings.
         examples: files of examples.
         validate: returns the losses of the held-out examples; ``None``: they are measured in this process.
+        fsdp: split the model over the processes of the launch (FSDP 2); so does a launch with FSDP. Then all processes
+            call ``save``, ``restore`` and ``export``.
 
     Attributes:
         step: optimizer steps done.
+        trained: what is trained, by name.
+        average: moving averages of that; empty where none is wanted.
+        shell: what a split model is put together in, ``None`` for one that is whole.
         log: entries ``{"step", "loss", "held_out", ...}``.
 
     Raises:
         DitAttnError: two transformers, a method that does not fit the model, a loss that does not fit it or the
-            examples, peft missing for stage lora, a launch that splits the model over processes.
+            examples, peft missing for stage lora, one process to split a model over, a launch with another way to split
+            it.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class Finetune:
         config: FinetuneConfig,
         examples: Sequence[Path],
         validate: Callable[[Finetune], list[float]] | None = None,
+        fsdp: bool = False,
     ) -> None:
         from accelerate import Accelerator
 
@@ -62,8 +71,11 @@ class Finetune:
         device = next(self.model.parameters()).device
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         kind = self.accelerator.distributed_type.value
-        if kind in _SHARDED:
-            raise DitAttnError(f"checkpoints of a model that {kind} splits would lack weights; launch without {kind}")
+        if kind in _SPLIT_OTHERWISE:
+            raise DitAttnError(f"a model that {kind} splits cannot be tuned; launch without it and split with --fsdp")
+        fsdp |= kind == "FSDP"
+        if fsdp and self.accelerator.num_processes == 1:
+            raise DitAttnError("one process has nothing to split the model over; launch several, or leave out --fsdp")
         disable(pipe)
         self._teacher = copy.deepcopy(self.model).eval() if clean and config.loss == "teacher" else None
         self.method = config.method_at(0)
@@ -71,6 +83,10 @@ class Finetune:
         self.trained = self._choose()
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        self.transformer = type(self.model).__name__
+        self.shell = shard_model(self.model) if fsdp else None
+        if fsdp:
+            self.trained = {name: value for name, value in self.model.named_parameters() if name in self.trained}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -79,7 +95,7 @@ class Finetune:
         self.device, self.step, self.seconds, self.saved = device, 0, 0.0, -1
         self.log: list[dict[str, float]] = []
         self.call: Any = self.model
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not fsdp:
             self.call, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
 
     def _choose(self) -> dict[str, torch.nn.Parameter]:
@@ -197,6 +213,8 @@ class Finetune:
     def fit(self, folder: Path, on_step: Callable[[int, float], None] = lambda step, loss: None) -> None:
         """Train to the last step; a checkpoint is left on every way out but that of a loss that is not finite.
 
+        Of a split model, whose processes may be stopped at different points, the last one of the schedule is left.
+
         Args:
             folder: of the checkpoint.
             on_step: callback(step, loss).
@@ -223,7 +241,8 @@ class Finetune:
         except RunStopped:
             raise
         except BaseException:
-            self.save(folder)
+            if self.shell is None:
+                self.save(folder)
             raise
         self.save(folder)
 
@@ -240,21 +259,12 @@ class Finetune:
         self.log.append(entry)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint, atomically.
+        """Write the checkpoint, atomically; that of a split model is as one process would write it.
 
         Raises:
             RunStopped: it cannot be written; the previous one stays.
         """
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "setup": self.config.setup(), "transformer": type(self.model).__name__, "step": self.step,
-            "seconds": self.seconds, "log": self.log, "average": self.average,
-            "trained": {name: value.detach() for name, value in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
-        files.write_checkpoint(folder / CHECKPOINT, state, RunStopped)
-        self.saved = self.step
+        write_checkpoint(self, folder / CHECKPOINT)
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint in ``folder``.
@@ -262,25 +272,10 @@ class Finetune:
         Raises:
             DitAttnError: none, an unreadable one, or one of another model or other settings.
         """
-        path = folder / CHECKPOINT
-        if not path.is_file():
-            raise DitAttnError(f"nothing to resume: {path} does not exist; leave out --resume to start a new run")
-        state = files.read_weights(path)
-        if state.get("setup") != self.config.setup() or state.get("transformer") != type(self.model).__name__:
-            raise DitAttnError(
-                f"{path} belongs to another model, method, stage, loss, batch, rank or seed; give those of the run"
-            )
-        given = state["trained"]
-        self.load(given, path)
-        with torch.no_grad():
-            for name, mean in self.average.items():
-                mean.copy_(state["average"].get(name, given[name]))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = self.saved = state["step"]
-        self.seconds, self.log = state["seconds"], state["log"]
+        read_checkpoint(self, folder / CHECKPOINT)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def load(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         """Load the trained tensors that a file holds.
 
         Raises:
@@ -290,14 +285,21 @@ class Finetune:
             if name not in tensors or tensors[name].shape != value.shape:
                 raise DitAttnError(f"{path} is of another model: {name} is missing or of another shape")
         for name, value in self.trained.items():
-            value.copy_(tensors[name])
+            value.copy_(split_like(tensors[name], value))
 
     # -- the result --------------------------------------------------------------------------------------------------
+
+    def gather(self) -> None:
+        """Put a split model together in the main process, where it takes the pipeline's place; all processes call it.
+
+        It is for :meth:`export` then, not for training. Other models stay as they are.
+        """
+        gather(self)
 
     def export(self, folder: Path, weights: bool = True) -> list[Path]:
         """Write what was tuned: ``method``, and ``transformer`` or ``lora``. The pipeline stays enabled and tuned.
 
-        The moving average takes the place of the tensors where there is one.
+        The moving average takes the place of the tensors where there is one. A split model is gathered before.
 
         Args:
             folder: where the folders are written.
@@ -306,23 +308,4 @@ class Finetune:
         Returns:
             The folders.
         """
-        if self.average:
-            with torch.no_grad():
-                for name, value in self.trained.items():
-                    value.copy_(self.average[name])
-        self.use(self.config.method_at(self.config.steps))
-        written = [folder / "method"]
-        if self.session.learned.methods:
-            self.session.save_pretrained(written[0])
-        else:
-            self.method.save_pretrained(written[0])
-        if weights and self.config.stage == "lora":
-            written.append(folder / "lora")
-            self.model.save_lora_adapter(written[-1])
-        elif weights and self.config.stage == "full":
-            written.append(folder / "transformer")
-            stock = copy.deepcopy(self.model)
-            disable(stock)
-            stock.save_pretrained(written[-1])
-        return written
-
+        return export(self, folder, weights)

@@ -108,12 +108,14 @@ def test_a_route_that_learns_nothing_is_refused_where_it_is_all_that_is_trained(
         Finetune(small(), replace(CONFIG, method=MoH(route="query", top_k=1), stage="proj"), examples)
 
 
-def test_a_launch_that_splits_the_model_is_refused(examples: list[Path], monkeypatch: Any) -> None:
+def test_launches_that_split_the_model_in_other_ways_are_refused(examples: list[Path], monkeypatch: Any) -> None:
     import accelerate
 
-    split = SimpleNamespace(distributed_type=accelerate.DistributedType.FSDP)
+    with pytest.raises(DitAttnError, match="one process has nothing to split"):
+        Finetune(small(), CONFIG, examples, fsdp=True)
+    split = SimpleNamespace(distributed_type=accelerate.DistributedType.DEEPSPEED)
     monkeypatch.setattr(accelerate, "Accelerator", lambda cpu: split)
-    with pytest.raises(DitAttnError, match="launch without FSDP"):
+    with pytest.raises(DitAttnError, match="launch without it and split with --fsdp"):
         Finetune(small(), CONFIG, examples)
 
 
@@ -249,6 +251,46 @@ def test_two_processes_train_like_one_with_their_batch_and_one_writes(
     for rank in (0, 1):
         assert json.loads((tmp_path / f"log{rank}.json").read_text()) == pytest.approx(alone, rel=1e-4)
     assert (tmp_path / "run0" / CHECKPOINT).exists() and not (tmp_path / "run1" / CHECKPOINT).exists()
+
+
+def train_part(rank: int, folder: Path, examples: list[Path], config: FinetuneConfig) -> None:
+    """One of two processes with a part of the model: the last steps of a run of one process, and the result."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
+    job = Finetune(small(), config, examples, fsdp=True)
+    assert sum(x.to_local().numel() for x in job.trained.values()) < 0.6 * sum(x.numel() for x in job.trained.values())
+    job.restore(folder / "one")
+    job.fit(folder / "two")
+    (folder / f"log{rank}.json").write_text(json.dumps([entry["held_out"] for entry in job.log]))
+    job.gather()
+    if rank == 0:
+        job.export(folder / "result")
+
+
+def test_a_split_model_goes_on_from_a_whole_one_and_ends_as_it_would(examples: list[Path], tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=3, log_every=1, ema=0.5, held_out=0.3, gradient_checkpointing=True)
+    whole = Finetune(small(), replace(config, batch=2), examples)
+    whole.fit(tmp_path / "whole")
+    begun = Finetune(small(), replace(config, batch=2, steps=1), examples)
+    begun.fit(tmp_path / "one")
+    run_ranks(train_part, 2, tmp_path, examples, config)
+    losses = [entry["held_out"] for entry in whole.log]
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"log{rank}.json").read_text()) == pytest.approx(losses, rel=1e-4)
+    expected, found = (
+        torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("whole", "two")
+    )
+    for part in ("trained", "average"):
+        for name, value in expected[part].items():
+            torch.testing.assert_close(found[part][name], value, atol=2e-4, rtol=1e-3)
+    assert found["optimizer"]["state"].keys() == expected["optimizer"]["state"].keys()
+    whole.export(tmp_path / "expected")
+    names = {file.relative_to(tmp_path / "expected") for file in (tmp_path / "expected").rglob("*.*")}
+    assert names == {file.relative_to(tmp_path / "result") for file in (tmp_path / "result").rglob("*.*")}
+    for name in names:
+        if name.suffix == ".safetensors":
+            own, other = load_file(tmp_path / "result" / name), load_file(tmp_path / "expected" / name)
+            for key, value in other.items():
+                torch.testing.assert_close(own[key], value, atol=2e-4, rtol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(

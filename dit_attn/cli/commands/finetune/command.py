@@ -47,6 +47,7 @@ GROUPS = {
         flags.Flag("rank", "of the adapters of stage lora", int, "16", low=1),
         flags.Flag("mixed-precision", "type that is computed in, under autocast", choices=("bf16",)),
         flags.Flag("gradient-checkpointing", "compute activations twice instead of storing them", bool),
+        flags.Flag("fsdp", "split the model over the processes of the launch (FSDP 2)", bool),
         flags.Flag("log-every", "steps between measurements of the loss", int, "50", low=1),
         flags.Flag("checkpoint-every", "steps between checkpoints", int, "500", low=1),
         flags.Flag("seed", "seed of the order of the examples, and of the runs that draw them", int, "0", low=0),

@@ -13,6 +13,7 @@ from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.model_source import locate
 from dit_attn.cli.options import Options
 from dit_attn.cli.source_index import constant
+from dit_attn.cli.workers import process_rank
 from dit_attn.errors import DitAttnError
 
 TINY = "tiny-video"
@@ -33,6 +34,8 @@ def check(options: Options) -> None:
     check_early(options, together=True)
     method_spec(options)
     densities(options)
+    if options.get("fsdp") and process_rank()[1] < 2:
+        raise DitAttnError("--fsdp splits a model over processes, and this is one; start several, or leave it out")
     if options.get("device") == "mps":
         raise DitAttnError("--device mps cannot train; use auto, cpu, cuda or cuda:N")
     if "lr" in options and options["lr"] == 0.0:

@@ -63,7 +63,8 @@ def run(options: Options) -> int:
         with on_workers.answering(options, load, config, folder, call_of(options, source)) as answers:
             examples = _examples(options, source, pipe, config, folder, share, answers)
             validate = None if answers is None else ValidationByWorkers(answers, folder)
-            return _train(Finetune(pipe, config, examples, validate), source, options, folder)
+            job = Finetune(pipe, config, examples, validate, fsdp=bool(options.get("fsdp")))
+            return _train(job, source, options, folder)
     except JobFailed as error:
         print(f"dit-attn: workers failed: {error}; what is done is in {folder}", file=sys.stderr)
         return 1
@@ -88,6 +89,7 @@ def _train(job: Finetune, source: Source, options: Options, folder: Path) -> int
         words = [*(word for word in options.argv if word != "--resume"), "--resume"]
         print(f"stopped at step {job.step} of {config.steps}; continue: dit-attn {shlex.join(words)}", file=sys.stderr)
         return 130
+    job.gather()
     if first:
         _finish(job, source, options, folder)
     job.accelerator.wait_for_everyone()
