@@ -33,10 +33,12 @@ def test_killed_poisoned_and_failing_tasks_do_not_take_the_others_along(cluster:
     try:
         engine.start(Recipe(STUB), 2)
         found = sorted(engine.run(Task(i, task) for i, task in enumerate(said)), key=lambda one: one.task.key)
+        later = [one.result["value"] for one in engine.run([Task(0, ("say", "f"))])]
     finally:
         engine.stop()
     assert [one.result and one.result["value"] for one in found] == ["a", "b", None, None, "e"]
     assert [one.tries for one in found] == [1, 2, 3, 1, 1]
+    assert later == ["f"]  # by workers that are there still, or again
     assert "died" in str(found[2].error) and len(str(found[2].error).splitlines()) == 1
     assert len({one.result["pid"] for one in found if one.result}) > 1
     assert cluster.is_initialized()  # a cluster that the caller is connected to stays

@@ -33,6 +33,7 @@ def description(config: CalibrateConfig) -> dict[str, Any]:
     return {
         **{key: value for key, value in live.setup.items() if key != "methods" and value not in (None, [])},
         "device": live.facts["device"],
+        **({} if config.engine is None else {"engine": str(config.engine)}),
         "method": plan.method.to_dict(),
         "call": config.items[0].call,
         "steps": config.steps,
