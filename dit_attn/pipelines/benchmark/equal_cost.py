@@ -49,23 +49,23 @@ def method_families(block: int) -> list[MethodFamily]:
         MethodFamily(DEFAULT, lambda density, size: RectifiedSpaAttn(density=density, **_same(size))),
     ]
     for order in ("hilbert", "auto", "none"):
-        found.append(_rectified(f"none {order}", compensation="none", select="mass", order=order))
+        found.append(_rectified(f"none {order}", compensation="none", selector="mass", order=order))
     for order in ("hilbert", "auto"):
         for compensation in ("paper", "repo"):
-            found.append(_rectified(f"{compensation} {order}", compensation=compensation, select="mass", order=order))
+            found.append(_rectified(f"{compensation} {order}", compensation=compensation, selector="mass", order=order))
     full, half, quarter = pooled_key_sizes(block)
     for order in ("hilbert", "auto", "none"):
         found.append(_rectified(f"merge {full} {order}", pooled_block=full, order=order))
     for size in (half, quarter):
         found.append(_rectified(f"merge {size} auto", pooled_block=size))
     found += [
-        _rectified(f"merge {full} auto by mass", pooled_block=full, select="mass"),
+        _rectified(f"merge {full} auto by mass", pooled_block=full, selector="mass"),
         _rectified(f"merge {full} auto variance", pooled_block=full, variance=True),
         _rectified(f"merge {half} auto variance", pooled_block=half, variance=True),
         _rectified(f"merge {full} auto probe {half}", pooled_block=full, probe=half),
         _rectified(f"merge {full} auto probe {quarter}", pooled_block=full, probe=quarter),
         _rectified("merge in blocks of half", 0.5, pooled_block=half),
-        _rectified("none in blocks of half", 0.5, compensation="none", select="mass"),
+        _rectified("none in blocks of half", 0.5, compensation="none", selector="mass"),
     ]
     for mask in ("band", "window", "selected"):
         found += [_reuse(f"re-ttention {mask}", mask=mask)]

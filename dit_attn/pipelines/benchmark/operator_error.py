@@ -78,7 +78,7 @@ class OperatorProbe:
         out = executor.run(repeated, wanted, executor.dense_rows(repeated))
         seconds = time.perf_counter() - started
         visual = call.visual
-        cost = float(dispatch.computed_fraction(repeated, wanted)) + ranking_cost(self.method)
+        cost = float(dispatch.computed_fraction(repeated, wanted))
         self.calls.append(
             {
                 **(_head_figures(wanted, out[:, visual], exact[:, visual], cost) if self.by_head else {}),
@@ -102,18 +102,6 @@ def _head_figures(request: Request, out: torch.Tensor, exact: torch.Tensor, cost
         kept = request.layout.kv_num_blocks.double().mean((0, 2)) / request.layout.nk
         costs += (kept - kept.mean()) * exact.shape[1] / request.layout.kv_len
     return {"head_error2": gap.tolist(), "head_cost": costs.tolist()}
-
-
-def ranking_cost(method: Method) -> float:
-    """Return the cost of ranking blocks by their chunks, as a fraction of dense attention; 0 for full blocks.
-
-    Dense attention is two products of S x S x D. Scores of chunks need one such product over (S / probe) x (S / probe),
-    the error estimate of a chunk two more.
-    """
-    probe = getattr(method, "probe", None)
-    if probe is None:
-        return 0.0
-    return (1.5 if getattr(method, "select", "") == "error" else 0.5) / probe**2
 
 
 def pipeline_source(

@@ -227,6 +227,7 @@ class Request:
         compute_visual: computes the visual rows instead of the kernel call, (B, Sv, H, Dv) in the order of the
             sequence; called once.
         visual_density: with ``compute_visual``, attention computed for the visual rows, as a fraction of dense.
+        selection_cost: what choosing the blocks computed, as a fraction of the visual rows' dense attention.
         max_error: see :class:`~dit_attn.processors.methods.sparse.SparseMethod`.
         density: density, of all heads or of each, that ``max_error`` is measured for, once per run; ``None`` where it
             never changes.
@@ -250,6 +251,7 @@ class Request:
     epilogue: Epilogue | None = None
     compute_visual: Callable[[], torch.Tensor] | None = None
     visual_density: float | torch.Tensor = 1.0
+    selection_cost: float = 0.0
     max_error: float | None = None
     density: float | tuple[float, ...] | None = None
 

@@ -297,7 +297,9 @@ def _is_finite(out: torch.Tensor, mesh: Any) -> bool:
 
 
 def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Tensor:
-    """Return the attention computed as a fraction of dense, with pooled keys and the rows that are not visual.
+    """Return the attention computed as a fraction of dense.
+
+    With the rows that are not visual, what stands for skipped keys, and the ranking of blocks that looks into them.
 
     On an accelerator the result is a tensor: nothing is read back to the host.
     """
@@ -311,6 +313,7 @@ def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Te
         density = layout.density if on_host else layout.kv_num_blocks.float().mean() / layout.nk
     if request.compensation is not None:
         density = density + request.compensation.k.shape[2] / seq_len
+    density = density + request.selection_cost
     return visual * density + (1.0 - visual)
 
 

@@ -22,18 +22,18 @@ from typing import ClassVar
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import BlockLayout, Epilogue, plan_scores, pool_blocks, pooled_compensation
+from dit_attn.kernels import BlockLayout, Epilogue, pool_blocks, pooled_compensation
 from dit_attn.kernels.device import full_precision
-from dit_attn.kernels.selection.budget import blocks_of_density
 from dit_attn.kernels.selection.pooling import pool_stats
 from dit_attn.kernels.selection.select import block_probabilities
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.core.tokens import Tokens
 from dit_attn.processors.methods.base import Grid, setting
-from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
-from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
-from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.head_budget import is_full, mean_budget
+from dit_attn.processors.methods.pooled_scores import ordered_scores, per_query_head
+from dit_attn.processors.methods.selecting import SELECTORS, SelectingMethod
+from dit_attn.processors.methods.selectors.base import Ranking, Selection
 from dit_attn.processors.methods.visual_order import ORDERS, check_tile, visual_order
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
@@ -43,7 +43,7 @@ OVERHEAD = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RectifiedSpaAttn(SparseMethod):
+class RectifiedSpaAttn(SelectingMethod):
     """Attend to the best key blocks along a space-filling curve and compensate for the others.
 
     Attributes:
@@ -51,10 +51,8 @@ class RectifiedSpaAttn(SparseMethod):
             forced blocks count inside it. 1 is bit-equal to stock attention.
         top_p: attend to further blocks until this pooled softmax mass is reached, a number or one for each head;
             ``None`` for density alone.
-        select: ranking of the blocks: by their pooled softmax ``mass``, or by the ``error`` of skipping them, the mass
-            times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
-        probe: tokens per mean in the ranking; divides both block sizes. The error of a block is then the root of the
-            sum of squares over its chunks. ``None`` for full blocks.
+        selector: rule that ranks the blocks, see the base class; by default the ``error`` of skipping them, the pooled
+            mass times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
         order: order of the visual tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
             ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
         tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
@@ -80,8 +78,7 @@ class RectifiedSpaAttn(SparseMethod):
     top_p: float | tuple[float, ...] | None = setting(
         None, "also attend to blocks up to this pooled softmax mass, of all heads or of each", low=1e-6, high=1.0
     )
-    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
-    probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
+    selector: str = setting("error", "rule that ranks the key blocks", choices=SELECTORS)
     order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
@@ -100,10 +97,6 @@ class RectifiedSpaAttn(SparseMethod):
             raise DitAttnError(
                 f"{self.slug}.pooled_block must divide kv_block {self.kv_block}, got {self.pooled_block}"
             )
-        if self.probe is not None and (self.q_block % self.probe or self.kv_block % self.probe):
-            raise DitAttnError(
-                f"{self.slug}.probe must divide q_block {self.q_block} and kv_block {self.kv_block}, got {self.probe}"
-            )
 
     @property
     def is_dense(self) -> bool:
@@ -111,21 +104,26 @@ class RectifiedSpaAttn(SparseMethod):
         return is_full(self.density) or is_full(self.top_p)
 
     @property
-    def executed(self) -> float | None:
-        """Density (mean over heads) and pooled keys, ``None`` with top_p."""
-        pooled = 1.0 / self.tokens_per_pooled_key if self.compensation == "merge" else 0.0
-        return None if self.top_p is not None else min(1.0, mean_budget(self.density) + pooled)
+    def stand_in_cost(self) -> float:
+        """The pooled keys of ``merge``."""
+        return 0.0 if self.tokens_per_stand_in is None else 1.0 / self.tokens_per_stand_in
+
+    @property
+    def tokens_per_stand_in(self) -> int | None:
+        """Tokens per pooled key of ``merge``, ``None`` with another compensation."""
+        return self.tokens_per_pooled_key if self.compensation == "merge" else None
 
     def relative_time(self, ratio: Callable[[float], float], grid: Grid) -> float | None:
         """Return what a call costs with its token order and pooled keys; arguments as in the base class.
 
         Blocks that are added to the density (``extra``) are counted as if every one had all of its neighbors.
         """
-        if self.executed is None:
+        if self.sparse_share is None:
             return None
         around = 3 ** sum(size > 1 for size in grid) if "neighbors" in self.keep else 3
         added = around * self.kv_block / math.prod(grid) if self.budget == "extra" and self.keep else 0.0
-        return OVERHEAD * ratio(min(1.0, self.executed + added * (1.0 - mean_budget(self.density))))
+        sparse = min(1.0, self.sparse_share + added * (1.0 - mean_budget(self.density)))
+        return self.over_period(OVERHEAD * ratio(sparse))
 
     @property
     def tokens_per_pooled_key(self) -> int:
@@ -142,11 +140,9 @@ class RectifiedSpaAttn(SparseMethod):
         if self.compensation in ("paper", "repo") and request.bias(call.visual) is not None:
             request.decline(f"compensation {self.compensation!r} does not know the logit bias of another method")
             return
-        request.permuted = rows = request.permute(call, *self.token_order(call.tokens))
-        scale = call.softmax_scale
+        request.permuted = rows = self.rows_of(call, request)
         with torch.no_grad():
-            scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
-            layout = self._chosen(self._ranks(scores, rows, scale), rows, call)
+            layout = self.select(rows, call, request).layout
         request.layout = layout
         if self.compensation == "merge":
             request.compensation = pooled_compensation(
@@ -154,62 +150,31 @@ class RectifiedSpaAttn(SparseMethod):
             )
         elif self.compensation != "none":
             with torch.no_grad():
+                scores = ordered_scores(rows, self.q_block, self.kv_block, call.softmax_scale)
                 request.epilogue = self._rectified(scores, layout, rows)
+
+    def rows_of(self, call: AttentionCall, request: Request) -> PermutedTokens:
+        """Return the tensors in the order of the method."""
+        assert call.tokens is not None
+        return request.permute(call, *self.token_order(call.tokens))
 
     def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
         """Return the name of the token order for a sequence, and the box of ``tiles``."""
         return visual_order(tokens, self.order, self.tile, self.kv_block)
 
-    def _ranks(self, scores: torch.Tensor, rows: PermutedTokens, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) ranking of the blocks, from their logits ``scores``; ``-inf`` where no key exists."""
-        if self.probe is None:
-            return scores if self.select == "mass" else scores + self._spread(scores, rows)
-        parts = [self._chunk_ranks(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
-        ranks = torch.cat(parts, 1)
-        return ranks.clamp(min=torch.finfo(ranks.dtype).tiny).log().masked_fill(scores == float("-inf"), float("-inf"))
+    def forced_of(self, rows: PermutedTokens) -> torch.Tensor | None:
+        """Return the blocks of ``keep``, and those with text; ``None`` where they are added to the budget."""
+        return None if self.budget == "extra" else self._kept(rows)
 
-    def _chunk_ranks(self, rows: PermutedTokens, size: int, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) mass, or root of the squared errors, of every block from chunks of ``size`` tokens."""
-        found = block_probabilities(ordered_scores(rows, size, size, scale))
-        if self.select == "error":
-            values = per_query_head(pool_blocks(rows.v, size, rows.key_mask), rows)
-            with full_precision(found.device):
-                found = found * torch.cdist(found @ values, values)
-            found = found.square()
-        q_parts, k_parts = self.q_block // size, self.kv_block // size
-        missing = (-found.shape[-1] % k_parts, -found.shape[-2] % q_parts)
-        found = torch.nn.functional.pad(found, (0, missing[0], 0, missing[1]))
-        found = found.unflatten(-1, (-1, k_parts)).sum(-1).unflatten(-2, (-1, q_parts)).sum(-2)
-        return found.sqrt() if self.select == "error" else found
+    def complete(self, layout: BlockLayout, ranking: Ranking, rows: PermutedTokens) -> Selection:
+        """Return the selection with the blocks that are added to the budget."""
+        if self.budget == "extra":
+            mask = layout.block_mask() | (self._kept(rows) & (ranking.scores > float("-inf")))
+            layout = BlockLayout.from_mask(mask, *self.sizes_of(rows))
+        return Selection(layout)
 
-    def _chosen(self, scores: torch.Tensor, rows: PermutedTokens, call: AttentionCall) -> BlockLayout:
-        """The layout for the budget, from (B, H, nq, nk) scores."""
-        density = budget_of_call(self.density, call)
-        forced = rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
-        extra = self.budget == "extra"
-        chosen = plan_scores(
-            scores,
-            density=density if self.top_p is None else None,
-            top_p=None if self.top_p is None else budget_of_call(self.top_p, call),
-            k_min=blocks_of_density(density, scores.shape[-1]),
-            forced=None if extra else forced,
-            q_len=rows.q.shape[1], kv_len=rows.k.shape[1], q_block=self.q_block, kv_block=self.kv_block,
-        ).layout  # fmt: skip
-        if not extra:
-            return chosen
-        mask = chosen.block_mask() | (forced & (scores > float("-inf")))
-        return BlockLayout.from_mask(mask, chosen.q_len, chosen.kv_len, self.q_block, self.kv_block)
-
-    def _spread(self, scores: torch.Tensor, rows: PermutedTokens) -> torch.Tensor:
-        """(B, H, nq, nk) log-distance of every block's mean value to the row's estimated output.
-
-        Skipping or averaging a block changes the output by its mass times that distance, to first order.
-        """
-        values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
-        with full_precision(scores.device):
-            out = block_probabilities(scores) @ values
-            distance = torch.cdist(out, values)
-        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+    def _kept(self, rows: PermutedTokens) -> torch.Tensor:
+        return rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
 
     def _rectified(self, scores: torch.Tensor, layout: BlockLayout, rows: PermutedTokens) -> Epilogue:
         """Row scale R (B, H, nq) and addition c (B, H, nq, D) of the paper."""

@@ -20,6 +20,7 @@ from dit_attn.processors.core.token_permute import token_permutation
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from dit_attn.processors.methods import pooled_scores
 from dit_attn.processors.methods.pooled_scores import ordered_scores
+from dit_attn.processors.methods.selectors import RULES
 from tests._support.compose import forward, same, tiny
 from tests._support.rectified_reference import Setup, pooled_map, rectified
 
@@ -81,14 +82,14 @@ SETTINGS = {
     "ungated": {"compensation": "repo", "gate": False},
     "merge": {"pooled_block": 4},
     "variance": {"pooled_block": 8, "variance": True},
-    "top-p": {"top_p": 0.6, "select": "mass"},
+    "top-p": {"top_p": 0.6, "selector": "mass"},
     "extra": {"budget": "extra", "keep": ("neighbors", "first-frame"), "density": 0.1},
     "tiles": {"order": "tiles", "tile": (2, 2, 4)},
     "boxes": {"order": "tiles"},
     "curve": {"order": "hilbert"},
     "pieces": {"probe": 4},
-    "pieces by mass": {"probe": 8, "select": "mass", "q_block": 8},
-    "row-major": {"order": "none", "select": "mass"},
+    "pieces by mass": {"probe": 8, "selector": "mass", "q_block": 8},
+    "row-major": {"order": "none", "selector": "mass"},
 }
 
 
@@ -128,12 +129,12 @@ def test_the_order_is_boxes_of_one_block_where_they_divide_the_grid_and_the_curv
 @pytest.mark.parametrize("select", ["mass", "error"])
 @pytest.mark.parametrize("text, masked", [("", 0), ("last", 5)])
 def test_pieces_rank_blocks_by_what_is_inside_them(select: str, text: str, masked: int) -> None:
-    settings, case = method(probe=4, select=select), call(text, masked=masked)
+    settings, case = method(probe=4, selector=select), call(text, masked=masked)
     request = Request()
     assert executor.read_mask(case, request) is None
     rows = request.permute(case, *settings.token_order(case.tokens))
     whole = ordered_scores(rows, 16, 16, 0.25)
-    found = settings._ranks(whole, rows, 0.25).exp()
+    found = RULES[select].rank(settings.selector_input(rows, 0.25)).scores.exp()
     mass = torch.softmax(ordered_scores(rows, 4, 4, 0.25), -1)
     if select == "error":
         values = pool_blocks(rows.v, 4, rows.key_mask).repeat_interleave(2, 1)
