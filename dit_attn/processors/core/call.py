@@ -11,6 +11,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
+from dit_attn.kernels.two_level import FineLevel
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import PLAIN, Layer, PassStates
 from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias, token_mask
@@ -223,6 +224,7 @@ class Request:
             the part of it that selection needs to know.
         permuted: visual queries, keys and values in the order the layout speaks of; ``None`` for that of the sequence.
         compensation: pooled keys that stand for the skipped blocks.
+        fine: with it, finer pooled keys that stand for some of them; without an epilogue.
         epilogue: what the kernel does to the rows before it writes them.
         compute_visual: computes the visual rows instead of the kernel call, (B, Sv, H, Dv) in the order of the
             sequence; called once.
@@ -248,6 +250,7 @@ class Request:
     key_bias: torch.Tensor | None = None
     permuted: PermutedTokens | None = None
     compensation: Compensation | None = None
+    fine: FineLevel | None = None
     epilogue: Epilogue | None = None
     compute_visual: Callable[[], torch.Tensor] | None = None
     visual_density: float | torch.Tensor = 1.0
@@ -272,7 +275,7 @@ class Request:
 
     def go_dense(self) -> None:
         """Drop what was requested for the visual rows, except biases."""
-        self.layout = self.compute_visual = self.permuted = self.compensation = self.epilogue = None
+        self.layout = self.compute_visual = self.permuted = self.compensation = self.fine = self.epilogue = None
 
     def add_bias(self, call: AttentionCall, rows: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
         """Add ``rows @ keys^T`` to the logits of some rows; zero factors add nothing and change nothing.

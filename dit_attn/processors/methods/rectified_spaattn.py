@@ -9,14 +9,16 @@ the denominator, and the contribution of the skipped ones is missing from the su
   product is smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added
   to R (``repo``, as in the authors' code).
 * ``merge``: skipped blocks enter the same softmax as pooled keys, the means of a few keys with ``ln n`` added to the
-  logit. There is one denominator and no rescaling, and every row of a block weights them by itself.
+  logit. There is one denominator and no rescaling, and every row of a block weights them by itself. The best of the
+  skipped blocks may have finer pooled keys (``fine``), and all a first-order (PISA, arXiv 2602.01077) and a
+  second-order term.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +28,8 @@ from dit_attn.kernels import BlockLayout, Epilogue, pool_blocks, pooled_compensa
 from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.selection.pooling import pool_stats
 from dit_attn.kernels.selection.select import block_probabilities
+from dit_attn.kernels.terms import key_value_covariance
+from dit_attn.kernels.two_level import FineLevel
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.core.tokens import Tokens
@@ -34,6 +38,7 @@ from dit_attn.processors.methods.head_budget import is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import ordered_scores, per_query_head
 from dit_attn.processors.methods.selecting import SELECTORS, SelectingMethod
 from dit_attn.processors.methods.selectors.base import Ranking, Selection
+from dit_attn.processors.methods.selectors.budgets import BlockBudget
 from dit_attn.processors.methods.visual_order import ORDERS, check_tile, visual_order
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
@@ -64,6 +69,11 @@ class RectifiedSpaAttn(SelectingMethod):
         pooled_block: tokens per pooled key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
             48 tokens, else its largest divisor up to 32.
         variance: add half the variance of the logits behind a pooled key to its logit (second order; unproven).
+        first_order: add the term of PISA (arXiv 2602.01077) to the output: the weight of all pooled keys times the
+            query's product with the mean covariance of keys and values.
+        fine: share of the key blocks, the best of the skipped ones, that enter ``merge`` as finer pooled keys, in (0,
+            1]; ``None`` for none.
+        fine_block: tokens per finer pooled key; divides ``kv_block``. ``None`` for a quarter of those of the others.
         gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
 
     Raises:
@@ -88,6 +98,9 @@ class RectifiedSpaAttn(SelectingMethod):
     compensation: str = setting("merge", "compensation for skipped blocks", choices=COMPENSATIONS)
     pooled_block: int | None = setting(None, "tokens per pooled key of merge", low=1)
     variance: bool = setting(False, "second-order term of merge")
+    first_order: bool = setting(False, "first-order term of merge (PISA's)")
+    fine: float | None = setting(None, "skipped key blocks with finer pooled keys in merge", low=1e-6, high=1.0)
+    fine_block: int | None = setting(None, "tokens per finer pooled key", low=1)
     gate: bool = setting(True, "leave out blocks whose pooled product is smaller than its error (paper, repo)")
 
     def __post_init__(self) -> None:
@@ -97,6 +110,13 @@ class RectifiedSpaAttn(SelectingMethod):
             raise DitAttnError(
                 f"{self.slug}.pooled_block must divide kv_block {self.kv_block}, got {self.pooled_block}"
             )
+        if self.fine_block is not None and self.kv_block % self.fine_block:
+            raise DitAttnError(f"{self.slug}.fine_block must divide kv_block {self.kv_block}, got {self.fine_block}")
+        given = [name for name in ("fine", "first_order") if getattr(self, name)]
+        if given and self.compensation != "merge":
+            raise DitAttnError(
+                f"{self.slug}.{given[0]} belongs to compensation merge, not {self.compensation}; leave one of them out"
+            )
 
     @property
     def is_dense(self) -> bool:
@@ -105,8 +125,24 @@ class RectifiedSpaAttn(SelectingMethod):
 
     @property
     def stand_in_cost(self) -> float:
-        """The pooled keys of ``merge``."""
-        return 0.0 if self.tokens_per_stand_in is None else 1.0 / self.tokens_per_stand_in
+        """The pooled keys of ``merge``, with their second-order term; that of first order depends on the sequence."""
+        if self.tokens_per_stand_in is None:
+            return 0.0
+        pooled = (1.5 if self.variance else 1.0) / self.tokens_per_stand_in
+        return pooled + self.fine_share / self.tokens_per_fine_key
+
+    @property
+    def fine_share(self) -> float:
+        """``fine``, 0 where it is not set."""
+        return self.fine or 0.0
+
+    @property
+    def tokens_per_fine_key(self) -> int:
+        """Tokens per finer pooled key."""
+        if self.fine_block is not None:
+            return self.fine_block
+        most = max(1, self.tokens_per_pooled_key // 4)
+        return next(size for size in range(most, 0, -1) if self.kv_block % size == 0)
 
     @property
     def tokens_per_stand_in(self) -> int | None:
@@ -142,16 +178,27 @@ class RectifiedSpaAttn(SelectingMethod):
             return
         request.permuted = rows = self.rows_of(call, request)
         with torch.no_grad():
-            layout = self.select(rows, call, request).layout
-        request.layout = layout
+            chosen = self.select(rows, call, request)
+        request.layout = chosen.layout
         if self.compensation == "merge":
-            request.compensation = pooled_compensation(
-                rows.k, rows.v, self.tokens_per_pooled_key, key_mask=rows.key_mask, variance=self.variance
-            )
+            self._merge(rows, chosen, request)
         elif self.compensation != "none":
             with torch.no_grad():
                 scores = ordered_scores(rows, self.q_block, self.kv_block, call.softmax_scale)
-                request.epilogue = self._rectified(scores, layout, rows)
+                request.epilogue = self._rectified(scores, chosen.layout, rows)
+
+    def _merge(self, rows: PermutedTokens, chosen: Selection, request: Request) -> None:
+        """Let pooled keys stand for the skipped blocks."""
+        size, visual = self.tokens_per_pooled_key, rows.order.visual
+        pooled = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask, variance=self.variance)
+        if self.first_order:
+            mask = None if rows.key_mask is None else rows.key_mask[:, :visual]
+            slope = key_value_covariance(rows.k[:, :visual], rows.v[:, :visual], size, key_mask=mask)
+            pooled = replace(pooled, first_order=slope)
+        request.compensation = pooled
+        if chosen.fine is not None:
+            finer = pooled_compensation(rows.k, rows.v, self.tokens_per_fine_key, key_mask=rows.key_mask)
+            request.fine = FineLevel(chosen.fine, finer)
 
     def rows_of(self, call: AttentionCall, request: Request) -> PermutedTokens:
         """Return the tensors in the order of the method."""
@@ -167,11 +214,14 @@ class RectifiedSpaAttn(SelectingMethod):
         return None if self.budget == "extra" else self._kept(rows)
 
     def complete(self, layout: BlockLayout, ranking: Ranking, rows: PermutedTokens) -> Selection:
-        """Return the selection with the blocks that are added to the budget."""
+        """Return the selection with the blocks that are added to the budget, and those with finer pooled keys."""
         if self.budget == "extra":
             mask = layout.block_mask() | (self._kept(rows) & (ranking.scores > float("-inf")))
             layout = BlockLayout.from_mask(mask, *self.sizes_of(rows))
-        return Selection(layout)
+        if self.fine is None:
+            return Selection(layout)
+        budget = BlockBudget(spread=self.spread)
+        return Selection(layout, budget.next_best(self.fine, ranking, layout, self.sizes_of(rows)))
 
     def _kept(self, rows: PermutedTokens) -> torch.Tensor:
         return rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)

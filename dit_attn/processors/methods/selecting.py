@@ -107,6 +107,11 @@ class SelectingMethod(SparseMethod):
         raise NotImplementedError
 
     @property
+    def fine_share(self) -> float:
+        """Share of the key blocks, the best of the skipped ones, that finer pooled keys stand for."""
+        return 0.0
+
+    @property
     def stand_in_cost(self) -> float:
         """What compensation computes at a sparse step, as a fraction of dense attention."""
         return 0.0
@@ -147,10 +152,13 @@ class SelectingMethod(SparseMethod):
         """Return the bytes of the mask that ``measured`` stores, at most. Arguments as in the base class."""
         if self.selector != MEASURED:
             return 0
-        widest = None
+        nk = -(-tokens // self.kv_block)
+        shares: list[float] = [1.0] * (2 if self.fine_share else 1)
         if self.spread == "row" and self.sparse_share is not None and self.budget_of_blocks is not None:
-            fewest = blocks_of_density(self.budget_of_blocks, -(-tokens // self.kv_block))
-            widest = fewest if isinstance(fewest, int) else max(fewest)
+            density = self.budget_of_blocks
+            shares[0] = max(density) if isinstance(density, tuple) else density
+            shares[1:] = [self.fine_share] if self.fine_share else []
+        widest = tuple(blocks_of_density(share, nk) for share in shares)
         blocks = self.q_block, self.kv_block
         return mask_bytes(tokens, heads, head_dim, element, blocks, widest, self.drift is not None)
 

@@ -16,6 +16,7 @@ from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.token_order import block_neighbors, token_order
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.dispatch import computed_fraction
 from dit_attn.processors.core.token_permute import token_permutation
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from dit_attn.processors.methods import pooled_scores
@@ -90,6 +91,10 @@ SETTINGS = {
     "pieces": {"probe": 4},
     "pieces by mass": {"probe": 8, "selector": "mass", "q_block": 8},
     "row-major": {"order": "none", "selector": "mass"},
+    "first order": {"pooled_block": 8, "first_order": True},
+    "two levels": {"pooled_block": 16, "fine": 0.2, "fine_block": 4},
+    "all terms": {"pooled_block": 8, "fine": 0.1, "first_order": True, "variance": True, "spread": "head"},
+    "one threshold": {"pooled_block": 8, "spread": "layer", "selector": "ear"},
 }
 
 
@@ -99,7 +104,27 @@ def test_every_setting_follows_its_equations(name: str, text: str, masked: int) 
     settings, case = method(**SETTINGS[name]), call(text, masked=masked)
     out, request = run(case, settings)
     assert request.layout is not None and 0.05 < request.layout.density < 0.9
-    torch.testing.assert_close(out.double(), rectified(case, settings, request.layout), atol=3e-6, rtol=1e-5)
+    fine = request.fine.layout if request.fine is not None else None
+    expected = rectified(case, settings, request.layout, fine)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_every_compensation_is_part_of_what_is_computed() -> None:
+    case = call()
+    shares = {}
+    for name in ("merge", "first order", "two levels", "all terms"):
+        _, request = run(case, method(**SETTINGS[name]))
+        shares[name] = float(computed_fraction(case, request))
+    assert shares["merge"] == pytest.approx(5 / 15 + 1 / 4)
+    assert shares["first order"] == pytest.approx(5 / 15 + 1 / 8 + 16 / 240)
+    assert shares["two levels"] == pytest.approx(5 / 15 + 1 / 16 + 3 / 15 / 4)
+    assert shares["all terms"] == pytest.approx(5 / 15 + 1.5 / 8 + 2 / 15 / 2 + 16 / 240)
+    assert method(**SETTINGS["two levels"]).executed == pytest.approx(0.3 + 1 / 16 + 0.2 / 4)
+    assert method(pooled_block=8, variance=True).executed == pytest.approx(0.3 + 1.5 / 8)
+    with pytest.raises(DitAttnError, match=r"fine belongs to compensation merge, not paper"):
+        method(compensation="paper", fine=0.1)
+    with pytest.raises(DitAttnError, match=r"fine_block must divide kv_block 16, got 5"):
+        method(fine=0.1, fine_block=5)
 
 
 @pytest.mark.parametrize("text, masked", [("", 0), ("first", 4), ("last", 0)])

@@ -64,6 +64,19 @@ class BlockBudget:
             chosen = chosen | (scores > self.threshold)
         return BlockLayout.from_mask(chosen, *sizes)
 
+    def next_best(
+        self, share: float, ranking: Ranking, chosen: BlockLayout, sizes: tuple[int, int, int, int]
+    ) -> BlockLayout:
+        """Return the best blocks of those that are not chosen.
+
+        Args:
+            share: how many, as a fraction of all key blocks; shared as the budget is.
+            ranking, sizes: as for :meth:`choose`.
+            chosen: the chosen blocks.
+        """
+        rest = ranking._replace(scores=ranking.scores.masked_fill(chosen.block_mask(), NEG_INF))
+        return BlockBudget(share, spread=self.spread).choose(rest, None, sizes)
+
     def _best(self, scores: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """(B, H, nq, nk) bool, as many blocks as the density says, of every row, head or layer."""
         assert self.density is not None

@@ -92,7 +92,13 @@ def ranking_of(call: SelectorInput, stats: BlockStats, statistic: str) -> Rankin
 
 
 def mask_bytes(
-    tokens: int, heads: int, head_dim: int, element: int, blocks: tuple[int, int], widest: int | None, drift: bool
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    element: int,
+    blocks: tuple[int, int],
+    widest: tuple[int, ...],
+    drift: bool,
 ) -> int:
     """Return the bytes that a layer's mask takes for one sample, at most.
 
@@ -101,9 +107,9 @@ def mask_bytes(
         heads, head_dim: of the layer.
         element: bytes of an activation.
         blocks: tokens per query and key block.
-        widest: key blocks of the longest row; ``None`` where a row may have all.
+        widest: entries of the longest row of each of its lists.
         drift: whether block means are stored.
     """
     nq, nk = (ceil_div(tokens, block) for block in blocks)
-    lists = 4 * heads * nq * ((nk if widest is None else min(widest, nk)) + 1)
+    lists = 4 * heads * nq * sum(entries + 1 for entries in widest)
     return lists + (heads * (nq + nk) * head_dim * element if drift else 0)
