@@ -117,7 +117,8 @@ def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor, finer:
         weights = torch.softmax(torch.cat([logits, between, virtual], -1), -1)
         out = weights @ torch.cat([setup.v, small_v, v])
         if method.first_order:
-            out = out + weights[:, -len(k) :].sum(-1, keepdim=True) * (setup.scale * setup.q @ _covariance(setup, method))
+            slope = setup.scale * setup.q @ _covariance(setup, method)
+            out = out + weights[:, -len(k) :].sum(-1, keepdim=True) * slope
         return out
     sparse = torch.softmax(logits, -1).nan_to_num(0.0) @ setup.v
     if method.compensation == "none":

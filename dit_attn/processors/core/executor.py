@@ -170,6 +170,16 @@ def _visual_rows(
     return permuted.unpermute(out), None if lse is None else permuted.unpermute(lse.transpose(1, 2)).transpose(1, 2)
 
 
+def visual_lse(call: AttentionCall, request: Request) -> torch.Tensor | None:
+    """Return the log-sum-exp (B, H, Sv) of the visual rows as the request has them computed, before any epilogue.
+
+    ``None`` where the method computes them itself, or scales them by a denominator of its own.
+    """
+    if request.layout is None or request.compute_visual is not None or request.epilogue is not None:
+        return None
+    return _visual_rows(call, request, call.v)[1]
+
+
 def _of_values(pooled: Compensation, v: torch.Tensor, mask: torch.Tensor | None) -> Compensation:
     """Pooled keys with the means of other values."""
     return replace(pooled, v=block_means(v, pooled.tokens, mask).to(v.dtype))
