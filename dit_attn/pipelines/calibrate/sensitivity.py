@@ -132,7 +132,8 @@ def make_plan(
     if steps is not None and parts > steps:
         raise DitAttnError(f"a run of {steps} steps has no {parts} parts; give at most {steps}")
     if step_stride is None:
-        step_stride = max(1, (steps or parts) // parts) if method.by_step and parts > 1 else 1
+        keeps = not method.by_step or method.cache_bytes(4096, 1, 64, 4) > 0
+        step_stride = max(1, (steps or parts) // parts) if parts > 1 and not keeps else 1
     return CalibrationPlan(method, parts, tuple(measured), step_stride, by_head)
 
 
