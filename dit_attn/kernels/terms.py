@@ -55,6 +55,9 @@ class Compensation:
         cap: upper bound of that term.
         bias: (B|1, H|1, nv, R) factor of the call's :class:`LogitBias` for the pooled keys, see :func:`pooled_bias`;
             ``None`` leaves them without a bias.
+        left_out: (B|1, H|1, nq, nk) bool, skipped key blocks whose pooled keys do not count either; ``None`` for none.
+        first_order: (B, Hk, D, D) covariance of keys and values behind a pooled key, see :func:`key_value_covariance`:
+            a row gets ``scale * q . first_order`` besides, times its weight of all pooled keys; ``None`` leaves it out.
     """
 
     k: torch.Tensor
@@ -64,6 +67,13 @@ class Compensation:
     variance: torch.Tensor | None = None
     cap: float = 2.0
     bias: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
+    first_order: torch.Tensor | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the kernels compute all of it; what they lack is composed around them."""
+        return self.left_out is None and self.first_order is None
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,35 @@ def pooled_compensation(
         largest = min(torch.finfo(x.dtype).max for x in (square, k))
         per_channel = (square - mean.square()).clamp(0.0, largest).to(k.dtype)
     return Compensation(mean.to(k.dtype), block_means(v, tokens, key_mask).to(v.dtype), log_weight, tokens, per_channel)
+
+
+def key_value_covariance(
+    k: torch.Tensor, v: torch.Tensor, tokens: int, *, key_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute the mean covariance of keys and values within groups of tokens, for the first-order term of PISA.
+
+    To first order in the distance of a key to its mean, ``sum_t exp(q.k_t) v_t`` of a group is ``n exp(q.kbar)
+    (vbar + q C)``; the covariance C is taken for that of all groups (arXiv 2602.01077).
+
+    Args:
+        k, v: (B, Sk, Hk, D).
+        tokens: keys per group.
+        key_mask: (B, Sk) bool, keys that exist.
+
+    Returns:
+        (B, Hk, D, D) fp32.
+
+    Raises:
+        DitAttnError: ``k``, ``v`` or ``key_mask`` do not fit together, or ``tokens`` is below 1.
+    """
+    _check_compensation(k, v, tokens, key_mask)
+    deviations = []
+    for x in (k, v):
+        means = block_means(x, tokens, key_mask).transpose(1, 2).repeat_interleave(tokens, 1)[:, : x.shape[1]]
+        apart = x.float() - means
+        deviations.append(apart if key_mask is None else apart.masked_fill(~key_mask[:, :, None, None], 0.0))
+    count = block_counts(k, tokens, key_mask).sum(-1)[..., None, None].clamp(min=1.0)
+    return torch.einsum("bshd,bshe->bhde", *deviations) / count
 
 
 def sampled_compensation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -29,6 +29,10 @@ OPTIONAL = (
     "key_mask", "key_bias", "key_lengths", "bias", "compensation", "epilogue", "compensation.variance",
     "epilogue.row_scale", "epilogue.lse_ref", "epilogue.add", "epilogue.blend",
 )  # fmt: skip
+_DTYPES: dict[str, tuple[str, Callable[[torch.Tensor], bool]]] = {
+    "key_lengths": ("an integer", lambda x: x.dtype in INTS),
+    "compensation.left_out": ("a boolean", lambda x: x.dtype == torch.bool),
+}
 SCALES = (1e-30, 1e30)  # outside, fp32 logits lose every digit or overflow
 
 
@@ -167,8 +171,8 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
     for name, x in _tensors(terms):
         if x.device != q.device:
             raise DitAttnError(f"{name} is on {x.device} and q on {q.device}; move it")
-        if not (x.dtype in INTS if name == "key_lengths" else x.is_floating_point()):
-            kind = "an integer" if name == "key_lengths" else "a floating-point"
+        kind, fits = _DTYPES.get(name, ("a floating-point", torch.is_floating_point))
+        if not fits(x):
             raise DitAttnError(f"{name} must be of {kind} dtype, got {dtype_name(x.dtype)}; cast it")
     if lengths is not None:
         _fits("key_lengths", lengths, ("B",), sizes)
@@ -196,6 +200,11 @@ def _check_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Bloc
             if x is not None:
                 _fits(f"compensation.{name}", x, ("B", "Hk", "nv", "D"), sizes)
         _fits("compensation.log_weight", comp.log_weight, ("B|1", "H|1", "nv"), sizes)
+        if comp.left_out is not None:
+            sizes["nk"] = layout.nk
+            _fits("compensation.left_out", comp.left_out, ("B|1", "H|1", "nq", "nk"), sizes)
+        if comp.first_order is not None:
+            _fits("compensation.first_order", comp.first_order, ("B", "Hk", "D", "D"), sizes)
         if comp.bias is not None:
             if bias is None:
                 raise DitAttnError("compensation.bias is the pooled keys' factor of a bias, and none is given; add it")

@@ -47,7 +47,8 @@ def definition(problem: Problem, terms: Terms = NO_TERMS) -> tuple[torch.Tensor,
             spread = q.square() @ comp.variance.repeat_interleave(ratio, 1).mT
             y = y + (0.5 * problem.scale**2 * spread).clamp(max=comp.cap)
         block_of = torch.arange(ck.shape[2]) * comp.tokens // layout.kv_block
-        chosen = layout.block_mask()[..., block_of]
+        without = layout.block_mask() if comp.left_out is None else layout.block_mask() | comp.left_out
+        chosen = without[..., block_of]
         chosen = chosen[:, :, torch.arange(q.shape[2]) // layout.q_block]
         if comp.bias is not None:
             assert terms.bias is not None
@@ -58,6 +59,9 @@ def definition(problem: Problem, terms: Terms = NO_TERMS) -> tuple[torch.Tensor,
     lse = torch.logsumexp(x, -1)
     weight = torch.exp(x - lse.masked_fill(lse.isinf(), 0.0)[..., None])
     out = torch.where(weight[..., None] > 0, weight[..., None] * v[:, :, None], 0.0).sum(3)
+    if comp is not None and comp.first_order is not None:
+        slope = problem.scale * q @ comp.first_order.repeat_interleave(ratio, 1)
+        out = out + weight[..., k.shape[2] :].sum(-1, keepdim=True) * slope
     end = terms.epilogue
     if end is not None:
         block = torch.arange(q.shape[2]) // layout.q_block

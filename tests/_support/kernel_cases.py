@@ -19,9 +19,11 @@ from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import (
     BAR,
     NO_TERMS,
+    Compensation,
     Epilogue,
     LogitBias,
     Terms,
+    key_value_covariance,
     pooled_bias,
     pooled_compensation,
     sampled_compensation,
@@ -137,6 +139,13 @@ def _barred(p: Problem) -> Terms:
     return Terms(bias=bias, compensation=replace(comp, bias=pooled_bias(bias.k, 8, p.key_mask)))
 
 
+def _without_some(p: Problem, pooled: Compensation) -> Compensation:
+    """The same pooled keys, but for those of every third skipped block."""
+    skipped = ~p.layout.block_mask()
+    third = (torch.arange(skipped.numel()) % 3 == 0).view_as(skipped)
+    return replace(pooled, left_out=skipped & third)
+
+
 TERMS: dict[str, Callable[[Problem], Terms]] = {
     "none": lambda p: NO_TERMS,
     "lengths": lambda p: Terms(key_lengths=torch.tensor([90, 37], dtype=torch.int32)),
@@ -148,6 +157,12 @@ TERMS: dict[str, Callable[[Problem], Terms]] = {
         compensation=sampled_compensation(p.k, p.v, 8, torch.arange(p.k.shape[2]) * 5, key_mask=p.key_mask)
     ),
     "variance": lambda p: Terms(compensation=pooled_compensation(p.k, p.v, 16, variance=True)),
+    "left out": lambda p: Terms(compensation=_without_some(p, pooled_compensation(p.k, p.v, 8))),
+    "first order": lambda p: Terms(
+        compensation=replace(
+            pooled_compensation(p.k, p.v, 8, variance=True), first_order=key_value_covariance(p.k, p.v, 8)
+        )
+    ),
     "row scale": lambda p: _epilogue(p, row_scale=1),
     "denominator": lambda p: _epilogue(p, lse_ref=1),
     "add": lambda p: _epilogue(p, add=1),

@@ -78,21 +78,24 @@ def pooled_map(setup: Setup, method: RectifiedSpaAttn) -> torch.Tensor:
     return torch.softmax(logits, -1).nan_to_num(0.0)
 
 
-def rectified(call: AttentionCall, method: RectifiedSpaAttn, layout: BlockLayout) -> torch.Tensor:
-    """(B, Sv, H, D) float64: what the method must give for the blocks of ``layout``."""
+def rectified(
+    call: AttentionCall, method: RectifiedSpaAttn, layout: BlockLayout, fine: BlockLayout | None = None
+) -> torch.Tensor:
+    """(B, Sv, H, D) float64: what the method must give for the blocks of ``layout``, and for ``fine`` by finer keys."""
     batches, _, heads, width = call.q.shape
     out = []
     blocks = layout.block_mask().expand(batches, heads, -1, -1)
+    finer = torch.zeros_like(blocks) if fine is None else fine.block_mask().expand(batches, heads, -1, -1)
     for batch in range(batches):
         for head in range(heads):
             setup = Setup(call, method, batch, head)
-            out.append(_one_head(setup, method, blocks[batch, head])[setup.undo])
+            out.append(_one_head(setup, method, blocks[batch, head], finer[batch, head])[setup.undo])
     stacked = torch.stack(out).unflatten(0, (batches, heads)).transpose(1, 2)
     assert stacked.shape[-1] == width
     return stacked
 
 
-def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor) -> torch.Tensor:
+def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor, finer: torch.Tensor) -> torch.Tensor:
     row = torch.arange(len(setup.q)) // method.q_block
     column = torch.arange(len(setup.k)) // method.kv_block
     logits = setup.logits.masked_fill(~read[row][:, column], NONE)
@@ -105,8 +108,18 @@ def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor) -> tor
             square, _, _ = pools(setup.k**2, method.tokens_per_pooled_key, setup.exists)
             spread = (square - k**2).clamp(min=0.0)
             virtual = virtual + (0.5 * setup.scale**2 * (setup.q**2 @ spread.T)).clamp(max=2.0)
-        virtual = virtual.masked_fill(read[row][:, owner], NONE)
-        return torch.softmax(torch.cat([logits, virtual], -1), -1) @ torch.cat([setup.v, v])
+        virtual = virtual.masked_fill((read | finer)[row][:, owner], NONE)
+        size = method.tokens_per_fine_key
+        small_k, _, number = pools(setup.k, size, setup.exists)
+        small_v, _, _ = pools(setup.v, size, setup.exists)
+        owner = torch.arange(len(small_k)) * size // method.kv_block
+        between = (setup.q @ small_k.T * setup.scale + number.log()).masked_fill(~finer[row][:, owner], NONE)
+        weights = torch.softmax(torch.cat([logits, between, virtual], -1), -1)
+        out = weights @ torch.cat([setup.v, small_v, v])
+        if method.first_order:
+            slope = setup.scale * setup.q @ _covariance(setup, method)
+            out = out + weights[:, -len(k) :].sum(-1, keepdim=True) * slope
+        return out
     sparse = torch.softmax(logits, -1).nan_to_num(0.0) @ setup.v
     if method.compensation == "none":
         return sparse
@@ -121,3 +134,12 @@ def _one_head(setup: Setup, method: RectifiedSpaAttn, read: torch.Tensor) -> tor
     else:
         scale = 1.0 - torch.where(added, mass, 0.0).sum(-1)
     return scale[row, None] * sparse + (torch.where(added, mass, 0.0) @ v)[row]
+
+
+def _covariance(setup: Setup, method: RectifiedSpaAttn) -> torch.Tensor:
+    """(D, D) mean covariance of visual keys and values behind a pooled key."""
+    total, size = torch.zeros(setup.k.shape[1], setup.v.shape[1], dtype=torch.float64), method.tokens_per_pooled_key
+    for low in range(0, setup.visual, size):
+        keys, values = (x[low : min(low + size, setup.visual)] for x in (setup.k, setup.v))
+        total += (keys - keys.mean(0)).T @ (values - values.mean(0))
+    return total / setup.visual

@@ -116,9 +116,11 @@ def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Prob
         full_kv_num_blocks=None if layout.full_kv_num_blocks is None else layout.full_kv_num_blocks[:, :, blocks],
         elements=None if layout.elements is None else layout.elements.from_block(first, layout.q_block),
     )  # fmt: skip
-    bias, end = terms.bias, terms.epilogue
+    bias, comp, end = terms.bias, terms.compensation, terms.epilogue
     if bias is not None:
         bias = replace(bias, q=bias.q[:, :, rows])
+    if comp is not None and comp.left_out is not None:
+        comp = replace(comp, left_out=comp.left_out[:, :, blocks])
     if end is not None:
         end = replace(
             end,
@@ -127,7 +129,8 @@ def rows_of(problem: Problem, terms: Terms, first: int, last: int) -> tuple[Prob
             add=None if end.add is None else end.add[:, :, blocks],
             value_shift=end.value_shift + rows.start,
         )
-    return replace(problem, q=problem.q[:, rows], layout=lists), replace(terms, bias=bias, epilogue=end)
+    found = replace(terms, bias=bias, compensation=comp, epilogue=end)
+    return replace(problem, q=problem.q[:, rows], layout=lists), found
 
 
 def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
@@ -139,6 +142,8 @@ def _terms_of(terms: Terms, heads: slice, keys: slice) -> Terms:
         comp = replace(
             comp, k=comp.k[:, keys], v=comp.v[:, keys], log_weight=_of(comp.log_weight, heads),
             variance=None if comp.variance is None else comp.variance[:, keys], bias=_of(comp.bias, heads),
+            left_out=_of(comp.left_out, heads),
+            first_order=None if comp.first_order is None else comp.first_order[:, keys],
         )  # fmt: skip
     if end is not None:
         end = replace(
@@ -187,9 +192,10 @@ class _PooledKeys:
     Attributes:
         problem, comp: the call and its compensation.
         keys, values, variance: (B, H, nv, D) keys, values and variances in the dtype of the LSE.
-        attended: (B|1, H|1, nq, nk) bool, key blocks that are attended to, whose pooled keys are masked.
+        attended: (B|1, H|1, nq, nk) bool, key blocks that are attended to or left out, whose pooled keys are masked.
         weight: (B|1, H|1, 1, nv).
         bias: factors (B|1, H|1, Sq, R) and (B|1, H|1, nv, R) of a low-rank bias, or ``None``.
+        slope: (B, H, D, D) first-order term, or ``None``.
     """
 
     problem: Problem
@@ -200,6 +206,7 @@ class _PooledKeys:
     attended: torch.Tensor
     weight: torch.Tensor
     bias: tuple[torch.Tensor, torch.Tensor] | None
+    slope: torch.Tensor | None
 
     @classmethod
     def of(cls, problem: Problem, terms: Terms, wide: torch.dtype) -> _PooledKeys:
@@ -210,7 +217,17 @@ class _PooledKeys:
         keys, values = (_repeated(x.to(wide), problem.ratio) for x in (comp.k, comp.v))
         variance = None if comp.variance is None else _repeated(comp.variance.to(wide), problem.ratio)
         weight = comp.log_weight[:, :, None].to(wide)
-        return cls(problem, comp, keys, values, variance, problem.layout.block_mask(), weight, bias)
+        masked = problem.layout.block_mask()
+        if comp.left_out is not None:
+            masked = masked | comp.left_out
+        slope = None if comp.first_order is None else _repeated(comp.first_order.to(wide), problem.ratio)
+        return cls(problem, comp, keys, values, variance, masked, weight, bias, slope)
+
+    def tail(self, q: torch.Tensor) -> torch.Tensor | None:
+        """First-order term (B, H, rows, D) of queries (B, rows, H, D) for a weight of 1, or ``None``."""
+        if self.slope is None:
+            return None
+        return q.transpose(1, 2).to(self.slope.dtype) * self.problem.scale @ self.slope
 
     def logits(self, q: torch.Tensor, blocks: slice, workspace: Workspace | None = None) -> torch.Tensor:
         """Compute logits (B, H, rows, nv) for queries (B, rows, H, D) of some blocks, ``-inf`` for masked keys.
@@ -266,7 +283,11 @@ def _merged_rows(
     safe = torch.logsumexp(both.masked_fill(empty, 0.0), -1, keepdim=True).masked_fill(empty, 0.0)
     fraction = torch.exp(own - safe).transpose(1, 2)
     total = safe.masked_fill(empty, NEG_INF)
-    return out * fraction + (torch.exp(s - safe) @ pooled.values).transpose(1, 2), total[..., 0]
+    weights = torch.exp(s - safe)
+    rest, tail = weights @ pooled.values, pooled.tail(q)
+    if tail is not None:
+        rest = rest + tail * weights.sum(-1, keepdim=True)
+    return out * fraction + rest.transpose(1, 2), total[..., 0]
 
 
 def _merge_in_place(problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor, step: int) -> None:
@@ -279,10 +300,14 @@ def _merge_in_place(problem: Problem, terms: Terms, out: torch.Tensor, lse: torc
             top = torch.maximum(s.amax(-1, keepdim=True), own)
             top.masked_fill_(top == NEG_INF, 0.0)
             fraction = torch.exp(own - top)
-            total = s.sub_(top).exp_().sum(-1, keepdim=True).add_(fraction)
+            skipped = s.sub_(top).exp_().sum(-1, keepdim=True)
+            total = skipped + fraction
             lse[:, :, rows] = (top + total.log())[..., 0]
             inverse = total.masked_fill(total == 0.0, 1.0).reciprocal_()
-            rest = torch.matmul(s, pooled.values).mul_(inverse).transpose(1, 2)
+            rest, tail = torch.matmul(s, pooled.values), pooled.tail(problem.q[:, rows])
+            if tail is not None:
+                rest += tail * skipped
+            rest = rest.mul_(inverse).transpose(1, 2)
             out[:, rows] = rest.addcmul_(out[:, rows].to(rest.dtype), fraction.mul_(inverse).transpose(1, 2))
 
 

@@ -76,7 +76,8 @@ _BIAS = 9  # index of key_bias among them
 _COMMON = _CALL + ", str backend"
 _TERMS = (
     "Tensor? key_lengths, Tensor? bias_q, Tensor? bias_k, Tensor? comp_k, Tensor? comp_v, Tensor? comp_weight, "
-    "Tensor? comp_variance, Tensor? comp_bias, Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, "
+    "Tensor? comp_variance, Tensor? comp_bias, Tensor? comp_left_out, Tensor? comp_first_order, "
+    "Tensor? row_scale, Tensor? lse_ref, Tensor? add, Tensor? blend, "
     "int comp_tokens, float comp_cap, float lse_cap, int value_shift"
 )
 
@@ -96,10 +97,11 @@ def flat_call(problem: Problem) -> tuple[Any, ...]:
 def flat_terms(terms: Terms) -> tuple[Any, ...]:
     """Flatten the optional terms into the arguments of an operator."""
     bias, comp, end = terms.bias, terms.compensation, terms.epilogue or Epilogue()
+    names = ("k", "v", "log_weight", "variance", "bias", "left_out", "first_order")
     return (
         terms.key_lengths,
         *((None, None) if bias is None else (bias.q, bias.k)),
-        *((None,) * 5 if comp is None else (comp.k, comp.v, comp.log_weight, comp.variance, comp.bias)),
+        *(None if comp is None else getattr(comp, name) for name in names),
         end.row_scale, end.lse_ref, end.add, end.blend,
         1 if comp is None else comp.tokens, 0.0 if comp is None else comp.cap, end.cap, end.value_shift,
     )  # fmt: skip
@@ -129,10 +131,11 @@ def _problem(
 
 
 def _terms(*args: Any) -> Terms:
-    key_lengths, bias_q, bias_k, ck, cv, cw, cvar, cbias, row_scale, lse_ref, add, blend, *numbers = args
+    key_lengths, bias_q, bias_k, ck, cv, cw, cvar, cbias, left_out, slope, *rest = args
+    row_scale, lse_ref, add, blend, *numbers = rest
     tokens, ccap, cap, shift = numbers
     bias = None if bias_q is None else LogitBias(bias_q, bias_k)
-    comp = None if ck is None else Compensation(ck, cv, cw, tokens, cvar, ccap, cbias)
+    comp = None if ck is None else Compensation(ck, cv, cw, tokens, cvar, ccap, cbias, left_out, slope)
     given = any(x is not None for x in (row_scale, lse_ref, add, blend))
     return Terms(key_lengths, bias, comp, Epilogue(row_scale, lse_ref, cap, add, blend, shift) if given else None)
 

@@ -159,7 +159,8 @@ def _unsupported_reason_sdpa(info: CallInfo) -> str | None:
 
 
 def _triton(problem: Problem, terms: Terms, lse: bool, name: str = "triton") -> Result:
-    if _wants_grad(problem, terms):
+    composed = terms.compensation is not None and not terms.compensation.is_fused
+    if composed or _wants_grad(problem, terms):
         return with_terms(problem, terms, _differentiable) if terms else _differentiable(problem)
     return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
 

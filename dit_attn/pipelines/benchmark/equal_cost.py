@@ -20,9 +20,10 @@ from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.block_sparse import BlockSparse
 from dit_attn.processors.methods.re_ttention import RAMPS, ReTtention
 from dit_attn.processors.methods.rectified_spaattn import RectifiedSpaAttn
+from dit_attn.processors.methods.selecting import MEASURED, SELECTORS
 
 DENSITIES = (0.5, 0.25, 0.125, 0.0625, 0.03)
-COSTS = (0.1, 0.15, 0.2, 0.25)
+COSTS = (0.05, 0.1, 0.15, 0.2, 0.25)
 UNIT = "run: one prompt or seed with all its layers, steps and branches; resampled with replacement, 2000 times"
 DEFAULT = "default"
 
@@ -49,27 +50,48 @@ def method_families(block: int) -> list[MethodFamily]:
         MethodFamily(DEFAULT, lambda density, size: RectifiedSpaAttn(density=density, **_same(size))),
     ]
     for order in ("hilbert", "auto", "none"):
-        found.append(_rectified(f"none {order}", compensation="none", select="mass", order=order))
+        found.append(_rectified(f"none {order}", compensation="none", selector="mass", order=order))
     for order in ("hilbert", "auto"):
         for compensation in ("paper", "repo"):
-            found.append(_rectified(f"{compensation} {order}", compensation=compensation, select="mass", order=order))
+            found.append(_rectified(f"{compensation} {order}", compensation=compensation, selector="mass", order=order))
     full, half, quarter = pooled_key_sizes(block)
     for order in ("hilbert", "auto", "none"):
         found.append(_rectified(f"merge {full} {order}", pooled_block=full, order=order))
     for size in (half, quarter):
         found.append(_rectified(f"merge {size} auto", pooled_block=size))
     found += [
-        _rectified(f"merge {full} auto by mass", pooled_block=full, select="mass"),
+        _rectified(f"merge {full} auto by mass", pooled_block=full, selector="mass"),
         _rectified(f"merge {full} auto variance", pooled_block=full, variance=True),
         _rectified(f"merge {half} auto variance", pooled_block=half, variance=True),
         _rectified(f"merge {full} auto probe {half}", pooled_block=full, probe=half),
         _rectified(f"merge {full} auto probe {quarter}", pooled_block=full, probe=quarter),
         _rectified("merge in blocks of half", 0.5, pooled_block=half),
-        _rectified("none in blocks of half", 0.5, compensation="none", select="mass"),
+        _rectified("none in blocks of half", 0.5, compensation="none", selector="mass"),
     ]
+    found += selector_families(block)
     for mask in ("band", "window", "selected"):
         found += [_reuse(f"re-ttention {mask}", mask=mask)]
     found += [_reuse(f"re-ttention window {ramp}", mask="window", ramp=ramp) for ramp in RAMPS if ramp != "none"]
+    return found
+
+
+def selector_families(block: int) -> list[MethodFamily]:
+    """Return a family for every selector, for the budgets and compensations beside them, and for published methods."""
+    full, _, quarter = pooled_key_sizes(block)
+    found = [_rectified(f"by {name}", selector=name) for name in SELECTORS if name != MEASURED]
+    found += [_measured(f"by measured {what}", measure=what) for what in ("mass", "error")]
+    found += [
+        _rectified("by ear-centered, 4 probes", selector="ear-centered", probe=max(1, quarter)),
+        *(_rectified(f"by {name}, a head", selector=name, spread="head") for name in ("error", "ear-centered")),
+        *(_measured(f"by measured error, a {spread}", spread=spread) for spread in ("head", "layer")),
+        _rectified(f"merge {full} auto first order", pooled_block=full, first_order=True),
+        _rectified(f"merge {full} auto two levels", pooled_block=full, fine=0.1, fine_block=quarter),
+        _rectified("sol-attn", selector="sol", spread="layer", pooled_block=full),
+        _rectified("pisa", selector="mass", pooled_block=full, first_order=True),
+        _rectified("svg-ear", selector="ear", pooled_block=full),
+        _rectified("dfsattn", selector="dfs", compensation="none", order="hilbert"),
+        _measured("combined", spread="head", pooled_block=full, fine=0.1, fine_block=quarter),
+    ]
     return found
 
 
@@ -141,6 +163,13 @@ def _reuse(name: str, **options: Any) -> MethodFamily:
     return MethodFamily(name, make, stateful=True)
 
 
+def _measured(name: str, **options: Any) -> MethodFamily:
+    def make(density: float, size: int) -> Method:
+        return RectifiedSpaAttn(density=density, **_same(size), selector=MEASURED, stagger=False, **options)
+
+    return MethodFamily(name, make, stateful=True)
+
+
 # -- equal cost --------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +202,7 @@ def error_ratio(
     Args:
         ours, theirs: probes of two families on the same runs.
         cost: attention computed, as a fraction of dense; pooled keys are counted.
-        key: ``l2``, ``shift`` or ``rms``.
+        key: of :data:`~dit_attn.pipelines.benchmark.operator_error.ERRORS`.
 
     Returns:
         ``value`` (geometric mean over runs), ``ci95`` and ``n``; ``None`` where a curve does not reach that cost.
@@ -198,6 +227,11 @@ def errors_at_cost(measured: dict[str, list[OperatorProbe]], cost: float, key: s
         if figure is not None:
             found[name] = figure
     return dict(sorted(found.items(), key=lambda item: item[1]["value"]))
+
+
+def _keeps_state(probes: Sequence[OperatorProbe]) -> bool:
+    """Whether a family stores something from step to step."""
+    return any(probe.method.cache_bytes(4096, 1, 64, 4) for probe in probes)
 
 
 TARGETS = (  # error, baseline, largest ratio
@@ -237,11 +271,11 @@ def summarize_families(measured: dict[str, list[OperatorProbe]]) -> dict[str, An
     pairs = [(name, probe) for name, probes in measured.items() for probe in probes]
     rows = [{"family": name, **operator_error.probe_row(probe)} for name, probe in pairs]
     costs = {
-        key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in ("l2", "shift", "rms")
+        key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in operator_error.ERRORS
     }
     best = {}
     for cost in COSTS:
-        names = [name for name in costs["l2"][f"{cost:g}"] if not name.startswith("re-ttention")]
+        names = [name for name in costs["l2"][f"{cost:g}"] if not _keeps_state(measured[name])]
         if names and DEFAULT in measured:
             best[f"{cost:g}"] = {"family": names[0], "default_over_it": error_ratio(
                 measured[DEFAULT], measured[names[0]], cost, "l2"

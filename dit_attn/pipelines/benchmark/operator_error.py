@@ -19,6 +19,7 @@ import torch
 from dit_attn.api import disable, observing
 from dit_attn.eval import fidelity
 from dit_attn.kernels.benchmark.synthetic import STRUCTURES, Grid, structured_qkv
+from dit_attn.kernels.dense import dense_with_lse
 from dit_attn.pipelines.compare import statistics
 from dit_attn.processors.core import dispatch, executor
 from dit_attn.processors.core.call import AttentionCall, Request
@@ -28,6 +29,7 @@ from dit_attn.processors.core.tokens import TokenLayout, visual_span
 from dit_attn.processors.methods.base import Method
 
 FLOOR = 1e-7  # an error of zero has no logarithm
+ERRORS = ("l2", "shift", "angle", "lse", "rms")
 
 Observer = Callable[[AttentionCall, Request, torch.Tensor], None]
 CallSource = Callable[[int, Observer], None]
@@ -43,8 +45,9 @@ class OperatorProbe:
         step_stride: repeat the calls of one of so many steps, the middle one; 1 for methods with state.
         by_head: also record, for every head, its part of ``l2`` squared (``head_error2``) and its ``head_cost``.
         calls: one entry per sparse call: ``run``, ``layer``, ``step``, ``branch``, ``l2`` (relative L2 error of the
-            visual rows), ``shift`` (error of their mean), ``cost`` (attention and ranking computed, as a fraction of
-            dense) and ``seconds`` (selection included).
+            visual rows), ``shift`` (error of their mean), ``angle`` (1 less their cosine), ``lse`` (mean absolute error
+            of their log-sum-exp, where the method has one), ``cost`` (attention and ranking computed, as a fraction of
+            dense), ``seconds`` (selection included) and ``choosing`` (seconds of the selection).
     """
 
     def __init__(self, label: str, method: Method, step_stride: int = 1, by_head: bool = False) -> None:
@@ -58,8 +61,17 @@ class OperatorProbe:
         self._layers.clear()
         self._run = run
 
-    def __call__(self, call: AttentionCall, request: Request, exact: torch.Tensor) -> None:
-        """Repeat ``call`` with the method and compare with its dense result ``exact`` (B, S, H, D)."""
+    def __call__(
+        self, call: AttentionCall, request: Request, exact: torch.Tensor, lse: torch.Tensor | None = None
+    ) -> None:
+        """Repeat ``call`` with the method and compare with its dense result.
+
+        Args:
+            call: the attention call.
+            request: what was computed.
+            exact: (B, S, H, D) dense result.
+            lse: (B, H, Sv) dense log-sum-exp of the visual rows; ``None`` compares none.
+        """
         if executor.unsupported_reason(call) or call.clock.step % self.step_stride != self.step_stride // 2:
             return
         real = call.layer
@@ -75,10 +87,11 @@ class OperatorProbe:
         self.method.request(repeated, wanted)
         if wanted.empty:
             return
+        choosing = time.perf_counter() - started
         out = executor.run(repeated, wanted, executor.dense_rows(repeated))
         seconds = time.perf_counter() - started
         visual = call.visual
-        cost = float(dispatch.computed_fraction(repeated, wanted)) + ranking_cost(self.method)
+        cost = float(dispatch.computed_fraction(repeated, wanted))
         self.calls.append(
             {
                 **(_head_figures(wanted, out[:, visual], exact[:, visual], cost) if self.by_head else {}),
@@ -88,10 +101,21 @@ class OperatorProbe:
                 "branch": call.branches[0] if call.branches else "",
                 "l2": fidelity.relative_l2(out[:, visual], exact[:, visual]),
                 "shift": fidelity.mean_shift(out[:, visual], exact[:, visual]),
+                "angle": max(0.0, 1.0 - fidelity.cosine(out[:, visual], exact[:, visual])),
+                **_lse_error(repeated, wanted, lse),
                 "cost": cost,
                 "seconds": seconds,
+                "choosing": choosing,
             }
         )
+
+
+def _lse_error(call: AttentionCall, request: Request, exact: torch.Tensor | None) -> dict[str, float]:
+    """Mean absolute error of the log-sum-exp of the visual rows, in natural units; empty where there is none."""
+    found = None if exact is None else executor.visual_lse(call, request)
+    if found is None or exact is None:
+        return {}
+    return {"lse": float((found.double() - exact.double()).abs().mean())}
 
 
 def _head_figures(request: Request, out: torch.Tensor, exact: torch.Tensor, cost: float) -> dict[str, list[float]]:
@@ -102,18 +126,6 @@ def _head_figures(request: Request, out: torch.Tensor, exact: torch.Tensor, cost
         kept = request.layout.kv_num_blocks.double().mean((0, 2)) / request.layout.nk
         costs += (kept - kept.mean()) * exact.shape[1] / request.layout.kv_len
     return {"head_error2": gap.tolist(), "head_cost": costs.tolist()}
-
-
-def ranking_cost(method: Method) -> float:
-    """Return the cost of ranking blocks by their chunks, as a fraction of dense attention; 0 for full blocks.
-
-    Dense attention is two products of S x S x D. Scores of chunks need one such product over (S / probe) x (S / probe),
-    the error estimate of a chunk two more.
-    """
-    probe = getattr(method, "probe", None)
-    if probe is None:
-        return 0.0
-    return (1.5 if getattr(method, "select", "") == "error" else 0.5) / probe**2
 
 
 def pipeline_source(
@@ -180,8 +192,9 @@ def measure_operators(source: CallSource, runs: int, probes: Sequence[OperatorPr
     def observe(call: AttentionCall, request: Request, out: torch.Tensor) -> None:
         if executor.unsupported_reason(call):
             return
+        lse = _dense_lse(call)
         for probe in probes:
-            probe(call, request, out)
+            probe(call, request, out, lse)
         started = time.perf_counter()
         executor.dense_rows(call)(call.q, call.k, call.v, call.mask)
         dense.append(time.perf_counter() - started)
@@ -195,13 +208,23 @@ def measure_operators(source: CallSource, runs: int, probes: Sequence[OperatorPr
     return {"calls": len(dense), "dense_seconds": _mean(dense), "tokens": sorted(lengths)}
 
 
+def _dense_lse(call: AttentionCall) -> torch.Tensor | None:
+    """(B, H, Sv) log-sum-exp of the visual rows in dense attention; ``None`` where the mask has no form for it."""
+    request = Request()
+    if executor.read_mask(call, request):
+        return None
+    masks = {"key_mask": request.key_mask, "key_bias": request.key_bias}
+    return dense_with_lse(call.q[:, call.visual], call.k, call.v, scale=call.scale, **masks)[1]
+
+
 def probe_row(probe: OperatorProbe) -> dict[str, Any]:
     """Summarize the results of a probe.
 
     Returns:
-        ``label``, ``method``, ``calls``, ``cost`` and ``seconds`` (means over all calls, refreshes included), ``l2``
-        and ``shift`` (geometric means over the calls that are not exact), ``rms`` (root of the mean square of ``l2``
-        over all calls), each with a 95 % interval over runs, and ``by_layer`` (geometric means of ``l2``).
+        ``label``, ``method``, ``calls``, ``cost``, ``seconds`` and ``choosing`` (means over all calls, refreshes
+        included), ``l2``, ``shift``, ``angle`` and ``lse`` (geometric means over the calls that are not exact), ``rms``
+        (root of the mean square of ``l2`` over all calls), each with a 95 % interval over runs, and ``by_layer``
+        (geometric means of ``l2``).
     """
     inexact = [result for result in probe.calls if result["cost"] < 1.0]
     layers = sorted({result["layer"] for result in inexact})
@@ -211,9 +234,8 @@ def probe_row(probe: OperatorProbe) -> dict[str, Any]:
         "calls": len(probe.calls),
         "cost": _mean([result["cost"] for result in probe.calls]),
         "seconds": _mean([result["seconds"] for result in probe.calls]),
-        "l2": mean_over_runs(log_errors(probe.calls, "l2")),
-        "shift": mean_over_runs(log_errors(probe.calls, "shift")),
-        "rms": mean_over_runs(log_errors(probe.calls, "rms")),
+        "choosing": _mean([result["choosing"] for result in probe.calls]),
+        **{key: mean_over_runs(log_errors(probe.calls, key)) for key in ERRORS},
         "by_layer": {
             layer: math.exp(_mean([_log(c["l2"]) for c in inexact if c["layer"] == layer]) or 0.0) for layer in layers
         },
@@ -225,14 +247,14 @@ def log_errors(calls: Sequence[dict[str, Any]], key: str) -> dict[int, float]:
 
     Args:
         calls: see :attr:`OperatorProbe.calls`.
-        key: ``"l2"`` or ``"shift"`` for the geometric mean over inexact calls, ``"rms"`` for the root mean square of
-            ``l2`` over all calls.
+        key: ``"rms"`` for the root mean square of ``l2`` over all calls; another of :data:`ERRORS` for the geometric
+            mean over inexact calls, those that have it.
     """
     by_run: dict[int, list[float]] = {}
     for call in calls:
         if key == "rms":
             by_run.setdefault(call["run"], []).append(call["l2"] ** 2)
-        elif call["cost"] < 1.0:
+        elif call["cost"] < 1.0 and key in call:
             by_run.setdefault(call["run"], []).append(_log(call[key]))
     means = {run: sum(values) / len(values) for run, values in by_run.items()}
     return {run: 0.5 * math.log(max(mean, FLOOR**2)) for run, mean in means.items()} if key == "rms" else means

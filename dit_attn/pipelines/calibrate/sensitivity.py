@@ -131,7 +131,8 @@ def make_plan(
     if steps is not None and parts > steps:
         raise DitAttnError(f"a run of {steps} steps has no {parts} parts; give at most {steps}")
     if step_stride is None:
-        step_stride = max(1, (steps or parts) // parts) if method.by_step and parts > 1 else 1
+        keeps = not method.by_step or method.cache_bytes(4096, 1, 64, 4) > 0
+        step_stride = max(1, (steps or parts) // parts) if parts > 1 and not keeps else 1
     return CalibrationPlan(method, parts, tuple(measured), step_stride, by_head)
 
 
@@ -287,8 +288,7 @@ def run_sparse(pipe: Any, run_item: RunItem, item: str, method: SparseMethod, de
         report = summarize({name: session for name, model in models.items() if (session := session_of(model))})
     gap = float((latents.double() - dense.double()).norm() / dense.double().norm().clamp(min=1e-30))
     cost = report.run_density
-    ranking = operator_error.ranking_cost(method) * report.sparse_calls / max(report.calls, 1)
     return {
         "error": min(gap, MAX_ERROR) if math.isfinite(gap) else MAX_ERROR,
-        "cost": 1.0 if cost is None else float(cost) + ranking,
+        "cost": 1.0 if cost is None else float(cost),
     }

@@ -11,6 +11,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import BlockLayout, Compensation, Epilogue, LogitBias
+from dit_attn.kernels.two_level import FineLevel
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.layer import PLAIN, Layer, PassStates
 from dit_attn.processors.core.logit_bias import RowBias, TokenSet, factor_bias, merged_bias, span_bias, token_mask
@@ -224,10 +225,12 @@ class Request:
             the part of it that selection needs to know.
         permuted: visual queries, keys and values in the order the layout speaks of; ``None`` for that of the sequence.
         compensation: pooled keys that stand for the skipped blocks.
+        fine: with it, finer pooled keys that stand for some of them; without an epilogue.
         epilogue: what the kernel does to the rows before it writes them.
         compute_visual: computes the visual rows instead of the kernel call, (B, Sv, H, Dv) in the order of the
             sequence; called once.
         visual_density: with ``compute_visual``, attention computed for the visual rows, as a fraction of dense.
+        selection_cost: what choosing the blocks computed, as a fraction of the visual rows' dense attention.
         max_error: see :class:`~dit_attn.processors.methods.sparse.SparseMethod`.
         density: density, of all heads or of each, that ``max_error`` is measured for, once per run; ``None`` where it
             never changes.
@@ -249,9 +252,11 @@ class Request:
     key_bias: torch.Tensor | None = None
     permuted: PermutedTokens | None = None
     compensation: Compensation | None = None
+    fine: FineLevel | None = None
     epilogue: Epilogue | None = None
     compute_visual: Callable[[], torch.Tensor] | None = None
     visual_density: float | torch.Tensor = 1.0
+    selection_cost: float = 0.0
     max_error: float | None = None
     density: float | tuple[float, ...] | None = None
 
@@ -272,7 +277,7 @@ class Request:
 
     def go_dense(self) -> None:
         """Drop what was requested for the visual rows, except biases."""
-        self.layout = self.compute_visual = self.permuted = self.compensation = self.epilogue = None
+        self.layout = self.compute_visual = self.permuted = self.compensation = self.fine = self.epilogue = None
 
     def add_bias(self, call: AttentionCall, rows: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
         """Add ``rows @ keys^T`` to the logits of some rows; zero factors add nothing and change nothing.

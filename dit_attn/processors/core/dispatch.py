@@ -303,7 +303,9 @@ def _is_finite(out: torch.Tensor, mesh: Any) -> bool:
 
 
 def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Tensor:
-    """Return the attention computed as a fraction of dense, with pooled keys and the rows that are not visual.
+    """Return the attention computed as a fraction of dense.
+
+    With the rows that are not visual, what stands for skipped keys, and the ranking of blocks that looks into them.
 
     On an accelerator the result is a tensor: nothing is read back to the host.
     """
@@ -315,8 +317,15 @@ def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Te
         assert layout is not None
         on_host = layout.kv_num_blocks.device.type == "cpu"
         density = layout.density if on_host else layout.kv_num_blocks.float().mean() / layout.nk
-    if request.compensation is not None:
-        density = density + request.compensation.k.shape[2] / seq_len
+    pooled = request.compensation
+    if pooled is not None:
+        share = pooled.k.shape[2] / seq_len
+        density = density + share * (1.0 if pooled.variance is None else 1.5)  # one more product than two
+        if pooled.first_order is not None:  # made of all keys, and one product a row
+            density = density + pooled.first_order.shape[-1] / seq_len
+    if request.fine is not None:
+        density = density + request.fine.cost
+    density = density + request.selection_cost
     return visual * density + (1.0 - visual)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels import BlockLayout, LogitBias, sparse_attention
+from dit_attn.kernels import BlockLayout, Compensation, LogitBias, sparse_attention
 from dit_attn.kernels.dense import biased_attention
 from dit_attn.kernels.selection.pooling import block_means
 from dit_attn.kernels.terms import BARRED, pooled_bias
+from dit_attn.kernels.two_level import two_level_attention
 from dit_attn.processors.core.call import AttentionCall, KeyGain, Request
 from dit_attn.processors.core.observation import Observation, Probe
 
@@ -185,22 +186,49 @@ def _visual_rows(
     source = request if permuted is None else permuted
     mask, key_bias = source.key_mask, source.key_bias
     bias, pooled, epilogue = request.bias(call.visual), request.compensation, request.epilogue
+    fine = request.fine
     if values is not None:
         v, epilogue = values if permuted is None else permuted.order.permute_keys(values), None
-        if pooled is not None:
-            pooled = replace(pooled, v=block_means(v, pooled.tokens, mask).to(v.dtype))
+        pooled = None if pooled is None else replace(_of_values(pooled, v, mask), first_order=None)
+        fine = None if fine is None else replace(fine, pooled=_of_values(fine.pooled, v, mask))
     if bias is not None:
         bias = bias if permuted is None else permuted.order.permute_bias(bias)
-        if pooled is not None:
-            pooled = replace(pooled, bias=pooled_bias(bias.k, pooled.tokens, mask))
-    found = sparse_attention(
-        q, k, v, request.layout, scale=call.scale, key_mask=mask if key_bias is None else None, key_bias=key_bias,
-        bias=bias, compensation=pooled, epilogue=epilogue, return_lse=values is not None,
-    )  # fmt: skip
+        pooled = None if pooled is None else _biased(pooled, bias, mask)
+        fine = None if fine is None else replace(fine, pooled=_biased(fine.pooled, bias, mask))
+    options: dict[str, Any] = {"key_mask": mask if key_bias is None else None, "key_bias": key_bias, "bias": bias}
+    found: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    if fine is not None:
+        assert pooled is not None
+        found = two_level_attention(q, k, v, request.layout, fine, pooled, scale=call.scale, **options)
+    else:
+        found = sparse_attention(
+            q, k, v, request.layout, scale=call.scale, compensation=pooled, epilogue=epilogue,
+            return_lse=values is not None, **options,
+        )  # fmt: skip
     out, lse = found if isinstance(found, tuple) else (found, None)
     if permuted is None:
         return out, lse
     return permuted.unpermute(out), None if lse is None else permuted.unpermute(lse.transpose(1, 2)).transpose(1, 2)
+
+
+def visual_lse(call: AttentionCall, request: Request) -> torch.Tensor | None:
+    """Return the log-sum-exp (B, H, Sv) of the visual rows as the request has them computed, before any epilogue.
+
+    ``None`` where the method computes them itself, or scales them by a denominator of its own.
+    """
+    if request.layout is None or request.compute_visual is not None or request.epilogue is not None:
+        return None
+    return _visual_rows(call, request, call.v)[1]
+
+
+def _of_values(pooled: Compensation, v: torch.Tensor, mask: torch.Tensor | None) -> Compensation:
+    """Pooled keys with the means of other values."""
+    return replace(pooled, v=block_means(v, pooled.tokens, mask).to(v.dtype))
+
+
+def _biased(pooled: Compensation, bias: LogitBias, mask: torch.Tensor | None) -> Compensation:
+    """Pooled keys with their factor of a bias."""
+    return replace(pooled, bias=pooled_bias(bias.k, pooled.tokens, mask))
 
 
 def gained(call: AttentionCall, request: Request, gain: KeyGain) -> torch.Tensor:

@@ -49,14 +49,16 @@ class TokenPermutation:
         q = bias.q if self.rows is None else bias.q.index_select(2, self.rows)
         return LogitBias(q, bias.k if self.keys is None else bias.k.index_select(2, self.keys))
 
-    def forced(self, keep: tuple[str, ...], seq_len: int, q_block: int, kv_block: int) -> torch.Tensor:
+    def forced(
+        self, keep: tuple[str, ...], seq_len: int, q_block: int, kv_block: int, others: bool = True
+    ) -> torch.Tensor:
         """Return the blocks that every selection must contain.
 
         Args:
-            keep: any of ``diagonal``, ``neighbors`` (the 26 of each token, and itself) and ``first-frame``; blocks
-                with a token that is not visual are always forced.
+            keep: any of ``diagonal``, ``neighbors`` (the 26 of each token, and itself) and ``first-frame``.
             seq_len: tokens of the sequence.
             q_block, kv_block: tokens per block.
+            others: whether blocks with a token that is not visual are forced.
 
         Returns:
             (1, 1, nq, nk) bool.
@@ -64,7 +66,7 @@ class TokenPermutation:
         device, nq = self.first_frame.device, ceil_div(self.visual, q_block)
         starts = torch.arange(ceil_div(seq_len, kv_block), device=device) * kv_block
         not_visual = (starts + kv_block).clamp(max=seq_len) > self.visual
-        forced = not_visual.expand(nq, -1).clone()
+        forced = (not_visual & others).expand(nq, -1).clone()
         if "neighbors" in keep:
             forced[:, : ceil_div(self.visual, kv_block)] |= block_neighbors(
                 *self.parts, block=q_block, kv_block=kv_block

@@ -52,11 +52,11 @@ def ordered_scores(rows: PermutedTokens, q_block: int, kv_block: int, scale: flo
     return torch.cat(parts, -1)
 
 
-def heads_apart(rows: PermutedTokens, size: int) -> list[PermutedTokens]:
-    """Return the same rows a few heads at a time, so that scores of ``size`` tokens stay within :data:`AT_ONCE`."""
+def heads_apart(rows: PermutedTokens, q_size: int, k_size: int) -> list[PermutedTokens]:
+    """Return the same rows a few heads at a time, so that scores of so many tokens each stay within :data:`AT_ONCE`."""
     batch, q_len, heads, _ = rows.q.shape
     key_heads = rows.k.shape[2]
-    each = 4 * batch * ceil_div(q_len, size) * ceil_div(rows.k.shape[1], size) * (heads // key_heads)
+    each = 4 * batch * ceil_div(q_len, q_size) * ceil_div(rows.k.shape[1], k_size) * (heads // key_heads)
     step = max(1, AT_ONCE // max(1, each))
     if step >= key_heads:
         return [rows]

@@ -22,10 +22,11 @@ from dit_attn.kernels import BlockLayout, plan_scores, sparse_attention
 from dit_attn.kernels.dense import dense_with_lse
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
-from dit_attn.processors.methods.base import Grid, Phase, resolve_count, setting
+from dit_attn.processors.methods.base import Grid, Phase, setting
 from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
 from dit_attn.processors.methods.pooled_scores import ordered_scores
 from dit_attn.processors.methods.re_ttention_masks import MASKS, band_layout, window_layout
+from dit_attn.processors.methods.refresh import RefreshSchedule
 from dit_attn.processors.methods.sparse import SparseMethod
 
 RAMPS = ("conserving", "paper", "none")
@@ -134,45 +135,22 @@ class ReTtention(SparseMethod):
         states, key = call.layer.state, (call.branches, call.layer.rows, call.q.shape)
         state: State | None = states.get(key)
         reason = call.layer.stateless or self.exception(call)
-        early = reason == "dense step" and state is None and self._early(call)
-        if early or (reason is None and self._due(call, state) and not self._last(call)):
+        schedule = self._schedule
+        due, last = schedule.due(call, None if state is None else state.step), schedule.ends(call)
+        early = reason == "dense step" and state is None and schedule.early(call)
+        if early or (reason is None and due and not last):
             self._refresh(call, request, states, key)
-        elif reason is not None or state is None or self._due(call, state):
+        elif reason is not None or state is None or due:
             request.decline(reason or "dense step")
         else:
             request.max_error = self.max_error
             self._reshape(call, request, state)
-        if self._last(call):  # no later step needs it
+        if last:  # no later step needs it
             states.pop(key, None)
 
-    # -- schedule ----------------------------------------------------------------------------------------------------
-
-    def _offset(self, call: AttentionCall) -> int:
-        return call.layer.index % self.period if self.stagger else 0
-
-    def _first(self, call: AttentionCall) -> int | None:
-        """The step after the dense ones, ``None`` when it is not known beforehand."""
-        if call.clock.total:
-            return resolve_count(self.dense_steps, call.clock.total)
-        return None if isinstance(self.dense_steps, float) else self.dense_steps
-
-    def _due(self, call: AttentionCall, state: State | None) -> bool:
-        """Whether a step after the dense ones has to refresh."""
-        if state is None or call.clock.step - state.step >= self.period:
-            return True
-        first = self._first(call)
-        turn = first is not None and (call.clock.step - first) % self.period == self._offset(call)
-        return turn and call.clock.step > state.step
-
-    def _early(self, call: AttentionCall) -> bool:
-        """Whether a dense step is this layer's turn of the last period before the sparse ones."""
-        first, offset = self._first(call), self._offset(call)
-        return first is not None and offset > 0 and call.clock.step == first - self.period + offset
-
-    def _last(self, call: AttentionCall) -> bool:
-        """Whether no later step of the run will be sparse."""
-        total = call.clock.total
-        return bool(total) and call.clock.step + 1 >= (total or 0) - resolve_count(self.dense_last_steps, total or 0)
+    @property
+    def _schedule(self) -> RefreshSchedule:
+        return RefreshSchedule(self.period, self.stagger, self.dense_steps, self.dense_last_steps)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 

@@ -9,31 +9,36 @@ the denominator, and the contribution of the skipped ones is missing from the su
   product is smaller than its own first-order error; their mass is dropped (``paper``: rows sum to less than 1) or added
   to R (``repo``, as in the authors' code).
 * ``merge``: skipped blocks enter the same softmax as pooled keys, the means of a few keys with ``ln n`` added to the
-  logit. There is one denominator and no rescaling, and every row of a block weights them by itself.
+  logit. There is one denominator and no rescaling, and every row of a block weights them by itself. The best of the
+  skipped blocks may have finer pooled keys (``fine``), and all a first-order (PISA, arXiv 2602.01077) and a
+  second-order term.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels import BlockLayout, Epilogue, plan_scores, pool_blocks, pooled_compensation
+from dit_attn.kernels import BlockLayout, Epilogue, pool_blocks, pooled_compensation
 from dit_attn.kernels.device import full_precision
-from dit_attn.kernels.selection.budget import blocks_of_density
 from dit_attn.kernels.selection.pooling import pool_stats
 from dit_attn.kernels.selection.select import block_probabilities
+from dit_attn.kernels.terms import key_value_covariance
+from dit_attn.kernels.two_level import FineLevel
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.core.tokens import Tokens
 from dit_attn.processors.methods.base import Grid, setting
-from dit_attn.processors.methods.head_budget import budget_of_call, is_full, mean_budget
-from dit_attn.processors.methods.pooled_scores import heads_apart, ordered_scores, per_query_head
-from dit_attn.processors.methods.sparse import SparseMethod
+from dit_attn.processors.methods.head_budget import is_full, mean_budget
+from dit_attn.processors.methods.pooled_scores import ordered_scores, per_query_head
+from dit_attn.processors.methods.selecting import SELECTORS, SelectingMethod
+from dit_attn.processors.methods.selectors.base import Ranking, Selection
+from dit_attn.processors.methods.selectors.budgets import BlockBudget
 from dit_attn.processors.methods.visual_order import ORDERS, check_tile, visual_order
 
 COMPENSATIONS = ("none", "paper", "repo", "merge")
@@ -43,7 +48,7 @@ OVERHEAD = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RectifiedSpaAttn(SparseMethod):
+class RectifiedSpaAttn(SelectingMethod):
     """Attend to the best key blocks along a space-filling curve and compensate for the others.
 
     Attributes:
@@ -51,10 +56,8 @@ class RectifiedSpaAttn(SparseMethod):
             forced blocks count inside it. 1 is bit-equal to stock attention.
         top_p: attend to further blocks until this pooled softmax mass is reached, a number or one for each head;
             ``None`` for density alone.
-        select: ranking of the blocks: by their pooled softmax ``mass``, or by the ``error`` of skipping them, the mass
-            times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
-        probe: tokens per mean in the ranking; divides both block sizes. The error of a block is then the root of the
-            sum of squares over its chunks. ``None`` for full blocks.
+        selector: rule that ranks the blocks, see the base class; by default the ``error`` of skipping them, the pooled
+            mass times the distance of the block's mean value to the row's output (``top_p`` is a fraction of it then).
         order: order of the visual tokens: ``hilbert`` curve, ``tiles`` (boxes), ``none`` (row-major), or ``auto``:
             ``tiles`` where a box of ``kv_block`` tokens divides the grid, else ``hilbert``.
         tile: (t, h, w) tokens of a box of ``tiles``; ``None`` for the most compact one that divides the grid, or where
@@ -66,6 +69,11 @@ class RectifiedSpaAttn(SparseMethod):
         pooled_block: tokens per pooled key of ``merge``; divides ``kv_block``. ``None`` for ``kv_block`` itself up to
             48 tokens, else its largest divisor up to 32.
         variance: add half the variance of the logits behind a pooled key to its logit (second order; unproven).
+        first_order: add the term of PISA (arXiv 2602.01077) to the output: the weight of all pooled keys times the
+            query's product with the mean covariance of keys and values.
+        fine: share of the key blocks, the best of the skipped ones, that enter ``merge`` as finer pooled keys, in (0,
+            1]; ``None`` for none.
+        fine_block: tokens per finer pooled key; divides ``kv_block``. ``None`` for a quarter of those of the others.
         gate: whether ``paper`` and ``repo`` leave out blocks whose pooled product is smaller than its error (GAPR).
 
     Raises:
@@ -80,8 +88,7 @@ class RectifiedSpaAttn(SparseMethod):
     top_p: float | tuple[float, ...] | None = setting(
         None, "also attend to blocks up to this pooled softmax mass, of all heads or of each", low=1e-6, high=1.0
     )
-    select: str = setting("error", "rank blocks by pooled mass or by the error of skipping", choices=("mass", "error"))
-    probe: int | None = setting(None, "tokens per mean that blocks are ranked by", low=1)
+    selector: str = setting("error", "rule that ranks the key blocks", choices=SELECTORS)
     order: str = setting("auto", "order of the visual tokens", choices=ORDERS)
     tile: tuple[int, ...] | None = setting(None, "tokens (t, h, w) of a box of the order `tiles`")
     keep: tuple[str, ...] = setting(
@@ -91,6 +98,9 @@ class RectifiedSpaAttn(SparseMethod):
     compensation: str = setting("merge", "compensation for skipped blocks", choices=COMPENSATIONS)
     pooled_block: int | None = setting(None, "tokens per pooled key of merge", low=1)
     variance: bool = setting(False, "second-order term of merge")
+    first_order: bool = setting(False, "first-order term of merge (PISA's)")
+    fine: float | None = setting(None, "skipped key blocks with finer pooled keys in merge", low=1e-6, high=1.0)
+    fine_block: int | None = setting(None, "tokens per finer pooled key", low=1)
     gate: bool = setting(True, "leave out blocks whose pooled product is smaller than its error (paper, repo)")
 
     def __post_init__(self) -> None:
@@ -100,9 +110,12 @@ class RectifiedSpaAttn(SparseMethod):
             raise DitAttnError(
                 f"{self.slug}.pooled_block must divide kv_block {self.kv_block}, got {self.pooled_block}"
             )
-        if self.probe is not None and (self.q_block % self.probe or self.kv_block % self.probe):
+        if self.fine_block is not None and self.kv_block % self.fine_block:
+            raise DitAttnError(f"{self.slug}.fine_block must divide kv_block {self.kv_block}, got {self.fine_block}")
+        given = [name for name in ("fine", "first_order") if getattr(self, name)]
+        if given and self.compensation != "merge":
             raise DitAttnError(
-                f"{self.slug}.probe must divide q_block {self.q_block} and kv_block {self.kv_block}, got {self.probe}"
+                f"{self.slug}.{given[0]} belongs to compensation merge, not {self.compensation}; leave one of them out"
             )
 
     @property
@@ -111,21 +124,42 @@ class RectifiedSpaAttn(SparseMethod):
         return is_full(self.density) or is_full(self.top_p)
 
     @property
-    def executed(self) -> float | None:
-        """Density (mean over heads) and pooled keys, ``None`` with top_p."""
-        pooled = 1.0 / self.tokens_per_pooled_key if self.compensation == "merge" else 0.0
-        return None if self.top_p is not None else min(1.0, mean_budget(self.density) + pooled)
+    def stand_in_cost(self) -> float:
+        """The pooled keys of ``merge``, with their second-order term; that of first order depends on the sequence."""
+        if self.tokens_per_stand_in is None:
+            return 0.0
+        pooled = (1.5 if self.variance else 1.0) / self.tokens_per_stand_in
+        return pooled + self.fine_share / self.tokens_per_fine_key
+
+    @property
+    def fine_share(self) -> float:
+        """``fine``, 0 where it is not set."""
+        return self.fine or 0.0
+
+    @property
+    def tokens_per_fine_key(self) -> int:
+        """Tokens per finer pooled key."""
+        if self.fine_block is not None:
+            return self.fine_block
+        most = max(1, self.tokens_per_pooled_key // 4)
+        return next(size for size in range(most, 0, -1) if self.kv_block % size == 0)
+
+    @property
+    def tokens_per_stand_in(self) -> int | None:
+        """Tokens per pooled key of ``merge``, ``None`` with another compensation."""
+        return self.tokens_per_pooled_key if self.compensation == "merge" else None
 
     def relative_time(self, ratio: Callable[[float], float], grid: Grid) -> float | None:
         """Return what a call costs with its token order and pooled keys; arguments as in the base class.
 
         Blocks that are added to the density (``extra``) are counted as if every one had all of its neighbors.
         """
-        if self.executed is None:
+        if self.sparse_share is None:
             return None
         around = 3 ** sum(size > 1 for size in grid) if "neighbors" in self.keep else 3
         added = around * self.kv_block / math.prod(grid) if self.budget == "extra" and self.keep else 0.0
-        return OVERHEAD * ratio(min(1.0, self.executed + added * (1.0 - mean_budget(self.density))))
+        sparse = min(1.0, self.sparse_share + added * (1.0 - mean_budget(self.density)))
+        return self.over_period(OVERHEAD * ratio(sparse))
 
     @property
     def tokens_per_pooled_key(self) -> int:
@@ -142,74 +176,55 @@ class RectifiedSpaAttn(SparseMethod):
         if self.compensation in ("paper", "repo") and request.bias(call.visual) is not None:
             request.decline(f"compensation {self.compensation!r} does not know the logit bias of another method")
             return
-        request.permuted = rows = request.permute(call, *self.token_order(call.tokens))
-        scale = call.softmax_scale
+        request.permuted = rows = self.rows_of(call, request)
         with torch.no_grad():
-            scores = ordered_scores(rows, self.q_block, self.kv_block, scale)
-            layout = self._chosen(self._ranks(scores, rows, scale), rows, call)
-        request.layout = layout
+            chosen = self.select(rows, call, request)
+        request.layout = chosen.layout
         if self.compensation == "merge":
-            request.compensation = pooled_compensation(
-                rows.k, rows.v, self.tokens_per_pooled_key, key_mask=rows.key_mask, variance=self.variance
-            )
+            self._merge(rows, chosen, request)
         elif self.compensation != "none":
             with torch.no_grad():
-                request.epilogue = self._rectified(scores, layout, rows)
+                scores = ordered_scores(rows, self.q_block, self.kv_block, call.softmax_scale)
+                request.epilogue = self._rectified(scores, chosen.layout, rows)
+
+    def _merge(self, rows: PermutedTokens, chosen: Selection, request: Request) -> None:
+        """Let pooled keys stand for the skipped blocks."""
+        size, visual = self.tokens_per_pooled_key, rows.order.visual
+        pooled = pooled_compensation(rows.k, rows.v, size, key_mask=rows.key_mask, variance=self.variance)
+        if self.first_order:
+            mask = None if rows.key_mask is None else rows.key_mask[:, :visual]
+            slope = key_value_covariance(rows.k[:, :visual], rows.v[:, :visual], size, key_mask=mask)
+            pooled = replace(pooled, first_order=slope)
+        request.compensation = pooled
+        if chosen.fine is not None:
+            finer = pooled_compensation(rows.k, rows.v, self.tokens_per_fine_key, key_mask=rows.key_mask)
+            request.fine = FineLevel(chosen.fine, finer)
+
+    def rows_of(self, call: AttentionCall, request: Request) -> PermutedTokens:
+        """Return the tensors in the order of the method."""
+        assert call.tokens is not None
+        return request.permute(call, *self.token_order(call.tokens))
 
     def token_order(self, tokens: Tokens) -> tuple[str, tuple[int, int, int] | None]:
         """Return the name of the token order for a sequence, and the box of ``tiles``."""
         return visual_order(tokens, self.order, self.tile, self.kv_block)
 
-    def _ranks(self, scores: torch.Tensor, rows: PermutedTokens, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) ranking of the blocks, from their logits ``scores``; ``-inf`` where no key exists."""
-        if self.probe is None:
-            return scores if self.select == "mass" else scores + self._spread(scores, rows)
-        parts = [self._chunk_ranks(part, self.probe, scale) for part in heads_apart(rows, self.probe)]
-        ranks = torch.cat(parts, 1)
-        return ranks.clamp(min=torch.finfo(ranks.dtype).tiny).log().masked_fill(scores == float("-inf"), float("-inf"))
+    def forced_of(self, rows: PermutedTokens) -> torch.Tensor | None:
+        """Return the blocks of ``keep``, and those with text; ``None`` where they are added to the budget."""
+        return None if self.budget == "extra" else self._kept(rows)
 
-    def _chunk_ranks(self, rows: PermutedTokens, size: int, scale: float) -> torch.Tensor:
-        """(B, H, nq, nk) mass, or root of the squared errors, of every block from chunks of ``size`` tokens."""
-        found = block_probabilities(ordered_scores(rows, size, size, scale))
-        if self.select == "error":
-            values = per_query_head(pool_blocks(rows.v, size, rows.key_mask), rows)
-            with full_precision(found.device):
-                found = found * torch.cdist(found @ values, values)
-            found = found.square()
-        q_parts, k_parts = self.q_block // size, self.kv_block // size
-        missing = (-found.shape[-1] % k_parts, -found.shape[-2] % q_parts)
-        found = torch.nn.functional.pad(found, (0, missing[0], 0, missing[1]))
-        found = found.unflatten(-1, (-1, k_parts)).sum(-1).unflatten(-2, (-1, q_parts)).sum(-2)
-        return found.sqrt() if self.select == "error" else found
+    def complete(self, layout: BlockLayout, ranking: Ranking, rows: PermutedTokens) -> Selection:
+        """Return the selection with the blocks that are added to the budget, and those with finer pooled keys."""
+        if self.budget == "extra":
+            mask = layout.block_mask() | (self._kept(rows) & (ranking.scores > float("-inf")))
+            layout = BlockLayout.from_mask(mask, *self.sizes_of(rows))
+        if self.fine is None:
+            return Selection(layout)
+        budget = BlockBudget(spread=self.spread)
+        return Selection(layout, budget.next_best(self.fine, ranking, layout, self.sizes_of(rows)))
 
-    def _chosen(self, scores: torch.Tensor, rows: PermutedTokens, call: AttentionCall) -> BlockLayout:
-        """The layout for the budget, from (B, H, nq, nk) scores."""
-        density = budget_of_call(self.density, call)
-        forced = rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
-        extra = self.budget == "extra"
-        chosen = plan_scores(
-            scores,
-            density=density if self.top_p is None else None,
-            top_p=None if self.top_p is None else budget_of_call(self.top_p, call),
-            k_min=blocks_of_density(density, scores.shape[-1]),
-            forced=None if extra else forced,
-            q_len=rows.q.shape[1], kv_len=rows.k.shape[1], q_block=self.q_block, kv_block=self.kv_block,
-        ).layout  # fmt: skip
-        if not extra:
-            return chosen
-        mask = chosen.block_mask() | (forced & (scores > float("-inf")))
-        return BlockLayout.from_mask(mask, chosen.q_len, chosen.kv_len, self.q_block, self.kv_block)
-
-    def _spread(self, scores: torch.Tensor, rows: PermutedTokens) -> torch.Tensor:
-        """(B, H, nq, nk) log-distance of every block's mean value to the row's estimated output.
-
-        Skipping or averaging a block changes the output by its mass times that distance, to first order.
-        """
-        values = per_query_head(pool_blocks(rows.v, self.kv_block, rows.key_mask), rows)
-        with full_precision(scores.device):
-            out = block_probabilities(scores) @ values
-            distance = torch.cdist(out, values)
-        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+    def _kept(self, rows: PermutedTokens) -> torch.Tensor:
+        return rows.order.forced(self.keep, rows.k.shape[1], self.q_block, self.kv_block)
 
     def _rectified(self, scores: torch.Tensor, layout: BlockLayout, rows: PermutedTokens) -> Epilogue:
         """Row scale R (B, H, nq) and addition c (B, H, nq, D) of the paper."""

@@ -47,11 +47,13 @@ def test_pooled_keys_are_part_of_the_cost_and_lower_the_error(measured: dict[str
 
 
 def test_ranking_by_chunks_is_part_of_the_cost() -> None:
-    assert (
-        operator_error.ranking_cost(RectifiedSpaAttn(probe=None)) == 0.0 == operator_error.ranking_cost(BlockSparse())
-    )
-    assert operator_error.ranking_cost(RectifiedSpaAttn(probe=8)) == 1.5 / 64
-    assert operator_error.ranking_cost(RectifiedSpaAttn(probe=8, select="mass")) == 0.5 / 64
+    assert RectifiedSpaAttn(probe=None).selection_cost == 0.0 == BlockSparse().selection_cost
+    assert RectifiedSpaAttn(probe=8).selection_cost == 1.5 / 64
+    assert RectifiedSpaAttn(probe=8, selector="mass").selection_cost == 0.5 / 64
+    probe = OperatorProbe("chunks", RectifiedSpaAttn(density=0.25, probe=8, pooled_block=16, q_block=16, kv_block=16))
+    operator_error.measure_operators(operator_error.synthetic_source((2, 8, 16), steps=1), 1, [probe])
+    found = operator_error.probe_row(probe)
+    assert found["cost"] == pytest.approx(0.25 + 1 / 16 + 1.5 / 64)
 
 
 def test_refreshes_cost_and_do_not_flatter_the_mean_error(measured: dict[str, OperatorProbe]) -> None:

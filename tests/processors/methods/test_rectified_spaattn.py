@@ -16,10 +16,12 @@ from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.token_order import block_neighbors, token_order
 from dit_attn.processors.core import executor
 from dit_attn.processors.core.call import AttentionCall, Request
+from dit_attn.processors.core.dispatch import computed_fraction
 from dit_attn.processors.core.token_permute import token_permutation
 from dit_attn.processors.core.tokens import Span, TokenLayout, visual_span
 from dit_attn.processors.methods import pooled_scores
 from dit_attn.processors.methods.pooled_scores import ordered_scores
+from dit_attn.processors.methods.selectors import RULES
 from tests._support.compose import forward, same, tiny
 from tests._support.rectified_reference import Setup, pooled_map, rectified
 
@@ -81,14 +83,18 @@ SETTINGS = {
     "ungated": {"compensation": "repo", "gate": False},
     "merge": {"pooled_block": 4},
     "variance": {"pooled_block": 8, "variance": True},
-    "top-p": {"top_p": 0.6, "select": "mass"},
+    "top-p": {"top_p": 0.6, "selector": "mass"},
     "extra": {"budget": "extra", "keep": ("neighbors", "first-frame"), "density": 0.1},
     "tiles": {"order": "tiles", "tile": (2, 2, 4)},
     "boxes": {"order": "tiles"},
     "curve": {"order": "hilbert"},
     "pieces": {"probe": 4},
-    "pieces by mass": {"probe": 8, "select": "mass", "q_block": 8},
-    "row-major": {"order": "none", "select": "mass"},
+    "pieces by mass": {"probe": 8, "selector": "mass", "q_block": 8},
+    "row-major": {"order": "none", "selector": "mass"},
+    "first order": {"pooled_block": 8, "first_order": True},
+    "two levels": {"pooled_block": 16, "fine": 0.2, "fine_block": 4},
+    "all terms": {"pooled_block": 8, "fine": 0.1, "first_order": True, "variance": True, "spread": "head"},
+    "one threshold": {"pooled_block": 8, "spread": "layer", "selector": "ear"},
 }
 
 
@@ -98,7 +104,27 @@ def test_every_setting_follows_its_equations(name: str, text: str, masked: int) 
     settings, case = method(**SETTINGS[name]), call(text, masked=masked)
     out, request = run(case, settings)
     assert request.layout is not None and 0.05 < request.layout.density < 0.9
-    torch.testing.assert_close(out.double(), rectified(case, settings, request.layout), atol=3e-6, rtol=1e-5)
+    fine = request.fine.layout if request.fine is not None else None
+    expected = rectified(case, settings, request.layout, fine)
+    torch.testing.assert_close(out.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_every_compensation_is_part_of_what_is_computed() -> None:
+    case = call()
+    shares = {}
+    for name in ("merge", "first order", "two levels", "all terms"):
+        _, request = run(case, method(**SETTINGS[name]))
+        shares[name] = float(computed_fraction(case, request))
+    assert shares["merge"] == pytest.approx(5 / 15 + 1 / 4)
+    assert shares["first order"] == pytest.approx(5 / 15 + 1 / 8 + 16 / 240)
+    assert shares["two levels"] == pytest.approx(5 / 15 + 1 / 16 + 3 / 15 / 4)
+    assert shares["all terms"] == pytest.approx(5 / 15 + 1.5 / 8 + 2 / 15 / 2 + 16 / 240)
+    assert method(**SETTINGS["two levels"]).executed == pytest.approx(0.3 + 1 / 16 + 0.2 / 4)
+    assert method(pooled_block=8, variance=True).executed == pytest.approx(0.3 + 1.5 / 8)
+    with pytest.raises(DitAttnError, match=r"fine belongs to compensation merge, not paper"):
+        method(compensation="paper", fine=0.1)
+    with pytest.raises(DitAttnError, match=r"fine_block must divide kv_block 16, got 5"):
+        method(fine=0.1, fine_block=5)
 
 
 @pytest.mark.parametrize("text, masked", [("", 0), ("first", 4), ("last", 0)])
@@ -128,12 +154,12 @@ def test_the_order_is_boxes_of_one_block_where_they_divide_the_grid_and_the_curv
 @pytest.mark.parametrize("select", ["mass", "error"])
 @pytest.mark.parametrize("text, masked", [("", 0), ("last", 5)])
 def test_pieces_rank_blocks_by_what_is_inside_them(select: str, text: str, masked: int) -> None:
-    settings, case = method(probe=4, select=select), call(text, masked=masked)
+    settings, case = method(probe=4, selector=select), call(text, masked=masked)
     request = Request()
     assert executor.read_mask(case, request) is None
     rows = request.permute(case, *settings.token_order(case.tokens))
     whole = ordered_scores(rows, 16, 16, 0.25)
-    found = settings._ranks(whole, rows, 0.25).exp()
+    found = RULES[select].rank(settings.selector_input(rows, 0.25)).scores.exp()
     mass = torch.softmax(ordered_scores(rows, 4, 4, 0.25), -1)
     if select == "error":
         values = pool_blocks(rows.v, 4, rows.key_mask).repeat_interleave(2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from dit_attn.processors.methods.base import Method
 
 BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-video": 36}
 _TITLES = (
-    "method", ">attention computed", ">L2 error [95 %]", ">shift", ">RMS error", ">call", ">against dense",
+    "method", ">attention computed", ">L2 error [95 %]", ">cosine", ">shift", ">LSE", ">RMS error", ">choosing",
+    ">call", ">against dense",
 )  # fmt: skip
 _RUN = 50  # steps of a run, to see whether a method has several kinds of them
 
@@ -170,8 +172,9 @@ def _show(record: dict[str, Any], verbose: bool) -> None:
     place = record["environment"]
     rows = [
         (
-            row["label"], f"{100 * row['cost']:.1f} %", _figure(row["l2"]), f"{row['shift']['value']:.4f}",
-            f"{row['rms']['value']:.4f}", f"{1e3 * row['seconds']:.1f} ms",
+            row["label"], f"{100 * row['cost']:.1f} %", _figure(row["l2"]), _value(row["angle"], lambda x: 1.0 - x),
+            _value(row["shift"]), _value(row["lse"]), _value(row["rms"]), f"{1e3 * row['choosing']:.1f} ms",
+            f"{1e3 * row['seconds']:.1f} ms",
             f"{record['dense_seconds'] / row['seconds']:.2f}x",
         )
         for row in record["rows"]
@@ -191,8 +194,21 @@ def _show(record: dict[str, Any], verbose: bool) -> None:
         f"{place['hardware']}, {place['threads']} threads, torch {place['torch']}",
         f"intervals: {record['intervals']}",
         Table(_TITLES, rows),
+        _at_equal_cost(record),
         *lines,
     )
+
+
+def _at_equal_cost(record: dict[str, Any]) -> Table:
+    """The L2 error of every family at every cost that some family reaches, best first at the dearest."""
+    found = {cost: figures for cost, figures in record["equal_cost"]["l2"].items() if figures}
+    names = dict.fromkeys(name for cost in reversed(found) for name in found[cost])
+    rows = [(name, *(_figure(found[cost].get(name)) for cost in found)) for name in names]
+    return Table(("L2 error where so much is computed", *(f">{100 * float(cost):g} %" for cost in found)), rows)
+
+
+def _value(figure: dict[str, Any] | None, of: Callable[[float], float] = float) -> str:
+    return "-" if figure is None else f"{of(figure['value']):.4f}"
 
 
 def _figure(figure: dict[str, Any] | None) -> str:
