@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from dit_attn.cli import engines, outputs, run_record, runner
@@ -21,6 +20,7 @@ from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.cli.runner import Items
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.run import JobFailed, Recipe, Task
+from dit_attn.remote import place_of
 
 
 def recipe_of(options: Options, run: Run) -> Recipe:
@@ -55,7 +55,7 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
     """
     from dit_attn.processors.methods.base import Method
 
-    folder = Path(settings["folder"])
+    folder = place_of(settings["folder"])
     engines.check_marked(folder, settings["mark"], name)
     load = LoadConfig.from_options(Options(settings["load"]))
     methods = tuple(Method.from_dict(data) for data in settings["methods"])
@@ -122,7 +122,7 @@ def run_on_engine(
 
         def add(result: ItemResult) -> None:
             shown = items.with_sheet and result.file is not None
-            runner.add_result(run, result, outputs.read_media(Path(str(result.file))) if shown else None)
+            runner.add_result(run, result, outputs.read_media(place_of(str(result.file))) if shown else None)
             bar.clear()
             on_item(runner.describe_item(result, items.total))
             bar.update()
