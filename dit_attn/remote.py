@@ -32,7 +32,7 @@ _FINAL = (PermissionError, IsADirectoryError, NotADirectoryError, NotImplemented
 
 
 class Unreachable(OSError):
-    """A request to an address failed, and not because there is no such file."""
+    """A request to an address failed, and not because there is no such file; ``filename`` is the address."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class RemotePath:
         try:
             return self._request(write, PAUSES)
         except FileNotFoundError as error:  # the bucket or the folder, not the file
-            raise Unreachable(errno.EIO, reason(error)) from error
+            raise Unreachable(errno.EIO, reason(error), self.address) from error
 
     def _request(self, action: Callable[[Any, str], T], pauses: Sequence[float] = ()) -> T:
         """Call ``action(file system, path)``; a connection that is lost is tried again after each of the pauses."""
@@ -207,7 +207,7 @@ class RemotePath:
                 raise
             except Exception as error:  # every library has exceptions of its own
                 if pause is None or isinstance(error, _FINAL):
-                    raise Unreachable(errno.EIO, _said(error)) from error
+                    raise Unreachable(errno.EIO, _said(error), self.address) from error
                 time.sleep(pause)
         raise AssertionError("the last of the tries returns or raises")
 

@@ -223,10 +223,12 @@ def _check_schedule(source: Source, jobs: Sequence[Job], sigma: float) -> None:
 
 
 def _found(path: Place) -> NativePass | None:
+    from dit_attn.cli import outputs
     from dit_attn.pipelines.high_resolution import NativePass
 
-    if not path.is_file():
-        return None
+    with outputs.report_unrecoverable(path, "read"):
+        if not path.is_file():
+            return None
     try:
         return NativePass.load(path)
     except DitAttnError:

@@ -39,8 +39,14 @@ def prepare_address(folder: RemotePath) -> None:
         raise unreachable(FLAG, folder, error) from error
 
 
-def lost(place: Place, action: str, error: OSError) -> RunStopped:
-    """Return the error for an address that could be reached when the run began."""
+def lost(place: Place | str, action: str, error: OSError) -> RunStopped:
+    """Return the error for an address that could be reached when the run began.
+
+    Args:
+        place: the file or folder.
+        action: what cannot be done with it, e.g. ``"write"``.
+        error: what was raised.
+    """
     return RunStopped(
         f"cannot {action} {place} ({reason(error)}); finished items are saved: check the network and the credentials, "
         "then run the same command with --resume"

@@ -153,8 +153,12 @@ def output_file(path: Place) -> Iterator[Path]:
 
 
 @contextmanager
-def report_unrecoverable(path: Place) -> Iterator[None]:
+def report_unrecoverable(path: Place, action: str = "write") -> Iterator[None]:
     """Turn an ``OSError`` that would meet the next item too into ``RunStopped``.
+
+    Args:
+        path: of the file.
+        action: what is done with it.
 
     Raises:
         RunStopped: the disk is full or not writable, or the address cannot be reached.
@@ -162,12 +166,12 @@ def report_unrecoverable(path: Place) -> Iterator[None]:
     try:
         yield
     except Unreachable as error:
-        raise lost(path, "write", error) from error
+        raise lost(path, action, error) from error
     except OSError as error:
         if error.errno in _UNRECOVERABLE:
             raise RunStopped(
-                f"cannot write {path} ({reason(error)}); finished items are saved: free disk space or choose another "
-                "--output, then run the same command with --resume"
+                f"cannot {action} {path} ({reason(error)}); finished items are saved: free disk space or choose "
+                "another --output, then run the same command with --resume"
             ) from error
         raise
 

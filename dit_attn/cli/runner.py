@@ -43,7 +43,7 @@ def find_finished(jobs: Sequence[Job], folder: Place, setup: dict[str, Any]) -> 
 
 def _listed(folder: Place) -> set[str] | None:
     """The names at an address, by one request in the place of several for every job; ``None`` for a path."""
-    with outputs.report_unrecoverable(folder):
+    with outputs.report_unrecoverable(folder, "list"):
         return folder.names() if isinstance(folder, RemotePath) else None
 
 

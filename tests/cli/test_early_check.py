@@ -127,10 +127,10 @@ RIGHT = [
 # Runs every command in one interpreter that stops at the first import of something that takes long.
 SCRIPT = """
 import contextlib, io, json, sys
-from fsspec import registry
+from fsspec.registry import known_implementations
 from dit_attn.cli import main
 
-registry.known_implementations["absent"] = {"class": "absent.Files", "err": "Install absent"}
+known_implementations["absent"] = {"class": "absent.Files", "err": "Install absent"}
 
 class Terminal(io.StringIO):
     isatty = lambda self: True

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dit_attn import remote
-from dit_attn.cli import groups_of, outputs, runner
+from dit_attn.cli import groups_of, item_report, outputs, runner
 from dit_attn.cli.outputs import Media
 from dit_attn.errors import RunStopped
 from dit_attn.remote import RemotePath
@@ -143,6 +143,16 @@ def test_an_address_that_is_lost_ends_the_run_in_one_line_and_is_resumed(image, 
     with pytest.raises(RunStopped, match=r"cannot read failing://run/a.json \(RuntimeError: down\)"):
         FailingFiles.errors[:] = [RuntimeError("down")]
         outputs.read_sidecar(RemotePath("failing://run/a.json"))
+
+
+def test_an_address_that_is_lost_behind_the_last_item_is_one_line(image, monkeypatch):
+    def losing(*given):
+        FailingFiles.errors[:] = [RuntimeError("down")]
+        RemotePath("failing://run/0000.png").read_bytes()
+
+    monkeypatch.setattr(item_report, "write", losing)
+    done = image(*PROMPTS[:2], "--output", "failing://run")
+    done.refused("cannot reach failing://run/0000.png (RuntimeError: down); finished items are saved", "--resume")
 
 
 def test_an_address_without_rights_is_refused_before_weights_are_loaded(image, monkeypatch):
