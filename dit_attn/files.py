@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dit_attn.errors import DitAttnError, cut, reason, shorten
+from dit_attn.remote import TEMPORARY, Place, RemotePath, local_folder
 
 try:
     import fcntl
 except ImportError:  # Windows: without locks, one process at a time is up to the user
     fcntl = None  # type: ignore[assignment]
 
-TEMPORARY = ".partial-"
-"""First characters of every temporary name; a killed process may leave such files behind."""
 LOCK = ".lock-"
 """First characters of the name of a lock file, which exists while its lock is held."""
 _LARGEST = 200_000  # values of one JSON or YAML text, aliases written out
@@ -30,14 +29,20 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Place) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; rename it to ``path`` at the end, or delete it on an exception.
 
-    The temporary name is unique, hidden and has the suffix of ``path``, so that writers that go by suffix work.
+    The temporary name is unique, hidden and has the suffix of ``path``, so that writers that go by suffix work. For an
+    address it is in a temporary folder of this machine, and its content is put there at the end.
 
     Raises:
-        OSError: the write or the rename failed; an old file at ``path`` is unchanged.
+        OSError: the write, the rename or the put failed; an old file at ``path`` is unchanged.
     """
+    if isinstance(path, RemotePath):
+        with local_folder() as folder:
+            yield folder / path.name
+            path.put(folder / path.name)
+        return
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
@@ -66,7 +71,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Place, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -82,13 +87,13 @@ def append_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Place, data: bytes) -> None:
     """Write ``data``, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
+def write_json(path: Place, data: Any, indent: int | None = 1) -> None:
     """Write ``data`` as JSON with a newline at the end, atomically; what JSON does not know is written as ``str``."""
     write_text(path, json.dumps(data, indent=indent, default=str) + "\n")
 
@@ -112,11 +117,15 @@ def report_os_error(action: str, remedy: str, kind: type[DitAttnError] = DitAttn
 
 
 @contextmanager
-def locked(folder: Path, name: str = "folder") -> Iterator[None]:
+def locked(folder: Place, name: str = "folder") -> Iterator[None]:
     """Hold the lock ``name`` of a folder for the length of the block; other processes wait for it.
 
-    The system frees it when the process ends, however it ends. Where the file system has no locks there is none.
+    The system frees it when the process ends, however it ends. Where the file system has no locks there is none, and
+    an address has none.
     """
+    if isinstance(folder, RemotePath):
+        yield
+        return
     held = _lock(folder / f"{LOCK}{name}", wait=True)
     try:
         yield
@@ -125,8 +134,8 @@ def locked(folder: Path, name: str = "folder") -> Iterator[None]:
             _unlock(folder / f"{LOCK}{name}", held)
 
 
-def claim(owner: Any, folder: Path, name: str, what: str) -> None:
-    """Take the lock ``name`` of a folder for this process, for as long as ``owner`` lives.
+def claim(owner: Any, folder: Place, name: str, what: str) -> None:
+    """Take the lock ``name`` of a folder for this process, for as long as ``owner`` lives; an address has none.
 
     Args:
         owner: any object; several of one process may share a lock.
@@ -136,6 +145,8 @@ def claim(owner: Any, folder: Path, name: str, what: str) -> None:
     Raises:
         DitAttnError: another process has it.
     """
+    if isinstance(folder, RemotePath):
+        return
     path = folder.resolve() / f"{LOCK}{name}"
     if path not in _CLAIMED:
         try:
@@ -270,12 +281,14 @@ def _count(data: Any, known: dict[int, int]) -> int:
     return known[id(data)]
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Place) -> bytes:
     """Read a file that a folder of ours holds.
 
     Raises:
-        OSError: there is none, or it is a link, a pipe or a device.
+        OSError: there is none, it cannot be reached, or it is a link, a pipe or a device.
     """
+    if isinstance(path, RemotePath):
+        return path.read_bytes()
     with os.fdopen(os.open(path, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dit_attn"
 # What each part may import of the package, besides itself; the parts stand in order, downhill. The longest name counts.
 _BASE = {
     "dit_attn.errors", "dit_attn.files", "dit_attn.hub", "dit_attn.machine", "dit_attn.settings",
-    "dit_attn.contact_sheet", "dit_attn",
+    "dit_attn.contact_sheet", "dit_attn.remote", "dit_attn",
 }  # fmt: skip
 _KERNELS = _BASE | {"dit_attn.kernels"}
 _CORE = _KERNELS | {"dit_attn.processors", "dit_attn.processors.core"}
@@ -41,9 +41,10 @@ ALLOWED = {
     "dit_attn.eval": _BASE | {"dit_attn.eval"},
     "dit_attn.models": _BASE | {"dit_attn.eval", "dit_attn.models"},
     "dit_attn.contact_sheet": {"dit_attn.errors", "dit_attn.files"},
-    "dit_attn.files": {"dit_attn.errors"},
+    "dit_attn.files": {"dit_attn.errors", "dit_attn.remote"},
     "dit_attn.hub": {"dit_attn.errors"},
     "dit_attn.machine": set(),
+    "dit_attn.remote": {"dit_attn.errors"},
     "dit_attn.settings": {"dit_attn.errors"},
     "dit_attn.errors": set(),
 }

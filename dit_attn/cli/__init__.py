@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dit_attn import __version__
+from dit_attn.cli.output_address import lost
 from dit_attn.cli.parser import Parser
 from dit_attn.cli.workers import process_rank
 from dit_attn.errors import DitAttnError, cut, import_problem, shorten, unknown
+from dit_attn.remote import Unreachable
 
 
 class Command(NamedTuple):
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch([word for word in words if word != "--debug"])
     except DitAttnError as error:
         return _fail(str(error), BAD_INPUT, debug)
+    except Unreachable as error:
+        return _fail(str(lost(str(error.filename), "reach", error)), BAD_INPUT, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, debug)
     except BrokenPipeError:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -16,6 +15,7 @@ from dit_attn.cli.options import Options
 from dit_attn.cli.workers import process_rank
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
 from dit_attn.pipelines.run import Answers, Engine, LocalEngine, Outcome, Recipe, Shard, Task, answered_by
+from dit_attn.remote import Place
 
 MAX_WORKERS = 4096
 NAMES = ("local", "ray")
@@ -42,7 +42,7 @@ class EngineConfig:
         return f"{self.name}, {count}"
 
     def run(
-        self, recipe: Recipe, folder: Path, device: Any, tasks: Iterable[Task], count: int
+        self, recipe: Recipe, folder: Place, device: Any, tasks: Iterable[Task], count: int
     ) -> Generator[Outcome, None, None]:
         """Start the workers, yield what becomes of every task, and end them when it is closed.
 
@@ -62,7 +62,7 @@ class EngineConfig:
 
     @contextmanager
     def answering(
-        self, recipe: Recipe, folder: Path, device: Any, most: int = MAX_WORKERS
+        self, recipe: Recipe, folder: Place, device: Any, most: int = MAX_WORKERS
     ) -> Iterator[Answers]:
         """Yield what has requests answered by workers, started at the first request and ended with the block.
 
@@ -81,7 +81,7 @@ class EngineConfig:
             yield answers
 
     @contextmanager
-    def started(self, recipe: Recipe, folder: Path, device: Any, most: int) -> Iterator[Engine]:
+    def started(self, recipe: Recipe, folder: Place, device: Any, most: int) -> Iterator[Engine]:
         """Start at most so many workers, yield their engine, and end them with the block; see :meth:`run`."""
         gpus = visible_gpus() if device.type == "cuda" and device.index is None else []
         if self.name == "ray":
@@ -151,7 +151,7 @@ def visible_gpus() -> list[str]:
 
 
 @contextmanager
-def marked(folder: Path) -> Iterator[str]:
+def marked(folder: Place) -> Iterator[str]:
     """Lay a file into the output folder for a ``with`` block, by which workers know it; yield its name."""
     mark = folder / f"{files.TEMPORARY}{uuid4().hex}"
     try:
@@ -164,7 +164,7 @@ def marked(folder: Path) -> Iterator[str]:
         mark.unlink(missing_ok=True)
 
 
-def check_marked(folder: Path, mark: str, name: str) -> None:
+def check_marked(folder: Place, mark: str, name: str) -> None:
     """Refuse an output folder that is not the one of the command.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli.options import Flag, Options
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.model_source import Source
     from dit_attn.pipelines.high_resolution import HighResolution, HighResolutionResult, NativePass
     from dit_attn.processors.methods.base import Method
+    from dit_attn.remote import Place
 
 FLAGS = (
     Flag("high-resolution", "make --height x --width in two stages: a pass at the native size, then denoise its "
@@ -149,14 +149,14 @@ class TwoStages:
 
         return HighResolution(pipe, self.methods or None, **self.settings)
 
-    def native_file(self, job: Job, folder: Path, setup: dict[str, Any]) -> Path:
+    def native_file(self, job: Job, folder: Place, setup: dict[str, Any]) -> Place:
         """Return where the native pass of a job is kept: the same for all sizes, levels and methods that follow."""
         call = {**job.call, "height": self.native[0], "width": self.native[1]}
         known = {name: value for name, value in setup.items() if name not in ("methods", "high_resolution")}
         digest = replace(job, call=call).digest({**known, "space": self.settings.get("space", "pixel")})
         return folder / FOLDER / f"{digest[:16]}.safetensors"
 
-    def make(self, pipe: Any, arguments: dict[str, Any], path: Path, on_stage: Any = None) -> HighResolutionResult:
+    def make(self, pipe: Any, arguments: dict[str, Any], path: Place, on_stage: Any = None) -> HighResolutionResult:
         """Make one item; its native pass is kept.
 
         Args:
@@ -222,11 +222,13 @@ def _check_schedule(source: Source, jobs: Sequence[Job], sigma: float) -> None:
         return
 
 
-def _found(path: Path) -> NativePass | None:
+def _found(path: Place) -> NativePass | None:
+    from dit_attn.cli import outputs
     from dit_attn.pipelines.high_resolution import NativePass
 
-    if not path.is_file():
-        return None
+    with outputs.report_unrecoverable(path, "read"):
+        if not path.is_file():
+            return None
     try:
         return NativePass.load(path)
     except DitAttnError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dit_attn import contact_sheet
@@ -14,13 +13,14 @@ from dit_attn.cli.run_record import ItemResult
 from dit_attn.cli.subjects import write_page
 from dit_attn.errors import RunStopped
 from dit_attn.pipelines.run import Shard
+from dit_attn.remote import Place, place_of
 
 FILE = "run.json"
 
 
 def write(
     report: dict[str, Any],
-    folder: Path,
+    folder: Place,
     tiles: Mapping[int, contact_sheet.Tile],
     argv: Sequence[str],
     as_json: bool,
@@ -72,7 +72,7 @@ def tiles_of(report: dict[str, Any]) -> dict[int, contact_sheet.Tile]:
     """Return a cell of the contact sheet for every item of two or more, from their files."""
     if len(report["items"]) < 2:
         return {}
-    made = [(item, Path(item.file)) for item in items_of(report) if item.file is not None]
+    made = [(item, place_of(item.file)) for item in items_of(report) if item.file is not None]
     return {item.index: runner.tile_of(item, outputs.read_media(path)) for item, path in made}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from dit_attn.cli import outputs, run_record, runner, worker_setup
@@ -18,6 +17,7 @@ from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.cli.runner import Items
 from dit_attn.errors import RunStopped
 from dit_attn.pipelines.run import JobFailed, Recipe, Task
+from dit_attn.remote import place_of
 
 
 def recipe_of(options: Options, run: Run) -> Recipe:
@@ -89,7 +89,7 @@ def run_on_engine(
 
         def add(result: ItemResult) -> None:
             shown = items.with_sheet and result.file is not None
-            runner.add_result(run, result, outputs.read_media(Path(str(result.file))) if shown else None)
+            runner.add_result(run, result, outputs.read_media(place_of(str(result.file))) if shown else None)
             bar.clear()
             on_item(runner.describe_item(result, items.total))
             bar.update()

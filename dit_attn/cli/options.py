@@ -13,6 +13,7 @@ from typing import Any
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
+from dit_attn.remote import is_address, parse_address
 
 DTYPES = ("auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16")
 MAX_SEED = 2**63 - 1
@@ -40,6 +41,7 @@ class Flag:
         positional: given by its place on the command line, without its name.
         exists: names a file (``metavar="FILE"``) or a folder that must be there.
         hidden: left out of the help: the command takes it to say why it cannot do that.
+        address: names a folder that may be at an fsspec address.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Flag:
     positional: bool = False
     exists: bool = False
     hidden: bool = False
+    address: bool = False
 
     @property
     def dest(self) -> str:
@@ -111,6 +114,11 @@ OUTPUT = (
     Flag("fps", "frames per second of videos", int, "the model's, else 8", low=1, high=240),
     Flag("contact-sheet", "image of all items, sheet.png", "on-or-off", "on for two items or more"),
     Flag("json", "print a JSON report instead of text", bool),
+)
+# Of the commands whose items may be written to an address.
+ADDRESS_OUTPUT = (
+    replace(OUTPUT[0], help="folder of the files, or an fsspec address such as s3://bucket/run", address=True),
+    *OUTPUT[1:],
 )
 DEVICE = Flag("device", "auto, cpu, cuda, cuda:N, mps", "device", "auto", metavar="NAME")
 RUN = (
@@ -233,9 +241,20 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
         raise unknown(where, value, flag.choices)
     if flag.kind == "device" and not _DEVICE.fullmatch(value):
         raise DitAttnError(f"unknown {where} {shorten(value)}; use auto, cpu, cuda, cuda:N or mps")
-    if flag.metavar in PATHS and value:
+    if flag.metavar in PATHS and value and is_address(value):
+        _check_address(flag, value, where)
+    elif flag.metavar in PATHS and value:
         _check_path(flag, files.user_path(value, where), f"{where} {value}")
     return value
+
+
+def _check_address(flag: Flag, value: str, where: str) -> None:
+    if not flag.address:
+        raise DitAttnError(
+            f"{where} {shorten(value)} is an address; give a local {'file' if flag.metavar == 'FILE' else 'folder'} "
+            "(the --output of generate, edit and compare may be an address)"
+        )
+    parse_address(value, where)
 
 
 def _check_path(flag: Flag, path: Path, where: str) -> None:
@@ -245,7 +264,9 @@ def _check_path(flag: Flag, path: Path, where: str) -> None:
 
 
 def _check_exists(flag: Flag, value: str) -> None:
-    """Refuse a file or folder that is not there or cannot be read."""
+    """Refuse a file or folder that is not there or cannot be read; an address is left to the command."""
+    if flag.address and is_address(value):
+        return
     path, where = files.user_path(value, f"--{flag.name}"), f"--{flag.name} {value}"
     if not path.exists():
         kind = "file" if flag.metavar == "FILE" else "folder"

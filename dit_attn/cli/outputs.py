@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn import files
+from dit_attn.cli.output_address import lost, prepare_address
 from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.remote import Place, RemotePath, Unreachable, is_address, local_copy, local_folder, parse_address
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,12 +102,26 @@ def folder_of(given: str | None, default: Path) -> Path:
     return default if given is None else files.user_path(given, "--output")
 
 
-def prepare_folder(folder: Path) -> None:
+def place_given(given: str | None, default: Path) -> Place:
+    """The folder of ``--output`` where it may be an address.
+
+    Raises:
+        DitAttnError: an empty text, or an address that is none.
+    """
+    if given is not None and is_address(given):
+        return parse_address(given, "--output")
+    return folder_of(given, default)
+
+
+def prepare_folder(folder: Place) -> None:
     """Make the output folder, try to write in it, and sweep what a killed run left.
 
     Raises:
         DitAttnError: it is a file, or cannot be written.
     """
+    if isinstance(folder, RemotePath):
+        prepare_address(folder)
+        return
     if folder.exists() and not folder.is_dir():
         raise DitAttnError(f"--output {folder} is a file; give a folder")
     try:
@@ -126,7 +142,7 @@ _UNRECOVERABLE = {
 
 
 @contextmanager
-def output_file(path: Path) -> Iterator[Path]:
+def output_file(path: Place) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path``, as :func:`dit_attn.files.atomic_path`.
 
     Raises:
@@ -137,24 +153,30 @@ def output_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def report_unrecoverable(path: Path) -> Iterator[None]:
+def report_unrecoverable(path: Place, action: str = "write") -> Iterator[None]:
     """Turn an ``OSError`` that would meet the next item too into ``RunStopped``.
 
+    Args:
+        path: of the file.
+        action: what is done with it.
+
     Raises:
-        RunStopped: the disk is full or not writable.
+        RunStopped: the disk is full or not writable, or the address cannot be reached.
     """
     try:
         yield
+    except Unreachable as error:
+        raise lost(path, action, error) from error
     except OSError as error:
         if error.errno in _UNRECOVERABLE:
             raise RunStopped(
-                f"cannot write {path} ({reason(error)}); finished items are saved: free disk space or choose another "
-                "--output, then run the same command with --resume"
+                f"cannot {action} {path} ({reason(error)}); finished items are saved: free disk space or choose "
+                "another --output, then run the same command with --resume"
             ) from error
         raise
 
 
-def write_media(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
+def write_media(media: Media, path: Place, fps: int, text: dict[str, str]) -> None:
     """Save an image (with ``text`` as PNG chunks) or a video."""
     with output_file(path) as temporary:
         _encode(media, temporary, fps, text)
@@ -208,18 +230,18 @@ def _check_video(path: Path, count: int) -> None:
         )
 
 
-def write_json(data: dict[str, Any], path: Path) -> None:
+def write_json(data: dict[str, Any], path: Place) -> None:
     """Save JSON, atomically."""
     write_text(json.dumps(data, indent=1, default=str) + "\n", path)
 
 
-def write_text(text: str, path: Path) -> None:
+def write_text(text: str, path: Place) -> None:
     """Save text as UTF-8, atomically."""
     with output_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_image(image: Image.Image, path: Path) -> None:
+def write_image(image: Image.Image, path: Place) -> None:
     """Save a Pillow image, atomically."""
     with output_file(path) as temporary:
         image.save(temporary)
@@ -230,28 +252,39 @@ def to_json(data: Any) -> str:
     return json.dumps(data, default=str)
 
 
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """A sidecar, or an empty dict when there is none, it cannot be read, or it is a link."""
+def read_sidecar(path: Place) -> dict[str, Any]:
+    """A sidecar, or an empty dict when there is none, it cannot be read, or it is a link.
+
+    Raises:
+        RunStopped: the address cannot be reached, so that nobody knows.
+    """
     try:
         data = files.parse_json(files.read_regular(path))
+    except Unreachable as error:
+        raise lost(path, "read", error) from error
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
 
 
-def place(folder: Path, stem: str, digest: str) -> str:
+def place(folder: Place, stem: str, digest: str) -> str:
     """``stem``, or ``stem`` with a piece of the job's hash when another job's output already has that name."""
     other = read_sidecar(folder / f"{stem}.json").get("job_hash")
-    taken = other is None and any(os.path.lexists(folder / f"{stem}{ending}") for ending in ENDINGS)
+    taken = other is None and any(_is_taken(folder / f"{stem}{ending}") for ending in ENDINGS)
     return f"{stem}_{digest[:8]}" if taken or other not in (None, digest) else stem
 
 
-def save(media: Media, folder: Path, stem: str, digest: str, fps: int, text: dict[str, str], facts: Facts) -> Path:
+def _is_taken(path: Place) -> bool:
+    return path.exists() if isinstance(path, RemotePath) else os.path.lexists(path)
+
+
+def save(media: Media, folder: Place, stem: str, digest: str, fps: int, text: dict[str, str], facts: Facts) -> Place:
     """Save an output and its sidecar as one unit, under a name that no other job has.
 
     The output is encoded under a temporary name. Under the lock of the folder, so that no other process chooses the
     same name, the sidecar appears first and the output last: a process that is killed between the two leaves no output
-    without a sidecar, and the next run makes the item under the same name.
+    without a sidecar, and the next run makes the item under the same name. At an address, which has no lock, a new
+    sidecar is created where there is none.
 
     Args:
         media: the output.
@@ -264,8 +297,10 @@ def save(media: Media, folder: Path, stem: str, digest: str, fps: int, text: dic
         The file.
 
     Raises:
-        RunStopped: the disk is full or not writable.
+        RunStopped: the disk is full or not writable, or the address cannot be reached.
     """
+    if isinstance(folder, RemotePath):
+        return _save_at_address(media, folder, stem, digest, fps, text, facts)
     temporary = folder / f"{files.TEMPORARY}{uuid.uuid4().hex[:8]}{media.ending}"
     try:
         with report_unrecoverable(folder / f"{stem}{media.ending}"):
@@ -276,6 +311,21 @@ def save(media: Media, folder: Path, stem: str, digest: str, fps: int, text: dic
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def _save_at_address(
+    media: Media, folder: RemotePath, stem: str, digest: str, fps: int, text: dict[str, str], facts: Facts
+) -> RemotePath:
+    with report_unrecoverable(folder / f"{stem}{media.ending}"), local_folder() as here:
+        temporary = here / f"output{media.ending}"
+        _encode(media, temporary, fps, text)
+        path = folder / f"{place(folder, stem, digest)}{media.ending}"
+        sidecar = json.dumps(facts(path.name, sha256(temporary)), indent=1, default=str) + "\n"
+        if not path.with_suffix(".json").create(sidecar.encode()):  # it is this job's own, or was made since
+            path = folder / f"{place(folder, stem, digest)}{media.ending}"
+            write_json(facts(path.name, sha256(temporary)), path.with_suffix(".json"))
+        path.put(temporary)
     return path
 
 
@@ -291,18 +341,21 @@ class Finished:
         sidecar: all of it.
     """
 
-    path: Path
+    path: Place
     seconds: float | None
     density: float | None
     warnings: tuple[str, ...]
     sidecar: dict[str, Any] = field(repr=False)
 
 
-def finished(folder: Path, stem: str, digest: str) -> Finished | None:
+def finished(folder: Place, stem: str, digest: str) -> Finished | None:
     """Find the output of a job that is done.
 
     Its sidecar has the job's hash and values of the right types, and the file of that very name is the one that was
     written. Anything else is made again.
+
+    Raises:
+        RunStopped: the address cannot be reached.
     """
     sidecar = read_sidecar(folder / f"{stem}.json")
     name, seconds, warnings = sidecar.get("file"), sidecar.get("seconds"), sidecar.get("warnings", [])
@@ -316,6 +369,8 @@ def finished(folder: Path, stem: str, digest: str) -> Finished | None:
         return None
     try:
         data = files.read_regular(folder / str(name))
+    except Unreachable as error:
+        raise lost(folder / str(name), "read", error) from error
     except OSError:
         return None
     if hashlib.sha256(data).hexdigest() != sidecar.get("sha256"):
@@ -333,8 +388,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_media(path: Path) -> Media:
+def read_media(path: Place) -> Media:
     """A PNG or MP4 that was written before."""
+    with local_copy(path) as copy:
+        return _decode(copy)
+
+
+def _decode(path: Path) -> Media:
     import imageio.v3 as iio
     import numpy as np
     from PIL import Image

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dit_attn.pipelines.run import Shard
     from dit_attn.processors.attach.summary import Summary
     from dit_attn.processors.methods.base import Method
+    from dit_attn.remote import Place
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 # Frames per second the model was trained on, by the beginning of its pipeline's name.
@@ -36,7 +37,7 @@ class ItemResult:
     Attributes:
         index, prompt, seed: of the job.
         status: ``"done"``, ``"skipped"`` (there already) or ``"failed"``.
-        file: path of the output, ``None`` when it failed.
+        file: path or address of the output, ``None`` when it failed.
         seconds: time of the pipeline call, ``None`` when it was not made.
         density: attention computed over the run, as a share of dense, dense steps included; ``None`` without a method.
         error: one line, for a failed item.
@@ -74,7 +75,7 @@ class Run:
 
     pipe: Any
     methods: tuple[Method, ...]
-    folder: Path
+    folder: Place
     setup: dict[str, Any]
     facts: dict[str, Any]
     fps: int
@@ -88,7 +89,7 @@ class Run:
 def new_run(
     load: LoadConfig,
     methods: tuple[Method, ...],
-    folder: Path,
+    folder: Place,
     argv: Sequence[str],
     fps: int | None = None,
     pipe: Any = None,

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dit_attn
@@ -18,20 +17,34 @@ from dit_attn.cli.outputs import Finished, Media
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
 from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.remote import Place, RemotePath, relative_to
 
 if TYPE_CHECKING:
     from dit_attn.processors.attach.summary import Summary
 
 
-def find_finished(jobs: Sequence[Job], folder: Path, setup: dict[str, Any]) -> dict[int, Finished]:
-    """Find outputs that are there already, by job index."""
+def find_finished(jobs: Sequence[Job], folder: Place, setup: dict[str, Any]) -> dict[int, Finished]:
+    """Find outputs that are there already, by job index.
+
+    Raises:
+        RunStopped: the address cannot be reached.
+    """
     found = {}
+    present = _listed(folder)
     for job in jobs:
         digest = job.digest(setup)
+        if present is not None and present.isdisjoint((f"{job.stem}.json", f"{job.stem}_{digest[:8]}.json")):
+            continue
         one = outputs.finished(folder, outputs.place(folder, job.stem, digest), digest)
         if one is not None:
             found[job.index] = one
     return found
+
+
+def _listed(folder: Place) -> set[str] | None:
+    """The names at an address, by one request in the place of several for every job; ``None`` for a path."""
+    with outputs.report_unrecoverable(folder, "list"):
+        return folder.names() if isinstance(folder, RemotePath) else None
 
 
 @dataclass
@@ -151,7 +164,7 @@ def _make_in_stages(run: Run, job: Job) -> tuple[Media, float, ItemFacts]:
     made = run.stages.make(run.pipe, call_arguments(run.pipe, job), path, on_stage)
     run.last_summary = made.summary or run.last_summary
     seconds = {name: round(value, 4) for name, value in made.seconds.items()}
-    about = {"native_pass": str(path.relative_to(run.folder)), "sigma": made.sigma, "steps": made.steps}
+    about = {"native_pass": relative_to(path, run.folder), "sigma": made.sigma, "steps": made.steps}
     facts = ItemFacts(made.summary, {"stages": {**about, "seconds": seconds}})
     return outputs.media_of(made.output), sum(made.seconds.values()), facts
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, reason
 from dit_attn.pipelines.run import Shard
+from dit_attn.remote import Place, names_in
 
 
-def read_shards(folder: Path, names: tuple[str, ...]) -> tuple[str, list[dict[str, Any]]]:
+def read_shards(folder: Place, names: tuple[str, ...]) -> tuple[str, list[dict[str, Any]]]:
     """Return which of the reports ``names`` the parts in a folder are of, and the parts in order.
 
     Raises:
         DitAttnError: there is none, one is missing or damaged, or they are not the parts of one run.
     """
-    found = {name: _of(folder, name) for name in names}
+    present = names_in(folder)
+    found = {name: _of(present, name) for name in names}
     known = [name for name in names if found[name]]
     if not known:
         wanted = " or ".join(Shard(1, 4).file(name) for name in names)
@@ -47,14 +48,14 @@ def read_shards(folder: Path, names: tuple[str, ...]) -> tuple[str, list[dict[st
     return name, reports
 
 
-def _of(folder: Path, name: str) -> list[Shard]:
+def _of(present: set[str], name: str) -> list[Shard]:
     stem, _, ending = name.rpartition(".")
     pattern = re.compile(rf"{re.escape(stem)}-(\d{{1,6}})-of-(\d{{1,6}})\.{re.escape(ending)}")
-    matches = [pattern.fullmatch(path.name) for path in folder.iterdir()]
+    matches = [pattern.fullmatch(one) for one in sorted(present)]
     return [Shard(int(one[1]), int(one[2])) for one in matches if one is not None]
 
 
-def _read(path: Path, shard: Shard) -> dict[str, Any]:
+def _read(path: Place, shard: Shard) -> dict[str, Any]:
     """Return the report of a part; what other code wrote under its name is refused."""
     try:
         data = files.parse_json(files.read_regular(path))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn import files
+from dit_attn.cli import outputs
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
@@ -20,6 +20,7 @@ from dit_attn.processors.core.subjects import (
     read_subjects,
     shown_boxes,
 )
+from dit_attn.remote import Place, place_of
 
 if TYPE_CHECKING:
     from dit_attn.cli.model_source import Source
@@ -128,7 +129,7 @@ def check_tokens(methods: Iterable[Any], jobs: Sequence[Job], pipe: Any) -> None
                 )
 
 
-def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> bool:
+def write_page(folder: Place, results: Iterable[Any], argv: Sequence[str]) -> bool:
     """Write ``subjects.html`` for the items whose methods have subjects or pieces; return whether there are any.
 
     Args:
@@ -140,9 +141,8 @@ def write_page(folder: Path, results: Iterable[Any], argv: Sequence[str]) -> boo
 
     sides = []
     for result in results:
-        side = Path(result.file).with_suffix(".json") if result.file else None
-        if side is not None and side.exists():
-            known = files.parse_json(side.read_bytes())
+        known = outputs.read_sidecar(place_of(result.file).with_suffix(".json")) if result.file else {}
+        if known:
             measured = ((known.get("summary") or {}).get("reports") or {}).get("saas")
             given = [method["subjects"] for method in known.get("methods") or () if method.get("subjects")]
             if measured or given:

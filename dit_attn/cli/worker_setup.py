@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import engines, outputs, run_record, runner
@@ -14,6 +13,7 @@ from dit_attn.cli.options import MODEL, RUN, WEIGHTS, Options
 from dit_attn.cli.run_record import Run
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.run import JobFailed, Recipe
+from dit_attn.remote import place_of
 
 if TYPE_CHECKING:
     from dit_attn.cli.high_resolution import TwoStages
@@ -56,7 +56,7 @@ def worker_run(settings: dict[str, Any], name: str, stages: StagesOf | None = No
     """
     from dit_attn.processors.methods.base import Method
 
-    folder = Path(settings["folder"])
+    folder = place_of(settings["folder"])
     engines.check_marked(folder, settings["mark"], name)
     load = LoadConfig.from_options(Options(settings["load"]))
     methods = tuple(Method.from_dict(data) for data in settings["methods"])

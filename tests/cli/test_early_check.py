@@ -41,6 +41,13 @@ WRONG = [
     ((*GENERATE, "--image", "absent.png"), "--image absent.png: there is no such file"),
     ((*GENERATE, "--image", "words.txt"), "--image words.txt is not a readable image"),
     ((*GENERATE, "--output", "words.txt"), "--output words.txt is a file; give a folder"),
+    ((*GENERATE, "--output", "nothing://run"), "fsspec knows no protocol 'nothing'"),
+    ((*GENERATE, "--output", "sftp://me:secret@host/run"), "the address holds a password"),
+    ((*GENERATE, "--output", "s3://"), "names no folder"),
+    ((*GENERATE, "--output", "absent://run"), "needs a library of the protocol absent (Install absent)"),
+    ((*COMPARE, *PROMPT, "--output", "nothing://run"), "fsspec knows no protocol 'nothing'"),
+    (("inspect", *MODEL, *PROMPT, "--output", "s3://b/run"), "'s3://b/run' is an address; give a local folder"),
+    ((*GENERATE, "--image", "s3://bucket/a.png"), "'s3://bucket/a.png' is an address; give a local file"),
     ((*GENERATE, "--lora", "absent"), "--lora absent: there is no such file or folder"),
     ((*GENERATE, "--pipeline-kwargs", '{"generator": 1}'), "use --seed"),
     ((*GENERATE, "--config", "absent.yaml"), "cannot read --config absent.yaml"),
@@ -128,7 +135,10 @@ RIGHT = [
 # Runs every command in one interpreter that stops at the first import of something that takes long.
 SCRIPT = """
 import contextlib, io, json, sys
+from fsspec.registry import known_implementations
 from dit_attn.cli import main
+
+known_implementations["absent"] = {"class": "absent.Files", "err": "Install absent"}
 
 class Terminal(io.StringIO):
     isatty = lambda self: True

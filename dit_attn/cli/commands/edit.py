@@ -28,7 +28,7 @@ GROUPS = {
     ),
     "size": flags.without(flags.SIZE, "num-frames"),
     "sampling": flags.SAMPLING,
-    "output": flags.without(flags.OUTPUT, "fps"),
+    "output": flags.without(flags.ADDRESS_OUTPUT, "fps"),
     "run": flags.RUN,
     "workers": flags.ENGINE,
 }

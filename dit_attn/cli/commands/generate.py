@@ -14,6 +14,7 @@ from dit_attn.cli import high_resolution
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.early_check import check_early
+from dit_attn.cli.output_address import check_output
 from dit_attn.cli.progress import on_terminal
 from dit_attn.cli.table import Table, fields, show
 from dit_attn.errors import DitAttnError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.run_record import Run
     from dit_attn.pipelines.run import Shard
     from dit_attn.processors.methods.base import Method
+    from dit_attn.remote import Place
 
 GROUPS = {
     "model": (*flags.MODEL, *flags.WEIGHTS),
@@ -33,7 +35,7 @@ GROUPS = {
     "size": flags.SIZE,
     "sampling": flags.SAMPLING,
     "high resolution": high_resolution.FLAGS,
-    "output": flags.OUTPUT,
+    "output": flags.ADDRESS_OUTPUT,
     "run": flags.RUN,
     "workers": flags.ENGINE,
 }
@@ -59,7 +61,7 @@ class GenerateConfig:
         load: the pipeline.
         methods: enabled on it together.
         jobs: the items.
-        folder: of the files.
+        folder: of the files, a path or an address.
         argv: the command line, for the records.
         fps: frames per second of videos; ``None``: those of the model.
         contact_sheet: make ``sheet.png``.
@@ -73,7 +75,7 @@ class GenerateConfig:
     load: LoadConfig
     methods: tuple[Method, ...]
     jobs: tuple[Job, ...]
-    folder: Path
+    folder: Place
     argv: tuple[str, ...]
     contact_sheet: bool
     fps: int | None = None
@@ -119,7 +121,7 @@ class GenerateConfig:
         jobs = [edit_inputs.for_pipeline(job, load.source.pipeline, ranges) for job in jobs]
         check_run(load.source, jobs, methods)
         check_methods(methods, jobs, load.source)
-        folder = outputs.folder_of(options.get("output"), _default_folder(load.source, methods))
+        folder = outputs.place_given(options.get("output"), _default_folder(load.source, methods))
         sheet = options.get("contact_sheet", len(jobs) > 1)
         rest = {"device_given": "device" in options, **options.pick("fps", "resume", "dry_run", "json")}
         return cls(load, methods, tuple(jobs), folder, options.argv, sheet, stages=stages, **rest)
@@ -169,6 +171,7 @@ def run_options(options: flags.Options, edits: bool = False) -> int:
     high_resolution.check_flags(options)
     engine, shard = engines.from_options(options)
     check_early(options, together=True)
+    check_output(options.get("output"))
     config = replace(GenerateConfig.from_options(options, edits), shard=shard)
     if config.dry_run:
         live = config.new_run()

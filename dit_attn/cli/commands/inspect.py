@@ -171,9 +171,9 @@ def _make(live: Run, config: InspectConfig) -> int:
         print(f"dit-attn: the item failed: {type(error).__name__}: {reason(error)}", file=sys.stderr)
         return 1
     if config.json:
-        print(json.dumps({"folder": str(live.folder), **found.meta, "means": means(found)}, indent=1, default=str))
+        print(json.dumps({"folder": str(config.folder), **found.meta, "means": means(found)}, indent=1, default=str))
     else:
-        _show(found, live.folder)
+        _show(found, config.folder)
     return 0
 
 
@@ -199,10 +199,10 @@ def _inspected(live: Run, config: InspectConfig) -> Inspection:
         item = runner.save_item(live, job, *made[-1])
     found.meta |= _facts(live, job, str(item.file))
     try:
-        found.save(live.folder)
+        found.save(config.folder)
     except OSError as error:
-        raise DitAttnError(f"cannot write to --output {live.folder} ({error.strerror}); choose another") from error
-    outputs.write_text(page(found.meta, found.tensors, live.folder), live.folder / PAGE)
+        raise DitAttnError(f"cannot write to --output {config.folder} ({error.strerror}); choose another") from error
+    outputs.write_text(page(found.meta, found.tensors, config.folder), config.folder / PAGE)
     return found
 
 

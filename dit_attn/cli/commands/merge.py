@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from dit_attn import files
 from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.errors import DitAttnError
+from dit_attn.remote import Place, check_reachable, is_address, names_in, parse_address, place_of
 
 GROUPS = {
     "parts": (
         flags.Flag("folder", "the --output that all parts have written to, or that they were copied to",
-                   default="required", positional=True, metavar="FOLDER", exists=True),
+                   default="required", positional=True, metavar="FOLDER", exists=True, address=True),
     ),
     "output": flags.only(flags.OUTPUT, "json"),
 }  # fmt: skip
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli.shard_reports import read_shards
 
     options = flags.merge(args, GROUPS)
-    folder = files.user_path(options["folder"], "FOLDER")
+    folder = _folder(options["folder"])
     name, parts = read_shards(folder, (item_report.FILE, COMPARED))
     if name == COMPARED:
         from dit_attn.cli.commands.compare import command, shards
@@ -63,18 +63,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report["failed"] else 0
 
 
-def join(folder: Path, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _folder(given: str) -> Place:
+    if not is_address(given):
+        return files.user_path(given, "FOLDER")
+    place = parse_address(given, "FOLDER")
+    check_reachable(place, "FOLDER")
+    return place
+
+
+def join(folder: Place, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the report of all items.
 
     Raises:
         DitAttnError: an item's file is not in the folder.
     """
+    present = names_in(folder)
     items = sorted((item for part in parts for item in part["items"]), key=lambda item: int(item["index"]))
     for item in items:
         if item["file"] is None:
             continue
-        place = folder / Path(item["file"]).name
-        if not place.is_file():
+        place = folder / place_of(item["file"]).name
+        if place.name not in present:
             raise DitAttnError(f"{place} is missing; copy the files of all parts into {folder}")
         item["file"] = str(place)
     shared = {name: value for name, value in parts[0].items() if name != "shard"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from dit_attn.eval.report.compare_maps import map_section
@@ -16,13 +16,14 @@ from dit_attn.eval.report.metric_labels import COLUMNS as METRICS
 from dit_attn.eval.report.render import chunks, render
 from dit_attn.eval.report.table import Cell, Table
 from dit_attn.eval.report.verdict import RULE, TOLERANCE, headline, quality_estimate, speed_estimate, verdicts
+from dit_attn.remote import Place, size_of
 
 LARGEST = 24 << 20  # bytes of images and videos that are put into the page; beyond that it links to the files
 SHOWN_VERDICTS = 6  # the others are folded
 COLORS = ("#77818d", "#1f6fb4", "#c2551b", "#2c8a4b", "#8a3fa0", "#a88400", "#b0305c", "#267f86")
 
 
-def page(results: dict[str, Any], folder: Path, show: int = 24) -> str:
+def page(results: dict[str, Any], folder: Place, show: int = 24) -> str:
     """Render ``report.html`` of a comparison.
 
     Args:
@@ -59,7 +60,7 @@ def page(results: dict[str, Any], folder: Path, show: int = 24) -> str:
     )
 
 
-def shown_items(results: dict[str, Any], folder: Path, show: int) -> list[dict[str, Any]]:
+def shown_items(results: dict[str, Any], folder: Place, show: int) -> list[dict[str, Any]]:
     """Collect the first items: prompt, seed, and by label the source, kind and verdict of each file."""
     items: dict[int, dict[str, Any]] = {}
     for result in results["takes"]:
@@ -70,11 +71,12 @@ def shown_items(results: dict[str, Any], folder: Path, show: int) -> list[dict[s
             item["files"][result["variant"]] = {"file": result["file"], "wrong": wrong, "judged": judged}
     chosen = [items[index] for index in sorted(items)[:show]]
     files = [entry for item in chosen for entry in item["files"].values()]
-    inside = sum((folder / entry["file"]).stat().st_size for entry in files) <= LARGEST
+    inside = sum(size_of(folder / entry["file"]) for entry in files) <= LARGEST
     for entry in files:
-        path = folder / entry.pop("file")
+        file = entry.pop("file")
+        path = folder / file
         entry["video"] = is_video(path)
-        entry["src"] = file_address(path) if inside else path.relative_to(folder).as_posix()
+        entry["src"] = file_address(path) if inside else PurePath(file).as_posix()
     return chosen
 
 

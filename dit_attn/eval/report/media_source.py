@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
+
+from dit_attn.remote import Place
 
 TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif",
@@ -11,12 +12,12 @@ TYPES = {
 }  # fmt: skip
 
 
-def media_type(path: Path) -> str:
+def media_type(path: Place) -> str:
     """Return the MIME type of a file by its suffix, PNG for others."""
     return TYPES.get(path.suffix.lower(), "image/png")
 
 
-def is_video(path: Path) -> bool:
+def is_video(path: Place) -> bool:
     """Whether a browser plays the file as a video."""
     return media_type(path).startswith("video")
 
@@ -26,6 +27,6 @@ def data_address(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def file_address(path: Path) -> str:
+def file_address(path: Place) -> str:
     """Return a file as a data address."""
     return data_address(path.read_bytes(), media_type(path))

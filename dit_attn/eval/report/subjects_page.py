@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dit_attn.eval.report.heatmap import HeatMap, heat_map, rgb
 from dit_attn.eval.report.media_source import file_address, is_video
 from dit_attn.eval.report.plot import Plot
 from dit_attn.eval.report.render import render
+from dit_attn.remote import Place
 
 _PLOTS = (
     ("share of the attention", "shares", "rivals"),
@@ -63,7 +63,7 @@ class SubjectItem:
     colors: Sequence[tuple[str, str]] = field(default_factory=list)
 
 
-def page(folder: Path, sides: Sequence[Side], title: str, command: str, facts: Sequence[tuple[str, str]]) -> str:
+def page(folder: Place, sides: Sequence[Side], title: str, command: str, facts: Sequence[tuple[str, str]]) -> str:
     """Render the page.
 
     Args:
@@ -80,7 +80,7 @@ def page(folder: Path, sides: Sequence[Side], title: str, command: str, facts: S
     )  # fmt: skip
 
 
-def item(folder: Path, side: Side) -> SubjectItem:
+def item(folder: Place, side: Side) -> SubjectItem:
     """Return what the page shows of an item."""
     path = folder / side["file"]
     reports = (side.get("summary") or {}).get("reports") or {}

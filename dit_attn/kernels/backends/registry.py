@@ -22,6 +22,9 @@ from dit_attn.kernels.backends.custom_ops import (
     sparse_attention_op,
 )
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
+from dit_attn.kernels.backends.kitchen import DTYPES as KITCHEN_DTYPES
+from dit_attn.kernels.backends.kitchen import HEAD_DIM as KITCHEN_HEAD_DIM
+from dit_attn.kernels.backends.kitchen import kitchen_attention, unsupported_reason_kitchen
 from dit_attn.kernels.backends.reference import reference_attention
 from dit_attn.kernels.device import (
     allows_tf32,
@@ -245,6 +248,30 @@ def _unsupported_reason_flex(info: CallInfo) -> str | None:
     return "it computes in fp32 at most" if info.dtype == torch.float64 else None
 
 
+def _kitchen(problem: Problem, terms: Terms, lse: bool) -> Result:
+    return kitchen_attention(problem), None
+
+
+def _unsupported_reason_kitchen(info: CallInfo) -> str | None:
+    if not info.layout.is_dense:
+        return "its sparse kernel takes no lists, it chooses the blocks itself; it runs dense layouts alone"
+    if info.lse:
+        return "it does not return the log-sum-exp"
+    if info.terms or info.keys_altered:
+        return "it supports no key mask, bias or other optional term here"
+    if info.grad:
+        return "it has no gradients"
+    if info.head_dim != info.value_dim:
+        return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
+    if info.head_dim > KITCHEN_HEAD_DIM:
+        return f"head size {info.head_dim} is above {KITCHEN_HEAD_DIM}"
+    if info.dtype not in KITCHEN_DTYPES:
+        return "it computes in 8 bits, for fp32, fp16 and bf16"
+    if torch.compiler.is_compiling():
+        return "torch.compile does not trace it"
+    return unsupported_reason_kitchen(info.device)
+
+
 def _reference(problem: Problem, terms: Terms, lse: bool) -> Result:
     return with_terms(problem, terms, _referenced) if terms else _referenced(problem)
 
@@ -260,5 +287,6 @@ BACKENDS = {
     "gather": Backend(_gather, lambda info: None),
     "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, "loads by tensor descriptors; only on request"),
     "flex": Backend(_flex, _unsupported_reason_flex, "torch's FlexAttention on the same layout; only on request"),
+    "comfy-kitchen": Backend(_kitchen, _unsupported_reason_kitchen, "rounds q, k and v to 8 bits; only on request"),
     "reference": Backend(_reference, lambda info: None, "builds the full S x S attention matrix; only on request"),
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, reason
 from dit_attn.pipelines.high_resolution.late_start import ScheduleCall
+from dit_attn.remote import Place, local_copy
 
 Generators = torch.Generator | list[torch.Generator] | None
 _FORMAT = "dit-attn native pass 1"
@@ -46,7 +46,7 @@ class NativePass:
         for one, state in zip(given, self.generators):
             one.set_state(state)
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Place) -> Place:
         """Write the pass as safetensors, atomically.
 
         Raises:
@@ -63,7 +63,7 @@ class NativePass:
         return path
 
     @classmethod
-    def load(cls, path: Path) -> NativePass:
+    def load(cls, path: Place) -> NativePass:
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -72,7 +72,7 @@ class NativePass:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:
+            with local_copy(path) as copy, safe_open(copy, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != _FORMAT:
                     raise DitAttnError(f"{path} is no native pass; make it again")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn.cli import options as flags
@@ -18,6 +17,7 @@ from dit_attn.cli.table import Table, fields, show
 if TYPE_CHECKING:
     from dit_attn.cli.commands.compare.config import CompareConfig
     from dit_attn.pipelines.run import Shard
+    from dit_attn.remote import Place
 
 _OWN = (
     flags.Flag("seeds", "seeds of every prompt, e.g. 0,1", default="item i gets 42 + i", metavar="N,N"),
@@ -42,7 +42,7 @@ GROUPS = {
     "comparison": _OWN,
     "size": flags.SIZE,
     "sampling": flags.without(flags.SAMPLING, "seed", "num-images-per-prompt"),
-    "output": flags.without(flags.OUTPUT, "contact-sheet"),
+    "output": flags.without(flags.ADDRESS_OUTPUT, "contact-sheet"),
     "run": flags.without(flags.RUN, "compile"),
     "workers": flags.ENGINE,
 }
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return report(results, config.folder, config.json, config.shard)
 
 
-def report(results: dict[str, Any], folder: Path, as_json: bool, shard: Shard | None = None) -> int:
+def report(results: dict[str, Any], folder: Place, as_json: bool, shard: Shard | None = None) -> int:
     """Print what a comparison, or a part of one, has found. Returns 0, 1 when items failed."""
     from dit_attn.cli import runner
 

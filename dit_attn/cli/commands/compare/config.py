@@ -26,6 +26,7 @@ from dit_attn.pipelines.compare import comparison
 from dit_attn.pipelines.compare.metrics import check_metrics
 from dit_attn.pipelines.compare.records import Variant
 from dit_attn.pipelines.run import Shard
+from dit_attn.remote import Place
 
 # Flags that say which items there are, and who makes them: workers and parts are given their jobs.
 _OF_THE_ITEMS = ("prompts", "held_out", "seeds", "workers", "engine", "shard", "resume")
@@ -39,7 +40,7 @@ class CompareConfig:
         load: the pipeline.
         jobs: the items.
         variants: what is compared, dense first.
-        folder: of the files; every variant has a folder in it.
+        folder: of the files, a path or an address; every variant has a folder in it.
         argv: the command line, for the records.
         metrics: besides PSNR and SSIM.
         networks: of the metrics.
@@ -60,7 +61,7 @@ class CompareConfig:
     load: LoadConfig
     jobs: tuple[Job, ...]
     variants: tuple[Variant, ...]
-    folder: Path
+    folder: Place
     argv: tuple[str, ...]
     metrics: tuple[str, ...]
     networks: Networks
@@ -102,7 +103,7 @@ class CompareConfig:
             check_run(source, [job_of(variant, job) for job in jobs], variant.methods)
         networks = _networks(options)
         check_metrics(metrics, networks)
-        folder = outputs.folder_of(options.get("output"), Path("outputs") / f"compare-{Path(source.path).name}")
+        folder = outputs.place_given(options.get("output"), Path("outputs") / f"compare-{Path(source.path).name}")
         rest = options.pick("fps", "match_strength", "maps", "resume", "dry_run", "json")
         engine, shard = engines.from_options(options)
         rest |= {"shown": options.get("show", 24), "options": options, "engine": engine, "shard": shard}

@@ -13,6 +13,7 @@ from dit_attn.cli.early_check import check_early
 from dit_attn.cli.method_index import known_methods
 from dit_attn.cli.model_source import locate
 from dit_attn.cli.options import MAX_SEED, Options
+from dit_attn.cli.output_address import check_output
 from dit_attn.cli.source_index import constant
 from dit_attn.errors import DitAttnError, cut, shorten, unknown
 
@@ -30,6 +31,7 @@ def check(options: Options) -> None:
     if options.get("match_strength") and (engine is not None or shard is not None):
         raise DitAttnError("--match-strength measures in one process; leave out --workers, --engine and --shard")
     check_early(options)
+    check_output(options.get("output"))
     variants = method_options.method_variants(options)
     if not variants:
         raise DitAttnError("nothing to compare with dense; add --method NAME, e.g. --method block-sparse:density=0.25")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from dit_attn import files
@@ -20,6 +19,7 @@ from dit_attn.pipelines.compare import comparison as compare
 from dit_attn.pipelines.compare import metrics
 from dit_attn.pipelines.compare.comparison import Comparison
 from dit_attn.pipelines.compare.records import ItemResult, Variant
+from dit_attn.remote import Place, place_of, relative_to
 
 Done = dict[tuple[str, int], ItemResult]  # results that are there, by (label, index)
 
@@ -82,7 +82,7 @@ def find_results(config: CompareConfig, wanted: Sequence[Job]) -> Done:
             result = ItemResult.from_json(one.sidecar.get("compare"))
             if result is not None and result.index == index and result.error is None:
                 job = by_index[index]
-                file = str(one.path.relative_to(config.folder))  # what a sidecar says may lead out of the folder
+                file = relative_to(one.path, config.folder)  # what a sidecar says may lead out of the folder
                 found[label, index] = replace(result, variant=label, prompt=job.prompt, seed=job.seed, file=file)
     return found
 
@@ -143,7 +143,7 @@ def run_round(
         run = config.runs[variant.label]
         run.pipe = pipe
         result = runner.save_item(run, job_of(variant, job), media["last"], seconds)
-        return str(Path(str(result.file)).relative_to(config.folder))
+        return relative_to(place_of(str(result.file)), config.folder)
 
     blank = ItemResult("", job.index, job.prompt, job.seed, attention_share=share)
     for item in compare.run_round(pipe, blank, variants, make, save):
@@ -152,7 +152,7 @@ def run_round(
         yield item
 
 
-def add_to_sidecar(path: Path, item: ItemResult) -> None:
+def add_to_sidecar(path: Place, item: ItemResult) -> None:
     """Add the figures of an item to the sidecar of its file."""
     sidecar = path.with_suffix(".json")
     with files.locked(path.parent):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dit_attn.cli import outputs, run_record
@@ -11,6 +10,7 @@ from dit_attn.cli.commands.compare import maps, run
 from dit_attn.cli.commands.compare.config import CompareConfig, job_of
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.compare.records import ItemResult
+from dit_attn.remote import Place
 
 
 def write_part(config: CompareConfig, items: list[ItemResult], seconds: float, device: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def write_part(config: CompareConfig, items: list[ItemResult], seconds: float, d
     return part
 
 
-def joined(folder: Path, parts: list[dict[str, Any]]) -> dict[str, Any]:
+def joined(folder: Place, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the results of all parts, with the metrics of all items, and the page; return them.
 
     Raises:
