@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attach, attention_processor, intercepted_call
+from dit_attn.processors.attach import attach, attention_processor, intercepted_call, key_cache
 from dit_attn.processors.attach.families import family_of
+from dit_attn.processors.core import dispatch
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
@@ -238,6 +239,11 @@ class CrossMixin(SubjectsMixin):
             with pytest.raises(dit_attn.DitAttnError, match=f"nag cannot be enabled on {type(net).__name__}: {why}"):
                 dit_attn.enable(net, dit_attn.NAG())
             return
+        if key_cache.is_used(args):
+            dit_attn.enable(net, dit_attn.NAG()).given["nag"] = nag_reference.other_text(args)
+            with pytest.raises(dit_attn.DitAttnError, match="attends to keys of an earlier step"):
+                self.call(net, args)
+            return
         stock, method = self.call(net, args), dit_attn.NAG()
         dit_attn.enable(net, method).given["nag"] = nag_reference.other_text(args)
         seen: list[tuple[Any, torch.Tensor]] = []
@@ -281,7 +287,11 @@ class CrossMixin(SubjectsMixin):
         assert same(stock, self.call(net, args))
         dit_attn.enable(net, self.everywhere(Outputs, True))
 
-        def refuse(*_: Any) -> None:
+        backend = intercepted_call._stock_backend
+
+        def refuse(*given: Any) -> Any:
+            if len(given) == 4 and dispatch.is_among_keys(given[0], given[1], given[3]):
+                return backend(*given)
             raise AssertionError("stock attention was computed")
 
         with pytest.MonkeyPatch.context() as patch:
@@ -304,8 +314,8 @@ class CrossMixin(SubjectsMixin):
 
 def valid_rows(call: Any) -> tuple[Any, ...]:
     """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
-    if getattr(call, "keys_alone", False):  # nobody gets the other rows
-        return slice(None), call.visual
+    if call.tokens is not None and call.tokens.keys_alone and call.q.shape[1] == call.k.shape[1]:
+        return slice(None), torch.cat([torch.arange(*run) for run in call.tokens.queries])  # nobody gets the others
     mask = call.mask
     if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
         return (slice(None),)

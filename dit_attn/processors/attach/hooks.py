@@ -54,6 +54,8 @@ class ForwardHook:
         values = {}
         for name, position in self.positions.items():
             values[name] = args[position] if position < len(args) else kwargs.get(name)
+        for name, count in self.session.family.cached_keys.items():
+            values[name] = None if values.get(name) is None else count(values[name])
         if torch.compiler.is_compiling():
             tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
             names = [name if isinstance(v, torch.Tensor) else f"{name}={v!r}" for name, v in values.items()]

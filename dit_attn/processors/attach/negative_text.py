@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import batch, step_cache
+from dit_attn.processors.attach import batch, key_cache, step_cache
 from dit_attn.processors.attach.families import Axis
 from dit_attn.processors.attach.negative_prompt import negative_arguments
 
@@ -89,6 +89,11 @@ class NegativeText:
             raise DitAttnError(
                 f"{self.method.slug} cannot be combined with gradient checkpointing; call "
                 "disable_gradient_checkpointing(), or run under torch.no_grad()"
+            )
+        if key_cache.is_used(kwargs):
+            raise DitAttnError(
+                f"{self.method.slug}: {type(model).__name__} attends to keys of an earlier step, of which the negative "
+                "prompt has none; use a pipeline or a call without the cache of keys"
             )
         rows, axes = len(branches), session.family.batch_axes
         text = self._find_text(rows, index)

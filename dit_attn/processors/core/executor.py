@@ -107,13 +107,12 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)[0]
     if (rows.start, rows.stop) == (0, seq_len):
         return visual
-    if call.keys_alone:
-        return F.pad(visual, (0, 0, 0, 0, rows.start, seq_len - rows.stop))
-    out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
+    assert call.tokens is not None
+    make = call.q.new_zeros if call.tokens.keys_alone else call.q.new_empty
+    out = make(*call.q.shape[:-1], call.v.shape[-1])
     out[:, rows] = visual
-    for low, high in ((0, rows.start), (rows.stop, seq_len)):
-        if low < high:
-            out[:, low:high] = _dense_part(call, request, dense, low, high)
+    for low, high in call.tokens.other_queries:
+        out[:, low:high] = _dense_part(call, request, dense, low, high)
     return out
 
 

@@ -44,6 +44,7 @@ class Family:
         timestep: name of the forward argument with the time step.
         time_grows: whether that argument rises during a run.
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
+        cached_keys: number of tokens in a cache of keys, by the forward argument that is one; a layout gets the number.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
@@ -69,6 +70,7 @@ class Family:
     timestep: str = "timestep"
     time_grows: bool = False
     mask_rule: str = "key"
+    cached_keys: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
     block_chain: bool = True
     rotary: bool = True

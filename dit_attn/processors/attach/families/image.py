@@ -87,7 +87,7 @@ def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
 
 def _prx(config: Any, values: dict[str, Any]) -> TokenLayout:
     """The keys are [text, image], the queries the image."""
-    return replace(_order("text", "image")(config, values), queries="last")
+    return replace(_order("text", "image")(config, values), keys_alone=("text",))
 
 
 def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
