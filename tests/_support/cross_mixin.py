@@ -160,6 +160,14 @@ class CrossMixin(SubjectsMixin):
         with torch.no_grad():
             return model(**copy.deepcopy(args), return_dict=False)
 
+    def is_refused(self, net: Any, method: Method) -> bool:
+        """Whether the family refuses a method; ``enable`` says so."""
+        why = family_of(net, ()).refused_methods.get(method.slug)
+        if why is not None:
+            with pytest.raises(dit_attn.DitAttnError, match=f"{method.slug} cannot be enabled on .*: {why}"):
+                dit_attn.enable(net, method)
+        return why is not None
+
     def has_cross_attention(self, net: Any) -> bool:
         """Whether the family has cross attention; where it has none, a method that wants it is refused."""
         if not self.cross_sockets:
@@ -222,7 +230,8 @@ class CrossMixin(SubjectsMixin):
             spans = [span for span in call.tokens.spans if span.kind == "text"] if call.kind == "self" else []
             if call.kind == "self" and not spans:
                 continue
-            text = slice(spans[0].start, spans[-1].stop) if spans else slice(0, call.k.shape[1])
+            places = [torch.arange(span.start, span.stop) for span in spans]
+            text = torch.cat(places) if places else slice(0, call.k.shape[1])
             rows = call.visual if spans else slice(None)
             chosen = [row for row, branch in enumerate(call.branches) if branch == "cond"]
             expected = gag_reference.guided(call, text, method)[chosen][:, rows]
@@ -235,9 +244,7 @@ class CrossMixin(SubjectsMixin):
     def test_attention_to_the_text_moved_away_from_a_negative_one_equals_its_definition(
         self, net: Any, args: Any
     ) -> None:
-        if why := family_of(net, ()).refused_methods.get("nag"):
-            with pytest.raises(dit_attn.DitAttnError, match=f"nag cannot be enabled on {type(net).__name__}: {why}"):
-                dit_attn.enable(net, dit_attn.NAG())
+        if self.is_refused(net, dit_attn.NAG()):
             return
         if key_cache.is_used(args):
             dit_attn.enable(net, dit_attn.NAG()).given["nag"] = nag_reference.other_text(args)
@@ -290,7 +297,7 @@ class CrossMixin(SubjectsMixin):
         backend = intercepted_call._stock_backend
 
         def refuse(*given: Any) -> Any:
-            if len(given) == 4 and dispatch.is_among_keys(given[0], given[1], given[3]):
+            if len(given) == 5 and dispatch.is_among_keys(given[0], given[1], given[4]):
                 return backend(*given)
             raise AssertionError("stock attention was computed")
 

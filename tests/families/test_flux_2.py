@@ -8,14 +8,9 @@ import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
-from diffusers.models.transformers.transformer_flux2 import (
-    Flux2KVAttnProcessor,
-    Flux2KVCache,
-    Flux2KVParallelSelfAttnProcessor,
-)
 from PIL import Image
 
-from tests._support.family_cases import HEIGHT, SIZE, WIDTH, PackedCase, image_ids
+from tests._support.family_cases import HEIGHT, SIZE, WIDTH, PackedCase, image_ids, inner_class
 
 
 def flux2_vae() -> diffusers.AutoencoderKLFlux2:
@@ -124,9 +119,9 @@ class TestFlux2KleinKV(TestFlux2):
     def model(self) -> torch.nn.Module:
         model = super().model()
         for block in model.transformer_blocks:
-            block.attn.set_processor(Flux2KVAttnProcessor())
+            block.attn.set_processor(inner_class("transformer_flux2.Flux2KVAttnProcessor")())
         for block in model.single_transformer_blocks:
-            block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+            block.attn.set_processor(inner_class("transformer_flux2.Flux2KVParallelSelfAttnProcessor")())
         return model
 
     def inputs(self) -> dict[str, Any]:
@@ -160,7 +155,7 @@ class TestFlux2KleinKVLaterSteps(TestFlux2KleinKV):
     no_pipeline = "TestFlux2KleinKV runs the pipeline"
 
     def inputs(self) -> dict[str, Any]:
-        cache = Flux2KVCache(1, 2)
+        cache = inner_class("transformer_flux2.Flux2KVCache")(1, 2)
         cache.num_ref_tokens = self.references
         for layer in (*cache.double_block_caches, *cache.single_block_caches):
             layer.store(*torch.randn(2, 2, self.references, 2, 16))

@@ -133,7 +133,7 @@ class PerturbedGuider:
         if "cond" not in branches or not self._needs_pass():
             return None
         foreign = not step_cache.is_cached(module) and step_cache.has_foreign_forward(module)
-        apart = foreign or step_cache.is_cached(module) or key_cache.is_used(kwargs)
+        apart = foreign or self.session.family.single or step_cache.is_cached(module) or key_cache.is_used(kwargs)
         if self.method.batched and not apart:
             return self._append(module, args, kwargs, branches)
         self._state = ModuleState(module) if foreign else None
@@ -145,7 +145,7 @@ class PerturbedGuider:
     def after(self, module: HasForward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Guide after a call of the transformer; return the output the pipeline gets."""
         session = self.session
-        if session.perturbed is not None and not self._appended:
+        if (session.perturbed is not None and not self._appended) or not session.is_step:
             return output
         if self.run != session.clock.run:
             self.begin_run()

@@ -17,12 +17,18 @@ _NAMES = ("kv_cache", "kv_caches")
 
 def is_used(arguments: Mapping[str, Any]) -> bool:
     """Return whether a transformer call writes keys to a cache or reads them from one, by its arguments."""
-    return any(value is not None for name, value in arguments.items() if name.startswith(_NAMES))
+    return any(_in_use(value) for name, value in arguments.items() if name.startswith(_NAMES))
 
 
 def with_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a transformer call with copies of the caches; no tensor is copied."""
     return {name: _copied(value) if name in _NAMES else value for name, value in arguments.items()}
+
+
+def _in_use(value: Any) -> bool:
+    """Whether an argument says that keys are written or read; GLM-Image's caches are there where they are not used."""
+    layers = getattr(value, "caches", None)
+    return value is not None and (layers is None or any(layer.mode in ("write", "read") for layer in layers))
 
 
 def _copied(value: Any) -> Any:

@@ -102,7 +102,7 @@ class NegativeText:
         new = wanted | self._joined(plain, text, rows, index)
         session.append_negative(len(index))
         try:
-            values = {**dict.fromkeys(session.family.forward_args), **new}
+            values = session.family.shown({**dict.fromkeys(session.family.forward_args), **new})
             session.set_layout(session.family.layout(model.config, values))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DitAttnError(
