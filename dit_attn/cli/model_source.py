@@ -16,6 +16,7 @@ from dit_attn import files
 from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
 from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
+_MODULAR = "modular_model_index.json"
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
 
 
@@ -172,6 +173,8 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # pathlib raises for names that no file can have
         if not (folder / "model_index.json").is_file():
+            if (folder / _MODULAR).is_file():
+                raise _is_modular(str(folder))
             raise DitAttnError(
                 f"{folder} is not a diffusers pipeline (no model_index.json); give the folder that holds it"
             )
@@ -207,6 +210,8 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
     try:
         return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
     except (OSError, ValueError) as error:
+        if kind == "hub" and _has_modular_index(name, revision):
+            raise _is_modular(name) from error
         if offline:
             raise _unreachable(name) from error
         if kind == "hub":
@@ -215,6 +220,24 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
                 "and the network, or give a local folder. It is no embedded model and no folder here"
             ) from error
         raise DitAttnError(f"model_index.json in {path} cannot be read ({reason(error)}); download it again") from error
+
+
+def _has_modular_index(name: str, revision: str | None) -> bool:
+    """Whether a Hub model is known to be one of blocks: its index is in the local cache, or the Hub gives it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return bool(hf_hub_download(name, _MODULAR, revision=revision))
+    except (HfHubHTTPError, OSError, ValueError):
+        return False
+
+
+def _is_modular(name: str) -> DitAttnError:
+    return DitAttnError(
+        f"{shorten(name)} is a modular pipeline ({_MODULAR}), which no command loads; in Python: "
+        "pipe = ModularPipeline.from_pretrained(...), pipe.load_components(), dit_attn.enable(pipe, ...)"
+    )
 
 
 def check_reachable(name: str, revision: str | None = None) -> None:

@@ -19,8 +19,6 @@ from dit_attn.machine import free_memory
 from dit_attn.models import step_inputs
 from dit_attn.models.step_inputs import CallShape, Grid
 
-_PIXELS = 16  # a token is 16 x 16 pixels in all of them: 8 of the autoencoder, 2 of the patch
-_FRAMES = 4  # frames a latent frame, after the first
 _ACTIVATIONS = 16  # arrays of (tokens, width) that a step holds at once, roughly: the widest layer is 4 wide
 
 
@@ -35,6 +33,8 @@ class Architecture:
         pixels: (frames, height, width) the model is used at; 1 frame for images.
         text: text tokens of a prompt, padding counted.
         inputs: makes the arguments of a call.
+        token_pixels: side in pixels of a token: of a latent, times that of the patch.
+        latent_frames: frames that a latent frame stands for, after the first.
         wide: entries of ``config`` that grow with the number of heads.
         scaled: what differs from the published model, e.g. ``{"layers": 2}``; empty for the real one.
     """
@@ -45,6 +45,8 @@ class Architecture:
     pixels: tuple[int, int, int]
     text: int
     inputs: Callable[[CallShape], dict[str, Any]] = field(repr=False)
+    token_pixels: int = 16
+    latent_frames: int = 4
     wide: tuple[str, ...] = ()
     scaled: dict[str, int] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class Architecture:
     def grid(self) -> Grid:
         """(T, H, W) visual tokens at ``pixels``."""
         frames, height, width = self.pixels
-        return ((frames - 1) // _FRAMES + 1, height // _PIXELS, width // _PIXELS)
+        return ((frames - 1) // self.latent_frames + 1, height // self.token_pixels, width // self.token_pixels)
 
     @property
     def stand_in(self) -> Any:
@@ -108,8 +110,9 @@ class Architecture:
         if frames is not None and frames > 1 and self.pixels[0] == 1:
             raise DitAttnError(f"--frames {frames}: {self.name} makes images; leave it out")
         found = tuple(new or old for new, old in zip((frames, height, width), self.pixels))
-        if min(found[1:]) < _PIXELS or found[0] < 1:
-            raise DitAttnError(f"{found[1]} x {found[2]} is smaller than one token of {_PIXELS} x {_PIXELS} pixels")
+        side = self.token_pixels
+        if min(found[1:]) < side or found[0] < 1:
+            raise DitAttnError(f"{found[1]} x {found[2]} is smaller than one token of {side} x {side} pixels")
         return replace(self, pixels=(found[0], found[1], found[2]))
 
     def with_tokens(self, count: int) -> Architecture:
@@ -117,7 +120,8 @@ class Architecture:
         frames, rows, columns = self.grid
         wanted = math.ceil(count / frames)
         height = max(1, round(rows * math.sqrt(wanted / (rows * columns))))
-        return replace(self, pixels=(self.pixels[0], _PIXELS * height, _PIXELS * math.ceil(wanted / height)))
+        size = (self.token_pixels * height, self.token_pixels * math.ceil(wanted / height))
+        return replace(self, pixels=(self.pixels[0], *size))
 
     def build(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
         """Build the transformer with random weights, in ``dtype`` on ``device`` itself: no copy elsewhere.
@@ -263,5 +267,24 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         text=300,
         inputs=step_inputs.pixart,
         wide=("cross_attention_dim",),
+    ),
+    Architecture(
+        "ltx-video",
+        "LTXVideoTransformer3DModel",
+        {"num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28},
+        pixels=(161, 512, 704),
+        text=128,
+        inputs=step_inputs.ltx_video,
+        token_pixels=32,
+        latent_frames=8,
+        wide=("cross_attention_dim",),
+    ),
+    Architecture(
+        "qwen-image-2.1",  # the sizes are the defaults of its class
+        "QwenImage21Transformer2DModel",
+        {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 32},
+        pixels=(1, 1024, 1024),
+        text=256,
+        inputs=step_inputs.qwen_image_2_1,
     ),
 )

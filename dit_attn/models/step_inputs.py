@@ -93,6 +93,33 @@ def flux(call: CallShape) -> dict[str, Any]:
     }
 
 
+def ltx_video(call: CallShape) -> dict[str, Any]:
+    """Make (B, T H W, 128) latents, a token each, text, and the size of the video in tokens."""
+    t, h, w = call.grid
+    return {
+        "hidden_states": call.noise(t * h * w, 128),
+        "encoder_hidden_states": call.noise(call.text, 4096),
+        "encoder_attention_mask": torch.ones(call.batch, call.text, dtype=call.dtype),
+        "timestep": call.full(500),
+        "num_frames": t,
+        "height": h,
+        "width": w,
+    }
+
+
+def qwen_image_2_1(call: CallShape) -> dict[str, Any]:
+    """Make (B, H W, 64) latents and text; of the image, 2 x 2 tokens are one place of ``img_mask``."""
+    _, h, w = call.grid
+    places = torch.arange(call.text + h * w // 4) >= call.text
+    return {
+        "hidden_states": call.noise(h * w, 64),
+        "encoder_hidden_states": call.noise(call.text, 4096),
+        "timestep": call.full(0.5, call.dtype),
+        "img_shapes": [[(1, h, w)]] * call.batch,
+        "img_mask": places.expand(call.batch, -1),
+    }
+
+
 def pixart(call: CallShape) -> dict[str, Any]:
     """Make (B, 4, 2H, 2W) latents and text."""
     _, h, w = call.grid

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import dit_attn
-from dit_attn.processors.attach import attach, attention_processor, intercepted_call
+from dit_attn.processors.attach import attach, attention_processor, intercepted_call, key_cache
 from dit_attn.processors.attach.families import family_of
+from dit_attn.processors.core import dispatch
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.observation import Observation
 from dit_attn.processors.methods.base import Method
@@ -159,6 +160,14 @@ class CrossMixin(SubjectsMixin):
         with torch.no_grad():
             return model(**copy.deepcopy(args), return_dict=False)
 
+    def is_refused(self, net: Any, method: Method) -> bool:
+        """Whether the family refuses a method; ``enable`` says so."""
+        why = family_of(net, ()).refused_methods.get(method.slug)
+        if why is not None:
+            with pytest.raises(dit_attn.DitAttnError, match=f"{method.slug} cannot be enabled on .*: {why}"):
+                dit_attn.enable(net, method)
+        return why is not None
+
     def has_cross_attention(self, net: Any) -> bool:
         """Whether the family has cross attention; where it has none, a method that wants it is refused."""
         if not self.cross_sockets:
@@ -221,7 +230,8 @@ class CrossMixin(SubjectsMixin):
             spans = [span for span in call.tokens.spans if span.kind == "text"] if call.kind == "self" else []
             if call.kind == "self" and not spans:
                 continue
-            text = slice(spans[0].start, spans[-1].stop) if spans else slice(0, call.k.shape[1])
+            places = [torch.arange(span.start, span.stop) for span in spans]
+            text = torch.cat(places) if places else slice(0, call.k.shape[1])
             rows = call.visual if spans else slice(None)
             chosen = [row for row, branch in enumerate(call.branches) if branch == "cond"]
             expected = gag_reference.guided(call, text, method)[chosen][:, rows]
@@ -234,9 +244,12 @@ class CrossMixin(SubjectsMixin):
     def test_attention_to_the_text_moved_away_from_a_negative_one_equals_its_definition(
         self, net: Any, args: Any
     ) -> None:
-        if why := family_of(net, ()).refused_methods.get("nag"):
-            with pytest.raises(dit_attn.DitAttnError, match=f"nag cannot be enabled on {type(net).__name__}: {why}"):
-                dit_attn.enable(net, dit_attn.NAG())
+        if self.is_refused(net, dit_attn.NAG()):
+            return
+        if key_cache.is_used(args):
+            dit_attn.enable(net, dit_attn.NAG()).given["nag"] = nag_reference.other_text(args)
+            with pytest.raises(dit_attn.DitAttnError, match="attends to keys of an earlier step"):
+                self.call(net, args)
             return
         stock, method = self.call(net, args), dit_attn.NAG()
         dit_attn.enable(net, method).given["nag"] = nag_reference.other_text(args)
@@ -281,7 +294,11 @@ class CrossMixin(SubjectsMixin):
         assert same(stock, self.call(net, args))
         dit_attn.enable(net, self.everywhere(Outputs, True))
 
-        def refuse(*_: Any) -> None:
+        backend = intercepted_call._stock_backend
+
+        def refuse(*given: Any) -> Any:
+            if len(given) == 5 and dispatch.is_among_keys(given[0], given[1], given[4]):
+                return backend(*given)
             raise AssertionError("stock attention was computed")
 
         with pytest.MonkeyPatch.context() as patch:
@@ -304,8 +321,8 @@ class CrossMixin(SubjectsMixin):
 
 def valid_rows(call: Any) -> tuple[Any, ...]:
     """Rows whose result means something: a model's padded rows hold whatever its mask leaves."""
-    if getattr(call, "keys_alone", False):  # nobody gets the other rows
-        return slice(None), call.visual
+    if call.tokens is not None and call.tokens.keys_alone and call.q.shape[1] == call.k.shape[1]:
+        return slice(None), torch.cat([torch.arange(*run) for run in call.tokens.queries])  # nobody gets the others
     mask = call.mask
     if mask is None or mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] == 1:
         return (slice(None),)

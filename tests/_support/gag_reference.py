@@ -12,7 +12,7 @@ from dit_attn.processors.guidance.sparse_text import entmax
 from tests._support.recorded_calls import weights
 
 
-def guided(call: Any, text: slice, method: GAG, bias: torch.Tensor | None = None) -> torch.Tensor:
+def guided(call: Any, text: Any, method: GAG, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(B, S, H, Dv): the guided result of every row, whose text are the keys ``text``; ``bias`` as for `weights`."""
     matrix, lse = weights(call, Request(), bias)
     v = call.v.transpose(1, 2).double().repeat_interleave(call.q.shape[2] // call.v.shape[2], 1)

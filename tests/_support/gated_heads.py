@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import dit_attn
 from dit_attn.pipelines.head_drop import named_heads, profile_heads
+from dit_attn.processors.core import dispatch
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.methods.base import Method
 
@@ -24,6 +28,20 @@ class Gate(Method):
         gates = call.q.new_ones(call.q.shape[:3], dtype=torch.float32)
         gates[..., 0] = 0.0
         request.multiply_heads(gates)
+
+
+@contextmanager
+def gated_among_keys() -> Iterator[None]:
+    """Gate the calls of tokens that are keys alone too, of which methods are not told."""
+    stock = dispatch._dispatch_rows
+
+    def gated_rows(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
+        out = stock(run, layer, args, stock_call)
+        return out.index_fill(2, torch.tensor(0), 0.0) if dispatch.is_among_keys(run, layer, args) else out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_dispatch_rows", gated_rows)
+        yield
 
 
 def gated(model: Any, args: dict[str, Any]) -> torch.Tensor:

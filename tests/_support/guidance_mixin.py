@@ -19,9 +19,10 @@ from dit_attn.processors.core.call import SDPAArgs
 from tests._support.outputs import same, tensors
 
 
-def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: Any, u: float) -> torch.Tensor:
-    """``((1 - u) A + u I) V`` with the map written out in float64; (B, S, H, D) in and out."""
-    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+def materialised(args: SDPAArgs, places: torch.Tensor, u: float) -> torch.Tensor:
+    """``((1 - u) A + u I) V`` with the map written out in float64; (B, S, H, D). ``places`` of the queries."""
+    mask, scale = args.mask, args.scale
+    q, k, v = (x.transpose(1, 2).double() for x in (args.q, args.k, args.v))
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -29,7 +30,7 @@ def materialised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, s
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
     weights = torch.softmax(logits, -1).nan_to_num(0.0)  # padded queries may read nothing at all
-    return (((1 - u) * weights + u * torch.eye(k.shape[2], dtype=torch.float64)[-q.shape[2] :]) @ v).transpose(1, 2)
+    return (((1 - u) * weights + u * torch.eye(k.shape[2], dtype=torch.float64)[places]) @ v).transpose(1, 2)
 
 
 @contextmanager
@@ -39,9 +40,11 @@ def by_hand(layer_name: str, head: int, u: float) -> Iterator[None]:
 
     def perturbed(run: Any, layer: Any, args: SDPAArgs, stock_call: Any) -> torch.Tensor:
         out = stock(run, layer, args, stock_call)
-        if layer.name == layer_name and (args.q.shape[1] == args.k.shape[1] or run.layout.queries == "last"):
+        tokens = run.tokens(args.k.shape[1], layer)
+        if layer.name == layer_name and tokens is not None and tokens.query_count == args.q.shape[1]:
             out = out.clone()
-            exact = materialised(args.q, args.k, args.v, args.mask, args.scale, u)
+            places = torch.cat([torch.arange(*place) for place in tokens.queries])
+            exact = materialised(args, places, u)
             out[:, :, head] = exact[:, :, head].to(out.dtype)
         return out
 
@@ -196,5 +199,5 @@ class GuidedMixin:
         """Blocks that need not run again when ``layer`` is the first to be perturbed."""
         blocks = session.guider.blocks
         first = next(i for i, block in enumerate(blocks) if layer.startswith(f"{block}."))
-        between = any("control" in name for name in args)  # residuals that are added between blocks
+        between = any("control" in name or "kv_cache" in name for name in args)  # blocks get more than a hidden state
         return first if session.family.block_chain and not between else 0

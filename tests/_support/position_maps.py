@@ -80,7 +80,7 @@ class Tables:
         """(T, H, W, K) of the generated image or video."""
         rows = self.rows(*maps)
         assert self.session.layout is not None
-        tokens = self.session.layout.resolve(len(rows))
+        tokens = self.session.layout.entering.resolve(len(rows))
         assert tokens is not None and tokens.grid is not None
         span = next(span for span in tokens.visual if span.kind != "reference")
         return rows[span.start : span.stop].unflatten(0, tokens.grid)

@@ -38,6 +38,8 @@ def watching() -> Iterator[list[Seen]]:
 
     def record(run: Any, layer: Any, args: Any, stock_call: Any) -> torch.Tensor:
         out = stock(run, layer, args, stock_call)
+        if dispatch.is_among_keys(run, layer, args):
+            return out
         tokens = run.tokens((args.k if layer.kind == "self" else args.q).shape[1], layer)
         branches = run.branches(args.q.shape[0], layer.rows[0])
         given = (args.q, args.k, args.v, args.mask, args.scale)

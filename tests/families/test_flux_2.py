@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from PIL import Image
 
-from tests._support.family_cases import HEIGHT, SIZE, WIDTH, PackedCase, image_ids
+from tests._support.family_cases import HEIGHT, SIZE, WIDTH, PackedCase, image_ids, inner_class
 
 
 def flux2_vae() -> diffusers.AutoencoderKLFlux2:
@@ -108,3 +108,58 @@ class TestFlux2Klein(TestFlux2):
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
         return flux2_klein(self.model().eval(), SIZE)
+
+
+class TestFlux2KleinKV(TestFlux2):
+    """Klein with a cache: the references attend to each other alone, in the first step, which keeps their keys."""
+
+    kinds = ("text", "condition", "image")
+    references = 54
+
+    def model(self) -> torch.nn.Module:
+        model = super().model()
+        for block in model.transformer_blocks:
+            block.attn.set_processor(inner_class("transformer_flux2.Flux2KVAttnProcessor")())
+        for block in model.single_transformer_blocks:
+            block.attn.set_processor(inner_class("transformer_flux2.Flux2KVParallelSelfAttnProcessor")())
+        return model
+
+    def inputs(self) -> dict[str, Any]:
+        reference = image_ids(4, kind=10, height=6, width=9)
+        return {
+            **super().inputs(),
+            "hidden_states": torch.randn(2, self.references + HEIGHT * WIDTH, 4),
+            "img_ids": torch.cat([reference, image_ids(4)]),
+            "num_ref_tokens": self.references,
+            "kv_cache_mode": "extract",
+        }
+
+    def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
+        inputs["hidden_states"][:, self.references + at[1] * WIDTH + at[2]] += 1.0
+
+    def pipeline(self) -> tuple[Any, dict[str, Any]]:
+        pipe = diffusers.Flux2KleinKVPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=flux2_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=super().model().eval(),
+        )
+        image = [Image.new("RGB", (16 * 9, 16 * 6), "red")]
+        return pipe, {"prompt_embeds": torch.randn(1, 10, 32), "image": image, **SIZE}
+
+
+class TestFlux2KleinKVLaterSteps(TestFlux2KleinKV):
+    """Later steps: the keys of the references come from the cache."""
+
+    no_pipeline = "TestFlux2KleinKV runs the pipeline"
+
+    def inputs(self) -> dict[str, Any]:
+        cache = inner_class("transformer_flux2.Flux2KVCache")(1, 2)
+        cache.num_ref_tokens = self.references
+        for layer in (*cache.double_block_caches, *cache.single_block_caches):
+            layer.store(*torch.randn(2, 2, self.references, 2, 16))
+        return {**super(TestFlux2KleinKV, self).inputs(), "kv_cache": cache, "kv_cache_mode": "cached"}
+
+    def poke_token(self, inputs: dict[str, Any], at: tuple[int, int, int]) -> None:
+        PackedCase.poke_token(self, inputs, at)

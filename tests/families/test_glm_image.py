@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, GlmImagePipeline, GlmImageTransformer2DModel
-from diffusers.models.transformers import transformer_glm_image
+from PIL import Image
 
 import dit_attn
-from tests._support.family_cases import HEIGHT, SIZE, WIDTH, ImageCase
+from tests._support.family_cases import HEIGHT, SIZE, WIDTH, ImageCase, inner_class, tiny_vae
 from tests._support.family_mixin import SPARSE
+from tests._support.outputs import same
 
 
 class TestGlmImage(ImageCase):
-    kinds = ("text", "image")
+    kinds: tuple[str, ...] = ("text", "image")
     text_args = ("encoder_hidden_states",)
 
     def model(self) -> torch.nn.Module:
@@ -61,20 +61,45 @@ class TestGlmImage(ImageCase):
             **SIZE,
         }
 
-    def test_calls_that_write_or_read_the_cache_of_an_edited_picture_fall_back(self, net: Any, args: Any) -> None:
-        one = {name: value[:1] for name, value in args.items()}
-        picture = {**one, "encoder_hidden_states": one["encoder_hidden_states"][:, :0], "timestep": torch.zeros(1)}
 
-        def edited() -> Iterator[torch.Tensor]:
-            caches = transformer_glm_image.GlmImageKVCache(num_layers=2)
-            for mode, given in (("write", picture), ("read", one)):
-                caches.set_mode(mode)
-                with torch.no_grad():
-                    yield net(**given, kv_caches=caches, return_dict=False)[0]
+class TestGlmImageEdit(TestGlmImage):
+    """The branch with the prompt attends to the keys of the images that are edited."""
 
-        stock = list(edited())
-        dit_attn.enable(net, SPARSE)
-        for expected, found, reason in zip(stock, edited(), ("written to a cache", "cross attention"), strict=True):
-            assert torch.equal(expected, found)
-            ((given, count),) = dit_attn.summary(net).fallbacks.items()
-            assert reason in given and count == dit_attn.summary(net).calls == 2
+    kinds = ("condition", "text", "image")
+    no_pipeline = "TestGlmImage runs the loop, and a test below the pass that writes the keys"
+
+    def inputs(self) -> dict[str, Any]:
+        caches = inner_class("transformer_glm_image.GlmImageKVCache")(num_layers=2)
+        for layer in caches.caches:
+            layer.store(*torch.randn(2, 1, 40, 2, 16))
+        caches.set_mode("read")
+        return {**super().inputs(), "kv_caches": caches}
+
+
+def test_an_edit_writes_its_images_keys_before_the_first_step() -> None:
+    torch.manual_seed(0)
+    case = TestGlmImage()
+    pipe, request = case.made()
+    pipe.vae = tiny_vae()
+    pipe.vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    picture = torch.randint(32, (4 * 6,))
+    request |= {
+        "image": [[Image.new("RGB", (96, 64), "red")]],
+        "prior_token_image_ids": [picture],
+        "source_image_grid_thw": [torch.tensor([[1, 4, 6]])],
+    }
+    stock = case._run(pipe, request, 2)
+    session = dit_attn.enable(pipe)
+    assert same(stock.output, case._run(pipe, request, 2).output)
+    session = dit_attn.enable(pipe, SPARSE, dit_attn.SoftPAG(heads="0:0", u=1.0, scale=1.0))
+    calls = [call for call in case._run(pipe, request, 2).calls if call.tokens is not None]
+    plain = [call for call in calls if "perturbed" not in call.branches and call.layer == calls[0].layer]
+    assert [(call.step, call.branches[0], call.k.shape[1]) for call in plain] == [
+        (0, "cond", 24 + 9 + 288),
+        (0, "uncond", 9 + 288),
+        (1, "cond", 24 + 9 + 288),
+        (1, "uncond", 9 + 288),
+    ]
+    summary = dit_attn.summary(pipe)
+    assert session.clock.total == 2 and session.guider.evaluations == 2
+    assert summary.calls - summary.sparse_calls == sum(summary.fallbacks.values())

@@ -24,6 +24,8 @@ PUBLISHED = {
     "cogvideox-5b": (5.57, 17550, 42, 48),
     "flux": (11.90, 4096, 57, 24),
     "pixart-sigma": (0.61, 4096, 28, 16),
+    "ltx-video": (1.92, 7392, 28, 32),
+    "qwen-image-2.1": (7.12, 4096, 32, 32),
 }
 
 
@@ -81,6 +83,13 @@ def test_a_number_of_tokens_is_reached_with_the_frames_kept(name, count) -> None
     row = real.with_tokens(count)
     assert row.grid[0] == real.grid[0]
     assert count <= math.prod(row.grid) <= max(1.15 * count, 4 * row.grid[0])
+
+
+def test_a_token_has_the_size_that_it_has_in_its_model() -> None:
+    assert architecture("ltx-video").grid == (21, 16, 22)
+    assert architecture("ltx-video").at(9, 64, 96).grid == (2, 2, 3)
+    with pytest.raises(DitAttnError, match="one token of 32 x 32 pixels"):
+        architecture("ltx-video").at(None, 16, None)
 
 
 def test_the_published_table_is_never_changed() -> None:

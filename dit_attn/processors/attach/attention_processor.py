@@ -36,6 +36,7 @@ from dit_attn.processors.attach.intercepted_call import (
     stock_torch,
 )
 from dit_attn.processors.attach.layer_shape import query_norm
+from dit_attn.processors.attach.named_backend import count_unseen, is_unchanged, names_backend, redirected
 from dit_attn.processors.attach.rotary import moved_arguments, moving_methods, rotary_parameters
 from dit_attn.processors.attach.session import Session
 from dit_attn.processors.attach.traced_call import copy_with_attention, same_as_copy
@@ -52,6 +53,7 @@ class _Slot(threading.local):
         self.layer: torch.Tensor | None = None
         self.run: torch.Tensor | None = None
         self.turn = 0
+        self.named: str | None = None  # backend that the attention call names, "" for the active one
 
 
 _SLOT = _Slot()
@@ -132,7 +134,7 @@ def unwrap_processor(processor: Any) -> Any:
 
 @functools.cache
 def _derive(stock: type, tap: str) -> type:
-    wrapped = _with_slot(stock.__call__) if tap == "dispatch" else _with_mode(stock.__call__)
+    wrapped = _with_backend(stock.__call__) if tap == "dispatch" else _with_mode(stock.__call__)
     body: dict[str, Any] = {
         "__new__": lambda _, *args, **kwargs: stock(*args, **kwargs),  # `processor.__class__()`: IP-Adapter loaders
         "__call__": wrapped,
@@ -205,6 +207,25 @@ def _shown_input(processor: Any, attn: Any, args: tuple[Any, ...], kwargs: dict[
             handle.remove()
 
 
+def _with_backend(stock_call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a processor that gets our backend, or of its copy where it names one itself."""
+    copied = redirected(stock_call, _backend, _name_backend) if names_backend(stock_call) else None
+    if copied is None:
+        return _with_slot(stock_call)
+    unchanged, stock, redirect = is_unchanged(stock_call), _with_slot(stock_call), _with_slot(copied)
+
+    @functools.wraps(stock_call)
+    def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        run = redirect if torch.compiler.is_compiling() or unchanged() else stock
+        return run(self, attn, *args, **kwargs)
+
+    return __call__
+
+
+def _name_backend(name: str | None) -> None:
+    _SLOT.named = name
+
+
 def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock_call)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +241,10 @@ def _with_slot(stock_call: Callable[..., Any]) -> Callable[..., Any]:
         before = (_SLOT.layer, _SLOT.run, _SLOT.turn)
         _SLOT.layer, _SLOT.run, _SLOT.turn = self._dit_layer.handle, self._dit_run.handle, 0
         try:
-            return stock_call(self, attn, *args, **kwargs)
+            out = stock_call(self, attn, *args, **kwargs)
+            if not torch.compiler.is_compiling() and _SLOT.turn == 0:
+                count_unseen(self._dit_layer)
+            return out
         finally:
             _SLOT.layer, _SLOT.run, _SLOT.turn = before
 
@@ -245,8 +269,11 @@ def _with_mode(stock_call: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = moved_arguments(self._dit_run, self._dit_layer, self._dit_rotary, args, kwargs)
         if self._dit_layer.reduced is not None:
             attn = self._dit_layer.reduced
-        with _TorchTap(self._dit_run, self._dit_layer):
-            return stock_call(self, attn, *args, **kwargs)
+        with _TorchTap(self._dit_run, self._dit_layer) as tap:
+            out = stock_call(self, attn, *args, **kwargs)
+        if tap.turn == 0:
+            count_unseen(self._dit_layer)
+        return out
 
     return __call__
 
@@ -335,7 +362,7 @@ def _backend(
     args = SDPAArgs(query, key, value, attn_mask, scale, is_causal, dropout_p, enable_gqa, turn=_SLOT.turn)
     _SLOT.turn += 1
     if torch.compiler.is_compiling():
-        return compiled_attention(layer, run, args, parallel=_parallel_config is not None)
+        return compiled_attention(layer, run, args, _parallel_config is not None, _SLOT.named)
     session = session_by_handle(run)
     check_caller(session)
-    return dispatch_backend(session, layer_by_id(int(layer)), args, _parallel_config)
+    return dispatch_backend(session, layer_by_id(int(layer)), args, _parallel_config, _SLOT.named)

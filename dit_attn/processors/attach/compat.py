@@ -71,10 +71,16 @@ def _takes_parallel_config(function: Callable[..., Any]) -> bool:
     return "parallel_config" in inspect.signature(function).parameters
 
 
-def dispatchers(function: Callable[..., torch.Tensor]) -> dict[Any, Callable[..., torch.Tensor]]:
+def dispatchers(
+    function: Callable[..., torch.Tensor], name: Callable[[str | None], None] | None = None
+) -> dict[Any, Callable[..., torch.Tensor]]:
     """Return what reaches ``function``, a backend, in the place of ``dispatch_attention_fn``; by what it replaces.
 
-    For processors that name no backend and so get the active one; any but torch's own stays.
+    Args:
+        function: the backend.
+        name: called with the name of the backend that a call asks for before it, ``""`` for the active one, and with
+            ``None`` behind it. Without it only calls that get the active backend reach ``function``, and only where
+            that is torch's own.
     """
     try:
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -88,7 +94,17 @@ def dispatchers(function: Callable[..., torch.Tensor]) -> dict[Any, Callable[...
             kwargs["backend"] = ours
         return dispatch_attention_fn(*args, **kwargs)
 
-    return {dispatch_attention_fn: dispatch_native}
+    def dispatch_named(*args: Any, **kwargs: Any) -> torch.Tensor:
+        backend = kwargs.get("backend")
+        if name is None or backend is ours or kwargs.get("attention_kwargs"):
+            return dispatch_attention_fn(*args, **kwargs)
+        name("" if backend is None else getattr(backend, "value", backend))
+        try:
+            return dispatch_attention_fn(*args, **{**kwargs, "backend": ours})
+        finally:
+            name(None)
+
+    return {dispatch_attention_fn: dispatch_native if name is None else dispatch_named}
 
 
 def copy_registry_entry(stock: type, derived: type) -> None:
@@ -166,6 +182,7 @@ _STREAMS = {
     "ChromaTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "CogView3PlusTransformerBlock": ("hidden_states", "encoder_hidden_states"),
     "ConsisIDBlock": ("hidden_states", "encoder_hidden_states"),
+    "Cosmos3VLTextMoTDecoderLayer": ("und_seq", "gen_seq"),
     "CosmosTransformerBlock": ("hidden_states",),
     "EasyAnimateTransformerBlock": ("hidden_states", "encoder_hidden_states"),
     "ErnieImageSharedAdaLNBlock": ("x",),
@@ -193,10 +210,12 @@ _STREAMS = {
     "MiniMaxH3TransformerBlock": ("hidden_states",),
     "MotifVideoSingleTransformerBlock": ("hidden_states", "encoder_hidden_states"),
     "MotifVideoTransformerBlock": ("hidden_states", "encoder_hidden_states"),
+    "NucleusMoEImageTransformerBlock": ("hidden_states",),
     "OmniGenBlock": ("hidden_states",),
     "OvisImageSingleTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "OvisImageTransformerBlock": ("encoder_hidden_states", "hidden_states"),
     "PRXBlock": ("hidden_states",),
+    "QwenImage21TransformerBlock": ("hidden_states",),
     "SkyReelsV2TransformerBlock": ("hidden_states",),
     "WanTransformerBlock": ("hidden_states",),
     "ZImageTransformerBlock": ("x",),

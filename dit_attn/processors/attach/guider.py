@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import batch, compat, perturbed_pass, step_cache
+from dit_attn.processors.attach import batch, compat, key_cache, perturbed_pass, step_cache
 from dit_attn.processors.attach.batch import Leaf
 from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, scaled, take_rows
 from dit_attn.processors.attach.guidance_strength import GuidanceStrength, StrengthLog
@@ -133,7 +133,8 @@ class PerturbedGuider:
         if "cond" not in branches or not self._needs_pass():
             return None
         foreign = not step_cache.is_cached(module) and step_cache.has_foreign_forward(module)
-        if self.method.batched and not (foreign or step_cache.is_cached(module)):
+        apart = foreign or self.session.family.single or step_cache.is_cached(module) or key_cache.is_used(kwargs)
+        if self.method.batched and not apart:
             return self._append(module, args, kwargs, branches)
         self._state = ModuleState(module) if foreign else None
         self.prefix = self._shareable(kwargs)
@@ -144,7 +145,7 @@ class PerturbedGuider:
     def after(self, module: HasForward, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Guide after a call of the transformer; return the output the pipeline gets."""
         session = self.session
-        if session.perturbed is not None and not self._appended:
+        if (session.perturbed is not None and not self._appended) or not session.is_step:
             return output
         if self.run != session.clock.run:
             self.begin_run()
@@ -226,6 +227,8 @@ class PerturbedGuider:
         rows = len(branches)
         if len(index) < rows:
             args, kwargs = (), batch.take_call(model, args, kwargs, index, rows, session.family.batch_axes)
+        if key_cache.is_used(named := batch.by_name(model, args, kwargs)):
+            args, kwargs = (), key_cache.with_copies(named)
         replaced = {block: perturbed_pass.skip_forward(block) for block in map(model.get_submodule, self.plan.skipped)}
         left_out = set(self.plan.skipped)
         if self.prefix is not None and self.prefix.inputs is not None:

@@ -51,9 +51,10 @@ class ForwardHook:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.session is None:
             return None
-        values = {}
+        values: dict[str, Any] = {}
         for name, position in self.positions.items():
             values[name] = args[position] if position < len(args) else kwargs.get(name)
+        values = self.session.family.shown(values)
         if torch.compiler.is_compiling():
             tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
             names = [name if isinstance(v, torch.Tensor) else f"{name}={v!r}" for name, v in values.items()]
@@ -63,6 +64,8 @@ class ForwardHook:
             self.rewrap(self.session)
         follow_checkpoints(self.session)
         self.session.on_forward(values)
+        if not self.session.is_step:
+            return None
         if self.session.twin is not None:
             self.session.twin.before(module, args, kwargs)
         if self.session.negative is not None:

@@ -23,22 +23,30 @@ from dit_attn.processors.core.run_state import run_by_handle
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since torch 2.7
 
 
-def dispatch_backend(run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any) -> torch.Tensor:
-    """Dispatch a call that came through diffusers' ``dispatch_attention_fn``."""
-    stock = functools.partial(_stock_backend, run, layer, parallel_config)
+def dispatch_backend(
+    run: Session, layer: Layer, args: SDPAArgs, parallel_config: Any, named: str | None = None
+) -> torch.Tensor:
+    """Dispatch a call that came through diffusers' ``dispatch_attention_fn``.
+
+    ``named`` is the backend that the processor names itself, ``""`` for the active one, ``None`` for that of its
+    ``_attention_backend``.
+    """
+    stock = functools.partial(_stock_backend, run, layer, parallel_config, named)
     split, full_keys = parallel_config, False
     if layer.kind == "cross" and parallel_config is None:  # the rows are split and need no exchange: the keys are not
         split, full_keys = getattr(run.module(layer).processor, "_parallel_config", None), True
     return dispatch_attention(run, layer, compat.split_args(args, split, full_keys), stock)
 
 
-def _stock_backend(run: Session, layer: Layer, parallel_config: Any, args: SDPAArgs) -> torch.Tensor:
-    processor = run.module(layer).processor
+def _stock_backend(
+    run: Session, layer: Layer, parallel_config: Any, named: str | None, args: SDPAArgs
+) -> torch.Tensor:
+    own = run.module(layer).processor.__dict__["_dit_dense_backend"]
     return compat.dispatch(
         args.q,
         args.k,
         args.v,
-        backend=processor.__dict__["_dit_dense_backend"],
+        backend=own if named is None else named or None,
         parallel_config=parallel_config,
         attn_mask=args.mask,
         dropout_p=args.dropout,
@@ -63,8 +71,10 @@ def session_by_handle(run: torch.Tensor) -> Session:
     return cast(Session, run_by_handle(run))
 
 
-def compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, parallel: bool) -> torch.Tensor:
-    """Return the result of an attention call inside a compiled graph: one operator.
+def compiled_attention(
+    layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, parallel: bool, named: str | None = None
+) -> torch.Tensor:
+    """Return the result of an attention call inside a compiled graph: one operator; ``named`` as elsewhere.
 
     Raises:
         DitAttnError: the graph is exported.
@@ -77,8 +87,9 @@ def compiled_attention(layer: torch.Tensor, run: torch.Tensor, args: SDPAArgs, p
     if training:  # an error raised while tracing would be buried in Dynamo's own: the operator raises when it runs
         q, k, v = q.detach(), k.detach(), v.detach()
     return torch.ops.dit_attn.attend(
-        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, grad, training, args.turn
-    )
+        layer, run, q, k, v, args.mask, args.scale, args.causal, args.gqa, parallel, grad, training, args.turn,
+        named,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("dit_attn::attend", mutates_args=())
@@ -96,6 +107,7 @@ def _attend(
     grad: bool,
     training: bool,
     turn: int = 0,
+    named: str | None = None,
 ) -> torch.Tensor:
     """One attention call of a compiled model; q, k, v and the result are (B, S, H, D).
 
@@ -111,7 +123,7 @@ def _attend(
     args = SDPAArgs(q, k, v, mask, scale, causal, 0.0, gqa, turn=turn)
     processor = session.module(here).processor
     if type(processor)._dit_tap == "dispatch":
-        out = dispatch_backend(session, here, args, processor._parallel_config if parallel else None)
+        out = dispatch_backend(session, here, args, processor._parallel_config if parallel else None, named)
     else:
         out = dispatch_attention(session, here, args, functools.partial(stock_torch, F.scaled_dot_product_attention))
     return out.contiguous()
@@ -132,5 +144,6 @@ def _(
     grad: bool,
     training: bool,
     turn: int = 0,
+    named: str | None = None,
 ) -> torch.Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])

@@ -19,7 +19,7 @@ STREAMS = {"to_out": ("to_q", "to_k", "to_v"), "to_add_out": ("add_q_proj", "add
 
 def head_count(module: Any) -> int | None:
     """Return the number of heads of an attention module, ``None`` where it does not say."""
-    for name in ("heads", "num_heads", "n_heads"):
+    for name in ("heads", "num_heads", "n_heads", "num_attention_heads"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
     return None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import batch, step_cache
+from dit_attn.processors.attach import batch, key_cache, step_cache
 from dit_attn.processors.attach.families import Axis
 from dit_attn.processors.attach.negative_prompt import negative_arguments
 
@@ -90,6 +90,11 @@ class NegativeText:
                 f"{self.method.slug} cannot be combined with gradient checkpointing; call "
                 "disable_gradient_checkpointing(), or run under torch.no_grad()"
             )
+        if key_cache.is_used(kwargs):
+            raise DitAttnError(
+                f"{self.method.slug}: {type(model).__name__} attends to keys of an earlier step, of which the negative "
+                "prompt has none; use a pipeline or a call without the cache of keys"
+            )
         rows, axes = len(branches), session.family.batch_axes
         text = self._find_text(rows, index)
         plain = batch.by_name(model, args, kwargs)
@@ -97,7 +102,7 @@ class NegativeText:
         new = wanted | self._joined(plain, text, rows, index)
         session.append_negative(len(index))
         try:
-            values = {**dict.fromkeys(session.family.forward_args), **new}
+            values = session.family.shown({**dict.fromkeys(session.family.forward_args), **new})
             session.set_layout(session.family.layout(model.config, values))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DitAttnError(

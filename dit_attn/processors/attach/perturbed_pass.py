@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.processors.attach import compat, step_cache
+from dit_attn.processors.attach import compat, key_cache, step_cache
 from dit_attn.processors.attach.batch import take, take_call
 from dit_attn.processors.attach.families import Axis
 
@@ -130,7 +130,7 @@ def shareable_prefix(
         kwargs: arguments of the transformer's call.
     """
     model: Any = run.model
-    if not first or not run.family.block_chain or step_cache.is_cached(model):
+    if not first or not run.family.block_chain or step_cache.is_cached(model) or key_cache.is_used(kwargs):
         return None
     if any(value is not None and any(word in name for word in _RESIDUALS) for name, value in kwargs.items()):
         return None

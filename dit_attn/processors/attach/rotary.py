@@ -245,6 +245,7 @@ def _find_tokens(session: Session, layer: Layer, leaves: list[torch.Tensor], for
         mesh = compat.ulysses_mesh(getattr(session.module(layer).processor, "_parallel_config", None))
     except NotImplementedError as error:
         return _Place(reason=str(error))
+    layout = layout.entering
     shape = leaves[-1].shape[-1:] if form == "axes" else leaves[0].shape[: -3 if form == "matrix" else -1]
     world = 1 if mesh is None else mesh.size()
     fitting = [(length, -axis) for length, axis in zip(shape, range(len(shape))) if _has_grid(layout, length * world)]

@@ -60,11 +60,11 @@ def same_as_copy(function: Callable[..., Any]) -> Callable[[], bool] | None:
     """
     if not isinstance(function, types.FunctionType) or not function.__module__.startswith("diffusers."):
         return None
-    names = _names(function.__code__)
+    names = names_in(function.__code__)
     if hasattr(function, "__wrapped__") or _ATTENTION not in names:
         return None
     helpers = [value for name in names if isinstance(value := function.__globals__.get(name), types.FunctionType)]
-    others = [_names(helper.__code__) for helper in helpers if helper.__module__ == function.__module__]
+    others = [names_in(helper.__code__) for helper in helpers if helper.__module__ == function.__module__]
     used = names.union(*others) - {_ATTENTION}
     if names & {"dispatch_attention_fn", "functional", "super"} or any(_ATTENTION in other for other in others):
         return None
@@ -72,9 +72,9 @@ def same_as_copy(function: Callable[..., Any]) -> Callable[[], bool] | None:
     return lambda: all(space.get(name) is value for space, name, value in copied)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_in(code: types.CodeType) -> set[str]:
     """Global names and attributes that code mentions, with those of the functions inside it."""
-    inner = [_names(value) for value in code.co_consts if isinstance(value, types.CodeType)]
+    inner = [names_in(value) for value in code.co_consts if isinstance(value, types.CodeType)]
     return set(code.co_names).union(*inner)
 
 

@@ -42,6 +42,7 @@ class TransformerRun(RunState):
         doubt: reason why state that an earlier call stored may belong to another window, branch or run, or ``None``;
             no method stores any for the rest of the run, and guidance stops.
         reduced: the heads of every layer, where a method leaves some out, or ``None``.
+        is_step: whether the call is one of a step; others only store something for later ones.
         branch_doubt: reason why the rows of a call may be of other branches than assumed, or ``None``; guidance stops.
     """
 
@@ -61,7 +62,7 @@ class TransformerRun(RunState):
         self.context: Any = None
         self.pipeline_call = PipelineCall()
         self.seen_branches: set[str] = set()
-        self.source = ""
+        self.source, self.is_step = "", True
         self.scale: float | None = None
         self.doubt: str | None = None
         self.branch_doubt: str | None = None
@@ -112,7 +113,12 @@ class TransformerRun(RunState):
         """
         if self.pass_name != PLAIN:
             return  # a compiled transformer shows its perturbed passes too
-        latents = values.get("hidden_states", values.get("x"))
+        between = self.family.between_steps(values)
+        self.is_step = between is None
+        if between is not None:
+            self.set_layout(None, f"stock path: {between}")
+            return
+        latents = values.get(self.family.latents, values.get("x"))
         pipe = self._advance(values, latents)
         self._all_perturbed = bool(values.get(self.cfg.own))
         if fresh := not self.ran:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_attn.processors.attach import batch, compat, perturbed_pass, step_cache
+from dit_attn.processors.attach import batch, compat, key_cache, perturbed_pass, step_cache
 from dit_attn.processors.attach.step_cache import ModuleState
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class TwinRunner:
             prefix = perturbed_pass.shareable_prefix(session, self.blocks, self._first_block(twin.first_layer), kwargs)
         if prefix is not None:
             prefix.record()
+        if key_cache.is_used(named := batch.by_name(model, *given)):
+            given = (), key_cache.with_copies(named)
         foreign = not step_cache.is_cached(model) and step_cache.has_foreign_forward(model)
         try:
             with ExitStack() as stack:

@@ -92,7 +92,8 @@ class AttentionCall:
         scale: softmax scale, ``None`` for ``D ** -0.5``; with the factors that earlier methods asked for.
         causal: whether the model asked for causal attention.
         layer: the layer.
-        tokens: the parts of the sequence of q, ``None`` when they are unknown.
+        tokens: the parts of the sequence of q, ``None`` when they are unknown. Of those that are keys alone
+            (``tokens.keys_alone``) the rows of q are 0, and nobody gets their results.
         clock: position in the run.
         branches: guidance branch of every batch row.
         samples: sample of every batch row, counted within its branch; the branches of a sample have one number.
@@ -113,8 +114,6 @@ class AttentionCall:
         find_prompts: finds the prompt of every row, see :meth:`prompts`; likewise.
         given: what the code around the run hands to methods, by slug; see
             :attr:`~dit_attn.processors.core.run_state.RunState.given`.
-        keys_alone: whether the tokens that are not visual are keys alone: their rows of q are 0, and nobody gets their
-            results.
     """
 
     q: torch.Tensor
@@ -138,7 +137,6 @@ class AttentionCall:
     find_piece: Callable[[AttentionCall, str | tuple[int, int]], torch.Tensor] | None = None
     find_prompts: Callable[[AttentionCall], tuple[str, ...]] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
-    keys_alone: bool = False
 
     @property
     def heads(self) -> slice:

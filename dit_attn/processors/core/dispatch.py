@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,25 +59,51 @@ def _dispatch_heads(
 
 def _dispatch_rows(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
     """The result of a call in which some tokens may be keys alone: queries of zeros, whose rows are dropped."""
-    rows = _queried_rows(run, layer, args)
-    if rows is None:
+    if is_among_keys(run, layer, args):
+        return stock(args)
+    runs = _queried_runs(run, layer, args)
+    if runs is None:
         return _dispatch_call(run, layer, args, stock)
-    padding = (0, 0, 0, 0, rows.start, args.k.shape[1] - rows.stop)
+    length = args.k.shape[1]
 
     def stock_rows(given: SDPAArgs) -> torch.Tensor:
-        return F.pad(stock(replace(given, q=given.q[:, rows])), padding)
+        return _spread(stock(replace(given, q=_gathered(given.q, runs))), runs, length)
 
-    return _dispatch_call(run, layer, replace(args, q=F.pad(args.q, padding)), stock_rows)[:, rows]
+    out = _dispatch_call(run, layer, replace(args, q=_spread(args.q, runs, length)), stock_rows)
+    return _gathered(out, runs)
 
 
-def _queried_rows(run: RunState, layer: Layer, args: SDPAArgs) -> slice | None:
+def is_among_keys(run: RunState, layer: Layer, args: SDPAArgs) -> bool:
+    """Return whether a call is one of tokens that are keys alone in the call of the sequence; none is counted."""
+    layout = run.layout_of(layer)
+    return layer.kind == "self" and layout is not None and layout.is_among_keys(args.k.shape[1])
+
+
+def _queried_runs(run: RunState, layer: Layer, args: SDPAArgs) -> tuple[tuple[int, int], ...] | None:
     """The places of the queries among the keys, ``None`` where all keys are queries or nothing says."""
-    layout, count, length = run.layout_of(layer), args.q.shape[1], args.k.shape[1]
-    if layout is None or layout.queries == "all" or layer.kind != "self" or count >= length or args.split:
+    count, length = args.q.shape[1], args.k.shape[1]
+    if layer.kind != "self" or count >= length or args.split:
         return None
     if isinstance(args.mask, torch.Tensor) and args.mask.ndim == 4 and args.mask.shape[2] != 1:
         return None
-    return slice(0, count) if layout.queries == "first" else slice(length - count, length)
+    tokens = run.tokens(length, layer)
+    return tokens.queries if tokens is not None and tokens.query_count == count else None
+
+
+def _spread(rows: torch.Tensor, runs: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
+    """(B, length, H, D): rows at their places in the sequence, 0 elsewhere."""
+    if len(runs) == 1:
+        return F.pad(rows, (0, 0, 0, 0, runs[0][0], length - runs[0][1]))
+    parts = rows.split([stop - start for start, stop in runs], 1)
+    gaps = [after - before for before, after in pairwise((0, *(edge for run in runs for edge in run), length))][::2]
+    zeros = [rows.new_zeros(rows.shape[0], gap, *rows.shape[2:]) for gap in gaps]
+    return torch.cat([zeros[0], *(x for pair in zip(parts, zeros[1:]) for x in pair)], 1)
+
+
+def _gathered(rows: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The rows of the queries, of those of all tokens."""
+    parts = [rows[:, start:stop] for start, stop in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _dispatch_call(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock) -> torch.Tensor:
@@ -174,7 +201,7 @@ def _unsupported_reason(run: RunState, methods: Sequence[CallMethod], layer: Lay
 
 
 def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int] = (0, 1)) -> AttentionCall:
-    cross, layout = layer.kind == "cross", run.layout_of(layer)
+    cross = layer.kind == "cross"
     return AttentionCall(
         q=args.q,
         k=args.k,
@@ -197,7 +224,6 @@ def _new_call(run: RunState, layer: Layer, args: SDPAArgs, shard: tuple[int, int
         find_piece=run.find_piece,
         find_prompts=run.find_prompts,
         given=run.given,
-        keys_alone=not cross and layout is not None and layout.queries != "all",
     )
 
 
@@ -310,7 +336,8 @@ def computed_fraction(call: AttentionCall, request: Request) -> float | torch.Te
     On an accelerator the result is a tensor: nothing is read back to the host.
     """
     seq_len, rows = call.q.shape[1], call.visual
-    visual = (rows.stop - rows.start) / seq_len
+    assert call.tokens is not None
+    visual = (rows.stop - rows.start) / (seq_len if call.kind == "cross" else call.tokens.query_count)
     density: float | torch.Tensor = request.visual_density
     if request.compute_visual is None:
         layout = request.layout

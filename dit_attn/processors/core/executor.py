@@ -108,13 +108,12 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)[0]
     if (rows.start, rows.stop) == (0, seq_len):
         return visual
-    if call.keys_alone:
-        return F.pad(visual, (0, 0, 0, 0, rows.start, seq_len - rows.stop))
-    out = call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1])
+    assert call.tokens is not None
+    make = call.q.new_zeros if call.tokens.keys_alone else call.q.new_empty
+    out = make(*call.q.shape[:-1], call.v.shape[-1])
     out[:, rows] = visual
-    for low, high in ((0, rows.start), (rows.stop, seq_len)):
-        if low < high:
-            out[:, low:high] = _dense_part(call, request, dense, low, high)
+    for low, high in call.tokens.other_queries:
+        out[:, low:high] = _dense_part(call, request, dense, low, high)
     return out
 
 
@@ -130,7 +129,7 @@ def run_active(call: AttentionCall, request: Request) -> tuple[torch.Tensor, flo
     """
     active, (batch, seq_len, heads, _) = request.active, call.q.shape
     square = call.mask is not None and call.mask.ndim == 4 and call.mask.shape[2] != 1
-    if active is None or request.biases or square or call.keys_alone or too_short(call, MIN_TOKENS):
+    if active is None or request.biases or square or call.tokens is None or call.tokens.keys_alone or too_short(call, MIN_TOKENS):
         return None
     count = int(active.sum(1).max())
     if count == seq_len:

@@ -34,6 +34,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"attention mask of shape .*", "give a mask of the keys, (B, Sk) or (B, 1, 1, Sk)"),
     (r"square attention mask", "leave out masks that differ from query to query, or methods with a sparse layout"),
     (r"\w+ attention mask", "pass a tensor: transformer.set_attention_backend('native')"),
+    (r"its processor names an attention backend .*", "set a stock processor: transformer.set_attn_processor(...)"),
     (r"attention dropout", "call transformer.eval(), or set the dropout to 0"),
     (r"\w+ is active around the attention call", "leave that mode for runs with a method"),
     (r"the (branch|latents|first step) .*", _NAMED),

@@ -7,6 +7,7 @@ is data: a tuple of spans.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -66,11 +67,12 @@ class EmbeddedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """A resolved sequence: spans with their positions, the total length, and ``embedded`` of the layout."""
+    """A resolved sequence: spans with their positions, the total length, and two attributes of the layout."""
 
     spans: tuple[Span, ...]
     seq_len: int
     embedded: tuple[EmbeddedImage, ...] = ()
+    keys_alone: tuple[str, ...] = ()
 
     @property
     def visual(self) -> tuple[Span, ...]:
@@ -90,6 +92,21 @@ class Tokens:
             return None
         return spans[0].start, spans[-1].stop
 
+    @cached_property
+    def queries(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of the runs of tokens that are queries too."""
+        return _runs(span for span in self.spans if span.kind not in self.keys_alone)
+
+    @cached_property
+    def other_queries(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of the runs of queries that are not visual."""
+        return _runs(span for span in self.spans if span.kind not in self.keys_alone and not span.visual)
+
+    @property
+    def query_count(self) -> int:
+        """Number of tokens that are queries."""
+        return sum(stop - start for start, stop in self.queries)
+
     @property
     def grid(self) -> tuple[int, int, int] | None:
         """(T, H, W) of the generated image or video (references do not count)."""
@@ -105,18 +122,32 @@ class TokenLayout:
         embedded: input images among the text, in the order in which the model embeds them; those of a row in the order
             of their numbers.
         others: layouts of layers that have another sequence, each with a shell pattern of their names.
-        queries: which tokens are queries: ``all``, or only the ``last`` or ``first`` ones, as many as a call has; the
-            others are keys alone.
+        keys_alone: kinds of the spans whose tokens are keys alone: the layer has no queries of them, or has them
+            attend to each other in calls of their own.
+        cached: kinds of the spans whose keys an earlier call has stored: no tokens of theirs enter the layer.
     """
 
     spans: tuple[Span, ...]
     embedded: tuple[EmbeddedImage, ...] = ()
     others: tuple[tuple[str, TokenLayout], ...] = ()
-    queries: str = "all"
+    keys_alone: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+
+    @property
+    def entering(self) -> TokenLayout:
+        """The parts of the sequence that enters a layer, and has positions: without those whose keys are cached."""
+        if not self.cached:
+            return self
+        return replace(self, spans=tuple(span for span in self.spans if span.kind not in self.cached))
 
     def of_layer(self, name: str) -> TokenLayout:
         """Return the layout of the sequence of a layer."""
         return next((other for pattern, other in self.others if fnmatch.fnmatchcase(name, pattern)), self)
+
+    def is_among_keys(self, keys: int) -> bool:
+        """Return whether a call with so many keys is one of tokens that are keys alone in the call of the sequence."""
+        lengths = [span.length for span in self.spans if span.kind in self.keys_alone]
+        return bool(lengths) and None not in lengths and keys <= sum(length or 0 for length in lengths)
 
     def resolve(self, seq_len: int) -> Tokens | None:
         """Return the spans with their positions in ``seq_len`` tokens; ``None`` when they cannot add up."""
@@ -131,4 +162,15 @@ class TokenLayout:
             if length:
                 spans.append(replace(span, length=length, start=start))
             start += length
-        return Tokens(tuple(spans), seq_len, self.embedded)
+        return Tokens(tuple(spans), seq_len, self.embedded, self.keys_alone)
+
+
+def _runs(spans: Iterable[Span]) -> tuple[tuple[int, int], ...]:
+    """``(start, stop)`` of the runs that consecutive spans make."""
+    runs: list[tuple[int, int]] = []
+    for span in spans:
+        if runs and runs[-1][1] == span.start:
+            runs[-1] = (runs[-1][0], span.stop)
+        else:
+            runs.append((span.start, span.stop))
+    return tuple(runs)

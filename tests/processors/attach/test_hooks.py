@@ -38,8 +38,9 @@ class Session:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.guider, self.twin, self.negative, self.shown = model, None, None, None, list[Any]()
-        self.family = SimpleNamespace(timestep="timestep", forward_args=("frames", "absent"))
+        self.family = SimpleNamespace(timestep="timestep", forward_args=("frames", "absent"), shown=dict)
         self.context: Any = None
+        self.is_step = True
         self.on_forward = self.shown.append
 
 

@@ -56,7 +56,7 @@ def test_a_call_that_is_not_parallel_stays_so_in_a_parallel_model(
     parallel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(intercepted_call, "dispatch_backend", lambda *args: given.append(args[-1]) or args[2].q.clone())
+    monkeypatch.setattr(intercepted_call, "dispatch_backend", lambda *args: given.append(args[3]) or args[2].q.clone())
     run, layer = host_run([])
     kind = type("Kind", (), {"_dit_tap": "dispatch", "_parallel_config": "two ranks"})
     run.module = lambda layer: SimpleNamespace(processor=kind())  # type: ignore[attr-defined]

@@ -12,7 +12,10 @@ from dit_attn.cli.options import Options
 from dit_attn.cli.source_index import constant
 from dit_attn.errors import DitAttnError, unknown
 
-CONFIGS = ("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma")
+CONFIGS = (
+    *("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma"),
+    *("ltx-video", "qwen-image-2.1"),
+)
 SOURCES = ("synthetic", "tiny-image", "tiny-video")
 RECORDED = ".safetensors"
 _SAVED = ("what", "save", "device", "threads", "json")  # what bench kernels --save takes

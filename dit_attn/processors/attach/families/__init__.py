@@ -21,7 +21,7 @@ from dit_attn.processors.core.tokens import TokenLayout
 
 LayoutFunction = Callable[[Any, dict[str, Any]], TokenLayout]
 Axis = int | Literal["list"] | None
-_TABLES = ("video", "conditioned_video", "packed_image", "image", "refused")
+_TABLES = ("video", "conditioned_video", "packed_image", "image", "fewer_queries", "refused")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,12 @@ class Family:
         layout: ``layout(config, values) -> TokenLayout``; the only code of a row.
         cfg: how its pipelines do classifier-free guidance.
         timestep: name of the forward argument with the time step.
+        latents: name of the forward argument with the latents.
+        single: whether a call is of one sample, without a batch axis: no rows can be added to it.
         time_grows: whether that argument rises during a run.
         mask_rule: ``"key"``: masks are per key; ``"visual-row"``: a square mask whose visual rows are all alike.
+        cached_keys: number of tokens in a cache of keys, by the forward argument that is one; a layout gets the number.
+        between_steps: the reason why a call with some arguments is no step of the run, or ``None``; stock then.
         batch_axes: forward arguments whose batch is not the first axis, with that axis; ``None`` for arguments all rows
             share, ``"list"`` for lists with an entry per row, whatever their size.
         block_chain: whether a block depends on earlier ones by its inputs alone (no long skips).
@@ -67,8 +71,12 @@ class Family:
     added_calls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cfg: CFGRule = SEPARATE
     timestep: str = "timestep"
+    latents: str = "hidden_states"
+    single: bool = False
     time_grows: bool = False
     mask_rule: str = "key"
+    cached_keys: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
+    between_steps: Callable[[dict[str, Any]], str | None] = lambda values: None
     batch_axes: Mapping[str, Axis] = field(default_factory=dict)
     block_chain: bool = True
     rotary: bool = True
@@ -82,6 +90,11 @@ class Family:
     def text_kind(self) -> str:
         """Kind of the attention calls whose keys are or contain the text."""
         return "cross" if self.cross_layers else "self"
+
+    def shown(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return forward arguments with the number of tokens in the place of every cache of keys."""
+        sizes = {name: arguments.get(name) for name in self.cached_keys}
+        return arguments | {name: None if c is None else self.cached_keys[name](c) for name, c in sizes.items()}
 
     def is_side(self, layer: str) -> bool:
         """Return whether a layer, by its module path, is in a branch next to the stack of blocks."""

@@ -15,7 +15,7 @@ TEXT = Span("text", None)
 _Z_IMAGE_MULTIPLE = 32  # Z-Image pads every part of its sequence to a multiple of this
 
 
-def _order(*order: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
+def order(*parts: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
     """Layout with the given parts: ``"image"`` from (B, C, [T,] H, W) latents, ``"text"`` what remains."""
 
     def layout(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -23,7 +23,7 @@ def _order(*order: str) -> Callable[[Any, dict[str, Any]], TokenLayout]:
         ph, pw = (size, size) if isinstance(size, int) else size[-2:]
         height, width = values["hidden_states"].shape[-2:]
         image = visual_span("image", (1, height // ph, width // pw))
-        return TokenLayout(tuple(image if part == "image" else TEXT for part in order))
+        return TokenLayout(tuple(image if part == "image" else TEXT for part in parts))
 
     return layout
 
@@ -33,7 +33,7 @@ def _lumina2(config: Any, values: dict[str, Any]) -> TokenLayout:
     lengths = values["encoder_attention_mask"].sum(1).tolist()
     if len(set(lengths)) > 1:
         raise ValueError("samples with captions of different lengths in one batch")
-    return TokenLayout((Span("text", int(lengths[0])), *_order("image")(config, values).spans))
+    return TokenLayout((Span("text", int(lengths[0])), *order("image")(config, values).spans))
 
 
 def _omnigen(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -43,7 +43,7 @@ def _omnigen(config: Any, values: dict[str, Any]) -> TokenLayout:
     sides = (latents.shape[-2:] for latents in values["input_img_latents"] or ())
     grids = ((1, height // config.patch_size, width // config.patch_size) for height, width in sides)
     embedded = tuple(EmbeddedImage(*place, grid) for place, grid in zip(places, grids, strict=True))
-    return TokenLayout((TEXT, Span("time", 1), *_order("image")(config, values).spans), embedded)
+    return TokenLayout((TEXT, Span("time", 1), *order("image")(config, values).spans), embedded)
 
 
 def _hidream(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -72,13 +72,6 @@ def _z_image(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((image, Span("padding", -(image.length or 0) % _Z_IMAGE_MULTIPLE), TEXT))
 
 
-def _glm(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The sequence is [glyph text, image]; a call without text writes the keys of an image that is edited."""
-    if not values["encoder_hidden_states"].shape[1]:
-        raise ValueError("reference image whose keys are written to a cache")
-    return _order("text", "image")(config, values)
-
-
 def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
     """(B, [N,] C, T, H, W) latents of N items; the last, which is made, comes first, then the others and text."""
     latents, (pt, ph, pw) = values["hidden_states"], config.patch_size
@@ -88,11 +81,6 @@ def _joyimage(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((visual_span("image", grid), *[visual_span("reference", grid)] * references, TEXT))
 
 
-def _prx(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The keys are [text, image], the queries the image."""
-    return replace(_order("text", "image")(config, values), queries="last")
-
-
 def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
     """The sequence is [gist of the text, image, context images]; gist of different lengths would come last."""
     mask = values["encoder_attention_mask"]
@@ -100,7 +88,7 @@ def _fibo2(config: Any, values: dict[str, Any]) -> TokenLayout:
         raise ValueError("samples with captions of different lengths in one batch")
     size = config.patch_size
     grids = [(1, part.shape[-2] // size, part.shape[-1] // size) for part in values["context_latents"] or ()]
-    image = _order("text", "image")(config, values)
+    image = order("text", "image")(config, values)
     return TokenLayout((*image.spans, *(visual_span("reference", grid) for grid in grids)))
 
 
@@ -111,7 +99,7 @@ FAMILIES = (
         transformers=("SD3Transformer2DModel",),
         layers=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
         forward_args=("hidden_states", "skip_layers"),
-        layout=_order("image", "text"),
+        layout=order("image", "text"),
         cfg=replace(BATCHED, own="skip_layers", bent_by=("skip_guidance_layers",)),
     ),
     Family(
@@ -121,7 +109,7 @@ FAMILIES = (
         layers=("transformer_blocks.*.attn1",),
         cross_layers=("transformer_blocks.*.attn2",),
         forward_args=("hidden_states",),
-        layout=_order("image"),
+        layout=order("image"),
         cfg=replace(BATCHED, scale="", argument="guidance_scale"),
     ),
     Family(
@@ -177,15 +165,7 @@ FAMILIES = (
         transformers=("CogView4Transformer2DModel",),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("text", "image"),
-    ),
-    Family(
-        name="glm-image",
-        models="GLM-Image (text to image; editing falls back)",
-        transformers=("GlmImageTransformer2DModel",),
-        layers=("transformer_blocks.*.attn1",),
-        forward_args=("hidden_states", "encoder_hidden_states"),
-        layout=_glm,
+        layout=order("text", "image"),
     ),
     Family(
         name="cogview-3-plus",
@@ -193,7 +173,7 @@ FAMILIES = (
         transformers=("CogView3PlusTransformer2DModel",),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("text", "image"),
+        layout=order("text", "image"),
         cfg=BATCHED,
         rotary=False,
     ),
@@ -203,7 +183,7 @@ FAMILIES = (
         transformers=("HunyuanImageTransformer2DModel",),
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         forward_args=("hidden_states",),
-        layout=_order("image", "text"),
+        layout=order("image", "text"),
     ),
     Family(
         name="hunyuan-dit",
@@ -212,7 +192,7 @@ FAMILIES = (
         layers=("blocks.*.attn1",),
         cross_layers=("blocks.*.attn2",),
         forward_args=("hidden_states",),
-        layout=_order("image"),
+        layout=order("image"),
         cfg=RESCALABLE,
         batch_axes={"image_rotary_emb": None},
         block_chain=False,
@@ -223,7 +203,7 @@ FAMILIES = (
         transformers=("AuraFlowTransformer2DModel",),
         layers=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
         forward_args=("hidden_states",),
-        layout=_order("text", "image"),
+        layout=order("text", "image"),
         cfg=BATCHED,
     ),
     Family(
@@ -232,7 +212,7 @@ FAMILIES = (
         transformers=("ErnieImageTransformer2DModel",),
         layers=("layers.*.self_attention",),
         forward_args=("hidden_states",),
-        layout=_order("image", "text"),
+        layout=order("image", "text"),
         cfg=BATCHED,
         batch_axes={"x": 1, "temb": 1},  # of its blocks, whose tokens are (S, B, C)
         latent_pixels=16,
@@ -244,15 +224,6 @@ FAMILIES = (
         layers=("layers.*.attention",),
         forward_args=("hidden_states", "context_latents", "encoder_attention_mask"),
         layout=_fibo2,
-    ),
-    Family(
-        name="prx",
-        models="PRX, PRX-Pixel",
-        transformers=("PRXTransformer2DModel",),
-        layers=("blocks.*.attention",),
-        forward_args=("hidden_states",),
-        layout=_prx,
-        cfg=BATCHED,
     ),
     Family(
         name="joyimage-edit",
@@ -270,7 +241,7 @@ FAMILIES = (
         layers=("layers.*.attn1",),
         cross_layers=("layers.*.attn2",),
         forward_args=("hidden_states",),
-        layout=_order("image"),
+        layout=order("image"),
         # Three of the four channels are guided, so that no one scale divides an update.
         cfg=CFGRule("batched", ("cond", "uncond"), negated=True, scale=""),
         time_grows=True,
@@ -283,7 +254,7 @@ FAMILIES = (
         transformers=("DiTTransformer2DModel",),
         layers=("transformer_blocks.*.attn1",),
         forward_args=("hidden_states",),
-        layout=_order("image"),
+        layout=order("image"),
         cfg=CFGRule("batched", ("cond", "uncond"), scale="", argument="guidance_scale"),
         refused_methods={"nag": "it is given a class and no text"},
     ),
@@ -294,7 +265,7 @@ FAMILIES = (
         layers=(),
         cross_layers=("transformer_blocks.*.attn2",),
         forward_args=(),
-        layout=_order("image"),
+        layout=order("image"),
         refused="its self attention is linear: there is no softmax map to thin out",
     ),
 )

@@ -41,6 +41,20 @@ def _by_ids(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((TEXT, *image_spans(values["img_ids"])))
 
 
+def _flux2(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """As Flux.1; klein with a cache attends to its references alone, which stand before the image in their first step.
+
+    num_ref_tokens: of the step that writes the cache, whose ``img_ids`` have the references too.
+    """
+    mode, ids = values.get("kv_cache_mode"), values["img_ids"]
+    count = (values.get("num_ref_tokens") if mode == "extract" else values.get("kv_cache")) or 0
+    if mode not in ("extract", "cached") or not count:
+        return _by_ids(config, values)
+    image = image_spans(ids[..., count if mode == "extract" else 0 :, :])
+    alone = ("condition",)
+    return TokenLayout((TEXT, Span("condition", count), *image), keys_alone=alone, cached=alone * (mode == "cached"))
+
+
 def _longcat(config: Any, values: dict[str, Any]) -> TokenLayout:
     """img_ids: (S_image, 3); text is of kind 0, the image of kind 1, the image that is edited of kind 2."""
     return TokenLayout((TEXT, *image_spans(values["img_ids"], image=1)))
@@ -94,12 +108,13 @@ FAMILIES = (
     ),
     Family(
         name="flux-2",
-        models="Flux.2 dev, klein",
+        models="Flux.2 dev, klein, klein with a cache of its references",
         transformers=("Flux2Transformer2DModel",),
         layers=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-        forward_args=("img_ids",),
-        layout=_by_ids,
+        forward_args=("img_ids", "num_ref_tokens", "kv_cache", "kv_cache_mode"),
+        layout=_flux2,
         cfg=EMBEDDED,
+        cached_keys={"kv_cache": lambda cache: cache.num_ref_tokens},
         packing=2,
     ),
     Family(

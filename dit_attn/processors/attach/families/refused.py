@@ -8,7 +8,7 @@ from dit_attn.processors.attach.families import Family
 from dit_attn.processors.core.tokens import TokenLayout
 
 _NO_GRID = "there is no image or video grid"
-_CACHED_KEYS = "its queries attend to more keys than there are queries, for which there is no token layout yet"
+_BLOCK_MASKS = "it hands FlexAttention block masks that say which frames attend to which"
 _NO_ROW = "there is no row for it yet"
 
 
@@ -27,11 +27,8 @@ FAMILIES = (
         f"{_NO_ROW}: padding stands between its images and the text",
         "JoyImageEditPlusTransformer3DModel",
     ),
-    _refused("qwen-image-2.1", "Qwen-Image 2.1", _CACHED_KEYS, "QwenImage21Transformer2DModel"),
-    _refused("cosmos-3", "Cosmos 3", _CACHED_KEYS, "Cosmos3OmniTransformer"),
-    _refused("nucleus-image", "Nucleus-MoE-Image", _CACHED_KEYS, "NucleusMoEImageTransformer2DModel"),
-    _refused("anyflow-far", "AnyFlow FAR (causal)", _CACHED_KEYS, "AnyFlowFARTransformer3DModel"),
-    _refused("wan-animate-2", "Wan Animate 2", _CACHED_KEYS, "WanAnimate2Transformer3DModel"),
+    _refused("anyflow-far", "AnyFlow FAR (causal)", _BLOCK_MASKS, "AnyFlowFARTransformer3DModel"),
+    _refused("wan-animate-2", "Wan Animate 2", _BLOCK_MASKS, "WanAnimate2Transformer3DModel"),
     _refused(
         "sana-wm",
         "Sana-WM, its LTX-2 refiner",
