@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,12 +11,13 @@ from dit_attn import files
 from dit_attn.errors import DitAttnError, RunStopped
 from dit_attn.pipelines.finetune.sharding import load_state, split_like, whole, whole_state
 
-if TYPE_CHECKING:
-    from dit_attn.pipelines.finetune.loop import Finetune
 
-
-def write_checkpoint(job: Finetune, path: Path) -> None:
+def write_checkpoint(job: Any, path: Path) -> None:
     """Write the state of a fine-tuning; the main process does. All processes of a split model call it.
+
+    Args:
+        job: a :class:`.loop.Finetune`.
+        path: of the file.
 
     Raises:
         RunStopped: it cannot be written; the previous one stays.
@@ -36,8 +37,8 @@ def write_checkpoint(job: Finetune, path: Path) -> None:
 
 
 @torch.no_grad()
-def read_checkpoint(job: Finetune, path: Path) -> None:
-    """Give a fine-tuning the state of a file.
+def read_checkpoint(job: Any, path: Path) -> None:
+    """Give a fine-tuning, a :class:`.loop.Finetune`, the state of a file.
 
     Raises:
         DitAttnError: no file, an unreadable one, or one of another model or other settings.
@@ -58,6 +59,6 @@ def read_checkpoint(job: Finetune, path: Path) -> None:
     job.seconds, job.log = state["seconds"], state["log"]
 
 
-def _setup(job: Finetune) -> dict[str, Any]:
+def _setup(job: Any) -> dict[str, Any]:
     """What a checkpoint shares with the run that continues it, on any number of processes with one batch together."""
     return {**job.config.setup(), "batch": job.config.batch * job.accelerator.num_processes}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,12 +12,9 @@ from dit_attn.api import disable
 from dit_attn.pipelines.finetune.sharding import put_together, whole
 from dit_attn.processors.attach.attach import session_of
 
-if TYPE_CHECKING:
-    from dit_attn.pipelines.finetune.loop import Finetune
-
 
 @torch.no_grad()
-def gather(job: Finetune) -> None:
+def gather(job: Any) -> None:
     """Put the split model of a job together in its main process; see :meth:`.loop.Finetune.gather`."""
     if job.shell is None:
         return
@@ -33,7 +30,7 @@ def gather(job: Finetune) -> None:
     job.session = session
 
 
-def export(job: Finetune, folder: Path, weights: bool) -> list[Path]:
+def export(job: Any, folder: Path, weights: bool) -> list[Path]:
     """Write what a job has tuned; see :meth:`.loop.Finetune.export`."""
     with torch.no_grad():
         for name, mean in job.average.items():

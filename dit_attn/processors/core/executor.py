@@ -129,7 +129,8 @@ def run_active(call: AttentionCall, request: Request) -> tuple[torch.Tensor, flo
     """
     active, (batch, seq_len, heads, _) = request.active, call.q.shape
     square = call.mask is not None and call.mask.ndim == 4 and call.mask.shape[2] != 1
-    if active is None or request.biases or square or call.tokens is None or call.tokens.keys_alone or too_short(call, MIN_TOKENS):
+    alone = call.tokens is None or call.tokens.keys_alone
+    if active is None or request.biases or square or alone or too_short(call, MIN_TOKENS):
         return None
     count = int(active.sum(1).max())
     if count == seq_len:
