@@ -30,9 +30,9 @@ SHAPES = (
     BuiltInShape("hunyuan-video", "HunyuanVideo", ("hunyuanvideo-community/HunyuanVideo", "tencent/HunyuanVideo")),
     BuiltInShape("cogvideox-5b", "CogVideoX 5B", ("zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b")),
     BuiltInShape("flux", "FLUX.1", ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")),
+    BuiltInShape("pixart-sigma", "PixArt-Sigma", ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",)),
     BuiltInShape("ltx-video", "LTX-Video", ("Lightricks/LTX-Video",)),
     BuiltInShape("qwen-image-2.1", "Qwen-Image 2.1", ("Qwen/Qwen-Image-2.1",)),
-    BuiltInShape("pixart-sigma", "PixArt-Sigma", ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",)),
 )
 
 

@@ -36,7 +36,6 @@ class TestCosmos3(VideoCase):
     """Text to video."""
 
     kinds: tuple[str, ...] = ("text", "video")
-    rotary = False
     sound: tuple[int, ...] = ()  # latent frames of sound
 
     def model(self) -> torch.nn.Module:
@@ -59,10 +58,12 @@ class TestCosmos3(VideoCase):
         text, video, sound = 9, 320, sum(self.sound)
         length = text + video + sound
         rows = torch.arange(text, text + video)
+        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(8), torch.arange(10), indexing="ij"))
+        places = torch.cat([torch.arange(text).expand(3, -1), places.flatten(1), torch.arange(sound).expand(3, -1)], 1)
         made: dict[str, Any] = {
             "input_ids": torch.arange(text),
             "text_indexes": torch.arange(text),
-            "position_ids": torch.arange(length).expand(3, -1).float(),
+            "position_ids": places.float(),
             "und_len": text,
             "sequence_length": length,
             "vision_tokens": [torch.randn(1, 4, 4, 16, 20)],

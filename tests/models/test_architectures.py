@@ -10,6 +10,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.models import architectures
 from dit_attn.models.architectures import ARCHITECTURES, architecture
+from dit_attn.processors.attach.explain import visual_grid
 from dit_attn.processors.attach.families import family_of
 from dit_attn.processors.methods.presets import preset_for
 
@@ -83,6 +84,15 @@ def test_a_number_of_tokens_is_reached_with_the_frames_kept(name, count) -> None
     row = real.with_tokens(count)
     assert row.grid[0] == real.grid[0]
     assert count <= math.prod(row.grid) <= max(1.15 * count, 4 * row.grid[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_explain_counts_the_tokens_of_the_table_without_a_pipeline(name) -> None:
+    row = architecture(name)
+    with torch.device("meta"):
+        model = row.sized(2, 1).build_class()(**row.sized(2, 1).config)
+    frames, height, width = row.pixels
+    assert visual_grid(model, None, height, width, frames) == row.grid
 
 
 def test_a_token_has_the_size_that_it_has_in_its_model() -> None:

@@ -194,8 +194,9 @@ def visual_grid(
     """
     config, family = cast(Any, model.config), family_of(model)
     names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    times = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     space = _first(pipe, names, family.latent_pixels)
-    frames_per_latent = _first(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"), 4)
+    frames_per_latent = _first(pipe, times, family.latent_frames)
     patch = _patch_size(config)
     patch = (patch[0], patch[1] * family.packing, patch[2] * family.packing)
     sample = config.get("sample_size") or config.get("sample_height") or 64
@@ -219,7 +220,7 @@ def _is_video(model: torch.nn.Module) -> bool:
 
 
 def _patch_size(config: Any) -> tuple[int, int, int]:
-    patch = config.get("patch_size") or 1
+    patch = config.get("patch_size") or config.get("latent_patch_size") or 1
     if isinstance(patch, (tuple, list)):
         return (patch[0], patch[1], patch[2]) if len(patch) == 3 else (1, patch[0], patch[1])
     return (config.get("patch_size_t") or 1, patch, patch)

@@ -115,8 +115,8 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
     Forms: ``real`` (cos, sin), ``complex``, ``matrix`` (..., 2, 2) rotations, ``angles`` (..., 1, columns) in radians,
     ``halves`` (..., 2 x columns) cosines and sines in one table, ``shared`` (a complex table for queries and keys, by
     these names), ``pair`` (complex tables of the visual tokens and of the text), ``visual`` ((cos, sin) of the visual
-    tokens, the same of the text or None), ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens
-    per axis)).
+    tokens, the same of the text or None), ``streams`` (cos and sin of the text, cos and sin of the visual tokens),
+    ``axes`` (((cos, sin) per axis and coordinate), (coordinates of the tokens per axis)).
     """
     if isinstance(value, torch.Tensor):
         if value.is_complex():
@@ -130,6 +130,8 @@ def _flatten(value: Any) -> tuple[str, list[torch.Tensor]]:
     elif isinstance(value, dict):
         if value.keys() == {"query", "key"} and value["query"] is value["key"] and value["key"].is_complex():
             return "shared", [value["key"]]
+    elif isinstance(value, tuple) and len(value) == 4 and all(isinstance(part, torch.Tensor) for part in value):
+        return "streams", [value[2], value[3], value[0], value[1]]
     elif isinstance(value, (tuple, list)) and len(value) == 2:
         first, second = value
         if isinstance(first, tuple) and len(first) == 2 and all(isinstance(part, torch.Tensor) for part in first):
@@ -148,6 +150,8 @@ def _rebuild(form: str, leaves: list[torch.Tensor]) -> Any:
     """The argument that :func:`_flatten` took apart."""
     if form in ("complex", "matrix", "angles", "halves"):
         return leaves[0]
+    if form == "streams":
+        return leaves[2], leaves[3], leaves[0], leaves[1]
     if form == "visual":
         return (leaves[0], leaves[1]), tuple(leaves[2:]) or None
     if form == "shared":
@@ -294,7 +298,7 @@ def _moved(
     if form == "angles":
         before, stock = full[0].cos(), full[0].sin()
         return [full[0] + torch.atan2(sin * before - cos * stock, cos * before + sin * stock)]
-    if form in ("real", "visual"):
+    if form in ("real", "visual", "streams"):
         return [cos, sin, *leaves[2:]]
     if form == "halves":
         return [torch.cat([cos, sin], -1)]
@@ -310,7 +314,7 @@ def _moved(
 
 def _cos_sin(leaves: list[torch.Tensor], form: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of the visual tokens' table, (..., tokens, ..., columns)."""
-    if form in ("real", "visual"):
+    if form in ("real", "visual", "streams"):
         return leaves[0], leaves[1]
     if form == "halves":
         cos, sin = leaves[0].chunk(2, -1)

@@ -263,11 +263,6 @@ def _unknown(session: Session) -> Iterator[str]:
     """Yield what could not be known of the run, for methods that need it."""
     if not session.ran or not session.methods:
         return
-    if session.layers and not any(layer.stats.calls for layer in session.layers):
-        yield (
-            "no attention call of the run was seen, and no method applied: its processors name a backend in a way that "
-            "cannot be intercepted; set stock processors: transformer.set_attn_processor(...)"
-        )
     if session.doubt is not None:
         yield (
             f"{session.doubt}: windows, tiles or branches that nobody named; nothing is stored from step to step since "

@@ -124,21 +124,22 @@ class TokenLayout:
         others: layouts of layers that have another sequence, each with a shell pattern of their names.
         keys_alone: kinds of the spans whose tokens are keys alone: the layer has no queries of them, or has them
             attend to each other in calls of their own.
-        cached: kinds of the spans whose keys an earlier call has stored: no tokens of theirs enter the layer.
+        apart: kinds of the spans whose tokens do not enter the layer with the others: their keys are those that an
+            earlier call has stored, or they are a stream of their own.
     """
 
     spans: tuple[Span, ...]
     embedded: tuple[EmbeddedImage, ...] = ()
     others: tuple[tuple[str, TokenLayout], ...] = ()
     keys_alone: tuple[str, ...] = ()
-    cached: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     @property
     def entering(self) -> TokenLayout:
-        """The parts of the sequence that enters a layer, and has positions: without those whose keys are cached."""
-        if not self.cached:
+        """The parts of the sequence that enters a layer with its positions: without those that are apart."""
+        if not self.apart:
             return self
-        return replace(self, spans=tuple(span for span in self.spans if span.kind not in self.cached))
+        return replace(self, spans=tuple(span for span in self.spans if span.kind not in self.apart))
 
     def of_layer(self, name: str) -> TokenLayout:
         """Return the layout of the sequence of a layer."""

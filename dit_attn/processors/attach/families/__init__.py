@@ -56,6 +56,7 @@ class Family:
             the columns of its rotary tables, where each turns along several axes; ``None`` where they are measured.
         packing: side of the square of latents that its pipelines pack into one vector before the transformer.
         latent_pixels: side in pixels of a latent, where no pipeline says it.
+        latent_frames: frames that a latent frame stands for, after the first, likewise.
         refused_methods: reasons why single methods cannot be enabled, by slug.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
@@ -83,6 +84,7 @@ class Family:
     rotary_frequencies: Callable[[Any, Any], torch.Tensor] | None = None
     packing: int = 1
     latent_pixels: int = 8
+    latent_frames: int = 4
     refused_methods: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
 

@@ -98,6 +98,17 @@ def _minimax_h3(config: Any, values: dict[str, Any]) -> TokenLayout:
     return TokenLayout((*spans, *coordinate_spans(positions[-(last.length or 0) :].T[None], references=True)))
 
 
+def _cosmos3(config: Any, values: dict[str, Any]) -> TokenLayout:
+    """The keys are [text, video, sound, action], the queries all but the text.
+
+    vision_token_shapes: a (T, H, W) for every clip, those without noisy frames are references; und_len: of the text.
+    """
+    clips = zip(values["vision_token_shapes"], values["vision_noisy_frame_indexes"], strict=True)
+    spans = [visual_span("video" if len(noisy) else "reference", shape) for shape, noisy in clips]
+    text = Span("text", values["und_len"])
+    return TokenLayout((text, *spans, Span("audio", None)), keys_alone=("text",), apart=("text",))
+
+
 FAMILIES = (
     Family(
         name="wan-animate",
@@ -161,5 +172,19 @@ FAMILIES = (
         cfg=replace(SEPARATE, scale=""),  # a guider object guides
         batch_axes={"image_rotary_emb": None},
         block_chain=False,  # its decoder starts from the first tokens again
+    ),
+    Family(
+        name="cosmos-3",
+        models="Cosmos 3 (text, image, video; sound, action)",
+        transformers=("Cosmos3OmniTransformer",),
+        layers=("layers.*.self_attn",),
+        forward_args=("vision_tokens", "vision_token_shapes", "vision_noisy_frame_indexes", "und_len"),
+        layout=_cosmos3,
+        timestep="vision_timesteps",
+        latents="vision_tokens",
+        single=True,
+        latent_pixels=16,
+        refused_methods=dict.fromkeys(("nag",), "a call of it is of one sample, without a batch")
+        | dict.fromkeys(("moh", "head-drop"), "its text has projections of its own, where others have the image's"),
     ),
 )

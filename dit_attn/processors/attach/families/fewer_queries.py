@@ -28,7 +28,7 @@ def _qwen21(config: Any, values: dict[str, Any]) -> TokenLayout:
     spans[-1] = Span("condition", (spans[-1].length or 0) - (image.length or 0))
     alone = ("text", "condition")
     before = tuple(span for span in spans if span.length)
-    return TokenLayout((*before, image), keys_alone=alone, cached=alone * (values["kv_cache_mode"] == "cached"))
+    return TokenLayout((*before, image), keys_alone=alone, apart=alone * (values["kv_cache_mode"] == "cached"))
 
 
 def _glm(config: Any, values: dict[str, Any]) -> TokenLayout:
@@ -37,7 +37,7 @@ def _glm(config: Any, values: dict[str, Any]) -> TokenLayout:
     if not values["kv_caches"]:
         return layout
     cached = Span("condition", values["kv_caches"])
-    return replace(layout, spans=(cached, *layout.spans), keys_alone=("condition",), cached=("condition",))
+    return replace(layout, spans=(cached, *layout.spans), keys_alone=("condition",), apart=("condition",))
 
 
 def _glm_keys(caches: Any) -> int:
@@ -63,16 +63,6 @@ def _nucleus(config: Any, values: dict[str, Any]) -> TokenLayout:
     if any(other != first for other in others):
         raise ValueError("samples of different sizes in one batch")
     return TokenLayout((visual_span("image", first), TEXT), keys_alone=("text",))
-
-
-def _cosmos3(config: Any, values: dict[str, Any]) -> TokenLayout:
-    """The keys are [text, video, sound, action], the queries all but the text.
-
-    vision_token_shapes: a (T, H, W) for every clip, those without noisy frames are references; und_len: of the text.
-    """
-    clips = zip(values["vision_token_shapes"], values["vision_noisy_frame_indexes"], strict=True)
-    spans = [visual_span("video" if len(noisy) else "reference", shape) for shape, noisy in clips]
-    return TokenLayout((Span("text", values["und_len"]), *spans, Span("audio", None)), keys_alone=("text",))
 
 
 FAMILIES = (
@@ -114,21 +104,5 @@ FAMILIES = (
         forward_args=("img_shapes",),
         layout=_nucleus,
         cfg=CFGRule("separate", ("cond", "uncond"), negated=True, rescaled=True),
-        packing=2,
-    ),
-    Family(
-        name="cosmos-3",
-        models="Cosmos 3 (text, image, video; sound, action)",
-        transformers=("Cosmos3OmniTransformer",),
-        layers=("layers.*.self_attn",),
-        forward_args=("vision_tokens", "vision_token_shapes", "vision_noisy_frame_indexes", "und_len"),
-        layout=_cosmos3,
-        timestep="vision_timesteps",
-        latents="vision_tokens",
-        single=True,
-        rotary=False,
-        latent_pixels=16,
-        refused_methods=dict.fromkeys(("nag",), "a call of it is of one sample, without a batch")
-        | dict.fromkeys(("moh", "head-drop"), "its text has projections of its own, where others have the image's"),
     ),
 )

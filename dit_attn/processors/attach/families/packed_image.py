@@ -52,7 +52,7 @@ def _flux2(config: Any, values: dict[str, Any]) -> TokenLayout:
         return _by_ids(config, values)
     image = image_spans(ids[..., count if mode == "extract" else 0 :, :])
     alone = ("condition",)
-    return TokenLayout((TEXT, Span("condition", count), *image), keys_alone=alone, cached=alone * (mode == "cached"))
+    return TokenLayout((TEXT, Span("condition", count), *image), keys_alone=alone, apart=alone * (mode == "cached"))
 
 
 def _longcat(config: Any, values: dict[str, Any]) -> TokenLayout:

@@ -166,6 +166,8 @@ FAMILIES = (
         forward_args=("num_frames", "height", "width", "video_coords"),
         layout=_ltx,
         cfg=RESCALABLE,
+        latent_pixels=32,
+        latent_frames=8,
     ),
     Family(
         name="ltx-2",
@@ -176,6 +178,8 @@ FAMILIES = (
         forward_args=("num_frames", "height", "width", "video_coords"),
         layout=_ltx_2,
         cfg=replace(BATCHED, scale=""),  # image and sound have scales of their own
+        latent_pixels=32,
+        latent_frames=8,
     ),
     Family(
         name="mochi",
@@ -188,6 +192,7 @@ FAMILIES = (
         time_grows=True,
         refused_methods={"nag": "it attends to the samples of a batch one by one, so that two texts never meet"},
         rotary_frequencies=_mochi_frequencies,
+        latent_frames=6,
     ),
     Family(
         name="allegro",
