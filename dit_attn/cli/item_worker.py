@@ -41,6 +41,7 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
     Raises:
         DitAttnError: no such model here, another one, or another folder.
     """
+
     def stages(methods: tuple[Any, ...]) -> TwoStages | None:
         given = settings["stages"]
         if given is None:

@@ -89,7 +89,7 @@ WRONG = [
     ((*CALIBRATE, "--shard", "1/2"), "--shard: calibrate chooses densities from the measurements of all items"),
     ((*SEARCH, "--shard", "1/2"), "--shard: search chooses the heads of a round from the scores of all candidates"),
     ((*SEARCH, "--workers", "0"), "--workers must be auto or a number"),
-    (("anomaly", "train", *MODEL, "--workers", "2"), "anomaly train has no items for workers: every step"),
+    (("anomaly", "train", *MODEL, "--workers", "2"), "anomaly train has no items for --workers: every step"),
     (("anomaly", "generate", *MODEL, "--shard", "1/2"), "--shard: a pair that is rejected is made again in a batch"),
     (("anomaly", "benchmark", *MODEL, "--shard", "1/2"), "--shard: the verdicts are of the measurements of all seeds"),
     (("finetune", "sla", "--tiny", "--shard", "1/2"), "--shard: every step of a training begins where the one before"),

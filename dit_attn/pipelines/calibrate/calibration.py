@@ -133,9 +133,7 @@ def calibrate(
     return Calibration(method, densities, uniform, expected, checked)
 
 
-def check_items(
-    items: Sequence[str], methods: dict[str, SparseMethod], log: MeasurementLog, answers: Answers
-) -> None:
+def check_items(items: Sequence[str], methods: dict[str, SparseMethod], log: MeasurementLog, answers: Answers) -> None:
     """Run items dense and with every method; log ``error`` and ``cost`` under ``check/ITEM/LABEL``.
 
     Args:

@@ -121,9 +121,7 @@ def _world(options: Options, output: Path, most: int, chosen: dict[str, Any]) ->
     trained = _is_tiny_inspect(options)
     named = [(p, d, (NEW if (p, d) in HELD_OUT_PAIRS else SEEN) if trained else OWN) for p, d in wanted]
     size = chosen.get("segmenter_size", 64)
-    return world_tasks(
-        output / "data", named, shots=most, size=size, normals=chosen["normals"], tests=chosen["tests"]
-    )
+    return world_tasks(output / "data", named, shots=most, size=size, normals=chosen["normals"], tests=chosen["tests"])
 
 
 def _is_tiny_inspect(options: Options) -> bool:

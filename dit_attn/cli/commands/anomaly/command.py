@@ -12,7 +12,6 @@ from dit_attn.errors import DitAttnError, unknown
 
 JOBS = ("train", "generate", "benchmark")
 UNDIVIDED = {  # why a job cannot be done in parts that know nothing of each other
-    "train": "every step of a training begins where the one before has ended",
     "generate": "a pair that is rejected is made again in a batch with those that other parts have rejected",
     "benchmark": "the verdicts are of the measurements of all seeds",
 }
@@ -130,13 +129,10 @@ def run(args: argparse.Namespace) -> int:
     options = flags.merge(args, GROUPS, replaced=())
     if options["job"] not in JOBS:
         raise unknown("job", options["job"], JOBS)
-    undivided = UNDIVIDED[options["job"]]
-    engines.from_options(options, undivided)
-    if options["job"] == "train" and ("workers" in options or "engine" in options):
-        raise DitAttnError(
-            f"anomaly train has no items for workers: {undivided}; leave out --workers and --engine, or share its "
-            "batches on several GPUs with accelerate launch"
-        )
+    if options["job"] == "train":
+        _check_train(options)
+    else:
+        engines.from_options(options, UNDIVIDED[options["job"]])
     if options["job"] == "benchmark":
         if refuse_several("anomaly benchmark"):
             return 2
@@ -146,3 +142,13 @@ def run(args: argparse.Namespace) -> int:
     from dit_attn.cli.commands.anomaly import jobs
 
     return jobs.train(options) if options["job"] == "train" else jobs.generate(options)
+
+
+def _check_train(options: flags.Options) -> None:
+    """Refuse workers and parts for a training."""
+    for name in ("workers", "engine", "shard"):
+        if name in options:
+            raise DitAttnError(
+                f"anomaly train has no items for --{name}: every step begins where the one before has ended; leave it "
+                "out, or share the batches on several GPUs with accelerate launch"
+            )
