@@ -51,7 +51,6 @@ def kitchen_attention(problem: Problem) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
-@torch.compiler.assume_constant_result
 def unsupported_reason_kitchen(device: torch.device) -> str | None:
     """Return why comfy-kitchen cannot run on a device, or ``None``; the package is not imported."""
     if not has_kitchen():
