@@ -8,6 +8,7 @@ with an autoencoder of scale factor 1 makes patches of 768 numbers.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ def _positions(width: int) -> torch.Tensor:
 
     The table of the class spreads its frequencies over thousands of tokens.
     """
-    waves = torch.logspace(*torch.tensor(WAVES).log10().tolist(), width // 4)
+    waves = torch.logspace(math.log10(WAVES[0]), math.log10(WAVES[1]), width // 4)
     angles = (torch.arange(GRID) - GRID / 2)[:, None] * waves
     axis = torch.cat([angles.sin(), angles.cos()], 1)
     rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)

@@ -175,9 +175,9 @@ RECIPES: dict[str, Recipe] = {
         kind="edit",
         steps=4000,
         stages=(
-            Stage(share=0.15, size=64, frames=1, batch=32, shift=3.0, objects=(1, 3), pieces=(1, 1)),
-            Stage(share=0.55, size=64, frames=1, batch=32, shift=3.0),
-            Stage(share=0.3, size=128, frames=1, batch=16, shift=3.0),
+            Stage(share=0.2, size=64, frames=1, batch=32, shift=24.0, objects=(1, 3), pieces=(1, 1)),
+            Stage(share=0.5, size=64, frames=1, batch=32, shift=12.0),
+            Stage(share=0.3, size=128, frames=1, batch=16, shift=24.0),
         ),
         net=NetSize(hidden=192, heads=3, text_length=128),
         image_drop=0.05,
