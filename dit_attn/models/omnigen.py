@@ -21,7 +21,11 @@ from dit_attn.models.recipe import NetSize
 
 PATCH = 16  # pixels of a token's side; fixed by the pipeline's processor
 GRID = 16  # most tokens along a side: 256 pixels
-WAVES = (0.1, 1.5)  # slowest and fastest frequency of the position table, radians per token
+WAVES = (0.2, 2.8)  # slowest and fastest frequency of the position table, radians per token
+STRENGTH = 1.5  # amplitude of the position table
+STILL = 4  # one of so many pairs of rotary dimensions turns from token to token, the others hardly do
+FAR = 1e4  # by which their turns are slowed
+FLOW_SHIFT = 12.0  # of the sampling steps: what to draw is decided where the image is almost only noise
 IMAGE = "<|image_1|>"
 TAG = f"<img>{IMAGE}</img>"
 SPECIAL = ("<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
@@ -80,7 +84,8 @@ def build_transformer(vocab_size: int, size: NetSize) -> Any:
     """Build the untrained OmniGen transformer of `tiny-edit`, which predicts the clean image."""
     from diffusers import OmniGenTransformer2DModel
 
-    turns = [1.0] * (size.hidden // size.heads // 2)
+    pairs = size.hidden // size.heads // 2
+    turns = [1.0 if pair < pairs // STILL else FAR for pair in range(pairs)]
     net: Any = OmniGenTransformer2DModel(
         in_channels=3,
         patch_size=PATCH,
@@ -95,23 +100,44 @@ def build_transformer(vocab_size: int, size: NetSize) -> Any:
         rope_scaling={"short_factor": turns, "long_factor": turns},
         pos_embed_max_size=GRID,
     )
-    net.patch_embedding.pos_embed.copy_(_positions(size.hidden))
-    with torch.no_grad():
-        for layer in net.layers:  # a token attends to those like it at first: an output patch to the input at its place
-            layer.self_attn.to_k.weight.copy_(layer.self_attn.to_q.weight)
+    _start_from_places(net, size.heads)
     torch.nn.init.zeros_(net.proj_out.weight)
     torch.nn.init.zeros_(net.proj_out.bias)
     return net
 
 
-def _positions(width: int) -> torch.Tensor:
-    """Table (1, GRID * GRID, width) of sines and cosines, half for x and half for y, that tells neighbors apart.
+@torch.no_grad()
+def _start_from_places(net: Any, heads: int) -> None:
+    """Let every output patch attend to the input patch at its own place, and to itself, in the first layer.
+
+    Places take half of the width, which patches leave empty at first, and the turns of the rotary embedding that hardly
+    move. Nothing of it is fixed: all weights are trained.
+    """
+    width = net.config.hidden_size
+    waves = width // 8  # of each axis, a sine and a cosine each
+    net.patch_embedding.pos_embed.copy_(_positions(width, waves))
+    for patches in (net.patch_embedding.input_image_proj, net.patch_embedding.output_image_proj):
+        patches.weight[: 4 * waves] = 0
+        patches.bias[: 4 * waves] = 0
+    attention, size = net.layers[0].self_attn, width // heads
+    first, half = size // 2 // STILL, size // 2
+    rows = [*range(first, half), *range(half + first, size)]  # of a head, in turns that hardly move
+    for head in range(heads):
+        chosen = [(i * waves // (len(rows) // 4) + head) % waves for i in range(len(rows) // 4)]
+        for row, column in zip(rows, (part * waves + wave for wave in chosen for part in range(4))):
+            for weight in (attention.to_q.weight, attention.to_k.weight):
+                weight[head * size + row] = 0
+                weight[head * size + row, column] = 1
+
+
+def _positions(width: int, waves: int) -> torch.Tensor:
+    """Table (1, GRID * GRID, width) of sines and cosines of x and of y, which tells neighbors apart; the rest is 0.
 
     The table of the class spreads its frequencies over thousands of tokens.
     """
-    waves = torch.logspace(math.log10(WAVES[0]), math.log10(WAVES[1]), width // 4)
-    angles = (torch.arange(GRID) - GRID / 2)[:, None] * waves
-    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    turns = torch.logspace(math.log10(WAVES[0]), math.log10(WAVES[1]), waves)
+    angles = (torch.arange(GRID) - GRID / 2)[:, None] * turns
+    axis = STRENGTH * torch.cat([angles.sin(), angles.cos()], 1)
     rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
     table = torch.cat([columns, rows], -1)
     return torch.nn.functional.pad(table, (0, width - table.shape[-1])).reshape(1, GRID * GRID, width)

@@ -95,11 +95,28 @@ def test_rows_of_a_batch_start_with_the_longest_and_some_lack_instruction_or_ima
     assert stop - start == 16 and not batch.ids[row, start:stop].any()
 
 
-def test_neighbors_of_the_position_table_are_apart():
-    table = omnigen._positions(48)[0]
-    alike = table @ table.T / (table * table).sum(1)
-    assert table.shape == (omnigen.GRID**2, 48)
-    assert (alike - 2 * torch.eye(len(table))).max() < 0.95
+def test_at_first_an_output_patch_attends_to_the_input_patch_at_its_place(run):
+    """Of the attention of the first layer, most goes to the two tokens at the place of the query."""
+    fresh = omnigen.build_transformer(len(run.tokenizer), RECIPES["tiny-edit"].net)
+    inputs = {}
+    fresh.layers[0].self_attn.to_q.register_forward_hook(lambda module, args, out: inputs.update(q=out))
+    fresh.layers[0].self_attn.to_k.register_forward_hook(lambda module, args, out: inputs.update(k=out))
+    turns = []
+    fresh.rope.register_forward_hook(lambda module, args, out: turns.append(out))
+    prompts, before = _prompts(1)
+    made = omnigen.sequences(run.tokenizer, prompts, before * 2 - 1, 64)
+    arguments = {"input_ids": made.ids, "attention_mask": made.mask, **made.rest}
+    fresh(torch.randn(1, 3, 64, 64), torch.tensor([900.0]), **arguments)
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    heads = RECIPES["tiny-edit"].net.heads
+    q, k = (inputs[name].unflatten(-1, (heads, -1)).transpose(1, 2) for name in "qk")
+    q, k = (apply_rotary_emb(one, turns[0], use_real_unbind_dim=-2) for one in (q, k))
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5)[0, :, -16:].softmax(-1)
+    start = made.rest["input_image_sizes"][0][0][0]
+    own = torch.arange(16)
+    assert weights[:, own, start + own].mean() > 0.25 and weights[:, own, own - 16].mean() > 0.25
+    assert weights[:, own, start + (own + 1) % 16].mean() < 0.05
 
 
 def test_a_missing_torchvision_is_named(run, monkeypatch):
