@@ -200,8 +200,8 @@ def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
             vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), tokenizer=tokenizer, **parts
         )
     if family == "edit":
-        scheduler = UniPCMultistepScheduler(**{**flow, "flow_shift": omnigen.FLOW_SHIFT})
-        return omnigen.build_pipeline(exact_kl(), scheduler, tokenizer, **parts)
+        steps = UniPCMultistepScheduler(**{**flow, "flow_shift": omnigen.FLOW_SHIFT})
+        return omnigen.build_pipeline(exact_kl(), steps, tokenizer, **parts)
     vae, scheduler = exact_kl(), DPMSolverMultistepScheduler(**flow)
     if family == "image":
         return PixArtSigmaPipeline(vae=vae, scheduler=scheduler, tokenizer=tokenizer, **parts)
