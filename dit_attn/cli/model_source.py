@@ -193,12 +193,13 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
 def _trained_defaults(folder: Path) -> dict[str, Any]:
     """Call arguments of a folder that ``dit-attn train`` wrote: those of the embedded model it is a training of."""
     from dit_attn import models
+    from dit_attn.models.registry import MODELS
 
     try:
         name = files.parse_json((folder / "training.json").read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # any other pipeline
-    return models.call_defaults(name) if name in models.available() else {}
+    return models.call_defaults(name) if name in MODELS else {}
 
 
 def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:

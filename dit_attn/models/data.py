@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from dit_attn.eval.inspection_world import world as inspection_world
+from dit_attn.eval.shapes_world import edit_samples, edits, multi, world
 from dit_attn.eval.shapes_world import items as world_items
-from dit_attn.eval.shapes_world import multi, world
+from dit_attn.models import omnigen
 from dit_attn.models.autoencoders import space_to_depth
 from dit_attn.models.recipe import VIDEO_FRAMES, Recipe, Stage
 
@@ -28,6 +29,7 @@ class Batch:
         ids: (B, text length) int64 token ids.
         mask: (B, text length) int64, 1 on tokens.
         weight: (B, 1, H, W) weight of the error of every pixel; ``None`` for equal ones.
+        rest: other arguments of the transformer, where ids and mask are those of `omnigen.Sequences`.
     """
 
     clean: torch.Tensor
@@ -36,6 +38,7 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
     weight: torch.Tensor | None = None
+    rest: dict[str, Any] | None = None
 
     @property
     def noisy(self) -> torch.Tensor:
@@ -48,6 +51,8 @@ def draw(recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generato
     """Draw a training batch of `stage` from `generator`, a CPU generator."""
     if recipe.kind == "inspect":
         return _draw_pieces(recipe, stage, tokenizer, generator, device)
+    if recipe.kind == "edit":
+        return _draw_edits(recipe, stage, tokenizer, generator, device)
     items: list[Any]
     if recipe.kind == "image":
         items = list(world.sample_scenes(stage.batch, generator, stage.single))
@@ -80,6 +85,21 @@ def _draw_pieces(
     return replace(batch, weight=1 + recipe.mask_weight * inside / share)
 
 
+def _draw_edits(
+    recipe: Recipe, stage: Stage, tokenizer: Any, generator: torch.Generator, device: torch.device
+) -> Batch:
+    """Draw edits; some prompts are the input image alone, and some are empty, as those of the guidance's branches."""
+    drawn = edit_samples.sample_edits(stage.batch, generator, stage.objects, stage.pieces)
+    before, after = edit_samples.render_pairs(drawn, stage.size, generator=generator, device=device)
+    prompts = _drop([omnigen.prompt_of(edits.instruction(edit.pieces)) for edit in drawn], recipe, generator)
+    bare = (torch.rand(len(drawn), generator=generator) < recipe.image_drop).tolist()
+    prompts = ["" if gone else text or omnigen.TAG for gone, text in zip(bare, prompts, strict=True)]
+    condition = omnigen.sequences(tokenizer, prompts, before * 2 - 1, stage.size)
+    clean = (after * 2 - 1)[condition.order.to(device)]
+    level, noise = _noise(clean, stage, generator)
+    return Batch(clean, noise, level, condition.ids, condition.mask, rest=condition.rest)
+
+
 def render(items: list[Any], stage: Stage, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     """Draw `items` as latents in [-1, 1] at the size of `stage`."""
     if isinstance(items[0], multi.MultiScene):
@@ -93,10 +113,16 @@ def render(items: list[Any], stage: Stage, generator: torch.Generator | None, de
 
 def corrupt(clean: torch.Tensor, texts: list[str], stage: Stage, tokenizer: Any, generator: torch.Generator) -> Batch:
     """Add seeded noise to `clean` at logit-normal levels, shifted as `stage` says."""
-    level = torch.sigmoid(torch.randn(len(clean), generator=generator))
-    level = stage.shift * level / (1 + (stage.shift - 1) * level)
-    noise = torch.randn(clean.shape, generator=generator)
+    level, noise = _noise(clean, stage, generator)
     tokens = tokenizer(texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
     device = clean.device
     ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-    return Batch(clean, noise.to(device), level.to(device), ids, mask)
+    return Batch(clean, noise, level, ids, mask)
+
+
+def _noise(clean: torch.Tensor, stage: Stage, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logit-normal noise levels (B,), shifted as `stage` says, and Gaussian noise shaped like `clean`."""
+    level = torch.sigmoid(torch.randn(len(clean), generator=generator))
+    level = stage.shift * level / (1 + (stage.shift - 1) * level)
+    noise = torch.randn(clean.shape, generator=generator)
+    return level.to(clean.device), noise.to(clean.device)

@@ -24,11 +24,12 @@ from dit_attn.eval.shapes_world import items as world_items
 from dit_attn.eval.shapes_world.multi import MultiScene
 from dit_attn.eval.shapes_world.multi_verify import ObjectVerdict, judge
 from dit_attn.eval.shapes_world.outline import mean_outline
+from dit_attn.models import evaluate_edits
+from dit_attn.models.rates import RIGHT, WRONG, rate
+from dit_attn.models.rates import interval as interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-RIGHT, WRONG = (60, 160, 60), (200, 30, 30)  # borders of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,6 @@ def judged(item: world_items.Item, output: np.ndarray) -> Sample:
     return Sample(item, output, world_items.verify(output[None] if output.ndim == 3 else output, item))
 
 
-def interval(right: int, total: int) -> list[float]:
-    """Compute the 95 % Wilson score interval of a proportion (Wilson 1927)."""
-    if total == 0:
-        return [0.0, 1.0]
-    z, p = 1.959964, right / total
-    center = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return [round(center - half, 4), round(center + half, 4)]
-
-
-def _rate(flags: Iterable[bool]) -> dict[str, Any]:
-    values = list(flags)
-    share = sum(values) / len(values) if values else 0.0
-    return {
-        "accuracy": round(share, 4),
-        "right": sum(values),
-        "of": len(values),
-        "ci95": interval(sum(values), len(values)),
-    }
-
-
 def _mean(values: Iterable[float | None]) -> dict[str, Any]:
     """Mean of the values that are there, with its 95 % interval (normal approximation)."""
     found = np.array([value for value in values if value is not None])
@@ -130,10 +110,10 @@ def table(samples: Sequence[Sample]) -> dict[str, Any]:
         "never_seen_pairs": [s for s in samples if world_items.never_seen(s.item)],
     }
     return {
-        "attributes": {name: _rate(s.verdict[name] for s in samples) for name in attributes},
-        "all_attributes": _rate(right for s in samples for right in s.verdict.values()),
-        "whole_caption": _rate(s.right for s in samples),
-        **{name: _rate(s.right for s in part) for name, part in groups.items()},
+        "attributes": {name: rate(s.verdict[name] for s in samples) for name in attributes},
+        "all_attributes": rate(right for s in samples for right in s.verdict.values()),
+        "whole_caption": rate(s.right for s in samples),
+        **{name: rate(s.right for s in part) for name, part in groups.items()},
         "outlines": {name: _mean(one[name] for one in outlines) for name in ("perimeter", "edge-width")},
         **({"objects": objects} if objects else {}),
     }
@@ -157,8 +137,8 @@ def objects_table(samples: Sequence[Sample]) -> dict[str, Any]:
 def _objects(verdicts: Sequence[ObjectVerdict]) -> dict[str, Any]:
     there = [one for one in verdicts if one.present]
     words = ("color", "shape", "size", "place", "leak")
-    given = {f"{word}_given_present": _rate(getattr(one, word) for one in there) for word in words}
-    return {"present": _rate(one.present for one in verdicts), **given}
+    given = {f"{word}_given_present": rate(getattr(one, word) for one in there) for word in words}
+    return {"present": rate(one.present for one in verdicts), **given}
 
 
 def evaluate(
@@ -193,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m dit_attn.models.evaluate", description=main.__doc__)
     parser.add_argument("name", choices=sorted(name for name, one in RECIPES.items() if one.kind != "inspect"))
-    parser.add_argument("--count", type=int, default=200, help="held-out captions (default: 200)")
+    parser.add_argument("--count", type=int, default=200, help="held-out captions or edits (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
@@ -217,16 +197,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline, steps = _of_run(args.run, recipe(args.name, tail=args.tail))
     else:
         pipeline, steps = load(args.name), info(args.name).steps_trained
-    figures, samples = evaluate(pipeline, kind, call, args.count, args.seed, args.batch)
+    if kind == "edit":
+        figures, edited = evaluate_edits.evaluate(pipeline, call, args.count, args.seed, args.batch)
+    else:
+        figures, samples = evaluate(pipeline, kind, call, args.count, args.seed, args.batch)
     words = [args.name, "--count", args.count, "--seed", args.seed, "--batch", args.batch]
     for flag in ("guidance_scale", "steps", "size", "run"):
         if getattr(args, flag) is not None:
             words += [f"--{flag.replace('_', '-')}", getattr(args, flag)]
     words += ["--tail"] * args.tail
+    items = "edits" if kind == "edit" else "captions"
     command = " ".join(map(str, ["python -m dit_attn.models.evaluate", *words]))
     record = {
         "model": args.name,
-        "what": "held-out captions, dense attention, stock pipeline; 95 % Wilson intervals",
+        "what": f"held-out {items}, dense attention, stock pipeline; 95 % Wilson intervals",
         "command": command,
         "commit": current_commit(),
         "environment": environment(),
@@ -237,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.write_json(args.output, record)
     if args.sheet:
         with files.atomic_path(args.sheet) as temporary:
-            contact_sheet(samples[:64]).save(temporary)
+            drawn = evaluate_edits.contact_sheet(edited[:64]) if kind == "edit" else contact_sheet(samples[:64])
+            drawn.save(temporary)
     print(json.dumps(record, indent=1))
     return 0
 

@@ -29,7 +29,7 @@ LOG_EVERY = 50
 
 def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) -> torch.Tensor:
     """Compute the mean squared error of the implied velocity, weighted where the batch says so."""
-    predicted = model(batch.noisy, batch.level, batch.ids, batch.mask).float()
+    predicted = model(batch.noisy, batch.level, batch.ids, batch.mask, batch.rest).float()
     error = (predicted - batch.clean).square()
     error = (error if batch.weight is None else error * batch.weight).flatten(1).mean(1)
     return (error / batch.level.clamp(min=min_level).square()).mean()
@@ -40,7 +40,8 @@ def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim
     hidden: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        inside = "blocks." in name and "transformer." in name and name.endswith(".weight") and parameter.ndim == 2
+        inside = "transformer." in name and ("blocks." in name or "transformer.layers." in name)
+        inside = inside and name.endswith(".weight") and parameter.ndim == 2
         (hidden if inside else rest).append(parameter)
     muon = getattr(torch.optim, "Muon", None)
     if muon is None or recipe.muon_lr == 0:
@@ -195,7 +196,7 @@ def _report(run: Run, values: dict[str, float], bar: Any, quiet: bool) -> None:
 def _in_precision(model: torch.nn.Module, run: Run) -> Callable[..., torch.Tensor]:
     """`model` under autocast where the recipe asks for bf16; recipes of both kinds may run in one process."""
 
-    def predict(*inputs: torch.Tensor) -> torch.Tensor:
+    def predict(*inputs: Any) -> torch.Tensor:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
             return model(*inputs)
 

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 
 from dit_attn.eval.inspection_world import world as inspection_world
-from dit_attn.eval.shapes_world import multi, world
+from dit_attn.eval.shapes_world import edits, multi, world
+from dit_attn.models import omnigen
 from dit_attn.models.autoencoders import exact_kl, exact_wan
 from dit_attn.models.recipe import NetSize
 
 FLOW_SHIFT = 3.0
-WORDS = {"multi": multi.vocabulary, "inspect": inspection_world.vocabulary}  # of other captions than those of one shape
+WORDS = {  # of other captions than those of one shape
+    "multi": multi.vocabulary,
+    "edit": edits.vocabulary,
+    "inspect": inspection_world.vocabulary,
+}
 
 
 def build_tokenizer(kind: str, length: int) -> Any:
     """Build a word-level tokenizer of `length` over the words that captions of `kind` have, with `</s>` appended."""
+    if kind == "edit":
+        return omnigen.build_tokenizer(length)
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -156,8 +163,10 @@ def build_joint_transformer(size: NetSize) -> Any:
 def build_parts(family: str, vocab_size: int, size: NetSize) -> dict[str, Any]:
     """Build the trained parts of a pipeline by their names in it: transformer and text encoders.
 
-    Family "joint" trains one CLIP encoder, which its pipeline has twice.
+    Family "joint" trains one CLIP encoder, which its pipeline has twice; "edit" has no text encoder.
     """
+    if family == "edit":
+        return {"transformer": omnigen.build_transformer(vocab_size, size)}
     builders = {"image": build_image_transformer, "video": build_video_transformer, "joint": build_joint_transformer}
     parts = {"transformer": builders[family](size)}
     if family != "joint":
@@ -169,8 +178,11 @@ def build_parts(family: str, vocab_size: int, size: NetSize) -> dict[str, Any]:
 def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
     """Build the stock pipeline around trained `parts` (see `build_parts`).
 
-    `PixArtSigmaPipeline` (family "image"), `WanPipeline` ("video") or `StableDiffusion3Pipeline` ("joint").
-    The transformers predict the clean sample (`prediction_type="sample"`).
+    `PixArtSigmaPipeline` (family "image"), `WanPipeline` ("video"), `StableDiffusion3Pipeline` ("joint") or
+    `OmniGenPipeline` ("edit"). The transformers predict the clean sample (`prediction_type="sample"`).
+
+    Raises:
+        DitAttnError: family "edit" without torchvision, which its pipeline reads images with.
     """
     import copy
 
@@ -187,6 +199,9 @@ def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
         return WanPipeline(
             vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), tokenizer=tokenizer, **parts
         )
+    if family == "edit":
+        steps = UniPCMultistepScheduler(**{**flow, "flow_shift": omnigen.FLOW_SHIFT})
+        return omnigen.build_pipeline(exact_kl(), steps, tokenizer, **parts)
     vae, scheduler = exact_kl(), DPMSolverMultistepScheduler(**flow)
     if family == "image":
         return PixArtSigmaPipeline(vae=vae, scheduler=scheduler, tokenizer=tokenizer, **parts)

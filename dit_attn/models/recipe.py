@@ -42,7 +42,8 @@ class Stage:
         batch: samples per step.
         shift: timestep shift of the noise level, larger for larger inputs (Esser et al. 2024, eq. 23).
         single: one-object scenes only.
-        objects: least and most objects of a scene, for kind "multi".
+        objects: least and most objects of a scene, for kinds "multi" and "edit".
+        pieces: least and most pieces of an instruction, for kind "edit".
         filled: share of scenes whose objects have fill words, for kind "multi".
         defective: share of pieces with a defect, for kind "inspect".
     """
@@ -54,6 +55,7 @@ class Stage:
     shift: float
     single: bool = False
     objects: tuple[int, int] = (1, 4)
+    pieces: tuple[int, int] = (1, 4)
     filled: float = 0.0
     defective: float = 0.8
 
@@ -63,8 +65,8 @@ class Recipe:
     """Everything that decides what comes out of training, except the seed and the number of steps."""
 
     name: str
-    family: str  # "image" (PixArt), "video" (Wan) or "joint" (SD3)
-    kind: str  # "image", "video", "multi" (images of several different objects) or "inspect" (products with defects)
+    family: str  # "image" (PixArt), "video" (Wan), "joint" (SD3) or "edit" (OmniGen)
+    kind: str  # "image", "video", "multi" (several different objects), "edit" (of those), "inspect" (defects)
     steps: int
     stages: tuple[Stage, ...]
     net: NetSize = NetSize()
@@ -75,6 +77,7 @@ class Recipe:
     decay_share: float = 0.25
     ema: float = 0.998
     caption_drop: float = 0.1
+    image_drop: float = 0.0  # of input images, and the instruction with each
     min_level: float = 0.05
     clip: float = 1.0
     precision: str = "bf16"
@@ -165,6 +168,19 @@ RECIPES: dict[str, Recipe] = {
         ),
         net=NetSize(hidden=192, heads=3, text_layers=3, text_length=40),
         decay_share=0.25,
+    ),
+    "tiny-edit": Recipe(
+        name="tiny-edit",
+        family="edit",
+        kind="edit",
+        steps=4000,
+        stages=(
+            Stage(share=0.2, size=64, frames=1, batch=32, shift=24.0, objects=(1, 3), pieces=(1, 1)),
+            Stage(share=0.5, size=64, frames=1, batch=32, shift=12.0),
+            Stage(share=0.3, size=128, frames=1, batch=16, shift=24.0),
+        ),
+        net=NetSize(hidden=192, heads=3, text_length=128),
+        image_drop=0.05,
     ),
     "tiny-inspect": Recipe(
         name="tiny-inspect",

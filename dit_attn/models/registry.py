@@ -24,8 +24,9 @@ class ModelInfo:
         tokens: image or video tokens per sample at the default size.
         call_defaults: keyword arguments that every call needs (size, steps, guidance, text length).
         example: a caption that works.
-        world: what it was trained on: ``"shapes"``, ``"objects"`` (several different ones) or ``"inspection"``, all of
-            `dit_attn.eval`.
+        world: what it was trained on: ``"shapes"``, ``"objects"`` (several different ones), ``"edits"`` (of those) or
+            ``"inspection"``, all of `dit_attn.eval`.
+        shipped: whether the package has its weights; without them there is only its recipe.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelInfo:
     call_defaults: dict[str, Any]
     example: str
     world: str = "shapes"
+    shipped: bool = True
 
     @property
     def folder(self) -> Path:
@@ -143,6 +145,22 @@ MODELS: dict[str, ModelInfo] = {
         example="a large red circle at the left and a small green cross at the right on white",
         world="objects",
     ),
+    "tiny-edit": ModelInfo(
+        name="tiny-edit",
+        pipeline="OmniGenPipeline",
+        description="image and instruction to image, 128 x 128 pixels, scenes of one to four different objects",
+        tokens=64,
+        call_defaults={
+            "height": 128,
+            "width": 128,
+            "num_inference_steps": 20,
+            "guidance_scale": 1.5,
+            "img_guidance_scale": 1.0,
+        },
+        example="<img><|image_1|></img> make the circle red, remove the cross",
+        world="edits",
+        shipped=False,
+    ),
 }
 
 
@@ -158,8 +176,8 @@ def info(name: str) -> ModelInfo:
 
 
 def available() -> dict[str, ModelInfo]:
-    """List every embedded model by name."""
-    return dict(MODELS)
+    """List every embedded model whose weights the package has, by name."""
+    return {name: entry for name, entry in MODELS.items() if entry.shipped}
 
 
 def call_defaults(name: str) -> dict[str, Any]:
@@ -181,12 +199,17 @@ def load(name: str, dtype: Any = None) -> Any:
         dtype: torch dtype of the weights; float32 when None (the files hold float16).
 
     Raises:
-        DitAttnError: no such embedded model, or its folder is missing or damaged.
+        DitAttnError: no such embedded model, one without weights, or its folder is missing or damaged.
     """
     import diffusers
     import torch
 
     entry = info(name)
+    if not entry.shipped:
+        raise DitAttnError(
+            f"{name!r} ships without weights; train them with `dit-attn train {name}` and load OUTPUT/pipeline with "
+            f"diffusers.{entry.pipeline}"
+        )
     if not (entry.folder / "model_index.json").is_file():
         raise DitAttnError(
             f"the weights of {name!r} are missing from {entry.folder}; reinstall dit-attn, "

@@ -15,8 +15,8 @@ class Trainee(torch.nn.Module):
     """Transformer and text encoders, trained jointly.
 
     Args:
-        family: "image" (PixArt, masked text), "video" (Wan, text zeroed where there is none) or "joint" (SD3, text
-            tokens in one sequence with the image's, no mask).
+        family: "image" (PixArt, masked text), "video" (Wan, text zeroed where there is none), "joint" (SD3, text
+            tokens in one sequence with the image's, no mask) or "edit" (OmniGen, which embeds text itself).
         tokenizer: its number of words is that of the text encoders.
         size: of the networks.
     """
@@ -33,9 +33,21 @@ class Trainee(torch.nn.Module):
         """Trained parts by their names in the pipeline."""
         return {name: getattr(self, name) for name in self.names}
 
-    def forward(self, noisy: torch.Tensor, level: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Predict the clean sample, shaped like `noisy`, as the stock pipelines call the stock parts."""
-        condition = CONDITIONS[self.family](self, ids, mask)
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        level: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        rest: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Predict the clean sample, shaped like `noisy`, as the stock pipelines call the stock parts.
+
+        Args:
+            noisy, level, ids, mask: of a `dit_attn.models.data.Batch`.
+            rest: other arguments of the transformer.
+        """
+        condition = {**CONDITIONS[self.family](self, ids, mask), **(rest or {})}
         transformer: Any = self.transformer
         return transformer(noisy, timestep=level * 1000, return_dict=False, **condition)[0]
 
@@ -59,8 +71,13 @@ def _joint_condition(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[
     return {"encoder_hidden_states": tokens, "pooled_projections": torch.cat([pooled, pooled], -1)}
 
 
+def _edit_condition(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 CONDITIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "image": _image_condition,
     "video": _video_condition,
     "joint": _joint_condition,
+    "edit": _edit_condition,
 }

@@ -112,7 +112,7 @@ def test_unknown_name_is_refused_with_the_list():
 
 
 def test_every_recipe_has_an_entry_and_the_reverse():
-    assert set(models.available()) == set(RECIPES)
+    assert set(registry.MODELS) == set(RECIPES)
 
 
 def test_missing_weights_are_refused_with_the_remedy(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from dit_attn.models.recipe import Recipe
 
 PIPELINE_FOLDER = "pipeline"
+EDITS = "tiny-edit"
 
 
 GROUPS = {
     "model": (
-        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi, tiny-inspect or world-clip",
+        flags.Flag("name", "tiny-image, tiny-video, tiny-joint, tiny-multi, tiny-edit, tiny-inspect or world-clip",
                    default="required", metavar="NAME", positional=True),
     ),
     "training": (
@@ -94,8 +96,8 @@ class TrainConfig:
         """Check the flags.
 
         Raises:
-            DitAttnError: an unknown model, a time that is not above 0, a device that cannot train, or a folder that
-                holds another run.
+            DitAttnError: an unknown model, one whose pipeline lacks a library, a time that is not above 0, a device
+                that cannot train, or a folder that holds another run.
         """
         names = (*constant("dit_attn.models.recipe", "RECIPES"), constant("dit_attn.models.world_clip", "NAME"))
         for name in ("rate", "minutes", "checkpoint_minutes"):
@@ -107,6 +109,8 @@ class TrainConfig:
         for flag in ("tail", "rate"):
             if clip and flag in options:
                 raise DitAttnError(f"--{flag} is for the pipelines, not for {names[-1]}; leave it out")
+        if options["name"] == EDITS and importlib.util.find_spec("torchvision") is None:
+            raise DitAttnError(f"OmniGenPipeline, which {EDITS} is, needs torchvision: pip install torchvision")
         if options.get("device") == "mps":
             raise DitAttnError("--device mps cannot train; use auto, cpu, cuda or cuda:N")
         folder = f"tail-{options['name']}" if options.get("tail") else f"train-{options['name']}"
@@ -231,6 +235,11 @@ def _score(job: Run, count: int) -> tuple[dict[str, float], dict[str, Any], list
     pipeline = pipeline_of(job).to(job.device)
     if job.recipe.kind == "inspect":
         return _score_painting(pipeline, call_defaults(job.recipe.name)["height"], count)
+    if job.recipe.kind == "edit":
+        from dit_attn.models import evaluate_edits
+
+        figures, edited = evaluate_edits.evaluate(pipeline, call_defaults(job.recipe.name), count)
+        return evaluate_edits.short(figures), figures, edited
     figures, samples = evaluate(pipeline, job.recipe.kind, call_defaults(job.recipe.name), count)
     short = {name: cell["accuracy"] for name, cell in figures["attributes"].items()}
     short["whole_caption"] = figures["whole_caption"]["accuracy"]
@@ -265,6 +274,10 @@ def _finish(job: Run, output: Path, count: int) -> None:
             from dit_attn.pipelines.anomaly.base_gate import report_lines
 
             sheet, lines = flow([one.cell for one in samples[:64]]), report_lines(figures)
+        elif job.recipe.kind == "edit":
+            from dit_attn.models import evaluate_edits
+
+            sheet, lines = evaluate_edits.contact_sheet(samples[:64]), evaluate_edits.report_lines(figures)
         else:
             sheet, lines = contact_sheet(samples[:64]), _report_lines(figures, count)
         outputs.write_image(sheet, output / "samples.png")

@@ -258,12 +258,14 @@ def render_scenes(
     width: int | None = None,
     *,
     generator: torch.Generator | None = None,
+    shifts: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Draw `scenes` as images with anti-aliased edges: (B, 3, height, width) in [0, 1].
 
     Args:
         generator: CPU generator of each object's shift and of the phase of its fill; None draws the exact places.
+        shifts: (objects of all scenes in their order, 2) x and y to add to the places, as fractions of the canvas.
     """
     width, device = width or height, torch.device(device)
     owned = [(i, one) for i, scene in enumerate(scenes) for one in scene.objects]
@@ -274,6 +276,8 @@ def render_scenes(
     fill = torch.tensor([FILLS.index(one.fill or "plain") for _, one in owned], device=device)
     center = torch.tensor([PLACES[one.place] for _, one in owned], device=device)
     phase = torch.zeros(len(owned), 2)
+    if shifts is not None:
+        center = center + shifts.to(device)
     if generator is not None:
         center = center + ((torch.rand(len(owned), 2, generator=generator) * 2 - 1) * JITTER).to(device)
         phase = torch.rand(len(owned), 2, generator=generator)

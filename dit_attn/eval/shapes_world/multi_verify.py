@@ -74,9 +74,9 @@ def judge(image: Any, scene: MultiScene) -> SceneVerdict:
     """
     pixels = as_array(image)
     found = segment(pixels)
-    owners = _assign([one for one, _ in found], scene)
+    owners = assign([one for one, _ in found], scene)
     verdicts = tuple(
-        ObjectVerdict(fill=False if one.fill else None) if at is None else _judge(pixels, *found[at], one, scene)
+        ObjectVerdict(fill=False if one.fill else None) if at is None else judge_object(pixels, *found[at], one, scene)
         for one, at in zip(scene.objects, owners, strict=True)
     )
     return SceneVerdict(background_of(pixels) == scene.background, len(found) == len(scene.objects), verdicts)
@@ -106,7 +106,7 @@ def detail(image: Any, scene: MultiScene) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _assign(found: list[DetectedObject], scene: MultiScene) -> list[int | None]:
+def assign(found: list[DetectedObject], scene: MultiScene) -> list[int | None]:
     """For each object of the scene the index of the one found, with the least distance in sum (Hungarian method)."""
     from scipy.optimize import linear_sum_assignment
 
@@ -126,9 +126,10 @@ def _assign(found: list[DetectedObject], scene: MultiScene) -> list[int | None]:
     return chosen
 
 
-def _judge(
+def judge_object(
     pixels: np.ndarray, found: DetectedObject, region: np.ndarray, wanted: SceneObject, scene: MultiScene
 ) -> ObjectVerdict:
+    """Check the words of ``wanted``, an object of ``scene``, on an object found and its region (H, W) bool."""
     core = _core(region)
     color = _color(pixels, core)
     distances = {name: float(np.hypot(found.x - x, found.y - y)) for name, (x, y) in PLACES.items()}

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from dit_attn.cli import model_source
 from dit_attn.cli.commands import train
 from dit_attn.cli.parser import Parser
 from dit_attn.errors import DitAttnError
@@ -17,7 +18,7 @@ from dit_attn.models.recipe import Stage
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name in ("tiny-image", "tiny-multi", "tiny-inspect"):
+    for name in ("tiny-image", "tiny-multi", "tiny-inspect", "tiny-edit"):
         chosen = recipes.RECIPES[name]
         net = replace(chosen.net, hidden=32, layers=1, heads=2)
         tiny = replace(chosen, steps=3, stages=(Stage(1.0, 16, 1, 2, 1.0),), net=net)
@@ -44,6 +45,25 @@ def test_a_model_of_several_objects_is_trained_and_scored_by_object(tmp_path, ca
     assert re.search(r"objects of scenes of 2: present \d+ %, color given present \d+ %", out)
     with pytest.raises(DitAttnError, match="'tiny-inspect' has no tail"):
         _run("tiny-inspect", "--tail", "--output", tmp_path / "tail")
+
+
+def test_a_model_of_edits_is_trained_and_scored_by_piece(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torchvision")
+    small = {"height": 32, "width": 32, "num_inference_steps": 2}
+    for key, value in small.items():
+        monkeypatch.setitem(registry.MODELS["tiny-edit"].call_defaults, key, value)
+    assert _run("tiny-edit", "--output", tmp_path, "--device", "cpu", "--final-count", 4) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"on 4 held-out edits: single edits \d+ %", out) and "untouched objects kept: not passed" in out
+    assert (tmp_path / "samples.png").is_file()
+    assert (tmp_path / "pipeline/model_index.json").is_file()
+    assert model_source.describe(str(tmp_path / "pipeline")).defaults["height"] == 32
+
+
+def test_a_model_of_edits_needs_torchvision_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DitAttnError, match="needs torchvision: pip install torchvision"):
+        _run("tiny-edit", "--output", tmp_path)
 
 
 def test_a_model_of_defects_is_scored_by_what_it_paints(tmp_path, capsys, monkeypatch):
