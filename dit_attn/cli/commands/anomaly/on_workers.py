@@ -89,6 +89,7 @@ def make_painter(settings: dict[str, Any], name: str) -> Callable[[Any, bool], A
             f"{name} has another concept, other masks or other normal images than the command; put them into a folder "
             "that all machines share"
         )
+    assert isinstance(run.folder, Path)  # addresses are refused
     return worker_setup.explained(pair_maker(options, run.folder, given))
 
 
