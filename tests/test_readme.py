@@ -79,6 +79,8 @@ def test_isolation_is_quoted_from_its_record() -> None:
     stock, isolated = (arms[name]["color"] for name in ("stock", "words and regions"))
     assert f"{100 * stock['rate']:.0f} to {100 * isolated['rate']:.0f} % of objects right" in README
     assert isolated["ci95"][0] > stock["ci95"][1] and f"{arms['stock']['prompts']} prompts" in README
+    four = json.loads((ROOT / "benchmarks/subjects/tiny-multi_isolation_4.json").read_text())["arms"]
+    assert four["words and regions"]["color"]["difference"]["ci95"][0] < 0 and "no gain on tiny-multi" in README
 
 
 def test_the_large_picture_is_quoted_from_its_record() -> None:
