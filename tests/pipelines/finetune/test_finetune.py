@@ -228,29 +228,31 @@ def test_a_stopped_run_ends_as_one_that_was_not(examples: list[Path], tmp_path: 
         other.restore(tmp_path)
 
 
-def train_rank(rank: int, folder: Path, examples: list[Path]) -> None:
-    """One of two processes: two steps, a checkpoint, and the third step of a new job."""
+def train_rank(rank: int, folder: Path, kinds: dict[str, list[Path]]) -> None:
+    """One of two processes, for each kind of examples: two steps, a checkpoint, and the third step of a new job."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="0")
-    Finetune(small(), replace(CONFIG, steps=2, log_every=1), examples).fit(folder / "run")
-    torch.distributed.barrier()
-    job = Finetune(small(), replace(CONFIG, steps=3, log_every=1), examples)
-    job.restore(folder / "run")
-    job.fit(folder / f"run{rank}")
-    (folder / f"log{rank}.json").write_text(json.dumps([entry["loss"] for entry in job.log if "loss" in entry]))
+    for kind, files in kinds.items():
+        Finetune(small(), replace(CONFIG, steps=2, log_every=1), files).fit(folder / kind / "run")
+        torch.distributed.barrier()
+        job = Finetune(small(), replace(CONFIG, steps=3, log_every=1), files)
+        job.restore(folder / kind / "run")
+        job.fit(folder / kind / f"run{rank}")
+        losses = [entry["loss"] for entry in job.log if "loss" in entry]
+        (folder / kind / f"log{rank}.json").write_text(json.dumps(losses))
 
 
-@pytest.mark.parametrize("kind", ["examples", "clean"])
 def test_two_processes_train_like_one_with_their_batch_and_one_writes(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    examples: list[Path], clean: list[Path], tmp_path: Path
 ) -> None:
-    files = request.getfixturevalue(kind)
-    job = Finetune(small(), replace(CONFIG, steps=3, log_every=1, batch=2), files)
-    job.fit(tmp_path / "alone")
-    run_ranks(train_rank, 2, tmp_path, files)
-    alone = [entry["loss"] for entry in job.log if "loss" in entry]
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"log{rank}.json").read_text()) == pytest.approx(alone, rel=1e-4)
-    assert (tmp_path / "run0" / CHECKPOINT).exists() and not (tmp_path / "run1" / CHECKPOINT).exists()
+    kinds = {"examples": examples, "clean": clean}
+    run_ranks(train_rank, 2, tmp_path, kinds)
+    for kind, files in kinds.items():
+        job, folder = Finetune(small(), replace(CONFIG, steps=3, log_every=1, batch=2), files), tmp_path / kind
+        job.fit(folder / "alone")
+        alone = [entry["loss"] for entry in job.log if "loss" in entry]
+        for rank in (0, 1):
+            assert json.loads((folder / f"log{rank}.json").read_text()) == pytest.approx(alone, rel=1e-4)
+        assert (folder / "run0" / CHECKPOINT).exists() and not (folder / "run1" / CHECKPOINT).exists()
 
 
 def train_part(rank: int, folder: Path, examples: list[Path], config: FinetuneConfig) -> None:

@@ -191,7 +191,7 @@ ROUTES = (MoH(top_k=1), MoH(top_k=1, block=64), MoH(top_k=1, route="query", bloc
 def test_rows_of_heads_that_are_left_out_are_not_computed(
     method: MoH, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sparse execution is the dense gated result, in double precision, and the share that was computed is told."""
+    """Sparse execution is the dense gated result, in double precision, and the share that was computed is reported."""
     model, args = tiny("wan")
     model.double()
     args = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in args.items()}
