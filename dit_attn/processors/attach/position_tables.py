@@ -72,7 +72,7 @@ class TableHook:
         if len(grids) != 1 or (number := _tokens_of(grids)) != output.shape[1]:
             raise DitAttnError("positions cannot be moved: the grid of the image tokens is not known in this call")
         places = _places(session, maps, grids, slice(0, number))
-        return output if places is None else _resampled(module, output, args[0][:1], args[0][:1], places)
+        return output if places is None else _resampled(module, output, args[0][:1], None, places)
 
 
 def _moved_images(
@@ -129,13 +129,14 @@ def _places(
 
 
 def _resampled(
-    module: Any, output: torch.Tensor, latents: torch.Tensor, other: torch.Tensor, places: Any
+    module: Any, output: torch.Tensor, latents: torch.Tensor, other: torch.Tensor | None, places: Any
 ) -> torch.Tensor:
-    """Tokens of latents, the moved ones with rows of the table of other latents."""
+    """Tokens of latents, the moved ones with rows of the table of other latents, or of their own."""
     rows, at = (x.to(output.device) for x in places)
-    own = _table(module, latents).flatten(0, 1)
+    own = _table(module, latents)
+    table = own if other is None else _table(module, other)
     out = output.clone()
-    out[:, rows] += (resample(_table(module, other), at) - own[rows]).to(output.dtype)
+    out[:, rows] += (resample(table, at) - own.flatten(0, 1)[rows]).to(output.dtype)
     return out
 
 
