@@ -11,6 +11,9 @@ Windows come first: they take about half of the time of dense attention at 2x, a
     --only @windows                the arms without dense attention
     --only @published              what the paper compares, and dense attention at interpolated positions
     --only "two stages window"     one arm
+
+Two processes share the items by ``--shard 1/2`` and ``--shard 2/2``; each compares its items in turns on its own. A
+last call without it and with ``--resume`` reads all their logs, measures what is missing and writes the record.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from dit_attn.pipelines import HighResolution, MeasurementLog
 from dit_attn.pipelines.compare.statistics import difference_figure, mean_figure, ratio_figure, verify_caption
 from dit_attn.pipelines.high_resolution import NativePass
 from dit_attn.pipelines.high_resolution.latents import enlarged, form_of
+from dit_attn.pipelines.run import Shard
 
 KINDS = {"tiny-image": "image", "tiny-joint": "multi", "tiny-video": "video"}
 FACTORS = {"tiny-image": (2, 3, 4), "tiny-joint": (2, 3, 4), "tiny-video": (2, 3)}
@@ -244,14 +248,14 @@ class Progress:
 
     log: MeasurementLog
     arms: list[Arm]
-    count: int
+    items: list[int]
 
     def __str__(self) -> str:
         left, unknown = 0.0, 0
         for arm in self.arms:
-            done = [row["cpu seconds"] for i in range(self.count) if (row := self.log.rows.get(f"{arm.key}|{i}"))]
+            done = [row["cpu seconds"] for i in self.items if (row := self.log.rows.get(f"{arm.key}|{i}"))]
             unknown += not done
-            left += (self.count - len(done)) * float(np.mean(done)) if done else 0.0
+            left += (len(self.items) - len(done)) * float(np.mean(done)) if done else 0.0
         return f"about {left / 3600:.2f} core-hours left" + (f", and {unknown} arms not begun" if unknown else "")
 
 
@@ -287,6 +291,7 @@ def main() -> None:
     parser.add_argument("--filled", action="store_true", help="tiny-joint: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--shard", type=Shard.parse, metavar="I/N", help="every Nth item, with a log of their own")
     parser.add_argument("--quick", action="store_true", help="two items, the smallest factor, sigma .9, 2 steps")
     args = parser.parse_args()
     if args.quick:
@@ -305,9 +310,15 @@ def main() -> None:
     chosen = sample(args.model, args.count, args.filled)
     setup = {"model": args.model, "steps": args.steps, "filled": args.filled, "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    log = MeasurementLog(args.output.with_suffix(".jsonl"), setup, args.resume)
-    before, todo = load_average(), Progress(log, arms, args.count)
-    for index, item in enumerate(chosen):
+    path, part = args.output.with_suffix(".jsonl"), list(enumerate(chosen))
+    if args.shard:
+        path, part = path.with_name(args.shard.file(path.name)), args.shard.part(part)
+    log = MeasurementLog(path, setup, args.resume)
+    if args.resume and not args.shard:
+        for other in sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+            log.rows |= MeasurementLog(other, setup, resume=True).rows
+    before, todo = load_average(), Progress(log, arms, [index for index, _ in part])
+    for place, (index, item) in enumerate(part, 1):
         missing = [arm for arm in arms if f"{arm.key}|{index}" not in log.rows]
         if not missing:
             continue
@@ -318,7 +329,9 @@ def main() -> None:
             frames, seconds = arm.make(prompt, index, first)
             times = {"seconds": seconds, "cpu seconds": time.process_time() - started}
             log.add(f"{arm.key}|{index}", {**judge(frames, prompt, item), **times})
-        print(f"{index + 1} of {args.count} items; {todo}", flush=True)
+        print(f"{place} of {len(part)} items; {todo}", flush=True)
+    if args.shard:
+        return
     factors = {*FACTORS[args.model], *(args.factors or ())}
     every = bench.arms(tuple(sorted(factors)), tuple(sorted({*SIGMAS, *args.sigmas})))
     arms = [arm for arm in every if all(f"{arm.key}|{i}" in log.rows for i in range(args.count))]
