@@ -1,13 +1,14 @@
-"""The family tests on the lowest, a middle and the latest supported diffusers: ``make test-matrix``.
+"""The family tests on the lowest, some middle and the latest supported diffusers: ``make test-matrix``.
 
 Each version gets an environment of its own in a temporary folder. It holds that diffusers and a transformers that fits,
 and finds everything else, torch first of all, where the running interpreter finds it. Families that a version lacks are
-skipped with the reason; the result is one JSON file.
+skipped with the reason; the result is one JSON file, in which rows of versions that were not run now stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -16,10 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests._support.other_environment import ROOT, environment, read_report, versions, write_record
+from tests._support.other_environment import ROOT, commit, environment, read_report, versions, write_record
 
-# diffusers release -> the transformers it was published against
-VERSIONS = {"0.36.0": "transformers>=4.51,<5", "0.38.0": "transformers>=4.51,<5", "0.42.1": "transformers>=5"}
+# diffusers release -> the transformers it was published against; servers pin 0.37.0 (SGLang) and 0.40.0 (vLLM-Omni)
+VERSIONS = {
+    "0.36.0": "transformers>=4.51,<5",
+    "0.37.0": "transformers>=4.51,<5",
+    "0.38.0": "transformers>=4.51,<5",
+    "0.40.0": "transformers>=5",
+    "0.42.1": "transformers>=5",
+}
 
 
 def run_tests(python: Path, folder: Path, tests: str) -> dict[str, Any]:
@@ -32,7 +39,7 @@ def run_tests(python: Path, folder: Path, tests: str) -> dict[str, Any]:
     seconds = round(time.perf_counter() - started, 1)
     if not report.exists():
         raise SystemExit(f"pytest ended with {done.returncode} and no report; run {python} {' '.join(command)}")
-    return {"versions": versions(python), "seconds": seconds, **read_report(report)}
+    return {"commit": commit(), "versions": versions(python), "seconds": seconds, **read_report(report)}
 
 
 def main() -> int:
@@ -48,8 +55,9 @@ def main() -> int:
             folder = Path(scratch, version)
             python = environment(folder, [f"diffusers=={version}", VERSIONS[version]])
             results[version] = run_tests(python, folder, options.tests)
+            kept = json.loads(options.output.read_text())["results"] if options.output.exists() else {}
             command = f"python -m tests.families.matrix --versions {' '.join(results)}"
-            write_record(options.output, command, {"results": results})
+            write_record(options.output, command, {"results": dict(sorted({**kept, **results}.items()))})
     for version, result in results.items():
         print(f"diffusers {version}: {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped")
     return int(any(result["failed"] for result in results.values()))
