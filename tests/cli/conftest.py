@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from dit_attn.cli import main
+from tests._support import forked_workers
 
 FAST = ("--height", "32", "--width", "32", "--steps", "1")
 
@@ -44,6 +45,12 @@ def cli(capsys, monkeypatch, tmp_path):
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Workers that have imported the libraries when they start."""
+    forked_workers.use(monkeypatch)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import pytest
 
 from dit_attn.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 
 @pytest.fixture(scope="module")
 def concept(place):

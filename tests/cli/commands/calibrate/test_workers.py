@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cli.commands.calibrate.test_command import FILE, SMALL, rows
+
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 WORDS = ("calibrate", *SMALL)
 

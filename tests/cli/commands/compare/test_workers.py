@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 WORDS = ("compare", "--model", "tiny-image", "--prompt", "a large red circle at the left on white", "--seeds", "0,1,2")
 SMALL = ("--height", "64", "--width", "64", "--steps", "2", "--method", "block-sparse:density=0.5,dense_steps=0")
 TIMES = {"seconds", "dense_seconds"}

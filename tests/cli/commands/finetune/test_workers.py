@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 WORDS = ("finetune", "sla", "--tiny", "--train-steps", "2", "--runs", "2", "--densities", "0.5,0.25")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.cli.conftest import FAST
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 WORDS = (
     "search", "--model", "tiny-image", *FAST, "--rounds", "1", "--per-round", "1", "--pairs", "2", "--batch", "2",
     "--controls", "0",
