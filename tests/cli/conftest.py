@@ -53,6 +53,15 @@ def quick_workers(monkeypatch):
     forked_workers.use(monkeypatch)
 
 
+@pytest.fixture(params=["local", "ray"])
+def engine(request, monkeypatch):
+    """The words for two workers of either engine."""
+    if request.param == "ray":
+        pytest.importorskip("ray")
+    forked_workers.use(monkeypatch)
+    return "--workers", "2", "--engine", request.param
+
+
 @pytest.fixture
 def image(cli):
     """``image(...)`` is `generate` on the embedded image model, as small and fast as it goes."""

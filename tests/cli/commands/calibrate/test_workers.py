@@ -26,9 +26,11 @@ def densities(folder: Path) -> dict[str, Any]:
     return found | {name: about[name] for name in ("expected", "checked", "uniform", "layers", "call")}
 
 
-def test_workers_measure_what_one_process_does_and_go_on_with_its_log(cli: Any, tmp_path: Path) -> None:
+def test_workers_measure_what_one_process_does_and_go_on_with_its_log(
+    cli: Any, tmp_path: Path, engine: tuple[str, ...]
+) -> None:
     assert cli(*WORDS, "--held-out", "2", "-o", "alone").code == 0
-    found = cli(*WORDS, "--held-out", "2", "-o", "workers", "--workers", "2")
+    found = cli(*WORDS, "--held-out", "2", "-o", "workers", *engine)
     assert found.code == 0 and "Verdict: " in found.out, found.err
     alone, workers = tmp_path / "alone", tmp_path / "workers"
     assert measured(workers) == measured(alone) and densities(workers) == densities(alone)

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-pytestmark = pytest.mark.usefixtures("quick_workers")
-
 WORDS = ("finetune", "sla", "--tiny", "--train-steps", "2", "--runs", "2", "--densities", "0.5,0.25")
 
 
@@ -30,10 +28,12 @@ def losses(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("loss", ["teacher", "flow"])
-def test_workers_draw_and_validate_as_one_process_does(cli: Any, tmp_path: Path, loss: str) -> None:
+def test_workers_draw_and_validate_as_one_process_does(
+    cli: Any, tmp_path: Path, loss: str, engine: tuple[str, ...]
+) -> None:
     alone, workers = tmp_path / "alone", tmp_path / "workers"
     assert cli(*WORDS, "--loss", loss, "-o", "alone").code == 0
-    found = cli(*WORDS, "--loss", loss, "-o", "workers", "--workers", "2")
+    found = cli(*WORDS, "--loss", loss, "-o", "workers", *engine)
     assert found.code == 0, found.err
     assert losses(workers) == losses(alone) and [entry["step"] for entry in losses(alone)] == [0, 1, 2]
     assert all("held_out" in entry for entry in losses(alone))

@@ -34,18 +34,20 @@ def images(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("more", [("--objective", "verifier"), ("--strategy", "gradient", "--screen", "0.01")])
-def test_workers_find_what_one_process_finds_and_go_on_with_its_log(cli: Any, tmp_path: Path, more: Any) -> None:
+def test_workers_find_what_one_process_finds_and_go_on_with_its_log(
+    cli: Any, tmp_path: Path, more: Any, engine: tuple[str, ...]
+) -> None:
     assert cli(*WORDS, *more, "-o", "alone").code == 0
     alone, workers = tmp_path / "alone", tmp_path / "workers"
     workers.mkdir()
     kept = (alone / "evaluations.jsonl").read_text().splitlines(keepends=True)[:4]
     (workers / "evaluations.jsonl").write_text("".join(kept))
-    found = cli(*WORDS, *more, "-o", "workers", "--workers", "2", "--resume")
+    found = cli(*WORDS, *more, "-o", "workers", *engine, "--resume")
     assert found.code == 0 and "Verdict: " in found.out, found.err
     assert scores(workers) == scores(alone) and heads(workers) == heads(alone)
     assert images(workers) == images(alone) and len(images(alone)) == 4
     about = json.loads((workers / "heads.json").read_text())["search"]
-    assert about["engine"] == "local, 2 workers" and not list(workers.glob(".partial-*"))
+    assert about["engine"] == f"{engine[-1]}, 2 workers" and not list(workers.glob(".partial-*"))
 
 
 def test_a_candidate_that_every_worker_fails_is_named(cli: Any, tmp_path: Path) -> None:
