@@ -16,8 +16,9 @@ CONFIGS = (
     *("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma"),
     *("ltx-video", "qwen-image-2.1"),
 )
-SOURCES = ("synthetic", "tiny-image", "tiny-video")
+SOURCES = ("synthetic", "tiny-image", "tiny-joint", "tiny-multi", "tiny-video")
 RECORDED = ".safetensors"
+_PIXELS = 16  # the sizes of embedded models are multiples of it
 _SAVED = ("what", "save", "device", "threads", "json")  # what bench kernels --save takes
 
 
@@ -64,6 +65,11 @@ def _operators(options: Options) -> None:
     source = options.get("source", "tiny-image")
     if source not in SOURCES:
         raise unknown("--source", source, SOURCES)
+    for name in ("height", "width"):
+        if name in options and source == "synthetic":
+            raise DitAttnError(f"--{name} is not for synthetic fields, whose size is --grid; leave it out")
+        if options.get(name, _PIXELS) % _PIXELS:
+            raise DitAttnError(f"--{name} must be a multiple of {_PIXELS} pixels, got {options[name]}")
     grid = options.get("grid", (16, 16, 16))
     if min(grid) < 1 or math.prod(grid) < 256:
         raise DitAttnError(f"--grid must be three positive sizes with at least 256 tokens, got {tuple(grid)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dit_attn.pipelines.benchmark import equal_cost, operator_error
 from dit_attn.pipelines.benchmark.equal_cost import MethodFamily
 from dit_attn.processors.methods.base import Method
 
-BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-video": 36}
+BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-joint": 32, "tiny-multi": 32, "tiny-video": 36}
 _TITLES = (
     "method", ">attention computed", ">L2 error [95 %]", ">cosine", ">shift", ">LSE", ">RMS error", ">choosing",
     ">call", ">against dense",
@@ -47,6 +47,7 @@ class OperatorBenchConfig:
         steps: of a run; ``None``: the model's own.
         every: one step of so many is measured.
         grid: (T, H, W) of synthetic fields.
+        size: ``height`` and ``width`` in pixels, as far as they are given.
         threads: of torch; ``None`` leaves them.
         output: file of the record.
         json: print JSON.
@@ -63,6 +64,7 @@ class OperatorBenchConfig:
     steps: int | None = None
     every: int = 5
     grid: tuple[int, int, int] = (16, 16, 16)
+    size: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
     output: Path | None = None
     json: bool = False
@@ -81,7 +83,8 @@ class OperatorBenchConfig:
         families = equal_cost.select_families(names, block) if names or not variants else []
         families += [_family(specs, block) for specs in variants]
         values = options.pick("prompts", "steps", "every", "threads", "json", "verbose")
-        values |= {"grid": tuple(grid), "family": names, "methods": tuple(map(method_options.label, variants))}
+        values |= {"grid": tuple(grid), "size": options.pick("height", "width"), "family": names}
+        values["methods"] = tuple(map(method_options.label, variants))
         if "density" in options:
             values["density"] = tuple(sorted(options["density"], reverse=True))
         if "output" in options:
@@ -109,6 +112,7 @@ def run(options: Options) -> int:
         "commit": current_commit(),
         "environment": environment(),
         "source": config.source,
+        **config.size,
         "block": config.block,
         "prompts": config.prompts,
         "intervals": f"95 % bootstrap; unit: {equal_cost.UNIT}",
@@ -145,7 +149,7 @@ def _family(specs: list[MethodSpec], block: int) -> MethodFamily:
 def _source(config: OperatorBenchConfig) -> Any:
     if config.source == "synthetic":
         return operator_error.synthetic_source(config.grid, steps=config.steps or 8)
-    pipe, call = models.load(config.source), models.call_defaults(config.source)
+    pipe, call = models.load(config.source), models.call_defaults(config.source) | config.size
     pipe.set_progress_bar_config(disable=True)
     if config.steps:
         call["num_inference_steps"] = config.steps
@@ -157,6 +161,7 @@ def _command(config: OperatorBenchConfig) -> str:
     words: list[Any] = ["dit-attn bench operators --source", config.source, "--prompts", config.prompts]
     words += ["--every", config.every]
     words += ["--grid", *config.grid] if config.source == "synthetic" else []
+    words += [word for name, pixels in config.size.items() for word in (f"--{name}", pixels)]
     words += ["--steps", config.steps] if config.steps else []
     words += ["--block", config.block] if config.block != BLOCKS[config.source] else []
     words += ["--density", *config.density] if config.density != equal_cost.DENSITIES else []

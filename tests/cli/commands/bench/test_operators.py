@@ -29,6 +29,14 @@ def test_targets_are_for_those_who_ask(cli) -> None:
     assert done.code == 0 and "attention computed" in done.out and "default over" not in done.out
 
 
+def test_an_embedded_model_at_another_size(cli) -> None:
+    words = ("--source", "tiny-multi", "--height", 64, "--width", 96, "--steps", 1, "--every", 1, "--prompts", 1)
+    done = cli("bench", "operators", *words, "--family", "combined", "--density", 0.25, "--threads", 1, "--json")
+    record = json.loads(done.out)
+    assert record["tokens"] == [16 * 24 + 80] and record["block"] == 32
+    assert "operators --source tiny-multi --prompts 1 --every 1 --height 64 --width 96" in record["command"]
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -37,6 +45,8 @@ def test_targets_are_for_those_who_ask(cli) -> None:
         (("--prompts", 0), ("--prompts", "at least 1")),
         (("--source", "synthetic", "--grid", 1, 4, 4), ("--grid", "256")),
         (("--block", 4), ("--block", "8")),
+        (("--source", "synthetic", "--height", 64), ("--height", "--grid")),
+        (("--width", 100), ("--width must be a multiple of 16",)),
         (("--family", "merge 7"), ("merge 7", "default")),
     ],
 )
