@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from dit_attn.kernels.backends.triton.attention import Config
-from dit_attn.kernels.backends.triton.forward import LARGEST_SUM, LOG2E, plain_step
+from dit_attn.kernels.backends.triton.forward import LARGEST_SUM
+from dit_attn.kernels.backends.triton.loops import plain_step
+from dit_attn.kernels.backends.triton.tiles import LOG2E
 from dit_attn.kernels.triton_launch import Launch
 
 SEQ, HEADS = 4096, 8

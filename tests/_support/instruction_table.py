@@ -19,12 +19,12 @@ import triton
 from dit_attn.kernels import BlockLayout
 from dit_attn.kernels.backends.triton.attention import Config, forward_config, panels, plan_forward
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import NO_TERMS
+from dit_attn.kernels.terms import NO_TERMS, Terms, pooled_compensation
 from dit_attn.kernels.triton_launch import Launch
 from dit_attn.models.export import environment
 from tests._support.compiled_kernels import SHARED_MEMORY, compile_for
 from tests._support.dense_attention_kernel import plan_dense
-from tests._support.kernel_loop import inner_loop
+from tests._support.kernel_loop import key_loops
 from tests._support.other_environment import write_record
 
 OUTPUT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "instructions.json"
@@ -43,17 +43,28 @@ def plain_problem(dim: int) -> Problem:
     return Problem(q, q, q, BlockLayout.dense(1024, 1024), dim**-0.5, None, None)
 
 
-def sparse_launch(dim: int, config: Config, capability: int, tma: bool = False) -> Launch:
+def sparse_launch(dim: int, config: Config, capability: int, tma: bool = False, terms: Terms = NO_TERMS) -> Launch:
     """Prepare its forward launch; ``tma`` loads keys and values by tensor descriptors."""
     problem = plain_problem(dim)
     out, lse = torch.empty_like(problem.q), torch.empty(1, 2, 1024)
-    return plan_forward(problem, NO_TERMS, out, lse, tma, config, capability)
+    return plan_forward(problem, terms, out, lse, tma, config, capability)
+
+
+def pooled_terms(dim: int) -> Terms:
+    """Make what Rectified SpaAttn adds to it: a pooled key for every block."""
+    problem = plain_problem(dim)
+    return Terms(compensation=pooled_compensation(problem.k, problem.v, 128))
 
 
 def measured(launch: Launch, capability: int, dim: int, config: Config) -> dict[str, Any]:
     """Compile a launch and count."""
     compiled = compile_for(launch, capability)
-    loop = inner_loop(compiled.disassemble())
+    found = key_loops(compiled.disassemble())
+    pooled = {}
+    if launch.arguments.get("COMP"):  # its loops: keys, pooled keys, and both again with a running maximum
+        pooled = {"pooled_instructions_64_keys": round(found[1].instructions * 64 / launch.arguments["BV"], 1)}
+        found = found[:1]
+    loop = min(found, key=lambda one: one.instructions)
     issued = loop.instructions * config.warps / SCHEDULERS
     products = 4 * config.rows * config.columns * sum(panels(dim)) / FLOPS_PER_CYCLE[capability]
     threads = 32 * config.warps
@@ -64,6 +75,7 @@ def measured(launch: Launch, capability: int, dim: int, config: Config) -> dict[
     )
     return {
         "instructions_64_keys": round(loop.instructions * 64 / config.columns, 1),
+        **pooled,
         "barriers_64_keys": round(loop.barriers * 64 / config.columns, 2),
         "registers": compiled.registers,
         "spills": compiled.spills,
@@ -83,6 +95,7 @@ def rows() -> Iterator[dict[str, Any]]:
                     "dense, running maximum": plan_dense(dim, config, lazy=False),
                     "dense, lazy rescaling": plan_dense(dim, config, lazy=True),
                 }
+                kernels["sparse, pooled keys"] = sparse_launch(dim, config, capability, terms=pooled_terms(dim))
                 if capability >= 90:
                     kernels["sparse, descriptors"] = sparse_launch(dim, config, capability, tma=True)
                 for name, launch in kernels.items():

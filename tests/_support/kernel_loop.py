@@ -16,7 +16,7 @@ _TENSOR = re.compile(r"HGMMA|HMMA|UTC\w*MMA")
 
 @dataclass(frozen=True)
 class Loop:
-    """The innermost loop over key blocks.
+    """A loop over keys.
 
     Attributes:
         instructions: of a warp for one pass by the shortest way, as every pass but the first goes.
@@ -35,14 +35,25 @@ def inner_loop(code: str) -> Loop:
     Raises:
         AssertionError: there is none.
     """
+    return min(key_loops(code), key=lambda loop: loop.instructions)
+
+
+def key_loops(code: str) -> list[Loop]:
+    """Find the loops with tensor-core products and exponentials in disassembled ``code``, in the order of the code.
+
+    Raises:
+        AssertionError: there is none.
+    """
     labels, lines = _read(code)
     spans = [span for span in _loops(labels, lines) if any(map(_TENSOR.search, lines[span[0] : span[1] + 1]))]
     ways = [_shortest(lines, labels, *span) for span in spans]  # on Blackwell one warp starts the products of all
-    ways = [way for way in ways if any("MUFU.EX2" in line for line in way)]
-    assert ways, "no loop over key blocks"
-    way = min(ways, key=len)
-    kinds = Counter(_name(line) for line in way)
-    return Loop(len(way), kinds["BAR"], kinds["FMUL"] + 2 * kinds["FMUL2"])
+    found = []
+    for way in ways:
+        if any("MUFU.EX2" in line for line in way):
+            kinds = Counter(_name(line) for line in way)
+            found.append(Loop(len(way), kinds["BAR"], kinds["FMUL"] + 2 * kinds["FMUL2"]))
+    assert found, "no loop over key blocks"
+    return found
 
 
 def _read(code: str) -> tuple[dict[str, int], list[str]]:

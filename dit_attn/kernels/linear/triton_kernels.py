@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_attn.kernels.backends.triton.forward import product, rows_of, store_rows
+from dit_attn.kernels.backends.triton.tiles import product, rows_of, store_rows
 
 
 @triton.jit

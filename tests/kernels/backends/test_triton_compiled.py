@@ -20,7 +20,7 @@ from dit_attn.kernels.triton_launch import Launch
 from tests._support.compiled_kernels import SHARED_MEMORY, Compiled, compile_for
 from tests._support.dense_attention_kernel import plan_dense
 from tests._support.instruction_table import plain_problem, sparse_launch
-from tests._support.kernel_loop import inner_loop
+from tests._support.kernel_loop import inner_loop, key_loops
 
 SEQ, HEADS = 1032, 2  # ragged, so that the second loop is there
 
@@ -136,6 +136,16 @@ def test_the_sparse_loop_has_few_more_instructions_than_a_dense_one(capability: 
     assert sparse.instructions * 64 <= most * config.columns
     assert sparse.barriers <= max(dense.barriers, 4)
     assert lazy == (sparse.rescaled < dim // 4)  # nothing in the loop rescales the accumulator
+
+
+@pytest.mark.parametrize(("capability", "dim", "most"), ((80, 64, 385), (90, 64, 335), (90, 128, 385)))
+def test_64_pooled_keys_take_few_instructions_and_the_keys_no_more(capability: int, dim: int, most: int) -> None:
+    p = problem(torch.bfloat16, dim, 1024)
+    pooling = Terms(compensation=pooled_compensation(p.k, p.v, 128))
+    keys, pooled = key_loops(compile_for(forward(p, pooling, capability=capability), capability).disassemble())[:2]
+    alone = inner_loop(compile_for(forward(p, capability=capability), capability).disassemble())
+    assert keys.instructions <= 1.02 * alone.instructions and pooled.instructions <= most
+    assert max(keys.rescaled, pooled.rescaled) < dim // 4
 
 
 def test_descriptors_become_bulk_copies_on_hopper() -> None:

@@ -70,14 +70,18 @@ def test_every_term_does_what_its_formula_says(name: str) -> None:
 @pytest.mark.parametrize("dim", (16, 24))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("rise", (-200.0, 20.0, 65.0, 75.0, 400.0))
-def test_logits_may_rise_or_fall_by_any_amount_after_the_first_keys(rise: float, dtype: torch.dtype, dim: int) -> None:
+@pytest.mark.parametrize("pooled", (False, True))
+def test_logits_may_rise_or_fall_by_any_amount_after_the_first_keys(
+    pooled: bool, rise: float, dtype: torch.dtype, dim: int
+) -> None:
     p = call(dtype, dim)
     q, k = p.q.clone(), p.k.clone()
     q[..., 0] = 8.0
     k[..., 0] = rise / (8 * p.scale) * torch.arange(90)[None, :, None] / 90  # from one tile of 16 keys to the next
     p = replace(p, q=q, k=k)
-    out, lse = attend(p, NO_TERMS, "triton")
-    expected = definition(p)
+    terms = Terms(compensation=pooled_compensation(p.k, p.v, 16)) if pooled else NO_TERMS
+    out, lse = attend(p, terms, "triton")
+    expected = definition(p, terms)
     agree((out,), expected[:1], max(TOLERANCE[dtype], 1e-4))  # logits of 400 have an error of 2e-5 in fp32
     agree((lse,), expected[1:], 1e-4)
 
@@ -88,6 +92,17 @@ def test_pooled_keys_of_any_size_and_type_join_16_bit_queries(tokens: int) -> No
     wider = replace(p, k=p.k.float(), v=p.v.float())
     terms = Terms(compensation=pooled_compensation(wider.k, wider.v, tokens, variance=True))
     agree(attend(p, terms, "triton"), definition(p, terms), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize(("block", "tokens", "keys"), ((64, 64, 4480), (64, 32, 1500), (128, 4, 700), (48, 16, 500)))
+def test_pooled_keys_of_many_blocks_know_which_of_these_are_chosen(block: int, tokens: int, keys: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 16, generator=rng).to(torch.bfloat16) for n in (40, keys, keys))
+    chosen = torch.rand(1, 2, 1, -(-keys // block), generator=rng) < 0.3
+    layout = BlockLayout.from_mask(chosen, 40, keys, 64, block)
+    p = Problem(q, k, v, layout, 0.25, None, None)
+    terms = Terms(compensation=pooled_compensation(k, v, tokens))
+    agree(attend(p, terms, "triton"), definition(p, terms), TOLERANCE[torch.bfloat16])
 
 
 def test_the_square_of_a_large_query_stays_within_fp16() -> None:

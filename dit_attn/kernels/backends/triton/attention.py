@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ class Config:
 
 
 EDGE_COLUMNS = 16  # keys per step where masks are evaluated, which takes registers
+POOLED_COLUMNS = 64  # pooled keys per step
 
 
 def tile_of(block: int, largest: int = 128) -> int:
@@ -116,7 +118,7 @@ def plan_forward(
         **_lists(layout), **_keys(problem), **_elements(layout), **_terms(problem, terms),
         "scale": problem.scale, "heads": q.shape[2], "ratio": problem.ratio, "tiles": tiles,
         "q_len": layout.q_len, "kv_len": layout.kv_len,
-        "BM": bm, "BN": bn, "EN": min(bn, EDGE_COLUMNS), "BV": bn,
+        "BM": bm, "BN": bn, "EN": min(bn, EDGE_COLUMNS), "BV": min(bn, POOLED_COLUMNS),
         "Q_SPLIT": layout.q_block // bm, "KV_SPLIT": layout.kv_block // bn,
         "DIM": dim, "D1": first, "D2": second, "RAGGED": layout.kv_len % layout.kv_block != 0,
         **_arithmetic(q.dtype), "LAZY": lazy_rescaling(problem, terms, capability), "TMA": tma and second == 0,
@@ -208,7 +210,7 @@ def forward_config(problem: Problem, terms: Terms, capability: int) -> Config:
         return Config(32, 16, 8, 2)
     if terms.bias is not None or (comp is not None and comp.variance is not None):
         return Config(128, 32, 8, 2)  # these take registers
-    if comp is None and lazy_rescaling(problem, terms, capability) and _large_tiles(problem, capability):
+    if lazy_rescaling(problem, terms, capability) and _large_tiles(problem, capability):
         return Config(128, 128, 8, 3)
     return Config(128, 64, 8, 3 if q.shape[-1] > 64 or comp is not None else 4)
 
@@ -320,7 +322,7 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
         "COMP": comp is not None, "COMP_PER_BLOCK": 1 if comp is None else layout.kv_block // comp.tokens,
         "COMP_VAR": comp is not None and comp.variance is not None, "var_cap": 0.0 if comp is None else comp.cap,
     }  # fmt: skip
-    weight = None if comp is None else comp.log_weight.to(torch.float32).contiguous()
+    weight = None if comp is None else _padded_weight(comp.log_weight)
     bits = None if comp is None else selected_bits(layout)
     for name in ("k", "v", "variance"):
         x = None if comp is None else getattr(comp, name)
@@ -344,6 +346,16 @@ def _terms(problem: Problem, terms: Terms) -> dict[str, Any]:
         "bl_b": 0 if blend is None or blend.shape[0] == 1 else blend.stride(0),
         "value_shift": 0 if end is None else end.value_shift,
     }  # fmt: skip
+
+
+def _padded_weight(log_weight: torch.Tensor) -> torch.Tensor:
+    """Turn weights of pooled keys into base 2, with ``-inf`` up to whole steps of the loop over them."""
+    count = log_weight.shape[-1]
+    padded = log_weight.new_full(
+        (*log_weight.shape[:-1], ceil_div(count, POOLED_COLUMNS) * POOLED_COLUMNS), -math.inf, dtype=torch.float32
+    )
+    padded[..., :count] = log_weight * math.log2(math.e)
+    return padded
 
 
 def let_kernels_allocate() -> None:

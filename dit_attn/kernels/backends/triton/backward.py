@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_attn.kernels.backends.triton.forward import (
+from dit_attn.kernels.backends.triton.tiles import (
     LOG2E,
     bit_rows,
     element_allowed,

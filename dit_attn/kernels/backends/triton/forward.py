@@ -1,13 +1,11 @@
 """Block-sparse attention in Triton, forward: one program per query tile, one loop over the key blocks of its list.
 
-The loop is a dense FlashAttention loop whose next key block comes from a list. Two things make it as fast as a dense
-kernel per block. The list is loaded by inline PTX: an ordinary load inside the loop becomes a stage of its own in the
-compiler's software pipeline, which then drains the prefetch of keys and values at every step. And blocks that need no
-mask run in a loop without masks: ragged tails and element masks are left to a second, short loop.
+The loop is a dense FlashAttention loop whose next key block comes from a list. What makes it as fast as a dense kernel
+per block is in :mod:`~dit_attn.kernels.backends.triton.loops` and :mod:`~dit_attn.kernels.backends.triton.tiles`.
 
 Numbers that depend on the density are not specialized: Triton would recompile where one of them becomes 1 or stops
 being a multiple of 16. Every optional term (bias, compensation, epilogue, ...) is a compile-time flag; the plain
-variant does not pay for it. Logits are in base 2: ``p = exp2(s * scale * log2(e) - m)``.
+variant does not pay for it.
 
 The plain variant rescales lazily (the idea of FlashAttention 4, taken to its end). Any reference ``m`` gives the same
 output and log-sum-exp, as long as no sum overflows: the maximum of the first key tile stays the reference of the row,
@@ -21,191 +19,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from dit_attn.kernels.backends.triton.loops import edge_blocks, full_blocks, pooled_keys
+from dit_attn.kernels.backends.triton.tiles import LOG2E, rows_of, store_rows
+
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_SUM = tl.constexpr(2.0**100)  # of weights relative to a stale maximum; also bounds every weight
 
 
 @triton.jit
-def list_entry(pointer, INTERPRET: tl.constexpr):
-    """Load one int32 of a block list outside of the software pipeline (see the module docstring)."""
-    if INTERPRET:
-        return tl.load(pointer)
-    return tl.inline_asm_elementwise(
-        "ld.global.nc.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Multiply (M, K) x (K, N) with fp32 sums. ``UPCAST`` is for the interpreter, which cannot multiply bf16."""
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def rows_of(
-    base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
-):  # fmt: skip
-    """Load (R, WIDTH) channels ``FIRST ..`` of rows of a (S, DIM) tensor; 0 outside of it. ``CHECK`` masks rows."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if CHECK:
-        if FIRST + WIDTH > DIM:
-            return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < DIM), other=0.0)
-        return tl.load(pointers, mask=rows[:, None] < limit, other=0.0)
-    if FIRST + WIDTH > DIM:
-        return tl.load(pointers, mask=columns[None, :] < DIM, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def block_rows(base, start, stride, offsets, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Load (R, WIDTH) channels ``FIRST ..`` of rows from ``start`` on; ``offsets`` (R,) are those of rows 0, 1, ..."""
-    # What does not depend on the block is added apart from what does, so that it is computed once, before the loop.
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = base + start.to(tl.int64) * stride + (offsets[:, None] + columns[None, :])
-    if FIRST + WIDTH > DIM:
-        return tl.load(pointers, mask=columns[None, :] < DIM, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def low_rank(extra_q, extra_k):
-    """Compute a low-rank bias (M, N) in base 2; ``-inf`` where it bars, at most ``terms.BARRED``."""
-    bias = tl.dot(extra_q, tl.trans(extra_k), input_precision="tf32x3")
-    return tl.where(bias <= -1e4, float("-inf"), bias * LOG2E)
-
-
-@triton.jit
-def store_rows(base, rows, stride, limit, x, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Write (R, WIDTH) into channels ``FIRST ..`` of a (S, DIM) tensor."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (columns[None, :] < DIM))
-
-
-@triton.jit
-def axis_allowed(starts, places, size):
-    """Evaluate the window rule along one axis; pointers (M, 1) to first positions and (1, N) to positions of keys."""
-    # Volatile: kept out of the loops they do not change in, where three tables of a tile would cost too many registers.
-    distance = tl.load(places, volatile=True) - tl.load(starts, volatile=True)
-    inside = distance.to(tl.uint32) < size.to(tl.uint32)
-    return inside | ((distance + (1 << 29)).to(tl.uint32) >= (1 << 30))  # far: one of them is FREE, which is text
-
-
-@triton.jit
-def element_allowed(
-    q, k, ma, mb, bits_row, key_in_block, KIND: tl.constexpr,
-    n0, n1, n2, n3,
-):  # fmt: skip
-    """Evaluate an element mask for q (M, 1) and k (1, N) token numbers; (M, N) bool. Kinds: ``element_masks.py``."""
-    if KIND == 1:  # a window of n0 x n1 x n2 positions; tables (Sq, 3) of queries, (Sk, 3) of keys
-        allowed = axis_allowed(ma + 3 * q, mb + 3 * k, n0)
-        allowed = allowed & axis_allowed(ma + 3 * q + 1, mb + 3 * k + 1, n1)
-        allowed = allowed & axis_allowed(ma + 3 * q + 2, mb + 3 * k + 2, n2)
-    elif KIND == 2:  # band of n0 keys before and n1 after, n2 sink keys, queries shifted by n3
-        distance = k - (q + n3)
-        allowed = ((distance >= -n0) & (distance <= n1)) | (k < n2)
-    elif KIND == 3:  # equal segment numbers
-        allowed = tl.load(ma + q) == tl.load(mb + k)
-    else:  # one bit per pair of this entry; bits_row (M, 1) points at the words of each query
-        words = tl.load(bits_row + key_in_block // 32)
-        allowed = ((words >> (key_in_block % 32)) & 1) != 0
-    return allowed
-
-
-@triton.jit
-def bit_rows(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr):
-    """Return (M, 1) pointers to the words of queries ``in_block`` of query block ``row`` for a partial entry."""
-    words = (KV_BLOCK + 31) // 32
-    base = b * ma_b + h * ma_h + (row.to(tl.int64) * entries + entry) * (Q_BLOCK * words)
-    return ma + base + in_block[:, None] * words
-
-
-@triton.jit
-def softmax_step(s, m, l, EDGE: tl.constexpr):
-    """Update an online softmax by base-2 logits: (p, factor of the earlier sums, new maximum, new sum)."""
-    top = tl.maximum(m, tl.max(s, 1))
-    if EDGE:  # a row may have had no key yet
-        safe = tl.where(top == float("-inf"), 0.0, top)
-    else:
-        safe = top
-    p = tl.exp2(s - safe[:, None])
-    shrink = tl.exp2(m - safe)
-    return p, shrink, top, l * shrink + tl.sum(p, 1)
-
-
-@triton.jit
-def plain_step(s, c, m, l):
-    """Update it by unscaled, unmasked logits: scale and maximum in one multiply-add. Needs c > 0."""
-    top = tl.maximum(m, tl.max(s, 1) * c)
-    p = tl.exp2(s * c - top[:, None])
-    shrink = tl.exp2(m - top)
-    return p, shrink, top, l * shrink + tl.sum(p, 1)
-
-
-@triton.jit
-def full_blocks(
-    q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, steps,
+def keys_without_masks(
+    q1, q2, extra_q, c, scale, var_cap, list_base, kcap, steps,
     k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
-    BN: tl.constexpr, KV_SPLIT: tl.constexpr, DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, RANK: tl.constexpr, LAZY: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    chosen, words, pooled, nv, ck_base, cv_base, cw_base, cb_base, cr_base,
+    BM: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, KV_SPLIT: tl.constexpr,
+    DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, RANK: tl.constexpr,
+    COMP: tl.constexpr, COMP_PER_BLOCK: tl.constexpr, COMP_VAR: tl.constexpr, COMP_RANK: tl.constexpr,
+    LAZY: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, INTERPRET: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attend to ``steps`` tiles of BN keys without element masks, from the first of a list on: (acc1, acc2, m, l)."""
-    columns = tl.arange(0, BN)
-    ranks = tl.arange(0, 16)
-    k_offsets = columns.to(tl.int64) * k_s
-    v_offsets = columns.to(tl.int64) * v_s
-    for step in tl.range(0, steps, num_stages=STAGES):
-        block = list_entry(list_base + tl.minimum(step // KV_SPLIT, kcap - 1), INTERPRET)
-        start = block * (BN * KV_SPLIT) + (step % KV_SPLIT) * BN
-        if TMA:
-            k1 = k_desc.load([start, 0])
-        else:
-            k1 = block_rows(k_base, start, k_s, k_offsets, 0, D1, DIM)
-        s = product(q1, tl.trans(k1), PRECISION, UPCAST)
-        if D2 > 0:
-            k2 = block_rows(k_base, start, k_s, k_offsets, D1, D2, DIM)
-            s += product(q2, tl.trans(k2), PRECISION, UPCAST)
-        if LAZY:
-            if step == 0:
-                m = tl.max(s, 1) * c
-            p = tl.exp2(s * c - m[:, None])
-            l += tl.sum(p, 1)
-        elif KEY_BIAS or KEY_MASK or RANK > 0:
-            keys = start + columns
-            s = s * c
-            if RANK > 0:
-                pointers = rank_base + keys[:, None].to(tl.int64) * RANK + ranks[None, :]
-                extra_k = tl.load(pointers, mask=ranks[None, :] < RANK, other=0.0)
-                s += low_rank(extra_q, extra_k)
-            if KEY_BIAS:
-                s += tl.load(bias_base + keys)[None, :] * LOG2E
-            if KEY_MASK:
-                exists = tl.load(mask_base + keys) != 0
-                s = tl.where(exists[None, :], s, float("-inf"))
-            p, shrink, m, l = softmax_step(s, m, l, True)
-        else:
-            p, shrink, m, l = plain_step(s, c, m, l)
-        if TMA:
-            v1 = v_desc.load([start, 0])
-        else:
-            v1 = block_rows(v_base, start, v_s, v_offsets, 0, D1, DIM)
-        if KEY_MASK:
-            v1 = tl.where(exists[:, None], v1, 0.0)
-        if not LAZY:
-            acc1 = acc1 * shrink[:, None]
-        acc1 += product(p.to(v1.dtype), v1, PRECISION, UPCAST)
-        if D2 > 0:
-            v2 = block_rows(v_base, start, v_s, v_offsets, D1, D2, DIM)
-            if KEY_MASK:
-                v2 = tl.where(exists[:, None], v2, 0.0)
-            if not LAZY:
-                acc2 = acc2 * shrink[:, None]
-            acc2 += product(p.to(v2.dtype), v2, PRECISION, UPCAST)
+    """Attend to ``steps`` tiles of keys and to the pooled keys of other blocks: (acc1, acc2, m, l)."""
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc1 = tl.zeros([BM, D1], tl.float32)
+    acc2 = acc1
+    if D2 > 0:
+        acc2 = tl.zeros([BM, D2], tl.float32)
+    acc1, acc2, m, l = full_blocks(
+        q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, steps,
+        k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+        BN, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK, LAZY, PRECISION, UPCAST, INTERPRET, TMA, STAGES,
+    )  # fmt: skip
+    if COMP:
+        acc1, acc2, m, l = pooled_keys(
+            q1, q2, extra_q, acc1, acc2, m, l, c, scale, var_cap, chosen, words, pooled, nv,
+            ck_base, cv_base, cw_base, cb_base, cr_base,
+            BV, COMP_PER_BLOCK, DIM, D1, D2, COMP_VAR, RANK if COMP_RANK else 0, LAZY, PRECISION, UPCAST,
+            1 if COMP_VAR and RANK > 0 else STAGES,  # copies in flight take shared memory
+        )  # fmt: skip
     return acc1, acc2, m, l
 
 
@@ -274,12 +125,6 @@ def forward_kernel(
         k_desc = tl.make_tensor_descriptor(k_base, shape=[kv_len, DIM], strides=[k_s, 1], block_shape=[BN, D1])
         v_desc = tl.make_tensor_descriptor(v_base, shape=[kv_len, DIM], strides=[v_s, 1], block_shape=[BN, D1])
 
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc1 = tl.zeros([BM, D1], tl.float32)
-    acc2 = acc1
-    if D2 > 0:
-        acc2 = tl.zeros([BM, D2], tl.float32)
     c = scale * LOG2E
 
     count = tl.load(kv_num_blocks + state)
@@ -304,7 +149,7 @@ def forward_kernel(
         last = tl.load(list_base + tl.maximum(full - 1, 0), mask=full > 0, other=0)
         plain = full - ((full > 0) & ((last + 1) * (BN * KV_SPLIT) > kv_len)).to(tl.int32)
 
-    # -- full blocks --
+    # -- keys --
     mask_base, bias_base, rank_base = k_base, k_base, k_base
     if KEY_MASK:
         mask_base = key_mask + b64 * km_b
@@ -312,123 +157,42 @@ def forward_kernel(
         bias_base = key_bias + b64 * kb_b + h64 * kb_h
     if RANK > 0:
         rank_base = bias_k + b64 * bk_b + h64 * bk_h
-    acc1, acc2, m, l = full_blocks(
-        q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, plain * KV_SPLIT,
-        k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
-        BN, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK, LAZY, PRECISION, UPCAST, INTERPRET, TMA, STAGES,
-    )  # fmt: skip
-    if LAZY:
-        exact = tl.sum(l, 0) < LARGEST_SUM
-        if not exact:  # a sum overflowed, or something was no number
-            m = tl.full([BM], float("-inf"), tl.float32)
-            l = tl.zeros([BM], tl.float32)
-            acc1 = tl.zeros([BM, D1], tl.float32)
-            if D2 > 0:
-                acc2 = tl.zeros([BM, D2], tl.float32)
-            acc1, acc2, m, l = full_blocks(
-                q1, q2, extra_q, acc1, acc2, m, l, c, list_base, kcap, plain * KV_SPLIT,
-                k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
-                BN, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK, False, PRECISION, UPCAST, INTERPRET, TMA, 1,
-            )  # fmt: skip
-
-    # -- ragged blocks and blocks with an element mask --
-    if RAGGED or KEY_LEN or ELEMENTS > 0:
-        parts = BN * KV_SPLIT // EN
-        narrow = tl.arange(0, EN)
-        for step in tl.range(plain * parts, count * parts, num_stages=EDGE_STAGES):
-            entry = step // parts
-            keys = tl.load(list_base + entry) * (BN * KV_SPLIT) + (step % parts) * EN + narrow
-            k1 = rows_of(k_base, keys, k_s, kv_len, 0, D1, DIM, True)
-            s = product(q1, tl.trans(k1), PRECISION, UPCAST)
-            if D2 > 0:
-                k2 = rows_of(k_base, keys, k_s, kv_len, D1, D2, DIM, True)
-                s += product(q2, tl.trans(k2), PRECISION, UPCAST)
-            s = s * c
-            exists = keys < limit
-            if KEY_MASK:
-                exists = exists & (tl.load(key_mask + b64 * km_b + keys, mask=keys < kv_len, other=0) != 0)
-            attended = exists[None, :]
-            if ELEMENTS > 0:
-                bits_row = ma
-                if ELEMENTS == 4:
-                    bits_row = bit_rows(
-                        ma, b64, h64, ma_b, ma_h, row, tl.maximum(entry - full, 0), rows % (BM * Q_SPLIT), n0,
-                        BM * Q_SPLIT, BN * KV_SPLIT,
-                    )  # fmt: skip
-                elif ELEMENTS == 3:
-                    bits_row = ma + b64 * ma_b
-                q_tokens = tl.minimum(rows, q_len - 1)[:, None]
-                k_tokens = tl.minimum(keys, kv_len - 1)[None, :]
-                allowed = element_allowed(
-                    q_tokens, k_tokens, bits_row, mb + b64 * mb_b, bits_row,
-                    ((step % parts) * EN + narrow)[None, :], ELEMENTS, n0, n1, n2, n3,
-                )  # fmt: skip
-                attended = attended & (allowed | (entry < full))
-            if RANK > 0:
-                extra_k = tl.load(
-                    bias_k + b64 * bk_b + h64 * bk_h + keys[:, None].to(tl.int64) * RANK + ranks[None, :],
-                    mask=(keys[:, None] < kv_len) & (ranks[None, :] < RANK), other=0.0,
-                )  # fmt: skip
-                s += low_rank(extra_q, extra_k)
-            if KEY_BIAS:
-                s += tl.load(key_bias + b64 * kb_b + h64 * kb_h + keys, mask=keys < kv_len, other=0.0)[None, :] * LOG2E
-            s = tl.where(attended, s, float("-inf"))
-            p, shrink, m, l = softmax_step(s, m, l, True)
-            v1 = tl.where(exists[:, None], rows_of(v_base, keys, v_s, kv_len, 0, D1, DIM, True), 0.0)
-            acc1 = acc1 * shrink[:, None] + product(p.to(v1.dtype), v1, PRECISION, UPCAST)
-            if D2 > 0:
-                v2 = tl.where(exists[:, None], rows_of(v_base, keys, v_s, kv_len, D1, D2, DIM, True), 0.0)
-                acc2 = acc2 * shrink[:, None] + product(p.to(v2.dtype), v2, PRECISION, UPCAST)
-
-    # -- pooled keys of the skipped blocks, in the same softmax --
-    if COMP:
-        ck_base = comp_k + (b64 * (heads // ratio) + hk64) * nv * DIM
-        cv_base = comp_v + (b64 * (heads // ratio) + hk64) * nv * DIM
-        pooled = nv
+    chosen, pooled = list_base, nv
+    ck_base, cv_base, cw_base, cb_base, cr_base = k_base, k_base, k_base, k_base, k_base
+    if COMP:  # pooled keys of the skipped blocks, in the same softmax
+        pooled_head = (b64 * (heads // ratio) + hk64) * nv * DIM
+        ck_base, cv_base, cb_base = comp_k + pooled_head, comp_v + pooled_head, comp_bias + b64 * cb_b + h64 * cb_h
+        chosen = comp_bits + b64 * bits_b + h64 * bits_h + row.to(tl.int64) * words
         if BLEND:
             pooled = tl.where(tau == 1.0, 0, nv)
         if COMP_VAR:
-            cw_base = comp_var + (b64 * (heads // ratio) + hk64) * nv * DIM
-            before, after = 1.0, 0.5 * scale * scale
-            if q1.dtype == tl.float16:  # its maximum is 65504: squares of queries above 255 are scaled first
-                before, after = after, before
-            qq1 = (q1.to(tl.float32) * q1.to(tl.float32) * before).to(q1.dtype)
-            if D2 > 0:
-                qq2 = (q2.to(tl.float32) * q2.to(tl.float32) * before).to(q2.dtype)
-        chosen = comp_bits + b64 * bits_b + h64 * bits_h + row.to(tl.int64) * words
-        for first in tl.range(0, pooled, BV):
-            places = first + tl.arange(0, BV)
-            known = places < nv
-            k1 = rows_of(ck_base, places, DIM, nv, 0, D1, DIM, True)
-            s = product(q1, tl.trans(k1), PRECISION, UPCAST)
-            if D2 > 0:
-                k2 = rows_of(ck_base, places, DIM, nv, D1, D2, DIM, True)
-                s += product(q2, tl.trans(k2), PRECISION, UPCAST)
-            s = s * c
-            if COMP_VAR:
-                w1 = rows_of(cw_base, places, DIM, nv, 0, D1, DIM, True)
-                variance = product(qq1, tl.trans(w1), PRECISION, UPCAST)
-                if D2 > 0:
-                    w2 = rows_of(cw_base, places, DIM, nv, D1, D2, DIM, True)
-                    variance += product(qq2, tl.trans(w2), PRECISION, UPCAST)
-                s += tl.minimum(variance * after, var_cap) * LOG2E
-            if COMP_RANK:
-                extra_k = tl.load(
-                    comp_rank + b64 * cr_b + h64 * cr_h + places[:, None].to(tl.int64) * RANK + ranks[None, :],
-                    mask=known[:, None] & (ranks[None, :] < RANK), other=0.0,
-                )  # fmt: skip
-                s += low_rank(extra_q, extra_k)
-            s += tl.load(comp_bias + b64 * cb_b + h64 * cb_h + places, mask=known, other=0.0)[None, :] * LOG2E
-            home = places // COMP_PER_BLOCK
-            word = tl.load(chosen + home // 32, mask=known, other=-1)
-            skipped = known & (((word >> (home % 32)) & 1) == 0)
-            s = tl.where(skipped[None, :], s, float("-inf"))
-            p, shrink, m, l = softmax_step(s, m, l, True)
-            v1 = rows_of(cv_base, places, DIM, nv, 0, D1, DIM, True)
-            acc1 = acc1 * shrink[:, None] + product(p.to(v1.dtype), v1, PRECISION, UPCAST)
-            if D2 > 0:
-                v2 = rows_of(cv_base, places, DIM, nv, D1, D2, DIM, True)
-                acc2 = acc2 * shrink[:, None] + product(p.to(v2.dtype), v2, PRECISION, UPCAST)
+            cw_base = comp_var + pooled_head
+        if COMP_RANK:
+            cr_base = comp_rank + b64 * cr_b + h64 * cr_h
+    acc1, acc2, m, l = keys_without_masks(
+        q1, q2, extra_q, c, scale, var_cap, list_base, kcap, plain * KV_SPLIT,
+        k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+        chosen, words, pooled, nv, ck_base, cv_base, cw_base, cb_base, cr_base,
+        BM, BN, BV, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK,
+        COMP, COMP_PER_BLOCK, COMP_VAR, COMP_RANK, LAZY, PRECISION, UPCAST, INTERPRET, TMA, STAGES,
+    )  # fmt: skip
+    if LAZY:
+        exact = tl.sum(l, 0) < LARGEST_SUM
+        if not exact:  # a sum overflowed, or something was no number, or pooled keys had no key before them
+            acc1, acc2, m, l = keys_without_masks(
+                q1, q2, extra_q, c, scale, var_cap, list_base, kcap, plain * KV_SPLIT,
+                k_base, k_s, k_desc, v_base, v_s, v_desc, mask_base, bias_base, rank_base,
+                chosen, words, pooled, nv, ck_base, cv_base, cw_base, cb_base, cr_base,
+                BM, BN, BV, KV_SPLIT, DIM, D1, D2, KEY_MASK, KEY_BIAS, RANK,
+                COMP, COMP_PER_BLOCK, COMP_VAR, COMP_RANK, False, PRECISION, UPCAST, INTERPRET, TMA, 1,
+            )  # fmt: skip
+    if RAGGED or KEY_LEN or ELEMENTS > 0:
+        acc1, acc2, m, l = edge_blocks(
+            q1, q2, extra_q, acc1, acc2, m, l, c, list_base, plain, full, count, limit, rows, row, b64, h64,
+            k_base, k_s, v_base, v_s, mask_base, bias_base, rank_base, ma, mb, ma_b, ma_h, mb_b, n0, n1, n2, n3,
+            q_len, kv_len, BM, BN, EN, Q_SPLIT, KV_SPLIT, DIM, D1, D2, ELEMENTS, KEY_MASK, KEY_BIAS, RANK,
+            PRECISION, UPCAST, EDGE_STAGES,
+        )  # fmt: skip
 
     # -- epilogue --
     empty = l == 0.0
