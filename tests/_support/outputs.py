@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -11,6 +12,8 @@ def tensors(output: Any) -> list[torch.Tensor]:
     """Every tensor of a model output, in order."""
     if isinstance(output, torch.Tensor):
         return [output]
+    if isinstance(output, np.ndarray):
+        return [torch.from_numpy(output)]
     if hasattr(output, "num_ref_tokens"):  # a cache of keys
         return []
     if isinstance(output, dict):

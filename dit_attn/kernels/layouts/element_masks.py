@@ -1,7 +1,7 @@
 """Element masks: which pairs of a partial block are attended to, as rules over token numbers or as bits.
 
 A rule is a few integers that a kernel takes as arguments; no table of size S x S exists. Kernels know each class by its
-``kind``; a new rule is a class here and a branch in ``backends/triton/forward.py``, ``element_allowed``.
+``kind``; a new rule is a class here and a branch in ``backends/triton/tiles.py``, ``element_allowed``.
 """
 
 from __future__ import annotations

@@ -213,6 +213,7 @@ FAMILIES = (
         layout=_by_ids,
         cfg=BATCHED,
         batch_axes=_POSITIONS,
+        mask_rule="visual-row",  # before diffusers 0.42: the outer product of what exists
         latent_pixels=16,
     ),
 )
