@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux3Transformer2DModel
 
@@ -56,11 +55,12 @@ class TestFlux3(PackedCase):
         }
 
     def pipeline(self) -> tuple[Any, dict[str, Any]]:
-        blocks = pytest.importorskip("diffusers.modular_pipelines.flux3.modular_blocks_flux3")
+        from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3CoreDenoiseStep
+
         components = {"transformer": self.model().eval(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
         embeds = torch.randn(2, 1, 9, 16)
         request = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], **SIZE}
-        return modular(blocks.Flux3CoreDenoiseStep(), components), request
+        return modular(Flux3CoreDenoiseStep(), components), request
 
     def test_the_first_blocks_see_the_image_alone(self, net: Any, args: Any) -> None:
         dit_attn.enable(net)
@@ -87,12 +87,13 @@ class TestFlux3(PackedCase):
 
 
 def test_a_distilled_run_has_one_branch() -> None:
-    blocks = pytest.importorskip("diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled")
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledCoreDenoiseStep
+
     torch.manual_seed(0)
     case = TestFlux3()
     case.flow_map = True
     components = {"transformer": case.model().eval(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    pipe = modular(blocks.Flux3DistilledCoreDenoiseStep(), components)
+    pipe = modular(Flux3DistilledCoreDenoiseStep(), components)
     dit_attn.enable(pipe, SPARSE)
     with watching() as seen:
         pipe(prompt_embeds=torch.randn(1, 9, 16), num_inference_steps=3, **SIZE)

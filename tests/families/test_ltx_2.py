@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -92,7 +93,10 @@ class TestLtx2(VideoCase):
             caption_channels=16,
             text_proj_in_factor=1,
             **{f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in stream.items()},
+            connector_rope_base_seq_len=4096,
+            rope_theta=10000.0,
             rope_double_precision=False,
+            causal_temporal_positioning=False,
         )
         vae = AutoencoderKLLTX2Video(
             latent_channels=4,
@@ -116,7 +120,8 @@ class TestLtx2(VideoCase):
         )
         embeds, mask = torch.randn(2, 1, 8, 16), torch.ones(1, 8)
         scales = {"guidance_scale": 3.0, "stg_scale": 0.0, "modality_scale": 1.0}
-        return pipe, {
+        known = inspect.signature(pipe.__call__).parameters  # the first releases have guidance alone
+        arguments = {
             "prompt_embeds": embeds[0],
             "negative_prompt_embeds": embeds[1],
             "prompt_attention_mask": mask,
@@ -128,10 +133,13 @@ class TestLtx2(VideoCase):
             "width": 640,
             "num_frames": 49,
         }
+        return pipe, {name: value for name, value in arguments.items() if name in known}
 
     def test_perturbed_passes_have_their_own_branch(self) -> None:
         torch.manual_seed(0)
         pipe, arguments = self.pipeline()
+        if "stg_scale" not in arguments:
+            pytest.skip("this diffusers perturbs no pass of LTX-2")
         pipe.register_modules(transformer=LTX2VideoTransformer3DModel(**self.settings(), perturbed_attn=True).eval())
         pipe.set_progress_bar_config(disable=True)
         dit_attn.enable(pipe, SPARSE)
