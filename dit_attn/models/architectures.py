@@ -35,7 +35,12 @@ class Architecture:
         inputs: makes the arguments of a call.
         token_pixels: side in pixels of a token: of a latent, times that of the patch.
         latent_frames: frames that a latent frame stands for, after the first.
+        chunk_frames: frames after which one stands for itself again; 0: only the first does.
+        pads: whether a size that is no multiple of a token's is padded up.
+        single: whether a call is of one sample.
+        names: entries of ``config`` with the number of layers and the size of a head.
         wide: entries of ``config`` that grow with the number of heads.
+        multiples: entries of ``wide`` that stay multiples of a number.
         scaled: what differs from the published model, e.g. ``{"layers": 2}``; empty for the real one.
     """
 
@@ -47,13 +52,18 @@ class Architecture:
     inputs: Callable[[CallShape], dict[str, Any]] = field(repr=False)
     token_pixels: int = 16
     latent_frames: int = 4
+    chunk_frames: int = 0
+    pads: bool = False
+    single: bool = False
+    names: tuple[str, str] = ("num_layers", "attention_head_dim")
     wide: tuple[str, ...] = ()
+    multiples: dict[str, int] = field(default_factory=dict)
     scaled: dict[str, int] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         """Number of layers with joint or self attention over the visual tokens."""
-        return self.config["num_layers"] + self.config.get("num_single_layers", 0)
+        return self.config[self.names[0]] + self.config.get("num_single_layers", 0)
 
     @property
     def heads(self) -> int:
@@ -63,13 +73,20 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         """Size of a head."""
-        return self.config["attention_head_dim"]
+        return self.config[self.names[1]]
 
     @property
     def grid(self) -> Grid:
         """(T, H, W) visual tokens at ``pixels``."""
         frames, height, width = self.pixels
-        return ((frames - 1) // self.latent_frames + 1, height // self.token_pixels, width // self.token_pixels)
+        chunk = self.chunk_frames or frames
+        times = frames // chunk * self._latents(chunk) + self._latents(frames % chunk)
+        beyond = self.token_pixels - 1 if self.pads else 0
+        return (times, (height + beyond) // self.token_pixels, (width + beyond) // self.token_pixels)
+
+    def _latents(self, frames: int) -> int:
+        """Latent frames of some frames, the first of which stands for itself."""
+        return (frames - 1) // self.latent_frames + 1
 
     @property
     def stand_in(self) -> Any:
@@ -88,7 +105,12 @@ class Architecture:
             if heads < 1:
                 raise DitAttnError(f"--heads must be at least 1, got {heads}")
             for name in self.wide:
-                config[name] = max(1, round(config[name] * heads / self.heads))
+                step = self.multiples.get(name, 1)
+                config[name] = step * max(1, round(config[name] * heads / self.heads / step))
+            groups = config.get("num_key_value_heads", 1)
+            while heads % groups:
+                groups -= 1
+            config |= {"num_key_value_heads": groups} if "num_key_value_heads" in config else {}
             config["num_attention_heads"] = scaled["heads"] = heads
         if layers is not None and layers != self.layers:
             kinds = 1 + ("num_single_layers" in config)
@@ -98,7 +120,7 @@ class Architecture:
             if kinds == 2:
                 first = min(layers - 1, max(1, round(layers * config["num_layers"] / self.layers)))
                 config["num_single_layers"] = layers - first
-            config["num_layers"] = first
+            config[self.names[0]] = first
         return replace(self, config=config, scaled=scaled)
 
     def at(self, frames: int | None = None, height: int | None = None, width: int | None = None) -> Architecture:
@@ -146,6 +168,15 @@ class Architecture:
         with torch.device("meta"):
             return sum(weight.numel() for weight in self.build_class()(**self.config).parameters())
 
+    def check_batch(self, batch: int) -> None:
+        """Raise if a call cannot be of that many samples.
+
+        Raises:
+            DitAttnError: so it is.
+        """
+        if self.single and batch > 1:
+            raise DitAttnError(f"--batch {batch}: a call of {self.name} is of one sample; leave it out")
+
     def bytes_needed(self, dtype: torch.dtype, batch: int) -> int:
         """Estimate the bytes of the weights and of the activations of a step."""
         tokens = math.prod(self.grid) + self.text
@@ -175,7 +206,7 @@ class Architecture:
         """Make the arguments of one forward call in the middle of a run: latents, text, time."""
         generator = torch.Generator(device).manual_seed(seed)
         with torch.device(device):
-            return self.inputs(CallShape(self.grid, self.text, self.head_dim, batch, dtype, generator))
+            return self.inputs(CallShape(self.grid, self.text, self.config, batch, dtype, generator))
 
     def build_class(self) -> Any:
         """Import and return its diffusers class."""
@@ -286,5 +317,71 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         pixels=(1, 1024, 1024),
         text=256,
         inputs=step_inputs.qwen_image_2_1,
+    ),
+    Architecture(
+        "krea-2",  # the sizes are the defaults of its class, as are those of the next two
+        "Krea2Transformer2DModel",
+        {
+            "num_attention_heads": 48,
+            "num_key_value_heads": 12,
+            "attention_head_dim": 128,
+            "num_layers": 28,
+            "intermediate_size": 16384,
+            "text_hidden_dim": 2560,
+            "text_num_attention_heads": 20,
+            "text_num_key_value_heads": 20,
+            "text_intermediate_size": 6912,
+        },
+        pixels=(1, 1024, 1024),
+        text=512,
+        inputs=step_inputs.krea_2,
+        wide=(
+            *("num_key_value_heads", "intermediate_size", "text_hidden_dim", "text_num_attention_heads"),
+            *("text_num_key_value_heads", "text_intermediate_size"),
+        ),
+        multiples={"text_hidden_dim": 128},
+    ),
+    Architecture(
+        "minimax-h3",
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": 56,
+            "attention_head_dim": 128,
+            "hidden_size": 5376,
+            "num_layers": 50,
+            "ffn_dim": 14336,
+            "time_embed_hidden_dim": 5376,
+            "time_embed_dim": 2688,
+        },
+        pixels=(124, 768, 1344),
+        text=256,
+        inputs=step_inputs.minimax_h3,
+        token_pixels=32,
+        chunk_frames=17,
+        wide=("hidden_size", "ffn_dim", "time_embed_hidden_dim", "time_embed_dim"),
+    ),
+    Architecture(
+        "cosmos-3",  # Nano
+        "Cosmos3OmniTransformer",
+        {
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_hidden_layers": 36,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "sound_gen": True,
+            "sound_dim": 64,
+            "action_gen": True,
+            "action_dim": 64,
+        },
+        pixels=(189, 720, 1280),
+        text=512,
+        inputs=step_inputs.cosmos_3,
+        token_pixels=32,
+        pads=True,
+        single=True,
+        names=("num_hidden_layers", "head_dim"),
+        wide=("num_key_value_heads", "hidden_size", "intermediate_size"),
     ),
 )

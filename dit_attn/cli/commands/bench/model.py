@@ -96,6 +96,7 @@ class ModelBenchConfig:
         variants = given or [[MethodSpec(name)] for name in METHODS]
         competitors, decisions = _competitors(variants, arch, options.get("preset"), device, dtype)
         batch = options.get("batch", 1)
+        arch.check_batch(batch)
         arch.check_memory(device, dtype, batch, _cached(competitors, arch, dtype.itemsize, batch))
         values = options.pick("preset", "full", "batch", "repeats", "threads", "json", "verbose")
         if "output" in options:
