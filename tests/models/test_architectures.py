@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.models import architectures
 from dit_attn.models.architectures import ARCHITECTURES, architecture
 from dit_attn.processors.attach.explain import visual_grid
 from dit_attn.processors.attach.families import family_of
@@ -149,13 +148,13 @@ def test_impossible_sizes_are_refused(change, parts) -> None:
 
 def test_too_little_memory_is_said_before_anything_is_built(monkeypatch) -> None:
     row = architecture("wan2.1-14b")
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 8 * 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 8 * 2**30)
     with pytest.raises(DitAttnError, match=r"about \d+\.\d GiB, and cpu has 8.0 GiB free"):
         row.check_memory(CPU, torch.bfloat16, 1)
     row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1)
     with pytest.raises(DitAttnError, match=r"20\.0 GiB of it cached by the method"):
         row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1, cached=20 * 2**30)
-    monkeypatch.setattr(architectures, "free_memory", lambda device: None)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: None)
     row.check_memory(CPU, torch.bfloat16, 1)  # nothing tells: try
 
 

@@ -21,7 +21,7 @@ from dit_attn.cli.table import show
 from dit_attn.errors import DitAttnError
 from dit_attn.files import is_place
 from dit_attn.models import architectures
-from dit_attn.models.architectures import Architecture
+from dit_attn.models.architecture import Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step

@@ -129,17 +129,13 @@ def test_a_gpu_that_is_not_there_is_said(cli) -> None:
 
 
 def test_what_a_method_keeps_counts_as_memory(cli, monkeypatch) -> None:
-    from dit_attn.models import architectures
-
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 60 * 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 60 * 2**30)
     words = ("bench", "model", "--config", "hunyuan-video", "--full", "--device", "cpu", "--dtype", "bfloat16")
     done = cli(*words, "--method", "block-sparse", "--method", "re-ttention")
     done.refused("hunyuan-video", "GiB of it cached by the method")
 
 
 def test_the_full_size_is_refused_where_it_does_not_fit(cli, monkeypatch) -> None:
-    from dit_attn.models import architectures
-
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 2**30)
     done = cli("bench", "model", "--config", "wan2.1-14b", "--full", "--device", "cpu")
     done.refused("wan2.1-14b", "40 layers, 40 heads", "GiB", "--layers")
