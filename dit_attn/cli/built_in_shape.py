@@ -33,6 +33,9 @@ SHAPES = (
     BuiltInShape("pixart-sigma", "PixArt-Sigma", ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",)),
     BuiltInShape("ltx-video", "LTX-Video", ("Lightricks/LTX-Video",)),
     BuiltInShape("qwen-image-2.1", "Qwen-Image 2.1", ("Qwen/Qwen-Image-2.1",)),
+    BuiltInShape("krea-2", "Krea 2", ("krea/Krea-2-Raw", "krea/Krea-2-Turbo")),
+    BuiltInShape("minimax-h3", "MiniMax-H3", ("MiniMaxAI/MiniMax-H3",)),
+    BuiltInShape("cosmos-3", "Cosmos 3 Nano", ("nvidia/Cosmos3-Nano",)),
 )
 
 

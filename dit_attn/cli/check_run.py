@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dit_attn.cli import jobs as job_files
+from dit_attn.cli import modular_source
 from dit_attn.cli.jobs import Job
 from dit_attn.cli.model_source import Source
 from dit_attn.errors import DitAttnError
@@ -32,6 +33,8 @@ def check_run(source: Source, jobs: Sequence[Job], methods: Iterable[Method] = (
     api.check_conflicts(methods)
     _check_negative(methods, jobs)
     job_files.check_calls(jobs, source.pipeline)
+    if source.opened is not None:
+        modular_source.check_calls(source.opened, jobs)
     try:
         pipe = source.without_weights
     except DitAttnError:

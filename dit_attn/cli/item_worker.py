@@ -11,6 +11,7 @@ from dit_attn.cli import outputs, run_record, runner, worker_setup
 from dit_attn.cli.engines import EngineConfig
 from dit_attn.cli.high_resolution import TwoStages
 from dit_attn.cli.jobs import Job, check_inputs
+from dit_attn.cli.load_pipeline import LoadConfig
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import progress_bar
 from dit_attn.cli.run_record import ItemResult, Run
@@ -20,15 +21,16 @@ from dit_attn.pipelines.run import JobFailed, Recipe, Task
 from dit_attn.remote import place_of
 
 
-def recipe_of(options: Options, run: Run) -> Recipe:
+def recipe_of(options: Options, run: Run, load: LoadConfig) -> Recipe:
     """Return how a worker gets ready for the items of a run, as JSON values.
 
     Args:
         options: the flags.
         run: what the items share; its precision holds for all machines.
+        load: how the pipeline is loaded.
     """
     stages = None if run.stages is None else {**asdict(run.stages), "methods": None}
-    return worker_setup.recipe_of(f"{__name__}:make_worker", options, run, stages=stages)
+    return worker_setup.recipe_of(f"{__name__}:make_worker", options, run, stages=stages, parts=load.parts)
 
 
 def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], Any]:
@@ -50,7 +52,7 @@ def make_worker(settings: dict[str, Any], name: str) -> Callable[[Any, bool], An
         return TwoStages((height, width), given["settings"], methods, given["resume"])
 
     run, load = worker_setup.worker_run(settings, name, stages)
-    run_record.load_run(run, load)
+    run_record.load_run(run, replace(load, parts=settings["parts"] and tuple(settings["parts"])))
 
     def work(content: Any, again: bool) -> Any:
         return asdict(_make(run, Job(**content), again))

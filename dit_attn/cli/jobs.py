@@ -268,15 +268,14 @@ def check_calls(jobs: Sequence[Job], pipeline: Any) -> None:
     """
     parameters = inspect.signature(pipeline.__call__).parameters
     taken = [name for name, spec in parameters.items() if spec.kind is not spec.VAR_KEYWORD and name != "self"]
-    flags = {_CALL_NAMES.get(key, key): f"--{key.replace('_', '-')}" for key in LINE_FLAGS}
+    flags = _flags()
     needed = [
         name for name, spec in parameters.items() if spec.default is spec.empty and name in taken and name != "prompt"
     ]
     for job in jobs:
         missing = [name for name in needed if name not in job.call]
         if missing:
-            remedy = f"give {flags[missing[0]]}" if missing[0] in flags else "give it with --pipeline-kwargs"
-            raise DitAttnError(f"{pipeline.__name__} needs {missing[0]}; {remedy} ({job.where})")
+            raise needs(pipeline, missing[0], job)
         for key in job.call:
             _refuse_reserved(key)
             if key not in taken and key in flags:
@@ -284,6 +283,17 @@ def check_calls(jobs: Sequence[Job], pipeline: Any) -> None:
             if key not in taken:
                 raise unknown(f"argument of {pipeline.__name__}", key, [name for name in taken if name not in RESERVED])
         check_images(job)
+
+
+def needs(pipeline: Any, argument: str, job: Job) -> DitAttnError:
+    """Return the refusal of a job that lacks an argument of the pipeline's call, with the flag to give."""
+    remedy = f"give {_flags()[argument]}" if argument in _flags() else "give it with --pipeline-kwargs"
+    return DitAttnError(f"{pipeline.__name__} needs {argument}; {remedy} ({job.where})")
+
+
+def _flags() -> dict[str, str]:
+    """The flags of a call, by the pipelines' names."""
+    return {_CALL_NAMES.get(key, key): f"--{key.replace('_', '-')}" for key in LINE_FLAGS}
 
 
 def check_images(job: Job) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_attn import files
-from dit_attn.cli.model_source import Source, describe, go_offline_where_there_is_no_hub
+from dit_attn.cli import modular_source
+from dit_attn.cli.model_source import Source, cached_index, describe, go_offline_where_there_is_no_hub
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, on_terminal
 from dit_attn.errors import DitAttnError, reason, shorten, unknown
 from dit_attn.processors.attach.components import COMPONENTS
+
+if TYPE_CHECKING:
+    from dit_attn.cli.jobs import Job
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -33,6 +37,7 @@ class LoadConfig:
         cpu_offload: ``"model"``, ``"group"`` or ``None``.
         vae_tiling, vae_slicing: decode piece by piece.
         compile: arguments of ``torch.compile``; ``None`` does not compile.
+        parts: of a modular pipeline, by name; ``None``: all.
     """
 
     source: Source
@@ -45,14 +50,16 @@ class LoadConfig:
     vae_tiling: bool = False
     vae_slicing: bool = False
     compile: dict[str, Any] | None = None
+    parts: tuple[str, ...] | None = None
 
     @classmethod
-    def from_options(cls, options: Options, show_progress: bool = False) -> LoadConfig:
+    def from_options(cls, options: Options, show_progress: bool = False, modular: bool = False) -> LoadConfig:
         """Check the flags and read the model's configuration; no weights are loaded.
 
         Args:
             options: the flags.
             show_progress: let diffusers and transformers draw their bars while they load.
+            modular: whether a modular pipeline will do.
 
         Raises:
             DitAttnError: no such model, device or adapter; a combination that this machine or pipeline cannot do.
@@ -68,11 +75,18 @@ class LoadConfig:
             if offload and device.type == "cpu":
                 raise no_gpu
             quiet(show_progress)
-            source = describe(options["model"], options.get("revision"), options.get("variant"))
+            source = describe(options["model"], options.get("revision"), options.get("variant"), modular)
         _check_takes_adapters(lora, source.pipeline)
         dtype = pick_dtype(options.get("dtype", "auto"), source, device)
         rest = options.pick("variant", "attention_backend", "vae_tiling", "vae_slicing", "compile")
         return cls(source, device, dtype, lora=lora, cpu_offload=offload, **rest)
+
+    def for_jobs(self, jobs: Iterable[Job]) -> LoadConfig:
+        """Return the same with those parts alone that the jobs need, where that can be known."""
+        if self.source.opened is None:
+            return self
+        calls = ({"prompt": job.prompt, **job.call} for job in jobs)
+        return replace(self, parts=modular_source.parts_of(self.source.opened, calls))
 
 
 def pick_device(name: str) -> Any:
@@ -176,7 +190,7 @@ def load_pipeline(config: LoadConfig, bar: bool = False) -> Any:
             getattr(pipe.vae, name)()
     if config.attention_backend is not None:
         _backend(pipe, config.attention_backend)
-    _place(pipe, config.cpu_offload, config.device)
+    _place(pipe, config)
     show_steps(pipe, "steps", bar)
     return pipe
 
@@ -216,12 +230,8 @@ def compile_pipeline(pipe: Any, arguments: dict[str, Any] | None) -> None:
 
 def commit_of(source: Source) -> str | None:
     """Return the commit of a Hub model that is loaded now: the name of its snapshot folder."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if source.kind != "hub":
-        return None
-    path = try_to_load_from_cache(source.path, "model_index.json", revision=source.revision)
-    return Path(path).parent.name if isinstance(path, str) else None
+    path = cached_index(source.path, source.revision) if source.kind == "hub" else None
+    return path.parent.name if path is not None else None
 
 
 def _read(config: LoadConfig) -> Any:
@@ -234,6 +244,9 @@ def _read(config: LoadConfig) -> Any:
         return models.load(source.name, config.dtype)
     known = {"revision": source.revision, "variant": config.variant}
     try:
+        if source.opened is not None:
+            place = (source.opened, source.path, source.revision)
+            return modular_source.load(*place, config.parts, config.dtype, config.variant)
         return source.pipeline.from_pretrained(
             source.path, torch_dtype=config.dtype, **{key: value for key, value in known.items() if value}
         )
@@ -280,11 +293,14 @@ def _backend(pipe: Any, name: str) -> None:
         raise DitAttnError(f"--attention-backend {shorten(name)} cannot be used ({reason(error)})") from error
 
 
-def _place(pipe: Any, offload: str | None, device: Any) -> None:
+def _place(pipe: Any, config: LoadConfig) -> None:
     import torch
 
+    offload, device = config.cpu_offload, config.device
     try:
-        if offload == "model":
+        if offload and config.source.opened is not None:
+            modular_source.offload(pipe, offload, device)
+        elif offload == "model":
             pipe.enable_model_cpu_offload(device=device)
         elif offload == "group":
             pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)

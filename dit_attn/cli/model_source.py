@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from dit_attn import files
+from dit_attn.cli import modular_source
 from dit_attn.cli.built_in_shape import SHAPES, BuiltInShape, built_in_shape
 from dit_attn.errors import DitAttnError, cut, reason, shorten, unknown
 
-_MODULAR = "modular_model_index.json"
 SAMPLE, SAMPLES = 1 << 16, 16  # bytes, and how many such pieces of a large file are looked at
 
 
@@ -35,6 +35,7 @@ class Source:
         defaults: arguments every call needs (embedded models and trainings of them).
         fingerprint: changes when the files of an embedded model or a folder change; the revision otherwise.
         components: ``model_index.json``.
+        opened: a modular pipeline without weights, see :mod:`~dit_attn.cli.modular_source`; ``None`` for others.
     """
 
     name: str
@@ -46,42 +47,56 @@ class Source:
     defaults: dict[str, Any]
     fingerprint: str
     components: dict[str, Any] = field(repr=False)
+    opened: Any = field(default=None, repr=False)
 
     @cached_property
     def without_weights(self) -> Any:
         """The pipeline without weights, see :func:`skeleton`."""
+        if self.opened is not None:
+            return modular_source.without_weights(self.opened, self.path, self.revision)
         return skeleton(self)
 
     @cached_property
     def with_tokenizers(self) -> Any:
         """The same with its tokenizers, and the configurations of its text encoders: what ``dit_attn.spans`` needs."""
-        return skeleton(self, tokenizers=True)
+        return self.without_weights if self.opened is not None else skeleton(self, tokenizers=True)
 
 
-def describe(name: str, revision: str | None = None, variant: str | None = None) -> Source:
+def describe(name: str, revision: str | None = None, variant: str | None = None, modular: bool = False) -> Source:
     """Find a model and read its configuration.
 
     Args:
         name: embedded model, local folder, or ``org/name``.
         revision: branch, tag or commit of a Hub model.
         variant: weight variant, refused where there is none.
+        modular: whether a modular pipeline will do.
 
     Raises:
         DitAttnError: there is no such model, or it is not a diffusers pipeline this diffusers knows.
     """
     kind, path, defaults = locate(name, revision, variant)
-    index = _model_index(name, kind, path, revision)
-    transformer = _transformer(path, revision, index)
+    index, opened = _model_index(name, kind, path, revision), None
+    if index is None:
+        if not modular:
+            raise DitAttnError(
+                f"{shorten(name)} is a modular pipeline ({modular_source.INDEX}), which this command does not take; "
+                "generate, edit, compare, inspect and explain do"
+            )
+        opened = modular_source.open_pipeline(name, path, revision)
+        transformer = modular_source.transformer_of(opened, path, revision)
+    else:
+        transformer = _transformer(path, revision, index)
     return Source(
         name=name,
         kind=kind,
         path=path,
         revision=revision,
-        pipeline=_pipeline_class(name, index),
+        pipeline=_pipeline_class(name, index) if index is not None else type(opened),
         transformer=transformer,
         defaults=defaults,
         fingerprint=revision or "main" if kind == "hub" else fingerprint(Path(path)),
-        components=index,
+        components=index or {},
+        opened=opened,
     )
 
 
@@ -172,9 +187,7 @@ def locate(name: str, revision: str | None = None, variant: str | None = None) -
         raise DitAttnError("--model is empty; give an embedded model, a local folder, or org/name")
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # pathlib raises for names that no file can have
-        if not (folder / "model_index.json").is_file():
-            if (folder / _MODULAR).is_file():
-                raise _is_modular(str(folder))
+        if not any((folder / index).is_file() for index in ("model_index.json", modular_source.INDEX)):
             raise DitAttnError(
                 f"{folder} is not a diffusers pipeline (no model_index.json); give the folder that holds it"
             )
@@ -202,8 +215,12 @@ def _trained_defaults(folder: Path) -> dict[str, Any]:
     return models.call_defaults(name) if name in MODELS else {}
 
 
-def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any]:
+def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[str, Any] | None:
+    """``model_index.json``, ``None`` for a modular pipeline, which has another index."""
     from diffusers import DiffusionPipeline
+
+    if kind == "folder" and not (Path(path) / "model_index.json").is_file():
+        return None
 
     if kind == "embedded" and not (Path(path) / "model_index.json").is_file():
         raise DitAttnError(f"{path} is not a diffusers pipeline (no model_index.json); reinstall dit-attn")
@@ -212,7 +229,7 @@ def _model_index(name: str, kind: str, path: str, revision: str | None) -> dict[
         return dict(DiffusionPipeline.load_config(path, revision=revision, local_files_only=offline))
     except (OSError, ValueError) as error:
         if kind == "hub" and _has_modular_index(name, revision):
-            raise _is_modular(name) from error
+            return None
         if offline:
             raise _unreachable(name) from error
         if kind == "hub":
@@ -229,16 +246,9 @@ def _has_modular_index(name: str, revision: str | None) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return bool(hf_hub_download(name, _MODULAR, revision=revision))
+        return bool(hf_hub_download(name, modular_source.INDEX, revision=revision))
     except (HfHubHTTPError, OSError, ValueError):
         return False
-
-
-def _is_modular(name: str) -> DitAttnError:
-    return DitAttnError(
-        f"{shorten(name)} is a modular pipeline ({_MODULAR}), which no command loads; in Python: "
-        "pipe = ModularPipeline.from_pretrained(...), pipe.load_components(), dit_attn.enable(pipe, ...)"
-    )
 
 
 def check_reachable(name: str, revision: str | None = None) -> None:
@@ -247,14 +257,24 @@ def check_reachable(name: str, revision: str | None = None) -> None:
     Raises:
         DitAttnError: so it is.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     try:
-        cached = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        cached = cached_index(name, revision)
     except ValueError:  # no name of a repository: the Hub's own message is better
         return
-    if not isinstance(cached, str) and go_offline_where_there_is_no_hub():
+    if cached is None and go_offline_where_there_is_no_hub():
         raise _unreachable(name)
+
+
+def cached_index(name: str, revision: str | None = None) -> Path | None:
+    """Return the index of a Hub model in the local cache, ``None`` where it is not there.
+
+    Raises:
+        ValueError: that is no name of a repository.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(name, x, revision=revision) for x in ("model_index.json", modular_source.INDEX)]
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _unreachable(name: str) -> DitAttnError:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 # Frames per second the model was trained on, by the beginning of its pipeline's name.
 _FPS = {"Wan": 16, "SkyReels": 24, "Hunyuan": 24, "LTX": 24, "Mochi": 30, "Allegro": 15, "Cosmos": 24, "Kandinsky5": 24}
+_FPS |= {"MiniMaxH3": 24}
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def worker_run(settings: dict[str, Any], name: str, stages: StagesOf | None = No
 
     folder = place_of(settings["folder"])
     engines.check_marked(folder, settings["mark"], name)
-    load = LoadConfig.from_options(Options(settings["load"]))
+    load = LoadConfig.from_options(Options(settings["load"]), modular=True)
     methods = tuple(Method.from_dict(data) for data in settings["methods"])
     two = stages(methods) if stages is not None else None
     run = run_record.new_run(load, methods, folder, settings["argv"], settings["fps"], stages=two)

@@ -104,10 +104,10 @@ def image_to_video_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def flux_model(tmp_path_factory):
-    """A random two-layer Flux pipeline around the embedded joint model's parts; no distilled guidance."""
+def flux_parts():
+    """The parts of a random two-layer Flux around the embedded joint model's; no distilled guidance."""
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     from dit_attn import models
@@ -124,16 +124,36 @@ def flux_model(tmp_path_factory):
         pooled_projection_dim=parts.text_encoder.config.hidden_size,
         axes_dims_rope=(4, 6, 6),
     )
+    return {
+        "tokenizer": parts.tokenizer,
+        "text_encoder": CLIPTextModel(parts.text_encoder.config),
+        "tokenizer_2": parts.tokenizer_3,
+        "text_encoder_2": parts.text_encoder_3,
+        "vae": parts.vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "transformer": transformer,
+    }
+
+
+@pytest.fixture(scope="session")
+def flux_model(flux_parts, tmp_path_factory):
+    """A Flux pipeline of these parts."""
+    from diffusers import FluxPipeline
+
     target = tmp_path_factory.mktemp("models") / "flux"
-    FluxPipeline(
-        tokenizer=parts.tokenizer,
-        text_encoder=CLIPTextModel(parts.text_encoder.config),
-        tokenizer_2=parts.tokenizer_3,
-        text_encoder_2=parts.text_encoder_3,
-        vae=parts.vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer,
-    ).save_pretrained(target)
+    FluxPipeline(**flux_parts).save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def modular_model(flux_parts, tmp_path_factory):
+    """The same as a modular pipeline alone."""
+    from diffusers import FluxAutoBlocks
+
+    target = tmp_path_factory.mktemp("models") / "modular"
+    pipe = FluxAutoBlocks().init_pipeline()
+    pipe.update_components(**flux_parts)
+    pipe.save_pretrained(str(target), overwrite_modular_index=True)
     return target
 
 

@@ -190,11 +190,6 @@ def test_a_damaged_model_folder_is_refused(cli, folder_model, tmp_path, damage, 
     cli("generate", "--model", folder, *PROMPT, "-o", "out").refused(*parts)
 
 
-def test_a_pipeline_of_blocks_alone_is_refused_with_what_loads_it(cli, tmp_path):
-    (tmp_path / "modular_model_index.json").write_text("{}")
-    cli("generate", "--model", tmp_path, *PROMPT).refused("is a modular pipeline", "ModularPipeline.from_pretrained")
-
-
 def test_a_file_is_not_a_model(cli, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     cli("generate", "--model", tmp_path / "model.safetensors", *PROMPT).refused("is a file", "model_index.json")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dit_attn.errors import DitAttnError
-from dit_attn.models import architectures
 from dit_attn.models.architectures import ARCHITECTURES, architecture
 from dit_attn.processors.attach.explain import visual_grid
 from dit_attn.processors.attach.families import family_of
@@ -27,6 +26,9 @@ PUBLISHED = {
     "pixart-sigma": (0.61, 4096, 28, 16),
     "ltx-video": (1.92, 7392, 28, 32),
     "qwen-image-2.1": (7.12, 4096, 32, 32),
+    "krea-2": (12.82, 4096, 28, 48),
+    "minimax-h3": (33.12, 37296, 50, 56),
+    "cosmos-3": (15.17, 44160, 36, 32),
 }
 
 
@@ -50,9 +52,11 @@ def test_a_scaled_model_takes_a_call_in_its_type(name, dtype) -> None:
     row = architecture(name).sized(2, 1).with_tokens(64)
     model = row.build(CPU, dtype)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
+    batch = 1 if row.single else 2
     with torch.no_grad():
-        out = model(**row.call(CPU, dtype, batch=2), return_dict=False)[0]
-    assert out.shape[0] == 2 and out.dtype == dtype and bool(torch.isfinite(out).all())
+        out = model(**row.call(CPU, dtype, batch), return_dict=False)[0]
+    out = torch.cat(out) if isinstance(out, list) else out
+    assert out.shape[0] == batch and out.dtype == dtype and bool(torch.isfinite(out).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +106,20 @@ def test_a_token_has_the_size_that_it_has_in_its_model() -> None:
         architecture("ltx-video").at(None, 16, None)
 
 
+def test_frames_are_counted_by_chunks_and_sizes_are_padded_up_where_the_model_does_so() -> None:
+    assert architecture("minimax-h3").grid == (37, 24, 42)
+    assert architecture("minimax-h3").at(22, 64, 96).grid == (7, 2, 3)
+    assert architecture("cosmos-3").grid == (48, 23, 40)
+    with pytest.raises(DitAttnError, match="--batch 2"):
+        architecture("cosmos-3").check_batch(2)
+
+
+def test_keys_are_shared_by_the_same_number_of_heads() -> None:
+    real = architecture("krea-2")
+    assert [real.sized(2, heads).config["num_key_value_heads"] for heads in (1, 7, 24, 48)] == [1, 1, 6, 12]
+    assert real.sized(2, 3).config["text_hidden_dim"] == 128
+
+
 def test_the_published_table_is_never_changed() -> None:
     before = repr(ARCHITECTURES)
     architecture("flux").sized(4, 2).at(None, 512, 512).with_tokens(100)
@@ -130,13 +148,13 @@ def test_impossible_sizes_are_refused(change, parts) -> None:
 
 def test_too_little_memory_is_said_before_anything_is_built(monkeypatch) -> None:
     row = architecture("wan2.1-14b")
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 8 * 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 8 * 2**30)
     with pytest.raises(DitAttnError, match=r"about \d+\.\d GiB, and cpu has 8.0 GiB free"):
         row.check_memory(CPU, torch.bfloat16, 1)
     row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1)
     with pytest.raises(DitAttnError, match=r"20\.0 GiB of it cached by the method"):
         row.sized(2, 2).with_tokens(512).check_memory(CPU, torch.bfloat16, 1, cached=20 * 2**30)
-    monkeypatch.setattr(architectures, "free_memory", lambda device: None)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: None)
     row.check_memory(CPU, torch.bfloat16, 1)  # nothing tells: try
 
 

@@ -78,7 +78,8 @@ class ExplainConfig:
         with loading_libraries(not options.get("json")):
             load_pipeline.quiet(show_progress=False)
             if shape is None:
-                source = model_source.describe(options["model"], options.get("revision"), options.get("variant"))
+                place = options["model"], options.get("revision"), options.get("variant")
+                source = model_source.describe(*place, modular=True)
                 known, stand_in = source.defaults, source.transformer
                 about, target = source.pipeline.__name__, source.without_weights
             else:

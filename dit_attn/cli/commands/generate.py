@@ -110,7 +110,7 @@ class GenerateConfig:
         specs = with_subjects(options, specs, jobs)
         if edits:
             edit_inputs.check_images_given(jobs)
-        load = LoadConfig.from_options(options, show_progress=on_terminal())
+        load = LoadConfig.from_options(options, show_progress=on_terminal(), modular=True)
         if edits:
             edit_inputs.check_edits(load.source.pipeline, load.source.name)
         methods = _methods(specs, load.source, options.get("preset"))
@@ -177,7 +177,7 @@ def run_options(options: flags.Options, edits: bool = False) -> int:
         live = config.new_run()
         return _print_plan(live, config) if workers.process_rank()[0] == 0 else 0
     device, worker = workers.join_workers(config.load.device, config.device_given)
-    config = replace(config, load=replace(config.load, device=device))
+    config = replace(config, load=replace(config.load.for_jobs(config.jobs), device=device))
     live = config.new_run()
     outputs.prepare_folder(config.folder)
     part = list(config.jobs) if shard is None else shard.part(config.jobs)
@@ -192,7 +192,8 @@ def run_options(options: flags.Options, edits: bool = False) -> int:
         if engine is None:
             runner.run_jobs(live, items, on_item)
         else:
-            item_worker.run_on_engine(live, items, on_item, engine, item_worker.recipe_of(options, live), device)
+            recipe = item_worker.recipe_of(options, live, config.load)
+            item_worker.run_on_engine(live, items, on_item, engine, recipe, device)
     except KeyboardInterrupt:
         saved = sum(result.status != "failed" for result in live.results)
         print(

@@ -93,7 +93,7 @@ class InspectConfig:
 
         specs = method_options.method_specs(options)
         job = only_job(options)  # before torch is imported: what is wrong is reported at once
-        load = LoadConfig.from_options(options, show_progress=on_terminal())
+        load = LoadConfig.from_options(options, show_progress=on_terminal(), modular=True)
         source = load.source
         if source.transformer is None:
             raise DitAttnError(
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     if config.dry_run:
         return _print_plan(live, config)
     outputs.prepare_folder(config.folder)
-    live.pipe = load_pipeline.load_pipeline(config.load, bar=True)
+    live.pipe = load_pipeline.load_pipeline(config.load.for_jobs([config.job]), bar=True)
     job_files.check_inputs([config.job], live.pipe)
     return _make(live, config)
 

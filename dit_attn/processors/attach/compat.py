@@ -277,3 +277,12 @@ def execution_device(pipe: Any) -> torch.device:
     """Return the device a pipeline computes on, also where its parts are offloaded."""
     device = getattr(pipe, "_execution_device", None)
     return device if isinstance(device, torch.device) else pipe.transformer.device
+
+
+def modular_blocks(pipe: Any) -> Iterator[Any]:
+    """Yield the blocks of a modular pipeline, and those inside them; ``pipe.blocks`` gives copies."""
+    waiting = [pipe._blocks]
+    while waiting:
+        block = waiting.pop()
+        yield block
+        waiting += getattr(block, "sub_blocks", {}).values()

@@ -204,13 +204,22 @@ def visual_grid(
     height = height or _call_default(pipe, "height") or width or side
     width = width or _call_default(pipe, "width") or height
     frames = num_frames or _call_default(pipe, "num_frames") or 81
-    latent_frames = frames // frames_per_latent + 1 if _is_video(model) else 1
-    grid = (max(latent_frames // patch[0], 1), height // (space * patch[1]), width // (space * patch[2]))
+    latent_frames = _latent_frames(frames, frames_per_latent, family.chunk_frames) if _is_video(model) else 1
+    cells = [(size, space * side) for size, side in zip((height, width), patch[1:])]
+    rows, columns = ((size + cell - 1) // cell if family.pads else size // cell for size, cell in cells)
+    grid = (max(latent_frames // patch[0], 1), rows, columns)
     if min(grid) < 1:
         raise DitAttnError(
             f"{height} x {width} is smaller than one token ({space * patch[1]} pixels); give a larger size"
         )
     return grid
+
+
+def _latent_frames(frames: int, each: int, chunk: int) -> int:
+    """Latent frames of some frames; the first one stands for itself, and with chunks the first one of each."""
+    if not chunk:
+        return frames // each + 1
+    return frames // chunk * ((chunk - 1) // each + 1) + (frames % chunk - 1) // each + 1
 
 
 def _is_video(model: torch.nn.Module) -> bool:

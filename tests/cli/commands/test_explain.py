@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 
+import pytest
+
 
 def test_explain_needs_no_weights_and_agrees_with_the_loaded_pipeline(cli, folder_model, tmp_path):
     import dit_attn
@@ -57,6 +59,20 @@ def test_without_a_network_a_public_model_is_explained_by_its_built_in_shape(cli
     assert "offline: built-in shape of Wan 2.1 14B" in outcome.out
     assert "wan2.1-14b for rectified-spaattn (from the paper)" in outcome.out
     assert "75,600 = 21 x 45 x 80" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("model", "title", "tokens"),
+    [
+        ("krea/Krea-2-Turbo", "Krea 2", "4,096 = 1 x 64 x 64"),
+        ("MiniMaxAI/MiniMax-H3", "MiniMax-H3", "37,296 = 37 x 24 x 42"),
+        ("nvidia/Cosmos3-Nano", "Cosmos 3 Nano", "44,160 = 48 x 23 x 40"),
+    ],
+)
+def test_built_in_shapes_are_used_at_the_size_of_their_pipelines(cli, model, title, tokens):
+    outcome = cli("explain", "--model", model, "--method", "block-sparse")
+    assert outcome.code == 0, outcome.err
+    assert f"offline: built-in shape of {title}" in outcome.out and tokens in outcome.out
 
 
 def test_steps_are_those_of_the_run(cli):

@@ -14,7 +14,7 @@ from dit_attn.errors import DitAttnError, unknown
 
 CONFIGS = (
     *("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma"),
-    *("ltx-video", "qwen-image-2.1"),
+    *("ltx-video", "qwen-image-2.1", "krea-2", "minimax-h3", "cosmos-3"),
 )
 SOURCES = ("synthetic", "tiny-image", "tiny-joint", "tiny-multi", "tiny-video")
 RECORDED = ".safetensors"

@@ -21,7 +21,7 @@ from dit_attn.cli.table import show
 from dit_attn.errors import DitAttnError
 from dit_attn.files import is_place
 from dit_attn.models import architectures
-from dit_attn.models.architectures import Architecture
+from dit_attn.models.architecture import Architecture
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines.benchmark import model_step
@@ -96,6 +96,7 @@ class ModelBenchConfig:
         variants = given or [[MethodSpec(name)] for name in METHODS]
         competitors, decisions = _competitors(variants, arch, options.get("preset"), device, dtype)
         batch = options.get("batch", 1)
+        arch.check_batch(batch)
         arch.check_memory(device, dtype, batch, _cached(competitors, arch, dtype.itemsize, batch))
         values = options.pick("preset", "full", "batch", "repeats", "threads", "json", "verbose")
         if "output" in options:

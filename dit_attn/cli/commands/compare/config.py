@@ -91,7 +91,7 @@ class CompareConfig:
             DitAttnError: bad input.
         """
         specs = method_options.method_variants(options)
-        load = LoadConfig.from_options(options)
+        load = LoadConfig.from_options(options, modular=True)
         source = load.source
         metrics = wanted_metrics(options.get("metrics"), knows_shapes(source.kind, source.name))
         variants = comparison.with_dense(_variants(specs, source, options.get("preset")))

@@ -57,7 +57,7 @@ def load_pipeline(config: CompareConfig) -> Any:
     Raises:
         DitAttnError: weights that cannot be loaded, inputs it does not take.
     """
-    pipe = load.load_pipeline(config.load)
+    pipe = load.load_pipeline(config.load.for_jobs(config.jobs))
     job_files.check_inputs(config.jobs, pipe)
     return pipe
 

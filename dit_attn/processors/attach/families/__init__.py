@@ -57,6 +57,8 @@ class Family:
         packing: side of the square of latents that its pipelines pack into one vector before the transformer.
         latent_pixels: side in pixels of a latent, where no pipeline says it.
         latent_frames: frames that a latent frame stands for, after the first, likewise.
+        chunk_frames: frames after which one stands for itself again; 0: only the first does.
+        pads: whether a size that is no multiple of a token's is padded up.
         refused_methods: reasons why single methods cannot be enabled, by slug.
         refused: reason why no method can be enabled on the family's self attention, or ``None``.
     """
@@ -85,6 +87,8 @@ class Family:
     packing: int = 1
     latent_pixels: int = 8
     latent_frames: int = 4
+    chunk_frames: int = 0
+    pads: bool = False
     refused_methods: Mapping[str, str] = field(default_factory=dict)
     refused: str | None = None
 

@@ -151,6 +151,7 @@ FAMILIES = (
         time_grows=True,
         batch_axes=dict.fromkeys(_OF_ROWS),
         latent_pixels=16,
+        chunk_frames=17,
     ),
     Family(
         name="helios",
@@ -184,6 +185,7 @@ FAMILIES = (
         latents="vision_tokens",
         single=True,
         latent_pixels=16,
+        pads=True,
         refused_methods=dict.fromkeys(("nag",), "a call of it is of one sample, without a batch")
         | dict.fromkeys(("moh", "head-drop"), "its text has projections of its own, where others have the image's"),
     ),

@@ -36,6 +36,15 @@ def test_the_table_and_the_record(cli, tmp_path) -> None:
     assert str(tmp_path) not in json.dumps(record)
 
 
+@pytest.mark.parametrize("config", ["krea-2", "minimax-h3", "cosmos-3"])
+def test_models_whose_sequence_is_packed_are_measured(cli, config) -> None:
+    done = cli("bench", "model", "--config", config, *SMALL, "--method", SPARSE, "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    assert (record["model"]["layers"], record["model"]["heads"], record["model"]["head_dim"]) == (2, 1, 128)
+    assert [row["phase"] for row in record["rows"]] == ["sparse"]
+
+
 def test_targets_and_processor_times_are_for_those_who_ask(cli) -> None:
     done = cli("bench", "model", "--config", "flux", *SMALL, "--method", SPARSE, "--verbose")
     assert done.code == 0, done.err
@@ -107,6 +116,7 @@ def test_help_says_that_weights_do_not_matter(capsys) -> None:
         (("--config", "flux", "--dtype", "int8"), ("--dtype", "bfloat16")),
         (("--config", "flux", "--dtype", "float32", "bfloat16"), ("--dtype", "one of")),
         (("--config", "flux", "--tokens", 64, "--layers", 2, "--heads", 1, "--preset", "wan9"), ("wan9",)),
+        (("--config", "cosmos-3", *SMALL, "--batch", 2), ("--batch 2", "one sample")),
     ],
 )
 def test_bad_input_is_refused_in_one_line(cli, words, parts) -> None:
@@ -119,17 +129,13 @@ def test_a_gpu_that_is_not_there_is_said(cli) -> None:
 
 
 def test_what_a_method_keeps_counts_as_memory(cli, monkeypatch) -> None:
-    from dit_attn.models import architectures
-
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 60 * 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 60 * 2**30)
     words = ("bench", "model", "--config", "hunyuan-video", "--full", "--device", "cpu", "--dtype", "bfloat16")
     done = cli(*words, "--method", "block-sparse", "--method", "re-ttention")
     done.refused("hunyuan-video", "GiB of it cached by the method")
 
 
 def test_the_full_size_is_refused_where_it_does_not_fit(cli, monkeypatch) -> None:
-    from dit_attn.models import architectures
-
-    monkeypatch.setattr(architectures, "free_memory", lambda device: 2**30)
+    monkeypatch.setattr("dit_attn.models.architecture.free_memory", lambda device: 2**30)
     done = cli("bench", "model", "--config", "wan2.1-14b", "--full", "--device", "cpu")
     done.refused("wan2.1-14b", "40 layers, 40 heads", "GiB", "--layers")
