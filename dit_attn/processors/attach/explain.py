@@ -351,6 +351,8 @@ def _expected_density(
         fallbacks.append(f"{100 * dense_fraction:.0f} % of the layers and parts of the run: density 1 by setting")
     expected = sparse.density_at(grid)
     if expected is None:
-        return None, (*fallbacks, "density: decided by the data (top_p)")
+        bound = getattr(sparse, "target_error", None)
+        why = "top_p" if bound is None else f"target_error {bound:g}, from {percent(sparse.density)} up"
+        return None, (*fallbacks, f"density: decided by the data ({why})")
     part = (1 - min(dense, steps) / steps) * (1 - len(sparse.dense_layers) / layers)
     return part * expected + (1 - part), tuple(fallbacks)

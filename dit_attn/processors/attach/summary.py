@@ -31,12 +31,14 @@ class LayerSummary:
         seconds: time in sparse calls (host time).
         fallbacks: calls that took stock attention, by reason.
         error: relative L2 error on sampled rows of the first sparse call (the largest, where densities change over
-            the run); ``None`` where no ``max_error`` is set.
+            the run); ``None`` where no ``max_error`` or ``target_error`` is set.
         biased_calls: calls with a logit bias, sparse or dense.
         scaled_calls: calls with another softmax scale.
         replaced_calls: calls whose output a method replaced.
         dense_calls: calls in stock attention that were timed: those a sparse method left dense, on the CPU.
         dense_seconds: their time.
+        measurements: of errors for ``target_error``.
+        measuring: attention that they computed, as a fraction of that of a dense call, summed.
     """
 
     name: str
@@ -51,6 +53,8 @@ class LayerSummary:
     replaced_calls: int = 0
     dense_calls: int = 0
     dense_seconds: float = 0.0
+    measurements: int = 0
+    measuring: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,10 +119,16 @@ class Summary:
 
     @property
     def run_density(self) -> float | None:
-        """Attention computed over all calls, as a fraction of dense; fallbacks count as dense."""
+        """Attention computed over all calls, as a fraction of dense; fallbacks count as dense, measurements too."""
         if not self.calls:
             return None
-        return (self.sparse_calls * (self.density or 0.0) + (self.calls - self.sparse_calls)) / self.calls
+        dense = self.calls - self.sparse_calls
+        return (self.sparse_calls * (self.density or 0.0) + dense) / self.calls + self.measuring_share
+
+    @property
+    def measuring_share(self) -> float:
+        """Attention computed to measure errors for ``target_error``, as a fraction of dense."""
+        return sum(layer.measuring for layer in self.layers) / self.calls if self.calls else 0.0
 
     @property
     def seconds(self) -> float:
@@ -134,7 +144,7 @@ class Summary:
 
     @property
     def worst_error(self) -> tuple[float, str] | None:
-        """Largest measured error and its layer, ``None`` when no method set ``max_error``."""
+        """Largest measured error and its layer, ``None`` when no method set ``max_error`` or ``target_error``."""
         found = [(layer.error, layer.name) for layer in self.layers if layer.error is not None]
         return max(found) if found else None
 
@@ -200,6 +210,8 @@ class Summary:
             ("density", f"{percent(self.density)} in sparse calls, {percent(self.run_density)} over the run"),
             ("time in method", f"{self.seconds:.2f} s{compared}"),
         ]
+        if measured := sum(layer.measurements for layer in self.layers):
+            rows.append(("measurements", f"{measured} of errors, {percent(self.measuring_share)} of dense attention"))
         if self.worst_error is not None:
             rows.append(("worst error", "{:.3g} of the norm, {}".format(*self.worst_error)))
         return rows + [("fallback", f"{count} x {with_remedy(reason)}") for reason, count in self.fallbacks.items()]
@@ -302,4 +314,5 @@ def _layer(name: str, stats: LayerStats) -> LayerSummary:
     return LayerSummary(
         name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
         stats.biased_calls, stats.scaled_calls, stats.replaced_calls, stats.dense_calls, stats.dense_seconds,
+        stats.measurements, stats.measuring,
     )  # fmt: skip

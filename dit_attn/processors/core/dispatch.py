@@ -323,7 +323,7 @@ def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
         stats.measured.add(request.density)
         with torch.no_grad():
             found = executor.sampled_error(call, request, out)
-        stats.error = found if stats.error is None or not found <= stats.error else stats.error
+        stats.note_error(found)
         if not found <= request.max_error:
             _disable_layer(layer, f"error {found:.3g} is above max_error {request.max_error:g}")
             return out

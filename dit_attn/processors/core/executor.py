@@ -23,6 +23,7 @@ from dit_attn.kernels.terms import BARRED, pooled_bias
 from dit_attn.kernels.two_level import two_level_attention
 from dit_attn.processors.core.call import AttentionCall, KeyGain, Request
 from dit_attn.processors.core.observation import Observation, Probe
+from dit_attn.processors.core.token_permute import PermutedTokens
 
 ROWS_AT_ONCE = 64  # whose logits are built where a mask has no form that kernels take
 MIN_TOKENS = 256  # below this a dense call is faster on every backend measured so far
@@ -105,7 +106,7 @@ def run(call: AttentionCall, request: Request, dense: Callable[..., torch.Tensor
     if not request.sparse:
         return _dense_parts(call, request, dense)
     rows = call.visual
-    visual = request.compute_visual() if request.compute_visual is not None else _visual_rows(call, request)[0]
+    visual = request.compute_visual() if request.compute_visual is not None else visual_rows(call, request)[0]
     if (rows.start, rows.stop) == (0, seq_len):
         return visual
     assert call.tokens is not None
@@ -176,10 +177,10 @@ def _dense_part(
     return dense(*given) if bias is None else dense(*given, bias)
 
 
-def _visual_rows(
+def visual_rows(
     call: AttentionCall, request: Request, values: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, Sv, H, Dv) by the layout; of other ``values``, the log-sum-exp (B, H, Sv) too, and no epilogue."""
+    """Return the rows (B, Sv, H, Dv) by the layout; of other ``values``, the LSE (B, H, Sv) too, and no epilogue."""
     assert request.layout is not None
     permuted = request.permuted
     q, k, v = (call.q[:, call.visual], call.k, call.v) if permuted is None else (permuted.q, permuted.k, permuted.v)
@@ -218,7 +219,7 @@ def visual_lse(call: AttentionCall, request: Request) -> torch.Tensor | None:
     """
     if request.layout is None or request.compute_visual is not None or request.epilogue is not None:
         return None
-    return _visual_rows(call, request, call.v)[1]
+    return visual_rows(call, request, call.v)[1]
 
 
 def _of_values(pooled: Compensation, v: torch.Tensor, mask: torch.Tensor | None) -> Compensation:
@@ -281,7 +282,7 @@ def _observed_rows(
     parts: list[Any] = []
     for low, high in pairwise(sorted({0, *visual, call.q.shape[1]})):
         if (low, high) == visual and request.layout is not None:
-            parts.append(_visual_rows(call, request, values))
+            parts.append(visual_rows(call, request, values))
         elif has_keys and (not square or (low, high) == visual):
             layout = BlockLayout.dense(high - low, call.k.shape[1], device=call.q.device)
             part = sparse_attention(
@@ -326,16 +327,19 @@ def sampled_error(call: AttentionCall, request: Request, out: torch.Tensor, coun
     """
     rows = call.visual
     sample = slice(rows.start, rows.stop, max(1, (rows.stop - rows.start) // count))
-    mask = None
-    if request.key_bias is not None:
-        mask = request.key_bias[:, :, None].to(call.q.dtype)
-    elif request.key_mask is not None:
-        mask = request.key_mask[:, None, None]
+    mask = mask_of_keys(request, call.q.dtype)
     bias = request.bias(rows)
     if bias is not None:
         bias = LogitBias(bias.q[:, :, :: sample.step], bias.k)
     exact = dense_rows(call)(call.q[:, sample], call.k, call.v, mask, bias).float()
     return float((out[:, sample].float() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def mask_of_keys(keys: Request | PermutedTokens, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the mask of the keys for torch's attention, (B|1, H|1, 1, S), or ``None``."""
+    if keys.key_bias is not None:
+        return keys.key_bias[:, :, None].to(dtype)
+    return None if keys.key_mask is None else keys.key_mask[:, None, None]
 
 
 def dense_rows(call: AttentionCall) -> Callable[..., torch.Tensor]:

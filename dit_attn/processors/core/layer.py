@@ -52,7 +52,9 @@ class LayerStats:
         dense_seconds: their time.
         error: relative L2 error measured on sampled rows of the first sparse call, the largest where densities change
             over the run; ``None`` where no bound is set.
-        measured: densities whose error was measured.
+        measured: densities whose error was measured for ``max_error``.
+        measurements: of errors for ``target_error``.
+        measuring: attention that they computed, as a fraction of dense, summed.
     """
 
     calls: int = 0
@@ -68,6 +70,12 @@ class LayerStats:
     dense_seconds: float = 0.0
     error: float | None = None
     measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
+    measurements: int = 0
+    measuring: float = 0.0
+
+    def note_error(self, error: float) -> None:
+        """Note a measured error; one that is not a number counts as the largest."""
+        self.error = error if self.error is None or not error <= self.error else self.error
 
 
 class PassStates:

@@ -11,6 +11,7 @@ _NAMED = "name the calls: dit_attn.run_context"
 REMEDIES: tuple[tuple[str, str], ...] = (
     # As the settings of the method ask for, or because there is nothing to do.
     (r"dense (step|layer)|density 1|nothing requested|only observed|no method .*|stock path: .*|full-field pass", ""),
+    (r"target_error needs density 1", ""),
     (r"auto expects no gain", "the row auto says why; dit-attn bench kernels --save measures this machine"),
     (r"dense calls are timed first", ""),
     (r"sparse calls were slower than dense ones", "measure this machine: dit-attn bench kernels --save"),
@@ -40,6 +41,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
     (r"the (branch|latents|first step) .*", _NAMED),
     # Several devices.
     (r"ring attention .*", "set ring_degree=1 and ulysses_degree to the number of ranks"),
+    (r"error control of a sequence that is split .*", "leave target_error out, or run it on one device"),
     (r"ulysses_anything .*", "set ulysses_anything=False"),
     (r"\d+ key heads do not split evenly .*", "set ulysses_degree to a divisor of the key heads"),
     (r"parts of .* do not split evenly .*", "choose a size and a text length that divide by the ranks"),

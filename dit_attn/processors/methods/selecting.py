@@ -14,6 +14,7 @@ from dit_attn.kernels.selection.budget import blocks_of_density
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.token_permute import PermutedTokens
 from dit_attn.processors.methods.base import Grid, Phase, setting
+from dit_attn.processors.methods.error_control import plan_controlled
 from dit_attn.processors.methods.head_budget import HeadBudget, budget_of_call, mean_budget
 from dit_attn.processors.methods.refresh import RefreshSchedule
 from dit_attn.processors.methods.selectors import RULES
@@ -50,9 +51,13 @@ class SelectingMethod(SparseMethod):
         stagger: whether the layers refresh at different steps of the period.
         drift: refresh a layer where one less the mean cosine of its block means to those of the last refresh is above
             this; it is known a step later. ``None`` watches nothing.
+        target_error: bound of the relative L2 error of a layer's output, by which every layer has its own density at
+            every step, from ``density`` up to dense attention. It is measured on sampled rows every few steps and
+            holds for the steps after that, 0 for dense attention. ``None`` measures nothing.
 
     Raises:
-        DitAttnError: a value out of range, a ``probe`` that does not fit, or ``top_p`` with a spread.
+        DitAttnError: a value out of range, a ``probe`` that does not fit, ``top_p`` with a spread, or another setting
+            that decides the density besides ``target_error``.
     """
 
     selector: str = setting("mass", "rule that ranks the key blocks", choices=SELECTORS)
@@ -63,6 +68,9 @@ class SelectingMethod(SparseMethod):
     period: int = setting(10, "steps between refreshes of `measured`", low=2)
     stagger: bool = setting(True, "refresh the layers of `measured` at different steps")
     drift: float | None = setting(None, "turn of queries or keys that refreshes early", low=0.0, high=2.0)
+    target_error: float | None = setting(
+        None, "error of a layer's output that decides its density, `density` or more", low=0.0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +78,8 @@ class SelectingMethod(SparseMethod):
             raise DitAttnError(
                 f"{self.slug}.top_p sets the number of blocks of every row; leave out spread and threshold"
             )
+        if self.target_error is not None:
+            self._check_control()
         if self.probe is None:
             return
         if self.selector not in RULES or not RULES[self.selector].takes_probe:
@@ -78,6 +88,18 @@ class SelectingMethod(SparseMethod):
         if any(size % self.probe for size in blocks.values()):
             wanted = " and ".join(f"{name} {size}" for name, size in blocks.items())
             raise DitAttnError(f"{self.slug}.probe must divide {wanted}, got {self.probe}")
+
+    def _check_control(self) -> None:
+        others = {
+            "densities": self.densities is not None,
+            "top_p": self.top_mass is not None,
+            "threshold": self.threshold is not None,
+            "selector measured": self.selector == MEASURED,
+            "densities of single heads": isinstance(self.budget_of_blocks, tuple),
+        }
+        for name, is_given in others.items():
+            if is_given:
+                raise DitAttnError(f"{self.slug}.target_error decides the density of every layer; leave out {name}")
 
     # -- what a method says ------------------------------------------------------------------------------------------
 
@@ -126,7 +148,8 @@ class SelectingMethod(SparseMethod):
     @property
     def sparse_share(self) -> float | None:
         """Attention that a sparse step computes, as a fraction of dense; ``None`` where the budget does not say."""
-        if self.budget_of_blocks is None or self.top_mass is not None or self.threshold is not None:
+        chosen = (self.top_mass, self.threshold, self.target_error)
+        if self.budget_of_blocks is None or any(x is not None for x in chosen):
             return None
         return min(1.0, mean_budget(self.budget_of_blocks) + self.stand_in_cost + self.selection_cost)
 
@@ -224,8 +247,11 @@ class SelectingMethod(SparseMethod):
         """Plan the call, or decline it; with ``measured`` refresh, or plan from the last refresh.
 
         Raises:
-            DitAttnError: ``measured``, and the call is differentiated.
+            DitAttnError: ``measured`` or ``target_error``, and the call is differentiated.
         """
+        if self.target_error is not None:
+            plan_controlled(self, self.target_error, mean_budget(self.budget_of_blocks or 1.0), call, request)
+            return
         if self.selector != MEASURED or self.at(call) is not self:
             super().request(call, request)
             return
@@ -257,7 +283,7 @@ class SelectingMethod(SparseMethod):
         """Whether a mask is for another budget, or its queries or keys have turned away."""
         if mask is None or mask.density != self.budget_of_blocks:
             return True
-        return self.drift is not None and mask.drift is not None and float(mask.drift) > self.drift
+        return self.drift is not None and mask.drift is not None and mask.drift.read()[0] > self.drift
 
     def _refresh(self, call: AttentionCall, request: Request, states: dict[Any, Any], key: Any) -> None:
         rows = self.rows_of(call, request)

@@ -16,25 +16,9 @@ import torch
 from dit_attn.kernels import pool_blocks
 from dit_attn.kernels.block_stats import BlockStats, attention_with_block_stats
 from dit_attn.kernels.layouts.block_layout import ceil_div
+from dit_attn.processors.core.later_numbers import LaterNumbers
 from dit_attn.processors.methods.head_budget import HeadBudget
 from dit_attn.processors.methods.selectors.base import Ranking, Selection, SelectorInput, log_of
-
-
-class LaterNumber:
-    """A number of a device that is read at a later step: the copy runs behind the work that is queued already."""
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self._event = None
-        if value.device.type == "cuda":
-            value = value.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._value = value
-
-    def __float__(self) -> float:
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._value)
 
 
 @dataclass
@@ -53,7 +37,7 @@ class MeasuredMask:
     density: HeadBudget | None
     selection: Selection
     means: tuple[torch.Tensor, torch.Tensor] | None = None
-    drift: LaterNumber | None = field(default=None)
+    drift: LaterNumbers | None = field(default=None)
 
     def watch(self, call: SelectorInput) -> None:
         """Measure how far queries and keys have turned since the refresh: 1 less the mean cosine of the block means.
@@ -66,7 +50,7 @@ class MeasuredMask:
             torch.cosine_similarity(now.float(), then.float(), -1).mean()
             for now, then in zip(block_means_of(call), self.means)
         ]
-        self.drift = LaterNumber(1.0 - torch.minimum(*cosines))
+        self.drift = LaterNumbers(1.0 - torch.minimum(*cosines))
 
 
 def block_means_of(call: SelectorInput) -> tuple[torch.Tensor, torch.Tensor]:
