@@ -113,8 +113,9 @@ def make_plan(
             f"{getattr(method, 'slug', method)} has no density to calibrate; give one sparse method with a density "
             "(and no top_p)"
         )
-    if method.densities is not None or getattr(method, "top_p", None) is not None:
-        name = "densities" if method.densities is not None else "top_p"
+    deciding = ("densities", "top_p", "target_error")
+    name = next((name for name in deciding if getattr(method, name, None) is not None), None)
+    if name is not None:
         raise DitAttnError(f"{method.slug}.{name} is set, which calibration would replace; give density alone")
     if isinstance(cast(Any, method).density, tuple):
         raise DitAttnError(f"{method.slug}.density has a number for each head; calibrate from one number for all heads")

@@ -58,6 +58,11 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 """Patterns of the reasons, and what to do; the first that matches counts. Empty where there is nothing to do."""
 
 
+def failure_of(error: Exception) -> str:
+    """Return the reason that a kernel's error is counted under."""
+    return f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
 def remedy(reason: str) -> str | None:
     """Return what to do about a reason, empty for nothing; ``None`` for reasons of methods from elsewhere."""
     return next((text for pattern, text in REMEDIES if re.fullmatch(pattern, reason, re.DOTALL)), None)

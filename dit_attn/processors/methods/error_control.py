@@ -24,6 +24,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.later_numbers import LaterNumbers
 from dit_attn.processors.core.output_error import sampled_errors, sampled_places
+from dit_attn.processors.core.remedies import failure_of
 from dit_attn.processors.methods.error_report import report_of
 from dit_attn.processors.methods.refresh import RefreshSchedule
 from dit_attn.processors.methods.sparse import SparseMethod
@@ -83,6 +84,7 @@ class LayerControl:
         step: step of the last measurement.
         turns: measurements so far.
         pending: the last measurement: its rungs and their errors, until it is read.
+        failed: why the last measurement could not be made, else "".
     """
 
     ladder: tuple[float, ...]
@@ -90,6 +92,7 @@ class LayerControl:
     step: int = 0
     turns: int = 0
     pending: tuple[tuple[int, ...], LaterNumbers] | None = None
+    failed: str = ""
 
     @property
     def watched(self) -> tuple[int, ...]:
@@ -147,7 +150,7 @@ def plan_controlled(method: SparseMethod, bound: float, least: float, call: Atte
         request.max_error, request.density = method.max_error, density
         _fixed(method, density).plan(call, request)
     else:
-        request.decline("target_error needs density 1")
+        request.decline(control.failed or "target_error needs density 1")
     if bound > 0.0 and _is_due(method, control, call):
         _measure(method, control, control.watched, call, request)
 
@@ -183,8 +186,13 @@ def _measure(
         planned.append(own)
         share += fixed.executed or control.ladder[rung]
     places, tile = sampled_places(call, method.q_block, control.turns)
-    control.pending = (tuple(rungs), LaterNumbers(sampled_errors(call, planned, places, tile)))
     control.turns, control.step = control.turns + 1, call.clock.step
+    try:
+        errors = sampled_errors(call, planned, places, tile)
+    except (RuntimeError, NotImplementedError) as error:  # of a kernel: dense until a later measurement
+        control.failed, control.rung = failure_of(error), len(control.ladder) - 1
+        return
+    control.failed, control.pending = "", (tuple(rungs), LaterNumbers(errors))
     visual = call.visual.stop - call.visual.start
     call.layer.stats.measurements += 1
     call.layer.stats.measuring += (share * len(places) + chosen * visual) / call.q.shape[1]

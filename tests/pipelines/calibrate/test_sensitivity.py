@@ -173,6 +173,7 @@ def test_densities_by_layer_and_part_replace_the_dense_exceptions() -> None:
         (lambda: make_plan(SoftPAG()), "softpag has no density to calibrate"),
         (lambda: make_plan(BlockSparse(top_p=0.9)), "no top_p"),
         (lambda: make_plan(BlockSparse(density=0.5, densities=(0.5,))), "densities is set"),
+        (lambda: make_plan(BlockSparse(density=0.5, target_error=0.1)), "target_error is set"),
         (lambda: make_plan(METHOD, densities=(0.5, 1.0)), "below 1, got 1.0"),
         (lambda: make_plan(METHOD, densities=(0.25,)), "one density to measure is not enough"),
         (lambda: make_plan(ReTtention(density=0.25), parts=2), "parts must be 1, got 2"),

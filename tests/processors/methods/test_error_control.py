@@ -209,6 +209,21 @@ def test_other_settings_that_decide_the_density_are_refused(settings: dict[str, 
         BlockSparse(target_error=-0.1)
 
 
+def test_a_kernel_that_fails_on_the_sampled_rows_leaves_the_call_dense(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> torch.Tensor:
+        raise NotImplementedError("no such tile")
+
+    stock = latents(pipe, "red")
+    dit_attn.enable(pipe, BlockSparse(density=0.25, target_error=0.1, dense_steps=0))
+    monkeypatch.setattr("dit_attn.processors.methods.error_control.sampled_errors", fail)
+    assert torch.equal(latents(pipe, "red"), stock)
+    reasons = dit_attn.summary(pipe).fallbacks
+    assert list(reasons) == ["kernel failed: NotImplementedError: no such tile"], reasons
+    dit_attn.disable(pipe)
+
+
 def test_a_sequence_that_is_split_stays_dense_and_training_is_refused(pipe: Any) -> None:
     method = BlockSparse(density=0.25, target_error=0.2, **BLOCKS)
     run, layer = host_run([method])
