@@ -29,7 +29,8 @@ demo: $(STAMP)
 test: lint types unit
 
 lint: $(STAMP)
-	$(BIN)/ruff check dit_attn tests docs $(wildcard examples)
+	$(BIN)/ruff check dit_attn tests docs benchmarks $(wildcard examples)
+	$(BIN)/ruff format --check --quiet dit_attn tests docs benchmarks $(wildcard examples)
 
 types: $(STAMP)
 	$(BIN)/mypy

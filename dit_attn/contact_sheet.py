@@ -1,7 +1,7 @@
 """Contact sheets: many labelled images in one, videos as strips of frames.
 
-    cells = [tile(frames, prompt, note) for frames, prompt, note in items]
-    flow(cells, "heading").save("sheet.png")
+cells = [tile(frames, prompt, note) for frames, prompt, note in items]
+flow(cells, "heading").save("sheet.png")
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ class EngineConfig:
             yield from engine.run(tasks)
 
     @contextmanager
-    def answering(
-        self, recipe: Recipe, folder: Place, device: Any, most: int = MAX_WORKERS
-    ) -> Iterator[Answers]:
+    def answering(self, recipe: Recipe, folder: Place, device: Any, most: int = MAX_WORKERS) -> Iterator[Answers]:
         """Yield what has requests answered by workers, started at the first request and ended with the block.
 
         Args:

@@ -62,9 +62,7 @@ def _fused_cpu(
     return out.transpose(1, 2), lse
 
 
-def _additive(
-    q: torch.Tensor, key_mask: torch.Tensor | None, key_bias: torch.Tensor | None
-) -> torch.Tensor | None:
+def _additive(q: torch.Tensor, key_mask: torch.Tensor | None, key_bias: torch.Tensor | None) -> torch.Tensor | None:
     """(B|1, H|1, 1, Sk) of q's dtype, or ``None``."""
     if key_bias is not None:
         return key_bias[:, :, None].to(q.dtype)

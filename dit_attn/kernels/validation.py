@@ -132,9 +132,7 @@ def _check_layout(q: torch.Tensor, k: torch.Tensor, layout: BlockLayout) -> None
     layout.check_elements()
 
 
-def _check_keys(
-    q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, key_bias: torch.Tensor | None
-) -> None:
+def _check_keys(q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, key_bias: torch.Tensor | None) -> None:
     batch, heads, keys = q.shape[0], q.shape[2], k.shape[1]
     check_key_mask(k, key_mask, shared=False)
     if key_bias is not None and (

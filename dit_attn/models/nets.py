@@ -196,9 +196,7 @@ def build_pipeline(family: str, parts: dict[str, Any], tokenizer: Any) -> Any:
 
     flow = {"prediction_type": "sample", "use_flow_sigmas": True, "flow_shift": FLOW_SHIFT}
     if family == "video":
-        return WanPipeline(
-            vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), tokenizer=tokenizer, **parts
-        )
+        return WanPipeline(vae=exact_wan(2), scheduler=UniPCMultistepScheduler(**flow), tokenizer=tokenizer, **parts)
     if family == "edit":
         steps = UniPCMultistepScheduler(**{**flow, "flow_shift": omnigen.FLOW_SHIFT})
         return omnigen.build_pipeline(exact_kl(), steps, tokenizer, **parts)

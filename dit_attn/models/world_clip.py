@@ -144,9 +144,7 @@ def build_tokenizer() -> Any:
     ends = ["<|startoftext|>", "<|endoftext|>"]
     pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=ends[1]))
     pairs.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=ends, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=ends, end_of_word_suffix="</w>", show_progress=False)
     pairs.train_from_iterator(world.vocabulary(), trainer)
     first = [f"{word}</w>" for word in world.vocabulary()] + ends
     numbers = first + sorted(set(pairs.get_vocab()) - set(first))

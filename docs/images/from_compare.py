@@ -1,6 +1,6 @@
 """Draw one contact sheet from the folder of a ``dit-attn compare`` run: prompts are rows, competitors are columns.
 
-    python docs/images/from_compare.py outputs/compare docs/images/seg.png --items 0 3 --show "dense=plain guidance 2"
+python docs/images/from_compare.py outputs/compare docs/images/seg.png --items 0 3 --show "dense=plain guidance 2"
 """
 
 from __future__ import annotations

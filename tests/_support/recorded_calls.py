@@ -77,9 +77,7 @@ def reference(call: Any, request: call.Request, bias: torch.Tensor | None = None
     return (weights(call, request, bias)[0] @ v).transpose(1, 2)
 
 
-def weights(
-    call: Any, request: call.Request, bias: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def weights(call: Any, request: call.Request, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A masked softmax in float64 over the whole map: visual rows by the layout, other rows as the model asked.
 
     Args:

@@ -65,9 +65,7 @@ def released_region(piece: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     kernel = torch.tensor([[a * b for b in taps] for a in taps], dtype=torch.float32) / sum(taps) ** 2
     padded = torch.zeros(height + 6, width + 6)
     padded[3:-3, 3:-3] = piece.float().reshape(grid)
-    blurred = sum(
-        kernel[y, x] * padded[y : y + height, x : x + width] for y in range(7) for x in range(7)
-    )
+    blurred = sum(kernel[y, x] * padded[y : y + height, x : x + width] for y in range(7) for x in range(7))
     assert isinstance(blurred, torch.Tensor)
     low, high = float(blurred.min()), float(blurred.max())
     levels = [int(255 * (value - low) / (high - low + 1e-8)) for value in blurred.flatten().tolist()]

@@ -135,7 +135,13 @@ def test_a_search_takes_the_settings_of_its_method_in_the_same_grammar(words):
     [
         (("--method", "block-sparse"), ("finds heads for softpag, not for block-sparse",)),
         (("--method", "softpag", "--method", "softpag"), ("not for softpag + softpag",)),
-        (("--method", "softpag:heads=3",), ("setting of softpag in a search 'heads'", "scale")),
+        (
+            (
+                "--method",
+                "softpag:heads=3",
+            ),
+            ("setting of softpag in a search 'heads'", "scale"),
+        ),
         (("--scale", "2", "--set", "scale=3"), ("--scale and the setting scale", "give one of them")),
         (("--set", "scale=high"), ("softpag.scale must be a number", "'high'")),
     ],

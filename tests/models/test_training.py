@@ -254,8 +254,9 @@ def test_figures_of_objects_count_each_by_the_number_in_its_scene_and_words_wher
     assert two["color_given_present"]["right"] == 0 and two["color_given_present"]["of"] == 4
     assert two["leak_given_present"]["right"] == 4 and two["shape_given_present"]["accuracy"] == 1.0
     assert found["all"]["present"]["of"] == 12
-    assert "objects" not in evaluate.table([evaluate.judged(world.Scene("circle", "red", "large", "left", 1, "white"),
-                                                            np.ones((64, 64, 3)))])
+    assert "objects" not in evaluate.table(
+        [evaluate.judged(world.Scene("circle", "red", "large", "left", 1, "white"), np.ones((64, 64, 3)))]
+    )
 
 
 def test_a_checkpoint_is_scored_as_the_run_it_belongs_to(tmp_path, monkeypatch, capsys):

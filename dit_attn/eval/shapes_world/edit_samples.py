@@ -1,7 +1,7 @@
 """Random edits of scenes, for training or held out from it, and the images before and after.
 
-    drawn = sample_edits(16, torch.Generator().manual_seed(0))
-    before, after = render_pairs(drawn, 64)  # two times (16, 3, 64, 64) in [0, 1]
+drawn = sample_edits(16, torch.Generator().manual_seed(0))
+before, after = render_pairs(drawn, 64)  # two times (16, 3, 64, 64) in [0, 1]
 """
 
 from __future__ import annotations

@@ -80,8 +80,12 @@ def judge_edit(image: Any, edit: Edit) -> EditVerdict:
 
 
 def _followed(
-    piece: Piece, edit: Edit, verdicts: dict[str, ObjectVerdict], found: list[DetectedObject],
-    left: list[DetectedObject], ground: bool
+    piece: Piece,
+    edit: Edit,
+    verdicts: dict[str, ObjectVerdict],
+    found: list[DetectedObject],
+    left: list[DetectedObject],
+    ground: bool,
 ) -> bool:
     if piece.kind == "background":
         return ground

@@ -216,9 +216,7 @@ def held_out_sample(
     raise DitAttnError(f"{count} different held-out captions of {low} to {high} objects were not found; request fewer")
 
 
-def _sample(
-    counts: torch.Tensor, filled: torch.Tensor, generator: torch.Generator, wanted: bool
-) -> list[MultiScene]:
+def _sample(counts: torch.Tensor, filled: torch.Tensor, generator: torch.Generator, wanted: bool) -> list[MultiScene]:
     """One random scene per entry, drawn again until it is held out, or in training, as `wanted`."""
     counts = torch.where(filled, counts.clamp(max=MOST_FILLED), counts)
     out: list[MultiScene | None] = [None] * len(counts)

@@ -181,8 +181,7 @@ def held_out_sample(kind: str, count: int, seed: int = 0) -> list[Item]:
     items = split(kind)[1]
     if count > len(items):
         raise DitAttnError(
-            f"the shapes world has {len(items)} held-out {kind} captions, "
-            f"{count} were requested; request fewer"
+            f"the shapes world has {len(items)} held-out {kind} captions, {count} were requested; request fewer"
         )
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     return [items[i] for i in order[:count]]

@@ -250,9 +250,7 @@ class _PooledKeys:
         return _plus(s, added.repeat_interleave(layout.q_block, 2)[:, :, : s.shape[2]])
 
 
-def _merged(
-    problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merged(problem: Problem, terms: Terms, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge selected keys (out, lse) and pooled keys into one softmax, some query blocks at a time.
 
     Where gradients may be requested, the logits of each chunk are recomputed for them instead of stored.

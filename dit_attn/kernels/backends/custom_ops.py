@@ -201,9 +201,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
 
 def _differentiate(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
-    dq, dk, dv, db = torch.ops.dit_attn.sparse_attention_backward(
-        out, lse, grad_out, grad_lse, *tensors, *ctx.numbers
-    )
+    dq, dk, dv, db = torch.ops.dit_attn.sparse_attention_backward(out, lse, grad_out, grad_lse, *tensors, *ctx.numbers)
     between = [None] * (_BIAS - 3)
     return dq, dk, dv, *between, None if tensors[_BIAS] is None else db, *(None for _ in ctx.numbers)
 

@@ -81,9 +81,7 @@ def _flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Block
     if k.shape[2] != heads:
         raise DitAttnError("grouped heads share one mask there; this comparison has one per query head")
     rows = batch * heads  # heads are independent, so a batch is more of them
-    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(
-        torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device)
-    )
+    wrapper = flashinfer.VariableBlockSparseAttentionWrapper(torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device))
     mask = expanded(layout, batch, heads, layout.q_block, layout.kv_block).flatten(0, 1)
     wrapper.plan(
         block_mask_map=mask,

@@ -55,9 +55,7 @@ def host_time(call: Call, device: torch.device, repeats: int = 5) -> float | Non
     return min(times)
 
 
-def interleaved(
-    calls: Sequence[Call], repeats: int, device: torch.device, timer: Timer = timed
-) -> list[list[float]]:
+def interleaved(calls: Sequence[Call], repeats: int, device: torch.device, timer: Timer = timed) -> list[list[float]]:
     """Time all calls in turns, so that drifts of clocks and load affect each of them alike.
 
     Args:

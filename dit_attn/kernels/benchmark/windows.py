@@ -65,9 +65,7 @@ def measure_windows(side: int, window: int, heads: int, dim: int, batch: int, re
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     q, k, v = torch.randn(3, batch, side * side, heads, dim)
-    dense: Callable[[], torch.Tensor] = partial(
-        F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v))
-    )
+    dense: Callable[[], torch.Tensor] = partial(F.scaled_dot_product_attention, *(x.transpose(1, 2) for x in (q, k, v)))
     layouts = window_layouts(side, window)
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in layouts}
     with torch.no_grad():

@@ -67,9 +67,7 @@ def measure_costs(
     return CostTable(this_machine(device), tuple(costs))
 
 
-def _measured(
-    shape: Shape, dtype: str, device: torch.device, densities: Sequence[float], rounds: int
-) -> list[Cost]:
+def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequence[float], rounds: int) -> list[Cost]:
     made = random_inputs(shape, getattr(torch, dtype), device, densities)
     q, k, v = made.q, made.k, made.v
     with torch.no_grad():

@@ -80,9 +80,7 @@ def documented_layouts() -> dict[str, BlockLayout]:
         "inward_window, tiles of 4 x 4": inward_window(grid, window, order=tiles, text_after=text, **blocks),
         "snapped_window, tiles of 4 x 4": snapped_window(grid, window, order=tiles, text_after=text, **blocks),
         "inward_window((4, 5, 5), (3, 3, 3))": inward_window((4, 5, 5), (3, 3, 3), text_after=4, **blocks),
-        "inward_window, tiles, stride=4": inward_window(
-            grid, window, order=tiles, stride=4, text_after=text, **blocks
-        ),
+        "inward_window, tiles, stride=4": inward_window(grid, window, order=tiles, stride=4, text_after=text, **blocks),
         "from_lengths([30, 50, 24])": from_lengths(torch.tensor([30, 50, 24]), 104, **blocks),
     }
 

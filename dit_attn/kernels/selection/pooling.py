@@ -36,9 +36,7 @@ def pool_blocks(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = Non
     return block_means(x, block, key_mask)
 
 
-def pool_stats(
-    x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_stats(x: torch.Tensor, block: int, key_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mean of every block, and per channel the mean distance of its tokens to that mean.
 
     With the mean ``m`` and the mean distance ``a = mean |x - m|`` of a query and a key block, the gain test of

@@ -62,9 +62,7 @@ def _predict_pixart(pipe: Any, z: torch.Tensor, time: torch.Tensor, text: Text, 
 
 def _encode_sd3(pipe: Any, prompt: str) -> Text:
     length = min(256, int(getattr(pipe.tokenizer_3, "model_max_length", 256) if pipe.tokenizer_3 else 256))
-    found = pipe.encode_prompt(
-        prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=length
-    )
+    found = pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
     return {"prompt_embeds": found[0], "pooled_prompt_embeds": found[2]}
 
 
@@ -120,9 +118,7 @@ FAMILIES: dict[str, Family] = {
     "PixArtAlphaPipeline": _PIXART,
     "StableDiffusion3Pipeline": Family(_encode_sd3, _predict_sd3),
     "FluxPipeline": Family(_encode_flux, _predict_flux, guidance="true_cfg_scale"),
-    "QwenImagePipeline": Family(
-        _encode_qwen, _predict_qwen, guidance="true_cfg_scale", masked="prompt_embeds_mask"
-    ),
+    "QwenImagePipeline": Family(_encode_qwen, _predict_qwen, guidance="true_cfg_scale", masked="prompt_embeds_mask"),
 }
 
 

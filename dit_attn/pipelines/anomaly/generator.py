@@ -152,7 +152,13 @@ class AnomalyGenerator:
         )  # fmt: skip
 
     def order(
-        self, product: str, defect: str, number: int, attempt: int, normals: Sequence[Path], masks: MaskSource,
+        self,
+        product: str,
+        defect: str,
+        number: int,
+        attempt: int,
+        normals: Sequence[Path],
+        masks: MaskSource,
         roi: Region | None = None,
     ) -> Order:
         """Choose the normal image, the mask and the noise of one pair by its own seed."""

@@ -223,8 +223,14 @@ class ConceptTraining:
 
 
 def masked_loss(
-    backbone: Backbone, concept: Concept, clean: torch.Tensor, noise: torch.Tensor, level: torch.Tensor,
-    masks: torch.Tensor, pairs: torch.Tensor, text: Text,
+    backbone: Backbone,
+    concept: Concept,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    level: torch.Tensor,
+    masks: torch.Tensor,
+    pairs: torch.Tensor,
+    text: Text,
 ) -> torch.Tensor:
     """Compute the masked loss of a batch, as :meth:`ConceptTraining.batch` draws it."""
     errors = backbone.errors(clean, noise, level, concept.extend(text, backbone.family.masked, pairs, masks))

@@ -93,8 +93,7 @@ def view_of(mask: np.ndarray, size: int, crop: str = "auto", rng: np.random.Gene
     side = max(size, _ROOM * box) * (rng.uniform(0.9, 1.25) if rng is not None else 1.0)
     h, w = (int(min(round(side), length)) for length in (height, width))
     tops, lefts = (
-        _span(low[0], low[-1], length, total, rng)
-        for low, length, total in ((rows, h, height), (columns, w, width))
+        _span(low[0], low[-1], length, total, rng) for low, length, total in ((rows, h, height), (columns, w, width))
     )
     return View(tops, lefts, h, w, size)
 

@@ -270,9 +270,7 @@ def summarize_families(measured: dict[str, list[OperatorProbe]]) -> dict[str, An
     """
     pairs = [(name, probe) for name, probes in measured.items() for probe in probes]
     rows = [{"family": name, **operator_error.probe_row(probe)} for name, probe in pairs]
-    costs = {
-        key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in operator_error.ERRORS
-    }
+    costs = {key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in operator_error.ERRORS}
     best = {}
     for cost in COSTS:
         names = [name for name in costs["l2"][f"{cost:g}"] if not _keeps_state(measured[name])]

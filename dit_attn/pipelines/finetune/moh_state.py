@@ -79,9 +79,7 @@ def moh_transformer(
     return model
 
 
-def load_moh_state(
-    model: Any, file: str | Path, layers: Sequence[tuple[int, int, int]] = XL_2_90
-) -> Session:
+def load_moh_state(model: Any, file: str | Path, layers: Sequence[tuple[int, int, int]] = XL_2_90) -> Session:
     """Load a released checkpoint into a transformer of :func:`moh_transformer`, and enable its routers.
 
     Args:

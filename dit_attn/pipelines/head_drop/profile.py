@@ -222,9 +222,7 @@ def unsupported_reason(attention: Any) -> str | None:
 
 
 @contextmanager
-def _watched(
-    model: Any, current: Callable[[], HeadProfile], every: int, seed: int
-) -> Iterator[Callable[[int], None]]:
+def _watched(model: Any, current: Callable[[], HeadProfile], every: int, seed: int) -> Iterator[Callable[[int], None]]:
     """Fill the current profile from the calls that the transformer gets inside the block.
 
     Yields what is to be called with the number of every run that begins: the calls that are measured rotate from run to

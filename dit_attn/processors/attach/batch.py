@@ -54,6 +54,7 @@ def take_call(
         rows: rows of the full batch.
         axes: batch axis of an argument, when not the first; see ``Family.batch_axes``.
     """
+
     def taken(value: Any, axis: Axis) -> Any:
         if axis is None:
             return value

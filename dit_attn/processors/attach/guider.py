@@ -325,7 +325,6 @@ def _index(branches: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(branches) if name == "cond"]
 
 
-
 def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:
     """Return the scale of classifier-free guidance of the pipeline's call, 1 where it runs without.
 

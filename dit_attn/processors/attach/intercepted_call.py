@@ -38,9 +38,7 @@ def dispatch_backend(
     return dispatch_attention(run, layer, compat.split_args(args, split, full_keys), stock)
 
 
-def _stock_backend(
-    run: Session, layer: Layer, parallel_config: Any, named: str | None, args: SDPAArgs
-) -> torch.Tensor:
+def _stock_backend(run: Session, layer: Layer, parallel_config: Any, named: str | None, args: SDPAArgs) -> torch.Tensor:
     own = run.module(layer).processor.__dict__["_dit_dense_backend"]
     return compat.dispatch(
         args.q,

@@ -78,9 +78,7 @@ def negative_arguments(pipe: Any, prompt: str | None, rule: CFGRule, rows: int) 
     raise DitAttnError(f"nag: {type(pipe).__name__} makes no step with the negative prompt alone")
 
 
-def _arguments(
-    pipe: Any, call: Mapping[str, Any], prompt: str | list[str], rule: CFGRule, rows: int
-) -> dict[str, Any]:
+def _arguments(pipe: Any, call: Mapping[str, Any], prompt: str | list[str], rule: CFGRule, rows: int) -> dict[str, Any]:
     """Arguments of a call with the negative prompt alone; those of ``call`` may have been changed by it since."""
     taken = inspect.signature(type(pipe).__call__).parameters
     found = {

@@ -180,9 +180,7 @@ def _with_masks(arguments: Mapping[str, Any], others: Mapping[str, Any]) -> dict
     return found
 
 
-def _join(
-    plain: Any, negative: Any, rows: int, more: int, axis: Axis, lengths: set[tuple[int, int]]
-) -> Any:
+def _join(plain: Any, negative: Any, rows: int, more: int, axis: Axis, lengths: set[tuple[int, int]]) -> Any:
     """Return an argument with the values of ``more`` negative rows behind those of ``rows`` plain ones."""
     if axis == "list" and isinstance(plain, list):
         return [*plain, *(negative * more if len(negative) == 1 else negative)]

@@ -178,9 +178,7 @@ class Session(TransformerRun):
 
     def _files(self) -> dict[str, dict[str, bytes]]:
         """Files of the methods that learn, on all transformers of the pipeline."""
-        others = [
-            other for other in _SESSIONS if other.clock is self.clock and other.installed and not other.detached
-        ]
+        others = [other for other in _SESSIONS if other.clock is self.clock and other.installed and not other.detached]
         return saved_files({component_name(run.owner, run.model): run.learned for run in (self, *others)})
 
     @property
@@ -200,8 +198,7 @@ class Session(TransformerRun):
                 "cache may answer the perturbed passes; guide without it"
             )
         return found + [
-            f"{count} layers run {kind}, set since enable: "
-            + ("the methods apply to it" if tap else _NO_TAP)
+            f"{count} layers run {kind}, set since enable: " + ("the methods apply to it" if tap else _NO_TAP)
             for (kind, tap), count in Counter(self.replaced.values()).items()
         ]
 

@@ -297,9 +297,7 @@ def _missing_guidance(session: Session) -> str | None:
     embedded = bool(getattr(session.model.config, "guidance_embeds", False))
     if scale is not None and scale > 1.0 and (name or not embedded):
         remedy = session.pipeline_call.remedy if name else "give a negative prompt, or leave the scale out"
-        return (
-            f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
-        )
+        return f"{name or 'guidance_scale'} {scale:g} had no effect: the pipeline ran no unconditional branch; {remedy}"
     if (session.pipeline_call.embedded or 0.0) > 1.0 and not embedded:
         other = f", or give {name} and negative_prompt" if scale is not None else ""
         return (

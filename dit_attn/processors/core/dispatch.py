@@ -58,9 +58,7 @@ def _unexpanded(mask: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def _dispatch_heads(
-    run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, kept: tuple[int, ...]
-) -> torch.Tensor:
+def _dispatch_heads(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock, kept: tuple[int, ...]) -> torch.Tensor:
     """The result for some heads, 0 for the others."""
     found = _dispatch_rows(run, layer, args.of_heads(kept), stock)
     out = found.new_zeros(*args.q.shape[:3], found.shape[-1])

@@ -271,9 +271,7 @@ def observe(call: AttentionCall, request: Request, probe: Probe) -> Observation:
     return probe.observation(lse, torch.cat(masses, -1))
 
 
-def _observed_rows(
-    call: AttentionCall, request: Request, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _observed_rows(call: AttentionCall, request: Request, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, S, H, Dv) and log-sum-exp (B, H, S) of all rows, with other values."""
     assert call.tokens is not None
     keys, visual = Request(), call.tokens.visual_range or (0, call.q.shape[1])

@@ -87,8 +87,10 @@ class HeadDrop(LearnedMethod):
             raise DitAttnError(f"{self.slug}.heads are left out altogether; leave out the strengths (@)")
         object.__setattr__(self, "heads", _BETWEEN.join(found).strip())
         super().__post_init__()
-        if len(self.until) != len(found) - 1 or list(self.until) != sorted(set(self.until)) or any(
-            not 0.0 < end < 1.0 for end in self.until
+        if (
+            len(self.until) != len(found) - 1
+            or list(self.until) != sorted(set(self.until))
+            or any(not 0.0 < end < 1.0 for end in self.until)
         ):
             raise DitAttnError(
                 f"{self.slug} has {len(found)} parts and until={self.until}; give {len(found) - 1} ascending fractions "

@@ -79,18 +79,14 @@ class NAG(Method):
         if call.layer.index in layers:
             request.change_output(partial(self._guided, plus, minus, image))
 
-    def _guided(
-        self, plus: torch.Tensor, minus: torch.Tensor, image: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
+    def _guided(self, plus: torch.Tensor, minus: torch.Tensor, image: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """(B, S, H, Dv): the result of the call, guided in the image of the rows ``plus``."""
         stock = wide(out[plus, image])
         found = normalized(stock.flatten(2), wide(out[minus, image]).flatten(2), self.scale, self.tau, self.alpha)
         return out.index_put((plus, image), found.view_as(stock).to(out.dtype))
 
 
-def normalized(
-    positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float
-) -> torch.Tensor:
+def normalized(positive: torch.Tensor, negative: torch.Tensor, scale: float, tau: float, alpha: float) -> torch.Tensor:
     """Return the guided result of some tokens, (..., C).
 
     Args:

@@ -22,9 +22,7 @@ MASKS = {"band": "columns", "window": "hilbert", "selected": "hilbert"}
 
 
 @cached
-def band_layout(
-    tokens: Tokens, density: HeadBudget, q_block: int, kv_block: int, device: torch.device
-) -> BlockLayout:
+def band_layout(tokens: Tokens, density: HeadBudget, q_block: int, kv_block: int, device: torch.device) -> BlockLayout:
     """Return the paper's mask in the order ``columns``; cached for the next call with the same arguments.
 
     A visual token attends to the tokens of its span that are at most half a band away in the row-major order of a

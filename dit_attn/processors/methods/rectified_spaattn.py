@@ -246,5 +246,3 @@ class RectifiedSpaAttn(SelectingMethod):
         with full_precision(q.device):
             gain = (q @ k.transpose(-1, -2)).abs()
             return gain > (dq @ k.transpose(-1, -2)).abs() + (q @ dk.transpose(-1, -2)).abs()
-
-

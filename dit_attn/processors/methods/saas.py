@@ -184,9 +184,7 @@ class SaaS(Method):
         means = masked_mean(sample.mass, masks) / sample.counts
         return means.mean() * sample.counts
 
-    def _logs(
-        self, sample: Sample, shares: torch.Tensor, rivals: torch.Tensor, sizes: torch.Tensor
-    ) -> torch.Tensor:
+    def _logs(self, sample: Sample, shares: torch.Tensor, rivals: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         """Logarithms of the factors that follow from a step."""
         if self.target is not None:
             return sample.loop_of(shares) + self.gain * (math.log(self.target) - shares.clamp(min=1e-12).log())

@@ -141,9 +141,7 @@ class SubjectReposition(Method):
         return tuple(maps)
 
 
-def box_map(
-    box: Any, other: Any, grid: Grid, region: torch.Tensor, reference: Span | None = None
-) -> PositionMap:
+def box_map(box: Any, other: Any, grid: Grid, region: torch.Tensor, reference: Span | None = None) -> PositionMap:
     """Return the map that gives the tokens of one box the coordinates of another.
 
     With tokens of size 1 whose centers are at p + 1/2, and the edges a, b of the boxes in tokens: p goes to

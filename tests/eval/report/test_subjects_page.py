@@ -29,8 +29,16 @@ SIDE: dict[str, Any] = {
             },
             "saas": {
                 "traces": [
-                    {"piece": "cube", "steps": [0, 1], "shares": [0.1, 0.3], "rivals": [0.4], "factors": [2.0],
-                     "wanted": [3.0], "quality": [], "box": None},
+                    {
+                        "piece": "cube",
+                        "steps": [0, 1],
+                        "shares": [0.1, 0.3],
+                        "rivals": [0.4],
+                        "factors": [2.0],
+                        "wanted": [3.0],
+                        "quality": [],
+                        "box": None,
+                    },
                 ]
             },
         }

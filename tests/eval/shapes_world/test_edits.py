@@ -118,8 +118,15 @@ def test_what_is_moved_must_leave_and_what_takes_its_place_is_not_it():
     source = multi.parse("a large red circle at the left and a small blue cross at the right on white")
     copied = multi.parse("a large red circle at the top left and a small blue cross at the right on white")
     move = Edit(copied, edits.parse("move the circle to the bottom left"))
-    both = multi.render_scenes([multi.parse("a large red circle at the bottom left and a small blue cross at the right "
-                                            "and a large yellow square at the top left on white")], 64)[0]
+    both = multi.render_scenes(
+        [
+            multi.parse(
+                "a large red circle at the bottom left and a small blue cross at the right "
+                "and a large yellow square at the top left on white"
+            )
+        ],
+        64,
+    )[0]
     assert judge_edit(both, move).followed == (False,)
     swap = Edit(source, edits.parse("remove the circle, move the cross to the left"))
     assert judge_edit(multi.render_scenes([source], 64)[0], swap).followed == (False, False)

@@ -175,9 +175,7 @@ def test_a_row_without_a_key_chooses_nothing_and_keeps_no_mass() -> None:
     q, k, mask = random(2, 16, 1, 8), random(2, 32, 1, 8), torch.zeros(2, 32, dtype=torch.bool)
     mask[1] = True
     for budget in ({"density": 0.5}, {"top_p": 0.9}):
-        plan = plan_blocks(
-            q, k, q_block=8, kv_block=8, key_mask=mask, stats=True, backend="triton", **budget
-        )  # type: ignore[arg-type]
+        plan = plan_blocks(q, k, q_block=8, kv_block=8, key_mask=mask, stats=True, backend="triton", **budget)  # type: ignore[arg-type]
         assert plan.selected_mass is not None and plan.bits is not None
         assert plan.layout.kv_num_blocks[0].eq(0).all() and plan.layout.kv_num_blocks[1].ge(1).all()
         assert plan.selected_mass[0].eq(0).all() and plan.bits[0].eq(0).all()

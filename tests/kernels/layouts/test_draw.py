@@ -41,9 +41,7 @@ def test_the_image_of_the_documentation_shows_the_layouts_as_they_are_built() ->
     assert shown.size == drawn.size
     # Captions are left out: their font is that of the installed Pillow.
     inks = torch.tensor([draw._FULL, draw._ALLOWED, draw._MASKED])
-    shown, drawn = (
-        (torch.from_numpy(np.array(image)).int()[:, :, None] == inks).all(-1) for image in (shown, drawn)
-    )
+    shown, drawn = ((torch.from_numpy(np.array(image)).int()[:, :, None] == inks).all(-1) for image in (shown, drawn))
     assert bool((shown == drawn).all()) and bool(drawn.flatten(0, 1).any(0).all())
 
 

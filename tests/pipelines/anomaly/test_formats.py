@@ -147,7 +147,7 @@ def test_pycocotools_reads_the_same_masks(written):
 def test_yolo_labels_are_polygons_in_the_unit_square_and_empty_for_normal_images(written):
     folder, pairs = written
     assert (folder / "yolo/labels/nut_good_000.txt").read_text() == ""
-    assert "1: \"nut+scratch\"" in (folder / "yolo/data.yaml").read_text()
+    assert '1: "nut+scratch"' in (folder / "yolo/data.yaml").read_text()
     for name, pair in zip(("nut_hole_000", "nut_hole_001", "nut_scratch_000"), pairs):
         read = np.zeros((30, 40), bool)
         for line in (folder / f"yolo/labels/{name}.txt").read_text().splitlines():

@@ -278,9 +278,7 @@ def test_a_split_model_goes_on_from_a_whole_one_and_ends_as_it_would(examples: l
     losses = [entry["held_out"] for entry in whole.log]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"log{rank}.json").read_text()) == pytest.approx(losses, rel=1e-4)
-    expected, found = (
-        torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("whole", "two")
-    )
+    expected, found = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True) for name in ("whole", "two"))
     for part in ("trained", "average"):
         for name, value in expected[part].items():
             torch.testing.assert_close(found[part][name], value, atol=2e-4, rtol=1e-3)

@@ -176,7 +176,7 @@ def test_the_refit_is_the_nearest_projection(profiled: tuple[str, HeadProfile], 
     name, profile = profiled
     pipe = made(name)
     drop = choose_heads(profile, 1)
-    (layer, kept), = drop.kept[0].items()
+    ((layer, kept),) = drop.kept[0].items()
     session = dit_attn.enable(pipe.transformer, str(drop.save(tmp_path)))
     reduced = next(here.reduced for here in session.layers if here.name == layer)
     found = next(one for one in profile.layers if one.name == layer)

@@ -163,7 +163,6 @@ def test_a_processor_is_copied_with_the_run_of_the_copied_model() -> None:
 # -- the calls --------------------------------------------------------------------------------------------------------
 
 
-
 def test_a_processor_that_calls_torch_goes_through_the_method() -> None:
     method = dit_attn.BlockSparse(density=0.3, **BLOCKS)
     processor, run, layer = wrapped(TorchProcessor(), [method])

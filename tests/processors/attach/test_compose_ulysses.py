@@ -151,9 +151,7 @@ def test_positions_are_moved_in_the_shards_as_in_one_process(name: str, parallel
 
 @pytest.mark.parametrize("label", PER_HEAD)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rank_uses_the_budgets_and_biases_of_its_own_heads(
-    name: str, label: str, parallel: dict[str, Any]
-) -> None:
+def test_a_rank_uses_the_budgets_and_biases_of_its_own_heads(name: str, label: str, parallel: dict[str, Any]) -> None:
     model, args = tiny(name)
     stock = forward(model, args)
     dit_attn.enable(model, *PER_HEAD[label])

@@ -89,9 +89,7 @@ def test_its_size_is_told_before_a_run() -> None:
     layers = 2 * found.layers
     assert found.memory == layers * stored_bytes(found.tokens, 2, 12, 4, "fp8")
     assert found.host_memory == 0 and "main memory" not in str(found)
-    there = dit_attn.explain(
-        pipe, InwardWindow(**SMALL, store="fp8", offload=True), height=64, width=80, num_frames=13
-    )
+    there = dit_attn.explain(pipe, InwardWindow(**SMALL, store="fp8", offload=True), height=64, width=80, num_frames=13)
     assert there.host_memory == there.memory == found.memory and "of it in main" in str(there)
     half = dit_attn.explain(pipe, InwardWindow(**SMALL, override_uncond=False), height=64, width=80, num_frames=13)
     assert half.memory == layers * stored_bytes(found.tokens, 2, 12, 4, "model") // 2

@@ -55,9 +55,7 @@ def find_source(options: Options, shots: bool, products: Sequence[str] = ()) -> 
     defect = options.get("defect", ["defect"])
     if len(defect) > 1:
         raise DitAttnError("--defect names one type here; put the images of each type into a folder of its own")
-    return from_folders(
-        path["normal"], path.get("defects") if shots else None, path.get("masks"), names[0], defect[0]
-    )
+    return from_folders(path["normal"], path.get("defects") if shots else None, path.get("masks"), names[0], defect[0])
 
 
 def counts_of(options: Options, pairs: Sequence[Any]) -> dict[tuple[str, str], int]:

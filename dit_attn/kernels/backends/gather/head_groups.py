@@ -134,9 +134,7 @@ def _low_rank(
     return copied_blocks(k.transpose(0, 1), problem.layout, mask, dtype, "group rank", workspace).rows
 
 
-def _bias(
-    problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | None:
+def _bias(problem: Problem, b: int, heads: slice, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """(heads|1, nk, kv_block) in base-2 units, ``-inf`` on keys that do not exist; ``None`` if nothing is added."""
     layout, bias = problem.layout, problem.key_bias
     if mask is None and bias is None:

@@ -39,9 +39,7 @@ class Traces:
 
     def score(self, model: UNet) -> dict[str, float]:
         """Return the pixel AUROC of a segmenter's maps for the masks, by what was done."""
-        return {
-            name: area_above(predict(model, images), self.masks[:, 0] > 0) for name, images in self.images.items()
-        }
+        return {name: area_above(predict(model, images), self.masks[:, 0] > 0) for name, images in self.images.items()}
 
 
 def make_traces(

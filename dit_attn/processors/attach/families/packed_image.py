@@ -89,9 +89,7 @@ def _qwen(config: Any, values: dict[str, Any]) -> TokenLayout:
     if any((other if isinstance(other, list) else [other]) != shapes for other in others if isinstance(first, list)):
         raise ValueError("samples of different sizes in one batch")
     image, *references = shapes
-    return TokenLayout(
-        (TEXT, visual_span("image", image), *(visual_span("reference", shape) for shape in references))
-    )
+    return TokenLayout((TEXT, visual_span("image", image), *(visual_span("reference", shape) for shape in references)))
 
 
 FAMILIES = (

@@ -36,9 +36,7 @@ class BlockBudget:
     threshold: float | None = None
     spread: str = "row"
 
-    def choose(
-        self, ranking: Ranking, forced: torch.Tensor | None, sizes: tuple[int, int, int, int]
-    ) -> BlockLayout:
+    def choose(self, ranking: Ranking, forced: torch.Tensor | None, sizes: tuple[int, int, int, int]) -> BlockLayout:
         """Return the chosen blocks.
 
         Args:

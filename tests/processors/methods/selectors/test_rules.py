@@ -93,9 +93,7 @@ def test_the_centered_form_is_the_norm_of_the_summed_error(text: str, masked: in
 
 
 @pytest.mark.parametrize("name", list(RULES))
-def test_a_few_heads_at_a_time_rank_alike(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_heads_at_a_time_rank_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, _ = given(method(selector=name), "last", 3)
     whole = RULES[name].rank(seen)
     monkeypatch.setattr(pooled_scores, "AT_ONCE", 1)
