@@ -18,7 +18,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core import executor, sequence_parallel
 from dit_attn.processors.core.call import AttentionCall, CallMethod, Request, SDPAArgs
 from dit_attn.processors.core.layer import KINDS, Layer
-from dit_attn.processors.core.remedies import failure_of, with_remedy
+from dit_attn.processors.core.remedies import failure_reason, with_remedy
 from dit_attn.processors.core.run_state import RunState
 
 ONLY_GUIDANCE = "stock path: only guidance is enabled"
@@ -309,7 +309,7 @@ def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
     except (RuntimeError, NotImplementedError) as error:
         if mesh is not None:  # the other ranks wait in an exchange: going dense alone would hang them
             raise
-        _disable_layer(layer, failure_of(error))
+        _disable_layer(layer, failure_reason(error))
         layer.disabled_run = isinstance(error, torch.OutOfMemoryError)
         return call.q
     if layer.checked_run != call.clock.run:

@@ -58,7 +58,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (
 """Patterns of the reasons, and what to do; the first that matches counts. Empty where there is nothing to do."""
 
 
-def failure_of(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
     """Return the reason that a kernel's error is counted under."""
     return f"kernel failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
 

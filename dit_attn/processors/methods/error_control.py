@@ -24,7 +24,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.later_numbers import LaterNumbers
 from dit_attn.processors.core.output_error import sampled_errors, sampled_places
-from dit_attn.processors.core.remedies import failure_of
+from dit_attn.processors.core.remedies import failure_reason
 from dit_attn.processors.methods.error_report import report_of
 from dit_attn.processors.methods.refresh import RefreshSchedule
 from dit_attn.processors.methods.sparse import SparseMethod
@@ -190,7 +190,7 @@ def _measure(
     try:
         errors = sampled_errors(call, planned, places, tile)
     except (RuntimeError, NotImplementedError) as error:  # of a kernel: dense until a later measurement
-        control.failed, control.rung = failure_of(error), len(control.ladder) - 1
+        control.failed, control.rung = failure_reason(error), len(control.ladder) - 1
         return
     control.failed, control.pending = "", (tuple(rungs), LaterNumbers(errors))
     visual = call.visual.stop - call.visual.start

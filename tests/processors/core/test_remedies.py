@@ -13,7 +13,7 @@ from dit_attn.processors.core.remedies import REMEDIES, remedy, with_remedy
 
 ROOT = Path(__file__).parents[3] / "dit_attn" / "processors"
 CALLS = ("decline", "_fallback", "_disable_layer", "_lose_track", "NotImplementedError", "set_layout")
-FUNCTIONS = re.compile(r"_?unsupported_reason\w*|too_short|read_mask|exception|dense_step")
+FUNCTIONS = re.compile(r"failure_reason|_?unsupported_reason\w*|too_short|read_mask|exception|dense_step")
 NAMES = re.compile(r"ONLY_GUIDANCE|UNSEEN|_NOT_FINITE")
 
 
