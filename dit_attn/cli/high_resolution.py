@@ -63,18 +63,18 @@ def native_size(options: Options, defaults: dict[str, Any], make: HighResolution
 def second_methods(
     options: Options, make: HighResolution, native: tuple[int, int], methods: tuple[Method, ...]
 ) -> tuple[Method, ...]:
-    """Return the methods of the second stage: what was asked for, windows, or none.
+    """Return the methods of the second stage: what was asked for, the default of the procedure, or none.
 
     A native size that a preset says gives way to that of the native pass; one on the command line stays.
     """
     from dit_attn.cli.method_options import method_specs
-    from dit_attn.processors.methods.inward_window import InwardWindow
-
     if options.get("dense"):
         return ()
+    if not methods:
+        return make.methods(native)
     said = any("native" in spec.settings for spec in method_specs(options))
     tokens = make.tokens(native)
-    return tuple(method.at_native_size(tokens, keep=said) for method in methods or (InwardWindow(),))
+    return tuple(method.at_native_size(tokens, keep=said) for method in methods)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ class HighResolution:
     Args:
         pipe: a stock pipeline: PixArt, Stable Diffusion 3, Flux, Qwen-Image, Wan, HunyuanVideo, CogVideoX or LTX.
             Nothing of it is changed.
-        method: attention of the second stage: ``"inward-window"`` with the native size of the call, a method, a saved
-            file or a repository, several of them, or ``None`` for dense attention. Windows that do not say their
-            native size get that of the call.
+        method: attention of the second stage: ``"inward-window"`` with the native size of the call, and of clips with
+            positions interpolated into it, a method, a saved file or a repository, several of them, or ``None`` for
+            dense attention. Windows that do not say their native size get that of the call.
         sigma: noise level at which the second stage begins, in (0, 1]: 1 is noise alone. The first step of the
             pipeline's own schedule that is not above it is taken.
         upscale: filter that enlarges the native pass: ``bicubic``, ``bilinear`` or ``nearest-exact``.
@@ -154,8 +154,14 @@ class HighResolution:
         given = self.method
         several = () if given is None else (given,) if isinstance(given, (str, Method)) else tuple(given)
         tokens = self.tokens(native)
-        named = [InwardWindow(native=tokens) if one == WINDOW else one for one in several]
+        named = [self._window(tokens) if one == WINDOW else one for one in several]
         return tuple(one.at_native_size(tokens) for one in resolve(self.pipe, *named))
+
+    def _window(self, tokens: Size) -> InwardWindow:
+        """What measured best: clips lose their prompt at positions beyond the native ones; images were not compared."""
+        rotary = self.pipe.transformer.config.get("use_rotary_positional_embeddings", True)
+        moved = form_of(self.pipe).video and rotary
+        return InwardWindow(native=tokens, rotary="interpolated" if moved else "plain")
 
     def tokens(self, size: Size) -> Size:
         """Return (h, w) tokens of (height, width) pixels."""

@@ -95,6 +95,16 @@ def test_windows_of_the_native_size_are_used_in_the_second_stage_alone() -> None
     assert not np.array_equal(pixels(windowed.output), pixels(dense.output))
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_clips_have_their_positions_interpolated_by_default_where_they_can_be(name: str) -> None:
+    make = HighResolution(models.load(name))
+    (window,) = make.methods((32, 32))
+    assert isinstance(window, dit_attn.InwardWindow) and window.native == make.tokens((32, 32))
+    assert window.rotary == ("interpolated" if name == "tiny-video" else "plain")
+    make.pipe.transformer.register_to_config(use_rotary_positional_embeddings=False)  # as CogVideoX 2B
+    assert [one.to_dict()["rotary"] for one in make.methods((32, 32))] == ["plain"]
+
+
 @pytest.mark.parametrize("space", ["pixel", "latent"])
 def test_it_goes_on_from_a_saved_native_pass_bit_for_bit(space: str, tmp_path: Path) -> None:
     pipe, call = made("tiny-joint")
