@@ -168,7 +168,7 @@ def test_training_calls_the_parts_as_the_stock_pipeline_does(name):
     call = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0}
     call["max_sequence_length"] = run.recipe.net.text_length
     binning = {"use_resolution_binning": False, "clean_caption": False}
-    extra = {"tiny-image": binning, "tiny-video": {"num_frames": 1}}
+    extra = {"tiny-image": binning, "tiny-inspect": binning, "tiny-video": {"num_frames": 1}}
     pipeline(text, output_type="latent", generator=torch.Generator().manual_seed(0), **call, **extra.get(name, {}))
     level = seen["timestep"].float().expand(len(seen["hidden_states"])) / 1000
     stage = Stage(1.0, 16, 1, 1, 1.0)
