@@ -2,7 +2,7 @@
 # Everything about the kernels and whole steps that needs an NVIDIA GPU: right results first, then the figures.
 #
 #   benchmarks/run_gpu.sh                    all of it; the largest need 80 GB; about an hour on an H100
-#   benchmarks/run_gpu.sh correct ladder     some parts: correct, capture, ladder, steps, tune
+#   benchmarks/run_gpu.sh correct ladder     some parts: correct, capture, ladder, steps, tune, models
 #   benchmarks/run_gpu.sh ladder:wan2.1-1.3b-random steps:cogvideox-5b     single jobs; a name may end in *
 #   benchmarks/run_gpu.sh list               the names of all jobs
 #
@@ -12,6 +12,7 @@
 # Environment
 #   OUT     where JSON and pictures of the kernels go   (default: benchmarks/kernels/<gpu>)
 #   STEPS   where JSON of whole steps goes              (default: benchmarks/steps/<gpu>)
+#   MODELS  where JSON of the embedded models goes      (default: benchmarks/models/<gpu>)
 #   LIMIT   seconds after which no further job is begun; what runs is stopped then (default: no limit)
 #   RESUME  1 leaves out jobs whose JSON is there already
 #   PYTHON  interpreter (default: python3);  DEVICE  (default: cuda)
@@ -20,7 +21,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} SMALL=${SMALL:-0} RESUME=${RESUME:-0} LIMIT=${LIMIT:-0}
-PARTS="correct capture ladder steps tune"
+PARTS="correct capture ladder steps tune models"
 WANTED=("$@")
 [ $# -eq 0 ] && read -r -a WANTED <<<"$PARTS"
 LIST=0
@@ -52,8 +53,8 @@ if [ $LIST -eq 0 ]; then
       exit 2
     }
   fi
-  OUT=${OUT:-benchmarks/kernels/$GPU} STEPS=${STEPS:-benchmarks/steps/$GPU}
-  mkdir -p "$OUT/logs" "$STEPS" || exit 2
+  OUT=${OUT:-benchmarks/kernels/$GPU} STEPS=${STEPS:-benchmarks/steps/$GPU} MODELS=${MODELS:-benchmarks/models/$GPU}
+  mkdir -p "$OUT/logs" "$STEPS" "$MODELS" || exit 2
 fi
 
 note() { # state, job, seconds
@@ -148,6 +149,36 @@ step wan2.1-14b wan2.1-14b --repeats 3 --method $BLOCK=0.25 --method $RECT=0.25 
 for shape in wan2.1-1.3b cogvideox-5b; do
   job tune:$shape 300 "${OUT:-}/tune-$shape.json" env $([ "$DEVICE" = cpu ] && echo TRITON_INTERPRET=1) "$PYTHON" -m dit_attn.kernels.benchmark.tune --shape $shape \
     --output "${OUT:-}/tune-$shape.json" --device "$DEVICE" $([ "$SMALL" = 1 ] && echo --small)
+done
+
+# -- models: whole runs of the embedded models, which are too many for a CPU -------------------------------------------
+whole() { # job, seconds, flags of tiny sizes ("-": none), script and flags ...
+  local name=$1 seconds=$2 small=()
+  [ "$SMALL" = 1 ] && [ "$3" != - ] && read -r -a small <<<"$3"
+  shift 3
+  job "models:$name" "$seconds" "${MODELS:-}/$name.json" "$PYTHON" "$@" --device "$DEVICE" \
+    --output "${MODELS:-}/$name.json" ${small[@]+"${small[@]}"}
+}
+for model in tiny-video tiny-image tiny-joint; do
+  whole high-resolution_$model 900 --quick benchmarks/high_resolution/measure.py $model --count 48 --resume
+done
+for model in tiny-video tiny-image; do
+  whole error-control_$model 900 --quick benchmarks/error_control/measure.py $model --resume
+done
+for objects in 2 3 4; do
+  whole isolation_tiny-multi_$objects 600 --quick -m tests._support.subjects_benchmark --what isolation --model tiny-multi \
+    --objects $objects --steps 10 --lines "${MODELS:-}/isolation_tiny-multi_$objects.jsonl"
+done
+for pieces in 1 2 3 4; do
+  whole saas_tiny-multi_$pieces 600 --quick -m tests._support.subjects_benchmark --what saas --model tiny-multi \
+    --objects $pieces --steps 10 --lines "${MODELS:-}/saas_tiny-multi_$pieces.jsonl"
+done
+for model in tiny-image tiny-joint tiny-video; do
+  whole head-drop_$model 600 "--count 1 --profiled 1 --searched 0 --steps 2 --seeds 1 --fractions 0.1" \
+    -m dit_attn.pipelines.head_drop.measure $model --resume
+done
+for model in tiny-image tiny-joint; do
+  whole nag_$model 600 "--count 1 --steps 2" -m tests._support.nag_benchmark --model $model --count 96 --steps 20
 done
 
 [ $LIST -eq 1 ] && exit 0

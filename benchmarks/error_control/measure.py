@@ -66,10 +66,11 @@ class Bench:
     Args:
         name: of the model.
         slug: of the method, with the settings of the model's preset.
+        device: where it runs.
     """
 
-    def __init__(self, name: str, slug: str) -> None:
-        self.pipe, self.call = models.load(name), models.call_defaults(name)
+    def __init__(self, name: str, slug: str, device: str = "cpu") -> None:
+        self.pipe, self.call = models.load(name).to(device), models.call_defaults(name)
         self.pipe.set_progress_bar_config(disable=True)
         settings = {k: v for k, v in preset_for(None, name).methods.get(slug, {}).items() if k != "provenance"}
         self.method: Any = dit_attn.Method.from_dict({**settings, "method": slug})
@@ -91,7 +92,7 @@ class Bench:
         frames = out.frames[0] if hasattr(out, "frames") else out.images
         cost["share"] = 1.0 if found is None else found.run_density or 1.0
         cost["measuring"] = 0.0 if found is None else found.measuring_share
-        return frames.float().clamp(0, 1).permute(0, 2, 3, 1), cost
+        return frames.float().clamp(0, 1).permute(0, 2, 3, 1).cpu(), cost
 
     def fixed(self, steps: int, density: float) -> list[Arm]:
         """The preset's dense steps, and none."""
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--shard", type=Shard.parse, metavar="I/N", help="every Nth item, with a log of their own")
@@ -180,8 +182,9 @@ def main() -> None:
         args.count, args.steps, args.densities = 1, [4], [0.25]
     if args.threads:
         torch.set_num_threads(args.threads)
-    bench = Bench(args.model, args.method)
+    bench = Bench(args.model, args.method, args.device)
     setup = {"model": args.model, "method": bench.method.to_dict(), "environment": environment()}
+    setup |= {"device": args.device} if args.device != "cpu" else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     path, part = args.output.with_suffix(".jsonl"), list(range(args.count))
     if args.shard:

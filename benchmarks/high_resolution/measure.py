@@ -120,10 +120,11 @@ class Bench:
     Args:
         name: of the model.
         steps: of a full schedule; ``None`` for the model's own.
+        device: where it runs.
     """
 
-    def __init__(self, name: str, steps: int | None) -> None:
-        self.name, self.pipe = name, models.load(name)
+    def __init__(self, name: str, steps: int | None, device: str = "cpu") -> None:
+        self.name, self.pipe = name, models.load(name).to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.call = models.call_defaults(name) | ({"num_inference_steps": steps} if steps else {})
         size = (self.call.pop("height"), self.call.pop("width"))
@@ -288,6 +289,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a full schedule (default: the model's)")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="arms or sets of them, besides native (default: all)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--filled", action="store_true", help="tiny-joint: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true")
@@ -299,7 +301,7 @@ def main() -> None:
         args.factors = [FACTORS[args.model][0]]
     if args.threads:
         torch.set_num_threads(args.threads)
-    bench = Bench(args.model, args.steps)
+    bench = Bench(args.model, args.steps, args.device)
     arms = bench.arms(tuple(args.factors or FACTORS[args.model]), tuple(args.sigmas))
     if args.only:
         names = {arm.name for arm in arms}
@@ -309,6 +311,7 @@ def main() -> None:
         arms = [arm for arm in arms if arm.name in ("native", *wanted)]
     chosen = sample(args.model, args.count, args.filled)
     setup = {"model": args.model, "steps": args.steps, "filled": args.filled, "environment": environment()}
+    setup |= {"device": args.device} if args.device != "cpu" else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     path, part = args.output.with_suffix(".jsonl"), list(enumerate(chosen))
     if args.shard:
@@ -357,6 +360,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     more = [f"--steps {args.steps}"] * bool(args.steps) + ["--filled"] * args.filled
     more += [f"--only {' '.join(map(repr, args.only))}"] * bool(args.only)
     more += [f"--threads {args.threads}"] * bool(args.threads)
+    more += [f"--device {args.device}"] * (args.device != "cpu")
     return [args.model, f"--count {args.count}", f"--sigmas {sigmas}", f"--factors {factors}", *more]
 
 

@@ -68,6 +68,7 @@ def second_methods(
     A native size that a preset says gives way to that of the native pass; one on the command line stays.
     """
     from dit_attn.cli.method_options import method_specs
+
     if options.get("dense"):
         return ()
     if not methods:

@@ -51,6 +51,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "hardware": _hardware(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

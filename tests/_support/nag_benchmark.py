@@ -33,9 +33,9 @@ ARMS: dict[str, tuple[NAG | None, float]] = {
 """The method and the guidance scale of every arm."""
 
 
-def measure(model: str, count: int, steps: int, seed: int) -> list[dict[str, Any]]:
+def measure(model: str, count: int, steps: int, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
     """Return what became of every prompt in every arm."""
-    pipe = models.load(model)
+    pipe = models.load(model).to(device)
     pipe.set_progress_bar_config(disable=True)
     call = {**models.call_defaults(model), "num_inference_steps": steps}
     rows = []
@@ -84,11 +84,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="default: benchmarks/guidance/MODEL_nag.json")
     given = parser.parse_args()
-    rows = measure(given.model, given.count, given.steps, given.seed)
+    rows = measure(given.model, given.count, given.steps, given.seed, given.device)
     output = given.output or Path(f"benchmarks/guidance/{given.model}_nag.json")
     command = f"python -m tests._support.nag_benchmark --model {given.model} --count {given.count}"
+    command += f" --device {given.device}" if given.device != "cpu" else ""
     record = {
         "what": "prompts that leave the color open; the color of the image without guidance, named by the negative "
         "prompt: how often it was gone, how often the rest of the prompt was followed, and both",

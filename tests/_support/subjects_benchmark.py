@@ -63,7 +63,7 @@ def run(options: argparse.Namespace, arms: dict[str, Arm]) -> None:
     diffusers.utils.logging.set_verbosity_error()  # CLIP cuts the captions off, which T5 does not
     transformers.logging.set_verbosity_error()
     _, folder, call = locate(options.model)
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     call = {**call, "max_sequence_length": multi.TEXT_LENGTH if options.objects > 2 else 20}
     call["num_inference_steps"] = options.steps or call["num_inference_steps"]
@@ -248,6 +248,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--size", type=int, metavar="PX", help="height and width; default: the model's own")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--arms", nargs="+", help="some of the arms; default: all")
     parser.add_argument("--quick", action="store_true", help="two prompts of four steps: does it run?")
     parser.add_argument("--lines", type=Path, help="JSONL file of the results; default: outputs/MODEL_WHAT_OBJECTS")

@@ -46,6 +46,7 @@ class CurveConfig:
         runs, calls_per_run: of the dense model, that examples are drawn from.
         batch, lr: of the training.
         seed: of everything.
+        device: where the model runs.
     """
 
     model: str = "tiny-video"
@@ -58,6 +59,7 @@ class CurveConfig:
     batch: int = 4
     lr: float = 2e-4
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def call(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
         log.add(key, {"whole_caption": found["whole_caption"], "all": found["all_attributes"], "computed": cost})
         on_progress(f"{key}: {found['whole_caption']['right']} of {config.count}, computed {cost}")
 
-    pipe = _fresh(config.model)
+    pipe = _fresh(config)
     if "dense" not in log.rows:
         score(pipe, "dense", sparse=False)
     prompts = _captions(kind, config)
@@ -146,8 +148,8 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
     return {"config": asdict(config), "rows": dict(log.rows)}
 
 
-def _fresh(model: str) -> Any:
-    pipe = models.load(model)
+def _fresh(config: CurveConfig) -> Any:
+    pipe = models.load(config.model).to(config.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -165,7 +167,7 @@ def _trained(arm: Arm, point: int, config: CurveConfig, examples: list[Path], fo
         arm.method, steps=point, batch=config.batch, lr=config.lr, warmup=10, log_every=max(1, point // 4),
         checkpoint_every=25, seed=config.seed, held_out=0.05,
     )  # fmt: skip
-    job = Finetune(_fresh(config.model), settings, examples)
+    job = Finetune(_fresh(config), settings, examples)
     if (folder / CHECKPOINT).exists():
         job.restore(folder)
     job.fit(folder)
@@ -181,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="held-out prompts; 0 for the distance to the dense model alone")
     parser.add_argument("--output", type=Path, required=True, help="folder; started again, it goes on")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = QUICK if args.quick else CurveConfig()
-    given = {"model": args.model, **({} if args.count is None else {"count": args.count})}
+    given = {"model": args.model, "device": args.device, **({} if args.count is None else {"count": args.count})}
     config = CurveConfig(**{**asdict(chosen), **given})
     found = measure(config, args.output, lambda line: print(line, flush=True))
     words = [*sys.argv[1:]] if argv is None else [*map(str, argv)]

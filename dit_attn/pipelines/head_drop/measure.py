@@ -47,6 +47,7 @@ class DropMeasurement:
         steps: denoising steps.
         seeds: sets of random heads.
         searched: training captions that a search scores every head on; 0 leaves its arms out.
+        device: where the model runs.
     """
 
     model: str = "tiny-image"
@@ -56,6 +57,7 @@ class DropMeasurement:
     steps: int = 8
     seeds: int = 3
     searched: int = 4
+    device: str = "cpu"
 
     @property
     def kind(self) -> str:
@@ -79,7 +81,7 @@ def measure(config: DropMeasurement, log: MeasurementLog, on_progress: Callable[
     """
     if min(config.count, config.profiled, config.seeds, config.steps, len(config.fractions)) < 1:
         raise DitAttnError("a measurement needs one caption, seed, step and fraction at least; raise what is 0")
-    pipe = models.load(config.model)
+    pipe = models.load(config.model).to(config.device)
     pipe.set_progress_bar_config(disable=True)
     call = {**models.call_defaults(config.model), "num_inference_steps": config.steps}
     known = world.split(config.kind)[False]
@@ -197,12 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="denoising steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of random heads (default: %(default)s)")
     parser.add_argument("--fractions", type=float, nargs="+", help="of the heads (default: 0.05 to 0.4)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true", help="go on with what the log lacks")
     args = parser.parse_args(argv)
     config = DropMeasurement(
         args.model, tuple(args.fractions or DropMeasurement.fractions), args.profiled, args.count, args.steps,
-        args.seeds, args.searched,
+        args.seeds, args.searched, args.device,
     )  # fmt: skip
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,8 @@ def _operators(options: Options) -> None:
     source = options.get("source", "tiny-image")
     if source not in SOURCES:
         raise unknown("--source", source, SOURCES)
+    if source == "synthetic" and options.get("device", "cpu") not in ("auto", "cpu"):
+        raise DitAttnError("--device: synthetic fields are made on CPUs; leave it out")
     for name in ("height", "width"):
         if name in options and source == "synthetic":
             raise DitAttnError(f"--{name} is not for synthetic fields, whose size is --grid; leave it out")

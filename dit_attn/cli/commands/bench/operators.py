@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dit_attn import models
-from dit_attn.cli import method_options, outputs, resolve_methods
+from dit_attn.cli import load_pipeline, method_options, outputs, resolve_methods
 from dit_attn.cli.captions import held_out_captions
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
@@ -49,6 +49,7 @@ class OperatorBenchConfig:
         grid: (T, H, W) of synthetic fields.
         size: ``height`` and ``width`` in pixels, as far as they are given.
         threads: of torch; ``None`` leaves them.
+        device: torch device of the model.
         output: file of the record.
         json: print JSON.
         verbose: print the targets too.
@@ -66,6 +67,7 @@ class OperatorBenchConfig:
     grid: tuple[int, int, int] = (16, 16, 16)
     size: dict[str, int] = field(default_factory=dict)
     threads: int | None = None
+    device: Any = "cpu"
     output: Path | None = None
     json: bool = False
     verbose: bool = False
@@ -83,6 +85,7 @@ class OperatorBenchConfig:
         families = equal_cost.select_families(names, block) if names or not variants else []
         families += [_family(specs, block) for specs in variants]
         values = options.pick("prompts", "steps", "every", "threads", "json", "verbose")
+        values["device"] = load_pipeline.pick_device(options.get("device", "auto"))
         values |= {"grid": tuple(grid), "size": options.pick("height", "width"), "family": names}
         values["methods"] = tuple(map(method_options.label, variants))
         if "density" in options:
@@ -150,6 +153,7 @@ def _source(config: OperatorBenchConfig) -> Any:
     if config.source == "synthetic":
         return operator_error.synthetic_source(config.grid, steps=config.steps or 8)
     pipe, call = models.load(config.source), models.call_defaults(config.source) | config.size
+    pipe.to(config.device)
     pipe.set_progress_bar_config(disable=True)
     if config.steps:
         call["num_inference_steps"] = config.steps
@@ -169,6 +173,7 @@ def _command(config: OperatorBenchConfig) -> str:
     for label in config.methods:
         words += ["--method", f'"{label}"' if " " in label else label]
     words += ["--threads", config.threads] if config.threads else []
+    words += ["--device", config.device] if str(config.device) != "cpu" else []
     return " ".join(map(str, words))
 
 

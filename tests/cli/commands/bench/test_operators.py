@@ -46,6 +46,8 @@ def test_an_embedded_model_at_another_size(cli) -> None:
         (("--source", "synthetic", "--grid", 1, 4, 4), ("--grid", "256")),
         (("--block", 4), ("--block", "8")),
         (("--source", "synthetic", "--height", 64), ("--height", "--grid")),
+        (("--source", "synthetic", "--device", "cuda"), ("--device", "CPUs")),
+        (("--device", "cuda:7"), ("--device cuda:7", "no such GPU")),
         (("--width", 100), ("--width must be a multiple of 16",)),
         (("--family", "merge 7"), ("merge 7", "default")),
     ],
