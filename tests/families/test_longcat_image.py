@@ -68,8 +68,9 @@ class TestLongCatImageEdit(TestLongCatImage):
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: Any) -> None:
         """Pictures of the tests' size; the pipeline makes them of a megapixel."""
-        module = f"{LongCatImageEditPipeline.__module__}.calculate_dimensions"
-        monkeypatch.setattr(module, lambda area, ratio: (SIZE["width"], SIZE["height"]))
+        module = LongCatImageEditPipeline.__module__
+        if module.startswith("diffusers."):  # elsewhere is what stands in for a class that an older one lacks
+            monkeypatch.setattr(f"{module}.calculate_dimensions", lambda area, ratio: (SIZE["width"], SIZE["height"]))
 
     def inputs(self) -> dict[str, Any]:
         given = super().inputs()
