@@ -234,9 +234,8 @@ def main() -> None:
 
 def _words(args: argparse.Namespace) -> list[str]:
     numbers = [f"--{name} {' '.join(f'{x:g}' for x in getattr(args, name))}" for name in ("steps", "densities")]
-    return [args.model, f"--method {args.method}", f"--count {args.count}", *numbers] + (
-        [f"--threads {args.threads}"] if args.threads else []
-    )
+    more = [f"--threads {args.threads}"] * bool(args.threads) + [f"--device {args.device}"] * (args.device != "cpu")
+    return [args.model, f"--method {args.method}", f"--count {args.count}", *numbers, *more]
 
 
 if __name__ == "__main__":

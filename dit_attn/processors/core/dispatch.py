@@ -43,16 +43,16 @@ def dispatch_attention(run: RunState, layer: Layer, args: SDPAArgs, stock: Stock
     Raises:
         DitAttnError: a perturbation that needs the full sequence, which is split over devices.
     """
-    if isinstance(args.mask, torch.Tensor) and args.mask.ndim == 4:
-        args = replace(args, mask=_unexpanded(args.mask))
+    if isinstance(args.mask, torch.Tensor) and (mask := _unexpanded(args.mask)) is not args.mask:
+        args = replace(args, mask=mask)
     if layer.kept_heads is not None:
         return _dispatch_heads(run, layer, args, stock, layer.kept_heads)
     return _dispatch_rows(run, layer, args, stock)
 
 
 def _unexpanded(mask: torch.Tensor) -> torch.Tensor:
-    """The mask (B, H, S, S) with one head and one row where all of them are the same memory."""
-    for dim in (1, 2):
+    """The mask, if it is (B, H, S, S), with one head and one row where all of them are the same memory."""
+    for dim in (1, 2) if mask.ndim == 4 else ():
         if mask.shape[dim] > 1 and mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     return mask

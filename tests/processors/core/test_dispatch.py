@@ -62,6 +62,21 @@ def test_poison_in_a_later_run_is_found_and_ends_with_the_session(
         assert torch.equal(latents(pipe), clean)
 
 
+def test_a_mask_that_is_expanded_over_heads_and_rows_is_one_of_keys() -> None:
+    keys = torch.rand(2, 1, 1, TEXT + VISUAL, generator=torch.Generator().manual_seed(1)) < 0.8
+    heads, length = random_args().q.shape[2], TEXT + VISUAL
+    found = []
+    for mask in (keys, keys.expand(2, heads, length, length)):
+        run, layer = host_run([BlockSparse(density=0.5, **BLOCKS)])
+        done = Dispatched(run, layer, random_args(mask=mask))
+        assert done.stock_calls == 0 and layer.stats.sparse_calls == 1, layer.stats.fallbacks
+        found.append(done.out)
+    assert torch.equal(*found)
+    run, layer = host_run([BlockSparse(density=0.5, **BLOCKS)])
+    square = keys.expand(2, heads, length, length).clone()
+    assert Dispatched(run, layer, random_args(mask=square)).stock_calls == 1  # its rows may differ
+
+
 def test_the_bound_is_measured_for_every_density_of_a_layer(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(
