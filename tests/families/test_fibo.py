@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from diffusers import BriaFiboPipeline, BriaFiboTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
+import dit_attn
 from tests._support.family_cases import HEIGHT, SIZE, WIDTH, PackedCase, image_ids
+from tests._support.family_mixin import SPARSE
 from tests._support.word_encoder import WordEncoder
 
 
@@ -51,6 +53,19 @@ class TestFibo(PackedCase):
         texts = {"a": encoded(9), "": encoded(5)}
         pipe.get_prompt_embeds = lambda prompt, **_: texts[prompt[0]]
         return pipe, {"prompt": "a", "guidance_scale": 3.0, **SIZE}
+
+    def test_a_mask_of_all_pairs_is_read_by_a_row_of_the_image(self, net: Any, args: Any) -> None:
+        """diffusers before 0.42 gives the outer product of what exists, 0 or -inf."""
+        exists = args["joint_attention_kwargs"]["attention_mask"][:, :, 0].float()
+        pairs = torch.where(exists.mT @ exists == 1, 0.0, -torch.inf)[:, None]
+        pairs[:, :, range(pairs.shape[-1]), range(pairs.shape[-1])] = 0.0  # a row without keys is no number
+        found = []
+        for mask in (args["joint_attention_kwargs"]["attention_mask"], pairs):
+            dit_attn.enable(net, SPARSE)
+            found.append(self.call(net, {**args, "joint_attention_kwargs": {"attention_mask": mask}})[0])
+            summary = dit_attn.summary(net)
+            assert summary.sparse_calls == summary.calls == 2, summary.fallbacks
+        torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
 class TestFiboEdit(TestFibo):
