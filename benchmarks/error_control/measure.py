@@ -33,6 +33,7 @@ from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
 from dit_attn.pipelines import MeasurementLog
 from dit_attn.pipelines.compare.statistics import difference_figure, mean_figure, ratio_figure, verify_caption
+from dit_attn.pipelines.measurement_log import shard_log
 from dit_attn.pipelines.run import Shard
 from dit_attn.processors.methods.presets import preset_for
 
@@ -185,14 +186,8 @@ def main() -> None:
     bench = Bench(args.model, args.method, args.device)
     setup = {"model": args.model, "method": bench.method.to_dict(), "environment": environment()}
     setup |= {"device": args.device} if args.device != "cpu" else {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    path, part = args.output.with_suffix(".jsonl"), list(range(args.count))
-    if args.shard:
-        path, part = path.with_name(args.shard.file(path.name)), args.shard.part(part)
-    log = MeasurementLog(path, setup, args.resume)
-    if args.resume and not args.shard:
-        for other in sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
-            log.rows |= MeasurementLog(other, setup, resume=True).rows
+    log = shard_log(args.output, setup, args.resume, args.shard)
+    part = args.shard.part(range(args.count)) if args.shard else list(range(args.count))
     before = load_average()
     for steps in args.steps:
         arms = [Arm("dense", None, steps)]

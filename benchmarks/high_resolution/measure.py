@@ -46,6 +46,7 @@ from dit_attn.pipelines import HighResolution, MeasurementLog
 from dit_attn.pipelines.compare.statistics import difference_figure, mean_figure, ratio_figure, verify_caption
 from dit_attn.pipelines.high_resolution import NativePass
 from dit_attn.pipelines.high_resolution.latents import enlarged, form_of
+from dit_attn.pipelines.measurement_log import shard_log
 from dit_attn.pipelines.run import Shard
 
 KINDS = {"tiny-image": "image", "tiny-joint": "multi", "tiny-video": "video"}
@@ -312,14 +313,8 @@ def main() -> None:
     chosen = sample(args.model, args.count, args.filled)
     setup = {"model": args.model, "steps": args.steps, "filled": args.filled, "environment": environment()}
     setup |= {"device": args.device} if args.device != "cpu" else {}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    path, part = args.output.with_suffix(".jsonl"), list(enumerate(chosen))
-    if args.shard:
-        path, part = path.with_name(args.shard.file(path.name)), args.shard.part(part)
-    log = MeasurementLog(path, setup, args.resume)
-    if args.resume and not args.shard:
-        for other in sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
-            log.rows |= MeasurementLog(other, setup, resume=True).rows
+    log = shard_log(args.output, setup, args.resume, args.shard)
+    part = args.shard.part(list(enumerate(chosen))) if args.shard else list(enumerate(chosen))
     before, todo = load_average(), Progress(log, arms, [index for index, _ in part])
     for place, (index, item) in enumerate(part, 1):
         missing = [arm for arm in arms if f"{arm.key}|{index}" not in log.rows]

@@ -11,6 +11,7 @@ from typing import Any
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.pipelines.run import Shard
 
 
 class MeasurementLog:
@@ -82,6 +83,26 @@ class MeasurementLog:
             ) from error
         self.rows[key] = value
         self.on_result(key)
+
+
+def shard_log(output: Path, setup: dict[str, Any], resume: bool, shard: Shard | None) -> MeasurementLog:
+    """Open the log next to a record; without a shard and with ``resume`` it has the measurements of all shards' logs.
+
+    Args:
+        output: the record; its folder is made.
+        setup, resume: as of :class:`MeasurementLog`.
+        shard: the part that this process measures, with a log of its own.
+
+    Raises:
+        DitAttnError: a log has another setup, is in use by another process, or cannot be read or written.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_suffix(".jsonl")
+    log = MeasurementLog(path.with_name(shard.file(path.name)) if shard else path, setup, resume)
+    if resume and shard is None:
+        for other in sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}")):
+            log.rows |= MeasurementLog(other, setup, resume=True).rows
+    return log
 
 
 def _entry(key: str, value: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pytest
 
 from dit_attn import DitAttnError
 from dit_attn.errors import RunStopped
-from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.measurement_log import MeasurementLog, shard_log
+from dit_attn.pipelines.run import Shard
 
 SETUP = {"model": "m", "densities": (0.5, 0.25)}
 
@@ -50,6 +51,18 @@ def test_a_value_that_was_edited_is_measured_again(tmp_path: Path) -> None:
     log.add("local/a", {"calls": [[1]]})
     path.write_text(path.read_text().replace("0.1", '"x"').replace("[[1]]", "[]"))
     assert list(MeasurementLog(path, SETUP, resume=True).rows) == ["all/b"]
+
+
+def test_the_last_call_reads_the_logs_of_all_shards(tmp_path: Path) -> None:
+    record = tmp_path / "new" / "m.json"
+    for number in (1, 2):
+        log = shard_log(record, SETUP, True, Shard(number, 2))
+        log.add(f"arm|{number}", number)
+    assert shard_log(record, SETUP, True, Shard(1, 2)).rows == {"arm|1": 1}
+    assert shard_log(record, SETUP, True, None).rows == {"arm|1": 1, "arm|2": 2}
+    assert shard_log(record, SETUP, False, None).rows == {}
+    with pytest.raises(DitAttnError, match="another model"):
+        shard_log(record, {"model": "other"}, True, None)
 
 
 def test_a_log_of_another_setup_is_refused_and_unchanged(tmp_path: Path) -> None:
