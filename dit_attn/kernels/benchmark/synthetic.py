@@ -67,7 +67,7 @@ def structured_qkv(
     generator = torch.Generator().manual_seed(seed)
 
     def fields() -> torch.Tensor:
-        smooth = _blurred(torch.randn(heads * dim, *grid, generator=generator), structure.smooth)
+        smooth = blurred(torch.randn(heads * dim, *grid, generator=generator), structure.smooth)
         own = torch.randn(heads * dim, *grid, generator=generator)
         mixed = math.sqrt(1.0 - structure.noise) * smooth + math.sqrt(structure.noise) * own
         return mixed.flatten(1).unflatten(0, (heads, dim)).permute(2, 0, 1)[None]
@@ -108,8 +108,8 @@ def rotated(x: torch.Tensor, grid: Grid, base: float = 100.0) -> torch.Tensor:
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
-def _blurred(x: torch.Tensor, width: float) -> torch.Tensor:
-    """(C, T, H, W) blurred along every axis that has more than one token, with unit variance."""
+def blurred(x: torch.Tensor, width: float) -> torch.Tensor:
+    """Blur (C, T, H, W) by ``width`` along every axis, and scale to unit variance."""
     for axis in (1, 2, 3):
         size = x.shape[axis]
         place = torch.arange(size, dtype=torch.float32)

@@ -33,12 +33,13 @@ GROUPS = {
         flags.Flag("save", "measure a fixed grid of sizes, in a minute or two, and store it for the method auto", bool),
     ),
     "operators": (
-        flags.Flag("source", "synthetic or an embedded model; of bench capture too, which takes any model",
-                   default="tiny-image"),
+        flags.Flag("source", "synthetic, wan2.1-1.3b (two blocks with random weights) or an embedded model; of bench "
+                   "capture too, which takes any model", default="tiny-image"),
         flags.Flag("prompts", "held-out prompts, or seeds", int, "6", low=1),
-        flags.Flag("steps", "denoising steps of a run; of bench capture too", int, "the model's; synthetic: 8", low=1),
+        flags.Flag("steps", "denoising steps of a run; of bench capture too", int, "the model's; of random numbers: 8",
+                   low=1),
         flags.Flag("every", "measure one step of N", int, "5", low=1),
-        flags.Flag("grid", "T H W of synthetic fields", int, "16 16 16", nargs=3),
+        flags.Flag("grid", "T H W tokens of synthetic and wan2.1-1.3b", int, "16 16 16", nargs=3),
         flags.Flag("family", "only these rows of the table", default="all, or none with --method", nargs="+"),
     ),
     "model": (

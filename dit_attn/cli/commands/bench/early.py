@@ -16,7 +16,8 @@ CONFIGS = (
     *("wan2.1-1.3b", "wan2.1-14b", "hunyuan-video", "cogvideox-5b", "flux", "pixart-sigma"),
     *("ltx-video", "qwen-image-2.1", "krea-2", "minimax-h3", "cosmos-3"),
 )
-SOURCES = ("synthetic", "tiny-image", "tiny-joint", "tiny-multi", "tiny-video")
+MADE = ("synthetic", "wan2.1-1.3b")  # of random numbers, on a grid
+SOURCES = (*MADE, "tiny-image", "tiny-joint", "tiny-multi", "tiny-video")
 RECORDED = ".safetensors"
 _PIXELS = 16  # the sizes of embedded models are multiples of it
 _SAVED = ("what", "save", "device", "threads", "json")  # what bench kernels --save takes
@@ -65,11 +66,13 @@ def _operators(options: Options) -> None:
     source = options.get("source", "tiny-image")
     if source not in SOURCES:
         raise unknown("--source", source, SOURCES)
-    if source == "synthetic" and options.get("device", "cpu") not in ("auto", "cpu"):
-        raise DitAttnError("--device: synthetic fields are made on CPUs; leave it out")
+    if source in MADE and options.get("device", "cpu") not in ("auto", "cpu"):
+        raise DitAttnError(f"--device: the calls of {source} are made on CPUs; leave it out")
+    if source not in MADE and "grid" in options:
+        raise DitAttnError(f"--grid is for --source {' and '.join(MADE)}; {source} takes --height and --width")
     for name in ("height", "width"):
-        if name in options and source == "synthetic":
-            raise DitAttnError(f"--{name} is not for synthetic fields, whose size is --grid; leave it out")
+        if name in options and source in MADE:
+            raise DitAttnError(f"--{name} is not for --source {source}, whose size is --grid; leave it out")
         if options.get(name, _PIXELS) % _PIXELS:
             raise DitAttnError(f"--{name} must be a multiple of {_PIXELS} pixels, got {options[name]}")
     grid = options.get("grid", (16, 16, 16))

@@ -13,6 +13,7 @@ import torch
 from dit_attn import models
 from dit_attn.cli import load_pipeline, method_options, outputs, resolve_methods
 from dit_attn.cli.captions import held_out_captions
+from dit_attn.cli.commands.bench import early
 from dit_attn.cli.method_options import MethodSpec
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
@@ -20,11 +21,11 @@ from dit_attn.errors import DitAttnError
 from dit_attn.files import is_place
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
-from dit_attn.pipelines.benchmark import equal_cost, operator_error
+from dit_attn.pipelines.benchmark import equal_cost, operator_error, random_blocks
 from dit_attn.pipelines.benchmark.equal_cost import MethodFamily
 from dit_attn.processors.methods.base import Method
 
-BLOCKS = {"synthetic": 64, "tiny-image": 32, "tiny-joint": 32, "tiny-multi": 32, "tiny-video": 36}
+BLOCKS = {"synthetic": 64, "wan2.1-1.3b": 64, "tiny-image": 32, "tiny-joint": 32, "tiny-multi": 32, "tiny-video": 36}
 _TITLES = (
     "method", ">attention computed", ">L2 error [95 %]", ">cosine", ">shift", ">LSE", ">RMS error", ">choosing",
     ">call", ">against dense",
@@ -46,7 +47,7 @@ class OperatorBenchConfig:
         prompts: held-out prompts, or seeds.
         steps: of a run; ``None``: the model's own.
         every: one step of so many is measured.
-        grid: (T, H, W) of synthetic fields.
+        grid: (T, H, W) tokens where the calls are made of random numbers.
         size: ``height`` and ``width`` in pixels, as far as they are given.
         threads: of torch; ``None`` leaves them.
         device: torch device of the model.
@@ -152,6 +153,8 @@ def _family(specs: list[MethodSpec], block: int) -> MethodFamily:
 def _source(config: OperatorBenchConfig) -> Any:
     if config.source == "synthetic":
         return operator_error.synthetic_source(config.grid, steps=config.steps or 8)
+    if config.source in early.MADE:
+        return random_blocks.wan_source(random_blocks.wan_blocks(config.grid), steps=config.steps or 8)
     pipe, call = models.load(config.source), models.call_defaults(config.source) | config.size
     pipe.to(config.device)
     pipe.set_progress_bar_config(disable=True)
@@ -164,7 +167,7 @@ def _command(config: OperatorBenchConfig) -> str:
     """The command that repeats the measurement, without paths of this machine."""
     words: list[Any] = ["dit-attn bench operators --source", config.source, "--prompts", config.prompts]
     words += ["--every", config.every]
-    words += ["--grid", *config.grid] if config.source == "synthetic" else []
+    words += ["--grid", *config.grid] if config.source in early.MADE else []
     words += [word for name, pixels in config.size.items() for word in (f"--{name}", pixels)]
     words += ["--steps", config.steps] if config.steps else []
     words += ["--block", config.block] if config.block != BLOCKS[config.source] else []

@@ -47,6 +47,8 @@ def test_an_embedded_model_at_another_size(cli) -> None:
         (("--block", 4), ("--block", "8")),
         (("--source", "synthetic", "--height", 64), ("--height", "--grid")),
         (("--source", "synthetic", "--device", "cuda"), ("--device", "CPUs")),
+        (("--source", "wan2.1-1.3b", "--width", 64), ("--width", "--grid")),
+        (("--grid", 4, 8, 8), ("--grid", "tiny-image", "--height")),
         (("--device", "cuda:7"), ("--device cuda:7", "no such GPU")),
         (("--width", 100), ("--width must be a multiple of 16",)),
         (("--family", "merge 7"), ("merge 7", "default")),
