@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -16,6 +17,7 @@ INDEX = "modular_model_index.json"
 _MEDIA = {"images": "images", "videos": "frames"}  # what a run gives, by the name that other pipelines give it
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), Any)
 _GIVEN = ("generator", "output_type")  # by the command itself
+_SCALE = "guidance_scale"
 
 
 def open_pipeline(name: str, path: str, revision: str | None) -> Any:
@@ -95,8 +97,12 @@ def _called_as_others(stock: Any, name: str) -> Any:
             f"{kind.__name__} of {shorten(name)} makes neither images nor videos, which are what this command saves"
         )
 
-    def call(self: Any, **inputs: Any) -> Any:
-        return SimpleNamespace(**{_MEDIA[output]: kind.__call__(self, output=output, **inputs)})
+    inputs = {spec.name: spec.default for spec in stock.blocks.inputs if spec.name is not None}
+    guided = _SCALE not in inputs and _guides(getattr(stock, "guider", None))
+
+    def call(self: Any, **given: Any) -> Any:
+        with _guided(self.guider, given.pop(_SCALE, None)) if guided else nullcontext():
+            return SimpleNamespace(**{_MEDIA[output]: kind.__call__(self, output=output, **given)})
 
     def set_progress_bar_config(self: Any, **settings: Any) -> None:
         for block in modular_blocks(self):  # the one of diffusers reaches the outermost blocks alone
@@ -104,11 +110,27 @@ def _called_as_others(stock: Any, name: str) -> Any:
                 block.set_progress_bar_config(**settings)
 
     self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    inputs = {spec.name: spec for spec in stock.blocks.inputs if spec.name is not None}
-    taken = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=x.default) for key, x in inputs.items()]
+    inputs |= {_SCALE: stock.guider.guidance_scale} if guided else {}
+    taken = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value) for key, value in inputs.items()]
     call.__name__, call.__signature__ = "__call__", inspect.Signature([self, *taken])  # type: ignore[attr-defined]
     changed = {"__call__": call, "set_progress_bar_config": set_progress_bar_config, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), changed)
+
+
+def _guides(guider: Any) -> bool:
+    """Whether a guider is on and has a scale: those of distilled models are off."""
+    return hasattr(guider, _SCALE) and getattr(guider, "_enabled", True)
+
+
+@contextmanager
+def _guided(guider: Any, scale: float | None) -> Iterator[None]:
+    """Give the guider another scale for one call; ``None`` leaves its own."""
+    own = guider.guidance_scale
+    guider.guidance_scale = own if scale is None else scale
+    try:
+        yield
+    finally:
+        guider.guidance_scale = own
 
 
 def transformer_of(opened: Any, path: str, revision: str | None) -> Any:
@@ -174,7 +196,7 @@ def check_calls(opened: Any, jobs: Iterable[Job]) -> None:
     """
     from dit_attn.cli.jobs import needs
 
-    hints = {spec.name: spec.type_hint for spec in opened.blocks.inputs}
+    hints = {_SCALE: float} | {spec.name: spec.type_hint for spec in opened.blocks.inputs}
     for job in jobs:
         for name, value in job.call.items():
             if value is not None and name not in job.images() and not _is_plain(hints[name]):

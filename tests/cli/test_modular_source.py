@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_attn import models
 from dit_attn.cli import modular_source
 from dit_attn.cli.load_pipeline import LoadConfig, load_pipeline
 from dit_attn.cli.model_source import describe
@@ -50,6 +51,30 @@ def test_generate_is_the_run_in_python_bit_for_bit(cli, modular_model, stock_ima
         assert outcome.code == 0, outcome.err
         (file,) = (tmp_path / name).glob("0*.png")
         assert np.array_equal(pixels(file), stock_image), name
+
+
+def test_a_guidance_scale_is_that_of_the_guider_for_one_call(cli, tmp_path, monkeypatch):
+    blocks = getattr(diffusers, "StableDiffusion3AutoBlocks", None)
+    if blocks is None:
+        pytest.skip("this diffusers has no modular pipeline with a guider for the embedded models")
+    pipe, stock = blocks().init_pipeline(), models.load("tiny-joint")
+    wanted = set(pipe.component_names)
+    pipe.update_components(**{name: part for name, part in stock.components.items() if name in wanted and part})
+    pipe.save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
+    expected = {}
+    for scale in (2.0, pipe.guider.guidance_scale):
+        pipe.guider.guidance_scale = scale
+        call = {"height": 64, "width": 64, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(42)}
+        image = pipe(prompt="a red cube", **call, output_type="np", output="images")[0]
+        expected[scale] = (image * 255).round().astype(np.uint8)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": "a red cube", "seed": 42, **x}) + "\n" for x in ({"guidance_scale": 2.0}, {}))
+    )
+    outcome = cli("generate", "--model", tmp_path / "model", "--prompts", prompts, *SMALL, "-o", "out")
+    assert outcome.code == 0, outcome.err
+    for file, image in zip(sorted((tmp_path / "out").glob("0*.png")), expected.values(), strict=True):
+        assert np.array_equal(pixels(file), image)
 
 
 def test_a_sparse_run_has_a_sidecar_and_a_report_and_is_resumed(cli, modular_model, stock_image, tmp_path):
@@ -131,6 +156,7 @@ def test_an_old_diffusers_is_refused(cli, modular_model, monkeypatch):
         ),
         ("ZImageModularPipeline", ("--pipeline-kwargs", '{"latents": [0.0]}'), ("takes latents", "cannot give")),
         ("MiniMaxH3ModularPipeline", ("--guidance-scale", "3"), ("takes no guidance_scale", "--guidance-scale")),
+        ("ZImageModularPipeline", ("--guidance-scale", "3"), ("takes no guidance_scale",)),  # its guider is off
         ("StableDiffusionXLModularPipeline", ("--method", "block-sparse"), ("no diffusion transformer",)),
     ],
 )
