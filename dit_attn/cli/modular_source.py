@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 INDEX = "modular_model_index.json"
 _MEDIA = {"images": "images", "videos": "frames"}  # what a run gives, by the name that other pipelines give it
+_SOUND = ("audio", "sampling_rate")
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None), Any)
 _GIVEN = ("generator", "output_type")  # by the command itself
 _SCALE = "guidance_scale"
@@ -97,12 +98,14 @@ def _called_as_others(stock: Any, name: str) -> Any:
             f"{kind.__name__} of {shorten(name)} makes neither images nor videos, which are what this command saves"
         )
 
+    sounds = [key for key in _SOUND if key in made]
     inputs = {spec.name: spec.default for spec in stock.blocks.inputs if spec.name is not None}
     guided = _SCALE not in inputs and _guides(getattr(stock, "guider", None))
 
     def call(self: Any, **given: Any) -> Any:
         with _guided(self.guider, given.pop(_SCALE, None)) if guided else nullcontext():
-            return SimpleNamespace(**{_MEDIA[output]: kind.__call__(self, output=output, **given)})
+            found = kind.__call__(self, output=[output, *sounds], **given)
+            return SimpleNamespace(**{_MEDIA.get(key, key): value for key, value in found.items()})
 
     def set_progress_bar_config(self: Any, **settings: Any) -> None:
         for block in modular_blocks(self):  # the one of diffusers reaches the outermost blocks alone

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_attn import files
+from dit_attn.cli import video_file
 from dit_attn.cli.output_address import lost, prepare_address
 from dit_attn.errors import DitAttnError, RunStopped, reason
+from dit_attn.pipelines.output import Sound, batch_of, sound_of
 from dit_attn.remote import Place, RemotePath, Unreachable, is_address, local_copy, local_folder, parse_address
 
 if TYPE_CHECKING:
@@ -37,10 +37,12 @@ class Media:
     Attributes:
         frames: (F, H, W, 3) uint8; F is 1 for an image.
         video: whether it is a video.
+        sound: of a video, where the model makes sound.
     """
 
     frames: np.ndarray
     video: bool
+    sound: Sound | None = None
 
     @property
     def ending(self) -> str:
@@ -52,8 +54,12 @@ class NotFinite(RuntimeError):
     """The output has NaN or infinite values."""
 
 
-def media_of(result: Any) -> Media:
+def media_of(result: Any, pipe: Any = None) -> Media:
     """The first image or video of a pipeline's output, whatever its form (PIL, numpy, torch).
+
+    Args:
+        result: the output.
+        pipe: the pipeline, which knows the rate of the sound; without it a video is silent.
 
     Raises:
         NotFinite: NaN or infinite values.
@@ -61,13 +67,15 @@ def media_of(result: Any) -> Media:
     """
     import numpy as np
 
-    video = getattr(result, "frames", None) is not None
-    batch = result.frames if video else getattr(result, "images", None)
-    if batch is None:
+    made = batch_of(result)
+    if made is None:
         raise RuntimeError(f"{type(result).__name__} holds neither images nor frames")
-    item = batch[0]
-    parts = list(item) if video else [item]
-    return Media(np.stack([_array(part) for part in parts]), video)
+    item = made.items[0]
+    parts = list(item) if made.video else [item]
+    sound = sound_of(result, pipe) if made.video else None
+    if sound is not None and not np.isfinite(sound.samples).all():
+        raise NotFinite("the sound is NaN or infinite; nothing was saved. Try --dtype bf16 or fp32")
+    return Media(np.stack([_array(part) for part in parts]), made.video, sound)
 
 
 def _array(image: Any) -> np.ndarray:
@@ -184,7 +192,7 @@ def write_media(media: Media, path: Place, fps: int, text: dict[str, str]) -> No
 
 def _encode(media: Media, path: Path, fps: int, text: dict[str, str]) -> None:
     if media.video:
-        _write_video(media, path, fps)
+        video_file.write(media.frames, media.sound, path, fps)
     else:
         _write_png(media, path, text)
 
@@ -197,37 +205,6 @@ def _write_png(media: Media, path: Path, text: dict[str, str]) -> None:
     for key, value in text.items():
         info.add_text(key, value)
     Image.fromarray(media.frames[0]).save(path, pnginfo=info)
-
-
-def _write_video(media: Media, path: Path, fps: int) -> None:
-    from diffusers.utils import export_to_video
-    from PIL import Image
-
-    height, width = media.frames.shape[1:3]
-    block = max(2, math.gcd(math.gcd(height, width), 16))
-    try:
-        export_to_video([Image.fromarray(frame) for frame in media.frames], str(path), fps=fps, macro_block_size=block)
-    except (ImportError, AttributeError) as error:
-        raise RunStopped(
-            f"videos need imageio and imageio-ffmpeg ({reason(error)}): `pip install imageio imageio-ffmpeg`"
-        ) from error
-    _check_video(path, len(media.frames))
-
-
-def _check_video(path: Path, count: int) -> None:
-    """ffmpeg writes in its own process and its failures (a full disk) can go unnoticed: count what it wrote."""
-    import imageio_ffmpeg
-
-    try:
-        written = imageio_ffmpeg.count_frames_and_secs(str(path))[0] if path.is_file() and path.stat().st_size else 0
-    except RuntimeError:
-        written = 0
-    if written != count:
-        full = shutil.disk_usage(path.parent).free < 1 << 20
-        raise OSError(
-            errno.ENOSPC if full else errno.EIO,
-            f"{os.strerror(errno.ENOSPC)}" if full else f"ffmpeg wrote {written} of {count} frames",
-        )
 
 
 def write_json(data: dict[str, Any], path: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 import shlex
 import time
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dit_attn.remote import Place
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
-# Frames per second the model was trained on, by the beginning of its pipeline's name.
+# Frames per second the model was trained on, by the beginning of its pipeline's name, where its call does not say.
 _FPS = {"Wan": 16, "SkyReels": 24, "Hunyuan": 24, "LTX": 24, "Mochi": 30, "Allegro": 15, "Cosmos": 24, "Kandinsky5": 24}
 _FPS |= {"MiniMaxH3": 24}
 
@@ -202,9 +203,14 @@ def versions() -> dict[str, str]:
 
 
 def frames_per_second(pipeline: type, embedded: bool) -> int:
-    """Return the rate a video of this pipeline class is saved with when the user gives none."""
-    name = pipeline.__name__
-    return 6 if embedded else next((fps for start, fps in _FPS.items() if name.startswith(start)), 8)
+    """Return the rate a video of this pipeline class is saved with when the user gives none: that it is made for."""
+    if embedded:
+        return 6
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in ("frame_rate", "fps"):
+        if name in parameters and isinstance(parameters[name].default, (int, float)):
+            return round(parameters[name].default)
+    return next((fps for start, fps in _FPS.items() if pipeline.__name__.startswith(start)), 8)
 
 
 def _fingerprint(adapter: str) -> str | None:

@@ -137,7 +137,7 @@ def call_pipeline(pipe: Any, job: Job) -> tuple[Media, float]:
     started = time.perf_counter()
     result = pipe(**arguments)
     _synchronize(torch)
-    return outputs.media_of(result), time.perf_counter() - started
+    return outputs.media_of(result, pipe), time.perf_counter() - started
 
 
 def call_arguments(pipe: Any, job: Job) -> dict[str, Any]:

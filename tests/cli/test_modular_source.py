@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -213,6 +214,19 @@ def test_a_call_loads_the_parts_that_it_needs(tmp_path):
     )
     assert "transformer" in text and "transformer_ref" not in text
     assert "transformer" not in references and "transformer_ref" in references
+
+
+def test_the_sound_of_a_video_comes_with_it():
+    class Stock:
+        blocks = SimpleNamespace(
+            outputs=[SimpleNamespace(name=name) for name in ("videos", "audio", "sampling_rate")], inputs=[]
+        )
+
+        def __call__(self, output):
+            return {name: name for name in output}
+
+    made = modular_source._called_as_others(Stock(), "h3")()()
+    assert (made.frames, made.audio, made.sampling_rate) == ("videos", "audio", "sampling_rate")
 
 
 def test_bars_of_inner_blocks_can_be_turned_off(modular_model):

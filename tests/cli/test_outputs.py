@@ -56,6 +56,23 @@ def test_videos_of_every_form_are_read(form):
     np.testing.assert_array_equal(media.frames, clip)
 
 
+def test_a_video_has_the_sound_that_the_model_made(tmp_path):
+    import imageio_ffmpeg
+
+    clip, waves = np.stack([picture(i, (32, 48, 3)) for i in range(6)]), torch.rand(1, 2, 8000) - 0.5
+    pipe = SimpleNamespace(audio_sampling_rate=16000)
+    media = outputs.media_of(SimpleNamespace(frames=clip[None] / 255.0, audio=waves), pipe)
+    outputs.write_media(media, tmp_path / "a.mp4", 12, {})
+    assert outputs.read_media(tmp_path / "a.mp4").frames.shape == clip.shape
+    words = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "a.mp4")]
+    about = subprocess.run(words, capture_output=True, text=True).stderr
+    assert "Audio: aac" in about and "16000 Hz, stereo" in about and "Duration: 00:00:00.5" in about
+    silent = outputs.media_of(SimpleNamespace(frames=clip[None] / 255.0, audio=None), pipe)
+    assert silent.sound is None
+    with pytest.raises(outputs.NotFinite, match="the sound is NaN"):
+        outputs.media_of(SimpleNamespace(frames=clip[None] / 255.0, audio=waves * float("nan")), pipe)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_reported(bad):
     values = np.zeros((1, 4, 4, 3), dtype=np.float32)

@@ -34,6 +34,7 @@ from dit_attn.pipelines.compare import metrics as quality
 from dit_attn.pipelines.compare import statistics
 from dit_attn.pipelines.compare.records import DENSE, ItemResult, Variant
 from dit_attn.pipelines.compare.summary_row import summary_row
+from dit_attn.pipelines.output import batch_of
 from dit_attn.processors.attach.summary import Summary
 
 if TYPE_CHECKING:
@@ -239,7 +240,9 @@ def attention_share(pipe: Any, call: dict[str, Any]) -> float | None:
 
 def as_frames(out: Any) -> np.ndarray:
     """Return the first item of a pipeline's ``output_type="np"`` result as (F, H, W, 3) uint8; F is 1 for an image."""
-    batch = getattr(out, "frames", None)
-    values = np.asarray(batch[0] if batch is not None else out.images[0])
+    made = batch_of(out)
+    if made is None:
+        raise DitAttnError(f"{type(out).__name__} holds neither images nor frames, so there is nothing to compare")
+    values = np.asarray(made.items[0])
     values = values if values.ndim == 4 else values[None]
     return (values[..., :3].clip(0.0, 1.0) * 255).round().astype(np.uint8)

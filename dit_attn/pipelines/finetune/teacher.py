@@ -12,6 +12,7 @@ import torch
 from dit_attn.api import disable
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.finetune.examples import LATENTS, TIME, Example, read_example, write_example
+from dit_attn.pipelines.output import batch_of
 from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.pipelines.worker_share import WorkerShare
 
@@ -125,10 +126,10 @@ def _run(
             result = pipe(prompt=prompt, generator=generator, output_type="latent", **call)
     finally:
         handle.remove()
-    latents = result.frames if getattr(result, "frames", None) is not None else result.images
-    if not calls or not isinstance(latents, torch.Tensor):
+    made = batch_of(result)
+    if not calls or made is None or not isinstance(made.items, torch.Tensor):
         raise DitAttnError(f"{type(pipe).__name__} called no transformer, or gives no latents; it cannot be a teacher")
-    return calls, latents.cpu()
+    return calls, made.items.cpu()
 
 
 def _drawn(calls: list[Example], count: int, seed: int) -> list[Example]:

@@ -30,6 +30,7 @@ from dit_attn.pipelines.head_drop.dropped import DroppedHeads
 from dit_attn.pipelines.head_drop.profile import HeadProfile, profile_heads
 from dit_attn.pipelines.head_search import HeadHunter, SearchConfig
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.output import batch_of
 
 MODELS = ("tiny-image", "tiny-joint", "tiny-video")
 OBJECTIVE = "verifier"
@@ -185,8 +186,9 @@ def _distances(
 
 def _latents(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
-    result = pipe(prompt=prompt, generator=generator, output_type="latent", **call)
-    return result.frames if getattr(result, "frames", None) is not None else result.images
+    latents = batch_of(pipe(prompt=prompt, generator=generator, output_type="latent", **call))
+    assert latents is not None
+    return latents.items
 
 
 def main(argv: Sequence[str] | None = None) -> int:

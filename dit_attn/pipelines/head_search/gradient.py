@@ -19,6 +19,7 @@ from dit_attn.api import enabled
 from dit_attn.pipelines.head_search.clean_prediction import frozen_weights, stop_at_prediction
 from dit_attn.pipelines.head_search.evaluation import Arm, Evaluator, Head, Pair, format_arm, parse_arm
 from dit_attn.pipelines.head_search.pipeline_runner import PipelineRunner
+from dit_attn.pipelines.output import batch_of
 from dit_attn.pipelines.run import Answers, answered_here
 from dit_attn.pipelines.transformers import count_passes
 from dit_attn.processors.core.call import AttentionCall
@@ -200,7 +201,8 @@ def predicted_scores(
         stack.enter_context(enabled(pipe, probe))
         stack.enter_context(stop_at_prediction(pipe, step))
         result = runner.run(pairs, steps, output_type="pt")
-    images = result.frames if getattr(result, "frames", None) is not None else result.images
-    images = images if images.ndim == 5 else images[:, None]
+    made = batch_of(result)
+    assert made is not None
+    images = made.items if made.video else made.items[:, None]
     with torch.enable_grad():
         return score(images, [pair.prompt for pair in pairs]), step.leaves

@@ -13,6 +13,7 @@ import torch
 from dit_attn.api import disable, enabled
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.pipelines.head_search.evaluation import Arm, Layers, Pair, format_arm
+from dit_attn.pipelines.output import batch_of
 from dit_attn.pipelines.transformers import count_passes, transformers_of
 from dit_attn.processors.attach.attach import session_of
 from dit_attn.processors.methods.softpag import SoftPAG
@@ -102,13 +103,12 @@ def output_frames(result: Any) -> list[np.ndarray | None]:
     Raises:
         DitAttnError: the output has neither images nor frames.
     """
-    video = getattr(result, "frames", None) is not None
-    batch = result.frames if video else getattr(result, "images", None)
-    if batch is None:
+    made = batch_of(result)
+    if made is None:
         raise DitAttnError(f"{type(result).__name__} holds neither images nor frames, so there is nothing to score")
     out: list[np.ndarray | None] = []
-    for item in batch:
-        values = np.stack([np.asarray(frame) for frame in item]) if video else np.asarray(item)[None]
+    for item in made.items:
+        values = np.stack([np.asarray(frame) for frame in item]) if made.video else np.asarray(item)[None]
         if values.dtype != np.uint8:
             if not np.isfinite(values).all():
                 out.append(None)

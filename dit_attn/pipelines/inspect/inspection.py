@@ -28,6 +28,7 @@ from dit_attn.api import observing
 from dit_attn.errors import DitAttnError
 from dit_attn.eval import attention_stats as stats
 from dit_attn.pipelines.inspect.collector import BLOCK, ROWS, Collector
+from dit_attn.pipelines.output import batch_of
 from dit_attn.pipelines.transformers import transformers_of
 from dit_attn.processors.attach.attach import session_of
 from dit_attn.processors.core.layer import Layer
@@ -229,8 +230,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _arrays(out: Any) -> list[np.ndarray]:
-    for name in ("frames", "images"):
-        out = getattr(out, name, out)
-    items = out if isinstance(out, (list, tuple)) else [out]
+    made = batch_of(out)
+    items = out if made is None else made.items
+    items = items if isinstance(items, (list, tuple)) else [items]
     nested = [part for item in items for part in (item if isinstance(item, (list, tuple)) else [item])]
     return [x.float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x) for x in nested]

@@ -20,6 +20,7 @@ from dit_attn.pipelines.calibrate.calibration import Calibration, calibrate
 from dit_attn.pipelines.calibrate.runs import RequestedRuns, layer_count, sparse_runs
 from dit_attn.pipelines.calibrate.sensitivity import CalibrationPlan, RunItem
 from dit_attn.pipelines.measurement_log import MeasurementLog
+from dit_attn.pipelines.output import batch_of
 from dit_attn.pipelines.run import Answers
 from dit_attn.processors.methods.sparse import SparseMethod
 
@@ -130,11 +131,10 @@ def item_runner(pipe: Any, jobs: dict[str, Job]) -> RunItem:
         job = jobs[item]
         images = {key: job_files.load_images(path, key) for key, path in job.images().items()}
         generator = torch.Generator("cpu").manual_seed(job.seed)
-        result = pipe(prompt=job.prompt, generator=generator, output_type="latent", **{**job.call, **images})
-        latents = result.frames if getattr(result, "frames", None) is not None else result.images
-        if not isinstance(latents, torch.Tensor):
+        made = batch_of(pipe(prompt=job.prompt, generator=generator, output_type="latent", **{**job.call, **images}))
+        if made is None or not isinstance(made.items, torch.Tensor):
             raise DitAttnError(f"{type(pipe).__name__} gives no latents, which calibration compares")
-        return latents
+        return made.items
 
     return run_item
 
