@@ -216,10 +216,14 @@ def visual_grid(
 
 
 def _latent_frames(frames: int, each: int, chunk: int) -> int:
-    """Latent frames of some frames; the first one stands for itself, and with chunks the first one of each."""
+    """Latent frames of some frames; the first one stands for itself, and with chunks the first one of each.
+
+    With chunks, pipelines round frames up to whole ones and the two latent frames of another.
+    """
     if not chunk:
         return frames // each + 1
-    return frames // chunk * ((chunk - 1) // each + 1) + (frames % chunk - 1) // each + 1
+    chunks = max(0, -(-(frames - 1 - each) // chunk))
+    return chunks * ((chunk - 1) // each + 1) + 2
 
 
 def _is_video(model: torch.nn.Module) -> bool:
