@@ -19,6 +19,7 @@ from dit_attn.processors.attach import batch, compat, key_cache, perturbed_pass,
 from dit_attn.processors.attach.batch import Leaf
 from dit_attn.processors.attach.guidance_delta import GuidanceDelta, StepHook, added, each, scaled, take_rows
 from dit_attn.processors.attach.guidance_strength import GuidanceStrength, StrengthLog
+from dit_attn.processors.attach.guider_context import guider_scale
 from dit_attn.processors.attach.perturbed_pass import Prefix
 from dit_attn.processors.attach.step_cache import LayerCalls, ModuleState
 from dit_attn.processors.guidance.perturbation import wide
@@ -331,6 +332,9 @@ def _guidance_scale(session: TransformerRun, branches: Sequence[str]) -> float:
     Raises:
         DitAttnError: it does not say.
     """
+    told = guider_scale(session.pipe)
+    if told is not None:
+        return told
     rule, scale = session.cfg, session.guidance_scale()
     dropped = bool(rule.argument) and not session.pipeline_call.given  # requested, but without a negative prompt to run
     off = bool(session.pipeline_call.fixed) and session.branch_count(len(branches)) == 1  # by a callback

@@ -1,8 +1,9 @@
 """Run state of one diffusers transformer: what the code around its calls, and their arguments, say of the run.
 
 What is known comes from the first of these that exists (:attr:`TransformerRun.source`): a ``run_context``, the call of
-the pipeline that is running, the ``cache_context`` of a loop, and the time steps of the calls. Time steps alone do not
-tell windows, tiles or unnamed branches apart; what may be wrong then is left out, with the reason.
+the pipeline that is running, with the guider of a modular one, the ``cache_context`` of a loop, and the time steps of
+the calls. Time steps alone do not tell windows, tiles or unnamed branches apart; what may be wrong then is left out,
+with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import unwrap
 from dit_attn.processors.attach.families import Family
+from dit_attn.processors.attach.guider_context import guider_context, guider_scale
 from dit_attn.processors.attach.layer_shape import head_count
 from dit_attn.processors.attach.pipeline_call import PipelineCall, find_running, read_pipeline_call
 from dit_attn.processors.attach.prompt_spans.lookup import PromptLookup
@@ -145,7 +147,8 @@ class TransformerRun(RunState):
         self._pipe = weakref.ref(pipe) if pipe is not None else None
         timestep = values.get(self.family.timestep)
         value = _noisiest(timestep, self.family.time_grows)
-        grows, named = self.family.time_grows, getattr(self.context, "name", None)
+        context = self.context or guider_context(pipe)
+        grows, named = self.family.time_grows, getattr(context, "name", None)
         position = declared_position(self.model)
         guessed, current = position is None and pipe is None, self._step == (self.clock.run, self.clock.step)
         looped = pipe is None or position is not None
@@ -156,16 +159,16 @@ class TransformerRun(RunState):
             again = current and any(call[:2] == (position.window, position.branch or named) for call in self._calls)
             again = again and (self._moved or position.steps == 1)  # the very same call may be made again
             ended, self._aborted = self._aborted != aborted(self.model), aborted(self.model)
-            self.clock.place(position, value, grows=grows, context=self.context, again=again, ended=ended)
+            self.clock.place(position, value, grows=grows, context=context, again=again, ended=ended)
             return pipe
-        known = getattr(self.context, "num_inference_steps", None) is not None
+        known = getattr(context, "num_inference_steps", None) is not None
         self.source = "pipeline call" if pipe is not None else "cache_context" if known else "time steps"
         self.clock.tick(
             value,
             self.cfg,
             grows=grows,
             scheduler=getattr(pipe, "scheduler", None),
-            context=self.context,
+            context=context,
             length=getattr(pipe, "_num_timesteps", None),
             caller=caller or None,
             again=guessed and (self._moved or (named is not None and current and named in self._names)),
@@ -244,6 +247,9 @@ class TransformerRun(RunState):
 
     def guidance_scale(self) -> float | None:
         """Return the scale s of ``u + s (c - u)`` in the pipeline's call, 1 for none, ``None`` where unknown."""
+        told = guider_scale(self.pipe)
+        if told is not None:
+            return told
         name = self.cfg.scale
         if name and unwrap(getattr(self.pipe, "transformer_2", None)) is self.model:
             name = f"{name}_2"

@@ -21,6 +21,7 @@ _BRANCH_NAMES = {
     "uncond": "uncond",
     "pred_cond": "cond",
     "pred_uncond": "uncond",
+    "pred_cond_skip": "perturbed",
     "uncond_stg": "perturbed",
     "uncond_modality": "perturbed",
 }
