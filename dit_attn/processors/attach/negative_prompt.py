@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,11 +63,13 @@ def negative_arguments(pipe: Any, prompt: str | None, rule: CFGRule, rows: int) 
     arguments = _arguments(pipe, call, prompt, rule, rows)
     models = [unwrap(part) for name in COMPONENTS if (part := getattr(pipe, name, None)) is not None]
     twin = copy.copy(pipe)
-    twin.__dict__["scheduler"] = copy.deepcopy(getattr(pipe, "scheduler", None))
+    for name in ("scheduler", "guider"):  # what counts steps and branches
+        if hasattr(pipe, name):
+            twin.__dict__[name] = copy.deepcopy(getattr(pipe, name))
     twin.__dict__["_progress_bar_config"] = {"disable": True}
     devices = [tensor.device for model in models for tensor in list(model.parameters())[:1] if tensor.is_cuda]
     try:
-        with torch.random.fork_rng(devices), _stopped(models):
+        with torch.random.fork_rng(devices), _stopped(models), _unlogged():
             twin(**arguments)
     except _Reached as reached:
         return reached.arguments
@@ -86,7 +89,7 @@ def _arguments(pipe: Any, call: Mapping[str, Any], prompt: str | list[str], rule
         for name, value in call.items()
         if ("template" in name or not name.startswith((*_OF_RUN, *_OF_PROMPT)))
         and not any(name.endswith(end) and call.get(name.removesuffix(end)) is not None for end in _MADE_OF)
-        and (not isinstance(value, torch.Tensor) or any(kind in str(taken[name].annotation) for kind in _TENSORS))
+        and (not isinstance(value, torch.Tensor) or any(kind in str(_annotation(taken, name)) for kind in _TENSORS))
     }
     each = call.get("num_images_per_prompt") or call.get("num_videos_per_prompt") or 1
     given = call["prompt"]
@@ -95,6 +98,22 @@ def _arguments(pipe: Any, call: Mapping[str, Any], prompt: str | list[str], rule
     found["prompt"] = [prompt] * count if several else prompt
     scale = rule.argument or "guidance_scale"
     return found | {name: rule.off for name in (scale, f"{scale}_2") if call.get(name) is not None}
+
+
+def _annotation(taken: Mapping[str, inspect.Parameter], name: str) -> Any:
+    """Type of an argument; modular pipelines do not say those of their inputs."""
+    return taken[name].annotation if name in taken else "Tensor"
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep modular pipelines from logging that a block was stopped."""
+    logger = logging.getLogger("diffusers.modular_pipelines.modular_pipeline")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

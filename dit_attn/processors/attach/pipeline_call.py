@@ -146,8 +146,15 @@ def running_call(pipe: Any, variables: Sequence[str] = ()) -> dict[str, Any]:
             names = (*code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount], *variables)
             values = frame.f_locals
             found |= {name: values[name] for name in names if name in values}
+            if code.co_flags & inspect.CO_VARKEYWORDS:  # modular pipelines take all their inputs so
+                rest = values.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount + _has_varargs(code)])
+                found |= {name: value for name, value in (rest or {}).items() if name not in found}
         frame = frame.f_back
     return found
+
+
+def _has_varargs(code: CodeType) -> bool:
+    return bool(code.co_flags & inspect.CO_VARARGS)
 
 
 def on_run_end(pipe: Any, function: Callable[[], None]) -> bool:

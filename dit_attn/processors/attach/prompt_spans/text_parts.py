@@ -15,6 +15,7 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach.components import unwrap
+from dit_attn.processors.attach.prompt_spans.text_block import encode_by_block, text_block
 
 Leaf = torch.Tensor | list[torch.Tensor]
 _RESULTS = ("_embeds", "_mask", "_cu_seqlens", "lora_scale")  # arguments of encode_prompt that replace its work
@@ -81,10 +82,12 @@ def taken_by(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def encode_prompt(twin: Any, arguments: Mapping[str, Any], more: Mapping[str, Any], negative: bool) -> Any:
-    """Call a pipeline's ``encode_prompt`` with the arguments of its call that it takes.
+    """Call a pipeline's ``encode_prompt`` with the arguments of its call that it takes, or run its block for text.
 
     Where it knows no negative prompt, the pipeline encodes that as it does a prompt.
     """
+    if text_block(twin) is not None:
+        return encode_by_block(twin, arguments, negative)
     taken = taken_by(twin)
     given = dict(arguments)
     if negative and "negative_prompt" not in taken:
