@@ -168,6 +168,8 @@ def quiet(show_progress: bool) -> None:
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)
+    # It logs every error that it raises, with a traceback for each block around it.
+    logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)
     if not show_progress:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -54,14 +55,31 @@ def test_generate_is_the_run_in_python_bit_for_bit(cli, modular_model, stock_ima
         assert np.array_equal(pixels(file), stock_image), name
 
 
-def test_a_guidance_scale_is_that_of_the_guider_for_one_call(cli, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory):
+    """A modular pipeline with a guider, and the folder it is saved in."""
     blocks = getattr(diffusers, "StableDiffusion3AutoBlocks", None)
     if blocks is None:
         pytest.skip("this diffusers has no modular pipeline with a guider for the embedded models")
     pipe, stock = blocks().init_pipeline(), models.load("tiny-joint")
-    wanted = set(pipe.component_names)
+    wanted, folder = set(pipe.component_names), tmp_path_factory.mktemp("models") / "guided"
     pipe.update_components(**{name: part for name, part in stock.components.items() if name in wanted and part})
-    pipe.save_pretrained(str(tmp_path / "model"), overwrite_modular_index=True)
+    pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+    return pipe, folder
+
+
+def test_a_method_finds_the_negative_prompt_and_an_error_in_a_block_is_one_line(cli, guided, monkeypatch):
+    words = ("generate", "--model", guided[1], *PROMPT, *SMALL, "--method", "nag")
+    outcome = cli(*words, "--negative-prompt", "blue", "-o", "out")
+    assert outcome.code == 0 and "nag" in outcome.out, outcome.err
+    monkeypatch.setattr(diffusers.AutoencoderKL, "decode", lambda *args, **kwargs: 1 / 0)
+    outcome = cli(*words, "--negative-prompt", "blue", "-o", "other")
+    assert outcome.code == 1 and "division by zero" in outcome.err
+    assert not logging.getLogger("diffusers.modular_pipelines.modular_pipeline").isEnabledFor(logging.ERROR)
+
+
+def test_a_guidance_scale_is_that_of_the_guider_for_one_call(cli, guided, tmp_path):
+    pipe, folder = guided
     expected = {}
     for scale in (2.0, pipe.guider.guidance_scale):
         pipe.guider.guidance_scale = scale
@@ -72,7 +90,7 @@ def test_a_guidance_scale_is_that_of_the_guider_for_one_call(cli, tmp_path, monk
     prompts.write_text(
         "".join(json.dumps({"prompt": "a red cube", "seed": 42, **x}) + "\n" for x in ({"guidance_scale": 2.0}, {}))
     )
-    outcome = cli("generate", "--model", tmp_path / "model", "--prompts", prompts, *SMALL, "-o", "out")
+    outcome = cli("generate", "--model", folder, "--prompts", prompts, *SMALL, "-o", "out")
     assert outcome.code == 0, outcome.err
     for file, image in zip(sorted((tmp_path / "out").glob("0*.png")), expected.values(), strict=True):
         assert np.array_equal(pixels(file), image)

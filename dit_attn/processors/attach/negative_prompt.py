@@ -24,7 +24,7 @@ from dit_attn.processors.core.cfg import CFGRule
 
 _CONTEXT = "dit_attn_negative"
 # Arguments of a pipeline's call that belong to the run: its noise, its schedule, its output, its callbacks.
-_OF_RUN = ("latents", "generator", "timesteps", "sigmas", "output_type", "return_dict", "callback")
+_OF_RUN = ("latents", "generator", "timesteps", "sigmas", "output", "return_dict", "callback", "state")
 _OF_PROMPT = ("prompt", "pooled_prompt", "negative_")
 _MADE_OF = ("_embeds", "_latents")  # "image_embeds" are made of "image"
 _TENSORS = ("Tensor", "Image")  # annotations of arguments that may be tensors
