@@ -1,4 +1,4 @@
-"""Instructions of the Triton forward kernel: ``python -m tests._support.instruction_table`` writes the record.
+"""Instructions of the Triton attention kernels: ``python -m tests._support.instruction_table`` writes the record.
 
 Every configuration is compiled for GPUs that need not be there, beside dense attention with the same tiles
 (`dense_attention_kernel`), with a running maximum and with lazy rescaling. From the instructions of a warp for 64 keys
@@ -9,7 +9,9 @@ take turns, and at most, where they overlap. It is a model; no GPU has timed it.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,21 @@ import torch
 import triton
 
 from dit_attn.kernels import BlockLayout
-from dit_attn.kernels.backends.triton.attention import Config, forward_config, panels, plan_forward
+from dit_attn.kernels.backends.triton.attention import (
+    Config,
+    backward_configs,
+    forward_config,
+    panels,
+    plan_backward,
+    plan_forward,
+)
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms, pooled_compensation
 from dit_attn.kernels.triton_launch import Launch
 from dit_attn.models.export import environment
 from tests._support.compiled_kernels import SHARED_MEMORY, compile_for
 from tests._support.dense_attention_kernel import plan_dense
+from tests._support.dense_gradient_kernels import plan_dense_gradients
 from tests._support.kernel_loop import key_loops
 from tests._support.other_environment import write_record
 
@@ -48,6 +58,48 @@ def sparse_launch(dim: int, config: Config, capability: int, tma: bool = False, 
     problem = plain_problem(dim)
     out, lse = torch.empty_like(problem.q), torch.empty(1, 2, 1024)
     return plan_forward(problem, terms, out, lse, tma, config, capability)
+
+
+def gradient_launches(dim: int, capability: int) -> tuple[Launch, Launch]:
+    """Prepare the launches of the gradients of q, and of k and v, as shipped."""
+    problem = plain_problem(dim)
+    q, rows = problem.q, torch.empty(1, 2, 1024)
+    _, for_q, for_k = plan_backward(problem, q, rows, q, rows, q, q, q, None, capability)
+    return for_q, for_k
+
+
+def gradient_rows(capability: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the shipped backward kernels and of dense ones with the same tiles."""
+    for dim in OTHERS:
+        configs = backward_configs(plain_problem(dim), capability)
+        sparse, dense = gradient_launches(dim, capability), plan_dense_gradients(dim, *configs)
+        for what, products, inner, config, *launches in zip(
+            ("q", "k and v"), (3, 4), ("columns", "rows"), configs, sparse, dense
+        ):
+            for name, launch in zip(("sparse", "dense"), launches):
+                compiled = compile_for(launch, capability)
+                loop = key_loops(compiled.disassemble())[0]
+                steps = 64 / getattr(config, inner)
+                issued = loop.instructions * config.warps / SCHEDULERS
+                busy = 2 * products * config.rows * config.columns * sum(panels(dim)) / FLOPS_PER_CYCLE[capability]
+                yield {
+                    "kernel": f"{name}, gradient of {what}",
+                    "capability": capability,
+                    "head_dim": dim,
+                    **{key: getattr(config, key) for key in ("rows", "columns", "warps", "stages")},
+                    "default": True,
+                    f"instructions_64_{'keys' if inner == 'columns' else 'queries'}": round(
+                        loop.instructions * steps, 1
+                    ),
+                    "warp_instructions_64_x_64": round(
+                        loop.instructions * config.warps * 4096 / (config.rows * config.columns)
+                    ),
+                    "barriers_a_step": loop.barriers,
+                    "registers": compiled.registers,
+                    "spills": compiled.spills,
+                    "shared_bytes": compiled.shared,
+                    "tensor_share": [round(busy / (busy + issued), 3), round(busy / max(busy, issued), 3)],
+                }
 
 
 def pooled_terms(dim: int) -> Terms:
@@ -113,12 +165,17 @@ def main() -> None:
     """Count and write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--gradients", action="store_true", help="count these only and keep the other rows")
     given, found = parser.parse_args(), []
-    for row in rows():
+    if given.gradients:
+        earlier = json.loads(given.output.read_text())["rows"]
+        found = [row for row in earlier if "gradient" not in row["kernel"]]
+    gradients = chain.from_iterable(map(gradient_rows, FLOPS_PER_CYCLE))
+    for row in gradients if given.gradients else chain(rows(), gradients):
         found.append(row)
         print(row, flush=True)
     record = {
-        "what": "instructions of a warp in the loop over full key blocks, bf16, from machine code; not timed",
+        "what": "instructions of a warp in the loop over full blocks, bf16, from machine code; not timed",
         "environment": {**environment(), "triton": triton.__version__},
         "rows": found,
     }

@@ -22,11 +22,13 @@ class Loop:
         instructions: of a warp for one pass by the shortest way, as every pass but the first goes.
         barriers: waits of the whole program on that way.
         rescaled: multiplications on that way, most of which rescale the accumulator.
+        spills: moves on that way of registers to the stack or back.
     """
 
     instructions: int
     barriers: int
     rescaled: int
+    spills: int
 
 
 def inner_loop(code: str) -> Loop:
@@ -51,7 +53,8 @@ def key_loops(code: str) -> list[Loop]:
     for way in ways:
         if any("MUFU.EX2" in line for line in way):
             kinds = Counter(_name(line) for line in way)
-            found.append(Loop(len(way), kinds["BAR"], kinds["FMUL"] + 2 * kinds["FMUL2"]))
+            multiplied, moved = kinds["FMUL"] + 2 * kinds["FMUL2"], kinds["STL"] + kinds["LDL"]
+            found.append(Loop(len(way), kinds["BAR"], multiplied, moved))
     assert found, "no loop over key blocks"
     return found
 

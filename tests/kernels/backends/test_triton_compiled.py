@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from dit_attn.kernels import BlockLayout, from_segments, inward_window
-from dit_attn.kernels.backends.triton.attention import forward_config, lazy_rescaling, plan_backward, plan_forward
+from dit_attn.kernels.backends.triton.attention import (
+    backward_configs,
+    forward_config,
+    lazy_rescaling,
+    plan_backward,
+    plan_forward,
+)
 from dit_attn.kernels.layouts.patterns import from_rule
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.selection import triton_select
@@ -19,7 +26,7 @@ from dit_attn.kernels.terms import NO_TERMS, Epilogue, LogitBias, Terms, pooled_
 from dit_attn.kernels.triton_launch import Launch
 from tests._support.compiled_kernels import SHARED_MEMORY, Compiled, compile_for
 from tests._support.dense_attention_kernel import plan_dense
-from tests._support.instruction_table import plain_problem, sparse_launch
+from tests._support.instruction_table import OUTPUT, gradient_launches, plain_problem, sparse_launch
 from tests._support.kernel_loop import inner_loop, key_loops
 
 SEQ, HEADS = 1032, 2  # ragged, so that the second loop is there
@@ -156,9 +163,31 @@ def test_descriptors_become_bulk_copies_on_hopper() -> None:
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "dim"), ((torch.bfloat16, 64), (torch.bfloat16, 72), (torch.float16, 128)))
-def test_the_backward_kernels_fit_and_spill_nothing(dtype: torch.dtype, dim: int, capability: int) -> None:
+def test_the_backward_kernels_fit_and_no_loop_spills(dtype: torch.dtype, dim: int, capability: int) -> None:
     for launch in backward(problem(dtype, dim), capability):
-        fits(compile_for(launch, capability), capability)
+        compiled = compile_for(launch, capability)
+        assert compiled.shared <= SHARED_MEMORY[capability]
+        if compiled.spills:  # before and after the loops
+            assert compiled.spills <= 16 and not any(loop.spills for loop in key_loops(compiled.disassemble()))
+
+
+@pytest.mark.parametrize(("capability", "dim"), ((80, 64), (90, 128)))
+def test_the_loops_of_the_gradients_have_no_more_instructions_than_recorded(capability: int, dim: int) -> None:
+    recorded = json.loads(OUTPUT.read_text())["rows"]
+    configs = backward_configs(plain_problem(dim), capability)
+    for what, config, launch in zip(("q", "k and v"), configs, gradient_launches(dim, capability)):
+        ours, dense = (
+            next(
+                row["warp_instructions_64_x_64"]
+                for row in recorded
+                if (row["kernel"], row["capability"], row["head_dim"])
+                == (f"{name}, gradient of {what}", capability, dim)
+            )
+            for name in ("sparse", "dense")
+        )
+        loop = key_loops(compile_for(launch, capability).disassemble())[0]
+        issued = loop.instructions * config.warps * 4096 / (config.rows * config.columns)
+        assert issued <= 1.02 * ours and issued <= 1.1 * dense and loop.spills == 0
 
 
 MASKED: dict[str, Callable[[], BlockLayout]] = {

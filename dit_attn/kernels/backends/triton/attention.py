@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.kernels.backends.triton.backward import delta_kernel, dkv_kernel, dq_kernel
+from dit_attn.kernels.backends.triton.backward import dkv_kernel, dq_kernel, row_kernel
 from dit_attn.kernels.backends.triton.forward import forward_kernel
 from dit_attn.kernels.device import lse_dtype
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
@@ -37,7 +37,7 @@ class Config:
     stages: int
 
 
-EDGE_COLUMNS = 16  # keys per step where masks are evaluated, which takes registers
+EDGE_COLUMNS = 16  # keys (for dk and dv, queries) per step where masks are evaluated, which takes registers
 POOLED_COLUMNS = 64  # pooled keys per step
 
 
@@ -139,34 +139,37 @@ def plan_backward(
     dv: torch.Tensor,
     dbias: torch.Tensor | None,
     capability: int | None = None,
+    configs: tuple[Config, Config] | None = None,
 ) -> list[Launch]:
     """Prepare the three launches that fill the gradients, in order; ``capability`` is 90 for Hopper."""
     q, layout = problem.q, problem.layout
     dim, (first, second) = q.shape[-1], panels(q.shape[-1])
-    for_q, for_k = backward_configs(problem, _capability(q.device) if capability is None else capability)
-    delta = torch.empty_like(lse)
+    capability = _capability(q.device) if capability is None else capability
+    for_q, for_k = configs or backward_configs(problem, capability)
     batch, heads = q.shape[0], q.shape[2]
-    rows = ceil_div(layout.q_len, 64)
+    padded = layout.nq * layout.q_block
+    logs, delta = lse.new_empty(2, batch, heads, padded)
+    rows = ceil_div(padded, 64)
     unit = _unit(q, problem.k, problem.v, grad_out, dq, dk, dv, out)
     before = Launch(
-        delta_kernel,
+        row_kernel,
         rows * batch * heads,
         {
-            "out": out, "grad": grad_out, "grad_lse": grad_lse, "delta": delta,
+            "out": out, "grad": grad_out, "grad_lse": grad_lse, "lse": lse, "logs": logs, "delta": delta,
             **_strides(unit, o=out, g=grad_out), "UNIT": unit,
             "l_b": grad_lse.stride(0), "l_h": grad_lse.stride(1), "l_s": grad_lse.stride(2),
-            "heads": heads, "q_len": layout.q_len, "tiles": rows,
+            "heads": heads, "q_len": layout.q_len, "padded": padded, "tiles": rows,
             "BM": 64, "DIM": dim, "D": 1 << (dim - 1).bit_length(),
         },
         4,
         2,
     )  # fmt: skip
     shared = {
-        "q": q, "k": problem.k, "v": problem.v, "grad": grad_out, "lse": lse, "delta": delta,
+        "q": q, "k": problem.k, "v": problem.v, "grad": grad_out, "logs": logs, "delta": delta,
         **_strides(unit, q=q, k=problem.k, v=problem.v, g=grad_out), "UNIT": unit,
         **_keys(problem), **_elements(layout),
         "scale": problem.scale, "heads": heads, "ratio": problem.ratio,
-        "q_len": layout.q_len, "kv_len": layout.kv_len,
+        "q_len": layout.q_len, "kv_len": layout.kv_len, "padded": padded,
         "DIM": dim, "D1": first, "D2": second, **_arithmetic(q.dtype), "EDGE_STAGES": 1,
     }  # fmt: skip
     cut = _cut(layout, for_q)
@@ -175,14 +178,18 @@ def plan_backward(
     queries = Launch(
         dq_kernel,
         tiles * batch * heads,
-        {**shared, **own, "RAGGED": layout.kv_len % layout.kv_block != 0},
+        {
+            **shared, **own, "EN": min(cut["BN"], EDGE_COLUMNS), "RAGGED": layout.kv_len % layout.kv_block != 0,
+            "FOLD": capability < 90,
+        },
         for_q.warps,
         for_q.stages,
-    )
+    )  # fmt: skip
     lists, cut = layout.reverse_lists(), _cut(layout, for_k)
     tiles = layout.nk * cut["KV_SPLIT"]
     own = {
         "dk": dk, "dv": dv, "dbias": dbias, **_strides(unit, dk=dk, dv=dv), "tiles": tiles, **cut,
+        "EM": min(cut["BM"], EDGE_COLUMNS), "RAGGED": layout.q_len % layout.q_block != 0,
         "BIAS_GRAD": dbias is not None,
         "q_indices": lists.q_indices, "q_num_blocks": lists.q_num_blocks,
         "full_q_num_blocks": lists.full_q_num_blocks, "entries": lists.entry, "qcap": lists.q_indices.shape[-1],
@@ -227,15 +234,21 @@ def _large_tiles(problem: Problem, capability: int) -> bool:
 
 
 def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]:
-    """Return the backward configurations of a call, for q and for k and v; ``capability`` is 90 for Hopper."""
-    dim = problem.q.shape[-1]
-    if dim < 128 and capability < 90:
-        small = Config(32, 32, 4 if dim <= 64 else 8, 2)
-        return small, small
-    masked = problem.layout.elements is not None or problem.key_mask is not None or problem.key_bias is not None
-    if masked:  # each keeps its own side of a tile in registers; masks need some too
-        return Config(64, 32, 8, 2), Config(32, 64, 8, 2)
-    return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
+    """Return the backward configurations of a call, for q and for k and v; chosen as :func:`forward_config` chooses."""
+    dim, layout, plain = problem.q.shape[-1], problem.layout, Config(64, 64, 8, 2)
+    masked = layout.elements is not None or problem.key_mask is not None or problem.key_bias is not None
+    if masked or panels(dim)[1] > 0 or problem.q.dtype == torch.float32:  # these take registers
+        if dim < 128 and capability < 90:
+            small = Config(32, 32, 4 if dim <= 64 else 8, 2)
+            return small, small
+        if masked and panels(dim)[1] == 0 and problem.q.dtype != torch.float32 and capability == 90:
+            return Config(128, 64, 8, 2), plain
+        return (Config(64, 32, 8, 2), Config(32, 64, 8, 2)) if masked else (plain, plain)
+    if capability < 90:
+        if dim <= 64:
+            return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
+        return Config(128, 64, 8, 2), Config(128, 64, 8, 2) if capability == 80 else plain
+    return Config(128, 128, 8, 2), Config(128 if dim <= 64 else 64, 128, 8, 2)
 
 
 def _capability(device: torch.device) -> int:

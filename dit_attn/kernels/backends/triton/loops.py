@@ -14,7 +14,7 @@ import triton.language as tl
 
 from dit_attn.kernels.backends.triton.tiles import (
     LOG2E,
-    bit_rows,
+    bit_words,
     block_rows,
     element_allowed,
     list_entry,
@@ -138,8 +138,8 @@ def edge_blocks(
         if ELEMENTS > 0:
             bits_row = ma
             if ELEMENTS == 4:
-                bits_row = bit_rows(
-                    ma, b, h, ma_b, ma_h, row, tl.maximum(entry - full, 0), rows % (BM * Q_SPLIT), n0,
+                bits_row = bit_words(
+                    ma, b, h, ma_b, ma_h, row, tl.maximum(entry - full, 0), (rows % (BM * Q_SPLIT))[:, None], n0,
                     BM * Q_SPLIT, BN * KV_SPLIT,
                 )  # fmt: skip
             elif ELEMENTS == 3:

@@ -31,6 +31,14 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Add a product to ``sums`` (M, N), which broadcasts. ``mma`` before Hopper does so at no cost."""
+    if UPCAST:
+        return sums + product(a, b, PRECISION, UPCAST)
+    return tl.dot(a, b, tl.broadcast_to(sums, [a.shape[0], b.shape[1]]), input_precision=PRECISION)
+
+
+@triton.jit
 def rows_of(
     base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, CHECK: tl.constexpr
 ):  # fmt: skip
@@ -74,7 +82,7 @@ def store_rows(base, rows, stride, limit, x, FIRST: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def axis_allowed(starts, places, size):
-    """Evaluate the window rule along one axis; pointers (M, 1) to first positions and (1, N) to positions of keys."""
+    """Evaluate the window rule along one axis; pointers to first positions and to positions of keys."""
     # Volatile: kept out of the loops they do not change in, where three tables of a tile would cost too many registers.
     distance = tl.load(places, volatile=True) - tl.load(starts, volatile=True)
     inside = distance.to(tl.uint32) < size.to(tl.uint32)
@@ -86,7 +94,7 @@ def element_allowed(
     q, k, ma, mb, bits_row, key_in_block, KIND: tl.constexpr,
     n0, n1, n2, n3,
 ):  # fmt: skip
-    """Evaluate an element mask for q (M, 1) and k (1, N) token numbers; (M, N) bool. Kinds: ``element_masks.py``."""
+    """Evaluate an element mask for token numbers q and k that broadcast together. Kinds: ``element_masks.py``."""
     if KIND == 1:  # a window of n0 x n1 x n2 positions; tables (Sq, 3) of queries, (Sk, 3) of keys
         allowed = axis_allowed(ma + 3 * q, mb + 3 * k, n0)
         allowed = allowed & axis_allowed(ma + 3 * q + 1, mb + 3 * k + 1, n1)
@@ -96,15 +104,15 @@ def element_allowed(
         allowed = ((distance >= -n0) & (distance <= n1)) | (k < n2)
     elif KIND == 3:  # equal segment numbers
         allowed = tl.load(ma + q) == tl.load(mb + k)
-    else:  # one bit per pair of this entry; bits_row (M, 1) points at the words of each query
+    else:  # one bit per pair of this entry; bits_row points at the words of each query
         words = tl.load(bits_row + key_in_block // 32)
         allowed = ((words >> (key_in_block % 32)) & 1) != 0
     return allowed
 
 
 @triton.jit
-def bit_rows(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr):
-    """Return (M, 1) pointers to the words of queries ``in_block`` of query block ``row`` for a partial entry."""
+def bit_words(ma, b, h, ma_b, ma_h, row, entry, in_block, entries, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr):
+    """Return pointers to the words of queries ``in_block`` of query block ``row``, in their shape, for an entry."""
     words = (KV_BLOCK + 31) // 32
     base = b * ma_b + h * ma_h + (row.to(tl.int64) * entries + entry) * (Q_BLOCK * words)
-    return ma + base + in_block[:, None] * words
+    return ma + base + in_block * words
