@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dit_attn.kernels.backends.compose_terms import with_terms_in_place
 from dit_attn.kernels.backends.gather.backward import gather_backward
+from dit_attn.kernels.backends.gather.flash import gather_flash
 from dit_attn.kernels.backends.gather.forward import gather_attention
 from dit_attn.kernels.device import full_precision, lse_dtype
 from dit_attn.kernels.layouts.block_layout import BlockLayout
@@ -58,6 +59,7 @@ def _gather_fused(problem: Problem, terms: Terms) -> tuple[torch.Tensor, torch.T
 IMPLEMENTATIONS = {
     "gather": Implementation(gather_attention, gather_backward),
     "gather-bf16": Implementation(partial(gather_attention, rounded_logits=True), gather_backward),
+    "gather-sdpa": Implementation(gather_flash, gather_backward),
     "triton": Implementation(_triton_fused, _triton_backward),
 }
 FUSED: dict[str, Callable[[Problem, Terms], tuple[torch.Tensor, torch.Tensor]]] = {

@@ -21,6 +21,7 @@ from dit_attn.kernels.backends.custom_ops import (
     fused_attention_op,
     sparse_attention_op,
 )
+from dit_attn.kernels.backends.gather.flash import has_flash
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
 from dit_attn.kernels.backends.kitchen import DTYPES as KITCHEN_DTYPES
 from dit_attn.kernels.backends.kitchen import HEAD_DIM as KITCHEN_HEAD_DIM
@@ -226,6 +227,20 @@ def _unsupported_reason_gather_bf16(info: CallInfo) -> str | None:
     return "its log-sum-exp is not exact enough" if info.lse or info.terms else None
 
 
+def _gather_sdpa(problem: Problem, terms: Terms, lse: bool) -> Result:
+    return _gathered(problem, "gather-sdpa")
+
+
+def _unsupported_reason_gather_sdpa(info: CallInfo) -> str | None:
+    if info.device.type != "cpu" or not has_flash():
+        return "it is torch's flash attention for CPUs"
+    if info.head_dim != info.value_dim:
+        return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
+    if info.terms:
+        return "it supports none of the optional terms but a key mask and a key bias"
+    return "it supports no element masks" if info.layout.elements is not None else None
+
+
 def _gathered(problem: Problem, name: str = "gather") -> tuple[torch.Tensor, torch.Tensor]:
     if not _wants_grad(problem, NO_TERMS) and not torch.compiler.is_compiling():
         with full_precision(problem.q.device):
@@ -285,6 +300,9 @@ BACKENDS = {
     "triton": Backend(_triton, _unsupported_reason_triton),
     "gather-bf16": Backend(_gather_bf16, _unsupported_reason_gather_bf16),
     "gather": Backend(_gather, lambda info: None),
+    "gather-sdpa": Backend(
+        _gather_sdpa, _unsupported_reason_gather_sdpa, "torch's flash attention on gathered blocks; only on request"
+    ),
     "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, "loads by tensor descriptors; only on request"),
     "flex": Backend(_flex, _unsupported_reason_flex, "torch's FlexAttention on the same layout; only on request"),
     "comfy-kitchen": Backend(_kitchen, _unsupported_reason_kitchen, "rounds q, k and v to 8 bits; only on request"),
