@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from dit_attn.kernels import BlockLayout, from_segments, inward_window
 from dit_attn.kernels.backends.triton.attention import (
+    _capability,
     backward_configs,
     forward_config,
     lazy_rescaling,
@@ -169,6 +170,15 @@ def test_the_backward_kernels_fit_and_no_loop_spills(dtype: torch.dtype, dim: in
         assert compiled.shared <= SHARED_MEMORY[capability]
         if compiled.spills:  # before and after the loops
             assert compiled.spills <= 16 and not any(loop.spills for loop in key_loops(compiled.disassemble()))
+
+
+def test_consumer_blackwell_gets_tiles_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert _capability(torch.device("cuda")) == 89
+    p = problem(torch.bfloat16, 128)
+    forward = plan_forward(p, NO_TERMS, torch.empty_like(p.q), torch.empty(1, HEADS, p.q.shape[1]), capability=89)
+    for launch in (forward, *backward(p, 89)[1:]):
+        assert compile_for(launch, 120).shared <= SHARED_MEMORY[89]
 
 
 @pytest.mark.parametrize(("capability", "dim"), ((80, 64), (90, 128)))

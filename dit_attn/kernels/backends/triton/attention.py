@@ -13,6 +13,7 @@ from dit_attn.kernels.backends.triton.backward import dkv_kernel, dq_kernel, row
 from dit_attn.kernels.backends.triton.forward import forward_kernel
 from dit_attn.kernels.device import lse_dtype
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
+from dit_attn.kernels.layouts.element_masks import BitMask
 from dit_attn.kernels.layouts.element_masks import NUMBERS, BitMask
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
@@ -241,7 +242,8 @@ def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]
         if dim < 128 and capability < 90:
             small = Config(32, 32, 4 if dim <= 64 else 8, 2)
             return small, small
-        if masked and panels(dim)[1] == 0 and problem.q.dtype != torch.float32 and capability == 90:
+        bits = isinstance(layout.elements, BitMask)  # the words of a tile's rows take registers too
+        if masked and not bits and panels(dim)[1] == 0 and problem.q.dtype != torch.float32 and capability == 90:
             return Config(128, 64, 8, 2), plain
         return (Config(64, 32, 8, 2), Config(32, 64, 8, 2)) if masked else (plain, plain)
     if capability < 90:
@@ -255,6 +257,8 @@ def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:  # consumer Blackwell multiplies as Ada does, with as little shared memory
+        return 89
     return 10 * major + minor
 
 
