@@ -13,7 +13,6 @@ from dit_attn.kernels.backends.triton.backward import dkv_kernel, dq_kernel, row
 from dit_attn.kernels.backends.triton.forward import forward_kernel
 from dit_attn.kernels.device import lse_dtype
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
-from dit_attn.kernels.layouts.element_masks import BitMask
 from dit_attn.kernels.layouts.element_masks import NUMBERS, BitMask
 from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
