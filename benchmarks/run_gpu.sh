@@ -162,6 +162,7 @@ whole() { # job, seconds, flags of tiny sizes ("-": none), script and flags ...
 for model in tiny-video tiny-image tiny-joint; do
   whole high-resolution_$model 900 --quick benchmarks/high_resolution/measure.py $model --count 48 --resume
 done
+whole high-resolution_tiny-multi 900 --quick benchmarks/high_resolution/measure.py tiny-multi --filled --count 48 --resume
 for model in tiny-video tiny-image; do
   whole error-control_$model 900 --quick benchmarks/error_control/measure.py $model --resume
 done

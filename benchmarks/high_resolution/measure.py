@@ -49,8 +49,8 @@ from dit_attn.pipelines.high_resolution.latents import enlarged, form_of
 from dit_attn.pipelines.measurement_log import shard_log
 from dit_attn.pipelines.run import Shard
 
-KINDS = {"tiny-image": "image", "tiny-joint": "multi", "tiny-video": "video"}
-FACTORS = {"tiny-image": (2, 3, 4), "tiny-joint": (2, 3, 4), "tiny-video": (2, 3)}
+KINDS = {"tiny-image": "image", "tiny-joint": "image", "tiny-multi": "multi", "tiny-video": "video"}
+FACTORS = {"tiny-image": (2, 3, 4), "tiny-joint": (2, 3, 4), "tiny-multi": (2, 3, 4), "tiny-video": (2, 3)}
 SIGMAS = (0.5, 0.7, 0.9)
 POSITIONS = ("interpolated", "ntk", "dype", "plain positions")  # words of arms
 POOL = 96  # items are the first of so many, whatever --count is
@@ -291,12 +291,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="arms or sets of them, besides native (default: all)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--filled", action="store_true", help="tiny-joint: captions with fills, for detail")
+    parser.add_argument("--filled", action="store_true", help="tiny-multi: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--shard", type=Shard.parse, metavar="I/N", help="every Nth item, with a log of their own")
     parser.add_argument("--quick", action="store_true", help="two items, the smallest factor, sigma .9, 2 steps")
     args = parser.parse_args()
+    if args.filled and KINDS[args.model] != "multi":
+        parser.error(f"--filled: {args.model} draws no fills; leave it out, or take tiny-multi")
     if args.quick:
         args.count, args.sigmas, args.steps = 2, [0.9], 2
         args.factors = [FACTORS[args.model][0]]
