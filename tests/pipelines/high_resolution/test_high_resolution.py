@@ -96,11 +96,14 @@ def test_windows_of_the_native_size_are_used_in_the_second_stage_alone() -> None
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_clips_have_their_positions_interpolated_by_default_where_they_can_be(name: str) -> None:
-    make = HighResolution(models.load(name))
+def test_clips_have_less_noise_and_with_more_of_it_positions_interpolated(name: str) -> None:
+    pipe, video = models.load(name), name == "tiny-video"
+    assert HighResolution(pipe).sigma == (0.4 if video else 0.5)
+    assert [one.to_dict()["rotary"] for one in HighResolution(pipe).methods((32, 32))] == ["plain"]
+    make = HighResolution(pipe, sigma=0.5)
     (window,) = make.methods((32, 32))
     assert isinstance(window, dit_attn.InwardWindow) and window.native == make.tokens((32, 32))
-    assert window.rotary == ("interpolated" if name == "tiny-video" else "plain")
+    assert window.rotary == ("interpolated" if video else "plain")
     make.pipe.transformer.register_to_config(use_rotary_positional_embeddings=False)  # as CogVideoX 2B
     assert [one.to_dict()["rotary"] for one in make.methods((32, 32))] == ["plain"]
 
