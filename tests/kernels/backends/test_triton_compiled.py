@@ -164,12 +164,9 @@ def test_descriptors_become_bulk_copies_on_hopper() -> None:
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("dtype", "dim"), ((torch.bfloat16, 64), (torch.bfloat16, 72), (torch.float16, 128)))
-def test_the_backward_kernels_fit_and_no_loop_spills(dtype: torch.dtype, dim: int, capability: int) -> None:
+def test_the_backward_kernels_fit_and_spill_nothing(dtype: torch.dtype, dim: int, capability: int) -> None:
     for launch in backward(problem(dtype, dim), capability):
-        compiled = compile_for(launch, capability)
-        assert compiled.shared <= SHARED_MEMORY[capability]
-        if compiled.spills:  # before and after the loops
-            assert compiled.spills <= 16 and not any(loop.spills for loop in key_loops(compiled.disassemble()))
+        fits(compile_for(launch, capability), capability)
 
 
 def test_consumer_blackwell_gets_tiles_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:

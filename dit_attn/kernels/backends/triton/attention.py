@@ -249,7 +249,9 @@ def backward_configs(problem: Problem, capability: int) -> tuple[Config, Config]
         if dim <= 64:
             return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
         return Config(128, 64, 8, 2), Config(128, 64, 8, 2) if capability == 80 else plain
-    return Config(128, 128, 8, 2), Config(128 if dim <= 64 else 64, 128, 8, 2)
+    ragged = layout.q_len % layout.q_block != 0  # the loop for the last block takes registers
+    rows = 128 if dim <= 64 else 32 if ragged and capability == 90 else 64
+    return Config(128, 128, 8, 2), Config(rows, 128, 8, 2)
 
 
 def _capability(device: torch.device) -> int:
