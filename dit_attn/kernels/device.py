@@ -52,6 +52,22 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+_AMX = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+
+
+@torch.compiler.assume_constant_result
+def unsupported_reason_amx(dtype: torch.dtype) -> str | None:
+    """Return why torch cannot multiply matrices of a dtype by AMX on this CPU, or ``None`` if it can."""
+    if dtype not in _AMX:
+        return "AMX is for bf16 and fp16"
+    name = str(dtype).removeprefix("torch.")
+    if not getattr(torch.cpu, _AMX[dtype], lambda: False)():  # older versions of torch lack the one for fp16
+        return f"this CPU has no AMX for {name}"
+    if not torch.backends.mkldnn.is_available() or not getattr(torch.cpu, "_init_amx", lambda: True)():
+        return f"this torch or this system lets no process use AMX for {name}"
+    return None
+
+
 # -- Triton ------------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_attn.errors import unknown
-from dit_attn.kernels.backends.registry import BACKENDS, Choice, call_info, choose, resolve
+from dit_attn.kernels.backends.registry import BACKENDS, Choice, call_info, choose, contenders, resolve
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.numeric_guard import check_result
 from dit_attn.kernels.problem import Problem
@@ -112,3 +112,13 @@ def choose_backend(
     """
     check_kinds(q=q, layout=layout)
     return choose(call_info(Problem(q, q, q if v is None else v, layout, 1.0, key_mask, key_bias), terms, return_lse))
+
+
+def contending_backends(q: torch.Tensor, layout: BlockLayout) -> tuple[str, ...]:
+    """Return the backends among which only a measurement can choose for a plain call, or the one that is chosen.
+
+    Args:
+        q: (B, S, H, D) queries; only device, dtype and sizes matter.
+        layout: the block layout of the call.
+    """
+    return contenders(call_info(Problem(q, q, q, layout, 1.0, None, None), NO_TERMS, False))

@@ -23,6 +23,9 @@ from dit_attn.kernels.terms import (
 from tests._support.definition import definition, wide
 from tests._support.kernel_cases import LAYOUTS, TERMS, call, tight
 
+BIASED = ("bias", "barred keys", "barred pooled keys", "everything")
+CASES = [("gather", name) for name in TERMS] + [("gather-sdpa", name) for name in TERMS if name not in BIASED]
+
 
 def attend(p: Problem, terms: Terms, backend: str | None = None, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return sparse_attention(  # type: ignore[return-value]
@@ -45,13 +48,16 @@ def test_every_term_does_what_its_formula_says(name: str, keys: bool) -> None:
     agree(attend(p, terms), definition(p, terms), 2e-5)
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("backend, name", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
-def test_long_sequences_go_piece_by_piece_with_the_same_result(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    for p in (call(dtype, key_mask=True, key_bias=True), call(dtype), call(dtype, layout=LAYOUTS["bits"]())):
+def test_long_sequences_go_piece_by_piece_with_the_same_result(
+    backend: str, name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    masked = [call(dtype, layout=LAYOUTS["bits"]())] if backend == "gather" else []
+    for p in (call(dtype, key_mask=True, key_bias=True), call(dtype), *masked):
         terms = TERMS[name](p)
         with tight():
-            agree(attend(p, terms, "gather"), definition(p, terms), tolerance)
+            agree(attend(p, terms, backend), definition(p, terms), tolerance)
 
 
 def test_pooled_keys_are_merged_in_chunks_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,19 +140,19 @@ def test_gradients_through_an_element_mask(monkeypatch: pytest.MonkeyPatch, layo
     same_gradients(p, Terms())
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_gradients_of_every_term(name: str) -> None:
+@pytest.mark.parametrize("backend, name", CASES)
+def test_gradients_of_every_term(backend: str, name: str) -> None:
     p = call(dim=8)
     p = replace(p, **{name: wide(getattr(p, name)).requires_grad_() for name in ("q", "k", "v")})
     terms = TERMS[name](p)
     parts = [wide(x) for x in (terms.bias, terms.compensation, terms.epilogue)]
-    same_gradients(p, Terms(terms.key_lengths, *parts))
+    same_gradients(p, Terms(terms.key_lengths, *parts), backend)
 
 
-def same_gradients(p: Problem, terms: Terms) -> None:
+def same_gradients(p: Problem, terms: Terms, backend: str = "gather") -> None:
     """Of q, k and v, for fixed random gradients on the output and the finite log-sums."""
     results = []
-    for out, lse in (attend(p, terms, "gather"), definition(p, terms)):
+    for out, lse in (attend(p, terms, backend), definition(p, terms)):
         rng = torch.Generator().manual_seed(6)
         on_out, on_lse = (torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in (out, lse))
         total = (out * on_out).sum() + (lse * on_lse)[torch.isfinite(lse)].sum()

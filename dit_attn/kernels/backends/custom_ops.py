@@ -52,10 +52,6 @@ def _triton_fused(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False) 
     return triton_forward(problem, terms, tma)
 
 
-def _gather_fused(problem: Problem, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
-    return with_terms_in_place(problem, terms, gather_attention)
-
-
 IMPLEMENTATIONS = {
     "gather": Implementation(gather_attention, gather_backward),
     "gather-bf16": Implementation(partial(gather_attention, rounded_logits=True), gather_backward),
@@ -63,7 +59,8 @@ IMPLEMENTATIONS = {
     "triton": Implementation(_triton_fused, _triton_backward),
 }
 FUSED: dict[str, Callable[[Problem, Terms], tuple[torch.Tensor, torch.Tensor]]] = {
-    "gather": _gather_fused,
+    "gather": partial(with_terms_in_place, attend=gather_attention),
+    "gather-sdpa": partial(with_terms_in_place, attend=gather_flash),
     "triton": _triton_fused,
     "triton-tma": partial(_triton_fused, tma=True),
 }

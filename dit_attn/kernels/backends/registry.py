@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dit_attn.kernels.backends.custom_ops import (
 )
 from dit_attn.kernels.backends.gather.flash import has_flash
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
+from dit_attn.kernels.backends.gather.preference import ALWAYS, FLASH, Preference, prefer_flash
 from dit_attn.kernels.backends.kitchen import DTYPES as KITCHEN_DTYPES
 from dit_attn.kernels.backends.kitchen import HEAD_DIM as KITCHEN_HEAD_DIM
 from dit_attn.kernels.backends.kitchen import kitchen_attention, unsupported_reason_kitchen
@@ -38,6 +40,7 @@ from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
 
 TRITON_RANK = 16  # columns of a low-rank bias in one product
+_CPU_16_BIT = (FLASH, "gather-bf16", "gather")  # on a CPU, any of them may be the fastest for bf16 and fp16
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -78,11 +81,13 @@ class Backend:
         run: ``(problem, terms, lse requested) -> (o, lse | None)``.
         unsupported_reason: returns why it cannot run a call, or ``None``.
         on_request: why it is only used when named, or ``None``.
+        preference: returns whether it is chosen for a call it can run, and why.
     """
 
     run: Callable[[Problem, Terms, bool], Result]
     unsupported_reason: Callable[[CallInfo], str | None]
     on_request: str | None = None
+    preference: Callable[[CallInfo], Preference] = lambda info: ALWAYS
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,16 @@ class Choice:
     Attributes:
         backend: its name.
         reasons: why each of the other backends is not used, by name.
+        why: what of this machine it was chosen for; empty where its place in the list decides.
     """
 
     backend: str
     reasons: dict[str, str]
+    why: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.backend}: used", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
+        used = f"{self.backend}: used{self.why and f', {self.why}'}"
+        return "\n".join([used, *(f"{name}: {reason}" for name, reason in self.reasons.items())])
 
 
 def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
@@ -113,14 +121,23 @@ def call_info(problem: Problem, terms: Terms, return_lse: bool) -> CallInfo:
 
 def choose(info: CallInfo) -> Choice:
     """Choose the first backend that can run a call."""
-    chosen, reasons = "", {}
+    chosen, why, reasons = "", "", {}
     for name, backend in BACKENDS.items():
         reason = backend.unsupported_reason(info) or backend.on_request
-        if reason is None and not chosen:
-            chosen = name
+        preference = backend.preference(info) if reason is None and not chosen else ALWAYS
+        if reason is None and not chosen and preference.chosen:
+            chosen, why = name, preference.why
         else:
-            reasons[name] = reason or f"{chosen} comes first"
-    return Choice(chosen, reasons)
+            reasons[name] = reason or preference.why or f"{chosen} comes first"
+    return Choice(chosen, reasons, why)
+
+
+def contenders(info: CallInfo) -> tuple[str, ...]:
+    """Return the backends among which only a measurement can choose for a call, or the one that is chosen."""
+    chosen = choose(info).backend
+    if info.device.type != "cpu" or info.dtype.itemsize != 2 or chosen not in _CPU_16_BIT:
+        return (chosen,)
+    return tuple(name for name in _CPU_16_BIT if BACKENDS[name].unsupported_reason(info) is None)
 
 
 def resolve(backend: str | None, info: CallInfo) -> str:
@@ -204,14 +221,14 @@ def _unsupported_reason_tma(info: CallInfo) -> str | None:
     return reason or ("it has no gradients" if info.grad else None)
 
 
-def _gather(problem: Problem, terms: Terms, lse: bool) -> Result:
+def _gather(problem: Problem, terms: Terms, lse: bool, name: str = "gather") -> Result:
     if not terms:
-        return _gathered(problem)
+        return _gathered(problem, name)
     if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
-        return fused_attention_op(*flat_call(problem), *flat_terms(terms), "gather")
+        return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
     around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
     with full_precision(problem.q.device):  # sums and products of the terms run in fp32
-        return around(problem, terms, _gathered)
+        return around(problem, terms, partial(_gathered, name=name))
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:
@@ -228,7 +245,7 @@ def _unsupported_reason_gather_bf16(info: CallInfo) -> str | None:
 
 
 def _gather_sdpa(problem: Problem, terms: Terms, lse: bool) -> Result:
-    return _gathered(problem, "gather-sdpa")
+    return _gather(problem, terms, lse, FLASH)
 
 
 def _unsupported_reason_gather_sdpa(info: CallInfo) -> str | None:
@@ -236,9 +253,14 @@ def _unsupported_reason_gather_sdpa(info: CallInfo) -> str | None:
         return "it is torch's flash attention for CPUs"
     if info.head_dim != info.value_dim:
         return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
-    if info.terms:
-        return "it supports none of the optional terms but a key mask and a key bias"
+    if info.rank:
+        return "it adds no low-rank bias to the logits"
     return "it supports no element masks" if info.layout.elements is not None else None
+
+
+def _prefer_gather_sdpa(info: CallInfo) -> Preference:
+    rival = "gather" if _unsupported_reason_gather_bf16(info) else "gather-bf16"
+    return prefer_flash(info.layout, info.head_dim, info.dtype, info.grad, rival)
 
 
 def _gathered(problem: Problem, name: str = "gather") -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,11 +320,9 @@ def _referenced(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 BACKENDS = {
     "sdpa": Backend(_sdpa, _unsupported_reason_sdpa),
     "triton": Backend(_triton, _unsupported_reason_triton),
+    FLASH: Backend(_gather_sdpa, _unsupported_reason_gather_sdpa, preference=_prefer_gather_sdpa),
     "gather-bf16": Backend(_gather_bf16, _unsupported_reason_gather_bf16),
     "gather": Backend(_gather, lambda info: None),
-    "gather-sdpa": Backend(
-        _gather_sdpa, _unsupported_reason_gather_sdpa, "torch's flash attention on gathered blocks; only on request"
-    ),
     "triton-tma": Backend(_triton_tma, _unsupported_reason_tma, "loads by tensor descriptors; only on request"),
     "flex": Backend(_flex, _unsupported_reason_flex, "torch's FlexAttention on the same layout; only on request"),
     "comfy-kitchen": Backend(_kitchen, _unsupported_reason_kitchen, "rounds q, k and v to 8 bits; only on request"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
+from typing import Any
 
 import torch
 
 from dit_attn import files
+from dit_attn.errors import DitAttnError
 from dit_attn.kernels.cost.store import saved_table
 from dit_attn.kernels.cost.table import KERNELS, Cost, CostTable, Machine
 from dit_attn.machine import processor
@@ -45,6 +47,31 @@ def cost_table(device: torch.device | str) -> CostTable:
         slowest = "half as slow again as the slowest shipped record"
         return CostTable(machine, _guessed(), "guess", f"{slowest}, from {LEAST_TOKENS:,} tokens on; {missing}")
     return CostTable(machine, (), "guess", f"no {machine.device} device has been measured; {missing}")
+
+
+def measured_comparison(
+    device_type: str, tokens: int, head_dim: int, dtype: torch.dtype, density: float
+) -> Cost | None:
+    """Return the comparison of backends measured on this machine that is nearest to a call, ``None`` without one.
+
+    The saved table is read once in a process, for each number of threads, so that what is chosen by it holds to the
+    end of a run although the file may change. Arguments as for :meth:`CostTable.nearest_comparison`.
+    """
+    return _comparison(device_type, torch.get_num_threads(), tokens, head_dim, dtype, density)
+
+
+@functools.lru_cache(maxsize=4096)
+def _comparison(device_type: str, threads: int, *call: Any) -> Cost | None:
+    table = _table_of_process(device_type, threads)
+    return None if table is None else table.nearest_comparison(*call)
+
+
+@functools.cache
+def _table_of_process(device_type: str, threads: int) -> CostTable | None:
+    try:
+        return saved_table(this_machine(device_type))[0]
+    except (DitAttnError, RuntimeError):  # no path is named, or there is no home folder: attention needs neither
+        return None
 
 
 @functools.cache

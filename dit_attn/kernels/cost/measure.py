@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,8 @@ from dit_attn.kernels.benchmark.measure import dense_calls
 from dit_attn.kernels.benchmark.timing import interleaved, kernel_timed
 from dit_attn.kernels.cost.lookup import this_machine
 from dit_attn.kernels.cost.table import Cost, CostTable
-from dit_attn.kernels.functional import choose_backend, sparse_attention
+from dit_attn.kernels.device import unsupported_reason_amx
+from dit_attn.kernels.functional import contending_backends, sparse_attention
 from dit_attn.kernels.selection.select import plan_blocks
 
 
@@ -47,24 +48,28 @@ def measure_costs(
     """Measure the costs of a device, with torch's current number of threads; about a minute on two cores.
 
     Every figure is the median of the rounds of a selection and of a sparse call over that of the dense call, of the
-    fastest dense kernel where there are several.
+    fastest kernels where there are several.
 
     Args:
         device: what is measured.
-        grid: the shapes; default: :data:`CPU` or :data:`ACCELERATOR`.
+        grid: the shapes; default: :data:`CPU`, with fp16 where AMX multiplies it, or :data:`ACCELERATOR`.
         on_progress: called with a line of text before every shape.
 
     Raises:
         DitAttnError: no kernel runs there.
     """
     costs: list[Cost] = []
-    grid = grid or (CPU if device.type == "cpu" else ACCELERATOR)
+    grid = grid or (_cpu_grid() if device.type == "cpu" else ACCELERATOR)
     for tokens, heads, block, rounds in grid.shapes:
         for size in grid.head_dims:
             for dtype in grid.dtypes:
                 on_progress(f"{tokens:,} tokens, heads of {size}, {dtype}")
                 costs += _measured(Shape(1, tokens, heads, size, block), dtype, device, grid.densities, rounds)
     return CostTable(this_machine(device), tuple(costs))
+
+
+def _cpu_grid() -> Grid:
+    return CPU if unsupported_reason_amx(torch.float16) else replace(CPU, dtypes=(*CPU.dtypes, "float16"))
 
 
 def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequence[float], rounds: int) -> list[Cost]:
@@ -76,13 +81,20 @@ def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequenc
             partial(plan_blocks, q, k, q_block=shape.block, kv_block=shape.block, density=density)
             for density in densities
         ]
-        sparse = [partial(sparse_attention, q, k, v, layout) for layout in made.layouts]
+        names = [contending_backends(q, layout) for layout in made.layouts]
+        sparse = [
+            partial(sparse_attention, q, k, v, layout, backend=name)
+            for layout, each in zip(made.layouts, names)
+            for name in each
+        ]
         times = interleaved([*dense.values(), *choose, *sparse], rounds, device, kernel_timed)
     middle = [statistics.median(each) for each in times]
-    best, both = min(middle[: len(dense)]), middle[len(dense) :]
+    best, selections = min(middle[: len(dense)]), middle[len(dense) :][: len(densities)]
+    rest = iter(middle[len(dense) + len(densities) :])
     found = {}
-    for i, layout in enumerate(made.layouts):
-        ratio = float(f"{(both[i] + both[i + len(densities)]) / best:.4g}")
-        backend = choose_backend(q, layout).backend
-        found[layout.density] = Cost(shape.dim, dtype, shape.seq, layout.density, ratio, backend)
+    for layout, selection, each in zip(made.layouts, selections, names):
+        spent = {name: next(rest) for name in each}
+        fastest, *slower = sorted(spent, key=spent.__getitem__)
+        ratio = float(f"{(selection + spent[fastest]) / best:.4g}")
+        found[layout.density] = Cost(shape.dim, dtype, shape.seq, layout.density, ratio, fastest, tuple(slower))
     return list(found.values())

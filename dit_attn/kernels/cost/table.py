@@ -54,7 +54,8 @@ class Cost:
         tokens: S, of queries and keys.
         density: computed blocks as a fraction of all, in (0, 1].
         ratio: time of selecting the blocks and of the sparse call over that of the fastest dense call.
-        backend: kernel of the sparse call.
+        backend: kernel of the sparse call, the fastest where several were timed.
+        slower: the others that were timed in turns with it, fastest first; empty where no other was.
     """
 
     head_dim: int
@@ -63,6 +64,7 @@ class Cost:
     density: float
     ratio: float
     backend: str = ""
+    slower: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,23 @@ class CostTable:
         least = max(curves[0][0] for curves in _near(sizes, head_dim))
         return f"{tokens:,} tokens are fewer than the fewest measured, {least:,}" if tokens < least else None
 
+    def nearest_comparison(self, tokens: int, head_dim: int, dtype: torch.dtype | str, density: float) -> Cost | None:
+        """Return the measurement nearest to a call in which several backends were timed, ``None`` without one.
+
+        The nearest head size counts first, then tokens, then density, each by its ratio. Arguments as for
+        :meth:`expected`.
+        """
+        name = _name(dtype)
+
+        def distance(cost: Cost) -> tuple[float, ...]:
+            pairs = ((cost.head_dim, head_dim), (cost.tokens, tokens), (cost.density, density))
+            return tuple(abs(math.log(a / b)) for a, b in pairs)
+
+        return min((cost for cost in self.costs if cost.slower and cost.dtype == name), key=distance, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: the machine and the measurements."""
-        return {"machine": asdict(self.machine), "costs": [asdict(cost) for cost in self.costs]}
+        return {"machine": asdict(self.machine), "costs": [_row(cost) for cost in self.costs]}
 
     @staticmethod
     def from_dict(data: Any, provenance: str = "measured", note: str = "") -> CostTable:
@@ -139,10 +155,16 @@ class CostTable:
 _MACHINE = {"device": str, "hardware": str, "threads": int, "torch": str, "kernels": int}
 
 
+def _row(cost: Cost) -> dict[str, Any]:
+    row = asdict(cost)
+    slower = row.pop("slower")
+    return {**row, "slower": list(slower)} if slower else row
+
+
 def _cost(row: Any) -> Cost:
     found = Cost(
         int(row["head_dim"]), str(row["dtype"]), int(row["tokens"]), float(row["density"]), float(row["ratio"]),
-        str(row.get("backend", "")),
+        str(row.get("backend", "")), tuple(map(str, row.get("slower", ()))),
     )  # fmt: skip
     if not (found.head_dim > 0 < found.tokens and 0.0 < found.density <= 1.0 and 0.0 < found.ratio < math.inf):
         raise ValueError

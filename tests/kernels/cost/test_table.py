@@ -80,10 +80,24 @@ def test_expectations_never_fall_with_density_or_rise_with_tokens(
     assert found.expected(1024, 64, "float32", 0.125) == pytest.approx(worst)  # noise is read as the slower figure
 
 
+def test_the_nearest_comparison_is_of_the_nearest_head_size_then_tokens_then_density() -> None:
+    rows = [
+        Cost(size, "bfloat16", tokens, density, 0.5, "a", ("b",))
+        for size in (64, 128) for tokens in (1024, 4096) for density in (0.5, 0.125)
+    ]  # fmt: skip
+    alone = Cost(96, "bfloat16", 4096, 0.25, 0.5, "a")  # nothing was compared there
+    found = CostTable(HERE, (alone, *rows)).nearest_comparison
+    assert found(4096, 96, torch.bfloat16, 0.3) == Cost(128, "bfloat16", 4096, 0.5, 0.5, "a", ("b",))
+    assert found(1500, 64, "bfloat16", 0.01) == Cost(64, "bfloat16", 1024, 0.125, 0.5, "a", ("b",))
+    assert found(4096, 96, torch.float16, 0.3) is None and table().nearest_comparison(1024, 64, "float32", 0.5) is None
+
+
 def test_a_table_round_trips_and_what_is_none_is_refused() -> None:
     found = table()
+    compared = CostTable(HERE, (Cost(64, "bfloat16", 4096, 0.25, 0.5, "a", ("b", "c")),))
+    assert CostTable.from_dict(json.loads(json.dumps(compared.to_dict()))) == compared
     data = json.loads(json.dumps(found.to_dict()))
-    assert CostTable.from_dict(data) == found
+    assert CostTable.from_dict(data) == found and "slower" not in data["costs"][0]
     for wrong in ({}, {"machine": 1, "costs": []}, {**data, "costs": [{**data["costs"][0], "ratio": -1}]}, []):
         with pytest.raises(ValueError, match="not as dit-attn writes it"):
             CostTable.from_dict(wrong)
