@@ -27,6 +27,12 @@ def sequence_length(names: Sequence[str], tokens: int, text: int = TEXT_TOKENS) 
     return tokens if any(name.endswith("attn1") for name in names) else tokens + text
 
 
+def run_device(model: torch.nn.Module) -> torch.device:
+    """Return the device of a model's runs: of weights without a place a GPU, where there is one."""
+    meta = next((weight.is_meta for weight in model.parameters()), False)
+    return torch.device("cuda") if meta and torch.cuda.is_available() else compute_device(model)
+
+
 def settle(
     model: torch.nn.Module,
     methods: Sequence[Method],
@@ -56,8 +62,7 @@ def settle(
     if auto is None or not names:
         return tuple(methods), None
     layer = model.get_submodule(names[0])
-    meta = next((weight.is_meta for weight in model.parameters()), False)
-    device = device or (torch.device("cuda") if meta and torch.cuda.is_available() else compute_device(model))
+    device = device or run_device(model)
     visual = math.prod(grid)
     shape = RunShape(
         tokens=sequence_length(names, visual, text),

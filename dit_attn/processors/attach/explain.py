@@ -14,13 +14,14 @@ import torch
 
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.attach import attach
-from dit_attn.processors.attach.decision import sequence_length, settle
+from dit_attn.processors.attach.decision import run_device, sequence_length, settle
 from dit_attn.processors.attach.families import Family, family_of
-from dit_attn.processors.attach.layer_shape import head_count, head_size
+from dit_attn.processors.attach.layer_shape import compute_dtype, head_count, head_size
 from dit_attn.processors.attach.sites import eligible_layers
 from dit_attn.processors.attach.value_table import html_table, methods_text, percent, text_table
 from dit_attn.processors.core.clock import Clock
 from dit_attn.processors.core.executor import MIN_TOKENS
+from dit_attn.processors.core.kernel_choice import expected_kernel
 from dit_attn.processors.methods.base import Method, resolve_count
 from dit_attn.processors.methods.head_budget import is_full
 from dit_attn.processors.methods.presets import PresetUse, preset_for, preset_use
@@ -54,6 +55,7 @@ class Explanation:
         steps: of the run.
         operations: floating-point operations of one dense pass of one sample.
         decision: what the method ``auto`` picks, and why, in words under ``text``; ``None`` without it.
+        kernel: kernel of plain sparse calls and why, where a property of this machine decides on it; else empty.
     """
 
     family: str
@@ -74,6 +76,7 @@ class Explanation:
     steps: int = _STEPS
     operations: float = 0.0
     decision: dict[str, Any] | None = None
+    kernel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -117,6 +120,8 @@ class Explanation:
                 ("density", f"{percent(self.density)} of dense attention over {self.steps} steps"),
                 ("upper bound", f"{bound}, by the number of operations"),
             ]
+        if self.kernel:
+            rows.append(("kernel", self.kernel))
         if self.memory:
             stored = f"{_bytes(self.memory)} stored from step to step (one sample, both branches)"
             there = f", {_bytes(self.host_memory)} of it in main memory" if self.host_memory else ""
@@ -175,7 +180,19 @@ def explain_run(
         steps=steps,
         operations=attention + linear,
         decision=decision.to_dict() if decision is not None else None,
+        kernel=_kernel(model, settled, names, tokens),
     )
+
+
+def _kernel(model: torch.nn.Module, methods: tuple[Method, ...], names: list[str], tokens: int) -> str:
+    """The kernel of the sparse method's calls, of a quarter of the blocks where its settings do not say how many."""
+    sparse = next((method for method in methods if method.role == "sparse"), None)
+    if sparse is None or not names:
+        return ""
+    layer, budget = model.get_submodule(names[0]), getattr(sparse, "density", None)
+    density = budget if isinstance(budget, float) else 0.25
+    seq_len = sequence_length(names, tokens)
+    return expected_kernel(run_device(model), compute_dtype(layer), head_size(layer), seq_len, density)
 
 
 def visual_grid(

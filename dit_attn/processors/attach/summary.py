@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class LayerSummary:
         dense_seconds: their time.
         measurements: of errors for ``target_error``.
         measuring: attention that they computed, as a fraction of that of a dense call, summed.
+        kernels: sparse calls whose kernel was chosen for a property of this machine, by kernel and reason.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerSummary:
     dense_seconds: float = 0.0
     measurements: int = 0
     measuring: float = 0.0
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,10 +153,7 @@ class Summary:
     @property
     def fallbacks(self) -> dict[str, int]:
         """Calls that took stock attention, by reason."""
-        total: Counter[str] = Counter()
-        for layer in self.layers:
-            total.update(layer.fallbacks)
-        return dict(total.most_common())
+        return _total(layer.fallbacks for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, totals included."""
@@ -209,12 +208,21 @@ class Summary:
         rows += [
             ("density", f"{percent(self.density)} in sparse calls, {percent(self.run_density)} over the run"),
             ("time in method", f"{self.seconds:.2f} s{compared}"),
+            *(("kernel", f"{count} x {text}") for text, count in _total(one.kernels for one in self.layers).items()),
         ]
         if measured := sum(layer.measurements for layer in self.layers):
             rows.append(("measurements", f"{measured} of errors, {percent(self.measuring_share)} of dense attention"))
         if self.worst_error is not None:
             rows.append(("worst error", "{:.3g} of the norm, {}".format(*self.worst_error)))
         return rows + [("fallback", f"{count} x {with_remedy(reason)}") for reason, count in self.fallbacks.items()]
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sum of some counts, largest first."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total.most_common())
 
 
 def summarize(sessions: dict[str, Session]) -> Summary:
@@ -258,10 +266,8 @@ def summarize(sessions: dict[str, Session]) -> Summary:
 def _cross_text(layers: tuple[LayerSummary, ...]) -> str:
     names = ("calls", "biased_calls", "replaced_calls")
     calls, biased, replaced = (sum(getattr(layer, name) for layer in layers) for name in names)
-    reasons: Counter[str] = Counter()
-    for layer in layers:
-        reasons.update(layer.fallbacks)
-    stock = "".join(f"; {count} x {with_remedy(reason)}" for reason, count in reasons.most_common())
+    reasons = _total(layer.fallbacks for layer in layers)
+    stock = "".join(f"; {count} x {with_remedy(reason)}" for reason, count in reasons.items())
     return f"{biased} of {calls} calls biased, {replaced} replaced, {len(layers)} layers{stock}"
 
 
@@ -312,5 +318,5 @@ def _layer(name: str, stats: LayerStats) -> LayerSummary:
     return LayerSummary(
         name, stats.calls, stats.sparse_calls, density, stats.seconds, dict(stats.fallbacks), stats.error,
         stats.biased_calls, stats.scaled_calls, stats.replaced_calls, stats.dense_calls, stats.dense_seconds,
-        stats.measurements, stats.measuring,
+        stats.measurements, stats.measuring, dict(stats.kernels),
     )  # fmt: skip

@@ -55,6 +55,7 @@ class LayerStats:
         measured: densities whose error was measured for ``max_error``.
         measurements: of errors for ``target_error``.
         measuring: attention that they computed, as a fraction of dense, summed.
+        kernels: sparse calls whose kernel was chosen for a property of this machine, by kernel and reason.
     """
 
     calls: int = 0
@@ -72,6 +73,7 @@ class LayerStats:
     measured: set[float | tuple[float, ...] | None] = field(default_factory=set)
     measurements: int = 0
     measuring: float = 0.0
+    kernels: Counter[str] = field(default_factory=Counter)
 
     def note_error(self, error: float) -> None:
         """Note a measured error; one that is not a number counts as the largest."""

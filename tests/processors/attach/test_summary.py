@@ -65,7 +65,7 @@ def test_json_values_hold_the_fields_and_the_totals() -> None:
         "name": "blocks.1", "calls": 4, "sparse_calls": 1, "density": 0.45, "seconds": 0.25,
         "fallbacks": {"dense step": 1, "cross attention": 2}, "error": 0.07,
         "biased_calls": 0, "scaled_calls": 0, "replaced_calls": 0, "dense_calls": 0, "dense_seconds": 0.0,
-        "measurements": 0, "measuring": 0.0,
+        "measurements": 0, "measuring": 0.0, "kernels": {},
     }  # fmt: skip
     assert data["guidance"]["parallel"] == 0.17 and data["warnings"] == ["careful"]
     for name in ("calls", "sparse_calls", "biased_calls", "density", "run_density", "fallbacks"):
