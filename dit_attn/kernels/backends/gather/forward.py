@@ -37,6 +37,7 @@ def precision(dtype: torch.dtype, device: torch.device, rounded_logits: bool = F
     return Precision(dtype if rounded_logits else wide, wide, dtype if native else wide)
 
 
+@torch.compiler.assume_constant_result
 def cpu_has_bf16() -> bool:
     """Return whether the CPU has bf16 matrix instructions; without, bf16 is emulated and slower than fp32."""
     return any(
