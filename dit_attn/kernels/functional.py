@@ -115,7 +115,9 @@ def choose_backend(
 
 
 def contending_backends(q: torch.Tensor, layout: BlockLayout) -> tuple[str, ...]:
-    """Return the backends among which only a measurement can choose for a plain call, or the one that is chosen.
+    """Return the backends among which only a measurement can choose for a plain call, as preferred so far.
+
+    One alone, the backend that is chosen, where there is nothing to measure.
 
     Args:
         q: (B, S, H, D) queries; only device, dtype and sizes matter.

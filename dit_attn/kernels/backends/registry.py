@@ -133,11 +133,12 @@ def choose(info: CallInfo) -> Choice:
 
 
 def contenders(info: CallInfo) -> tuple[str, ...]:
-    """Return the backends among which only a measurement can choose for a call, or the one that is chosen."""
+    """Return the backends among which only a measurement can choose for a call, as preferred now; else the chosen."""
     chosen = choose(info).backend
     if info.device.type != "cpu" or info.dtype.itemsize != 2 or chosen not in _CPU_16_BIT:
         return (chosen,)
-    return tuple(name for name in _CPU_16_BIT if BACKENDS[name].unsupported_reason(info) is None)
+    able = (name for name in _CPU_16_BIT if BACKENDS[name].unsupported_reason(info) is None)
+    return tuple(sorted(able, key=lambda name: name == FLASH != chosen))  # others keep their order
 
 
 def resolve(backend: str | None, info: CallInfo) -> str:

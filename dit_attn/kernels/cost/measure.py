@@ -36,6 +36,9 @@ class Grid:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
+CLEAR = 1.1
+"""How many times as fast a backend has to be to pass the one that is preferred: rounds are few, and a tie is no reason
+to change the bits of a result."""
 CPU = Grid()
 ACCELERATOR = Grid(
     ((1024, 16, 64, 9), (4096, 16, 128, 9), (16384, 16, 128, 5)), dtypes=("float32", "bfloat16", "float16")
@@ -72,6 +75,14 @@ def _cpu_grid() -> Grid:
     return CPU if unsupported_reason_amx(torch.float16) else replace(CPU, dtypes=(*CPU.dtypes, "float16"))
 
 
+def _ranked(spent: dict[str, float]) -> list[str]:
+    """The names from the fastest to the slowest; one passes those before it in ``spent`` only where it is clear."""
+    order: list[str] = []
+    for name, time in spent.items():
+        order.insert(next((i for i, other in enumerate(order) if spent[other] > CLEAR * time), len(order)), name)
+    return order
+
+
 def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequence[float], rounds: int) -> list[Cost]:
     made = random_inputs(shape, getattr(torch, dtype), device, densities)
     q, k, v = made.q, made.k, made.v
@@ -94,7 +105,7 @@ def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequenc
     found = {}
     for layout, selection, each in zip(made.layouts, selections, names):
         spent = {name: next(rest) for name in each}
-        fastest, *slower = sorted(spent, key=spent.__getitem__)
+        fastest, *slower = _ranked(spent)
         ratio = float(f"{(selection + spent[fastest]) / best:.4g}")
         found[layout.density] = Cost(shape.dim, dtype, shape.seq, layout.density, ratio, fastest, tuple(slower))
     return list(found.values())

@@ -54,8 +54,9 @@ class Cost:
         tokens: S, of queries and keys.
         density: computed blocks as a fraction of all, in (0, 1].
         ratio: time of selecting the blocks and of the sparse call over that of the fastest dense call.
-        backend: kernel of the sparse call, the fastest where several were timed.
-        slower: the others that were timed in turns with it, fastest first; empty where no other was.
+        backend: kernel of the sparse call; where several were timed, the fastest, or the preferred one if none was
+            clearly faster.
+        slower: the others that were timed in turns with it, in order; empty where no other was.
     """
 
     head_dim: int

@@ -21,6 +21,7 @@ from dit_attn.kernels import (
 )
 from dit_attn.kernels.cost import Cost, CostTable, lookup
 from dit_attn.kernels.cost.store import VARIABLE, save_table
+from dit_attn.kernels.functional import contending_backends
 from dit_attn.kernels.terms import Terms
 from tests._support.kernel_cases import TERMS, call
 
@@ -126,7 +127,11 @@ def test_amx_makes_it_the_choice_for_what_it_can_run_and_the_choice_says_why(mon
         assert other.backend == "gather" and other.reasons[FLASH] == reason
     have_amx(monkeypatch, "tile", "fp16")
     assert choose_backend(q.half(), layout).backend == FLASH
+    assert contending_backends(q, layout) == (FLASH, "gather-bf16", "gather")
+    assert contending_backends(q.half(), layout) == (FLASH, "gather")
+    assert contending_backends(q.float(), layout) == ("gather",)
     have_amx(monkeypatch)
+    assert contending_backends(q.half(), layout) == ("gather", FLASH)
     without = choose_backend(q, layout)
     assert without.backend != FLASH and without.reasons[FLASH] == "this CPU has no AMX for bfloat16; only on request"
     assert ": used\n" in str(without)
@@ -176,10 +181,10 @@ def test_a_saved_comparison_near_the_call_decides_over_the_processor(
     slow = choose_backend(q, layout)
     rival = "gather-bf16" if amx else slow.backend  # what the processor multiplies
     assert slow.backend == rival != FLASH and choose_backend(*bf16_call(640, 8)).backend == rival
-    at = "on this machine at 512 tokens, heads of 64, density"
-    assert slow.reasons[FLASH] == f"measured slower than {rival} {at} 0.25"
+    at = "on this machine, measured at 512 tokens, heads of 64, density"
+    assert slow.reasons[FLASH] == f"not clearly faster than {rival} {at} 0.25"
     fast = choose_backend(*bf16_call(kept=1))
-    assert fast.backend == FLASH and fast.why == f"measured faster than {rival} {at} 0.06"
+    assert fast.backend == FLASH and fast.why == f"about as fast as {rival} or faster {at} 0.06"
     assert "4,096 tokens" in choose_backend(*bf16_call(4096, 32)).why
     assert choose_backend(q, layout, return_lse=True).backend == "gather"  # the measured order of these two
     assert choose_backend(q.half(), layout).backend == "gather"  # not measured

@@ -39,14 +39,15 @@ def test_a_ratio_is_selection_and_sparse_over_the_fastest_dense_call(monkeypatch
 def test_bf16_on_a_cpu_is_timed_with_every_backend_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "dense_calls", lambda q, k, v: {"dense": lambda: None})
     monkeypatch.setattr(measuring, "contending_backends", lambda q, layout: ("gather-sdpa", "gather-bf16", "gather"))
-    times = [[4.0], [1.0], [2.0], *([3.0], [1.0], [2.0]), *([0.4], [0.2], [0.3])]  # dense, selections, sparse twice
+    times = [[4.0], [1.0], [2.0], *([3.0], [1.0], [2.0]), *([0.21], [0.2], [0.1])]  # dense, selections, sparse twice
     monkeypatch.setattr(measuring, "interleaved", lambda calls, *_: times)
     grid = Grid(((256, 1, 32, 1),), (0.5, 0.25), (16,), ("bfloat16",))
     found = measure_costs(torch.device("cpu"), grid).costs
-    assert [cost.ratio for cost in found] == [0.5, 0.55]
+    assert [cost.ratio for cost in found] == [0.5, 0.525]
     assert [(cost.backend, *cost.slower) for cost in found] == [
-        ("gather-bf16", "gather", "gather-sdpa"), ("gather-bf16", "gather", "gather-sdpa")
+        ("gather-bf16", "gather", "gather-sdpa"), ("gather", "gather-sdpa", "gather-bf16")
     ]  # fmt: skip
+    assert measuring._ranked({"preferred": 0.21, "a tie": 0.2}) == ["preferred", "a tie"]
     monkeypatch.undo()
     for cost in measure_costs(torch.device("cpu"), Grid(((256, 1, 32, 1),), (0.25,), (16,), ("bfloat16",))).costs:
         assert {"gather-sdpa", "gather"} <= {cost.backend, *cost.slower}

@@ -50,9 +50,9 @@ def prefer_flash(layout: BlockLayout, head_dim: int, dtype: torch.dtype, grad: b
         found = measured_comparison("cpu", layout.q_len, head_dim, dtype, density)
         order = () if found is None else (found.backend, *found.slower)
         if found is not None and FLASH in order and rival in order:
-            faster = order.index(FLASH) < order.index(rival)
+            first = order.index(FLASH) < order.index(rival)
+            said = f"about as fast as {rival} or faster" if first else f"not clearly faster than {rival}"
             at = f"{found.tokens:,} tokens, heads of {found.head_dim}, density {found.density:g}"
-            said = "faster" if faster else "slower"
-            return Preference(faster, f"measured {said} than {rival} on this machine at {at}")
+            return Preference(first, f"{said} on this machine, measured at {at}")
     missing = unsupported_reason_amx(dtype)
     return Preference(not missing, f"{missing}; only on request" if missing else "this CPU has AMX for this type")
