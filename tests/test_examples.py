@@ -183,8 +183,11 @@ def test_the_page_names_every_example() -> None:
 
 def test_the_notebook_runs_and_shows_what_it_says() -> None:
     stored = example_notebook.read()
+    short = example_notebook.read()
+    for cell in short.cells:
+        cell.source = re.sub(r'("num_inference_steps": )\d+', r"\g<1>4", cell.source)  # what is shown stays the same
     with tempfile.TemporaryDirectory() as folder:  # sockets need a shorter path than pytest's
-        fresh = example_notebook.execute(example_notebook.read(), Path(folder))
+        fresh = example_notebook.execute(short, Path(folder))
     assert [kinds(cell) for cell in fresh.cells] == [kinds(cell) for cell in stored.cells]
     text = "".join(output.get("text", "") for cell in fresh.cells for output in cell.get("outputs", []))
     assert text.count("attention calls") == 2  # a summary of images, one of videos

@@ -17,6 +17,7 @@ from torch.utils._device import DeviceContext
 from dit_attn.errors import DitAttnError
 from dit_attn.processors.core import executor, sequence_parallel
 from dit_attn.processors.core.call import AttentionCall, CallMethod, Request, SDPAArgs
+from dit_attn.processors.core.kernel_choice import count_kernel
 from dit_attn.processors.core.layer import KINDS, Layer
 from dit_attn.processors.core.remedies import failure_reason, with_remedy
 from dit_attn.processors.core.run_state import RunState
@@ -327,6 +328,7 @@ def _execute(call: AttentionCall, request: Request, mesh: Any) -> torch.Tensor:
             return out
     stats.sparse_calls += 1
     stats.computed += computed_fraction(call, request)
+    count_kernel(call, request)
     return out
 
 

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dit_attn.kernels import BlockLayout, Compensation, LogitBias, Terms, sparse_attention
+from dit_attn.kernels import BlockLayout, Compensation, LogitBias, sparse_attention
 from dit_attn.kernels.dense import biased_attention
 from dit_attn.kernels.selection.pooling import block_means
 from dit_attn.kernels.terms import BARRED, pooled_bias
 from dit_attn.kernels.two_level import two_level_attention
 from dit_attn.processors.core.call import AttentionCall, KeyGain, Request
-from dit_attn.processors.core.kernel_choice import count_kernel
 from dit_attn.processors.core.observation import Observation, Probe
 from dit_attn.processors.core.token_permute import PermutedTokens
 
@@ -197,17 +196,16 @@ def visual_rows(
         bias = bias if permuted is None else permuted.order.permute_bias(bias)
         pooled = None if pooled is None else _biased(pooled, bias, mask)
         fine = None if fine is None else replace(fine, pooled=_biased(fine.pooled, bias, mask))
-    given: dict[str, Any] = {"key_mask": mask if key_bias is None else None, "key_bias": key_bias}
+    options: dict[str, Any] = {"key_mask": mask if key_bias is None else None, "key_bias": key_bias, "bias": bias}
     found: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
     if fine is not None:
         assert pooled is not None
-        found = two_level_attention(q, k, v, request.layout, fine, pooled, scale=call.scale, bias=bias, **given)
+        found = two_level_attention(q, k, v, request.layout, fine, pooled, scale=call.scale, **options)
     else:
-        given["return_lse"] = values is not None
-        count_kernel(call.layer.stats, q, request.layout, v=v, terms=Terms(None, bias, pooled, epilogue), **given)
         found = sparse_attention(
-            q, k, v, request.layout, scale=call.scale, compensation=pooled, epilogue=epilogue, bias=bias, **given
-        )
+            q, k, v, request.layout, scale=call.scale, compensation=pooled, epilogue=epilogue,
+            return_lse=values is not None, **options,
+        )  # fmt: skip
     out, lse = found if isinstance(found, tuple) else (found, None)
     if permuted is None:
         return out, lse

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from dit_attn.kernels import BlockLayout, choose_backend
-from dit_attn.processors.core.layer import LayerStats
+from dit_attn.kernels import BlockLayout, Terms, choose_backend
+from dit_attn.processors.core.call import AttentionCall, Request
 
 _BLOCK = 128  # tokens
 
 
-def count_kernel(stats: LayerStats, q: torch.Tensor, layout: BlockLayout, **given: Any) -> None:
+def count_kernel(call: AttentionCall, request: Request) -> None:
     """Count a call by its kernel and the reason, where that is a property of the machine: of 16-bit types on a CPU.
 
     Args:
-        stats: of the layer.
-        q, layout, given: arguments of :func:`~dit_attn.kernels.choose_backend`.
+        call: the attention call, whose layer's statistics count.
+        request: what was computed; calls of two levels and of a method's own are left out.
     """
+    q = call.q
     if torch.compiler.is_compiling() or q.device.type != "cpu" or q.element_size() != 2:
         return
-    choice = choose_backend(q, layout, **given)
+    if request.layout is None or request.compute_visual is not None or request.fine is not None:
+        return
+    terms = Terms(None, request.bias(call.visual), request.compensation, request.epilogue)
+    mask = request.key_mask if request.key_bias is None else None
+    choice = choose_backend(
+        q[:, call.visual], request.layout, v=call.v, key_mask=mask, key_bias=request.key_bias, terms=terms
+    )
     if choice.why:
-        stats.kernels[f"{choice.backend}: {choice.why}"] += 1
+        call.layer.stats.kernels[f"{choice.backend}: {choice.why}"] += 1
 
 
 def expected_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int, density: float) -> str:

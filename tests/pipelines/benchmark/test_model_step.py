@@ -85,6 +85,7 @@ def test_every_family_is_measured_with_its_text_and_masks(name) -> None:
     joint = row.text if name != "pixart-sigma" else 0
     assert found["attention"]["shape"] == [1, math.prod(row.grid) + joint, 1, row.head_dim]
     assert found["attention"]["calls_of_a_step"] == 2
+    assert found["attention"]["sparse_kernel"] == "gather"
     assert found["rows"][0]["sparse_calls"] == 2 and found["rows"][0]["density"] < 0.9
 
 
