@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dit_attn import models
+from dit_attn.pipelines.high_resolution import high_resolution
 from dit_attn.processors.attach.families import families
 from tests._support import result_tables
 from tests.families import table as families_table
@@ -88,8 +89,12 @@ def test_the_large_picture_is_quoted_from_its_record() -> None:
     rows = {row["arm"]: row for row in record["rows"]}
     dense, window = rows["two stages dense"], rows["two stages window"]
     ratio = dense["seconds"]["value"] / window["seconds"]["value"]
-    assert f"{window['factor']}x the size: {ratio:.1f}x faster than dense, prompts followed" in README
+    assert f"of {window['factor']}x: {ratio:.1f}x faster" in README
     assert dense["whole"]["value"] == window["whole"]["value"] == 1.0
+    table = json.loads((ROOT / "benchmarks/high_resolution/tiny-image.json").read_text())
+    found = {(row["arm"], row["sigma"]): 100 * row["whole"]["value"] for row in table["rows"]}
+    native, two = found["native", None], found["two stages window", high_resolution.IMAGES]
+    assert f"images of 2x: {two:.0f} % follow the prompt (natively {native:.0f})" in README
 
 
 def test_no_cell_above_the_fold_is_longer_than_a_line() -> None:
