@@ -35,6 +35,7 @@ import dit_attn
 from dit_attn import InwardWindow, models
 from dit_attn.cli import outputs
 from dit_attn.cli.commands.bench.model import load_average
+from dit_attn.contact_sheet import Tile, grid, tile
 from dit_attn.eval.shapes_world import items
 from dit_attn.eval.shapes_world.multi import MultiScene
 from dit_attn.eval.shapes_world.multi_verify import detail
@@ -244,6 +245,19 @@ def sample(model: str, count: int, filled: bool) -> Any:
     return items.held_out_sample(KINDS[model], max(count, POOL))[:count]
 
 
+def draw(bench: Bench, arms: list[Arm], chosen: list[Any], folder: Path, path: Path) -> None:
+    """Draw items as rows and arms as columns, the middle frame of clips, all at one size."""
+    rows: list[list[Tile]] = []
+    for index, item in enumerate(chosen):
+        prompt = items.caption(item)
+        first = bench.native(prompt, index, folder)
+        made = [arm.make(prompt, index, first)[0] for arm in arms]
+        height = max(192, *(len(frames[0]) for frames in made))
+        middle = [frames[len(frames) // 2 :][:1] for frames in made]
+        rows.append([tile(frame, prompt * (not place), height=height) for place, frame in enumerate(middle)])
+    grid(rows, columns=[f"{arm.name} {arm.sigma or ''}".strip() for arm in arms]).save(path, optimize=True)
+
+
 @dataclass(frozen=True)
 class Progress:
     """What is left of a run, from what its arms took so far."""
@@ -293,6 +307,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--filled", action="store_true", help="tiny-multi: captions with fills, for detail")
     parser.add_argument("--output", type=Path, required=True, help="JSON record; its log stands next to it")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw the items instead, at most a few")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--shard", type=Shard.parse, metavar="I/N", help="every Nth item, with a log of their own")
     parser.add_argument("--quick", action="store_true", help="two items, the smallest factor, sigma .9, 2 steps")
@@ -313,6 +328,8 @@ def main() -> None:
             parser.error(f"no such arm: {', '.join(unknown)}; there are {', '.join([*SETS, *sorted(names)])}")
         arms = [arm for arm in arms if arm.name in ("native", *wanted)]
     chosen = sample(args.model, args.count, args.filled)
+    if args.sheet:
+        return draw(bench, arms, chosen, args.output.with_suffix(".native"), args.sheet)
     setup = {"model": args.model, "steps": args.steps, "filled": args.filled, "environment": environment()}
     setup |= {"device": args.device} if args.device != "cpu" else {}
     log = shard_log(args.output, setup, args.resume, args.shard)
