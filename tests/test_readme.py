@@ -84,13 +84,13 @@ def test_isolation_is_quoted_from_its_record() -> None:
     assert four["words and regions"]["color"]["difference"]["ci95"][0] < 0 and "no gain on tiny-multi" in README
 
 
-def test_the_large_picture_is_quoted_from_its_record() -> None:
-    record = json.loads((ROOT / "benchmarks/high_resolution/tiny-image_4x_stage.json").read_text())
+def test_large_pictures_are_quoted_from_their_records() -> None:
+    record = json.loads((ROOT / "benchmarks/high_resolution/tiny-image_4x.json").read_text())
     rows = {row["arm"]: row for row in record["rows"]}
     dense, window = rows["two stages dense"], rows["two stages window"]
-    ratio = dense["seconds"]["value"] / window["seconds"]["value"]
+    ratio = dense["cpu seconds"]["value"] / window["cpu seconds"]["value"]
     assert f"of {window['factor']}x: {ratio:.1f}x faster" in README
-    assert dense["whole"]["value"] == window["whole"]["value"] == 1.0
+    assert dense["whole"]["value"] <= window["whole"]["value"]
     table = json.loads((ROOT / "benchmarks/high_resolution/tiny-image.json").read_text())
     found = {(row["arm"], row["sigma"]): 100 * row["whole"]["value"] for row in table["rows"]}
     native, two = found["native", None], found["two stages window", high_resolution.IMAGES]
