@@ -17,8 +17,10 @@ import torch
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels.device import multiplies_bf16
 from dit_attn.models import nets
 from dit_attn.models.data import Batch, draw
+from dit_attn.models.optimizers import build_optimizers
 from dit_attn.models.recipe import Recipe
 from dit_attn.models.trainee import Trainee
 from dit_attn.models.warmstart import warm_start
@@ -33,23 +35,6 @@ def loss_of(model: Callable[..., torch.Tensor], batch: Batch, min_level: float) 
     error = (predicted - batch.clean).square()
     error = (error if batch.weight is None else error * batch.weight).flatten(1).mean(1)
     return (error / batch.level.clamp(min=min_level).square()).mean()
-
-
-def build_optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Build Muon for the matrices of the blocks and AdamW for the rest; AdamW for all where torch has no Muon."""
-    hidden: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        inside = "transformer." in name and ("blocks." in name or "transformer.layers." in name)
-        inside = inside and name.endswith(".weight") and parameter.ndim == 2
-        (hidden if inside else rest).append(parameter)
-    muon = getattr(torch.optim, "Muon", None)
-    if muon is None or recipe.muon_lr == 0:
-        return [torch.optim.AdamW([*hidden, *rest], lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)]
-    return [
-        muon(hidden, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0),
-    ]
 
 
 @dataclass
@@ -194,10 +179,11 @@ def _report(run: Run, values: dict[str, float], bar: Any, quiet: bool) -> None:
 
 
 def _in_precision(model: torch.nn.Module, run: Run) -> Callable[..., torch.Tensor]:
-    """`model` under autocast where the recipe asks for bf16; recipes of both kinds may run in one process."""
+    """`model` under autocast where the recipe asks for bf16 and the device multiplies it; recipes may differ."""
+    enabled = run.recipe.precision == "bf16" and multiplies_bf16(run.device)
 
     def predict(*inputs: Any) -> torch.Tensor:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=enabled):
             return model(*inputs)
 
     return predict

@@ -80,7 +80,7 @@ class Recipe:
     image_drop: float = 0.0  # of input images, and the instruction with each
     min_level: float = 0.05
     clip: float = 1.0
-    precision: str = "bf16"
+    precision: str = "bf16"  # fp32 on a CPU that multiplies bf16 slowly
     warm_start: str = ""  # embedded model whose trained weights are copied where they fit
     mask_weight: float = 0.0  # of the mean error inside a defect's mask, beside 1 for the mean error of the image
 
