@@ -1,4 +1,7 @@
-"""The arms of the benchmark of subjects: isolation, SaaS and their controls, each as methods and call arguments."""
+"""The arms of the benchmark of subjects: isolation, SaaS and their controls, each as methods and call arguments.
+
+Subjects are the objects of a scene, or the pieces of an instruction.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import dit_attn
-from dit_attn.eval.shapes_world import multi
+from dit_attn.eval.shapes_world import edits, multi
+from dit_attn.eval.shapes_world.edits import Edit, Piece
 from dit_attn.eval.shapes_world.multi import MultiScene, SceneObject
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.regions import regions_of, visual_masks
@@ -16,36 +20,60 @@ from dit_attn.processors.methods.base import Method
 
 MARGIN = 0.06  # around an object, of the canvas, in its box
 SCALES = (3.0, 4.0, 6.0, 8.0)  # guidance of the sweep; 2 is the models' own
-Arm = tuple[Callable[[MultiScene], list[Method]], dict[str, Any]]
+Item = MultiScene | Edit
+Arm = tuple[Callable[[Item], list[Method]], dict[str, Any]]
 
 
-def subject(one: SceneObject, box: bool = True) -> dict[str, Any]:
-    """A subject of an object: its size, color and shape, with a box around it."""
+def subjects_of(item: Item) -> list[tuple[str, tuple[SceneObject, ...]]]:
+    """The pieces of a prompt, each with the objects around which it acts; none: everywhere."""
+    if isinstance(item, MultiScene):
+        return [(f"{one.size} {one.color} {one.shape}", (one,)) for one in item.objects]
+    return [(edits.write_piece(piece), _objects_of(piece, item)) for piece in item.pieces]
+
+
+def _objects_of(piece: Piece, edit: Edit) -> tuple[SceneObject, ...]:
+    """The object of a piece before the edit and, where it is another one or elsewhere, after it."""
+    shape = piece.value if piece.kind == "reshape" else piece.added.shape if piece.added else piece.target
+    before = [one for one in edit.source.objects if one.shape == piece.target]
+    after = [one for one in edit.target.objects if one.shape == shape]
+    return tuple(before + [one for one in after if piece.kind in ("add", "move")])
+
+
+def box_of(one: SceneObject) -> list[float]:
+    """A box around an object."""
     x, y = multi.PLACES[one.place]
     half = multi.SIZES[one.size] + MARGIN
-    region = {"box": [max(0.0, x - half), max(0.0, y - half), min(1.0, x + half), min(1.0, y + half)]} if box else {}
-    return {"piece": f"{one.size} {one.color} {one.shape}", **region}
+    return [max(0.0, x - half), max(0.0, y - half), min(1.0, x + half), min(1.0, y + half)]
+
+
+def boxes(item: Item) -> list[dict[str, Any]]:
+    """The subjects with their boxes, one for each object; the full image where there is none."""
+    return [
+        {"piece": piece, "box": box}
+        for piece, objects in subjects_of(item)
+        for box in [box_of(one) for one in objects] or [[0.0, 0.0, 1.0, 1.0]]
+    ]
 
 
 def isolation(**settings: Any) -> Arm:
-    """Isolation of all objects."""
-    return lambda scene: [dit_attn.SubjectIsolation(subjects=tuple(map(subject, scene.objects)), **settings)], {}
+    """Isolation of all subjects."""
+    return lambda item: [dit_attn.SubjectIsolation(subjects=tuple(boxes(item)), **settings)], {}
 
 
 def with_sparse(arm: Arm) -> Arm:
     """The same with block-sparse attention at density 0.25."""
     sparse = dit_attn.BlockSparse(density=0.25, q_block=32, kv_block=32, dense_steps=0.1)
-    return lambda scene: [*arm[0](scene), sparse], arm[1]
+    return lambda item: [*arm[0](item), sparse], arm[1]
 
 
 def with_isolation(arm: Arm) -> Arm:
     """The same with isolation of words and regions."""
-    return lambda scene: [*isolation(isolate_image=True)[0](scene), *arm[0](scene)], arm[1]
+    return lambda item: [*isolation(isolate_image=True)[0](item), *arm[0](item)], arm[1]
 
 
 def guided(scale: float) -> Arm:
     """Plain guidance at another scale."""
-    return lambda scene: [], {"guidance_scale": scale}
+    return lambda item: [], {"guidance_scale": scale}
 
 
 @dataclass(frozen=True)
@@ -70,36 +98,38 @@ class Lift(Method):
 
 
 def lifted(factor: float, wrong: bool = False) -> Arm:
-    """Each object's words by a factor in its own box; ``wrong``: the words of the next object there."""
+    """Each subject's words by a factor in its own box; ``wrong``: the words of the next subject there."""
 
-    def methods(scene: MultiScene) -> list[Method]:
-        known = [subject(one) for one in scene.objects]
-        words = known[1:] + known[:1] if wrong else known
-        lifts = [{**a, "piece": b["piece"], "factor": factor} for a, b in zip(known, words, strict=True)]
-        return [Lift(lifts=tuple(lifts))]
+    def methods(item: Item) -> list[Method]:
+        pieces = [piece for piece, _ in subjects_of(item)]
+        words = dict(zip(pieces, pieces[1:] + pieces[:1], strict=True)) if wrong else {}
+        return [
+            Lift(
+                lifts=tuple(
+                    {**one, "piece": words.get(one["piece"], one["piece"]), "factor": factor} for one in boxes(item)
+                )
+            )
+        ]
 
     return methods, {}
 
 
 def scaled(**settings: Any) -> Arm:
-    """SaaS on the objects."""
-
-    def methods(scene: MultiScene) -> list[Method]:
-        return [dit_attn.SaaS(pieces=tuple(subject(one)["piece"] for one in scene.objects), **settings)]
-
-    return methods, {}
+    """SaaS on the subjects."""
+    return lambda item: [dit_attn.SaaS(pieces=tuple(piece for piece, _ in subjects_of(item)), **settings)], {}
 
 
 def found(**settings: Any) -> Arm:
     """Isolation whose regions are looked for."""
 
-    def methods(scene: MultiScene) -> list[Method]:
-        return [dit_attn.SubjectIsolation(subjects=tuple(subject(one, False) for one in scene.objects), **settings)]
+    def methods(item: Item) -> list[Method]:
+        subjects = tuple({"piece": piece} for piece, _ in subjects_of(item))
+        return [dit_attn.SubjectIsolation(subjects=subjects, **settings)]
 
     return methods, {}
 
 
-STOCK: Arm = (lambda scene: [], {})
+STOCK: Arm = (lambda item: [], {})
 PAPER: dict[str, Any] = {"measure": "post", "clamp": None, "min_quality": 0.0}
 ARMS: dict[str, dict[str, Arm]] = {
     "isolation": {
@@ -134,3 +164,15 @@ ARMS: dict[str, dict[str, Arm]] = {
         "isolation and gated, block-sparse 0.25": with_sparse(with_isolation(scaled())),
     },
 }
+
+
+def arms_of(what: str, pieces: int, editing: bool) -> dict[str, Arm]:
+    """The arms for prompts of some pieces.
+
+    Isolation is for the objects of a scene, not for instructions; and there are no other words beside a single piece.
+    """
+    return {
+        name: arm
+        for name, arm in ARMS[what].items()
+        if not (editing and "isolation" in name) and not (pieces == 1 and "wrong" in name)
+    }

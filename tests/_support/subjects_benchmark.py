@@ -1,8 +1,9 @@
 """Do subjects keep what is theirs? ``python -m tests._support.subjects_benchmark`` generates, verifies and compares.
 
-Every prompt describes different objects; every arm makes it from the same noise. The world's verifier says of each
-object whether it is there and has its color and shape, or the color of another one. Results go to a JSONL file line by
-line, so that a run that is stopped goes on where it was; the record is made from that file.
+Every prompt describes different objects, or is an instruction for an editing model; every arm makes it from the same
+noise. The world's verifier says of each object whether it is there and has its color and shape, or the color of another
+one, and of each piece of an instruction whether it is followed. Results go to a JSONL file line by line, so that a run
+that is stopped goes on where it was; the record is made from that file.
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ import dit_attn
 from dit_attn import files
 from dit_attn.cli.model_source import fingerprint, locate
 from dit_attn.contact_sheet import Tile, grid
-from dit_attn.eval.shapes_world import multi
-from dit_attn.eval.shapes_world.multi import MultiScene
+from dit_attn.eval.shapes_world import edit_samples, edits, multi
+from dit_attn.eval.shapes_world.edits import Edit
+from dit_attn.models import evaluate_edits
 from dit_attn.models.evaluate import generate, interval
 from dit_attn.models.export import environment
 from dit_attn.pipelines.compare.statistics import difference_figure
 from tests._support.other_environment import write_record
-from tests._support.subjects_arms import ARMS, Arm
+from tests._support.subjects_arms import ARMS, Arm, Item, arms_of
 
 SIDES = (("left", "right"), ("bottom", "top"))  # places that tiny-joint knows from its own captions
 BATCH = 64  # scenes drawn at once
 
 
-def scenes_of(kind: str, objects: int, count: int, seed: int) -> list[MultiScene]:
-    """Different scenes of some objects.
+def items_of(kind: str, objects: int, count: int, seed: int) -> Sequence[Item]:
+    """Different scenes of some objects, or instructions of some pieces.
 
     Args:
-        kind: what the model was trained on: held-out scenes of ``multi``; else pairs at sides, and any other number.
+        kind: what the model was trained on: held-out scenes of ``multi``, held-out edits of ``edit``; else scenes of
+            pairs at sides, and of any other number.
     """
+    if kind == "edit":
+        return edit_samples.held_out_sample(count, seed, (objects, objects))
     if kind == "multi":
         return multi.held_out_sample(count, seed, (objects, objects))
     draw, found = torch.Generator().manual_seed(seed), {}
@@ -63,9 +68,11 @@ def run(options: argparse.Namespace, arms: dict[str, Arm]) -> None:
     diffusers.utils.logging.set_verbosity_error()  # CLIP cuts the captions off, which T5 does not
     transformers.logging.set_verbosity_error()
     _, folder, call = locate(options.model)
+    kind = kind_of(folder)
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(options.device)
     pipe.set_progress_bar_config(disable=True)
-    call = {**call, "max_sequence_length": multi.TEXT_LENGTH if options.objects > 2 else 20}
+    if kind != "edit":
+        call = {**call, "max_sequence_length": multi.TEXT_LENGTH if options.objects > 2 else 20}
     call["num_inference_steps"] = options.steps or call["num_inference_steps"]
     setup = f"{fingerprint(Path(folder))}, {call['num_inference_steps']} steps, seed {options.seed}"
     if options.size:
@@ -75,25 +82,45 @@ def run(options: argparse.Namespace, arms: dict[str, Arm]) -> None:
     if any(line.get("setup") != setup for line in lines):
         raise SystemExit(f"{options.lines} is of other weights, steps, seeds or sizes; give another file with --lines")
     done = {(line["arm"], line["item"]) for line in lines}
-    trained = Path(folder, "training.json")
-    kind = json.loads(trained.read_text())["recipe"]["kind"] if trained.is_file() else ""
-    for item, scene in enumerate(scenes_of(kind, options.objects, options.count, options.seed)):
+    for position, item in enumerate(items_of(kind, options.objects, options.count, options.seed)):
         for name, (methods, more) in arms.items():
-            if (name, item) in done:
+            if (name, position) in done:
                 continue
             started = time.perf_counter()
-            dit_attn.enable(pipe, *methods(scene))
-            (sample,) = generate(pipe, [scene], {**call, **more}, options.seed + item, batch=1)
+            dit_attn.enable(pipe, *methods(item))
+            pixels, caption, verdict = make(pipe, item, {**call, **more}, options.seed + position)
             seconds = round(time.perf_counter() - started, 2)
-            pixels = (sample.output * 255).astype(np.uint8)
-            keep_image(image_file(options.images, item, name), pixels)
+            keep_image(image_file(options.images, position, name), pixels)
             line = {
-                "arm": name, "item": item, "setup": setup, "caption": multi.caption(scene), "seconds": seconds,
-                "distance": distance(pixels, image_file(options.images, item, "stock")),
-                "background": sample.verdict["background"], "whole": sample.right,
-                "objects": [asdict(one) for one in sample.objects], "reports": reports(pipe),
+                "arm": name, "item": position, "setup": setup, "caption": caption, "seconds": seconds,
+                "distance": distance(pixels, image_file(options.images, position, "stock")),
+                **verdict, "reports": reports(pipe),
             }  # fmt: skip
             add_line(options.lines, line)
+
+
+def kind_of(folder: str | Path) -> str:
+    """What the model in a folder was trained on; "" where it does not say."""
+    trained = Path(folder, "training.json")
+    return str(json.loads(trained.read_text())["recipe"]["kind"]) if trained.is_file() else ""
+
+
+def make(pipe: Any, item: Item, call: dict[str, Any], seed: int) -> tuple[np.ndarray, str, dict[str, Any]]:
+    """Generate one image.
+
+    Returns:
+        the image (H, W, 3) uint8; the caption or instruction; what the verifier says.
+    """
+    if isinstance(item, Edit):
+        (edited,) = evaluate_edits.generate(pipe, [item], call, seed, batch=1)
+        said = edited.verdict
+        verdict = {"followed": said.followed, "kept": said.kept, "background": said.background,
+                   "whole": all(said.attributes().values())}  # fmt: skip
+        return (edited.output * 255).astype(np.uint8), edits.instruction(item.pieces), verdict
+    (sample,) = generate(pipe, [item], call, seed, batch=1)
+    verdict = {"background": sample.verdict["background"], "whole": sample.right,
+               "objects": [asdict(one) for one in sample.objects]}  # fmt: skip
+    return (sample.output * 255).astype(np.uint8), multi.caption(item), verdict
 
 
 def image_file(folder: Path, item: int, arm: str) -> Path:
@@ -158,8 +185,9 @@ def compare(lines: Sequence[dict[str, Any]], names: Sequence[str], base: str = "
     for name, row in rows.items():
         if sweep and row["distance"] and name not in sweep:
             nearest = min(sweep, key=lambda one: abs(math.log(sweep[one] / row["distance"])))
-            color = _row(by_arm[name], by_arm[nearest])["color"]
-            row["matched"] = {"arm": nearest, "distance": sweep[nearest], "color": color}
+            against = _row(by_arm[name], by_arm[nearest])
+            main = "color" if "color" in against else "followed"
+            row["matched"] = {"arm": nearest, "distance": sweep[nearest], main: against[main]}
     return rows
 
 
@@ -169,14 +197,20 @@ def _row(arm: dict[int, Any], base: dict[int, Any]) -> dict[str, Any]:
     far = [line["distance"] for line in arm.values() if line["distance"] is not None]
     row: dict[str, Any] = {"prompts": len(arm), "seconds": round(seconds, 2)}
     row |= {"distance": round(float(np.mean(far)), 5) if far else None, **_reported(list(arm.values()))}
-    for word in ("present", "color", "shape", "leak", "both"):
-        flags = {item: [_flag(one, word) for one in line["objects"]] for item, line in arm.items()}
-        other = {item: [_flag(one, word) for one in base[item]["objects"]] for item in shared}
-        row[word] = _figure(flags, other, shared)
-    for word in ("background", "whole"):
-        row[word] = _figure({item: [line[word]] for item, line in arm.items()},
-                            {item: [base[item][word]] for item in shared}, shared)  # fmt: skip
+    flags, other = ({item: flags_of(line) for item, line in lines.items()} for lines in (arm, base))
+    for word in dict.fromkeys(word for found in flags.values() for word in found):
+        row[word] = _figure(*({item: found[word] for item, found in each.items()} for each in (flags, other)), shared)
     return row
+
+
+def flags_of(line: dict[str, Any]) -> dict[str, list[bool]]:
+    """What the verifier says, by what it says it of: a flag for each object or piece, or one for the image."""
+    found = {word: line[word] for word in ("followed", "kept") if word in line}
+    for word in ("present", "color", "shape", "leak") if "objects" in line else ():
+        found[word] = [bool(one[word]) for one in line["objects"]]
+    if "objects" in line:
+        found["both"] = [a and b for a, b in zip(found["color"], found["shape"], strict=True)]
+    return found | {word: [line[word]] for word in ("background", "whole")}
 
 
 def _reported(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -195,14 +229,10 @@ def _mean(items: Sequence[dict[str, Any]], name: str) -> float:
     return round(sum(float(one[name]) for one in items) / len(items), 4)
 
 
-def _flag(one: dict[str, Any], word: str) -> bool:
-    return bool(one["color"] and one["shape"]) if word == "both" else bool(one[word])
-
-
 def _figure(flags: dict[int, list[bool]], base: dict[int, list[bool]], shared: Sequence[int]) -> dict[str, Any]:
     """A rate with its interval, its difference to the base, objects mended and broken, and McNemar's exact p."""
     every = [x for values in flags.values() for x in values]
-    out = {"rate": round(sum(every) / len(every), 4), "right": sum(every), "of": len(every)}
+    out: dict[str, Any] = {"rate": round(sum(every) / max(1, len(every)), 4), "right": sum(every), "of": len(every)}
     out["ci95"] = interval(sum(every), len(every))
     pairs = [(a, b, item) for item in shared for a, b in zip(flags[item], base[item], strict=True)]
     if pairs:
@@ -243,7 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=tuple(ARMS), default="isolation", help="arms to run (default: %(default)s)")
     parser.add_argument("--model", default="tiny-joint", help="embedded model, or a folder that `train` wrote")
-    parser.add_argument("--objects", type=int, default=2, choices=(1, 2, 3, 4), help="of a prompt (default: 2)")
+    parser.add_argument("--objects", type=int, default=2, choices=(1, 2, 3, 4),
+                        help="of a prompt, or pieces of an instruction (default: 2)")  # fmt: skip
     parser.add_argument("--count", type=int, default=96, help="prompts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's own")
@@ -263,10 +294,12 @@ def main() -> None:
     options.output = options.output or Path("outputs" if options.quick else "benchmarks/subjects") / f"{name}.json"
     options.lines = options.lines or Path("outputs") / f"{name}.jsonl"
     options.images = options.images or options.lines.with_suffix("")
-    unknown = set(options.arms or ()) - set(ARMS[options.what])
+    editing = kind_of(locate(options.model)[1]) == "edit"
+    known = arms_of(options.what, options.objects, editing)
+    unknown = set(options.arms or ()) - set(known)
     if unknown:
-        parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(ARMS[options.what])}")
-    arms = {key: ARMS[options.what][key] for key in options.arms or ARMS[options.what]}
+        parser.error(f"no such arms: {', '.join(unknown)}; there are {', '.join(known)}")
+    arms = {key: known[key] for key in options.arms or known}
     try:
         run(options, arms)
     except KeyboardInterrupt:
@@ -278,7 +311,7 @@ def main() -> None:
     command = f"python -m tests._support.subjects_benchmark {' '.join(words)}"
     write_record(options.output, command, {
         "model": model, "objects": options.objects, "environment": environment(),
-        "setup": lines[0]["setup"] if lines else "", "arms": compare(lines, list(ARMS[options.what])),
+        "setup": lines[0]["setup"] if lines else "", "arms": compare(lines, list(known)),
     })  # fmt: skip
     if options.sheet:
         sheet(options.images, lines, list(arms), options.sheet, range(min(4, options.count)))

@@ -216,7 +216,10 @@ def _version(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
+    from dit_attn.kernels.device import multiplies_bf16
+
+    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+    found = [cpu | {"bf16": "fast" if multiplies_bf16(torch.device("cpu")) else "slow, use float32"}]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         found.append(
@@ -276,7 +279,8 @@ def _show(data: dict[str, Any]) -> None:
     versions = [(name, version or "MISSING: reinstall dit-attn") for name, version in data["versions"].items()]
     devices = []
     for device in data["devices"]:
-        facts = [f"{value} {key}" for key, value in device.items() if key not in ("device", "name", "why")]
+        facts = [f"{value} {key}" for key, value in device.items() if key not in ("device", "name", "why", "bf16")]
+        facts += [f"bf16 is {device['bf16']}"] if "bf16" in device else []
         devices.append((device["device"], device["name"] or f"none: {device['why']}", ", ".join(facts)))
     memory = [(name.removesuffix("_gb").replace("_", " "), f"{gb} GB") for name, gb in data["memory"].items()]
     kernels = []

@@ -18,7 +18,9 @@ def test_doctor_finds_every_kernel_right_or_says_why_not(cli):
     assert all(check["status"] == "ok" or check["why"] for check in data["kernels"])
     assert data["versions"]["torch"] and data["devices"][0]["device"] == "cpu"
     assert all(row["version"] or row["install"] for row in data["optional"])
+    assert data["devices"][0]["bf16"] in ("fast", "slow, use float32")
     text = cli("doctor").out
+    assert f"threads, bf16 is {data['devices'][0]['bf16']}" in text
     assert "Kernels" in text and text.splitlines()[-1] == data["ready"] and data["ready"].startswith("Ready: ")
 
 
