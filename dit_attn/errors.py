@@ -36,6 +36,26 @@ def import_problem(library: str, why: str) -> DitAttnError | None:
     return None
 
 
+_USES_TORCHVISION = {"OmniGenPipeline": "OmniGenPipeline", "CosmosTransformer3DModel": "Cosmos"}
+"""Classes of diffusers that cannot be built or do not run without it: "name 'transforms' is not defined"."""
+
+
+def require_torchvision(*classes: str) -> None:
+    """Check that torchvision is there for a pipeline that needs it.
+
+    Args:
+        classes: names of the pipeline's class and its transformer's.
+
+    Raises:
+        DitAttnError: the pipeline reads or resizes images with torchvision, which is not installed.
+    """
+    import importlib.util
+
+    user = next((_USES_TORCHVISION[name] for name in classes if name in _USES_TORCHVISION), None)
+    if user is not None and importlib.util.find_spec("torchvision") is None:
+        raise DitAttnError(f"{user} needs torchvision, which is not installed: pip install torchvision")
+
+
 def reason(error: BaseException) -> str:
     """Return the first line of an exception's message; its class name when there is none."""
     if isinstance(error, OSError) and error.strerror:

@@ -1,9 +1,10 @@
-"""What this machine is called in records and tables, and the memory it has left."""
+"""What this machine is called in records and tables, the memory it has left, and whether it multiplies in bf16."""
 
 from __future__ import annotations
 
 import os
 import platform
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,3 +34,13 @@ def free_memory(device: torch.device) -> int | None:
     if found is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return found
+
+
+@lru_cache(maxsize=4)
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices in bf16 about as fast as in fp32; a CPU without AVX-512 does not."""
+    import torch
+
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

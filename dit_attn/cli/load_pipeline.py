@@ -15,7 +15,7 @@ from dit_attn.cli import modular_source
 from dit_attn.cli.model_source import Source, cached_index, describe, go_offline_where_there_is_no_hub
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import loading_libraries, on_terminal
-from dit_attn.errors import DitAttnError, reason, shorten, unknown
+from dit_attn.errors import DitAttnError, reason, require_torchvision, shorten, unknown
 from dit_attn.processors.attach.components import COMPONENTS
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class LoadConfig:
             modular: whether a modular pipeline will do.
 
         Raises:
-            DitAttnError: no such model, device or adapter; a combination that this machine or pipeline cannot do.
+            DitAttnError: no such model, device, adapter or library; a combination that this machine or pipeline
+                cannot do.
         """
         lora = tuple(options.get("lora", ()))
         parse_loras(lora)
@@ -77,6 +78,7 @@ class LoadConfig:
             quiet(show_progress)
             source = describe(options["model"], options.get("revision"), options.get("variant"), modular)
         _check_takes_adapters(lora, source.pipeline)
+        require_torchvision(source.pipeline.__name__, type(source.transformer).__name__)
         dtype = pick_dtype(options.get("dtype", "auto"), source, device)
         rest = options.pick("variant", "attention_backend", "vae_tiling", "vae_slicing", "compile")
         return cls(source, device, dtype, lora=lora, cpu_offload=offload, **rest)

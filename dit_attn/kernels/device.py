@@ -52,14 +52,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-@lru_cache(maxsize=4)
-def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether a device multiplies matrices in bf16 about as fast as in fp32; a CPU without AVX-512 does not."""
-    if device.type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 _AMX = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
 
 

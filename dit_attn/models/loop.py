@@ -17,7 +17,7 @@ import torch
 
 from dit_attn import files
 from dit_attn.errors import DitAttnError
-from dit_attn.kernels.device import multiplies_bf16
+from dit_attn.machine import multiplies_bf16
 from dit_attn.models import nets
 from dit_attn.models.data import Batch, draw
 from dit_attn.models.optimizers import build_optimizers

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.errors import DitAttnError
+from dit_attn.errors import require_torchvision
 from dit_attn.eval.shapes_world import edits
 from dit_attn.models.recipe import NetSize
 
@@ -199,17 +199,5 @@ def build_pipeline(vae: Any, scheduler: Any, tokenizer: Any, transformer: Any) -
     """
     from diffusers import OmniGenPipeline
 
-    require_torchvision()
+    require_torchvision("OmniGenPipeline")
     return OmniGenPipeline(transformer=transformer, scheduler=scheduler, vae=vae, tokenizer=tokenizer)
-
-
-def require_torchvision() -> None:
-    """Check that the pipeline can be built.
-
-    Raises:
-        DitAttnError: torchvision is missing.
-    """
-    from diffusers.utils import is_torchvision_available
-
-    if not is_torchvision_available():
-        raise DitAttnError("OmniGenPipeline reads images with torchvision, which is missing: pip install torchvision")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dit_attn.kernels.device import multiplies_bf16
+from dit_attn.machine import multiplies_bf16
 from dit_attn.models.recipe import Recipe
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

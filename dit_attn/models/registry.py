@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, require_torchvision, unknown
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -215,6 +215,7 @@ def load(name: str, dtype: Any = None) -> Any:
             f"the weights of {name!r} are missing from {entry.folder}; reinstall dit-attn, "
             f"or train them with `dit-attn train {name} --output {entry.folder}`"
         )
+    require_torchvision(entry.pipeline)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         pipeline_class = getattr(diffusers, entry.pipeline)

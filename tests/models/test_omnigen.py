@@ -120,7 +120,7 @@ def test_at_first_an_output_patch_attends_to_the_input_patch_at_its_place(run):
 
 
 def test_a_missing_torchvision_is_named(run, monkeypatch):
-    monkeypatch.setattr("diffusers.utils.is_torchvision_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DitAttnError, match="pip install torchvision"):
         export.pipeline_of(run)
 

@@ -216,7 +216,7 @@ def _version(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    from dit_attn.kernels.device import multiplies_bf16
+    from dit_attn.machine import multiplies_bf16
 
     cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
     found = [cpu | {"bf16": "fast" if multiplies_bf16(torch.device("cpu")) else "slow, use float32"}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from dit_attn.cli import options as flags
 from dit_attn.cli import parser as parsers
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.source_index import constant
-from dit_attn.errors import DitAttnError, unknown
+from dit_attn.errors import DitAttnError, require_torchvision, unknown
 
 if TYPE_CHECKING:
     from dit_attn.models.loop import Run
@@ -109,8 +108,8 @@ class TrainConfig:
         for flag in ("tail", "rate"):
             if clip and flag in options:
                 raise DitAttnError(f"--{flag} is for the pipelines, not for {names[-1]}; leave it out")
-        if options["name"] == EDITS and importlib.util.find_spec("torchvision") is None:
-            raise DitAttnError(f"OmniGenPipeline, which {EDITS} is, needs torchvision: pip install torchvision")
+        if options["name"] == EDITS:
+            require_torchvision("OmniGenPipeline")
         if options.get("device") == "mps":
             raise DitAttnError("--device mps cannot train; use auto, cpu, cuda or cuda:N")
         folder = f"tail-{options['name']}" if options.get("tail") else f"train-{options['name']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ def test_an_image_is_edited_with_and_without_saas_and_the_pieces_are_reported(
     assert "pieces of the prompt, means over the steps" in (out / "subjects.html").read_text()
     assert "lifted" in capsys.readouterr().out
     assert main([*command, "--resume"]) == 0 and len(list(out.glob("*.png"))) == 2  # without a method: another item
+
+
+def test_a_missing_torchvision_is_named_before_weights_are_loaded(
+    omnigen: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(load_pipeline, "load_pipeline", None)
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchvision" else original(name, *rest)
+    )
+    command = ["edit", "--model", str(omnigen), "--image", str(image), "--instruction", INSTRUCTION]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "OmniGenPipeline needs torchvision, which is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen-image-edit", "qwen-image-edit-plus", "omnigen"])

@@ -61,8 +61,8 @@ def test_a_model_of_edits_is_trained_and_scored_by_piece(tmp_path, capsys, monke
 
 
 def test_a_model_of_edits_needs_torchvision_before_it_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DitAttnError, match="needs torchvision: pip install torchvision"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DitAttnError, match="needs torchvision, which is not installed: pip install torchvision"):
         _run("tiny-edit", "--output", tmp_path)
 
 
