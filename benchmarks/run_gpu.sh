@@ -171,8 +171,10 @@ for objects in 2 3 4; do
     --objects $objects --steps 10 --lines "${MODELS:-}/isolation_tiny-multi_$objects.jsonl"
 done
 for pieces in 1 2 3 4; do
-  whole saas_tiny-multi_$pieces 600 --quick -m tests._support.subjects_benchmark --what saas --model tiny-multi \
-    --objects $pieces --steps 10 --lines "${MODELS:-}/saas_tiny-multi_$pieces.jsonl"
+  for model in tiny-multi tiny-edit; do
+    whole saas_${model}_$pieces 600 --quick -m tests._support.subjects_benchmark --what saas --model $model \
+      --objects $pieces --steps 10 --lines "${MODELS:-}/saas_${model}_$pieces.jsonl"
+  done
 done
 for model in tiny-image tiny-joint tiny-video; do
   whole head-drop_$model 600 "--count 1 --profiled 1 --searched 0 --steps 2 --seeds 1 --fractions 0.1" \

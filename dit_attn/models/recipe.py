@@ -173,7 +173,7 @@ RECIPES: dict[str, Recipe] = {
         name="tiny-edit",
         family="edit",
         kind="edit",
-        steps=8000,
+        steps=7000,
         stages=(
             Stage(share=0.12, size=64, frames=1, batch=32, shift=24.0, objects=(1, 3), pieces=(1, 1)),
             Stage(share=0.33, size=64, frames=1, batch=32, shift=12.0),

@@ -26,7 +26,6 @@ class ModelInfo:
         example: a caption that works.
         world: what it was trained on: ``"shapes"``, ``"objects"`` (several different ones), ``"edits"`` (of those) or
             ``"inspection"``, all of `dit_attn.eval`.
-        shipped: whether the package has its weights; without them there is only its recipe.
     """
 
     name: str
@@ -36,7 +35,6 @@ class ModelInfo:
     call_defaults: dict[str, Any]
     example: str
     world: str = "shapes"
-    shipped: bool = True
 
     @property
     def folder(self) -> Path:
@@ -159,7 +157,6 @@ MODELS: dict[str, ModelInfo] = {
         },
         example="<img><|image_1|></img> make the circle red, remove the cross",
         world="edits",
-        shipped=False,
     ),
 }
 
@@ -176,8 +173,8 @@ def info(name: str) -> ModelInfo:
 
 
 def available() -> dict[str, ModelInfo]:
-    """List every embedded model whose weights the package has, by name."""
-    return {name: entry for name, entry in MODELS.items() if entry.shipped}
+    """List every embedded model by name."""
+    return dict(MODELS)
 
 
 def call_defaults(name: str) -> dict[str, Any]:
@@ -199,17 +196,12 @@ def load(name: str, dtype: Any = None) -> Any:
         dtype: torch dtype of the weights; float32 when None (the files hold float16).
 
     Raises:
-        DitAttnError: no such embedded model, one without weights, or its folder is missing or damaged.
+        DitAttnError: no such embedded model, a library that it needs, or its folder is missing or damaged.
     """
     import diffusers
     import torch
 
     entry = info(name)
-    if not entry.shipped:
-        raise DitAttnError(
-            f"{name!r} ships without weights; train them with `dit-attn train {name}` and load OUTPUT/pipeline with "
-            f"diffusers.{entry.pipeline}"
-        )
     if not (entry.folder / "model_index.json").is_file():
         raise DitAttnError(
             f"the weights of {name!r} are missing from {entry.folder}; reinstall dit-attn, "

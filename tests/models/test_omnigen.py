@@ -12,7 +12,7 @@ from PIL import Image
 from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import edit_samples, edits
 from dit_attn.eval.shapes_world.edit_verify import judge_edit
-from dit_attn.models import evaluate_edits, export, loop, omnigen, registry
+from dit_attn.models import evaluate_edits, export, loop, omnigen
 from dit_attn.models.data import draw
 from dit_attn.models.evaluate_edits import EditSample
 from dit_attn.models.recipe import RECIPES, NetSize
@@ -123,15 +123,6 @@ def test_a_missing_torchvision_is_named(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DitAttnError, match="pip install torchvision"):
         export.pipeline_of(run)
-
-
-def test_weights_that_do_not_ship_are_not_offered():
-    assert "tiny-edit" in registry.MODELS
-    for name, entry in registry.MODELS.items():
-        assert entry.shipped == (entry.folder / "model_index.json").is_file() == (name in registry.available())
-    if not registry.MODELS["tiny-edit"].shipped:
-        with pytest.raises(DitAttnError, match="dit-attn train tiny-edit"):
-            registry.load("tiny-edit")
 
 
 def test_an_evaluation_edits_each_item_with_its_own_noise(pipe):

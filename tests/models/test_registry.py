@@ -12,12 +12,13 @@ import torch
 
 from dit_attn import files, models
 from dit_attn.errors import DitAttnError
-from dit_attn.eval.shapes_world import world
-from dit_attn.models import nets, registry
+from dit_attn.eval.shapes_world import edits, multi, world
+from dit_attn.models import evaluate_edits, nets, registry
 from dit_attn.models.recipe import RECIPES
 
 SHAPES = ["tiny-image", "tiny-video", "tiny-joint", "tiny-multi"]
-NAMES = [*SHAPES, "tiny-inspect"]
+OF_TEXT = [*SHAPES, "tiny-inspect"]
+NAMES = [*OF_TEXT, "tiny-edit"]
 
 
 def _run(name, pipeline, **changes):
@@ -32,6 +33,9 @@ def _run(name, pipeline, **changes):
 def test_load_gives_the_stock_class_itself(name):
     import diffusers
 
+    if name == "tiny-edit":
+        pytest.importorskip("torchvision")
+
     pipeline = models.load(name)
     assert type(pipeline) is getattr(diffusers, models.info(name).pipeline)
     assert next(pipeline.transformer.parameters()).dtype == torch.float32
@@ -44,14 +48,14 @@ def test_dtype_is_taken():
 SIZES = [(128, 128, 3), (9, 48, 48, 3), (128, 128, 3), (128, 128, 3), (64, 64, 3)]
 
 
-@pytest.mark.parametrize(("name", "shape"), list(zip(NAMES, SIZES)))
+@pytest.mark.parametrize(("name", "shape"), list(zip(OF_TEXT, SIZES)))
 def test_call_defaults_run_and_give_the_stated_size(name, shape):
     output = _run(name, models.load(name))
     assert output.shape == shape
     assert np.isfinite(output).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_TEXT)
 def test_tokens_are_what_the_entry_says(name):
     pipeline = models.load(name)
     seen = []
@@ -63,6 +67,19 @@ def test_tokens_are_what_the_entry_says(name):
     block.register_forward_pre_hook(note, with_kwargs=True)
     _run(name, pipeline, num_inference_steps=1)
     assert set(seen) == {models.info(name).tokens}
+
+
+def test_the_editing_model_recolors_what_it_is_told_and_keeps_the_rest():
+    pytest.importorskip("torchvision")
+    source = multi.parse("a large red circle at the left and a small green cross at the right on white")
+    words = ("make the circle yellow", "make the circle purple", "make the cross blue", "make the background gray")
+    items = [edits.Edit(source, edits.parse(one)) for one in words]
+    pipeline, call = models.load("tiny-edit"), {**models.call_defaults("tiny-edit"), "num_inference_steps": 8}
+    pipeline.set_progress_bar_config(disable=True)
+    made = evaluate_edits.generate(pipeline, items, call, seed=0)
+    assert made[0].output.shape == (128, 128, 3)
+    assert sum(one.verdict.followed[0] for one in made) >= 3
+    assert sum(ok for one in made for ok in one.verdict.kept) >= 3  # of five
 
 
 @pytest.mark.parametrize("name", SHAPES)

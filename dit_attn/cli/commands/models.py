@@ -98,7 +98,7 @@ def _methods(row: dict[str, Any], slugs: list[str]) -> str:
 
 
 def _score(entry: dict[str, Any]) -> str:
-    """How many attributes of held-out captions an embedded model draws right, or how many defects it paints."""
+    """How many attributes of held-out captions an embedded model draws right, how many defects it paints, or edits."""
     figures = entry["figures"] or {}
     if overall := figures.get("all_attributes"):
         return f"{100 * overall['accuracy']:.0f} % of {overall['of']:,} attributes"
@@ -106,4 +106,8 @@ def _score(entry: dict[str, Any]) -> str:
         groups = [figures[name] for name in ("seen_pairs", "held_out_pairs")]
         count, passed = sum(group["of"] for group in groups), sum(group["word"]["passed"] for group in groups)
         return f"{100 * passed / count:.0f} % of {count:,} defects"
+    if "pieces" in figures:
+        cells = figures["pieces"].values()
+        count, right = sum(cell["of"] for cell in cells), sum(cell["right"] for cell in cells)
+        return f"{100 * right / count:.0f} % of {count:,} edits"
     return "not recorded"
