@@ -1,4 +1,4 @@
-"""Muon is torch's, in fp32 where a device multiplies bf16 slowly; which parameters it updates."""
+"""Muon is torch's, in fp32 where a device multiplies bf16 slowly, and so is the network."""
 
 from __future__ import annotations
 

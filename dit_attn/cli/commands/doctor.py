@@ -16,6 +16,7 @@ from dit_attn.cli import parser as parsers
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, reason
+from dit_attn.machine import multiplies_bf16
 
 # Library -> what it is for, and how to get it.
 OPTIONAL = {
@@ -215,8 +216,6 @@ def _version(name: str) -> str | None:
 
 def _devices() -> list[dict[str, Any]]:
     import torch
-
-    from dit_attn.machine import multiplies_bf16
 
     cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
     found = [cpu | {"bf16": "fast" if multiplies_bf16(torch.device("cpu")) else "slow, use float32"}]
