@@ -16,6 +16,7 @@ from typing import Any
 from dit_attn.errors import DitAttnError
 from dit_attn.pipelines.benchmark import operator_error
 from dit_attn.pipelines.benchmark.operator_error import OperatorProbe
+from dit_attn.pipelines.benchmark.oracle import OracleSpaAttn
 from dit_attn.processors.methods.base import Method
 from dit_attn.processors.methods.block_sparse import BlockSparse
 from dit_attn.processors.methods.re_ttention import RAMPS, ReTtention
@@ -91,6 +92,8 @@ def selector_families(block: int) -> list[MethodFamily]:
         _rectified("svg-ear", selector="ear", pooled_block=full),
         _rectified("dfsattn", selector="dfs", compensation="none", order="hilbert"),
         _measured("combined", spread="head", pooled_block=full, fine=0.1, fine_block=quarter),
+        _oracle("oracle mass", measure="mass"),
+        *(_oracle(f"oracle error, a {spread}", spread=spread) for spread in ("row", "head")),
     ]
     return found
 
@@ -170,6 +173,13 @@ def _measured(name: str, **options: Any) -> MethodFamily:
     return MethodFamily(name, make, stateful=True)
 
 
+def _oracle(name: str, **options: Any) -> MethodFamily:
+    def make(density: float, size: int) -> Method:
+        return OracleSpaAttn(density=density, **_same(size), **options)
+
+    return MethodFamily(name, make)
+
+
 # -- equal cost --------------------------------------------------------------------------------------------------------
 
 
@@ -229,9 +239,11 @@ def errors_at_cost(measured: dict[str, list[OperatorProbe]], cost: float, key: s
     return dict(sorted(found.items(), key=lambda item: item[1]["value"]))
 
 
-def _keeps_state(probes: Sequence[OperatorProbe]) -> bool:
-    """Whether a family stores something from step to step."""
-    return any(probe.method.cache_bytes(4096, 1, 64, 4) for probe in probes)
+def _serves_alone(probes: Sequence[OperatorProbe]) -> bool:
+    """Whether a family needs nothing but the call: no state of earlier steps, and no dense result."""
+    return not any(
+        probe.method.cache_bytes(4096, 1, 64, 4) or isinstance(probe.method, OracleSpaAttn) for probe in probes
+    )
 
 
 TARGETS = (  # error, baseline, largest ratio
@@ -273,7 +285,7 @@ def summarize_families(measured: dict[str, list[OperatorProbe]]) -> dict[str, An
     costs = {key: {f"{cost:g}": errors_at_cost(measured, cost, key) for cost in COSTS} for key in operator_error.ERRORS}
     best = {}
     for cost in COSTS:
-        names = [name for name in costs["l2"][f"{cost:g}"] if not _keeps_state(measured[name])]
+        names = [name for name in costs["l2"][f"{cost:g}"] if _serves_alone(measured[name])]
         if names and DEFAULT in measured:
             best[f"{cost:g}"] = {"family": names[0], "default_over_it": error_ratio(
                 measured[DEFAULT], measured[names[0]], cost, "l2"

@@ -6,7 +6,7 @@ import pytest
 
 from dit_attn import BlockSparse, DitAttnError
 from dit_attn.pipelines.benchmark import equal_cost
-from dit_attn.pipelines.benchmark.operator_error import OperatorProbe
+from dit_attn.pipelines.benchmark.operator_error import OperatorProbe, measure_operators, synthetic_source
 
 
 def made_up_probe(cost: float, error: float, runs: int = 2, spread: float = 1.0) -> OperatorProbe:
@@ -62,3 +62,15 @@ def test_every_family_makes_methods_of_its_density_and_names_are_checked() -> No
     assert equal_cost.pooled_key_sizes(36) == [36, 18, 9] and equal_cost.pooled_key_sizes(64) == [64, 32, 16]
     with pytest.raises(DitAttnError, match=r"no family 'merge 7'.*default"):
         equal_cost.select_families(["merge 7"], 32)
+
+
+def test_an_oracle_bounds_the_estimates_and_is_never_the_best_family() -> None:
+    source = synthetic_source((4, 8, 8), steps=1)
+    chosen = equal_cost.select_families(["default", "by mass", "oracle mass", "oracle error, a row"], 16)
+    measured = equal_cost.make_probes(chosen, (0.5, 0.25, 0.125), 16, 1)
+    measure_operators(source, 2, [probe for probes in measured.values() for probe in probes])
+    at = equal_cost.summarize_families(measured)
+    errors = at["equal_cost"]["l2"]["0.25"]
+    assert next(iter(errors)) == "oracle error, a row"
+    assert errors["oracle mass"]["value"] < errors["by mass"]["value"]
+    assert at["best"]["0.25"]["family"] in ("default", "by mass")
