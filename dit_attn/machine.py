@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
+def processor_model() -> str:
+    """Return the processor's model name, e.g. ``"AMD EPYC"``; its architecture where the system does not tell."""
+    return _kernel_fact("cpuinfo", "model name") or platform.machine()
+
+
+@cache
 def processor() -> str:
     """Return the processor's model name and its number of cores, e.g. ``"AMD EPYC, 2 cores"``."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores"
+    return f"{processor_model()}, {os.cpu_count()} cores"
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -28,12 +31,23 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    table = Path("/proc/meminfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    found = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-    if found is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return found
+    found = _kernel_fact("meminfo", "MemAvailable")
+    return main_memory() if found is None else 1024 * int(found.split()[0])
+
+
+def main_memory() -> int | None:
+    """Return the bytes of main memory, ``None`` where the system does not tell."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kernel_fact(table: str, key: str) -> str | None:
+    """The first value of a key in a table of Linux under /proc; ``None`` elsewhere."""
+    path = Path("/proc", table)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for name, value in pairs if name.strip() == key), None)
 
 
 @lru_cache(maxsize=4)

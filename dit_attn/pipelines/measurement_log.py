@@ -78,8 +78,8 @@ class MeasurementLog:
                 files.append_text(self.path, json.dumps(_entry(key, value)) + "\n")
         except OSError as error:
             raise RunStopped(
-                f"cannot write {self.path} ({reason(error)}); finished measurements are saved: free disk space, then "
-                "run the same command with --resume"
+                f"cannot write {self.path} ({reason(error)}); finished measurements are saved: mend that, then run "
+                "the same command with --resume"
             ) from error
         self.rows[key] = value
         self.on_result(key)

@@ -16,7 +16,7 @@ from dit_attn.cli import parser as parsers
 from dit_attn.cli.progress import loading_libraries
 from dit_attn.cli.table import Table, show
 from dit_attn.errors import DitAttnError, reason
-from dit_attn.machine import multiplies_bf16
+from dit_attn.machine import free_memory, main_memory, multiplies_bf16, processor_model
 
 # Library -> what it is for, and how to get it.
 OPTIONAL = {
@@ -217,7 +217,7 @@ def _version(name: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
-    cpu: dict[str, Any] = {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+    cpu: dict[str, Any] = {"device": "cpu", "name": processor_model(), "threads": torch.get_num_threads()}
     found = [cpu | {"bf16": "fast" if multiplies_bf16(torch.device("cpu")) else "slow, use float32"}]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
@@ -237,27 +237,15 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _memory() -> dict[str, float | None]:
-    disk = shutil.disk_usage(Path.cwd())
-    return {
-        "free_memory_gb": _meminfo("MemAvailable"),
-        "memory_gb": _meminfo("MemTotal"),
-        "free_disk_gb": round(disk.free / 1e9, 1),
+    import torch
+
+    sizes = {
+        "free_memory_gb": free_memory(torch.device("cpu")),
+        "memory_gb": main_memory(),
+        "free_disk_gb": shutil.disk_usage(Path.cwd()).free,
     }
-
-
-def _meminfo(key: str) -> float | None:
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    values = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return round(int(values[0]) * 1024 / 1e9, 1) if values else None
+    return {name: None if size is None else round(size / 1e9, 1) for name, size in sizes.items()}
 
 
 def _optional() -> list[dict[str, Any]]:
@@ -281,7 +269,10 @@ def _show(data: dict[str, Any]) -> None:
         facts = [f"{value} {key}" for key, value in device.items() if key not in ("device", "name", "why", "bf16")]
         facts += [f"bf16 is {device['bf16']}"] if "bf16" in device else []
         devices.append((device["device"], device["name"] or f"none: {device['why']}", ", ".join(facts)))
-    memory = [(name.removesuffix("_gb").replace("_", " "), f"{gb} GB") for name, gb in data["memory"].items()]
+    memory = [
+        (name.removesuffix("_gb").replace("_", " "), "unknown" if gb is None else f"{gb} GB")
+        for name, gb in data["memory"].items()
+    ]
     kernels = []
     for check in data["kernels"]:
         measured = check["error"] is not None

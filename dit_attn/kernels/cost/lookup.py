@@ -24,7 +24,7 @@ def this_machine(device: torch.device | str) -> Machine:
     """Return what measurements on a device hold for."""
     kind = torch.device(device).type
     accelerator = kind == "cuda" and torch.cuda.is_available()
-    hardware = torch.cuda.get_device_name(torch.device(device)) if accelerator else _processor()
+    hardware = torch.cuda.get_device_name(torch.device(device)) if accelerator else processor()
     threads = torch.get_num_threads() if kind == "cpu" else 0
     return Machine(kind, hardware, threads, torch.__version__, KERNELS)
 
@@ -94,8 +94,3 @@ def _guessed() -> tuple[Cost, ...]:
         for dtype in ("float32", "bfloat16")
         for density, ratio in sorted(slowest.items())
     )
-
-
-@functools.cache
-def _processor() -> str:
-    return processor()
