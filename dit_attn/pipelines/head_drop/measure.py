@@ -1,4 +1,4 @@
-"""How far a model's runs move when heads are left out: ours, random ones and those of a search, with and without refit.
+"""What a model's runs lose when heads are left out: ours, random ones and those of a search, with and without refit.
 
     python -m dit_attn.pipelines.head_drop.measure tiny-image --output outputs/heads/tiny-image.json --resume
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dit_attn import files, models
@@ -24,7 +24,7 @@ from dit_attn.errors import DitAttnError
 from dit_attn.eval.shapes_world import items, world
 from dit_attn.models.evaluate import current_commit
 from dit_attn.models.export import environment
-from dit_attn.pipelines.compare.statistics import mean_figure
+from dit_attn.pipelines.compare.statistics import mean_figure, psnr, verify_caption
 from dit_attn.pipelines.head_drop.choose import choose_heads, first_heads, named_heads, random_heads
 from dit_attn.pipelines.head_drop.dropped import DroppedHeads
 from dit_attn.pipelines.head_drop.profile import HeadProfile, profile_heads
@@ -34,6 +34,8 @@ from dit_attn.pipelines.output import batch_of
 
 MODELS = ("tiny-image", "tiny-joint", "tiny-video")
 OBJECTIVE = "verifier"
+DENSE = "dense"
+FIGURES = ("psnr", "followed")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class DropMeasurement:
 
 
 def measure(config: DropMeasurement, log: MeasurementLog, on_progress: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure what is missing, and return relative L2 distances of the final latents to dense ones, by arm.
+    """Measure what is missing, and return the PSNR to dense outputs and the prompts followed, by arm.
 
     Args:
         config: what is measured.
@@ -91,36 +93,49 @@ def measure(config: DropMeasurement, log: MeasurementLog, on_progress: Callable[
     profile = profile_heads(pipe, captions[: config.profiled], call=call, every=2)
     ranking = _search(pipe, captions[: config.searched], call, log) if config.searched else []
     prompts = [items.caption(item) for item in items.held_out_sample(config.kind, config.count)]
-    dense: list[torch.Tensor] = []
+    dense: list[np.ndarray] = []
     for fraction in config.fractions:
         count = max(1, round(fraction * profile.heads))
         for name, drop in arms(profile, count, config.seeds, ranking).items():
             key = f"{count}: {name}"
             if key in log.rows:
                 continue
-            dense = dense or [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
-            errors = _distances(pipe, drop, prompts, call, dense)
-            log.add(key, {
+            dense = dense or _frames(pipe, prompts, call)
+            if DENSE not in log.rows:
+                log.add(DENSE, {"dropped": 0, "of": profile.heads, "arm": DENSE, "followed": _followed(dense, prompts)})
+            with drop.enabled(pipe):
+                found = _frames(pipe, prompts, call)
+            row = {
                 "dropped": count, "of": profile.heads, "arm": name, "heads": drop.method.heads,
-                "expected": drop.expected, "error": statistics.fmean(errors), "errors": errors,
-            })  # fmt: skip
-            on_progress(f"{count} of {profile.heads}, {name}: {log.rows[key]['error']:.4f}")
+                "expected": drop.expected, "psnr": [round(psnr(a, b), 3) for a, b in zip(found, dense)],
+                "followed": _followed(found, prompts),
+            }  # fmt: skip
+            log.add(key, row)
+            on_progress(f"{count} of {profile.heads}, {name}: {_cell(table([row])[0])}")
     rows = [row for key, row in log.rows.items() if key != "search"]
     layers = {layer.name: layer.ablation.tolist() for layer in profile.layers}
     return {"ablation": layers, "search": ranking, "table": table(rows), "rows": rows}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return mean errors with 95 % intervals, the sets of random heads as one arm.
+    """Return means over prompts with 95 % intervals, the sets of random heads as one arm.
 
     Args:
         rows: of the measurement, one per arm and number of heads.
     """
-    found: dict[tuple[int, str], list[float]] = {}
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         arm = re.sub(r"^random \d+", "random", row["arm"])
-        found.setdefault((row["dropped"], arm), []).extend(row["errors"])
-    return [{"dropped": count, "arm": arm, "error": mean_figure(errors)} for (count, arm), errors in found.items()]
+        found.setdefault((row["dropped"], arm), []).append(row)
+    return [
+        {"dropped": count, "arm": arm, **{what: _mean(same, what) for what in FIGURES if what in same[0]}}
+        for (count, arm), same in found.items()
+    ]
+
+
+def _mean(rows: Sequence[dict[str, Any]], what: str) -> dict[str, Any] | None:
+    prompts = [place for row in rows for place in range(len(row[what]))]
+    return mean_figure([value for row in rows for value in row[what]], prompts)
 
 
 def text_of(rows: Sequence[dict[str, Any]], heads: int) -> str:
@@ -131,13 +146,19 @@ def text_of(rows: Sequence[dict[str, Any]], heads: int) -> str:
         heads: of the model.
     """
     counts = sorted({row["dropped"] for row in rows})
-    cells = {(row["arm"], row["dropped"]): f"{row['error']['value']:.4f}" for row in rows}
-    lines = [["heads left out", *(f"{count} of {heads}" for count in counts)]]
+    cells = {(row["arm"], row["dropped"]): _cell(row) for row in rows}
+    lines = [["dB to dense, prompts followed", *(f"{count} of {heads}" for count in counts)]]
     lines += [
         [arm, *(cells.get((arm, count), "") for count in counts)] for arm in dict.fromkeys(row["arm"] for row in rows)
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """The figures of a row of the table: dB and percent."""
+    formats = {"psnr": "{:.1f} dB", "followed": "{:.0%}"}
+    return ", ".join(formats[what].format(row[what]["value"]) for what in FIGURES if row.get(what))
 
 
 def arms(
@@ -176,19 +197,21 @@ def _search(pipe: Any, captions: list[str], call: dict[str, Any], log: Measureme
     return [(layer, head) for layer, head in log.rows["search"]]
 
 
-def _distances(
-    pipe: Any, drop: DroppedHeads, prompts: Sequence[str], call: dict[str, Any], dense: Sequence[torch.Tensor]
-) -> list[float]:
-    with drop.enabled(pipe):
-        found = [_latents(pipe, prompt, index, call) for index, prompt in enumerate(prompts)]
-    return [float((a - b).norm() / b.norm()) for a, b in zip(found, dense, strict=True)]
+def _frames(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> list[np.ndarray]:
+    """(F, H, W, 3) uint8 of every prompt, prompt i with seed i; an image is one frame."""
+    found = []
+    for seed, prompt in enumerate(prompts):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        made = batch_of(pipe(prompt=prompt, generator=generator, output_type="np", **call))
+        assert made is not None
+        pixels = np.asarray(made.items[0])
+        found.append(np.rint(255 * (pixels if made.video else pixels[None])).astype(np.uint8))
+    return found
 
 
-def _latents(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    latents = batch_of(pipe(prompt=prompt, generator=generator, output_type="latent", **call))
-    assert latents is not None
-    return latents.items
+def _followed(outputs: Sequence[np.ndarray], prompts: Sequence[str]) -> list[bool]:
+    verdicts = [verify_caption(frames, prompt) for frames, prompt in zip(outputs, prompts, strict=True)]
+    return [verdict is not None and all(verdict.values()) for verdict in verdicts]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,8 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     files.write_json(args.output, {
-        "what": "relative L2 distance of final latents to those of the dense model, same noise, with attention heads "
-        "left out; expected: predicted relative squared error of the transformer's output, to first order",
+        "what": "PSNR to the output of the dense model from the same noise, and whether all of the prompt is followed, "
+        "with attention heads left out; expected: predicted relative squared error of the transformer's output, to "
+        "first order",
         "command": f"python -m dit_attn.pipelines.head_drop.measure {shlex.join(argv or sys.argv[1:])}",
         "commit": current_commit(),
         "environment": environment(),

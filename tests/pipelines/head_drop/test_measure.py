@@ -35,11 +35,15 @@ def test_a_small_comparison_writes_its_record_and_is_resumed(
     assert measure.main(words) == 0
     record = json.loads(output.read_text())
     arms = {row["arm"]: row for row in record["rows"]}
+    dense = arms.pop("dense")
+    assert dense["dropped"] == 0 and len(dense["followed"]) == 1
     assert len(arms) == 9 and all(row["dropped"] == 1 and row["of"] == 12 for row in arms.values())
-    assert all(0.0 < row["error"] < 2.0 and len(row["errors"]) == 1 for row in arms.values())
+    assert all(5.0 < row["psnr"][0] < 60.0 and len(row["followed"]) == 1 for row in arms.values())
+    (ours,) = (row for row in record["table"] if row["arm"] == "ours, refit")
+    assert ours["psnr"]["value"] == arms["ours, refit"]["psnr"][0]
     assert record["search"][0][1] == 1 and arms["search, refit"]["heads"] != arms["search, its last, refit"]["heads"]
     shown = capsys.readouterr().out
-    assert "heads left out" in shown and "1 of 12" in shown and "random, refit" in shown
+    assert "prompts followed" in shown and "1 of 12" in shown and "random, refit" in shown
 
     log = output.with_suffix(".jsonl")
     log.write_text("\n".join(line for line in log.read_text().splitlines() if "ours, refit removed" not in line))
@@ -54,15 +58,16 @@ def test_a_small_comparison_writes_its_record_and_is_resumed(
     assert measure.main([*words, "--resume"]) == 0
     assert asked == ["1: ours, refit removed"]
     again = json.loads(output.read_text())
-    assert {row["arm"]: row["error"] for row in again["rows"]} == pytest.approx(
-        {name: row["error"] for name, row in arms.items()}
+    assert {row["arm"]: row["psnr"][0] for row in again["rows"] if row["dropped"]} == pytest.approx(
+        {name: row["psnr"][0] for name, row in arms.items()}
     )
 
 
 def test_random_sets_are_one_row_of_the_table() -> None:
-    rows = [{"dropped": 2, "arm": f"random {n}, refit", "errors": [n, n + 1]} for n in (0, 1)]
+    rows = [{"dropped": 2, "arm": f"random {n}, refit", "psnr": [n, n + 1], "followed": [n > 0, True]} for n in (0, 1)]
     (row,) = measure.table(rows)
-    assert row["arm"] == "random, refit" and row["error"]["value"] == 1.0 and row["error"]["n"] == 4
+    assert row["arm"] == "random, refit" and row["psnr"]["value"] == 1.0 and row["followed"]["value"] == 0.75
+    assert measure.text_of([row], 12).splitlines()[1] == "random, refit                  1.0 dB, 75%"
 
 
 @pytest.mark.parametrize(
