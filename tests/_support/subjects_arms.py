@@ -151,10 +151,9 @@ ARMS: dict[str, dict[str, Arm]] = {
     },
     "saas": {
         "stock": STOCK,
-        **{f"guidance {scale:g}": guided(scale) for scale in SCALES},
-        "fixed 2": lifted(2.0),
-        "fixed 4": lifted(4.0),
-        "wrong words 4": lifted(4.0, wrong=True),
+        **{f"guidance {scale:g}": guided(scale) for scale in (2.2, *SCALES)},  # a lift changes little
+        **{f"fixed {factor:g}": lifted(factor) for factor in (2.0, 4.0, 8.0, 16.0)},
+        **{f"wrong words {factor:g}": lifted(factor, wrong=True) for factor in (4.0, 16.0)},
         "the paper's rule": scaled(**PAPER),
         "gated": scaled(),
         "not gated": scaled(min_quality=0.0),
