@@ -180,6 +180,12 @@ for model in tiny-image tiny-joint tiny-video; do
   whole head-drop_$model 600 "--count 1 --profiled 1 --searched 0 --steps 2 --seeds 1 --fractions 0.1" \
     -m dit_attn.pipelines.head_drop.measure $model --resume
 done
+for model in tiny-video tiny-multi; do
+  curves=(--quick --count 1 --points 0 1 --steps 2)
+  [ "$SMALL" = 1 ] || curves=(--count 200 --points 0 100 300)
+  job models:finetune_$model 1800 "${MODELS:-}/finetune_$model/curves.json" "$PYTHON" -m dit_attn.pipelines.finetune.curves \
+    --model $model --device "$DEVICE" "${curves[@]}" --output "${MODELS:-}/finetune_$model"
+done
 for model in tiny-image tiny-joint; do
   whole nag_$model 600 "--count 1 --steps 2" -m tests._support.nag_benchmark --model $model --count 96 --steps 20
 done

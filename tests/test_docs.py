@@ -126,7 +126,7 @@ def test_every_flag_that_a_page_names_exists() -> None:
     known = {"--debug", "--tiny", "--num-processes"}  # of every command, of examples/, of accelerate
     known |= {"--run", "--count"}  # of python -m dit_attn.models.evaluate
     known |= {"--what"}  # of python -m tests._support.subjects_benchmark
-    known |= {"--quick"}  # of python -m dit_attn.pipelines.finetune.curves
+    known |= {"--quick", "--densities", "--points"}  # of python -m dit_attn.pipelines.finetune.curves
     for name in COMMANDS:
         parser = Parser(prog=name)
         cli._module(name).add_arguments(parser)

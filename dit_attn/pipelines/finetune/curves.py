@@ -20,7 +20,7 @@ import torch
 
 from dit_attn import files, models
 from dit_attn.api import enabled, summary
-from dit_attn.eval.shapes_world import items, world
+from dit_attn.eval.shapes_world import items, multi, world
 from dit_attn.models.evaluate import current_commit, evaluate
 from dit_attn.models.export import environment
 from dit_attn.pipelines.finetune.config import FinetuneConfig
@@ -60,6 +60,13 @@ class CurveConfig:
     lr: float = 2e-4
     seed: int = 0
     device: str = "cpu"
+
+    @property
+    def kind(self) -> str:
+        """What the model draws: ``image``, ``video``, or scenes of several objects, ``multi``."""
+        if models.available()[self.model].world == "objects":
+            return "multi"
+        return "video" if "num_frames" in self.call else "image"
 
     @property
     def call(self) -> dict[str, Any]:
@@ -114,12 +121,11 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = MeasurementLog(folder / "measurements.jsonl", asdict(config), resume=True)
-    kind = "video" if "num_frames" in config.call else "image"
 
     def score(pipe: Any, key: str, sparse: bool = True) -> None:
         if not config.count:
             return
-        found = evaluate(pipe, kind, config.call, config.count, config.seed)[0]
+        found = evaluate(pipe, config.kind, config.call, config.count, config.seed)[0]
         cost = summary(pipe).run_density if sparse else 1.0
         log.add(key, {"whole_caption": found["whole_caption"], "all": found["all_attributes"], "computed": cost})
         on_progress(f"{key}: {found['whole_caption']['right']} of {config.count}, computed {cost}")
@@ -127,7 +133,7 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
     pipe = _fresh(config)
     if "dense" not in log.rows:
         score(pipe, "dense", sparse=False)
-    prompts = _captions(kind, config)
+    prompts = _captions(config)
     examples = record_examples(
         pipe, prompts, folder / "data", calls_per_run=config.calls_per_run, seed=config.seed, call=config.call
     )
@@ -148,16 +154,43 @@ def measure(config: CurveConfig, folder: Path, on_progress: Callable[[str], None
     return {"config": asdict(config), "rows": dict(log.rows)}
 
 
+def text_of(rows: dict[str, Any]) -> str:
+    """Return the prompts followed as text, an arm a line, a column for every number of training steps.
+
+    Args:
+        rows: of the record, by arm and training steps.
+    """
+    scored = {tuple(key.split(" @ ")): row for key, row in rows.items() if " @ " in key and "whole_caption" in row}
+    points = sorted({int(point) for _, point in scored})
+    lines = [["prompts followed after", "computed", *(f"{point} steps" for point in points)]]
+    if "dense" in rows:
+        lines.append(["dense", "100%", _share(rows["dense"])])
+    for arm in dict.fromkeys(name for name, _ in scored):
+        cells = [_share(scored[arm, str(point)]) if (arm, str(point)) in scored else "" for point in points]
+        computed = next(row["computed"] for (name, _), row in scored.items() if name == arm)
+        lines.append([arm, f"{computed:.0%}", *cells])
+    widths = [max(len(line[place]) for line in lines if place < len(line)) for place in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def _share(row: dict[str, Any]) -> str:
+    found = row["whole_caption"]
+    return f"{found['right']} of {found['of']}"
+
+
 def _fresh(config: CurveConfig) -> Any:
     pipe = models.load(config.model).to(config.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _captions(kind: str, config: CurveConfig) -> list[str]:
+def _captions(config: CurveConfig) -> list[str]:
     """Captions of the training split, in a seeded order."""
-    known = world.split(kind)[False]
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    draw = torch.Generator().manual_seed(config.seed)
+    if config.kind == "multi":
+        return [items.caption(scene) for scene in multi.sample_scenes(config.runs, draw)]
+    known = world.split(config.kind)[False]
+    order = torch.randperm(len(known), generator=draw).tolist()
     return [items.caption(known[place]) for place in order[: config.runs]]
 
 
@@ -181,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny-video", choices=sorted(models.available()))
     parser.add_argument("--quick", action="store_true", help="one density, 60 steps, 24 prompts in 8 denoising steps")
     parser.add_argument("--count", type=int, help="held-out prompts; 0 for the distance to the dense model alone")
+    parser.add_argument("--densities", type=float, nargs="+", help="of SLA (default: 0.2 0.1 0.05)")
+    parser.add_argument("--points", type=int, nargs="+", help="training steps to score at (default: 0 100 300 1000)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
     parser.add_argument("--output", type=Path, required=True, help="folder; started again, it goes on")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu")
@@ -188,8 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = QUICK if args.quick else CurveConfig()
-    given = {"model": args.model, "device": args.device, **({} if args.count is None else {"count": args.count})}
-    config = CurveConfig(**{**asdict(chosen), **given})
+    given = {name: getattr(args, name) for name in ("model", "device", "count", "densities", "points", "steps")}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    config = CurveConfig(**{**asdict(chosen), **{k: v for k, v in given.items() if v is not None}, **lists})
     found = measure(config, args.output, lambda line: print(line, flush=True))
     words = [*sys.argv[1:]] if argv is None else [*map(str, argv)]
     record = {
@@ -201,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **found,
     }
     files.write_json(args.output / "curves.json", record)
+    print(text_of(found["rows"]))
     return 0
 
 
