@@ -78,7 +78,7 @@ def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[st
     Args:
         rows: cells; the columns of a row are aligned with those of the others.
         heading: line at the top.
-        columns: titles of the columns.
+        columns: titles of the columns, wrapped to their width.
     """
     from PIL import Image as pil
     from PIL import ImageDraw
@@ -86,15 +86,18 @@ def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[st
     count = max(len(row) for row in rows)
     widths = [max((row[i].width for row in rows if i < len(row)), default=0) for i in range(count)]
     heights = [max(_height(cell, width) for cell, width in zip(row, widths)) for row in rows]
-    top = _GAP + (_TEXT + 12 if heading else 0) + (_TEXT + 8 if columns else 0)
+    titles = [_wrap(title, width, _TEXT + 1) for title, width in zip(columns, widths)]
+    begin = _GAP + (_TEXT + 12 if heading else 0)
+    top = begin + max((len(lines) for lines in titles), default=0) * (_TEXT + 5) + (3 if columns else 0)
     size = (sum(widths) + (count + 1) * _GAP, top + sum(heights) + len(rows) * _GAP)
     sheet = pil.new("RGB", (max(size[0], 200), size[1]), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if heading:
         draw.text((_GAP, _GAP), heading, fill=_INK, font=_font(_TEXT + 3))
     lefts = [_GAP + sum(widths[:i]) + i * _GAP for i in range(count)]
-    for left, title in zip(lefts, columns):
-        draw.text((left, top - _TEXT - 6), title, fill=_INK, font=_font(_TEXT + 1))
+    for left, lines in zip(lefts, titles):
+        for place, line in enumerate(lines):
+            draw.text((left, begin - 3 + place * (_TEXT + 5)), line, fill=_INK, font=_font(_TEXT + 1))
     for row, height in zip(rows, heights):
         for cell, left, width in zip(row, lefts, widths):
             _draw(sheet, draw, cell, left, top, width)

@@ -49,3 +49,11 @@ def test_lines_under_a_cell_stay_within_its_width() -> None:
         for line in contact_sheet._wrap(text, 150, 15):
             assert contact_sheet._font(15).getlength(line) <= 150
         assert len(contact_sheet._wrap(text, 150, 15)) <= 3
+
+
+def test_a_title_of_a_column_is_wrapped_to_its_width() -> None:
+    small = contact_sheet.tile(picture(), "t", height=64)
+    short, long = (contact_sheet.grid([[small, small]], columns=(title, "b")) for title in ("a", "words and regions"))
+    assert long.height > short.height and long.width == short.width
+    gap = [long.getpixel((8 + small.width + x, y)) for x in range(8) for y in range(long.height - 64)]
+    assert set(gap) == {(250, 250, 248)}

@@ -26,7 +26,7 @@ from diffusers import DiffusionPipeline
 import dit_attn
 from dit_attn import files
 from dit_attn.cli.model_source import fingerprint, locate
-from dit_attn.contact_sheet import Tile, grid
+from dit_attn.contact_sheet import grid, tile
 from dit_attn.eval.shapes_world import edit_samples, edits, multi
 from dit_attn.eval.shapes_world.edits import Edit
 from dit_attn.models import evaluate_edits
@@ -255,12 +255,10 @@ def sheet(
     folder: Path, lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path, items: Sequence[int]
 ) -> None:
     """Draw some prompts as rows, the arms as columns."""
-    from PIL import Image
-
     captions = {line["item"]: line["caption"] for line in lines}
     rows = [
         [
-            Tile((Image.fromarray(np.load(image_file(folder, item, name))),), captions[item] * (not at))
+            tile(np.load(image_file(folder, item, name))[None], captions[item] * (not at), height=128)
             for at, name in enumerate(names)
         ]
         for item in items
