@@ -20,6 +20,7 @@ from dit_attn.processors.methods.base import Method
 
 MARGIN = 0.06  # around an object, of the canvas, in its box
 SCALES = (3.0, 4.0, 6.0, 8.0)  # guidance of the sweep; 2 is the models' own
+EVERYWHERE = [0.0, 0.0, 1.0, 1.0]
 Item = MultiScene | Edit
 Arm = tuple[Callable[[Item], list[Method]], dict[str, Any]]
 
@@ -51,7 +52,7 @@ def boxes(item: Item) -> list[dict[str, Any]]:
     return [
         {"piece": piece, "box": box}
         for piece, objects in subjects_of(item)
-        for box in [box_of(one) for one in objects] or [[0.0, 0.0, 1.0, 1.0]]
+        for box in [box_of(one) for one in objects] or [EVERYWHERE]
     ]
 
 
@@ -97,17 +98,22 @@ class Lift(Method):
             request.add_span_bias(call, rows, call.prompt_tokens(lift["piece"]), math.log(lift["factor"]))
 
 
-def lifted(factor: float, wrong: bool = False) -> Arm:
-    """Each subject's words by a factor in its own box; ``wrong``: the words of the next subject there."""
+def lifted(factor: float, wrong: bool = False, everywhere: bool = False) -> Arm:
+    """Each subject's words by a factor in its own box.
+
+    Args:
+        factor: of the attention before the softmax.
+        wrong: lift the words of the next subject there.
+        everywhere: lift in all of the image, as prompt weights do.
+    """
 
     def methods(item: Item) -> list[Method]:
         pieces = [piece for piece, _ in subjects_of(item)]
         words = dict(zip(pieces, pieces[1:] + pieces[:1], strict=True)) if wrong else {}
+        places = [{"piece": piece, "box": EVERYWHERE} for piece in pieces] if everywhere else boxes(item)
         return [
             Lift(
-                lifts=tuple(
-                    {**one, "piece": words.get(one["piece"], one["piece"]), "factor": factor} for one in boxes(item)
-                )
+                lifts=tuple({**one, "piece": words.get(one["piece"], one["piece"]), "factor": factor} for one in places)
             )
         ]
 
@@ -152,10 +158,13 @@ ARMS: dict[str, dict[str, Arm]] = {
     "saas": {
         "stock": STOCK,
         **{f"guidance {scale:g}": guided(scale) for scale in (2.2, *SCALES)},  # a lift changes little
-        **{f"fixed {factor:g}": lifted(factor) for factor in (2.0, 4.0, 8.0, 16.0)},
+        **{f"fixed {factor:g}": lifted(factor) for factor in (2.0, 4.0, 8.0, 16.0, 32.0)},
+        "fixed 16, everywhere": lifted(16.0, everywhere=True),
         **{f"wrong words {factor:g}": lifted(factor, wrong=True) for factor in (4.0, 16.0)},
         "the paper's rule": scaled(**PAPER),
         "gated": scaled(),
+        "strength 16": scaled(strength=16.0, clamp=(1.0, 64.0), stop=1.0),
+        "strength 16, not gated": scaled(strength=16.0, clamp=(1.0, 64.0), stop=1.0, min_quality=0.0),
         "not gated": scaled(min_quality=0.0),
         "closed loop 0.1": scaled(target=0.1, min_quality=0.0, stop=1.0),
         "closed loop 0.1, gated": scaled(target=0.1, stop=1.0),
