@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dit_attn.cli.model_source import Source
 
 _DEFAULT = "isolation"  # what --subjects means without a method that takes them
-_TAKE = (_DEFAULT, "reposition")
+_TAKE = (_DEFAULT, "reposition", "saas")
 
 
 def with_subjects(options: Options, specs: Sequence[MethodSpec], jobs: Sequence[Job]) -> list[MethodSpec]:
@@ -55,7 +55,10 @@ def with_subjects(options: Options, specs: Sequence[MethodSpec], jobs: Sequence[
     for spec in taking:
         if "subjects" in spec.settings:
             raise DitAttnError(f"{spec.name} has subjects of its own, and {where} too; give one of them")
-        if spec.settings.get("overlap", "refuse") == "refuse":
+        if spec.name == "saas":
+            if "pieces" in spec.settings:
+                raise DitAttnError(f"saas has pieces, and {where} has them too; give one of them")
+        elif spec.settings.get("overlap", "refuse") == "refuse":
             check_overlap(subjects)
         if spec.name == "reposition" and not any("from" in one or "reference" in one for one in subjects):
             raise DitAttnError(f'{where}: no subject is to be moved; add "from", the box that one comes from')

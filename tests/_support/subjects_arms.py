@@ -120,8 +120,10 @@ def lifted(factor: float, wrong: bool = False, everywhere: bool = False) -> Arm:
     return methods, {}
 
 
-def scaled(**settings: Any) -> Arm:
-    """SaaS on the subjects."""
+def scaled(given: bool = False, **settings: Any) -> Arm:
+    """SaaS on the subjects; ``given``: in their boxes, not in regions that are found."""
+    if given:
+        return lambda item: [dit_attn.SaaS(subjects=tuple(boxes(item)), **settings)], {}
     return lambda item: [dit_attn.SaaS(pieces=tuple(piece for piece, _ in subjects_of(item)), **settings)], {}
 
 
@@ -136,6 +138,7 @@ def found(**settings: Any) -> Arm:
 
 
 STOCK: Arm = (lambda item: [], {})
+STRONG: dict[str, Any] = {"strength": 16.0, "clamp": (1.0, 64.0), "stop": 1.0}
 PAPER: dict[str, Any] = {"measure": "post", "clamp": None, "min_quality": 0.0}
 ARMS: dict[str, dict[str, Arm]] = {
     "isolation": {
@@ -163,8 +166,10 @@ ARMS: dict[str, dict[str, Arm]] = {
         **{f"wrong words {factor:g}": lifted(factor, wrong=True) for factor in (4.0, 16.0)},
         "the paper's rule": scaled(**PAPER),
         "gated": scaled(),
-        "strength 16": scaled(strength=16.0, clamp=(1.0, 64.0), stop=1.0),
-        "strength 16, not gated": scaled(strength=16.0, clamp=(1.0, 64.0), stop=1.0, min_quality=0.0),
+        "strength 16": scaled(**STRONG),
+        "strength 16, not gated": scaled(**STRONG, min_quality=0.0),
+        "boxes given": scaled(given=True),
+        "strength 16, boxes given": scaled(given=True, **STRONG),
         "not gated": scaled(min_quality=0.0),
         "closed loop 0.1": scaled(target=0.1, min_quality=0.0, stop=1.0),
         "closed loop 0.1, gated": scaled(target=0.1, stop=1.0),

@@ -44,6 +44,16 @@ def test_subjects_alone_mean_isolation_and_go_to_the_method_that_is_named(tmp_pa
     assert subjects.with_subjects(Options({}), named, [JOB]) == named
 
 
+def test_saas_takes_subjects_whose_boxes_may_overlap_and_no_pieces_beside_them(tmp_path: Path) -> None:
+    wide = [{**one, "box": [0.0, 0.0, 1.0, 1.0]} for one in TWO]
+    (spec,) = made(tmp_path, wide, [MethodSpec("saas", {"stop": "1.0"})])
+    assert spec.name == "saas" and spec.settings["subjects"] == wide
+    (method,) = resolve([spec], SimpleNamespace(config={}), "none")
+    assert method == SaaS(subjects=wide, stop=1.0) and subjects.pieces_of([method]) == ["red circle", "blue cross"]
+    with pytest.raises(DitAttnError, match=r"saas has pieces, and --subjects .* has them too"):
+        made(tmp_path, TWO, [MethodSpec("saas", {"pieces": "red circle"})])
+
+
 def test_boxes_in_pixels_are_of_the_items_or_of_an_embedded_model(tmp_path: Path) -> None:
     data = [{"piece": "red circle", "box": [0, 0, 32, 16]}]
     assert made(tmp_path, data)[0].settings["subjects"][0]["box"] == [0.0, 0.0, 0.5, 0.5]

@@ -28,6 +28,8 @@ from dit_attn.processors.core.piece_maps import (
 )
 from dit_attn.processors.core.prompt_pieces import SPLITS, split_prompt
 from dit_attn.processors.core.region_maps import mask_quality, masked_mean, region_masks
+from dit_attn.processors.core.regions import regions_of
+from dit_attn.processors.core.subjects import has_region, parse_subjects, read_subjects
 from dit_attn.processors.methods.base import Method, in_steps, resolve_count, setting
 from dit_attn.processors.methods.saas_report import Measured, SaaSReport
 
@@ -40,6 +42,9 @@ class SaaS(Method):
 
     Attributes:
         pieces: pieces of the prompt; empty: the prompt is split.
+        subjects: pieces with the regions where they act, in place of ``pieces``, see
+            :func:`~dit_attn.processors.core.subjects.parse_subjects`; or a JSON file of them. The regions of pieces
+            without one are found.
         split: how it is split: ``clauses`` (commas, semicolons, sentences, "and") or ``release`` (as the paper's code).
         rival: what a piece is compared with: the tokens of the ``reference`` image (the paper), the other ``pieces``,
             or ``auto``: the reference where the sequence has one.
@@ -58,13 +63,14 @@ class SaaS(Method):
         observe: only measure and report.
 
     Raises:
-        DitAttnError: a value out of range.
+        DitAttnError: a value out of range, pieces and subjects, or subjects that are none.
     """
 
     slug: ClassVar[str] = "saas"
     sites: ClassVar[tuple[str, ...]] = ("text",)
 
     pieces: tuple[str, ...] = setting((), "pieces of the prompt; empty to split it")
+    subjects: str | tuple[dict[str, Any], ...] = setting((), "pieces with the regions where they act, or their file")
     split: str = setting("clauses", "how the prompt is split", choices=SPLITS)
     rival: str = setting("auto", "what a piece is compared with", choices=("auto", "reference", "pieces"))
     reference: int = setting(1, "number of the image that is the rival; 0 for all", low=0)
@@ -84,7 +90,14 @@ class SaaS(Method):
     observe: bool = setting(False, "only measure and report")
 
     def __post_init__(self) -> None:
+        given, where = self.subjects, f"{self.slug}.subjects"
+        subjects = read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+        object.__setattr__(self, "subjects", subjects)
         super().__post_init__()
+        if subjects and self.pieces:
+            raise DitAttnError(f"{self.slug} has pieces and subjects; give one of them")
+        if ranges := [one["piece"] for one in subjects if not isinstance(one["piece"], str)]:
+            raise DitAttnError(f"{where}: a piece must be words of the prompt here, got {shorten(ranges[0])}")
         bounds = self.clamp
         if bounds is not None and (len(bounds) != 2 or not 0.0 < bounds[0] <= bounds[1] < math.inf):
             raise DitAttnError(f"{self.slug}.clamp must be two factors above 0, the smaller first, got {bounds!r}")
@@ -118,6 +131,12 @@ class SaaS(Method):
         if measured:
             self._observe(call, request, state, spoken)
 
+    @property
+    def _pieces(self) -> tuple[str, ...]:
+        """The pieces that are given, by themselves or as subjects."""
+        assert not isinstance(self.subjects, str)
+        return self.pieces or tuple(dict.fromkeys(str(one["piece"]) for one in self.subjects))
+
     # -- words -------------------------------------------------------------------------------------------------------
 
     def _spoken(self, call: AttentionCall, state: State) -> Spoken:
@@ -126,12 +145,12 @@ class SaaS(Method):
         key = (prompts, call.kind, call.tokens, call.k.shape[:2], call.branches)
         if key not in state.spoken:
             rows = [self._pieces_of(prompt) if prompt else () for prompt in prompts]
-            lost = None if self.pieces else self._report(call).note_lost
+            lost = None if self._pieces else self._report(call).note_lost
             state.spoken[key] = find_pieces(call, rows, lost)
         return state.spoken[key]
 
     def _pieces_of(self, prompt: str) -> tuple[str, ...]:
-        return self.pieces or tuple(dict.fromkeys(prompt[a:b] for a, b in split_prompt(prompt, self.split)))
+        return self._pieces or tuple(dict.fromkeys(prompt[a:b] for a, b in split_prompt(prompt, self.split)))
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -145,9 +164,21 @@ class SaaS(Method):
         assert grid is not None
 
         def maps_of(number: int, pieces: tuple[str, ...]) -> Sample:
-            return state.samples.setdefault(number, Sample(pieces, grid))
+            if number not in state.samples:
+                state.samples[number] = Sample(pieces, grid, known=self._known(pieces, grid))
+            return state.samples[number]
 
         observe_pieces(call, request, spoken, maps_of, self.measure == "pre" and self.target is None, against)
+
+    def _known(self, pieces: tuple[str, ...], grid: tuple[int, int, int]) -> dict[int, torch.Tensor]:
+        """The regions (N,) bool that are given, by the place of their piece; several of a piece are one."""
+        assert not isinstance(self.subjects, str)
+        found: dict[int, torch.Tensor] = {}
+        for subject in self.subjects:
+            if has_region(subject) and subject["piece"] in pieces:
+                at, (region,) = pieces.index(subject["piece"]), regions_of([subject], grid, "share")
+                found[at] = region | found[at] if at in found else region
+        return found
 
     def _report(self, call: AttentionCall) -> SaaSReport:
         report = call.reports.setdefault(self.slug, SaaSReport(acts=not self.observe))
@@ -162,7 +193,10 @@ class SaaS(Method):
                 continue
             threshold = None if isinstance(self.threshold, str) else float(self.threshold)
             masks = region_masks(sample.mass, sample.grid, self.sigma, threshold)
+            for at, region in sample.known.items():
+                masks[at] = region
             quality = mask_quality(masks, sample.masks)
+            quality[list(sample.known)] = 1.0
             shares = masked_mean(sample.mass, masks) / sample.layers
             rivals = self._rivals(sample, masks)
             logs = self._logs(sample, shares, rivals, masks.sum(-1)).clamp(*self._bounds())
@@ -203,9 +237,11 @@ class Sample(PieceMaps):
 
     Attributes:
         loop: (n,) the last logarithms of factors, before the gate.
+        known: (N,) bool regions that are given, by the place of their piece.
     """
 
     loop: torch.Tensor | None = None
+    known: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def loop_of(self, like: torch.Tensor) -> torch.Tensor:
         """The last logarithms, zeros at the first step."""

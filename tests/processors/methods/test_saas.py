@@ -174,6 +174,24 @@ def test_a_region_that_is_not_trusted_is_not_lifted_and_the_summary_says_so() ->
     assert done[0].stock_calls == 1
 
 
+def test_a_piece_acts_in_the_regions_that_are_given_and_the_others_are_found() -> None:
+    left, right = [0.0, 0.0, 0.5, 1.0], [0.75, 0.0, 1.0, 1.0]
+    subjects = [{"piece": "red circle", "box": left}, {"piece": "red circle", "box": right}, {"piece": "blue cross"}]
+    settings = {**EVERY, "pieces": (), "clamp": (3.0, 3.0), "min_quality": 1.0}
+    run = Run(SaaS(**settings, subjects=tuple(subjects)), WITH_REFERENCE)
+    run.steps(3)
+    circle, cross = run.traces
+    assert set(circle.quality) == {1.0} and set(circle.factors) == {3.0} and min(cross.quality) < 1.0
+    inside = torch.zeros(GRID, dtype=torch.bool)
+    inside[:, :, :4], inside[:, :, 7:] = True, True  # a token that is half covered is outside
+    assert circle.areas == [pytest.approx(float(inside.float().mean()))] * 2
+    alone = Run(SaaS(**settings, subjects=tuple(subjects[:2])), WITH_REFERENCE).steps(2)[1]
+    stock = Run(SaaS(strength=0.0), WITH_REFERENCE).steps(2)[1]
+    changed = (alone.out - stock.out)[1].abs().amax((-1, -2))[TEXT : TEXT + N] > 1e-12
+    assert torch.equal(changed, inside.flatten())
+    torch.testing.assert_close(alone.out[0], stock.out[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("settings", [{"observe": True}, {"strength": 0.0}, {"stop": 0}, {"last_layer": 0}])
 def test_nothing_to_lift_is_stock_attention(settings: dict[str, Any]) -> None:
     run = Run(SaaS(**{**EVERY, **settings}), WITH_REFERENCE)
@@ -228,6 +246,8 @@ def test_a_piece_that_is_asked_for_and_not_in_the_prompt_is_an_error() -> None:
         ({"clamp": (0.0, 1.0)}, "clamp must be two factors above 0"),
         ({"threshold": 1.5}, "threshold must be otsu, or between"),
         ({"pieces": (" ",)}, "pieces must be words of the prompt"),
+        ({"pieces": ("a",), "subjects": ({"piece": "a"},)}, "has pieces and subjects; give one of them"),
+        ({"subjects": ({"piece": [0, 3]},)}, "a piece must be words of the prompt here"),
         ({"measure": "both"}, "unknown value of saas.measure"),
     ],
 )
