@@ -88,8 +88,8 @@ WEIGHTS = (
 )  # fmt: skip
 PRESET = (Flag("preset", "settings that methods begin from: auto, none, or a preset's name", default="auto, this "
                "model's"),)  # fmt: skip
-SUBJECTS = (Flag("subjects", "JSON file of subjects, pieces of the prompt with boxes or masks, which are isolated",
-                 metavar="FILE", exists=True),)  # fmt: skip
+SUBJECTS = (Flag("subjects", "JSON file of pieces of the prompt with boxes or masks; they are isolated, or go to the "
+                 "named method", metavar="FILE", exists=True),)  # fmt: skip
 PROMPT = (
     Flag("prompt", "text; repeat for more items", many=True, metavar="TEXT"),
     Flag("prompts", "file of prompts: .txt (one per line), .jsonl or .csv (prompt, seed, height, ... per line)",

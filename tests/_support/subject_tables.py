@@ -1,0 +1,146 @@
+"""The tables of isolation and SaaS, made from the records: ``python -m tests._support.subject_tables`` writes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PIECES = (1, 2, 3, 4)
+OBJECTS = {"present": "present", "color": "color", "other's color": "leak", "shape": "shape"}
+PICTURES = {"background": "background", "prompt followed": "whole"}
+ISOLATED = {
+    "nothing (stock)": "stock",
+    "words (the default)": "words",
+    "words and regions": "words and regions",
+    "regions (the paper)": "regions",
+}
+FOUND = {
+    "words in regions that are found": "found words",
+    "the same, whatever their quality": "found, whatever the quality",
+}
+GUIDED = "nothing, guidance {:g} for 2"
+SCALED = {
+    "nothing (stock)": "stock",
+    **{f"guidance {scale:g} for 2": f"guidance {scale:g}" for scale in (2.2, 3.0, 4.0, 6.0)},
+    **{f"its words by {factor}, in its region": f"fixed {factor}" for factor in (2, 4, 8, 16)},
+    **{f"the words of another by {factor} there": f"wrong words {factor}" for factor in (4, 16)},
+    "the paper's rule": "the paper's rule",
+    "the default (gated)": "gated",
+    "the same, not gated": "not gated",
+    "closed loop, share 0.1": "closed loop 0.1",
+    "the default, with isolation": "isolation and gated",
+    "both, block-sparse at density 0.25": "isolation and gated, block-sparse 0.25",
+}
+
+
+@dataclass(frozen=True)
+class SubjectTable:
+    """One table of a page.
+
+    Attributes:
+        page: file of the page under docs/.
+        name: in the marks around the table.
+        head: title of the labels.
+        rows: arm by label.
+        columns: (record, figure) by title; a figure is what the verifier counts, ``mended`` or ``lifted`` of such a
+            figure, ``factor`` or ``quality``.
+    """
+
+    page: str
+    name: str
+    head: str
+    rows: dict[str, str]
+    columns: dict[str, tuple[str, str]]
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """What stands before and after the table."""
+        return f"<!-- {self.name}: begin -->", f"<!-- {self.name}: end -->"
+
+    def text(self) -> str:
+        """Return the table in Markdown; arms that no record has are left out."""
+        records = {record for record, _ in self.columns.values()}
+        lines = [[self.head, *self.columns], ["---"] * (len(self.columns) + 1)]
+        for label, arm in self.rows.items():
+            if any(arm in arms_of(record) for record in records):
+                lines.append([label, *(_cell(record, arm, what) for record, what in self.columns.values())])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def current(self) -> str:
+        """Return the table that the page shows now."""
+        text = (ROOT / "docs" / self.page).read_text()
+        begin, end = self.marks
+        return text[text.index(begin) + len(begin) : text.index(end)].strip()
+
+    def write(self) -> None:
+        """Put the table into the page."""
+        path, (begin, end) = ROOT / "docs" / self.page, self.marks
+        text = path.read_text()
+        start, stop = text.index(begin) + len(begin), text.index(end)
+        path.write_text(f"{text[:start]}\n{self.text()}\n{text[stop:]}")
+
+
+@cache
+def arms_of(record: str) -> dict[str, Any]:
+    """Return the arms of a record of benchmarks/subjects."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks/subjects" / f"{record}.json").read_text())["arms"]
+    return found
+
+
+def _cell(record: str, arm: str, what: str) -> str:
+    row = arms_of(record).get(arm)
+    if row is None:
+        return ""
+    if what in ("factor", "quality"):
+        found = {**row.get("found", {}), **row.get("lift", {})}.get(what)
+        return "" if found is None else f"{found:.2f}"
+    kind, _, word = what.rpartition(" ")
+    figure = row[word]
+    if kind == "mended":
+        changed = figure["mended"] + figure["broken"]
+        p = f", p = {figure['p']:.0g}" if changed else ""
+        return "" if arm == "stock" else f"{figure['mended']} / {figure['broken']}{p}"
+    low, high = (100 * value for value in figure["ci95"])
+    return f"{100 * figure['rate']:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def _isolation(model: str, objects: int, rows: dict[str, str]) -> SubjectTable:
+    record = f"{model}_isolation_{objects}"
+    columns = {
+        title: (record, what) for title, what in {**OBJECTS, **PICTURES, "colors mended / broken": "mended color"}.items()
+    }
+    return SubjectTable("methods/isolation.md", record, "barred", rows, columns)
+
+
+def _saas(model: str) -> SubjectTable:
+    record = f"{model}_saas_2"
+    figures = {"color": "color", "shape": "shape", "full prompt": "whole", "mended / broken": "mended color",
+               "mean factor": "factor", "quality of the regions": "quality"}  # fmt: skip
+    return SubjectTable("methods/saas.md", record, "arm", SCALED, {title: (record, x) for title, x in figures.items()})
+
+
+def _edits(what: str) -> SubjectTable:
+    columns = {f"{count} piece{'s' * (count > 1)}": (f"tiny-edit_saas_{count}", what) for count in PIECES}
+    return SubjectTable("methods/saas.md", f"tiny-edit_saas {what}", what, SCALED, columns)
+
+
+TABLES = (
+    _isolation("tiny-joint", 2, {**ISOLATED, GUIDED.format(6): "guidance 6"}),
+    *(_isolation("tiny-multi", count, {**ISOLATED, **FOUND, GUIDED.format(4): "guidance 4"}) for count in (2, 3, 4)),
+    *(_saas(model) for model in ("tiny-multi", "tiny-joint")),
+    *(_edits(what) for what in ("followed", "kept")),
+)
+
+
+def main() -> None:
+    """Write every table between its marks."""
+    for table in TABLES:
+        table.write()
+
+
+if __name__ == "__main__":
+    main()
