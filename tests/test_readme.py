@@ -12,7 +12,7 @@ import pytest
 from dit_attn import models
 from dit_attn.pipelines.high_resolution import high_resolution
 from dit_attn.processors.attach.families import families
-from tests._support import result_tables
+from tests._support import result_tables, subject_tables
 from tests.families import table as families_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +82,11 @@ def test_isolation_is_quoted_from_its_record() -> None:
     assert isolated["ci95"][0] > stock["ci95"][1] and f"{arms['stock']['prompts']} prompts" in README
     four = json.loads((ROOT / "benchmarks/subjects/tiny-multi_isolation_4.json").read_text())["arms"]
     assert four["words and regions"]["color"]["difference"]["ci95"][0] < 0 and "no gain on tiny-multi" in README
+
+
+@pytest.mark.parametrize("table", subject_tables.TABLES, ids=lambda table: table.name)
+def test_tables_of_subjects_are_those_of_their_records(table: subject_tables.SubjectTable) -> None:
+    assert table.current() == table.text(), "run: python -m tests._support.subject_tables"
 
 
 def test_large_pictures_are_quoted_from_their_records() -> None:

@@ -25,13 +25,17 @@ FOUND = {
 GUIDED = "nothing, guidance {:g} for 2"
 SCALED = {
     "nothing (stock)": "stock",
-    **{f"guidance {scale:g} for 2": f"guidance {scale:g}" for scale in (2.2, 3.0, 4.0, 6.0)},
-    **{f"its words by {factor}, in its region": f"fixed {factor}" for factor in (2, 4, 8, 16)},
-    **{f"the words of another by {factor} there": f"wrong words {factor}" for factor in (4, 16)},
+    **{f"nothing, guidance {scale:g} for 2": f"guidance {scale:g}" for scale in (2.2, 3.0, 4.0)},
     "the paper's rule": "the paper's rule",
     "the default (gated)": "gated",
-    "the same, not gated": "not gated",
     "closed loop, share 0.1": "closed loop 0.1",
+    "`strength=16`, regions found": "strength 16",
+    "the same, not gated": "strength 16, not gated",
+    "the default, regions given": "boxes given",
+    "**`strength=16`, regions given**": "strength 16, boxes given",
+    **{f"by {factor} at every step, regions given": f"fixed {factor}" for factor in (4, 16, 32)},
+    **{f"control: the words of another by {factor}": f"wrong words {factor}" for factor in (4, 16)},
+    "control: by 16 everywhere": "fixed 16, everywhere",
     "the default, with isolation": "isolation and gated",
     "both, block-sparse at density 0.25": "isolation and gated, block-sparse 0.25",
 }
@@ -46,8 +50,8 @@ class SubjectTable:
         name: in the marks around the table.
         head: title of the labels.
         rows: arm by label.
-        columns: (record, figure) by title; a figure is what the verifier counts, ``mended`` or ``lifted`` of such a
-            figure, ``factor`` or ``quality``.
+        columns: (record, figure) by title; a figure is what the verifier counts, ``mended`` (and broken, with
+            McNemar's p) or ``counted`` (its rate with both) of such a figure, ``factor`` or ``quality``.
     """
 
     page: str
@@ -105,13 +109,15 @@ def _cell(record: str, arm: str, what: str) -> str:
         p = f", p = {figure['p']:.0g}" if changed else ""
         return "" if arm == "stock" else f"{figure['mended']} / {figure['broken']}{p}"
     low, high = (100 * value for value in figure["ci95"])
-    return f"{100 * figure['rate']:.0f} [{low:.0f}, {high:.0f}]"
+    both = f", {figure['mended']} / {figure['broken']}" if kind == "counted" and arm != "stock" else ""
+    return f"{100 * figure['rate']:.0f} [{low:.0f}, {high:.0f}]{both}"
 
 
 def _isolation(model: str, objects: int, rows: dict[str, str]) -> SubjectTable:
     record = f"{model}_isolation_{objects}"
     columns = {
-        title: (record, what) for title, what in {**OBJECTS, **PICTURES, "colors mended / broken": "mended color"}.items()
+        title: (record, what)
+        for title, what in {**OBJECTS, **PICTURES, "colors mended / broken": "mended color"}.items()
     }
     return SubjectTable("methods/isolation.md", record, "barred", rows, columns)
 
@@ -119,20 +125,19 @@ def _isolation(model: str, objects: int, rows: dict[str, str]) -> SubjectTable:
 def _saas(model: str) -> SubjectTable:
     record = f"{model}_saas_2"
     figures = {"color": "color", "shape": "shape", "full prompt": "whole", "mended / broken": "mended color",
-               "mean factor": "factor", "quality of the regions": "quality"}  # fmt: skip
+               "mean factor": "factor", "quality": "quality"}  # fmt: skip
     return SubjectTable("methods/saas.md", record, "arm", SCALED, {title: (record, x) for title, x in figures.items()})
 
 
-def _edits(what: str) -> SubjectTable:
+def _edits(what: str, head: str) -> SubjectTable:
     columns = {f"{count} piece{'s' * (count > 1)}": (f"tiny-edit_saas_{count}", what) for count in PIECES}
-    return SubjectTable("methods/saas.md", f"tiny-edit_saas {what}", what, SCALED, columns)
+    return SubjectTable("methods/saas.md", f"tiny-edit_saas_{what.rpartition(' ')[2]}", head, SCALED, columns)
 
 
 TABLES = (
     _isolation("tiny-joint", 2, {**ISOLATED, GUIDED.format(6): "guidance 6"}),
     *(_isolation("tiny-multi", count, {**ISOLATED, **FOUND, GUIDED.format(4): "guidance 4"}) for count in (2, 3, 4)),
-    *(_saas(model) for model in ("tiny-multi", "tiny-joint")),
-    *(_edits(what) for what in ("followed", "kept")),
+    *(_saas(model) for model in ("tiny-multi",)),
 )
 
 
