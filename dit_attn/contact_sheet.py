@@ -78,7 +78,7 @@ def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[st
     Args:
         rows: cells; the columns of a row are aligned with those of the others.
         heading: line at the top.
-        columns: titles of the columns, wrapped to their width.
+        columns: titles of the columns, wrapped to their width and that of columns without a title behind them.
     """
     from PIL import Image as pil
     from PIL import ImageDraw
@@ -86,7 +86,7 @@ def grid(rows: Sequence[Sequence[Tile]], heading: str = "", columns: Sequence[st
     count = max(len(row) for row in rows)
     widths = [max((row[i].width for row in rows if i < len(row)), default=0) for i in range(count)]
     heights = [max(_height(cell, width) for cell, width in zip(row, widths)) for row in rows]
-    titles = [_wrap(title, width, _TEXT + 1) for title, width in zip(columns, widths)]
+    titles = [_wrap(title, _room(columns, widths, i), _TEXT + 1) for i, title in enumerate(columns)]
     begin = _GAP + (_TEXT + 12 if heading else 0)
     top = begin + max((len(lines) for lines in titles), default=0) * (_TEXT + 5) + (3 if columns else 0)
     size = (sum(widths) + (count + 1) * _GAP, top + sum(heights) + len(rows) * _GAP)
@@ -121,6 +121,12 @@ def flow(cells: Sequence[Tile], heading: str = "", width: int = 1600) -> Image:
     """Draw cells of any shape in rows of about ``width`` pixels."""
     per_row = max(1, width // (max(cell.width for cell in cells) + _GAP))
     return grid([cells[i : i + per_row] for i in range(0, len(cells), per_row)], heading)
+
+
+def _room(columns: Sequence[str], widths: Sequence[int], at: int) -> int:
+    """Pixels that the title of a column has: up to the next column that has one."""
+    after = next((i for i in range(at + 1, len(columns)) if columns[i]), len(widths))
+    return sum(widths[at:after]) + (after - at - 1) * _GAP
 
 
 def _height(cell: Tile, width: int) -> int:

@@ -57,3 +57,5 @@ def test_a_title_of_a_column_is_wrapped_to_its_width() -> None:
     assert long.height > short.height and long.width == short.width
     gap = [long.getpixel((8 + small.width + x, y)) for x in range(8) for y in range(long.height - 64)]
     assert set(gap) == {(250, 250, 248)}
+    over = contact_sheet.grid([[small, small]], columns=("words and regions", ""))
+    assert over.height == short.height  # the place of the column without a title is taken
