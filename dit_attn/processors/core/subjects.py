@@ -79,6 +79,19 @@ def parse_subjects(
     return tuple(_subject(item, size, _numbered(where, index, item), folder) for index, item in enumerate(items, 1))
 
 
+def subjects_of(given: Any, where: str) -> tuple[Subject, ...]:
+    """Return subjects of a setting: the name of a JSON file, or what :func:`parse_subjects` takes.
+
+    Args:
+        given: the setting.
+        where: its name, for messages.
+
+    Raises:
+        DitAttnError: as for :func:`read_subjects` and :func:`parse_subjects`.
+    """
+    return read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+
+
 def check_overlap(subjects: Sequence[Subject]) -> None:
     """Refuse subjects whose boxes overlap, at one point in time or another.
 

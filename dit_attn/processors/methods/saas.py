@@ -29,7 +29,7 @@ from dit_attn.processors.core.piece_maps import (
 from dit_attn.processors.core.prompt_pieces import SPLITS, split_prompt
 from dit_attn.processors.core.region_maps import mask_quality, masked_mean, region_masks
 from dit_attn.processors.core.regions import regions_of
-from dit_attn.processors.core.subjects import has_region, parse_subjects, read_subjects
+from dit_attn.processors.core.subjects import has_region, subjects_of
 from dit_attn.processors.methods.base import Method, in_steps, resolve_count, setting
 from dit_attn.processors.methods.saas_report import Measured, SaaSReport
 
@@ -90,8 +90,8 @@ class SaaS(Method):
     observe: bool = setting(False, "only measure and report")
 
     def __post_init__(self) -> None:
-        given, where = self.subjects, f"{self.slug}.subjects"
-        subjects = read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+        where = f"{self.slug}.subjects"
+        subjects = subjects_of(self.subjects, where)
         object.__setattr__(self, "subjects", subjects)
         super().__post_init__()
         if subjects and self.pieces:

@@ -26,8 +26,7 @@ from dit_attn.processors.core.subjects import (
     Subject,
     check_overlap,
     has_region,
-    parse_subjects,
-    read_subjects,
+    subjects_of,
 )
 from dit_attn.processors.methods.base import Method, in_steps, setting
 from dit_attn.processors.methods.isolation_state import IsolationReport, IsolationState, RegionSearch
@@ -72,8 +71,7 @@ class SubjectIsolation(Method):
     observe: bool = setting(False, "report how much subjects attend to each other")
 
     def __post_init__(self) -> None:
-        given, where = self.subjects, f"{self.slug}.subjects"
-        subjects = read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+        subjects = subjects_of(self.subjects, f"{self.slug}.subjects")
         object.__setattr__(self, "subjects", subjects)
         super().__post_init__()
         if isinstance(self.strength, (int, float)) and not 0.0 <= self.strength < math.inf:

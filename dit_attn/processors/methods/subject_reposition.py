@@ -17,7 +17,7 @@ from dit_attn.errors import DitAttnError, shorten
 from dit_attn.processors.core.call import AttentionCall, Request
 from dit_attn.processors.core.positions import PositionMap, PositionSite
 from dit_attn.processors.core.regions import Grid, barriers, regions_of, visual_masks
-from dit_attn.processors.core.subjects import Subject, box_at, boxes_of, check_overlap, parse_subjects, read_subjects
+from dit_attn.processors.core.subjects import Subject, box_at, boxes_of, check_overlap, subjects_of
 from dit_attn.processors.core.tokens import Span
 from dit_attn.processors.methods.base import Method, in_steps, setting
 
@@ -54,8 +54,7 @@ class SubjectReposition(Method):
     stop: float | int = setting(1.0, "last step + 1 (fraction or count)", low=0)
 
     def __post_init__(self) -> None:
-        given, where = self.subjects, f"{self.slug}.subjects"
-        subjects = read_subjects(given) if isinstance(given, str) else parse_subjects(given, where=where)
+        subjects = subjects_of(self.subjects, f"{self.slug}.subjects")
         object.__setattr__(self, "subjects", subjects)
         super().__post_init__()
         check_overlap(self._moved)
