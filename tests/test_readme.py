@@ -13,6 +13,7 @@ from dit_attn import models
 from dit_attn.pipelines.high_resolution import high_resolution
 from dit_attn.processors.attach.families import families
 from tests._support import result_tables, subject_tables
+from tests._support.subjects_benchmark import mcnemar
 from tests.families import table as families_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,21 @@ def test_isolation_is_quoted_from_its_record() -> None:
     assert isolated["ci95"][0] > stock["ci95"][1] and f"{arms['stock']['prompts']} prompts" in README
     four = json.loads((ROOT / "benchmarks/subjects/tiny-multi_isolation_4.json").read_text())["arms"]
     assert four["words and regions"]["color"]["difference"]["ci95"][0] < 0 and "no gain on tiny-multi" in README
+
+
+def test_edits_are_quoted_from_their_records() -> None:
+    arms = [subject_tables.arms_of(f"tiny-edit_saas_{count}") for count in (2, 3, 4)]
+    stock, lifted, wrong = (
+        [one[name]["whole"] for one in arms] for name in ("stock", "strength 16, boxes given", "wrong words 16")
+    )
+    done, ours, other = (sum(one["right"] for one in rows) for rows in (stock, lifted, wrong))
+    count = sum(one["of"] for one in stock)
+    p = mcnemar(sum(one["mended"] for one in lifted), sum(one["broken"] for one in lifted))
+    assert (
+        f"{100 * done / count:.0f} to {100 * ours / count:.0f} % of instructions done on tiny-edit, p = {p:.4f}"
+        in README
+    )
+    assert f"edits {count} of two to four parts" in README.replace("\n", " ") and other < done
 
 
 @pytest.mark.parametrize("table", subject_tables.TABLES, ids=lambda table: table.name)

@@ -137,7 +137,10 @@ def _edits(what: str, head: str) -> SubjectTable:
 TABLES = (
     _isolation("tiny-joint", 2, {**ISOLATED, GUIDED.format(6): "guidance 6"}),
     *(_isolation("tiny-multi", count, {**ISOLATED, **FOUND, GUIDED.format(4): "guidance 4"}) for count in (2, 3, 4)),
-    *(_saas(model) for model in ("tiny-multi",)),
+    *(_saas(model) for model in ("tiny-multi", "tiny-joint")),
+    _edits("counted whole", "instruction done, nothing else changed"),
+    _edits("followed", "pieces followed"),
+    _edits("kept", "untouched objects kept"),
 )
 
 

@@ -38,6 +38,7 @@ from tests._support.subjects_arms import ARMS, Arm, Item, arms_of
 
 SIDES = (("left", "right"), ("bottom", "top"))  # places that tiny-joint knows from its own captions
 BATCH = 64  # scenes drawn at once
+EDIT_SIZE = 128  # pixels of a shown input
 
 
 def items_of(kind: str, objects: int, count: int, seed: int) -> Sequence[Item]:
@@ -252,18 +253,36 @@ def mcnemar(mended: int, broken: int) -> float:
 
 
 def sheet(
-    folder: Path, lines: Sequence[dict[str, Any]], names: Sequence[str], path: Path, items: Sequence[int]
+    folder: Path,
+    lines: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    path: Path,
+    items: Sequence[int],
+    drawn: Sequence[Item] = (),
 ) -> None:
-    """Draw some prompts as rows, the arms as columns."""
+    """Draw some prompts as rows, the arms as columns.
+
+    Args:
+        folder: of the images.
+        lines: of the results.
+        names: of the arms.
+        path: PNG file.
+        items: numbers of the prompts.
+        drawn: all items; the input of those that are edits is a column.
+    """
     captions = {line["item"]: line["caption"] for line in lines}
-    rows = [
-        [
-            tile(np.load(image_file(folder, item, name))[None], captions[item] * (not at), height=128)
-            for at, name in enumerate(names)
-        ]
-        for item in items
-    ]
-    grid(rows, columns=tuple(names)).save(path, optimize=True)
+    columns, rows = [*names], []
+    for item in items:
+        made = [image_file(folder, item, name) for name in names]
+        tiles = [tile(np.load(one)[None], captions[item] * (not at), height=128) for at, one in enumerate(made)]
+        edit = drawn[item] if drawn else None
+        if isinstance(edit, Edit):
+            source = 255 * multi.render_scenes([edit.source], EDIT_SIZE)[0].permute(1, 2, 0).numpy()
+            tiles = [tile(source.astype(np.uint8)[None], "", height=128), *tiles]
+        rows.append(tiles)
+    if rows and len(rows[0]) > len(columns):
+        columns = ["input", *columns]
+    grid(rows, columns=columns).save(path, optimize=True)
 
 
 def main() -> None:
@@ -312,7 +331,8 @@ def main() -> None:
         "setup": lines[0]["setup"] if lines else "", "arms": compare(lines, list(known)),
     })  # fmt: skip
     if options.sheet:
-        sheet(options.images, lines, list(arms), options.sheet, range(min(4, options.count)))
+        drawn = items_of(kind_of(locate(options.model)[1]), options.objects, options.count, options.seed)
+        sheet(options.images, lines, list(arms), options.sheet, range(min(4, options.count)), drawn)
 
 
 if __name__ == "__main__":
