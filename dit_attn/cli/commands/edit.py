@@ -37,6 +37,9 @@ _EXAMPLES = """examples:
       --image in.png --instruction "make the circle red, remove the cross"
   dit-attn edit --model Qwen/Qwen-Image-Edit --image in.png --method saas \\
       --instruction "make the circle red, and add a dog, and remove the cross"
+  dit-attn edit --model tiny-edit --image in.png --subjects regions.json \\
+      --method saas:strength=16,clamp=1,64,stop=1.0 \\
+      --instruction "remove the triangle, make the circle red"
   dit-attn edit --model Qwen/Qwen-Image-Edit-2509 --image a.png --image b.png \\
       --instruction "put the cat of the second image into the first"
   dit-attn edit --model Shitao/OmniGen-v1-diffusers --prompts edits.jsonl \\
