@@ -97,6 +97,10 @@ def test_edits_are_quoted_from_their_records() -> None:
         f"{100 * done / count:.0f} to {100 * ours / count:.0f} % of instructions done on tiny-edit, p = {p:.4f}"
         in README
     )
+    matched = [one["strength 16, boxes given"]["matched"]["whole"] for one in arms]
+    for_it, against = (sum(one[word] for one in matched) for word in ("mended", "broken"))
+    page = " ".join((ROOT / "docs/methods/saas.md").read_text().split())
+    assert f"({for_it} against {against} instructions in favor of SaaS, p = {mcnemar(for_it, against):.2f})" in page
     assert f"edits {count} of two to four parts" in README.replace("\n", " ") and other < done
 
 

@@ -188,7 +188,12 @@ def compare(lines: Sequence[dict[str, Any]], names: Sequence[str], base: str = "
             nearest = min(sweep, key=lambda one: abs(math.log(sweep[one] / row["distance"])))
             against = _row(by_arm[name], by_arm[nearest])
             main = "color" if "color" in against else "followed"
-            row["matched"] = {"arm": nearest, "distance": sweep[nearest], main: against[main]}
+            row["matched"] = {
+                "arm": nearest,
+                "distance": sweep[nearest],
+                main: against[main],
+                "whole": against["whole"],
+            }
     return rows
 
 
