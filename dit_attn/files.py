@@ -203,6 +203,12 @@ def _unlock(path: Path, held: int) -> None:
 # -- what a user gives -------------------------------------------------------------------------------------------------
 
 
+def cache_folder() -> Path:
+    """Return the package's folder in the user's cache folder; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is relative, by its specification
+    return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "dit_attn"
+
+
 def user_path(text: str | Path, what: str) -> Path:
     """Return a path as the user means it, ``~`` expanded.
 

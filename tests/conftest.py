@@ -17,6 +17,7 @@ settings.load_profile("any-machine")
 
 torchvision.install()
 os.environ["DIT_ATTN_COSTS"] = os.devnull + ".none"  # no test depends on what its machine was measured to cost
+os.environ["DIT_ATTN_CPP"] = os.devnull + "/none"  # nor on what was compiled there
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Block-sparse attention: layouts, block selection, and one operator with interchangeable backends."""
 
+from dit_attn.kernels.backends.cpp.library import build as build_cpp
 from dit_attn.kernels.backends.reference import reference_attention
 from dit_attn.kernels.backends.registry import BACKENDS, Choice
 from dit_attn.kernels.functional import choose_backend, sparse_attention
@@ -26,6 +27,7 @@ __all__ = [
     "TokenOrder",
     "band",
     "block_scores",
+    "build_cpp",
     "choose_backend",
     "from_flex",
     "from_lengths",

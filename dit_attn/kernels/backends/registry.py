@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
 from dit_attn.kernels.backends.compose_terms import with_terms, with_terms_in_place
+from dit_attn.kernels.backends.cpp import library
 from dit_attn.kernels.backends.custom_ops import (
     IMPLEMENTATIONS,
     flat_call,
@@ -24,7 +25,7 @@ from dit_attn.kernels.backends.custom_ops import (
 )
 from dit_attn.kernels.backends.gather.flash import has_flash
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
-from dit_attn.kernels.backends.gather.preference import ALWAYS, FLASH, Preference, prefer_flash
+from dit_attn.kernels.backends.gather.preference import ALWAYS, CPP, FLASH, Preference, prefer_cpp, prefer_flash
 from dit_attn.kernels.backends.kitchen import DTYPES as KITCHEN_DTYPES
 from dit_attn.kernels.backends.kitchen import HEAD_DIM as KITCHEN_HEAD_DIM
 from dit_attn.kernels.backends.kitchen import kitchen_attention, unsupported_reason_kitchen
@@ -40,7 +41,7 @@ from dit_attn.kernels.problem import Problem
 from dit_attn.kernels.terms import NO_TERMS, Terms
 
 TRITON_RANK = 16  # columns of a low-rank bias in one product
-_CPU_16_BIT = (FLASH, "gather-bf16", "gather")  # on a CPU, any of them may be the fastest for bf16 and fp16
+_ON_CPU = ("gather-bf16", "gather", FLASH, CPP)  # any of them may be the fastest there
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -135,10 +136,16 @@ def choose(info: CallInfo) -> Choice:
 def contenders(info: CallInfo) -> tuple[str, ...]:
     """Return the backends among which only a measurement can choose for a call, as preferred now; else the chosen."""
     chosen = choose(info).backend
-    if info.device.type != "cpu" or info.dtype.itemsize != 2 or chosen not in _CPU_16_BIT:
+    if info.device.type != "cpu" or chosen not in _ON_CPU:
         return (chosen,)
-    able = (name for name in _CPU_16_BIT if BACKENDS[name].unsupported_reason(info) is None)
-    return tuple(sorted(able, key=lambda name: name == FLASH != chosen))  # others keep their order
+    wide = info.dtype.itemsize > 2  # torch's flash attention is for 16 bits on request alone
+    able = (name for name in _able(info) if not (wide and name == FLASH))
+    return tuple(sorted(able, key=lambda name: name != chosen))  # others keep their order
+
+
+def _able(info: CallInfo) -> list[str]:
+    """The backends for CPUs that can run a call."""
+    return [name for name in _ON_CPU if BACKENDS[name].unsupported_reason(info) is None]
 
 
 def resolve(backend: str | None, info: CallInfo) -> str:
@@ -259,6 +266,29 @@ def _unsupported_reason_gather_sdpa(info: CallInfo) -> str | None:
     return "it supports no element masks" if info.layout.elements is not None else None
 
 
+def _cpp(problem: Problem, terms: Terms, lse: bool) -> Result:
+    return _gather(problem, terms, lse, CPP)
+
+
+def _unsupported_reason_cpp(info: CallInfo) -> str | None:
+    if info.device.type != "cpu" or info.dtype not in library.TYPES:
+        return "it is for fp32 and bf16 on a CPU"
+    if info.head_dim != info.value_dim:
+        return f"k and v differ in head size, {info.head_dim} and {info.value_dim}"
+    if info.rank:
+        return "it adds no low-rank bias to the logits"
+    if info.layout.elements is not None:
+        return "it supports no element masks"
+    if info.dtype == torch.bfloat16 and (info.head_dim % 2 or info.layout.kv_block % 2):
+        return f"for bf16 its head size and kv_block are even, these are {info.head_dim} and {info.layout.kv_block}"
+    return library.unsupported_reason_here(info.dtype)
+
+
+def _prefer_cpp(info: CallInfo) -> Preference:
+    rivals = tuple(name for name in _able(info) if name != CPP)
+    return prefer_cpp(info.layout, info.head_dim, info.dtype, info.grad, rivals)
+
+
 def _prefer_gather_sdpa(info: CallInfo) -> Preference:
     rival = "gather" if _unsupported_reason_gather_bf16(info) else "gather-bf16"
     return prefer_flash(info.layout, info.head_dim, info.dtype, info.grad, rival)
@@ -321,6 +351,7 @@ def _referenced(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 BACKENDS = {
     "sdpa": Backend(_sdpa, _unsupported_reason_sdpa),
     "triton": Backend(_triton, _unsupported_reason_triton),
+    CPP: Backend(_cpp, _unsupported_reason_cpp, preference=_prefer_cpp),
     FLASH: Backend(_gather_sdpa, _unsupported_reason_gather_sdpa, preference=_prefer_gather_sdpa),
     "gather-bf16": Backend(_gather_bf16, _unsupported_reason_gather_bf16),
     "gather": Backend(_gather, lambda info: None),

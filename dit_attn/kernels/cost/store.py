@@ -27,8 +27,7 @@ def costs_path() -> Path:
     given = os.environ.get(VARIABLE)
     if given:
         return files.user_path(given, VARIABLE)
-    cache = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored where it is relative, by its specification
-    return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "dit_attn" / "costs.json"
+    return files.cache_folder() / "costs.json"
 
 
 def saved_table(machine: Machine) -> tuple[CostTable | None, str]:

@@ -10,6 +10,8 @@ from dit_attn.cli import load_pipeline
 from dit_attn.cli.options import Options
 from dit_attn.cli.progress import StatusLine
 from dit_attn.cli.table import Table, show
+from dit_attn.errors import DitAttnError
+from dit_attn.kernels import build_cpp
 from dit_attn.kernels.cost.measure import measure_costs
 from dit_attn.kernels.cost.store import save_table
 from dit_attn.kernels.cost.table import CostTable
@@ -25,14 +27,26 @@ def save(options: Options) -> int:
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
     status = StatusLine(not options.get("json"))
+    without = _compiled(status) if device.type == "cpu" else ""
     table = measure_costs(device, on_progress=status)
     status("")
     path = save_table(table)
     if options.get("json"):
         print(json.dumps({"file": str(path), **table.to_dict()}, indent=1))
     else:
-        show(f"{table.machine}: time of sparse attention and selection, dense = 1", _drawn(table), f"saved in {path}")
+        said = "\n".join(filter(None, (without, f"saved in {path}")))
+        show(f"{table.machine}: time of sparse attention and selection, dense = 1", _drawn(table), said)
     return 0
+
+
+def _compiled(status: StatusLine) -> str:
+    """Compile the C++ kernel, to be measured with the others. Returns why that cannot be, or nothing."""
+    status("compiling the C++ kernel")
+    try:
+        build_cpp()
+    except DitAttnError as missing:
+        return f"without the backend cpp: {missing}"
+    return ""
 
 
 def _drawn(table: CostTable) -> Table:

@@ -13,6 +13,8 @@ from dit_attn.cli import load_pipeline, outputs
 from dit_attn.cli.commands.bench import costs, plot
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
+from dit_attn.kernels import build_cpp
+from dit_attn.kernels.backends.gather.preference import CPP
 from dit_attn.kernels.benchmark import inputs, measure
 from dit_attn.kernels.benchmark.third_party import THIRD_PARTY
 from dit_attn.models.evaluate import current_commit
@@ -81,6 +83,8 @@ def run(options: Options) -> int:
         torch.set_num_threads(config.threads)
     for file in filter(None, (config.output, config.plot)):
         outputs.prepare_folder(file.parent)
+    if CPP in (config.backend, *config.against):
+        build_cpp()
     found = {}
     for name in config.dtype:
         given = _inputs(config, getattr(torch, name))
