@@ -12,10 +12,13 @@ from dit_attn import files
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.cost.store import saved_table
 from dit_attn.kernels.cost.table import KERNELS, Cost, CostTable, Machine
+from dit_attn.kernels.device import unsupported_reason_amx
 from dit_attn.machine import processor
 
 SLACK = 1.5
 """How much slower, relative to dense, a processor that was never measured is assumed to be than the slowest shipped."""
+SLACK_AMX = 2.5 * SLACK
+"""The same for 16 bits where AMX speeds up the dense calls (benchmarks/kernels/cpu_amx_4096.json)."""
 LEAST_TOKENS = 4096
 """Fewest tokens at which one is assumed to gain."""
 
@@ -88,9 +91,10 @@ def _guessed() -> tuple[Cost, ...]:
     known = [cost for table in shipped_tables() if table.machine.device == "cpu" for cost in table.costs]
     large = [cost for cost in known if cost.tokens >= LEAST_TOKENS]
     slowest = {d: max(cost.ratio for cost in large if cost.density == d) for d in {cost.density for cost in large}}
+    slack = {"float32": SLACK, "bfloat16": SLACK if unsupported_reason_amx(torch.bfloat16) else SLACK_AMX}
     return tuple(
-        Cost(size, dtype, LEAST_TOKENS, density, SLACK * ratio)
+        Cost(size, dtype, LEAST_TOKENS, density, factor * ratio)
         for size in (64, 128)
-        for dtype in ("float32", "bfloat16")
+        for dtype, factor in slack.items()
         for density, ratio in sorted(slowest.items())
     )

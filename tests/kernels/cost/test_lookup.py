@@ -40,6 +40,25 @@ def test_what_was_measured_here_comes_first_then_what_is_shipped_then_a_guess(
     assert cost_table("cpu") == CostTable(machine, shipped.costs[:1])
 
 
+def test_a_guess_is_more_careful_in_16_bits_where_amx_speeds_up_the_dense_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Held against the record of a processor with AMX, with the backend that is chosen there before any measurement."""
+    record = json.loads((shipped_costs.ROOT / "benchmarks/kernels/cpu_amx_4096.json").read_text())["rows"]["bfloat16"]
+    found = {}
+    for missing in (None, "no AMX"):
+        monkeypatch.setattr(lookup, "unsupported_reason_amx", lambda dtype, missing=missing: missing)
+        lookup._guessed.cache_clear()
+        found[missing] = CostTable(this_machine("cpu"), lookup._guessed(), "guess")
+    lookup._guessed.cache_clear()
+    for row in record:
+        call = (4096, 128, "bfloat16", row["density"])
+        measured = (row["others"]["gather-sdpa"] + row["selection_ms"]) / row["dense_ms"]
+        assert found[None].expected(*call) >= min(1.0, measured)
+        assert found[None].expected(*call) > found["no AMX"].expected(*call) or measured > 1
+        assert found[None].expected(4096, 128, "float32", row["density"]) == found["no AMX"].expected(*call)
+
+
 def test_a_guess_is_slower_than_everything_shipped_and_starts_late(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = replace(this_machine("cpu"), hardware="another processor")
     monkeypatch.setattr(lookup, "this_machine", lambda device: machine)
