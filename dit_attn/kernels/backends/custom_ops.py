@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from dit_attn.kernels.backends.compose_terms import with_terms_in_place
-from dit_attn.kernels.backends.cpp.forward import cpp_attention
+from dit_attn.kernels.backends.cpp.forward import cpp_attention, cpp_with_terms
 from dit_attn.kernels.backends.gather.backward import gather_backward
 from dit_attn.kernels.backends.gather.flash import gather_flash
 from dit_attn.kernels.backends.gather.forward import gather_attention
@@ -63,7 +63,7 @@ IMPLEMENTATIONS = {
 FUSED: dict[str, Callable[[Problem, Terms], tuple[torch.Tensor, torch.Tensor]]] = {
     "gather": partial(with_terms_in_place, attend=gather_attention),
     "gather-sdpa": partial(with_terms_in_place, attend=gather_flash),
-    "cpp": partial(with_terms_in_place, attend=cpp_attention),
+    "cpp": cpp_with_terms,
     "triton": _triton_fused,
     "triton-tma": partial(_triton_fused, tma=True),
 }

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError, unknown
-from dit_attn.kernels.backends.compose_terms import with_terms, with_terms_in_place
+from dit_attn.kernels.backends.compose_terms import with_terms
 from dit_attn.kernels.backends.cpp import library
 from dit_attn.kernels.backends.custom_ops import (
+    FUSED,
     IMPLEMENTATIONS,
     flat_call,
     flat_terms,
@@ -232,11 +233,13 @@ def _unsupported_reason_tma(info: CallInfo) -> str | None:
 def _gather(problem: Problem, terms: Terms, lse: bool, name: str = "gather") -> Result:
     if not terms:
         return _gathered(problem, name)
-    if torch.compiler.is_compiling() and not _wants_grad(problem, terms):
-        return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
-    around = with_terms if _wants_grad(problem, terms) else with_terms_in_place
-    with full_precision(problem.q.device):  # sums and products of the terms run in fp32
-        return around(problem, terms, partial(_gathered, name=name))
+    if not _wants_grad(problem, terms):
+        if torch.compiler.is_compiling():
+            return fused_attention_op(*flat_call(problem), *flat_terms(terms), name)
+        with full_precision(problem.q.device):  # sums and products of the terms run in fp32
+            return FUSED[name](problem, terms)
+    with full_precision(problem.q.device):
+        return with_terms(problem, terms, partial(_gathered, name=name))
 
 
 def _gather_bf16(problem: Problem, terms: Terms, lse: bool) -> Result:

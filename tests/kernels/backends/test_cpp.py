@@ -85,14 +85,22 @@ def test_it_agrees_with_the_formulas(dtype: torch.dtype, altered: bool, dim: int
 @needs_cpp
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("term", [name for name in TERMS if TERMS[name](call()).bias is None])
-def test_optional_terms_are_those_of_gather(term: str) -> None:
-    p = call()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("columns", (512, 2))
+def test_optional_terms_are_those_of_gather(
+    term: str, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled keys are in the same pass, in one block or in several, with more than one group of heads."""
+    for name, value in (("COLUMNS", columns), ("GROUP", 1 if columns == 2 else 8 << 20)):
+        monkeypatch.setattr(forward, name, value)
+    p = call(dtype, key_mask=True, key_bias=True)
     terms = TERMS[term](p)
     given = {name: getattr(terms, name) for name in ("key_lengths", "compensation", "epilogue")}
-    found, expected = (
-        sparse_attention(p.q, p.k, p.v, p.layout, scale=p.scale, backend=name, **given) for name in ("cpp", "gather")
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    given |= {"key_mask": p.key_mask, "key_bias": p.key_bias, "scale": p.scale, "return_lse": True}
+    found, expected = (sparse_attention(p.q, p.k, p.v, p.layout, backend=name, **given) for name in ("cpp", "gather"))
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
 @needs_cpp

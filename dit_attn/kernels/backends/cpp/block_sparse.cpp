@@ -28,23 +28,33 @@ int64_t padded(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
 
 }  // namespace
 
-// One batch row. Mirrored field by field in forward.py. Strides count elements.
+// Keys and values of some heads, in blocks. Mirrored field by field in forward.py, as Call is. Strides count elements.
+struct Keys {
+  const void* k;   // (length, groups, d)
+  const void* v;   // (length, groups, d)
+  void* packed_k;  // (groups, blocks, d, block)
+  void* packed_v;  // (groups, blocks, block, d)
+  int64_t k_token, k_head, v_token, v_head;
+  int64_t length, block, blocks;
+};
+
+// One batch row and some of its heads.
 struct Call {
-  const void* q;         // (sq, heads, d)
-  const void* k;         // (sk, groups, d)
-  const void* v;         // (sk, groups, d)
-  void* out;             // (sq, heads, d)
-  float* lse;            // (heads, sq)
-  void* packed_k;        // (groups, nk, d, kv_block)
-  void* packed_v;        // (groups, nk, kv_block, d)
-  const int32_t* index;  // (heads, nq, cap), key blocks of every query block
-  const int32_t* count;  // (heads, nq)
-  const uint8_t* exists; // (sk), keys that are attended to; null for all
-  const float* bias;     // (heads, sk), natural logarithm; null for none
+  Keys keys;
+  Keys pooled;             // keys that stand for those of skipped blocks; none where blocks is 0
+  const void* q;           // (sq, heads, d)
+  void* out;               // (sq, heads, d)
+  float* lse;              // (heads, sq)
+  const int32_t* index;    // (heads, nq, cap), key blocks of every query block
+  const int32_t* count;    // (heads, nq)
+  const uint8_t* exists;   // (length), keys that are attended to; null for all
+  const float* bias;       // (heads, length), natural logarithm; null for none
+  const float* weight;     // (heads, pooled length), natural logarithm of the keys that a pooled one stands for
+  const uint8_t* left_out; // (heads, nq, blocks), skipped blocks without pooled keys; null for none
   std::atomic<int64_t>* next;
-  int64_t q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head;
-  int64_t index_head, index_row, count_head, bias_head;
-  int64_t heads, groups, sq, sk, d, q_block, kv_block, nq, nk, at_once;
+  int64_t q_token, q_head, out_token, out_head;
+  int64_t index_head, index_row, count_head, bias_head, weight_head, left_out_head;
+  int64_t heads, groups, sq, d, q_block, nq, at_once, pooled_per_block;
   float scale;
 };
 
@@ -76,31 +86,33 @@ void product(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t 
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, Kind<T>::kPairs);
 }
 
-// Rows of a key block that the call has: existing tokens that the mask does not bar.
-bool attended(const Call& c, int64_t token) { return token < c.sk && (!c.exists || c.exists[token]); }
+// Whether a key is one that the call has: it exists, and the mask does not bar it.
+bool attended(int64_t token, int64_t length, const uint8_t* exists) {
+  return token < length && (!exists || exists[token]);
+}
 
-// Transpose block j of a key head into (d, kv_block); of bf16, pairs of columns stay together. Barred keys are zeros.
+// Transpose block j of a key head into (d, block); of bf16, pairs of columns stay together. Barred keys are zeros.
 template <typename T>
-void pack_keys(const Call& c, int64_t g, int64_t j) {
+void pack_keys(const Keys& keys, const uint8_t* exists, int64_t d, int64_t g, int64_t j) {
   constexpr int64_t kTile = Vec::size();
-  const int64_t n = c.kv_block, words = c.d * sizeof(T) / sizeof(float);  // a float holds a pair of bf16
-  float* to = reinterpret_cast<float*>(static_cast<T*>(c.packed_k) + (g * c.nk + j) * n * c.d);
-  const T* from = static_cast<const T*>(c.k) + g * c.k_head;
-  const bool aligned = c.k_token * sizeof(T) % sizeof(float) == 0;
+  const int64_t n = keys.block, words = d * sizeof(T) / sizeof(float);  // a float holds a pair of bf16
+  float* to = reinterpret_cast<float*>(static_cast<T*>(keys.packed_k) + (g * keys.blocks + j) * n * d);
+  const T* from = static_cast<const T*>(keys.k) + g * keys.k_head + j * n * keys.k_token;
+  auto there = [&](int64_t t) { return attended(j * n + t, keys.length, exists); };
+  const bool aligned = keys.k_token * sizeof(T) % sizeof(float) == 0;
   for (int64_t t0 = 0; t0 < n; t0 += kTile) {
     const int64_t t1 = std::min(n, t0 + kTile);
     bool whole = aligned && t1 - t0 == kTile;
-    for (int64_t t = t0; t < t1; ++t) whole &= attended(c, j * n + t);
+    for (int64_t t = t0; t < t1; ++t) whole &= there(t);
     int64_t w0 = 0;
     if (whole) {
-      const float* rows = reinterpret_cast<const float*>(from + (j * n + t0) * c.k_token);
-      const int64_t apart = c.k_token * sizeof(T) / sizeof(float);
+      const float* rows = reinterpret_cast<const float*>(from + t0 * keys.k_token);
+      const int64_t apart = keys.k_token * sizeof(T) / sizeof(float);
       for (; w0 + kTile <= words; w0 += kTile)
         at::vec::transpose_mxn<float, kTile, kTile>(rows + w0, apart, to + w0 * n + t0, n);
     }
     for (int64_t t = t0; t < t1; ++t) {
-      const int64_t token = j * n + t;
-      const char* row = attended(c, token) ? reinterpret_cast<const char*>(from + token * c.k_token) : nullptr;
+      const char* row = there(t) ? reinterpret_cast<const char*>(from + t * keys.k_token) : nullptr;
       for (int64_t w = w0; w < words; ++w) {
         if (row) {
           std::memcpy(to + w * n + t, row + w * sizeof(float), sizeof(float));
@@ -112,13 +124,13 @@ void pack_keys(const Call& c, int64_t g, int64_t j) {
   }
 }
 
-// Copy block j of a value head into (kv_block, d); of bf16, two rows are interleaved. Barred values are zeros.
+// Copy block j of a value head into (block, d); of bf16, two rows are interleaved. Barred values are zeros.
 template <typename T>
-void pack_values(const Call& c, int64_t g, int64_t j) {
-  const int64_t n = c.kv_block, d = c.d;
-  T* to = static_cast<T*>(c.packed_v) + (g * c.nk + j) * n * d;
-  const T* from = static_cast<const T*>(c.v) + g * c.v_head;
-  auto row = [&](int64_t t) { return attended(c, j * n + t) ? from + (j * n + t) * c.v_token : nullptr; };
+void pack_values(const Keys& keys, const uint8_t* exists, int64_t d, int64_t g, int64_t j) {
+  const int64_t n = keys.block;
+  T* to = static_cast<T*>(keys.packed_v) + (g * keys.blocks + j) * n * d;
+  const T* from = static_cast<const T*>(keys.v) + g * keys.v_head + j * n * keys.v_token;
+  auto row = [&](int64_t t) { return attended(j * n + t, keys.length, exists) ? from + t * keys.v_token : nullptr; };
   if constexpr (Kind<T>::kPairs) {
     for (int64_t t = 0; t < n; t += 2, to += 2 * d) {
       const T *even = row(t), *odd = row(t + 1);
@@ -145,62 +157,65 @@ void pack_values(const Call& c, int64_t g, int64_t j) {
   }
 }
 
-struct Buffers {
-  std::vector<float> logits, acc, top, sum;
-  std::vector<char> weights, row;
-};
-
-// Mask and bias of the columns of one chunk: what is added to the scaled logits. Returns whether anything is.
-bool added(const Call& c, int64_t h, const int32_t* list, int64_t blocks, int64_t width, std::vector<float>& to) {
-  const int64_t n = c.kv_block, cols = blocks * n;
-  bool any = c.bias || c.exists || width > cols;
-  for (int64_t j = 0; j < blocks && !any; ++j) any = (list[j] + int64_t(1)) * n > c.sk;
-  if (!any) return false;
-  to.assign(width, -kInf);
-  for (int64_t j = 0; j < blocks; ++j)
-    for (int64_t t = 0; t < n; ++t)
-      if (const int64_t token = list[j] * n + t; attended(c, token))
-        to[j * n + t] = c.bias ? c.bias[h * c.bias_head + token] : 0.f;
-  return true;
-}
-
+// The softmax of one query block, as far as it has come: rows of the accumulator are padded.
 template <typename T>
-void tile(const Call& c, int64_t h, int64_t u, Buffers& b, std::vector<float>& extra) {
-  const int64_t m = std::min(c.q_block, c.sq - u * c.q_block), d = c.d, n = c.kv_block, wide = padded(d);
-  const int64_t g = h / (c.heads / c.groups), count = c.count[h * c.count_head + u];
-  const int32_t* list = c.index + h * c.index_head + u * c.index_row;
-  const T* q = static_cast<const T*>(c.q) + h * c.q_head + u * c.q_block * c.q_token;
-  const T* keys = static_cast<const T*>(c.packed_k) + g * c.nk * n * d;
-  const T* values = static_cast<const T*>(c.packed_v) + g * c.nk * n * d;
-  float *logits = b.logits.data(), *acc = b.acc.data(), *top = b.top.data(), *sum = b.sum.data();
-  T* weights = reinterpret_cast<T*>(b.weights.data());
-  std::fill_n(top, m, -kInf);
-  std::fill_n(sum, m, 0.f);
-  if (!count) std::fill_n(acc, m * wide, 0.f);
-  const Vec scale(c.scale);
-  for (int64_t first = 0; first < count; first += c.at_once) {
-    const int64_t blocks = std::min(c.at_once, count - first), cols = blocks * n, width = padded(cols);
+struct Tile {
+  const Call& c;
+  const T* q = nullptr;
+  int64_t rows = 0;
+  bool started = false;
+  std::vector<float> logits, acc, top, sum, extra;
+  std::vector<T> weights, row;
+  std::vector<uint8_t> taken;  // key blocks whose pooled keys do not count
+
+  explicit Tile(const Call& call) : c(call) {
+    const int64_t width = padded(std::max(c.at_once * c.keys.block, c.pooled.block)), wide = padded(c.d);
+    logits.resize(c.q_block * width);
+    weights.resize(c.q_block * width);
+    extra.resize(width);
+    acc.resize(c.q_block * wide);
+    row.resize(wide);
+    top.resize(c.q_block);
+    sum.resize(c.q_block);
+    taken.resize(c.keys.blocks);
+  }
+
+  void begin(int64_t h, int64_t u) {
+    rows = std::min(c.q_block, c.sq - u * c.q_block);
+    q = static_cast<const T*>(c.q) + h * c.q_head + u * c.q_block * c.q_token;
+    started = false;
+    std::fill_n(top.data(), rows, -kInf);
+    std::fill_n(sum.data(), rows, 0.f);
+    std::fill_n(acc.data(), rows * padded(c.d), 0.f);
+  }
+
+  // Take in some blocks of a key head. `extra` is added to the scaled logits of the columns, where `altered`.
+  template <typename Block>
+  void absorb(const Keys& keys, int64_t g, int64_t blocks, Block block, bool altered) {
+    const int64_t n = keys.block, d = c.d, wide = padded(d), cols = blocks * n, width = padded(cols);
+    const T* k = static_cast<const T*>(keys.packed_k) + g * keys.blocks * n * d;
+    const T* v = static_cast<const T*>(keys.packed_v) + g * keys.blocks * n * d;
+    const Vec scale(c.scale);
     for (int64_t j = 0; j < blocks; ++j)
-      product<T>(m, n, d, c.q_token, n, width, false, q, keys + list[first + j] * n * d, logits + j * n);
-    const bool altered = added(c, h, list + first, blocks, width, extra);
-    for (int64_t r = 0; r < m; ++r) {
-      float* row = logits + r * width;
+      product<T>(rows, n, d, c.q_token, n, width, false, q, k + block(j) * n * d, logits.data() + j * n);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = logits.data() + r * width;
       Vec high0(-kInf), high1(-kInf);
       if (altered) {
-        for (int64_t x = cols; x < width; ++x) row[x] = 0.f;
+        std::fill(s + cols, s + width, 0.f);
         for (int64_t x = 0; x < width; x += kStep) {
           const float* more = extra.data() + x;
-          const Vec a = at::vec::fmadd(Vec::loadu(row + x), scale, Vec::loadu(more));
-          const Vec z = at::vec::fmadd(Vec::loadu(row + x + Vec::size()), scale, Vec::loadu(more + Vec::size()));
-          a.store(row + x);
-          z.store(row + x + Vec::size());
+          const Vec a = at::vec::fmadd(Vec::loadu(s + x), scale, Vec::loadu(more));
+          const Vec z = at::vec::fmadd(Vec::loadu(s + x + Vec::size()), scale, Vec::loadu(more + Vec::size()));
+          a.store(s + x);
+          z.store(s + x + Vec::size());
           high0 = at::vec::maximum(high0, a);
           high1 = at::vec::maximum(high1, z);
         }
       } else {
         for (int64_t x = 0; x < width; x += kStep) {
-          high0 = at::vec::maximum(high0, Vec::loadu(row + x) * scale);
-          high1 = at::vec::maximum(high1, Vec::loadu(row + x + Vec::size()) * scale);
+          high0 = at::vec::maximum(high0, Vec::loadu(s + x) * scale);
+          high1 = at::vec::maximum(high1, Vec::loadu(s + x + Vec::size()) * scale);
         }
       }
       const float found = at::vec::vec_reduce_all<float>(
@@ -210,58 +225,101 @@ void tile(const Call& c, int64_t h, int64_t u, Buffers& b, std::vector<float>& e
       const Vec factor = altered ? Vec(1.f) : scale, shift(base);
       Vec sum0(0.f), sum1(0.f);
       for (int64_t x = 0; x < width; x += kStep) {
-        const Vec a = Kind<T>::exp(at::vec::fmsub(Vec::loadu(row + x), factor, shift));
-        const Vec z = Kind<T>::exp(at::vec::fmsub(Vec::loadu(row + x + Vec::size()), factor, shift));
+        const Vec a = Kind<T>::exp(at::vec::fmsub(Vec::loadu(s + x), factor, shift));
+        const Vec z = Kind<T>::exp(at::vec::fmsub(Vec::loadu(s + x + Vec::size()), factor, shift));
         sum0 = sum0 + a;
         sum1 = sum1 + z;
-        Kind<T>::store(weights + r * width + x, a, z);
+        Kind<T>::store(weights.data() + r * width + x, a, z);
       }
       const float part = at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, sum0 + sum1);
-      if (first) {
+      if (started) {
         const float keep = std::exp(before - base);
         sum[r] = sum[r] * keep + part;
         if (keep != 1.f)
-          for (int64_t x = 0; x < wide; x += Vec::size())
-            (Vec::loadu(acc + r * wide + x) * Vec(keep)).store(acc + r * wide + x);
+          for (float *x = acc.data() + r * wide, *end = x + wide; x < end; x += Vec::size())
+            (Vec::loadu(x) * Vec(keep)).store(x);
       } else {
         sum[r] = part;
       }
       top[r] = now;
     }
+    for (int64_t j = 0; j < blocks; ++j, started = true)
+      product<T>(rows, d, n, width, d, wide, started, weights.data() + j * n, v + block(j) * n * d, acc.data());
+  }
+
+  // What is added to the logits of some blocks of keys, for mask, bias and ends. Returns whether anything is.
+  bool add_to_keys(int64_t h, const int32_t* list, int64_t blocks) {
+    const int64_t n = c.keys.block, cols = blocks * n;
+    bool any = c.bias || c.exists || padded(cols) > cols;
+    for (int64_t j = 0; j < blocks && !any; ++j) any = (list[j] + int64_t(1)) * n > c.keys.length;
+    if (!any) return false;
+    std::fill(extra.begin(), extra.end(), -kInf);
     for (int64_t j = 0; j < blocks; ++j)
-      product<T>(m, d, n, width, d, wide, first + j > 0, weights + j * n, values + list[first + j] * n * d, acc);
+      for (int64_t t = 0; t < n; ++t)
+        if (const int64_t token = list[j] * n + t; attended(token, c.keys.length, c.exists))
+          extra[j * n + t] = c.bias ? c.bias[h * c.bias_head + token] : 0.f;
+    return true;
   }
-  T* row = reinterpret_cast<T*>(b.row.data());
-  T* out = static_cast<T*>(c.out) + h * c.out_head + u * c.q_block * c.out_token;
-  for (int64_t r = 0; r < m; ++r) {
-    const Vec share(sum[r] == 0.f ? 0.f : 1.f / sum[r]);
-    for (int64_t x = 0; x < wide; x += kStep)
-      Kind<T>::store(row + x, Vec::loadu(acc + r * wide + x) * share, Vec::loadu(acc + r * wide + x + Vec::size()) * share);
-    std::memcpy(out + r * c.out_token, row, d * sizeof(T));
-    c.lse[h * c.sq + u * c.q_block + r] = std::log(sum[r]) + top[r];
+
+  // The same for block j of the pooled keys: their weights, and nothing of blocks that are attended to or left out.
+  void add_to_pooled(int64_t h, int64_t j) {
+    const int64_t n = c.pooled.block, end = std::min(n, c.pooled.length - j * n);
+    std::fill(extra.begin(), extra.end(), -kInf);
+    for (int64_t t = 0; t < end; ++t)
+      if (!taken[(j * n + t) / c.pooled_per_block]) extra[t] = c.weight[h * c.weight_head + j * n + t];
   }
-}
+
+  void run(int64_t h, int64_t u) {
+    const int64_t g = h / (c.heads / c.groups), count = c.count[h * c.count_head + u];
+    const int32_t* list = c.index + h * c.index_head + u * c.index_row;
+    begin(h, u);
+    for (int64_t first = 0; first < count; first += c.at_once) {
+      const int64_t blocks = std::min(c.at_once, count - first);
+      const bool altered = add_to_keys(h, list + first, blocks);
+      absorb(c.keys, g, blocks, [&](int64_t j) { return int64_t(list[first + j]); }, altered);
+    }
+    if (c.pooled.blocks) {
+      const uint8_t* out = c.left_out ? c.left_out + h * c.left_out_head + u * c.keys.blocks : nullptr;
+      for (int64_t j = 0; j < c.keys.blocks; ++j) taken[j] = out ? out[j] : 0;
+      for (int64_t j = 0; j < count; ++j) taken[list[j]] = 1;
+      for (int64_t j = 0; j < c.pooled.blocks; ++j) {
+        add_to_pooled(h, j);
+        absorb(c.pooled, g, 1, [&](int64_t) { return j; }, true);
+      }
+    }
+    write(h, u);
+  }
+
+  void write(int64_t h, int64_t u) {
+    const int64_t wide = padded(c.d);
+    T* out = static_cast<T*>(c.out) + h * c.out_head + u * c.q_block * c.out_token;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = acc.data() + r * wide;
+      const Vec share(sum[r] == 0.f ? 0.f : 1.f / sum[r]);
+      for (int64_t x = 0; x < wide; x += kStep)
+        Kind<T>::store(row.data() + x, Vec::loadu(from + x) * share, Vec::loadu(from + x + Vec::size()) * share);
+      std::memcpy(out + r * c.out_token, row.data(), c.d * sizeof(T));
+      c.lse[h * c.sq + u * c.q_block + r] = std::log(sum[r]) + top[r];
+    }
+  }
+};
 
 template <typename T>
 void pack(const Call& c) {
-  for (int64_t i; (i = c.next->fetch_add(1)) < c.groups * c.nk;) {
-    pack_keys<T>(c, i / c.nk, i % c.nk);
-    pack_values<T>(c, i / c.nk, i % c.nk);
+  const int64_t each = c.keys.blocks + c.pooled.blocks;
+  for (int64_t i; (i = c.next->fetch_add(1)) < c.groups * each;) {
+    const bool own = i % each < c.keys.blocks;
+    const Keys& keys = own ? c.keys : c.pooled;
+    const int64_t g = i / each, j = own ? i % each : i % each - c.keys.blocks;
+    pack_keys<T>(keys, own ? c.exists : nullptr, c.d, g, j);
+    pack_values<T>(keys, own ? c.exists : nullptr, c.d, g, j);
   }
 }
 
 template <typename T>
 void attend(const Call& c) {
-  Buffers b;
-  std::vector<float> extra;
-  const int64_t width = padded(c.at_once * c.kv_block), wide = padded(c.d);
-  b.logits.resize(c.q_block * width);
-  b.weights.resize(c.q_block * width * sizeof(T));
-  b.acc.resize(c.q_block * wide);
-  b.row.resize(wide * sizeof(T));
-  b.top.resize(c.q_block);
-  b.sum.resize(c.q_block);
-  for (int64_t i; (i = c.next->fetch_add(1)) < c.heads * c.nq;) tile<T>(c, i / c.nq, i % c.nq, b, extra);
+  Tile<T> tile(c);
+  for (int64_t i; (i = c.next->fetch_add(1)) < c.heads * c.nq;) tile.run(i / c.nq, i % c.nq);
   at::native::cpublas::brgemm_release(Kind<T>::kPairs);
 }
 

@@ -3,84 +3,156 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from dit_attn.errors import DitAttnError
+from dit_attn.kernels.backends.compose_terms import with_terms_in_place
 from dit_attn.kernels.backends.cpp import library
 from dit_attn.kernels.backends.gather.threads import LARGE, run_shared
-from dit_attn.kernels.backends.gather.workspace import borrow_workspace
+from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspace
 from dit_attn.kernels.problem import NEG_INF, Problem
+from dit_attn.kernels.terms import Compensation, Terms
 
 COLUMNS = 512  # logits of a row at a time: with 128 queries, they and their weights fit a second-level cache
 GROUP = 8 << 20  # bytes of packed keys and values at a time; a longer head is taken alone
-_POINTERS = ("q", "k", "v", "out", "lse", "packed_k", "packed_v", "index", "count", "exists", "bias", "next")
+
+
+class _Keys(ctypes.Structure):
+    """Keys and values in blocks, field by field as in ``block_sparse.cpp``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("k", "v", "packed_k", "packed_v")),
+        *((name, ctypes.c_int64) for name in ("k_token", "k_head", "v_token", "v_head", "length", "block", "blocks")),
+    ]
+
+
+_POINTERS = ("q", "out", "lse", "index", "count", "exists", "bias", "weight", "left_out", "next")
 _NUMBERS = (
-    "q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "out_token", "out_head",
-    "index_head", "index_row", "count_head", "bias_head",
-    "heads", "groups", "sq", "sk", "d", "q_block", "kv_block", "nq", "nk", "at_once",
+    "q_token", "q_head", "out_token", "out_head",
+    "index_head", "index_row", "count_head", "bias_head", "weight_head", "left_out_head",
+    "heads", "groups", "sq", "d", "q_block", "nq", "at_once", "pooled_per_block",
 )  # fmt: skip
 
 
 class _Call(ctypes.Structure):
-    """One batch row, field by field as in ``block_sparse.cpp``."""
+    """One batch row and some of its heads, field by field as in ``block_sparse.cpp``."""
 
     _fields_ = [
+        ("keys", _Keys),
+        ("pooled", _Keys),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_float),
     ]
 
 
-def cpp_attention(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def cpp_with_terms(problem: Problem, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute (o, lse) of a call with optional terms; pooled keys without further terms in the same pass.
+
+    Args:
+        problem: the call, fp32 or bf16, without a low-rank bias or an element mask.
+        terms: its terms, without a bias.
+    """
+    comp = terms.compensation
+    if comp is None or comp.variance is not None or comp.first_order is not None:
+        return with_terms_in_place(problem, terms, cpp_attention)
+    return with_terms_in_place(problem, replace(terms, compensation=None), partial(cpp_attention, pooled=comp))
+
+
+def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute o (B, Sq, H, D) in q's dtype and lse (B, H, Sq) fp32, natural logarithm.
 
     Keys and values are copied, packed, a group of heads at a time.
 
     Args:
         problem: the call, fp32 or bf16, without a low-rank bias or an element mask.
+        pooled: keys that stand for those of skipped blocks, without variance, first-order term and bias.
 
     Raises:
         DitAttnError: memory is short.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
-    layout, ratio = problem.layout, problem.ratio
+    q, layout = _rows(problem.q), problem.layout
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), NEG_INF)
-    index, count = layout.kv_indices.contiguous(), layout.kv_num_blocks.contiguous()
-    mask = None if problem.key_mask is None else problem.key_mask.contiguous()
-    bias = None if problem.key_bias is None else problem.key_bias.float().contiguous()
-    a_head = layout.nk * layout.kv_block * q.shape[-1]
-    step = max(1, GROUP // (2 * a_head * q.itemsize))
-    groups = [(b, g, min(g + step, k.shape[2])) for b in range(len(k)) for g in range(0, k.shape[2], step)]
     counter = torch.zeros(1, dtype=torch.int64)
+    tables = {
+        "index": layout.kv_indices, "count": layout.kv_num_blocks, "bias": problem.key_bias,
+        "weight": None if pooled is None else pooled.log_weight,
+        "left_out": None if pooled is None else pooled.left_out,
+    }  # fmt: skip
+    tables = {name: None if x is None else _plain(x).contiguous() for name, x in tables.items()}
+    mask = None if problem.key_mask is None else problem.key_mask.contiguous()
+    sources = [(_rows(problem.k), _rows(problem.v), layout.kv_block)]
+    if pooled is not None:
+        length = pooled.k.shape[2]
+        block = min(length + length % 2, COLUMNS)
+        k, v = (_rows(x.to(q.dtype).transpose(1, 2)) for x in (pooled.k, pooled.v))
+        sources.append((k, v, block))
     with borrow_workspace() as workspace:
-        for b, g0, g1 in groups:
-            packed = [workspace.get(name, q.dtype, q.device, (g1 - g0) * a_head) for name in ("packed k", "packed v")]
-            heads = slice(g0 * ratio, g1 * ratio)
-            own_index, own_count = (x[b if x.shape[0] > 1 else 0] for x in (index, count))
-            own_bias = None if bias is None else bias[b if bias.shape[0] > 1 else 0]
-            views = {"q": q[b, :, heads], "k": k[b, :, g0:g1], "v": v[b, :, g0:g1], "out": out[b, :, heads]}
+        for b, g0, g1 in _groups(problem):
+            heads = slice(g0 * problem.ratio, g1 * problem.ratio)
+            keys = [
+                _keys(k[b, :, g0:g1], v[b, :, g0:g1], block, name, workspace)
+                for name, (k, v, block) in zip(("packed", "packed pooled"), sources)
+            ]
+            views = {"q": q[b, :, heads], "out": out[b, :, heads]}
+            own = {name: _heads(x, b, heads) for name, x in tables.items()}
+            index = own["index"]
+            assert index is not None
             tensors = {
-                **views, "lse": lse[b, heads], "packed_k": packed[0], "packed_v": packed[1],
-                "index": _heads(own_index, heads), "count": _heads(own_count, heads),
-                "exists": None if mask is None else mask[b], "bias": _heads(own_bias, heads), "next": counter,
-            }  # fmt: skip
-            numbers = {
+                **views,
+                **own,
+                "lse": lse[b, heads],
+                "exists": None if mask is None else mask[b],
+                "next": counter,
+            }
+            call = _Call(
+                **dict(zip(("keys", "pooled"), keys)),
+                **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
                 **{f"{name}_token": x.stride(0) for name, x in views.items()},
                 **{f"{name}_head": x.stride(1) for name, x in views.items()},
-                "index_head": _stride(own_index), "index_row": own_index.stride(1), "count_head": _stride(own_count),
-                "bias_head": _stride(own_bias), "heads": (g1 - g0) * ratio, "groups": g1 - g0,
-                "sq": layout.q_len, "sk": layout.kv_len, "d": q.shape[-1], "q_block": layout.q_block,
-                "kv_block": layout.kv_block, "nq": layout.nq, "nk": layout.nk,
-                "at_once": max(1, COLUMNS // layout.kv_block),
-            }  # fmt: skip
-            pointers = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
-            call = _Call(**pointers, **numbers, scale=problem.scale)
+                **{f"{name}_head": _stride(x) for name, x in own.items()},
+                index_row=index.stride(1), heads=heads.stop - heads.start, groups=g1 - g0, sq=layout.q_len,
+                d=q.shape[-1], q_block=layout.q_block, nq=layout.nq, at_once=max(1, COLUMNS // layout.kv_block),
+                pooled_per_block=1 if pooled is None else layout.kv_block // pooled.tokens, scale=problem.scale,
+            )  # fmt: skip
             for work in ("dit_attn_pack", "dit_attn_attend"):
                 counter.zero_()
                 _run(work, call, library.TYPES[q.dtype], at_once=out[b].numel() > LARGE)
     return out, lse
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, with channels side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """A table as the kernel reads it: fp32, or whole numbers as they are."""
+    return x.float() if x.is_floating_point() else x
+
+
+def _groups(problem: Problem) -> Iterator[tuple[int, int, int]]:
+    """The batch row, the first key head and the last of what is packed at a time."""
+    layout, heads = problem.layout, problem.k.shape[2]
+    a_head = 2 * layout.nk * layout.kv_block * problem.q.shape[-1] * problem.q.itemsize
+    step = max(1, GROUP // a_head)
+    for b in range(len(problem.k)):
+        for g in range(0, heads, step):
+            yield b, g, min(g + step, heads)
+
+
+def _keys(k: torch.Tensor, v: torch.Tensor, block: int, name: str, workspace: Workspace) -> _Keys:
+    """Keys and values (tokens, heads, D) and the memory that they are packed into."""
+    length, heads, dim = k.shape
+    blocks = -(-length // block)
+    to = [workspace.get(f"{name} {each}", k.dtype, k.device, heads * blocks * block * dim) for each in "kv"]
+    pointers = (x.data_ptr() for x in (k, v, *to))
+    return _Keys(*pointers, k.stride(0), k.stride(1), v.stride(0), v.stride(1), length, block, blocks)
 
 
 def _run(work: str, call: _Call, kind: int, at_once: bool) -> None:
@@ -94,9 +166,12 @@ def _run(work: str, call: _Call, kind: int, at_once: bool) -> None:
         raise DitAttnError(f"the C++ kernel could not compute a call: {said}; use backend='gather'")
 
 
-def _heads(x: torch.Tensor | None, heads: slice) -> torch.Tensor | None:
-    """The rows of some heads of a (H|1, ...) tensor."""
-    return x if x is None or x.shape[0] == 1 else x[heads]
+def _heads(x: torch.Tensor | None, b: int, heads: slice) -> torch.Tensor | None:
+    """(heads|1, ...) of a batch row and of some heads of a (B|1, H|1, ...) tensor."""
+    if x is None:
+        return None
+    x = x[b if x.shape[0] > 1 else 0]
+    return x if x.shape[0] == 1 else x[heads]
 
 
 def _stride(x: torch.Tensor | None) -> int:
