@@ -9,18 +9,20 @@ from typing import Any
 
 from dit_attn import models
 from dit_attn.cli.model_source import fingerprint
+from dit_attn.models.rates import interval
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPARISON = ("<!-- comparison: begin -->", "<!-- comparison: end -->")
 BASELINES = ("<!-- baselines: begin -->", "<!-- baselines: end -->")
-RECORDS = ("benchmarks/readers/tiny-image.json", "benchmarks/readers/tiny-video.json")
+RECORDS = ("benchmarks/methods/tiny-image.json", "benchmarks/methods/tiny-video.json")
 MODELS = ("tiny-image", "tiny-video", "tiny-joint")
 OF_MODELS = {  # tables of pages, by the records that they are made of
     "[embedded models](models.md#how-well-they-do)": "models/{}",
     "[guidance](methods/softpag.md#measured), more captions": "guidance/{}_[0-9]*",
     "[guidance](methods/softpag.md#measured), all competitors": "guidance/{}",
     "[block-sparse](methods/block_sparse.md#measured)": "quality/{}",
-    "the sparse methods, above": "readers/{}",
+    "the sparse methods, above": "methods/{}",
+    "[Re-ttention](methods/re_ttention.md#measured), more densities": "readers/{}",
 }
 PAGE = "docs/results.md"
 EARLIER = " †"  # behind what was measured with weights that a model no longer ships with
@@ -56,7 +58,13 @@ def _psnr(row: dict[str, Any]) -> str:
 
 
 def _followed(row: dict[str, Any]) -> str:
-    return _interval(row["verifier"]["whole"], 100.0, 0)
+    return _interval(_rate(row), 100.0, 0)
+
+
+def _rate(row: dict[str, Any]) -> dict[str, Any]:
+    """How often the prompt is followed, with Wilson's interval: resampling knows none where all are."""
+    found = row["verifier"]["whole"]
+    return {**found, "ci95": interval(round(found["value"] * found["n"]), found["n"])}
 
 
 def _interval(estimate: dict[str, Any], factor: float, digits: int) -> str:
@@ -82,7 +90,7 @@ def dense(pattern: str) -> dict[str, Any] | None:
         if "whole_caption" in data:
             found = data["whole_caption"]
             return {"value": found["accuracy"], "ci95": found["ci95"], "n": found["of"], "earlier": False}
-        found = next(row["verifier"]["whole"] for row in data["headline"] if row["label"] == "dense")
+        found = next(_rate(row) for row in data["headline"] if row["label"] == "dense")
         return {**found, "earlier": data["model"]["fingerprint"] != shipped(data["model"]["model"])}
     return None
 
