@@ -3,7 +3,8 @@
 For query i of query block u and key block j, with softmax weights ``p_it`` and output ``o_i``, the mass is
 ``m_uj = sum_i sum_(t in j) p_it``. Leaving j out, or letting pooled keys c of it stand for its keys, with the weights
 ``w_ic`` that they would have, changes the output to first order by ``r_ij = sum_t p_it (v_t - o_i) - sum_c w_ic (v_c -
-o_i)``. The error is ``E_uj = sum_i |r_ij|^2``. Plain torch, some query blocks and key heads at a time.
+o_i)``. The error is ``E_uj = sum_i |r_ij|^2``. Plain torch, some query blocks and key heads at a time, or the C++
+kernel where calls go to it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from dit_attn.errors import unknown
+from dit_attn.kernels.backends.cpp.forward import cpp_block_stats
+from dit_attn.kernels.backends.gather.preference import CPP
 from dit_attn.kernels.device import full_precision
-from dit_attn.kernels.layouts.block_layout import ceil_div
-from dit_attn.kernels.problem import NEG_INF
+from dit_attn.kernels.functional import choose_backend
+from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div
+from dit_attn.kernels.problem import NEG_INF, Problem
 from dit_attn.kernels.selection.select import check_pair
 from dit_attn.kernels.terms import Compensation, pooled_compensation
 
@@ -81,6 +85,10 @@ def attention_with_block_stats(
     if statistic == "error" and pooled is not None:
         stand_ins = pooled_compensation(k.to(wide), v.to(wide), pooled, key_mask=key_mask)
     batch, q_len, heads, _ = q.shape
+    layout = BlockLayout.dense(q_len, k.shape[1], q_block, kv_block, q.device)
+    if choose_backend(q, layout, v=v, return_lse=True).backend == CPP:
+        problem = Problem(q, k, v, layout, factor, key_mask if key_bias is None else None, key_bias)
+        return BlockStats(*cpp_block_stats(problem, statistic, stand_ins))
     found = BlockStats(
         q.new_empty(batch, q_len, heads, v.shape[-1]),
         q.new_empty(batch, heads, q_len, dtype=wide),

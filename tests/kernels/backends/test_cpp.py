@@ -14,6 +14,8 @@ from dit_attn.cli import main
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels import (
     BlockLayout,
+    Choice,
+    block_stats,
     build_cpp,
     choose_backend,
     inward_window,
@@ -22,6 +24,7 @@ from dit_attn.kernels import (
     sparse_attention,
 )
 from dit_attn.kernels.backends.cpp import forward, library
+from dit_attn.kernels.block_stats import attention_with_block_stats
 from dit_attn.kernels.cost import Cost, CostTable, lookup
 from dit_attn.kernels.cost.store import VARIABLE, save_table
 from dit_attn.kernels.functional import contending_backends
@@ -125,6 +128,34 @@ def test_chunks_groups_threads_and_strides_do_not_change_it(
         torch.testing.assert_close(lse.double(), expected[1], rtol=1e-5, atol=1e-5)
     again = sparse_attention(q, k, v, layout, return_lse=True, backend="cpp")
     assert torch.equal(again[0], results[1][0]) and torch.equal(again[1], results[1][1])  # whoever takes which tile
+
+
+@needs_cpp
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("statistic, pooled", [("mass", None), ("error", None), ("error", 4), ("error", 8)])
+@pytest.mark.parametrize("biased", (False, True))
+def test_statistics_of_blocks_are_those_of_plain_torch(
+    dtype: torch.dtype, statistic: str, pooled: int | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged, masked, grouped heads; a sample without any key, several blocks of pooled keys, groups of one head."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 37, 4, 24, generator=rng).to(dtype)
+    k, v = (torch.randn(3, 45, 2, 24, generator=rng).to(dtype) for _ in range(2))
+    mask = torch.rand(3, 45, generator=rng) < 0.8
+    mask[1, 8:16], mask[2] = False, False
+    bias = torch.randn(1, 4, 45, generator=rng).masked_fill(~mask[:, None], -torch.inf) if biased else None
+    given: dict[str, Any] = {"q_block": 8, "kv_block": 8, "statistic": statistic, "pooled": pooled}
+    given |= {"key_mask": mask, "key_bias": bias}
+    expected = attention_with_block_stats(q.double(), k.double(), v.double(), **given)
+    for name, value in (("COLUMNS", 4), ("GROUP", 1)):
+        monkeypatch.setattr(forward, name, value)
+    monkeypatch.setattr(block_stats, "choose_backend", lambda *args, **kwargs: Choice("cpp", {}))
+    found = attention_with_block_stats(q, k, v, **given)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(found.out.double(), expected.out, **tolerance)
+    torch.testing.assert_close(found.lse.double(), expected.lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.blocks.double(), expected.blocks, **tolerance)
 
 
 @needs_cpp

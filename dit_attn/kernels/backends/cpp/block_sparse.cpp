@@ -51,10 +51,13 @@ struct Call {
   const float* bias;       // (heads, length), natural logarithm; null for none
   const float* weight;     // (heads, pooled length), natural logarithm of the keys that a pooled one stands for
   const uint8_t* left_out; // (heads, nq, blocks), skipped blocks without pooled keys; null for none
+  const float* stand_in;   // (groups, pooled length, padded d), values of the pooled keys; of statistics alone
+  float* stats;            // (heads, nq, blocks), where statistics of the blocks are wanted; null for none
   std::atomic<int64_t>* next;
   int64_t q_token, q_head, out_token, out_head;
-  int64_t index_head, index_row, count_head, bias_head, weight_head, left_out_head;
+  int64_t index_head, index_row, count_head, bias_head, weight_head, left_out_head, stand_in_head, stand_in_token;
   int64_t heads, groups, sq, d, q_block, nq, at_once, pooled_per_block;
+  int64_t errors;  // whether the statistics are errors, else masses; pooled keys stand in for a block then, no more
   float scale;
 };
 
@@ -164,7 +167,7 @@ struct Tile {
   const T* q = nullptr;
   int64_t rows = 0;
   bool started = false;
-  std::vector<float> logits, acc, top, sum, extra;
+  std::vector<float> logits, acc, top, sum, extra, part, stand;
   std::vector<T> weights, row;
   std::vector<uint8_t> taken;  // key blocks whose pooled keys do not count
 
@@ -178,6 +181,10 @@ struct Tile {
     top.resize(c.q_block);
     sum.resize(c.q_block);
     taken.resize(c.keys.blocks);
+    if (c.stats) {
+      part.resize(c.q_block * wide);
+      stand.resize(c.q_block * c.pooled.blocks * c.pooled.block);
+    }
   }
 
   void begin(int64_t h, int64_t u) {
@@ -278,7 +285,7 @@ struct Tile {
       const bool altered = add_to_keys(h, list + first, blocks);
       absorb(c.keys, g, blocks, [&](int64_t j) { return int64_t(list[first + j]); }, altered);
     }
-    if (c.pooled.blocks) {
+    if (c.pooled.blocks && !c.stats) {
       const uint8_t* out = c.left_out ? c.left_out + h * c.left_out_head + u * c.keys.blocks : nullptr;
       for (int64_t j = 0; j < c.keys.blocks; ++j) taken[j] = out ? out[j] : 0;
       for (int64_t j = 0; j < count; ++j) taken[list[j]] = 1;
@@ -288,6 +295,85 @@ struct Tile {
       }
     }
     write(h, u);
+    if (c.stats) measure(h, u, g);
+  }
+
+  // The softmax weights of one block for all rows, by the log-sum-exp that the rows have now, and their sums.
+  template <typename Store>
+  void weigh(const T* k, int64_t n, bool altered, const float* lse, float* sums, Store store) {
+    const int64_t width = padded(n);
+    product<T>(rows, n, c.d, c.q_token, n, width, false, q, k, logits.data());
+    const Vec scale(c.scale), none(0.f);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* s = logits.data() + r * width;
+      std::fill(s + n, s + width, 0.f);
+      const Vec shift(lse[r] == -kInf ? 0.f : lse[r]);
+      Vec total(0.f);
+      for (int64_t x = 0; x < width; x += kStep) {
+        Vec w[2];
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t at = x + i * Vec::size();
+          const Vec more = altered ? Vec::loadu(extra.data() + at) : none;
+          w[i] = Kind<T>::exp(at::vec::fmadd(Vec::loadu(s + at), scale, more) - shift);
+          total = total + w[i];
+        }
+        store(r, x, w[0], w[1]);
+      }
+      if (sums) sums[r] = at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, total);
+    }
+  }
+
+  // What every key block contributes to these rows: its mass, or the squared error of leaving it to its stand-ins.
+  void measure(int64_t h, int64_t u, int64_t g) {
+    const int64_t n = c.keys.block, d = c.d, wide = padded(d), width = padded(n), all = c.pooled.blocks * c.pooled.block;
+    float *mass = sum.data(), *lse = c.lse + h * c.sq + u * c.q_block;
+    for (int64_t r = 0; r < rows; ++r)
+      for (float *x = acc.data() + r * wide, *end = x + wide; x < end; ++x) *x *= sum[r] == 0.f ? 0.f : 1.f / sum[r];
+    for (int64_t j = 0; j < c.pooled.blocks; ++j) {
+      const int64_t block = c.pooled.block;
+      std::fill(taken.begin(), taken.end(), 0);
+      add_to_pooled(h, j);
+      const T* k = static_cast<const T*>(c.pooled.packed_k) + (g * c.pooled.blocks + j) * block * d;
+      weigh(k, block, true, lse, nullptr, [&](int64_t r, int64_t x, Vec a, Vec z) {
+        float w[kStep];
+        a.store(w);
+        z.store(w + Vec::size());
+        std::copy_n(w, std::min(kStep, block - x), stand.data() + r * all + j * block + x);
+      });
+    }
+    for (int64_t j = 0; j < c.keys.blocks; ++j) {
+      const int32_t block = j;
+      const T* k = static_cast<const T*>(c.keys.packed_k) + (g * c.keys.blocks + j) * n * d;
+      const T* v = static_cast<const T*>(c.keys.packed_v) + (g * c.keys.blocks + j) * n * d;
+      const bool altered = add_to_keys(h, &block, 1);
+      weigh(k, n, altered, lse, mass, [&](int64_t r, int64_t x, Vec a, Vec z) {
+        Kind<T>::store(weights.data() + r * width + x, a, z);
+      });
+      float* to = c.stats + (h * c.nq + u) * c.keys.blocks + j;
+      double total = 0;
+      if (!c.errors) {
+        for (int64_t r = 0; r < rows; ++r) total += lse[r] == -kInf ? 0.f : mass[r];
+        *to = total;
+        continue;
+      }
+      product<T>(rows, d, n, width, d, wide, false, weights.data(), v, part.data());
+      const int64_t low = j * c.pooled_per_block, high = std::min(low + c.pooled_per_block, c.pooled.length);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (lse[r] == -kInf) continue;
+        const float* own = stand.data() + r * all;
+        float left = mass[r];
+        for (int64_t p = low; p < high; ++p) left -= own[p];
+        Vec square(0.f);
+        for (int64_t x = 0; x < wide; x += Vec::size()) {
+          Vec off = Vec::loadu(part.data() + r * wide + x) - Vec(left) * Vec::loadu(acc.data() + r * wide + x);
+          for (int64_t p = low; p < high; ++p)
+            off = off - Vec(own[p]) * Vec::loadu(c.stand_in + g * c.stand_in_head + p * c.stand_in_token + x);
+          square = at::vec::fmadd(off, off, square);
+        }
+        total += at::vec::vec_reduce_all<float>([](Vec x, Vec y) { return x + y; }, square);
+      }
+      *to = total;
+    }
   }
 
   void write(int64_t h, int64_t u) {

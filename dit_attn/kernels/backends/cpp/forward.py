@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.backends.compose_terms import with_terms_in_place
@@ -18,6 +19,7 @@ from dit_attn.kernels.problem import NEG_INF, Problem
 from dit_attn.kernels.terms import Compensation, Terms
 
 COLUMNS = 512  # logits of a row at a time: with 128 queries, they and their weights fit a second-level cache
+WIDEST = 32  # floats that a loop of the kernel takes at a time, at most
 GROUP = 8 << 20  # bytes of packed keys and values at a time; a longer head is taken alone
 
 
@@ -30,11 +32,12 @@ class _Keys(ctypes.Structure):
     ]
 
 
-_POINTERS = ("q", "out", "lse", "index", "count", "exists", "bias", "weight", "left_out", "next")
+_POINTERS = ("q", "out", "lse", "index", "count", "exists", "bias", "weight", "left_out", "stand_in", "stats", "next")
 _NUMBERS = (
     "q_token", "q_head", "out_token", "out_head",
     "index_head", "index_row", "count_head", "bias_head", "weight_head", "left_out_head",
-    "heads", "groups", "sq", "d", "q_block", "nq", "at_once", "pooled_per_block",
+    "stand_in_head", "stand_in_token",
+    "heads", "groups", "sq", "d", "q_block", "nq", "at_once", "pooled_per_block", "errors",
 )  # fmt: skip
 
 
@@ -63,6 +66,24 @@ def cpp_with_terms(problem: Problem, terms: Terms) -> tuple[torch.Tensor, torch.
     return with_terms_in_place(problem, replace(terms, compensation=None), partial(cpp_attention, pooled=comp))
 
 
+def cpp_block_stats(
+    problem: Problem, statistic: str, pooled: Compensation | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute o and lse of a call, and what every block contributes (B, H, nq, nk), in a second pass over the keys.
+
+    Args:
+        problem: a call over all blocks, as :func:`cpp_attention` takes it.
+        statistic: ``mass`` or ``error``.
+        pooled: keys that stand in for a block; its error is then that of leaving it to them.
+
+    Raises:
+        DitAttnError: memory is short.
+    """
+    layout, (batch, _, heads, _) = problem.layout, problem.q.shape
+    stats = torch.empty(batch, heads, layout.nq, layout.nk)
+    return (*_computed(problem, pooled if statistic == "error" else None, stats, statistic), stats)
+
+
 def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute o (B, Sq, H, D) in q's dtype and lse (B, H, Sq) fp32, natural logarithm.
 
@@ -75,6 +96,12 @@ def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple
     Raises:
         DitAttnError: memory is short.
     """
+    return _computed(problem, pooled)
+
+
+def _computed(
+    problem: Problem, pooled: Compensation | None, stats: torch.Tensor | None = None, statistic: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
     q, layout = _rows(problem.q), problem.layout
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), NEG_INF)
@@ -86,6 +113,9 @@ def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple
     }  # fmt: skip
     tables = {name: None if x is None else _plain(x).contiguous() for name, x in tables.items()}
     mask = None if problem.key_mask is None else problem.key_mask.contiguous()
+    stand_in = None
+    if stats is not None and pooled is not None:  # rows as long as the widest vectors take them
+        stand_in = F.pad(pooled.v.float(), (0, -pooled.v.shape[-1] % WIDEST)).contiguous()
     sources = [(_rows(problem.k), _rows(problem.v), layout.kv_block)]
     if pooled is not None:
         length = pooled.k.shape[2]
@@ -103,13 +133,11 @@ def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple
             own = {name: _heads(x, b, heads) for name, x in tables.items()}
             index = own["index"]
             assert index is not None
+            values = None if stand_in is None else stand_in[b, g0:g1]
             tensors = {
-                **views,
-                **own,
-                "lse": lse[b, heads],
-                "exists": None if mask is None else mask[b],
-                "next": counter,
-            }
+                **views, **own, "lse": lse[b, heads], "exists": None if mask is None else mask[b],
+                "stand_in": values, "stats": None if stats is None else stats[b, heads], "next": counter,
+            }  # fmt: skip
             call = _Call(
                 **dict(zip(("keys", "pooled"), keys)),
                 **{name: None if x is None else x.data_ptr() for name, x in tensors.items()},
@@ -119,6 +147,8 @@ def cpp_attention(problem: Problem, pooled: Compensation | None = None) -> tuple
                 index_row=index.stride(1), heads=heads.stop - heads.start, groups=g1 - g0, sq=layout.q_len,
                 d=q.shape[-1], q_block=layout.q_block, nq=layout.nq, at_once=max(1, COLUMNS // layout.kv_block),
                 pooled_per_block=1 if pooled is None else layout.kv_block // pooled.tokens, scale=problem.scale,
+                stand_in_head=0 if values is None else values.stride(0), errors=statistic == "error",
+                stand_in_token=0 if values is None else values.stride(1),
             )  # fmt: skip
             for work in ("dit_attn_pack", "dit_attn_attend"):
                 counter.zero_()
