@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests._support.page_tables import ROOT, PageTable, markdown
+
 PIECES = (1, 2, 3, 4)
 OBJECTS = {"present": "present", "color": "color", "other's color": "leak", "shape": "shape"}
 PICTURES = {"background": "background", "prompt followed": "whole"}
@@ -42,50 +42,29 @@ SCALED = {
 
 
 @dataclass(frozen=True)
-class SubjectTable:
+class SubjectTable(PageTable):
     """One table of a page.
 
     Attributes:
-        page: file of the page under docs/.
-        name: in the marks around the table.
         head: title of the labels.
         rows: arm by label.
         columns: (record, figure) by title; a figure is what the verifier counts, ``mended`` (and broken, with
             McNemar's p) or ``counted`` (its rate with both) of such a figure, ``factor`` or ``quality``.
     """
 
-    page: str
-    name: str
     head: str
     rows: dict[str, str]
     columns: dict[str, tuple[str, str]]
 
-    @property
-    def marks(self) -> tuple[str, str]:
-        """What stands before and after the table."""
-        return f"<!-- {self.name}: begin -->", f"<!-- {self.name}: end -->"
-
     def text(self) -> str:
         """Return the table in Markdown; arms that no record has are left out."""
         records = {record for record, _ in self.columns.values()}
-        lines = [[self.head, *self.columns], ["---"] * (len(self.columns) + 1)]
-        for label, arm in self.rows.items():
-            if any(arm in arms_of(record) for record in records):
-                lines.append([label, *(_cell(record, arm, what) for record, what in self.columns.values())])
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def current(self) -> str:
-        """Return the table that the page shows now."""
-        text = (ROOT / "docs" / self.page).read_text()
-        begin, end = self.marks
-        return text[text.index(begin) + len(begin) : text.index(end)].strip()
-
-    def write(self) -> None:
-        """Put the table into the page."""
-        path, (begin, end) = ROOT / "docs" / self.page, self.marks
-        text = path.read_text()
-        start, stop = text.index(begin) + len(begin), text.index(end)
-        path.write_text(f"{text[:start]}\n{self.text()}\n{text[stop:]}")
+        lines = [
+            [label, *(_cell(record, arm, what) for record, what in self.columns.values())]
+            for label, arm in self.rows.items()
+            if any(arm in arms_of(record) for record in records)
+        ]
+        return markdown([self.head, *self.columns], lines)
 
 
 @cache
