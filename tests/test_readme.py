@@ -60,7 +60,7 @@ RECOMMENDED = {
     "rectified-spaattn": IMAGES["rectified-spaattn:density=0.25"],
     "block-sparse": IMAGES["block-sparse:density=0.25"],
 }
-MEASURED = "rectified-spaattn:density=0.25,selector=measured,spread=head,fine=0.1"
+MEASURED = "rectified-spaattn:density=0.25,selector=measured,spread=head"
 
 
 @pytest.mark.parametrize("slug", RECOMMENDED)

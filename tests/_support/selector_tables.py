@@ -1,4 +1,7 @@
-"""The tables of selectors, made from the records: ``python -m tests._support.selector_tables`` writes them."""
+"""The tables of selectors and of error control, made from the records.
+
+``python -m tests._support.selector_tables`` writes them.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class SelectorTable(PageTable):
 
     def text(self) -> str:
         """Return the table in Markdown; costs below the cheapest way of a family are left empty."""
-        data = record_of(self.record)
+        data = record_of(f"operators/{self.record}")
         errors = {name: data["equal_cost"][name] for name in ("l2", "shift", "lse")}
         rows = []
         for family, title in FAMILIES.items():
@@ -64,10 +67,39 @@ class SelectorTable(PageTable):
         return markdown(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
 
+@dataclass(frozen=True)
+class ControlTable(PageTable):
+    """Densities that follow the error next to fixed ones with dense steps, by number of steps and density.
+
+    Attributes:
+        record: under benchmarks.
+    """
+
+    record: str
+
+    def text(self) -> str:
+        """Return the table in Markdown."""
+        rows = {(row["arm"], row["steps"]): row for row in record_of(self.record)["rows"]}
+        lines = []
+        for (arm, steps), row in rows.items():
+            if not arm.startswith("controlled "):
+                continue
+            density = arm.removeprefix("controlled ")
+            fixed, plain = (rows[f"{name} {density}", steps] for name in ("dense steps", "fixed"))
+            shares = (f"{each['share']['value']:.2f}" for each in (plain, fixed, row))
+            decibels = (f"{each['psnr']['value']:.1f}" for each in (plain, fixed, row))
+            change = row["psnr - dense steps"]
+            low, high = change["ci95"]
+            cells = [f"{a}, {b} dB" for a, b in zip(shares, decibels)]
+            lines.append([str(steps), density, *cells, f"{change['value']:+.1f} [{low:+.1f}, {high:+.1f}]"])
+        head = ["steps", "density", "no dense steps: share, PSNR", "the preset's dense steps", "`target_error`"]
+        return markdown([*head, "dB to the preset's dense steps"], lines)
+
+
 @cache
 def record_of(name: str) -> dict[str, Any]:
-    """Return a record of benchmarks/operators."""
-    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/operators/{name}.json").read_text())
+    """Return a record of benchmarks."""
+    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/{name}.json").read_text())
     return found
 
 
@@ -84,7 +116,12 @@ def _short(figure: dict[str, Any] | None) -> str:
     return "" if figure is None else f"{figure['value']:.3f}"
 
 
-TABLES = tuple(SelectorTable("methods/selectors.md", name, name) for name in ("selectors_tiny-video",))
+SOURCES = ("selectors_tiny-video",)
+CONTROLLED = ("tiny-image",)
+TABLES: tuple[PageTable, ...] = (
+    *(SelectorTable("methods/selectors.md", name, name) for name in SOURCES),
+    *(ControlTable("methods/selectors.md", f"error_control_{name}", f"error_control/{name}") for name in CONTROLLED),
+)
 
 
 def main() -> None:
