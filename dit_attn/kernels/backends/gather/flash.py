@@ -15,6 +15,7 @@ from dit_attn.kernels.backends.gather.workspace import borrow_workspace
 from dit_attn.kernels.device import chunk_sizes, lse_dtype
 from dit_attn.kernels.problem import LN2, NEG_INF, Problem
 
+ROOM = 0.9  # of the limit of a head's copy: that kernel packs keys besides
 TILES = 4  # fewest at a time, for the kernel to pack keys and values
 
 
@@ -34,7 +35,7 @@ def gather_flash(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), NEG_INF, dtype=kind.logits, device=q.device)
     large = out.numel() > LARGE
-    split = split_heads(problem, kind, torch.get_num_threads() if large else 1, allow_in_place=True)
+    split = split_heads(problem, kind, torch.get_num_threads() if large else 1, allow_in_place=True, room=ROOM)
 
     def heads(index: int) -> None:
         with borrow_workspace() as workspace:

@@ -72,7 +72,9 @@ class HeadSplit:
     fits: bool
 
 
-def split_heads(problem: Problem, kind: Precision, threads: int = 1, allow_in_place: bool = False) -> HeadSplit:
+def split_heads(
+    problem: Problem, kind: Precision, threads: int = 1, allow_in_place: bool = False, room: float = 1.0
+) -> HeadSplit:
     """Split a call into groups of as many heads as the chunk size allows, at least one for each thread if it has them.
 
     Args:
@@ -80,6 +82,7 @@ def split_heads(problem: Problem, kind: Precision, threads: int = 1, allow_in_pl
         kind: its dtypes.
         threads: how many compute groups side by side.
         allow_in_place: do not copy keys and values where the copy of a head would exceed ``COPY_LIMIT``.
+        room: part of that limit which the caller leaves to copies.
     """
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     tokens = layout.nk * layout.kv_block
@@ -88,7 +91,7 @@ def split_heads(problem: Problem, kind: Precision, threads: int = 1, allow_in_pl
     limit, heads = chunk_sizes(k.device).group, k.shape[2]
     size = max(1, min(heads, limit // max(per_head, queries), k.shape[0] * heads // threads))
     inputs = q.shape[0] * heads * (queries + layout.kv_len * (k.shape[-1] + v.shape[-1]) * k.itemsize)
-    large = problem.on_host and per_head > max(limit, COPY_LIMIT * inputs)
+    large = problem.on_host and per_head > max(limit, room * COPY_LIMIT * inputs)
     key_mask = problem.key_mask
     return HeadSplit(
         ranges=tuple((b, g0, min(g0 + size, heads)) for b in range(k.shape[0]) for g0 in range(0, heads, size)),
