@@ -141,7 +141,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     cases: list[tuple[str, int | None]] = [(name, None) for name in given.model if name in EMBEDDED]
     cases += [(name, tokens) for tokens in sorted(given.tokens) for name in given.model if name in LARGE]
-    rows = []
+    words = ["--model", *given.model, "--tokens", *given.tokens, "--steps", given.steps, "--rounds", given.rounds]
+    words += ["--layers", given.layers, "--heads", given.heads, "--threads", given.threads]
+    table = cost_table("cpu")
+    rows: list[dict[str, Any]] = []
     for name, tokens in cases:
         made = embedded(name, given.steps) if tokens is None else large(
             name, tokens, given.steps, given.layers, given.heads
@@ -151,17 +154,14 @@ def main() -> None:
         verdict = "never slower" if row["never_slower"] else "SLOWER"
         near = "near the best" if row["near_best"] else "NOT near the best"
         print(name, tokens or "", verdict, row["against_dense"], near, row["best"], row["against_best"], flush=True)
-    words = ["--model", *given.model, "--tokens", *given.tokens, "--steps", given.steps, "--rounds", given.rounds]
-    words += ["--layers", given.layers, "--heads", given.heads, "--threads", given.threads]
-    table = cost_table("cpu")
-    record = {
-        "what": "auto next to dense and to every fixed method, in turns; ratios of the same round, medians, 95 %",
-        "environment": environment(),
-        "costs": {"provenance": str(table), **table.to_dict()},
-        "limits": {"never_slower": NOT_SLOWER, "near_best": NEAR_BEST},
-        "rows": rows,
-    }
-    write_record(given.output, f"python -m tests._support.auto_benchmark {' '.join(map(str, words))}", record)
+        record = {
+            "what": "auto next to dense and to every fixed method, in turns; ratios of the same round, medians, 95 %",
+            "environment": environment(),
+            "costs": {"provenance": str(table), **table.to_dict()},
+            "limits": {"never_slower": NOT_SLOWER, "near_best": NEAR_BEST},
+            "rows": rows,
+        }  # after every case, so that nothing is lost where a later one is stopped
+        write_record(given.output, f"python -m tests._support.auto_benchmark {' '.join(map(str, words))}", record)
 
 
 if __name__ == "__main__":
