@@ -94,6 +94,15 @@ def test_measured_masks_are_the_closest_of_what_computes_less() -> None:
     assert f"{100 * share['value']:.0f} % of the attention: {images:.0f} dB on images, {videos:.0f} on videos" in README
 
 
+def test_auto_is_quoted_from_its_records() -> None:
+    names = ("cpu_1_thread", "cpu_amx")
+    rows = [row for name in names for row in json.loads((ROOT / f"benchmarks/auto/{name}.json").read_text())["rows"]]
+    large, small = ([row for row in rows if (row["tokens"] or 1024) // 4000 == many] for many in (1, 0))
+    assert large and max(row["against_dense"]["ci95"][1] for row in large) < 1.0
+    slowest = max(row["against_dense"]["value"] for row in small) - 1
+    assert f"faster on CPUs from 4,096 tokens; at 1,000 up to {100 * slowest:.0f} % slower" in README
+
+
 def test_isolation_is_quoted_from_its_record() -> None:
     arms = json.loads((ROOT / "benchmarks/subjects/tiny-joint_isolation_2.json").read_text())["arms"]
     stock, isolated = (arms[name]["color"] for name in ("stock", "words and regions"))

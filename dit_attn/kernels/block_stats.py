@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from dit_attn.errors import unknown
 from dit_attn.kernels.backends.cpp.forward import cpp_block_stats
-from dit_attn.kernels.backends.gather.preference import CPP
+from dit_attn.kernels.backends.preference import CPP
 from dit_attn.kernels.device import full_precision
 from dit_attn.kernels.functional import choose_backend
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div

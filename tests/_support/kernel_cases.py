@@ -12,6 +12,8 @@ import torch
 
 from dit_attn.kernels import device
 from dit_attn.kernels.backends.gather import head_groups
+from dit_attn.kernels.backends.reference import reference_attention
+from dit_attn.kernels.functional import sparse_attention
 from dit_attn.kernels.layouts import flex_mask, patterns, windows
 from dit_attn.kernels.layouts.block_layout import BlockLayout
 from dit_attn.kernels.layouts.token_order import token_order
@@ -178,3 +180,42 @@ TERMS: dict[str, Callable[[Problem], Terms]] = {
         _epilogue(p, row_scale=1, lse_ref=1, add=1, blend=1).epilogue,
     ),
 }  # fmt: skip
+
+
+def assert_formulas(
+    backend: str, dtype: torch.dtype, dim: int, altered: bool, tolerance: float, lse_tolerance: float
+) -> None:
+    """Hold a backend against fp64 formulas, with key mask and key bias where ``altered``.
+
+    Ragged lengths, grouped heads, different counts, rows without blocks, rows whose keys are all masked, NaN that is.
+    """
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 70, 4, dim, generator=rng).to(dtype)
+    k, v = (torch.randn(2, 90, 2, dim, generator=rng).to(dtype) for _ in range(2))
+    blocks = torch.rand(2, 4, 5, 6, generator=rng) < 0.5
+    blocks[0, 1, 2], blocks[1, :, 0], blocks[1, :, 0, 0] = False, False, True
+    layout = BlockLayout.from_mask(blocks, 70, 90, 16, 16)
+    terms: dict[str, Any] = {"key_mask": None, "key_bias": None}
+    if altered:
+        mask = torch.rand(2, 90, generator=rng) < 0.8
+        mask[1, :16] = False
+        v[1, :16] = torch.nan
+        terms = {"key_mask": mask, "key_bias": torch.randn(2, 4, 90, generator=rng)}
+    out, lse = sparse_attention(q, k, v, layout, return_lse=True, backend=backend, **terms)
+    wide = (x.double().nan_to_num() for x in (q, k, v))
+    good, good_lse = reference_attention(*wide, layout, scale=dim**-0.5, **terms)
+    torch.testing.assert_close(out.double(), good, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), good_lse, rtol=lse_tolerance, atol=lse_tolerance)
+    assert bool((out[0, 32:48, 1] == 0).all()) and bool((lse[0, 1, 32:48] == -torch.inf).all())
+
+
+def assert_gradients_of_gather(backend: str) -> None:
+    """Hold the gradients of a backend against those of ``gather``."""
+    q, k, v = (torch.randn(1, 40, 2, 8, requires_grad=True) for _ in range(3))
+    layout = BlockLayout.from_mask(torch.rand(1, 2, 3, 3) < 0.7, 40, 40, 16, 16)
+    found, expected = (
+        torch.autograd.grad(sparse_attention(q, k, v, layout, backend=name).square().sum(), (q, k, v))  # type: ignore
+        for name in (backend, "gather")
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

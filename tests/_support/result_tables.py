@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from dit_attn import models
 from dit_attn.cli.model_source import fingerprint
 from dit_attn.models.rates import interval
+from tests._support.page_tables import ROOT, markdown
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPARISON = ("<!-- comparison: begin -->", "<!-- comparison: end -->")
 BASELINES = ("<!-- baselines: begin -->", "<!-- baselines: end -->")
 RECORDS = ("benchmarks/methods/tiny-image.json", "benchmarks/methods/tiny-video.json")
@@ -35,13 +34,13 @@ def table() -> str:
     shown = {label: "dense" if label == "dense" else f"`{label}`" for label in found[0]}
     head = ["", "attention computed, % of dense", "images: PSNR to dense, dB", "prompt followed, %"]
     head += ["videos: PSNR to dense, dB", "prompt followed, %"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for label, title in shown.items():
         both = [record.get(label) for record in found]
         shares = ", ".join(f"{100 * row['attention_flops']['value']:.0f}" for row in both if row)
         cells = [cell for row in both for cell in ((_psnr(row), _followed(row)) if row else ("", ""))]
         lines.append([title, shares, *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown(head, lines)
 
 
 def rows() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,10 +74,8 @@ def _interval(estimate: dict[str, Any], factor: float, digits: int) -> str:
 
 def baselines() -> str:
     """Return the Markdown table of the dense rows of every record, by model."""
-    lines = [["table", *(f"`{name}`" for name in MODELS)], ["---"] * 4]
-    for title, pattern in OF_MODELS.items():
-        lines.append([title, *(_baseline(pattern.format(name)) for name in MODELS)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    lines = [[title, *(_baseline(pattern.format(name)) for name in MODELS)] for title, pattern in OF_MODELS.items()]
+    return markdown(["table", *(f"`{name}`" for name in MODELS)], lines)
 
 
 def dense(pattern: str) -> dict[str, Any] | None:

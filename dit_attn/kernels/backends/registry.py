@@ -26,10 +26,10 @@ from dit_attn.kernels.backends.custom_ops import (
 )
 from dit_attn.kernels.backends.gather.flash import has_flash
 from dit_attn.kernels.backends.gather.forward import cpu_has_bf16
-from dit_attn.kernels.backends.gather.preference import ALWAYS, CPP, FLASH, Preference, prefer_cpp, prefer_flash
 from dit_attn.kernels.backends.kitchen import DTYPES as KITCHEN_DTYPES
 from dit_attn.kernels.backends.kitchen import HEAD_DIM as KITCHEN_HEAD_DIM
 from dit_attn.kernels.backends.kitchen import kitchen_attention, unsupported_reason_kitchen
+from dit_attn.kernels.backends.preference import ALWAYS, CPP, FLASH, Preference, prefer_cpp, prefer_flash
 from dit_attn.kernels.backends.reference import reference_attention
 from dit_attn.kernels.device import (
     allows_tf32,

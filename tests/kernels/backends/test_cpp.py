@@ -28,7 +28,7 @@ from dit_attn.kernels.block_stats import attention_with_block_stats
 from dit_attn.kernels.cost import Cost, CostTable, lookup
 from dit_attn.kernels.cost.store import VARIABLE, save_table
 from dit_attn.kernels.functional import contending_backends
-from tests._support.kernel_cases import TERMS, call
+from tests._support.kernel_cases import TERMS, assert_formulas, assert_gradients_of_gather, call
 
 needs_cpp = pytest.mark.skipif(
     library.unsupported_reason_machine() is not None or library._compiler() is None, reason="no C++ kernel can be built"
@@ -64,25 +64,7 @@ def cpp(folder: Path) -> None:
 @pytest.mark.parametrize("altered", (False, True))
 @pytest.mark.parametrize("dim", (16, 18, 72))
 def test_it_agrees_with_the_formulas(dtype: torch.dtype, altered: bool, dim: int) -> None:
-    """Ragged lengths, grouped heads, different counts, rows without blocks and rows whose keys are all masked."""
-    rng = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 70, 4, dim, generator=rng).to(dtype)
-    k, v = (torch.randn(2, 90, 2, dim, generator=rng).to(dtype) for _ in range(2))
-    blocks = torch.rand(2, 4, 5, 6, generator=rng) < 0.5
-    blocks[0, 1, 2], blocks[1, :, 0], blocks[1, :, 0, 0] = False, False, True
-    layout = BlockLayout.from_mask(blocks, 70, 90, 16, 16)
-    terms: dict[str, Any] = {}
-    if altered:
-        mask = torch.rand(2, 90, generator=rng) < 0.8
-        mask[1, :16] = False
-        v[1, :16] = torch.nan  # what is masked is not read
-        terms = {"key_mask": mask, "key_bias": torch.randn(2, 4, 90, generator=rng)}
-    out, lse = sparse_attention(q, k, v, layout, return_lse=True, backend="cpp", **terms)
-    good, good_lse = reference_attention(q.double(), k.double(), v.double().nan_to_num(), layout, scale=dim**-0.5, **{
-        "key_mask": None, "key_bias": None, **terms})  # fmt: skip
-    torch.testing.assert_close(out.double(), good, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    torch.testing.assert_close(lse.double(), good_lse, rtol=1e-5, atol=1e-5)
-    assert bool((out[0, 32:48, 1] == 0).all()) and bool((lse[0, 1, 32:48] == -torch.inf).all())
+    assert_formulas("cpp", dtype, dim, altered, TOLERANCE[dtype], 1e-5)
 
 
 @needs_cpp
@@ -161,15 +143,9 @@ def test_statistics_of_blocks_are_those_of_plain_torch(
 @needs_cpp
 @pytest.mark.usefixtures("cpp")
 def test_gradients_are_those_of_gather_and_compiled_calls_are_one_graph() -> None:
-    q, k, v = (torch.randn(1, 40, 2, 8, requires_grad=True) for _ in range(3))
+    assert_gradients_of_gather("cpp")
+    q, k, v = torch.randn(3, 1, 40, 2, 8).unbind()
     layout = BlockLayout.from_mask(torch.rand(1, 2, 3, 3) < 0.7, 40, 40, 16, 16)
-    found, expected = (
-        torch.autograd.grad(sparse_attention(q, k, v, layout, backend=name).square().sum(), (q, k, v))  # type: ignore
-        for name in ("cpp", "gather")
-    )
-    for a, b in zip(found, expected):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    q, k, v = (x.detach() for x in (q, k, v))
 
     def attend(q: torch.Tensor) -> Any:
         comp = pooled_compensation(k, v, 16)
@@ -275,6 +251,18 @@ def test_what_a_compiler_says_is_one_line(
     monkeypatch.setattr(library, "_compiler", lambda: "g++")
     with pytest.raises(DitAttnError, match=f"set {library.VARIABLE} to a folder to write to"):
         build_cpp()
+
+
+@needs_cpp
+def test_what_another_process_compiled_is_found(cpp: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Although this process had looked before it was there."""
+    with monkeypatch.context() as patch:
+        patch.setenv(library.VARIABLE, str(tmp_path))
+        forget(*CACHES)
+        assert not library.built()
+    assert library.unsupported_reason_here(torch.float32) is not None
+    build_cpp()
+    assert library.unsupported_reason_here(torch.float32) is None
 
 
 @needs_cpp

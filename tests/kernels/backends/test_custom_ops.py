@@ -22,9 +22,9 @@ from dit_attn.kernels import (
     select_blocks,
     sparse_attention,
 )
+from dit_attn.kernels.backends import preference
 from dit_attn.kernels.backends.custom_ops import flat_call, flat_terms, fused_attention_op, sparse_attention_op
 from dit_attn.kernels.backends.gather import forward as gather
-from dit_attn.kernels.backends.gather import preference
 from dit_attn.kernels.layouts.patterns import band, from_segments
 from dit_attn.kernels.layouts.token_order import token_order
 from dit_attn.kernels.layouts.windows import inward_window

@@ -32,7 +32,7 @@ def save(options: Options) -> int:
     status("")
     path = save_table(table)
     if options.get("json"):
-        print(json.dumps({"file": str(path), **table.to_dict()}, indent=1))
+        print(json.dumps({"file": str(path), "note": without, **table.to_dict()}, indent=1))
     else:
         said = "\n".join(filter(None, (without, f"saved in {path}")))
         show(f"{table.machine}: time of sparse attention and selection, dense = 1", _drawn(table), said)

@@ -14,7 +14,7 @@ from dit_attn.cli.commands.bench import costs, plot
 from dit_attn.cli.options import Options
 from dit_attn.cli.table import Table, show
 from dit_attn.kernels import build_cpp
-from dit_attn.kernels.backends.gather.preference import CPP
+from dit_attn.kernels.backends.preference import CPP
 from dit_attn.kernels.benchmark import inputs, measure
 from dit_attn.kernels.benchmark.third_party import THIRD_PARTY
 from dit_attn.models.evaluate import current_commit

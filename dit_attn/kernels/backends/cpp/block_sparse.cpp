@@ -327,8 +327,10 @@ struct Tile {
   void measure(int64_t h, int64_t u, int64_t g) {
     const int64_t n = c.keys.block, d = c.d, wide = padded(d), width = padded(n), all = c.pooled.blocks * c.pooled.block;
     float *mass = sum.data(), *lse = c.lse + h * c.sq + u * c.q_block;
-    for (int64_t r = 0; r < rows; ++r)
-      for (float *x = acc.data() + r * wide, *end = x + wide; x < end; ++x) *x *= sum[r] == 0.f ? 0.f : 1.f / sum[r];
+    for (int64_t r = 0; r < rows; ++r) {
+      const float share = sum[r] == 0.f ? 0.f : 1.f / sum[r];
+      for (float *x = acc.data() + r * wide, *end = x + wide; x < end; ++x) *x *= share;
+    }
     for (int64_t j = 0; j < c.pooled.blocks; ++j) {
       const int64_t block = c.pooled.block;
       std::fill(taken.begin(), taken.end(), 0);

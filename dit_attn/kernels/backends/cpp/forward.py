@@ -162,8 +162,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:
-    """A table as the kernel reads it: fp32, or whole numbers as they are."""
-    return x.float() if x.is_floating_point() else x
+    """A table in the type that the kernel takes: fp32, int32 or bool."""
+    if x.dtype == torch.bool:
+        return x
+    return x.float() if x.is_floating_point() else x.int()
 
 
 def _groups(problem: Problem) -> Iterator[tuple[int, int, int]]:

@@ -45,8 +45,14 @@ def build() -> Path:
     if missing:
         raise DitAttnError(f"cannot compile the C++ kernel: {missing}; leave out the backend 'cpp'")
     path = _path()
-    if path.exists():
-        return path
+    if not path.exists():
+        _make(path)
+    for known in (built, library, _unsupported_reason_type):  # another process may have compiled it
+        known.cache_clear()
+    return path
+
+
+def _make(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
         raise DitAttnError(
@@ -58,9 +64,6 @@ def build() -> Path:
             if not path.exists():
                 with files.atomic_path(path) as temporary:
                     _compile(compiler, temporary)
-    for known in (built, library, _unsupported_reason_type):
-        known.cache_clear()
-    return path
 
 
 @functools.cache
