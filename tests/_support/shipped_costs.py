@@ -9,6 +9,7 @@ from typing import Any
 from dit_attn import files
 from dit_attn.kernels.cost import Cost, CostTable, Machine
 from dit_attn.kernels.cost.store import FORMAT
+from dit_attn.kernels.cost.table import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "dit_attn/kernels/cost/shipped.json"
@@ -31,12 +32,14 @@ def shipped() -> dict[str, Any]:
 def read_record(record: dict[str, Any]) -> tuple[Machine, list[Cost]]:
     """The machine and the costs of a record of ``bench kernels``."""
     place, shape = record["environment"], record["shape"]
-    machine = Machine(record["device"], place["hardware"], place["threads"], place["torch"], 1)
-    return machine, [
-        Cost(shape["dim"], dtype, shape["seq"], row["density"], ratio_of(row), row["backend"])
-        for dtype, rows in record["rows"].items()
-        for row in rows
-    ]
+    machine = Machine(record["device"], place["hardware"], place["threads"], place["torch"], KERNELS)
+    parts = 1e3 * shape["batch"] * shape["heads"]
+
+    def cost(dtype: str, row: dict[str, Any]) -> Cost:
+        head = round(row["dense_median_ms"] / parts, 6)
+        return Cost(shape["dim"], dtype, shape["seq"], row["density"], ratio_of(row), row["backend"], seconds=head)
+
+    return machine, [cost(dtype, row) for dtype, rows in record["rows"].items() for row in rows]
 
 
 def ratio_of(row: dict[str, Any]) -> float:

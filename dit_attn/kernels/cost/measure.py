@@ -101,11 +101,12 @@ def _measured(shape: Shape, dtype: str, device: torch.device, densities: Sequenc
         times = interleaved([*dense.values(), *choose, *sparse], rounds, device, kernel_timed)
     middle = [statistics.median(each) for each in times]
     best, selections = min(middle[: len(dense)]), middle[len(dense) :][: len(densities)]
+    head = float(f"{best / 1e3 / (q.shape[0] * q.shape[2]):.4g}")
     rest = iter(middle[len(dense) + len(densities) :])
     found = {}
     for layout, selection, each in zip(made.layouts, selections, names):
         spent = {name: next(rest) for name in each}
         fastest, *slower = _ranked(spent)
         ratio = float(f"{(selection + spent[fastest]) / best:.4g}")
-        found[layout.density] = Cost(shape.dim, dtype, shape.seq, layout.density, ratio, fastest, tuple(slower))
+        found[layout.density] = Cost(shape.dim, dtype, shape.seq, layout.density, ratio, fastest, tuple(slower), head)
     return list(found.values())

@@ -11,7 +11,7 @@ from dit_attn import files
 from dit_attn.errors import reason
 from dit_attn.kernels.cost.table import CostTable, Machine
 
-FORMAT = 1
+FORMAT = 2
 """Number of the file's format; files with another one are not read."""
 VARIABLE = "DIT_ATTN_COSTS"
 """Environment variable with the path of the file."""

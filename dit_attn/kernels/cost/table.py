@@ -16,7 +16,7 @@ PROVENANCES = {
     "shipped": "shipped, measured on the same hardware",
     "guess": "a careful guess, not measured",
 }
-KERNELS = 1
+KERNELS = 2
 """Generation of the kernels, raised when their speed changes; measurements of another one are not used."""
 Curve = tuple[tuple[float, float], ...]  # (density, ratio), rising in both
 
@@ -31,6 +31,7 @@ class Machine:
         threads: of torch on a CPU, 0 elsewhere.
         torch: version of torch.
         kernels: generation of the kernels that were measured, :data:`KERNELS`.
+        compiled: whether the C++ kernel was among them.
     """
 
     device: str
@@ -38,6 +39,7 @@ class Machine:
     threads: int
     torch: str
     kernels: int
+    compiled: bool = False
 
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
@@ -57,6 +59,7 @@ class Cost:
         backend: kernel of the sparse call; where several were timed, the fastest, or the preferred one if none was
             clearly faster.
         slower: the others that were timed in turns with it, in order; empty where no other was.
+        seconds: of the fastest dense call, for one head of one sample; 0 where unknown.
     """
 
     head_dim: int
@@ -66,6 +69,7 @@ class Cost:
     ratio: float
     backend: str = ""
     slower: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class CostTable:
         costs: the measurements.
         provenance: ``measured`` (here), ``shipped`` or ``guess``.
         note: what else a user should know: the record of shipped figures, the reason for a guess.
+        fixed: seconds that a sparse call of a method takes on top of its ratio, whatever its size.
     """
 
     machine: Machine
     costs: tuple[Cost, ...]
     provenance: str = "measured"
     note: str = ""
+    fixed: float = 0.0
 
     def expected(self, tokens: int, head_dim: int, dtype: torch.dtype | str, density: float) -> float:
         """Return the time of a sparse call, selection included, as a fraction of a dense one.
@@ -101,6 +107,25 @@ class CostTable:
         if self.unknown(tokens, head_dim, dtype) is not None:
             return 1.0
         return max(_at(curves, tokens, density) for curves in _near(_sizes(self.costs, _name(dtype)), head_dim))
+
+    def fixed_part(self, tokens: int, head_dim: int, dtype: torch.dtype | str, heads: int) -> float:
+        """Return ``fixed`` as a fraction of the time of a dense call; 0 where that is unknown.
+
+        The time of a dense call is that of the nearest measured tokens and head size, and grows with the square of the
+        tokens and with the head size.
+
+        Args:
+            tokens: S.
+            head_dim: D.
+            dtype: type of q, k and v.
+            heads: of all samples of the call.
+        """
+        known = [cost for cost in self.costs if cost.seconds and cost.dtype == _name(dtype)]
+        if not known or not self.fixed:
+            return 0.0
+        near = min(known, key=lambda cost: (_apart(cost.tokens, tokens), _apart(cost.head_dim, head_dim)))
+        dense = near.seconds * (tokens / near.tokens) ** 2 * (head_dim / near.head_dim) * heads
+        return self.fixed / dense
 
     def unknown(self, tokens: int, head_dim: int, dtype: torch.dtype | str) -> str | None:
         """Return why no gain is assumed for calls of a shape, or ``None``; arguments as for :meth:`expected`."""
@@ -125,13 +150,14 @@ class CostTable:
 
         def distance(cost: Cost) -> tuple[float, ...]:
             pairs = ((cost.head_dim, head_dim), (cost.tokens, tokens), (cost.density, density))
-            return tuple(abs(math.log(a / b)) for a, b in pairs)
+            return tuple(_apart(a, b) for a, b in pairs)
 
         return min((cost for cost in self.costs if cost.slower and cost.dtype == name), key=distance, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: the machine and the measurements."""
-        return {"machine": asdict(self.machine), "costs": [_row(cost) for cost in self.costs]}
+        costs = [_row(cost) for cost in self.costs]
+        return {"machine": asdict(self.machine), "fixed_seconds": self.fixed, "costs": costs}
 
     @staticmethod
     def from_dict(data: Any, provenance: str = "measured", note: str = "") -> CostTable:
@@ -143,9 +169,10 @@ class CostTable:
         try:
             machine = Machine(**{key: kind(data["machine"][key]) for key, kind in _MACHINE.items()})
             costs = tuple(_cost(row) for row in data["costs"])
+            fixed = _seconds(data["fixed_seconds"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError("a table in it is not as dit-attn writes it") from error
-        return CostTable(machine, costs, provenance, note)
+        return CostTable(machine, costs, provenance, note, fixed)
 
     def __str__(self) -> str:
         note = f"; {self.note}" if self.note else ""
@@ -153,23 +180,34 @@ class CostTable:
         return f"{PROVENANCES[self.provenance]}{where}{note}"
 
 
-_MACHINE = {"device": str, "hardware": str, "threads": int, "torch": str, "kernels": int}
+_MACHINE = {"device": str, "hardware": str, "threads": int, "torch": str, "kernels": int, "compiled": bool}
 
 
 def _row(cost: Cost) -> dict[str, Any]:
     row = asdict(cost)
-    slower = row.pop("slower")
-    return {**row, "slower": list(slower)} if slower else row
+    optional = {"slower": list(row.pop("slower")), "seconds": row.pop("seconds")}
+    return {**row, **{name: value for name, value in optional.items() if value}}
 
 
 def _cost(row: Any) -> Cost:
     found = Cost(
         int(row["head_dim"]), str(row["dtype"]), int(row["tokens"]), float(row["density"]), float(row["ratio"]),
         str(row.get("backend", "")), tuple(map(str, row.get("slower", ()))),
+        _seconds(row.get("seconds", 0.0)),
     )  # fmt: skip
     if not (found.head_dim > 0 < found.tokens and 0.0 < found.density <= 1.0 and 0.0 < found.ratio < math.inf):
         raise ValueError
     return found
+
+
+def _seconds(value: Any) -> float:
+    if not 0.0 <= (found := float(value)) < math.inf:
+        raise ValueError
+    return found
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(math.log(a / b))
 
 
 def _name(dtype: torch.dtype | str) -> str:

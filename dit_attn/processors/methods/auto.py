@@ -184,9 +184,10 @@ class AutoReport:
 
     def found_slow(self, shape: RunShape, ratio: float | None) -> None:
         """Note that sparse calls were slower than dense ones."""
-        line = f"measured: a sparse call took {ratio:.2f} of the time of a dense one at {shape.tokens:,} tokens"
+        found = f"a sparse call took {ratio:.2f} of the time of a dense one at {shape.tokens:,} tokens"
+        line = f"measured: {found}; dense since then"
         if line not in self.lines:
-            self.lines.append(f"{line}; dense since then")
+            self.lines.append(line)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -213,6 +214,7 @@ def shape_of(call: AttentionCall) -> RunShape:
         steps=None if trained else call.clock.total,
         layers=call.layer_count,
         samples=max(2, batch),
+        batch=batch,
         devices=call.shard[1],
     )
 

@@ -29,6 +29,7 @@ class RunShape:
         steps: of the run, ``None`` where nobody says how many.
         layers: of the transformer.
         samples: rows of the batch, those of all guidance branches.
+        batch: rows of one call.
         devices: that share the heads of the call, and have to decide alike.
     """
 
@@ -42,6 +43,7 @@ class RunShape:
     steps: int | None
     layers: int
     samples: int = 2
+    batch: int = 1
     devices: int = 1
 
     @property
@@ -158,6 +160,7 @@ def _problem(
         return "computes as much as the data asks for", None
     part = shape.visual / shape.tokens
     ratio = part * found + (1.0 - part)
+    ratio += table.fixed_part(shape.tokens, shape.head_dim, shape.dtype, shape.batch * shape.heads)
     if not math.isfinite(ratio) or ratio * least_gain > 1.0:
         return f"is expected to take {ratio:.2f} of the time of a dense call", None
     return None, ratio

@@ -12,6 +12,8 @@ DENSE_CALLS = 2
 """Dense calls of a shape that are timed before the first sparse one."""
 SPARSE_CALLS = 8
 """Sparse calls from one judgement to the next."""
+CLEAR_CALLS, CLEAR = 3, 1.25
+"""Sparse calls after which all of them may be clearly slower than every dense one, and by how much."""
 
 
 @dataclass
@@ -41,14 +43,20 @@ class ShapeTimes:
     def is_slow(self, step: int, period: int) -> bool:
         """Return whether sparse calls were found slower than dense ones.
 
-        Medians are compared; of a method whose calls differ within a period, means over one period or more.
+        Medians are compared, and after the first few calls the fastest sparse one with the slowest dense one. Of a
+        method whose calls differ within a period, means over one period or more.
 
         Args:
             step: of the run, from 0.
             period: steps after which the costs of a method's calls repeat.
         """
-        fresh = len(self.sparse) - self._judged >= SPARSE_CALLS and len(self.dense) >= DENSE_CALLS
-        if self.ratio is None and fresh and (period <= 1 or step - (self.since or 0) > period):
+        if self.ratio is not None or len(self.dense) < DENSE_CALLS:
+            return self.ratio is not None
+        fresh = len(self.sparse) - self._judged >= SPARSE_CALLS
+        first = period <= 1 and len(self.sparse) == CLEAR_CALLS
+        if first and min(self.sparse) > CLEAR * max(self.dense):
+            self.ratio = statistics.median(self.sparse) / statistics.median(self.dense)
+        elif fresh and (period <= 1 or step - (self.since or 0) > period):
             self._judged = len(self.sparse)
             middle = statistics.fmean if period > 1 else statistics.median
             ratio = middle(self.sparse) / middle(self.dense)

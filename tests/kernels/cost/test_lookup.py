@@ -49,7 +49,7 @@ def test_a_guess_is_more_careful_in_16_bits_where_amx_speeds_up_the_dense_calls(
     for missing in (None, "no AMX"):
         monkeypatch.setattr(lookup, "unsupported_reason_amx", lambda dtype, missing=missing: missing)
         lookup._guessed.cache_clear()
-        found[missing] = CostTable(this_machine("cpu"), lookup._guessed(), "guess")
+        found[missing] = CostTable(this_machine("cpu"), lookup._guessed(2), "guess")
     lookup._guessed.cache_clear()
     for row in record:
         call = (4096, 128, "bfloat16", row["density"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from dit_attn.cli import main
-from dit_attn.kernels.cost import cost_table
+from dit_attn.cli.commands.bench import costs as command
+from dit_attn.kernels.cost import CostTable, cost_table
 from dit_attn.kernels.cost import measure as measuring
 from dit_attn.kernels.cost.lookup import this_machine
 from dit_attn.kernels.cost.measure import Grid, measure_costs
@@ -34,6 +36,7 @@ def test_a_ratio_is_selection_and_sparse_over_the_fastest_dense_call(monkeypatch
     monkeypatch.setattr(measuring, "interleaved", lambda calls, *_: times)
     found = measure_costs(torch.device("cpu"), Grid(((256, 1, 32, 1),), (0.5, 0.25), (16,), ("float32",)))
     assert [cost.ratio for cost in found.costs] == [0.5, 0.6]
+    assert {cost.seconds for cost in found.costs} == {4e-3}  # one head
 
 
 def test_bf16_on_a_cpu_is_timed_with_every_backend_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,10 +59,20 @@ def test_bf16_on_a_cpu_is_timed_with_every_backend_in_turns(monkeypatch: pytest.
 def test_the_command_line_saves_the_table_that_auto_finds(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "costs.json"))
     monkeypatch.setattr(measuring, "CPU", TINY)
+    saved = []  # when the runs begin, which choose their kernels by it
+
+    def fixed(device: torch.device, table: CostTable) -> float:
+        saved.append(cost_table(device))
+        assert saved[-1].costs == table.costs
+        return 4e-3
+
+    monkeypatch.setattr(command, "measure_fixed", fixed)
     assert main(["bench", "kernels", "--save"]) == 0
     shown = capsys.readouterr().out
     assert "50 %" in shown and "320" in shown and str(tmp_path / "costs.json") in shown
-    assert cost_table("cpu").provenance == "measured"
+    assert "and 4.0 ms a call for everything else" in shown
+    found = cost_table("cpu")
+    assert found.provenance == "measured" and found.fixed == 4e-3 and saved == [replace(found, fixed=0.0)]
     assert main(["bench", "kernels", "--save", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["costs"]) == 4
 

@@ -42,7 +42,8 @@ def test_a_table_is_found_again_on_its_machine_alone(file: Path) -> None:
     assert saved_table(HERE) == (None, "run dit-attn bench kernels --save to measure it")
     assert save_table(TABLE) == file and saved_table(HERE) == (TABLE, "")
     others = (
-        replace(HERE, threads=1), replace(HERE, torch="2.14"), replace(HERE, kernels=2), replace(HERE, hardware="x")
+        replace(HERE, threads=1), replace(HERE, torch="2.14"), replace(HERE, kernels=2),
+        replace(HERE, compiled=True), replace(HERE, hardware="x"),
     )  # fmt: skip
     for other in others:
         found, why = saved_table(other)

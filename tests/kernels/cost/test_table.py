@@ -102,3 +102,20 @@ def test_a_table_round_trips_and_what_is_none_is_refused() -> None:
         with pytest.raises(ValueError, match="not as dit-attn writes it"):
             CostTable.from_dict(wrong)
     assert str(found) == "measured on this machine: a processor, 2 cores, 2 threads, torch 2.13.0"
+
+
+def test_what_every_call_takes_is_a_part_of_a_dense_one_of_its_size() -> None:
+    rows = [
+        Cost(size, "float32", tokens, density, 0.5, seconds=seconds)
+        for size, tokens, seconds in ((64, 1024, 1e-3), (128, 1024, 2e-3), (64, 4096, 16e-3))
+        for density in (0.5, 0.25)
+    ]
+    found = CostTable(HERE, tuple(rows), fixed=4e-3)
+    assert CostTable.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.fixed_part(1024, 64, torch.float32, 2) == pytest.approx(2.0)
+    assert found.fixed_part(1024, 128, "float32", 8) == pytest.approx(0.25)
+    assert found.fixed_part(16384, 64, "float32", 1) == pytest.approx(4e-3 / (16 * 16e-3))
+    assert found.fixed_part(1024, 64, "bfloat16", 2) == table().fixed_part(1024, 64, "float32", 2) == 0.0
+    for broken in ({"fixed_seconds": -1.0}, {"fixed_seconds": float("inf")}, {"fixed_seconds": None}):
+        with pytest.raises(ValueError, match="not as dit-attn writes it"):
+            CostTable.from_dict({**found.to_dict(), **broken})

@@ -53,6 +53,16 @@ def test_a_candidate_that_would_not_gain_gives_way_to_the_next_one_and_then_to_d
     assert slug(least) == "rectified-spaattn"
 
 
+def test_what_a_call_takes_besides_its_kernels_counts_by_the_size_of_the_call() -> None:
+    costs = tuple(replace(cost, seconds=1e-3) for cost in table().costs)
+    slow = replace(table(), costs=costs, fixed=6e-3)
+    ratios = [AUTO.decide(replace(IMAGE, heads=12, batch=batch), slow, 2**40).ratio for batch in (1, 2)]
+    least = decide(IMAGE).ratio
+    assert least is not None and ratios == [pytest.approx(least + 0.5), pytest.approx(least + 0.25)]
+    few = AUTO.decide(replace(IMAGE, heads=6), slow, 2**40)
+    assert slug(few) == "dense" and f"rectified-spaattn is expected to take {least + 1:.2f}" in few.reason
+
+
 def test_rows_of_text_are_dense_in_the_expected_time() -> None:
     half = replace(IMAGE, visual=2048)
     ratios = (decide(IMAGE).ratio, decide(half).ratio)

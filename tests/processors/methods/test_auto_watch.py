@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_attn.processors.core.layer import LayerStats
-from dit_attn.processors.methods.auto_watch import DENSE_CALLS, SPARSE_CALLS, ShapeTimes, Watch
+from dit_attn.processors.methods.auto_watch import CLEAR_CALLS, DENSE_CALLS, SPARSE_CALLS, ShapeTimes, Watch
 from tests._support.auto_benchmark import judge
 
 
@@ -20,6 +20,14 @@ def test_medians_decide_after_enough_calls_and_a_verdict_stays() -> None:
     assert found.is_slow(0, 1) and found.ratio == 1.5
     found.sparse += [0.1] * 100
     assert found.is_slow(9, 1)
+
+
+def test_calls_that_are_all_clearly_slower_end_early() -> None:
+    found = times(1.0, [1.3, 9.0, 1.4])
+    assert found.is_slow(0, 1) and found.ratio == 1.4
+    assert not times(1.0, [1.2, 9.0, 9.0]).is_slow(0, 1)
+    assert not times(1.0, [9.0] * CLEAR_CALLS).is_slow(0, 5)  # a refresh comes first
+    assert not ShapeTimes([1.0], [9.0] * CLEAR_CALLS, 0).is_slow(0, 1)
 
 
 def test_a_period_is_judged_as_a_whole() -> None:

@@ -4,11 +4,14 @@
 // one head; its key blocks come in chunks that stay in the cache, with a running maximum from chunk to chunk. Logits,
 // sums and the output are fp32; weights are rounded to the type of v for the second product.
 //
-// No Python and no OpenMP: every thread that calls takes items from a shared counter until none is left.
+// No Python. Threads take items from a shared counter until none is left. They are those of torch's OpenMP, which go on
+// spinning for milliseconds after an operation and would otherwise hold the cores that other threads wait for.
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -424,16 +428,45 @@ int guarded(F run) {
   }
 }
 
+// Calls run() on so many threads, side by side.
+template <typename F>
+void on_threads(int threads, F& run) {
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // torch has loaded it
+  if (threads == 1) return run();
+  if (parallel) return parallel([](void* data) { (*static_cast<F*>(data))(); }, &run, threads, 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back([&] { run(); });
+  run();
+  for (auto& each : others) each.join();
+}
+
+// Runs work(call) on all threads, and returns the worst of what guarded() says of them.
+template <typename F>
+int shared(const Call& call, int threads, F work) {
+  std::atomic<int> state{0};
+  call.next->store(0);
+  auto run = [&] {
+    const int mine = guarded([&] { work(call); });
+    for (int seen = state; mine > seen && !state.compare_exchange_weak(seen, mine);) {
+    }
+  };
+  on_threads(threads, run);
+  return state;
+}
+
+template <typename T>
+int compute(const Call& call, int threads) {
+  const int packed = shared(call, threads, pack<T>);
+  return packed ? packed : shared(call, threads, attend<T>);
+}
+
 }  // namespace
 
 extern "C" {
 
-int dit_attn_pack(const Call* call, int bf16) {
-  return guarded([&] { bf16 ? pack<at::BFloat16>(*call) : pack<float>(*call); });
-}
-
-int dit_attn_attend(const Call* call, int bf16) {
-  return guarded([&] { bf16 ? attend<at::BFloat16>(*call) : attend<float>(*call); });
+int dit_attn_compute(const Call* call, int bf16, int threads) {
+  return bf16 ? compute<at::BFloat16>(*call, threads) : compute<float>(*call, threads);
 }
 
 // Whether the micro-kernel multiplies a type on this CPU.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dit_attn.errors import DitAttnError
 from dit_attn.kernels.backends.compose_terms import with_terms_in_place
 from dit_attn.kernels.backends.cpp import library
-from dit_attn.kernels.backends.gather.threads import LARGE, run_shared
+from dit_attn.kernels.backends.gather.threads import LARGE
 from dit_attn.kernels.backends.gather.workspace import Workspace, borrow_workspace
 from dit_attn.kernels.problem import NEG_INF, Problem
 from dit_attn.kernels.terms import Compensation, Terms
@@ -150,9 +150,7 @@ def _computed(
                 stand_in_head=0 if values is None else values.stride(0), errors=statistic == "error",
                 stand_in_token=0 if values is None else values.stride(1),
             )  # fmt: skip
-            for work in ("dit_attn_pack", "dit_attn_attend"):
-                counter.zero_()
-                _run(work, call, library.TYPES[q.dtype], at_once=out[b].numel() > LARGE)
+            _run(call, library.TYPES[q.dtype], torch.get_num_threads() if out[b].numel() > LARGE else 1)
     return out, lse
 
 
@@ -187,14 +185,12 @@ def _keys(k: torch.Tensor, v: torch.Tensor, block: int, name: str, workspace: Wo
     return _Keys(*pointers, k.stride(0), k.stride(1), v.stride(0), v.stride(1), length, block, blocks)
 
 
-def _run(work: str, call: _Call, kind: int, at_once: bool) -> None:
+def _run(call: _Call, kind: int, threads: int) -> None:
     loaded = library.library()
     assert loaded is not None  # else the backend says that it is not built
-    function = getattr(loaded, work)
-    states: list[int] = []
-    run_shared(lambda: states.append(function(ctypes.byref(call), kind)), at_once)
-    if any(states):
-        said = "memory is short" if 2 in states else "torch's micro-kernel refused it"
+    state = loaded.dit_attn_compute(ctypes.byref(call), kind, threads)
+    if state:
+        said = "memory is short" if state == 2 else "torch's micro-kernel refused it"
         raise DitAttnError(f"the C++ kernel could not compute a call: {said}; use backend='gather'")
 
 

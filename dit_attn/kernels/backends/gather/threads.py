@@ -60,18 +60,6 @@ def run_items(work: Callable[[int], None], n: int, device: torch.device, at_once
         work(i)
 
 
-def run_shared(work: Callable[[], None], at_once: bool = True) -> None:
-    """Call ``work`` on as many threads as torch uses, side by side; it shares out what there is to do by itself.
-
-    Without ``at_once``, or with one thread, it is called once, on the caller's thread.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or not at_once:
-        work()
-        return
-    _on_threads(threads, [work] * threads)
-
-
 def _on_threads(threads: int, calls: Sequence[Callable[[], None]]) -> None:
     inference = torch.is_inference_mode_enabled()
 
