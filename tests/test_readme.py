@@ -12,7 +12,7 @@ import pytest
 from dit_attn import models
 from dit_attn.pipelines.high_resolution import high_resolution
 from dit_attn.processors.attach.families import families
-from tests._support import result_tables, selector_tables, subject_tables
+from tests._support import head_tables, result_tables, selector_tables, subject_tables
 from tests._support.page_tables import PageTable
 from tests._support.subjects_benchmark import mcnemar
 from tests.families import table as families_table
@@ -131,7 +131,7 @@ def test_edits_are_quoted_from_their_records() -> None:
     assert f"edits {count} of two to four parts" in README.replace("\n", " ") and other < done
 
 
-@pytest.mark.parametrize("table", [*subject_tables.TABLES, *selector_tables.TABLES], ids=lambda table: table.name)
+@pytest.mark.parametrize("table", [*subject_tables.TABLES, *selector_tables.TABLES, *head_tables.TABLES], ids=lambda table: table.name)
 def test_tables_of_pages_are_those_of_their_records(table: PageTable) -> None:
     assert table.current() == table.text(), f"run: python -m {type(table).__module__}"
 
