@@ -19,6 +19,7 @@ from tests.families import table as families_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = (head_tables, selector_tables, subject_tables)
 
 
 def test_family_table_is_the_one_the_tests_make() -> None:
@@ -131,7 +132,9 @@ def test_edits_are_quoted_from_their_records() -> None:
     assert f"edits {count} of two to four parts" in README.replace("\n", " ") and other < done
 
 
-@pytest.mark.parametrize("table", [*subject_tables.TABLES, *selector_tables.TABLES, *head_tables.TABLES], ids=lambda table: table.name)
+@pytest.mark.parametrize(
+    "table", [*subject_tables.TABLES, *selector_tables.TABLES, *head_tables.TABLES], ids=lambda table: table.name
+)
 def test_tables_of_pages_are_those_of_their_records(table: PageTable) -> None:
     assert table.current() == table.text(), f"run: python -m {type(table).__module__}"
 

@@ -3,13 +3,13 @@
 For query i of query block u and key block j, with softmax weights ``p_it`` and output ``o_i``, the mass is
 ``m_uj = sum_i sum_(t in j) p_it``. Leaving j out, or letting pooled keys c of it stand for its keys, with the weights
 ``w_ic`` that they would have, changes the output to first order by ``r_ij = sum_t p_it (v_t - o_i) - sum_c w_ic (v_c -
-o_i)``. The error is ``E_uj = sum_i |r_ij|^2``. Plain torch, some query blocks and key heads at a time, or the C++
-kernel where calls go to it.
+o_i)``. The error is ``E_uj = sum_i |r_ij|^2``. Plain torch, some query blocks and key heads at a time, or the
+Triton or C++ kernels where calls go to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ from dit_attn.kernels.terms import Compensation, pooled_compensation
 STATISTICS = ("mass", "error")
 AT_ONCE = 2**26
 """Bytes of a chunk's matrix of weights; the parts of its output by block are about as large."""
+Fused = Callable[[Problem, str, Compensation | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ def attention_with_block_stats(
         stand_ins = pooled_compensation(k.to(wide), v.to(wide), pooled, key_mask=key_mask)
     batch, q_len, heads, _ = q.shape
     layout = BlockLayout.dense(q_len, k.shape[1], q_block, kv_block, q.device)
-    if choose_backend(q, layout, v=v, return_lse=True).backend == CPP:
+    fused = _fused(choose_backend(q, layout, v=v, return_lse=True).backend, q.dtype)
+    if fused is not None:
         problem = Problem(q, k, v, layout, factor, key_mask if key_bias is None else None, key_bias)
-        return BlockStats(*cpp_block_stats(problem, statistic, stand_ins))
+        return BlockStats(*fused(problem, statistic, stand_ins))
     found = BlockStats(
         q.new_empty(batch, q_len, heads, v.shape[-1]),
         q.new_empty(batch, heads, q_len, dtype=wide),
@@ -98,6 +100,21 @@ def attention_with_block_stats(
         for part in _key_heads(q, k, v, factor, added, stand_ins, kv_block, wide):
             part.write(found, q_block, statistic)
     return found
+
+
+def _triton(
+    problem: Problem, statistic: str, pooled: Compensation | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from dit_attn.kernels.backends.triton.attention import triton_block_stats
+
+    return triton_block_stats(problem, statistic, pooled)
+
+
+def _fused(backend: str, dtype: torch.dtype) -> Fused | None:
+    """The kernel for statistics that belongs to a backend; in fp32 that of Triton would not fit its registers."""
+    if backend == CPP:
+        return cpp_block_stats
+    return _triton if backend == "triton" and dtype.itemsize == 2 else None
 
 
 def _added(key_mask: torch.Tensor | None, key_bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -166,8 +183,7 @@ class _KeyHead:
         if self.pooled is not None:
             keys, values, log_weight = self.pooled
             nk, size, _ = values.shape
-            safe = lse.masked_fill(lse == NEG_INF, 0.0)
-            stand = torch.exp(q @ keys.T + log_weight - safe)
+            stand = torch.exp(q @ keys.T + log_weight - lse.masked_fill(lse == NEG_INF, float("inf")))
             stand = F.pad(stand, (0, nk * size - stand.shape[-1])).unflatten(-1, (nk, size))
             parts = parts.sub_(_by_block(stand, values))
             mass = mass - stand.sum(-1)

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 def test_the_kernels_agree_with_the_formulas() -> None:
     folder = "tests/kernels/interpreted"
-    cases = [f"{folder}/attention_cases.py", f"{folder}/linear_cases.py"]
+    cases = [f"{folder}/attention_cases.py", f"{folder}/linear_cases.py", f"{folder}/stats_cases.py"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", *cases],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,

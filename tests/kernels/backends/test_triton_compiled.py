@@ -18,7 +18,9 @@ from dit_attn.kernels.backends.triton.attention import (
     forward_config,
     lazy_rescaling,
     plan_backward,
+    plan_block_stats,
     plan_forward,
+    stats_config,
 )
 from dit_attn.kernels.layouts.patterns import from_rule
 from dit_attn.kernels.problem import Problem
@@ -118,6 +120,21 @@ def test_the_forward_kernel_fits_and_spills_nothing(name: str, capability: int) 
         assert "wgmma.mma_async" in compiled.ptx
     if capability == 100 and "fp32" not in name:
         assert "tcgen05.mma" in compiled.ptx
+
+
+@pytest.mark.parametrize(
+    ("dim", "block", "capability"), ((72, 128, 80), (128, 128, 80), (128, 128, 90), (128, 64, 90), (128, 256, 90))
+)
+def test_the_pass_for_statistics_fits_with_next_to_no_spills(dim: int, block: int, capability: int) -> None:
+    p = problem(torch.bfloat16, dim, layout=BlockLayout.dense(SEQ, SEQ, 128, block))
+    pooled = pooled_compensation(p.k, p.v, 32)
+    stats = torch.empty(1, HEADS, p.layout.nq * 128 // stats_config(p).rows, p.layout.nk)
+    launch = plan_block_stats(p, "error", pooled, p.q, torch.empty(1, HEADS, SEQ), stats)
+    compiled = compile_for(launch, capability)
+    assert compiled.shared <= SHARED_MEMORY[capability]
+    assert compiled.spills <= (8 if block > 128 else 0)
+    if capability == 90 and block % 128 == 0:
+        assert "wgmma.mma_async" in compiled.ptx
 
 
 @pytest.mark.parametrize("name", ("bf16 64", "bf16 72", "bf16 96", "bf16 128", "full blocks only"))

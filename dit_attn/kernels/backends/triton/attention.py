@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from dit_attn.kernels.backends.triton.backward import dkv_kernel, dq_kernel, row_kernel
+from dit_attn.kernels.backends.triton.block_stats import block_stats_kernel
 from dit_attn.kernels.backends.triton.forward import forward_kernel
 from dit_attn.kernels.device import lse_dtype
 from dit_attn.kernels.layouts.block_layout import BlockLayout, ceil_div, selected_bits
 from dit_attn.kernels.layouts.element_masks import NUMBERS, BitMask
 from dit_attn.kernels.problem import Problem
-from dit_attn.kernels.terms import NO_TERMS, Terms
+from dit_attn.kernels.terms import NO_TERMS, Compensation, Terms
 from dit_attn.kernels.triton_launch import Launch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +64,19 @@ def triton_forward(problem: Problem, terms: Terms = NO_TERMS, tma: bool = False)
         let_kernels_allocate()
     plan_forward(problem, terms, out, lse, tma).run()
     return out, lse
+
+
+def triton_block_stats(
+    problem: Problem, statistic: str, pooled: Compensation | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute o and lse of a call over all blocks, and the mass or error of every block (B, H, nq, nk) fp32."""
+    problem = _unit_stride(problem)
+    out, lse = triton_forward(problem)
+    layout, (batch, _, heads, _) = problem.layout, problem.q.shape
+    tiles = layout.nq * (layout.q_block // stats_config(problem).rows)
+    stats = torch.empty(batch, heads, tiles, layout.nk, dtype=torch.float32, device=out.device)
+    plan_block_stats(problem, statistic, pooled, out, lse, stats).run()
+    return out, lse, stats.unflatten(2, (layout.nq, -1)).sum(3)
 
 
 def triton_backward(
@@ -126,6 +140,44 @@ def plan_forward(
         "EDGE_STAGES": 2 if q.dtype == torch.float32 else 1,  # fp32 operands must come from shared memory, or spill
     }  # fmt: skip
     return Launch(forward_kernel, tiles * q.shape[0] * q.shape[2], arguments, warps, stages)
+
+
+def plan_block_stats(
+    problem: Problem,
+    statistic: str,
+    pooled: Compensation | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    stats: torch.Tensor,
+) -> Launch:
+    """Prepare the launch that fills ``stats`` (B, H, tiles, nk), given the result of the forward pass."""
+    q, layout = problem.q, problem.layout
+    first, second = panels(q.shape[-1])
+    config = stats_config(problem)
+    comp = pooled if statistic == "error" else None
+    terms = _terms(problem, Terms(compensation=comp))
+    per_block = terms["COMP_PER_BLOCK"]
+    unit = _unit(q, problem.k, problem.v, out)
+    arguments = {
+        "q": q, "k": problem.k, "v": problem.v, "o": out, "lse": lse, "stats": stats,
+        **_strides(unit, q=q, k=problem.k, v=problem.v, o=out), "UNIT": unit, **_keys(problem),
+        **{name: terms[name] for name in ("comp_k", "comp_v", "comp_bias", "cb_b", "cb_h", "nv")},
+        "scale": problem.scale, "heads": q.shape[2], "ratio": problem.ratio, "tiles": stats.shape[2],
+        "q_len": layout.q_len, "kv_len": layout.kv_len, "nk": layout.nk,
+        "BM": config.rows, "BN": config.columns, "KV_SPLIT": layout.kv_block // config.columns,
+        "BV": max(16, 1 << (per_block - 1).bit_length()), "PER_BLOCK": per_block,
+        "DIM": q.shape[-1], "D1": first, "D2": second, "ERROR": statistic == "error", "POOLED": comp is not None,
+        **{name: value for name, value in _arithmetic(q.dtype).items() if name != "INTERPRET"},
+    }  # fmt: skip
+    return Launch(block_stats_kernel, stats[..., 0].numel(), arguments, config.warps, config.stages)
+
+
+def stats_config(problem: Problem) -> Config:
+    """Return the configuration of the pass for statistics, in 16 bits: its sums of a block take registers."""
+    layout = problem.layout
+    if layout.kv_block % 128:
+        return Config(tile_of(layout.q_block, 32), tile_of(layout.kv_block, 64), 4, 2)
+    return Config(tile_of(layout.q_block, 64), 128, 8, 2)
 
 
 def plan_backward(
