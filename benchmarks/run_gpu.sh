@@ -121,6 +121,10 @@ for shape in wan2.1-1.3b flux-2048 cogvideox-5b flux-4096 wan2.1-14b hunyuan-vid
 done
 rung tiny-image-captured 10 --inputs "$CAPTURED"
 
+# -- refreshes of measured masks and pooled keys, by the kernel and by plain torch -------------------------------------
+[ "$SMALL" = 1 ] || job refresh:pooled 300 "${OUT:-}/refresh.json" "$PYTHON" -m tests._support.cpp_benchmark \
+  --device "$DEVICE" --output "${OUT:-}/refresh.json"
+
 # -- steps: one denoising step of the real architectures, random weights, at the densities of the papers ---------------
 step() { # job, configuration, flags ...
   local name=$1 config=$2 flags=()

@@ -12,14 +12,14 @@ import pytest
 from dit_attn import models
 from dit_attn.pipelines.high_resolution import high_resolution
 from dit_attn.processors.attach.families import families
-from tests._support import head_tables, result_tables, selector_tables, subject_tables
+from tests._support import finetune_tables, head_tables, result_tables, selector_tables, subject_tables
 from tests._support.page_tables import PageTable
 from tests._support.subjects_benchmark import mcnemar
 from tests.families import table as families_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = (head_tables, selector_tables, subject_tables)
+PAGES = (finetune_tables, head_tables, selector_tables, subject_tables)
 
 
 def test_family_table_is_the_one_the_tests_make() -> None:
