@@ -66,7 +66,7 @@ def _gain(rows: list[dict[str, Any]], count: int) -> str:
     return f"{found['value']:+.1f} dB [{low:+.1f}, {high:+.1f}]"
 
 
-TABLES = tuple(HeadTable("methods/head_drop.md", f"heads_{model}", model) for model in ("tiny-image",))
+TABLES = tuple(HeadTable("methods/head_drop.md", f"heads_{model}", model) for model in ("tiny-image", "tiny-joint"))
 
 if __name__ == "__main__":
     for table in TABLES:
