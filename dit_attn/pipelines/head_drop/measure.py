@@ -56,7 +56,7 @@ class DropMeasurement:
 
     model: str = "tiny-image"
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4)
-    profiled: int = 4
+    profiled: int = 24
     count: int = 24
     steps: int = 8
     seeds: int = 3
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_attn.pipelines.head_drop.measure", description=__doc__)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--count", type=int, default=24, help="held-out captions (default: %(default)s)")
-    parser.add_argument("--profiled", type=int, default=4, help="captions of the profile (default: %(default)s)")
+    parser.add_argument("--profiled", type=int, default=24, help="captions of the profile (default: %(default)s)")
     parser.add_argument("--searched", type=int, default=4, help="captions of the search, 0 for none")
     parser.add_argument("--steps", type=int, default=8, help="denoising steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of random heads (default: %(default)s)")
