@@ -30,7 +30,7 @@ class HeadTable(PageTable):
     """PSNR to dense outputs and prompts followed, by heads left out and way to choose them.
 
     Attributes:
-        model: embedded model.
+        model: embedded model, and the captions of its profile where they are not 4.
     """
 
     model: str
@@ -66,7 +66,8 @@ def _gain(rows: list[dict[str, Any]], count: int) -> str:
     return f"{found['value']:+.1f} dB [{low:+.1f}, {high:+.1f}]"
 
 
-TABLES = tuple(HeadTable("methods/head_drop.md", f"heads_{model}", model) for model in ("tiny-image", "tiny-joint"))
+MODELS = ("tiny-image", "tiny-joint", "tiny-image_24", "tiny-joint_24")
+TABLES = tuple(HeadTable("methods/head_drop.md", f"heads_{model}", model) for model in MODELS)
 
 if __name__ == "__main__":
     for table in TABLES:
